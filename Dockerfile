@@ -1,0 +1,88 @@
+# The environment that runs `dvc repro` on a GPU machine: hash-locked packages in /opt/venv, git, nothing else.
+#   make image                              builds it as `colintern`
+#   make image FLASH_ATTN=2.8.3.post2       the same with flash-attn compiled in (an hour or more)
+# No project code is inside: the repository is mounted at its own path, so DVC sees the same paths as on the host.
+# torch's wheels carry CUDA, cuDNN and NCCL, so a plain Python base is enough; the driver comes with `--gpus all`.
+# `docker/prove.sh` proves every RUN line where there is neither an engine nor an image registry.
+
+# The digest is that of the multi-platform index. 3.11 is the oldest Python the lock file is made for.
+ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm@sha256:d29f48a31a8b408ed19272ca1e7b10ebae13b240a27e862d3d4217c528e2e0c3
+# Empty for none, else a version that has a lock file docker/flash-attn-VERSION.txt.
+ARG FLASH_ATTN=
+
+FROM ${PYTHON_IMAGE} AS base
+
+
+# ---- env: the locked environment. uv and its cache stay behind in this stage.
+FROM base AS env
+# Compiled here because the user who runs the image may not write into /opt/venv.
+ENV UV_COMPILE_BYTECODE=1 \
+    UV_LINK_MODE=copy \
+    UV_PYTHON_DOWNLOADS=never \
+    VIRTUAL_ENV=/opt/venv \
+    PATH=/opt/venv/bin:/opt/uv/bin:$PATH
+COPY docker/uv.txt requirements.txt /build/
+RUN python -m venv /opt/uv \
+    && /opt/uv/bin/pip install --no-cache-dir --require-hashes -r /build/uv.txt
+RUN --mount=type=cache,target=/root/.cache/uv \
+    uv venv /opt/venv \
+    && uv pip install --require-hashes -r /build/requirements.txt
+
+
+# ---- env-flash: the same with flash-attn, compiled by the nvcc that NVIDIA ships as wheels beside torch's own CUDA
+# wheels: same CUDA version, same Python and C library as the image, all of it hash-locked.
+FROM env AS env-flash
+ARG FLASH_ATTN
+# 80 A100, 90 H100 and H200, 100 B200, 120 RTX 50; cards of series 8.6 and 8.9 run the code for 80. Fewer compile faster.
+ARG FLASH_ATTN_CUDA_ARCHS="80;90;100;120"
+COPY docker/flash-build.txt docker/flash-attn-${FLASH_ATTN}.txt /build/
+# Debian keeps only the newest build of a package on its mirrors: a pinned version stops building within weeks.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+# FORCE_BUILD: otherwise its setup.py downloads a prebuilt wheel that no hash covers. No cache: uv would hand out a wheel
+# compiled against an older torch. The wheels have libcudart.so.13 only, the linker looks for libcudart.so.
+RUN CUDA_HOME="$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu13" \
+    && export CUDA_HOME FLASH_ATTENTION_FORCE_BUILD=TRUE UV_NO_CACHE=1 \
+    && uv pip install --require-hashes --no-deps -r /build/flash-build.txt \
+    && ln -s libcudart.so.13 "$CUDA_HOME/lib/libcudart.so" \
+    && uv pip install --require-hashes --no-deps --no-build-isolation -r "/build/flash-attn-${FLASH_ATTN}.txt" \
+    && uv pip uninstall -r /build/flash-build.txt \
+    && rm "$CUDA_HOME/lib/libcudart.so"
+
+
+# Takes env or env-flash; a builder that prunes unused stages (BuildKit, buildah) never runs the other one.
+# hadolint ignore=DL3006
+FROM env${FLASH_ATTN:+-flash} AS env-chosen
+
+
+# ---- the image
+FROM base
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends git \
+    && rm -rf /var/lib/apt/lists/*
+# The mounted repository belongs to a host user whom this image does not know: git calls that "dubious ownership".
+# The identity is the last resort: DVC commits each experiment and fails without one. The repository's own
+# user.name and the GIT_AUTHOR_* and GIT_COMMITTER_* variables go before it.
+RUN git config --system --add safe.directory '*' \
+    && git config --system user.name colintern \
+    && git config --system user.email colintern@localhost
+# Any uid may run the image (`--user "$(id -u):$(id -g)"`), so these two belong to everyone, like /tmp.
+RUN install -d -m 1777 /home/colintern /cache /cache/huggingface /cache/dvc
+COPY --from=env-chosen /opt/venv /opt/venv
+COPY --chmod=755 docker/colintern /usr/local/bin/colintern
+# HOME and USER: a uid without a passwd entry has neither, and DVC and torch ask for them.
+# /cache is there to be mounted: what is downloaded, and the file hashes DVC keeps outside the repository.
+# PYTHONPATH: `python stages/train.py` finds the library in the folder it was started in. That folder is the copy when
+# DVC runs a queued experiment in one; an installed package would give it the main checkout's code.
+ENV PATH=/opt/venv/bin:$PATH \
+    HOME=/home/colintern \
+    USER=colintern \
+    HF_HOME=/cache/huggingface \
+    DVC_SITE_CACHE_DIR=/cache/dvc \
+    PYTHONPATH=. \
+    PYTHONUNBUFFERED=1
+USER 1000:1000
+CMD ["dvc", "repro"]

@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine: `make repro` and `make test`. Each sets up what it needs, once.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+UV := .tools/bin/uv
+ENV := .venv/.installed
+RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
+
+.PHONY: repro test check lock sensitivity
+
+repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
+	@$(RUN) dvc repro
+
+test: check  ## all tests
+	@$(RUN) python -m pytest
+
+check: $(ENV)  ## style and types
+	@$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+lock: $(UV)  ## renew requirements.txt from pyproject.toml
+	@$(UV) pip compile -q --upgrade --universal --python-version 3.11 --extra dev --generate-hashes \
+	  --no-emit-index-url --custom-compile-command "make lock" -o requirements.txt pyproject.toml
+
+sensitivity: $(ENV)  ## how the demo answers to lr, epochs, batch and rank, three seeds (about an hour)
+	@$(RUN) python -m bench.sensitivity
+
+$(UV):
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "colintern needs Python 3.11 or newer, this is %d.%d" % v[:2])'
+	$(PYTHON) -m venv .tools
+	.tools/bin/pip install -q --disable-pip-version-check uv==$(UV_VERSION)
+
+# The colintern command points into this folder (-e), so the code itself is never stale.
+$(ENV): requirements.txt | $(UV)
+	@$(UV) venv -q --allow-existing --python $(PYTHON) .venv
+	$(UV) pip install -q --python .venv/bin/python --require-hashes -r requirements.txt
+	$(UV) pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
+	touch $@

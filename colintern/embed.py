@@ -1,0 +1,45 @@
+"""Pages and queries to embeddings: batches through the processor and the model, padding taken off again."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import BatchFeature
+
+
+def embed_pages(model: nn.Module, processor: Any, images: Sequence[Image.Image], batch_size: int) -> list[Tensor]:
+    """One (tokens, 128) float32 tensor a page, on the CPU, in the order of `images`.
+
+    Args:
+        model: `ColIntern3_5`, or a wrapper whose forward takes and returns the same.
+        processor: its `ColIntern3_5Processor`.
+        images: pages as PIL images.
+        batch_size: pages a forward pass; the embeddings do not depend on it.
+    """
+    return _embed(model, processor.process_images, images, batch_size)
+
+
+def embed_queries(model: nn.Module, processor: Any, queries: Sequence[str], batch_size: int) -> list[Tensor]:
+    """One (tokens, 128) float32 tensor a query, on the CPU, in the order of `queries`; see `embed_pages`."""
+    return _embed(model, processor.process_queries, queries, batch_size)
+
+
+def _embed(
+    model: nn.Module, process: Callable[[list[Any]], BatchFeature], items: Sequence[Any], batch_size: int
+) -> list[Tensor]:
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()  # also called on the dev set in the middle of training, where dropout is on
+    rows: list[Tensor] = []
+    try:
+        with torch.no_grad():
+            for start in range(0, len(items), batch_size):
+                batch = process(list(items[start : start + batch_size])).to(device)
+                embeddings = model(**batch).float().cpu()
+                mask = batch["attention_mask"].bool().cpu()
+                rows += [row[keep] for row, keep in zip(embeddings, mask, strict=True)]
+    finally:
+        model.train(was_training)
+    return rows

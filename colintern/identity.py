@@ -1,0 +1,43 @@
+"""What a run is made of, as content hashes: its own params, the files it depends on, the library versions.
+
+Two runs with one identity give the same bytes, whatever commit they stand on; the identity's fingerprint names the
+folder in which an interrupted run finds its checkpoints again.
+"""
+
+import hashlib
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from colintern.params import Params
+
+LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "accelerate", "datasets", "pillow", "numpy")
+
+
+def stage_identity(stage: str, params: Params) -> dict[str, Any]:
+    """The identity of a dvc.yaml stage: {"params": its values, "deps": {path: sha256}, "versions": {...}}."""
+    declared = YAML(typ="safe", pure=True).load(Path("dvc.yaml"))["stages"][stage]
+    return {
+        "params": {key: getattr(params, key) for key in declared["params"]},
+        "deps": {dep: content_hash(Path(dep)) for dep in declared["deps"]},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+    }
+
+
+def content_hash(path: Path) -> str:
+    """sha256 of a file, or of the names and hashes of all files in a folder (caches of compiled code left out)."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    lines = [f"{p.relative_to(path).as_posix()} {content_hash(p)}" for p in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def fingerprint(identity: dict[str, Any]) -> str:
+    """sha256 of an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

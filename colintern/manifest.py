@@ -1,0 +1,131 @@
+"""The manifest: fetch-data's out, which names every file of a run with its size and sha256.
+
+Whoever reads one of those files asks here for its folder, so that a file that is missing or was changed is found
+before it is trained on.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from colintern.params import Params, UserError
+
+MANIFEST = "data/manifest.json"
+BASE_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja")  # no pickles
+TRAIN_SUFFIXES = (".parquet",)
+BEIR_SUFFIXES = (".parquet", ".md")
+
+
+class Files(NamedTuple):
+    """`folder` holds `files` (path below the folder -> {size, sha256}); it is a hub repository if `revision`."""
+
+    folder: str
+    revision: str
+    files: dict[str, dict[str, Any]]
+
+
+def root() -> Path:
+    """The repository whose data folder holds the bytes: `dvc exp run --temp` runs in a copy without them."""
+    return Path(os.environ.get("DVC_ROOT") or ".")
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """Size in bytes and sha256 of a file."""
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def local_files(folder: str, suffixes: tuple[str, ...]) -> Files:
+    """Every file with one of the `suffixes` below `folder` of the repository.
+
+    Raises:
+        UserError: the folder does not exist or holds no such file.
+    """
+    return Files(folder, "", _below(root() / folder, folder, suffixes))
+
+
+def hub_files(repository: str, revision: str, kind: str, suffixes: tuple[str, ...]) -> Files:
+    """The files of a hub repository (`kind`: model or dataset) at a commit, downloaded into the hub's own cache."""
+    return Files(repository, revision, _below(_hub_folder(repository, revision, kind, suffixes), repository, suffixes))
+
+
+def _below(top: Path, name: str, suffixes: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    paths = sorted(p for p in top.rglob("*") if p.suffix in suffixes and p.is_file())
+    if not paths:
+        state = "holds no " + " or ".join(f"*{s}" for s in suffixes) if top.is_dir() else "does not exist"
+        raise UserError(f"{name}: the folder {state}; give `demo`, a folder, or a hub id with its revision")
+    return {p.relative_to(top).as_posix(): digest(p) for p in paths}
+
+
+def _hub_folder(repository: str, revision: str, kind: str, suffixes: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"*{suffix}" for suffix in suffixes]
+    return Path(snapshot_download(repository, repo_type=kind, revision=revision, allow_patterns=patterns))
+
+
+def check_base(params: Params) -> None:
+    """Make sure the base model's files are there and are those that were fetched.
+
+    Raises:
+        UserError: the manifest was made for another base, or a file is missing or changed.
+    """
+    entry = _read()["base"]
+    if (entry["folder"], entry["revision"]) != (params.base, params.base_revision):
+        raise UserError(
+            f"base: {params.base!r} is not the one in {MANIFEST}, {entry['folder']!r}; run: dvc repro fetch-data"
+        )
+    _checked(entry, "model", BASE_SUFFIXES)
+
+
+def training_folder() -> tuple[Path, list[str]]:
+    """The checked folder of the training set, and the files in it.
+
+    Raises:
+        UserError: no manifest, or a file is missing or changed.
+    """
+    entry = _read()["train"]
+    return _checked(entry, "dataset", TRAIN_SUFFIXES), sorted(entry["files"])
+
+
+def benchmark_folder(name: str) -> Path:
+    """The checked folder, in mteb's layout, of a local benchmark.
+
+    Raises:
+        UserError: fetch-data has not seen it, or its files are missing or changed.
+    """
+    entries = _read()["evaluation"]
+    if name not in entries:
+        raise UserError(
+            f"benchmarks: {name!r} is not among the local benchmarks in {MANIFEST}, which are "
+            f"{', '.join(entries) or 'none'}; check the name, then run: dvc repro fetch-data"
+        )
+    return _checked(entries[name], "dataset", BEIR_SUFFIXES)
+
+
+def _read() -> dict[str, Any]:
+    try:
+        return json.loads(Path(MANIFEST).read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{MANIFEST}: missing; run the stage that makes it: dvc repro fetch-data") from error
+
+
+def _checked(entry: dict[str, Any], kind: str, suffixes: tuple[str, ...]) -> Path:
+    """The folder of an entry, all of whose files are there and are the ones that were fetched."""
+    files = Files(**entry)
+    folder = _hub_folder(files.folder, files.revision, kind, suffixes) if files.revision else root() / files.folder
+    for name, want in files.files.items():
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{MANIFEST}: {name!r} points outside {files.folder}")
+        if not path.is_file():
+            raise UserError(f"{path}: missing, but {MANIFEST} names it; run: dvc repro -f fetch-data")
+        have = digest(path)
+        if have != want:
+            raise UserError(
+                f"{path}: {have['size']} bytes with sha256 {have['sha256'][:12]}, but {MANIFEST} says {want['size']} "
+                f"bytes with {want['sha256'][:12]}; it was changed after it was fetched: dvc repro -f fetch-data"
+            )
+    return folder

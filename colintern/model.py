@@ -1,0 +1,182 @@
+"""`ColIntern3_5`: InternVL3.5 without its language-model head, with a projection to 128-d token embeddings.
+
+Module paths are those of the guide: `language_model.layers.*`, `vision_tower`, `multi_modal_projector`,
+`custom_text_proj`.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import normalize
+from transformers import InternVLConfig, InternVLModel
+
+EMBEDDING_DIM = 128
+HEAD_FILE = "head.safetensors"
+
+# Where a checkpoint may keep the parts: the hub's InternVL3_5-*-HF files, what transformers 5 writes for the
+# generating model, and our own. transformers converts keys only for its own classes, and leaves the whole language
+# model of a subclass random with no more than a log line, so the mapping is ours and a gap in it is an error.
+KEY_MAPPING = {
+    r"^language_model\.model\.": "language_model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^model\.(language_model|vision_tower|multi_modal_projector)\.": r"\1.",
+}
+
+
+class ColIntern3_5(InternVLModel):
+    """Pages and queries as many 128-d unit vectors; the score of a pair is MaxSim."""
+
+    main_input_name = "input_ids"
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^lm_head\.weight$"]  # retrieval has no use for next-token logits
+
+    def __init__(self, config: InternVLConfig):
+        super().__init__(config)
+        self.custom_text_proj = nn.Linear(config.get_text_config().hidden_size, EMBEDDING_DIM)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, path: str | Path, *, revision: str | None = None, merge: bool = False, seed: int = 0, **kwargs: Any
+    ) -> Self:
+        """Load a base, an adapter or a merged model.
+
+        Args:
+            path: hub id, or a folder: with adapter_config.json it is an adapter (its base and its head are loaded
+                with it), else a checkpoint with or without `custom_text_proj`.
+            revision: hub commit; for a base on the hub.
+            merge: fold the adapter into the base weights; without it the LoRA layers stay visible.
+            seed: draws the head where the checkpoint has none, independently of the global random state.
+            kwargs: passed on to transformers (dtype, attn_implementation, ...).
+
+        Raises:
+            ValueError: weights that are missing or left over, an adapter without its head, or `merge` on a folder
+                that holds no adapter.
+        """
+        folder = Path(path)
+        if (folder / "adapter_config.json").is_file():
+            config = PeftConfig.from_pretrained(str(folder))
+            base = cls.from_pretrained(config.base_model_name_or_path, revision=config.revision, seed=seed, **kwargs)
+            base.load_head(folder)
+            wrapped = PeftModel.from_pretrained(base, str(folder), config=config)
+            return (wrapped.merge_and_unload() if merge else wrapped.base_model.model).eval()
+        if merge:
+            raise ValueError(f"{path}: nothing to merge, the folder holds no adapter_config.json")
+        with _without_load_report():
+            loaded: Any = super().from_pretrained(
+                str(path), revision=revision or "main", key_mapping=KEY_MAPPING, output_loading_info=True, **kwargs
+            )
+        model, info = loaded
+        head = {"custom_text_proj.weight", "custom_text_proj.bias"}
+        missing = set(info["missing_keys"])
+        wrong = sorted(missing if len(head & missing) == 1 else missing - head)  # half a head is no head
+        unexpected = sorted(set(info["unexpected_keys"]))
+        if wrong or unexpected or info["mismatched_keys"]:
+            raise ValueError(
+                f"{path}: the checkpoint does not fit ColIntern3_5: missing {_some(wrong)}; unexpected "
+                f"{_some(unexpected)}; of another shape {_some(sorted(map(str, info['mismatched_keys'])))}"
+            )
+        if head <= missing:
+            model.init_head(seed)
+        return model.eval()
+
+    def init_head(self, seed: int) -> None:
+        """Draw `custom_text_proj` from `seed` alone: normal weights of variance 1 / hidden size, zero bias."""
+        proj = self.custom_text_proj
+        drawn = torch.randn(proj.weight.shape, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            proj.weight.copy_(drawn / proj.in_features**0.5)
+            proj.bias.zero_()
+
+    def save_head(self, folder: str | Path) -> None:
+        """Write the head's base weights beside an adapter: LoRA on a head that is drawn anew is worth nothing."""
+        layer = getattr(self.custom_text_proj, "base_layer", self.custom_text_proj)
+        state = {f"custom_text_proj.{k}": v.detach().float().cpu().contiguous() for k, v in layer.named_parameters()}
+        save_file(state, Path(folder) / HEAD_FILE)
+
+    def load_head(self, folder: str | Path) -> None:
+        """Read the head's base weights from an adapter folder.
+
+        Raises:
+            ValueError: the file is missing, of another shape, or holds a value that is not finite.
+        """
+        file = Path(folder) / HEAD_FILE
+        if not file.is_file():
+            raise ValueError(
+                f"{file}: missing. It holds the base weights of custom_text_proj, without which the adapter would "
+                f"sit on a random projection; copy it from the run that trained {folder}"
+            )
+        for key, value in load_file(file).items():
+            own = self.get_parameter(key)
+            if value.shape != own.shape or not value.isfinite().all():
+                raise ValueError(f"{file}: {key} is {tuple(value.shape)}, expected {tuple(own.shape)} of finite values")
+            with torch.no_grad():
+                own.copy_(value)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Embed a batch.
+
+        Args:
+            input_ids, attention_mask: (B, L), padded on the right.
+            pixel_values: (tiles of the whole batch, 3, tile, tile), as `process_images` makes them.
+
+        Returns:
+            (B, L, 128): unit vectors, zeros where `attention_mask` is 0.
+
+        Raises:
+            ValueError: a batch that is padded on the left.
+        """
+        if (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
+            raise ValueError("attention_mask: ColIntern3_5 takes right-padded batches; set padding_side='right'")
+        images = kwargs.pop("mm_encoder_outputs", None)
+        if pixel_values is not None:
+            parts = (*self.vision_tower.parameters(), *self.multi_modal_projector.parameters())
+            # A frozen tower must stay out of the graph even where PEFT or checkpointing hooks its inputs.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in parts)):
+                images = {"image": self.get_image_features(pixel_values=pixel_values, return_dict=True)}
+        # Causal attention never looks right, so right padding needs no attention mask, and a page's embeddings
+        # cannot depend on the pages beside it.
+        hidden = (
+            super()
+            .forward(input_ids=input_ids, mm_encoder_outputs=images, use_cache=False, return_dict=True, **kwargs)
+            .last_hidden_state
+        )
+        embeddings = normalize(self.custom_text_proj(hidden).float(), dim=-1)
+        return embeddings.masked_fill(attention_mask.unsqueeze(-1) == 0, 0.0)
+
+
+def attention_kernel(choice: str) -> str:
+    """transformers' name for `choice`: `auto` is flash_attention_2 where it can be imported on CUDA, else sdpa."""
+    if choice != "auto":
+        return choice
+    return "flash_attention_2" if torch.cuda.is_available() and find_spec("flash_attn") else "sdpa"
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """transformers logs a table of missing keys, in which a random head looks like a broken language model; the
+    check after loading says which it is."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"

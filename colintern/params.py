@@ -1,0 +1,254 @@
+"""params.yaml: read once, checked whole, handed on as one frozen object.
+
+There are no defaults: what the file says is what runs. Each key's rule stands beside its field in `Params`; what a key
+means, its unit and the guide's value stand beside it in params.yaml.
+"""
+
+import difflib
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+
+
+class UserError(ValueError):
+    """Bad input. The message names the key or file, its value and what would be valid; the process exits with 2."""
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Around a program's main (as `with` or as a decorator): a UserError becomes one message on stderr and exit 2."""
+    try:
+        yield
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(2) from problem
+
+
+class Rule(NamedTuple):
+    """What a value must satisfy beyond its type: in words, for the message, and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(low: int) -> Rule:
+    return Rule(f"at least {low}", lambda value: value >= low)
+
+
+def between(low: int, high: int) -> Rule:
+    return Rule(f"{low} to {high}", lambda value: low <= value <= high)
+
+
+def one_of(*choices: str) -> Rule:
+    return Rule("one of " + ", ".join(choices), lambda value: value in choices)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return bool(pattern)
+
+
+POSITIVE = Rule("above 0", lambda value: value > 0)
+FILLED = Rule("not empty", lambda value: bool(value.strip()))
+REVISION = Rule('40 hex digits, or ""', lambda value: re.fullmatch(r"([0-9a-f]{40})?", value) is not None)
+PATTERN = Rule("a regular expression that compiles", _compiles)
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """The keys of params.yaml, in its order. A rule on a list holds for each of its entries."""
+
+    base: Annotated[str, FILLED]
+    base_revision: Annotated[str, REVISION]
+    train_data: Annotated[str, FILLED]
+    train_revision: Annotated[str, REVISION]
+    benchmarks: Annotated[tuple[str, ...], FILLED]
+    eval_untrained: bool
+    max_visual_tokens: Annotated[int, between(1, 65536)]
+    max_query_tokens: Annotated[int, between(8, 4096)]
+    dtype: Annotated[str, one_of("float32", "bfloat16")]
+    attention: Annotated[str, one_of("auto", "sdpa", "eager", "flash_attention_2")]
+    gradient_checkpointing: bool
+    lora_targets: Annotated[tuple[str, ...], PATTERN]
+    lora_rank: Annotated[int, between(1, 1024)]
+    lora_alpha: Annotated[int, at_least(1)]
+    lora_dropout: Annotated[float, Rule("0 <= lora_dropout < 1", lambda value: 0 <= value < 1)]
+    epochs: Annotated[int, at_least(1)]
+    lr: Annotated[float, Rule("0 < lr <= 1", lambda value: 0 < value <= 1)]
+    lr_scheduler: Annotated[str, one_of("linear", "cosine", "constant_with_warmup")]
+    warmup_steps: Annotated[int, at_least(0)]
+    weight_decay: Annotated[float, at_least(0)]
+    max_grad_norm: Annotated[float, POSITIVE]
+    batch_size: Annotated[int, at_least(2)]
+    micro_batch_size: Annotated[int, at_least(1)]
+    temperature: Annotated[float, POSITIVE]
+    logging_steps: Annotated[int, at_least(1)]
+    dev_queries: Annotated[int, at_least(1)]
+    save_steps: Annotated[int, at_least(1)]
+    eval_batch_size: Annotated[int, at_least(1)]
+    seed: Annotated[int, between(0, 2**32 - 1)]
+    threads: Annotated[int, at_least(1)]
+    workers: Annotated[int, at_least(0)]
+
+
+HINTS = get_type_hints(Params, include_extras=True)
+LIST = tuple[str, ...]
+KINDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    LIST: "a list of one or more texts",
+}
+
+
+def load(path: str | Path = "params.yaml") -> Params:
+    """Read and check a params file. Folders named in it are taken relative to the current folder, as stages take them.
+
+    Raises:
+        UserError: the file cannot be read as a YAML mapping, or keys are missing, unknown, given twice, of the wrong
+            type or out of range; every problem of the file is in the one message.
+    """
+    raw, problems = _read(Path(path))
+    problems += _key_problems(raw)
+    good: dict[str, Any] = {}
+    for key in HINTS:
+        if key in raw:
+            faults = _faults(key, raw[key])
+            problems += faults
+            if not faults:
+                good[key] = _converted(key, raw[key])
+    problems += _cross_problems(good)
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"{path}: {count}" + "".join(f"\n  {problem}" for problem in problems))
+    return Params(**good)
+
+
+def _read(path: Path) -> tuple[dict[Any, Any], list[str]]:
+    """The file's mapping, and one problem for each key that stands in it more than once."""
+    from ruamel.yaml import YAML  # here, because it takes longer to import than `colintern --help` may take
+    from ruamel.yaml.error import YAMLError
+
+    # YAML 1.2, because DVC writes `lr: 3e-05`, which a YAML 1.1 reader such as PyYAML takes for text.
+    reader = YAML(typ="safe", pure=True)
+    reader.allow_duplicate_keys = True  # reported below, together with the file's other problems
+    try:
+        text = path.read_bytes()
+        node = reader.compose(text)
+        raw = reader.load(text)
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        hint = "; `colintern recipe demo` writes one in the repository root" if missing else ""
+        raise UserError(f"{path}: cannot be read: {error.strerror}{hint}") from error
+    except (YAMLError, ValueError, RecursionError) as error:
+        # ValueError: YAML takes 2026-13-45 for a date, and finds it impossible. RecursionError: [[[[[[...
+        raise UserError(f"{path}: is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: must be a mapping, `key: value` on each line; it holds {_show(raw)}")
+    seen = defaultdict(list)
+    for key, value in node.value:
+        seen[str(key.value)].append(f"{str(value.value)[:80]} (line {key.start_mark.line + 1})")
+    problems = [
+        f"{key}: given {len(found)} times: {', '.join(found)}; keep one"
+        for key, found in seen.items()
+        if len(found) > 1
+    ]
+    return raw, problems
+
+
+def _key_problems(raw: dict[Any, Any]) -> list[str]:
+    missing = [key for key in HINTS if key not in raw]
+    unknown = {str(key): value for key, value in raw.items() if key not in HINTS}
+    problems = []
+    for key in missing:
+        near = difflib.get_close_matches(key, unknown, n=1)
+        problems.append(
+            f"{key}: missing; it must be {_valid(key)}" + (f"; nearest key in the file: {near[0]}" if near else "")
+        )
+    for key, value in unknown.items():
+        # A misspelt key leaves its right name missing: `learning_rate` means lr, though other names look more alike.
+        [near] = difflib.get_close_matches(key, missing or HINTS, n=1, cutoff=0.0)
+        problems.append(f"{key}: unknown key, value {_show(value)}; nearest key: {near}, {_valid(near)}")
+    return problems
+
+
+def _faults(key: str, value: Any) -> list[str]:
+    """What is wrong with one key's value by itself; in a list, what is wrong with each of its entries."""
+    kind, rules = _kind_and_rules(key)
+    if kind == LIST and type(value) is list and value:
+        return [fault for i, entry in enumerate(value) for fault in _misfit(f"{key}[{i}]", str, rules, entry)]
+    return _misfit(key, kind, rules, value)
+
+
+def _misfit(name: str, kind: Any, rules: list[Rule], value: Any) -> list[str]:
+    if _is_a(kind, value) and all(rule.holds(value) for rule in rules):
+        return []
+    return [f"{name}: {_show(value)} is not valid; it must be {_words(kind, rules)}"]
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    if kind is float:  # compared, not converted: nan, inf and whole numbers too large for a float all fail here
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is kind  # `is`, because True is an instance of int
+
+
+def _converted(key: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return float(value) if _kind_and_rules(key)[0] is float else value
+
+
+def _cross_problems(good: dict[str, Any]) -> list[str]:
+    """Rules between keys, for those keys that are valid by themselves."""
+    problems = []
+    if {"micro_batch_size", "batch_size"} <= good.keys() and good["micro_batch_size"] > good["batch_size"]:
+        problems.append(
+            f"micro_batch_size: {good['micro_batch_size']} is not valid; "
+            f"it must be at most batch_size, {good['batch_size']}"
+        )
+    for key, revision_key, api in (
+        ("base", "base_revision", "model_info"),
+        ("train_data", "train_revision", "dataset_info"),
+    ):
+        if not {key, revision_key} <= good.keys():
+            continue
+        name, revision = good[key], good[revision_key]
+        # The hub's moving `main` would give other bytes on another day.
+        on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).is_dir()
+        if on_hub and not revision:
+            problems.append(
+                f"{revision_key}: {_show(revision)} is not valid; {key} {name!r} is not a folder here, so it is a hub "
+                f"id and needs its 40-hex revision: huggingface_hub.HfApi().{api}({name!r}).sha"
+            )
+        if revision and not on_hub:
+            problems.append(
+                f'{revision_key}: {_show(revision)} is not valid; it must be "", because {key} {name!r} is not a hub id'
+            )
+    return problems
+
+
+def _kind_and_rules(key: str) -> tuple[Any, list[Rule]]:
+    kind, *rules = get_args(HINTS[key]) or (HINTS[key],)
+    return kind, rules
+
+
+def _valid(key: str) -> str:
+    return _words(*_kind_and_rules(key))
+
+
+def _words(kind: Any, rules: list[Rule]) -> str:
+    return (", each " if kind == LIST else ", ").join([KINDS[kind], *(rule.words for rule in rules)])
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"

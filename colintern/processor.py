@@ -1,0 +1,186 @@
+"""Pages and queries as model inputs: `ColIntern3_5Processor`, with colpali-engine's public surface.
+
+It is transformers' `InternVLProcessor` with three differences: tiles come from `colintern.tiles` (a hard bound on
+visual tokens), padding is on the right (the stock processor pads left whatever the tokenizer says), and one
+function formats a query, for training, evaluation and search alike.
+"""
+
+import logging
+from typing import ClassVar
+
+import torch
+from colpali_engine.utils.processing_utils import BaseVisualRetrieverProcessor
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.transforms.v2.functional import pil_to_tensor
+from transformers import BatchFeature, InternVLProcessor
+from transformers.image_utils import SizeDict
+
+from colintern.maxsim import maxsim_scores
+from colintern.tiles import Grid, choose_grid
+
+logger = logging.getLogger(__name__)
+
+
+class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
+    """Turns page images and query strings into right-padded batches for `ColIntern3_5`.
+
+    Args:
+        image_processor, tokenizer, video_processor, image_seq_length, chat_template: as in `InternVLProcessor`;
+            `image_seq_length` is the number of visual tokens of one tile (256 for InternVL3.5).
+        max_visual_tokens: hard bound on the visual tokens of a page; at least one tile's worth.
+        max_query_tokens: a query is cut to this many tokens, prefix and augmentation included, and says so.
+
+    Raises:
+        ValueError: a bound that leaves no room for one tile, or for one word of a query.
+    """
+
+    query_prefix: ClassVar[str] = "Query: "
+    query_augmentation_token: ClassVar[str] = "<|endoftext|>"
+    visual_prompt: ClassVar[tuple[str, str]] = (
+        "<|im_start|>user\n",
+        "\nDescribe the image.<|im_end|><|endoftext|>",
+    )
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        video_processor=None,
+        image_seq_length: int = 256,
+        chat_template=None,
+        max_visual_tokens: int = 1536,
+        max_query_tokens: int = 128,
+        **kwargs,
+    ):
+        super().__init__(image_processor, tokenizer, video_processor, image_seq_length, chat_template, **kwargs)
+        if max_visual_tokens < image_seq_length:
+            raise ValueError(
+                f"max_visual_tokens={max_visual_tokens}: one tile takes {image_seq_length} visual tokens, "
+                f"so the bound must be {image_seq_length} or more"
+            )
+        self.max_visual_tokens = max_visual_tokens
+        self.max_query_tokens = max_query_tokens
+        self.tokenizer.padding_side = "right"
+        before, after = self.visual_prompt
+        self._before_tiles = [*self._ids(before), self.start_image_token_id]
+        self._after_tiles = [self.end_image_token_id, *self._ids(after)]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @property
+    def tile(self) -> int:
+        """Side of a tile in pixels."""
+        return self.image_processor.size["height"]
+
+    def grid(self, image_size: tuple[int, int]) -> Grid:
+        """The tile grid of a page of `image_size` = (height, width) pixels."""
+        height, width = image_size
+        return choose_grid(width, height, self.max_visual_tokens // self.image_seq_length, self.tile)
+
+    def process_images(self, images: list[Image.Image]) -> BatchFeature:
+        """A batch of pages.
+
+        Returns:
+            input_ids, attention_mask: (B, L) int64, padded on the right.
+            pixel_values: (sum of the pages' tiles, 3, tile, tile) float32, page after page, each page row by row
+                and its thumbnail last.
+        """
+        tiles = [self._tiles(image) for image in images]
+        rows = [
+            self._before_tiles + [self.image_token_id] * (self.image_seq_length * len(t)) + self._after_tiles
+            for t in tiles
+        ]
+        batch = self._pad(rows)
+        p = self.image_processor
+        batch["pixel_values"] = p.rescale_and_normalize(
+            torch.cat(tiles), p.do_rescale, p.rescale_factor, p.do_normalize, p.image_mean, p.image_std
+        )
+        return batch
+
+    def _tiles(self, image: Image.Image) -> torch.Tensor:
+        """The page's tiles as (n, 3, tile, tile) uint8."""
+        page = pil_to_tensor(image.convert("RGB"))
+        grid, side, resample = self.grid(page.shape[1:]), self.tile, self.image_processor.resample
+        resize = self.image_processor.resize
+        canvas = resize(page, SizeDict(height=grid.rows * side, width=grid.cols * side), resample=resample)
+        cells = canvas.unfold(1, side, side).unfold(2, side, side)  # (3, rows, cols, side, side)
+        tiles = cells.permute(1, 2, 0, 3, 4).reshape(-1, 3, side, side)
+        if grid.thumbnail:
+            small = resize(page, SizeDict(height=side, width=side), resample=resample)
+            tiles = torch.cat([tiles, small[None]])
+        return tiles
+
+    def process_texts(self, texts: list[str]) -> BatchFeature:
+        """A batch of texts as they are, without prefix or augmentation: input_ids and attention_mask, (B, L)."""
+        return self._pad([self._ids(text) for text in texts])
+
+    def process_queries(
+        self,
+        texts: list[str] | None = None,
+        queries: list[str] | None = None,
+        max_length: int = 50,
+        contexts: list[str] | None = None,
+        suffix: str | None = None,
+    ) -> BatchFeature:
+        """A batch of queries: "Query: ", the text, then ten augmentation tokens. The one place that formats a query.
+
+        Args:
+            texts, queries: the query strings (two names for one thing, as in colpali-engine).
+            max_length, contexts: accepted for colpali-engine's signature and, as there, without meaning;
+                `max_query_tokens` of the processor is the bound that counts.
+            suffix: instead of the ten augmentation tokens.
+
+        Returns:
+            input_ids, attention_mask: (B, L) int64, padded on the right.
+
+        Raises:
+            ValueError: both or none of `texts` and `queries`, an empty query, or `contexts`.
+        """
+        if (texts is None) == (queries is None):
+            raise ValueError("process_queries takes either texts or queries")
+        if contexts is not None:
+            raise ValueError("process_queries: contexts are not part of this model's queries")
+        tail = self._ids(self.query_augmentation_token * 10 if suffix is None else suffix)
+        room = self.max_query_tokens - len(tail)
+        rows = []
+        for text in texts if texts is not None else queries or []:
+            if not text.strip():
+                raise ValueError(f"query {text!r}: a query needs at least one word")
+            ids = self._ids(self.query_prefix + text)
+            if len(ids) > room:
+                logger.warning("query of %d tokens cut to %d (max_query_tokens): %.60r", len(ids), room, text)
+            rows.append(ids[:room] + tail)
+        return self._pad(rows)
+
+    def _pad(self, rows: list[list[int]]) -> BatchFeature:
+        if not rows:
+            raise ValueError("an empty batch: at least one page or query is needed")
+        ids = pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        lengths = torch.tensor([len(r) for r in rows])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        return BatchFeature({"input_ids": ids, "attention_mask": mask})
+
+    def score(self, qs, ps, device=None, **kwargs) -> torch.Tensor:
+        """MaxSim of every query with every page: see `score_multi_vector`."""
+        return self.score_multi_vector(qs, ps, device=device, **kwargs)
+
+    @staticmethod
+    def score_multi_vector(qs, ps, batch_size: int = 128, device=None) -> torch.Tensor:
+        """MaxSim scores, (n_queries, n_pages) float32 on the CPU.
+
+        Unlike colpali-engine's, no padding takes part in the maximum. A padded (n, length, 128) tensor is taken
+        too: its all-zero rows are the padding `ColIntern3_5` writes.
+        """
+        unpad = lambda es: [e[e.abs().sum(-1) > 0] if isinstance(es, torch.Tensor) else e for e in es]  # noqa: E731
+        return maxsim_scores(unpad(qs), unpad(ps))
+
+    def get_n_patches(self, image_size: tuple[int, int], *args, **kwargs) -> tuple[int, int]:
+        """Visual tokens across and down a page of `image_size` = (height, width), its thumbnail left out."""
+        grid, side = self.grid(image_size), int(self.image_seq_length**0.5)
+        return grid.cols * side, grid.rows * side
+
+    def get_image_mask(self, batch_images: BatchFeature) -> torch.Tensor:
+        """(B, L) bool: True where a token is a visual token."""
+        return batch_images.input_ids == self.image_token_id

@@ -1,0 +1,149 @@
+"""A training run from params to the adapter folder: resumes where it was cut off, leaves nothing half-written.
+
+Checkpoints live in `.scratch/`, in a folder named by the run's fingerprint, so that a run never resumes from another
+run's files; the folder goes away once the adapter is in place.
+"""
+
+import csv
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from colintern.data import Pairs, rows
+from colintern.identity import fingerprint, stage_identity
+from colintern.jsonfile import dumps
+from colintern.lora import add_lora, count, faults
+from colintern.manifest import check_base, root
+from colintern.model import ColIntern3_5, attention_kernel
+from colintern.params import Params, UserError
+from colintern.processor import ColIntern3_5Processor
+from colintern.training import ContrastiveTrainer, DevSet, arguments, verdict
+
+CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+
+
+def train(params: Params, out: Path) -> dict[str, Any]:
+    """Train and write the adapter to `out`, its curves to plots/; returns the metrics.
+
+    Raises:
+        UserError: data or base are missing or changed, the LoRA targets are wrong, another process trains this very
+            run, or the training set is smaller than a batch.
+        NonFiniteError: the loss is not finite.
+    """
+    torch.set_num_threads(params.threads)
+    check_base(params)
+    identity = stage_identity("train", params)
+    scratch = root() / ".scratch" / f"train-{fingerprint(identity)[:16]}"
+    with locked(scratch):
+        trainer = prepare(params, scratch)
+        checkpoint = get_last_checkpoint(str(scratch))
+        if checkpoint:
+            print(f"resuming from {checkpoint}")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        metrics = finish(trainer, params, identity, out)
+        shutil.rmtree(scratch)
+    return metrics
+
+
+def prepare(params: Params, scratch: Path) -> ContrastiveTrainer:
+    """The model, wrapped and counted, and the data, in a trainer."""
+    set_seed(params.seed)
+    kernel = attention_kernel(params.attention)
+    base = ColIntern3_5.from_pretrained(
+        params.base,
+        revision=params.base_revision or None,
+        seed=params.seed,
+        dtype=getattr(torch, params.dtype),
+        attn_implementation=kernel,
+    )
+    processor = ColIntern3_5Processor.from_pretrained(
+        params.base,
+        revision=params.base_revision or "main",
+        max_visual_tokens=params.max_visual_tokens,
+        max_query_tokens=params.max_query_tokens,
+    )
+    model = add_lora(base, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout)
+    if wrong := faults(count(model, params.lora_targets)):
+        raise UserError("\n  ".join(wrong))
+    pairs, dev = Pairs(rows("train")), DevSet(rows("test"), params.dev_queries)
+    if len(pairs) < params.batch_size:
+        raise UserError(f"batch_size: {params.batch_size} is more than the {len(pairs)} training pairs")
+    print(f"{len(pairs)} training pairs; dev: {len(dev)} queries on {len(dev.images)} pages; attention: {kernel}")
+    quiet = not sys.stderr.isatty()
+    return ContrastiveTrainer(
+        params, processor, dev, model=model, args=arguments(params, str(scratch), quiet), train_dataset=pairs
+    )
+
+
+def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Write everything the run leaves behind; `out` appears whole or not at all."""
+    log = trainer.state.log_history
+    timing = {key: value for row in log for key, value in row.items() if key in CLOCK}
+    steps = [row for row in log if "loss" in row]
+    dev = [row for row in log if "eval_ndcg_at_5" in row]
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    wrapped: Any = trainer.model
+    wrapped.save_pretrained(partial)
+    wrapped.base_model.model.save_head(partial)
+    trainer.processor.save_pretrained(partial)
+    (partial / "identity.json").write_text(dumps(identity))
+    # No train_loss or total_flos: the first differs after a resume, and both are of no use to a reader of this file.
+    state = {
+        "global_step": trainer.state.global_step,
+        "max_steps": trainer.state.max_steps,
+        "num_train_epochs": params.epochs,
+        "log_history": steps + dev,
+    }
+    (partial / "trainer_state.json").write_text(dumps(state))
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(partial, out)
+    write_csv(Path("plots/train.csv"), steps, ("step", "epoch", "loss", "grad_norm", "learning_rate"))
+    write_csv(Path("plots/dev.csv"), dev, ("step", "epoch", "eval_ndcg_at_5"))
+    (root() / "logs").mkdir(exist_ok=True)
+    (root() / "logs" / "train-timing.json").write_text(dumps(timing))
+    return {
+        "steps": trainer.state.global_step,
+        "loss": round(steps[-1]["loss"], 6),
+        "dev_ndcg_at_5": round(dev[-1]["eval_ndcg_at_5"], 6),
+        "verdict": verdict(log, params, trainer.dev.chance),
+    }
+
+
+def write_csv(path: Path, records: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone.
+
+    Raises:
+        UserError: another process holds it; its PID is named.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_suffix(".lock")
+    with lock.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(f"{lock}: process {file.read().strip()} is training this very run") from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+        lock.unlink()

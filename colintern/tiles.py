@@ -1,0 +1,58 @@
+"""Which tiles a page is cut into: the one place that decides it.
+
+InternVL reads a page as a grid of square tiles, plus a thumbnail of the whole page, each tile costing the same
+number of visual tokens (256 for InternVL3.5, whose tiles are 448 px). transformers' own tiler takes the grid whose
+aspect ratio is closest and always adds the thumbnail, so an A4 page jumps from 3 tiles to 7 and "1536 tokens"
+cannot be had. Here the budget is a hard bound: the sharpest grid under it, and the thumbnail when it still fits.
+"""
+
+from typing import NamedTuple
+
+
+class Grid(NamedTuple):
+    """`cols` x `rows` tiles, followed by one tile that shows the whole page if `thumbnail`."""
+
+    cols: int
+    rows: int
+    thumbnail: bool
+
+    @property
+    def tiles(self) -> int:
+        return self.cols * self.rows + int(self.thumbnail)
+
+
+def choose_grid(width: int, height: int, max_tiles: int, tile: int) -> Grid:
+    """The grid that keeps most of the page's resolution with at most `max_tiles` tiles of `tile` x `tile` pixels.
+
+    A page stretched onto `cols` x `rows` tiles is as sharp as its worse axis, min(cols * tile / width,
+    rows * tile / height), and enlarging beyond 1 adds no information. Among equally sharp grids the one with the
+    fewest tiles wins, then the one that distorts least.
+
+    >>> choose_grid(1240, 1754, max_tiles=6, tile=448)    # A4 at 150 dpi, 1536 tokens
+    Grid(cols=2, rows=3, thumbnail=False)
+    >>> choose_grid(1240, 1754, max_tiles=7, tile=448)    # 1792 tokens
+    Grid(cols=2, rows=3, thumbnail=True)
+    >>> choose_grid(300, 300, max_tiles=12, tile=448)     # nothing to gain from a second tile
+    Grid(cols=1, rows=1, thumbnail=False)
+
+    Args:
+        width, height: page size in pixels.
+        max_tiles: most tiles the page may cost, thumbnail included; at least 1.
+        tile: side of a tile in pixels.
+
+    Raises:
+        ValueError: a size below 1 pixel or a bound below one tile.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"page of {width} x {height} pixels: both sides must be at least 1")
+    if max_tiles < 1:
+        raise ValueError(f"max_tiles={max_tiles}: at least one tile is needed to show a page")
+
+    def rank(grid: tuple[int, int]) -> tuple[float, int, float]:
+        cols, rows = grid
+        across, down = cols * tile / width, rows * tile / height
+        return (-min(across, down, 1.0), cols * rows, max(across / down, down / across))
+
+    grids = [(cols, rows) for cols in range(1, max_tiles + 1) for rows in range(1, max_tiles // cols + 1)]
+    cols, rows = min(grids, key=rank)
+    return Grid(cols, rows, thumbnail=1 < cols * rows < max_tiles)

@@ -1,0 +1,183 @@
+"""Training: transformers' Trainer with a contrastive step of our own.
+
+`batch_size` is the number of pages each query is compared with. `micro_batch_size` only says how many pairs are in
+the model at once: with a smaller one each part is embedded without a graph, the loss and the gradient of every
+embedding are computed over the whole batch, and each part is embedded again to send its gradient on (gradient
+caching, Gao et al. 2021, arXiv 2101.06983). The gradient is the same.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from colintern.data import Collator, decode, page_id
+from colintern.embed import embed_pages, embed_queries
+from colintern.loss import contrastive_loss, maxsim_matrix
+from colintern.maxsim import maxsim_scores, ndcg_at_k
+from colintern.params import Params
+from colintern.processor import ColIntern3_5Processor
+
+Batch = dict[str, Any]
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient became NaN or infinite; nothing after that is worth keeping. The process exits with 5."""
+
+
+class ContrastiveTrainer(Trainer):
+    """transformers' Trainer; a batch is what `Collator` makes, the dev set is measured as retrieval."""
+
+    def __init__(self, params: Params, processor: ColIntern3_5Processor, dev: "DevSet", **kwargs: Any):
+        super().__init__(data_collator=Collator(processor), eval_dataset=dev, **kwargs)
+        self.params, self.dev, self.processor = params, dev, processor
+
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        """One forward and backward pass over a whole batch; returns its loss, a detached scalar.
+
+        Raises:
+            NonFiniteError: the loss is not finite.
+        """
+        model.train()
+        batch: Batch = self._prepare_inputs(inputs)
+        if self.params.micro_batch_size >= len(batch["page_ids"]):
+            loss = self._loss(batch, model(**batch["query"]), model(**batch["page"]))
+            self.accelerator.backward(loss)
+        else:
+            loss = self._cached_step(model, batch)
+        if not loss.isfinite():
+            raise NonFiniteError(f"loss is {loss.item()} at step {self.state.global_step + 1}; a smaller lr may help")
+        return loss.detach()
+
+    def _loss(self, batch: Batch, queries: Tensor, pages: Tensor) -> Tensor:
+        scores = maxsim_matrix(queries, batch["query"]["attention_mask"], pages, batch["page"]["attention_mask"])
+        return contrastive_loss(scores, batch["page_ids"], self.params.temperature)
+
+    def _cached_step(self, model: Any, batch: Batch) -> Tensor:
+        parts = [
+            part
+            for side in ("query", "page")
+            for part in split(batch[side], self.params.micro_batch_size, self.processor)
+        ]
+        states, embeddings = [], []
+        with torch.no_grad():
+            for part in parts:
+                states.append(rng_state())
+                embeddings.append(model(**part))
+        leaves = [e.requires_grad_() for e in embeddings]
+        half = len(leaves) // 2
+        loss = self._loss(batch, torch.cat(leaves[:half]), torch.cat(leaves[half:]))
+        loss.backward()
+        after = rng_state()
+        for part, state, leaf in zip(parts, states, leaves, strict=True):
+            set_rng_state(state)  # the same dropout as when the part was embedded first
+            self.accelerator.backward((model(**part) * leaf.grad).sum())
+        set_rng_state(after)
+        return loss
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        """NDCG@5 on the dev set."""
+        metrics = {f"{metric_key_prefix}_ndcg_at_5": self.dev.ndcg(self.model, self.processor, self.params)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def split(inputs: dict[str, Tensor], size: int, processor: ColIntern3_5Processor) -> Iterator[dict[str, Tensor]]:
+    """Cut one side of a batch into parts of `size` rows; the flat tiles of `pixel_values` go with their pages."""
+    ids = inputs["input_ids"]
+    tiles = (ids == processor.image_token_id).sum(1) // processor.image_seq_length
+    ends = [0, *tiles.cumsum(0).tolist()]
+    for start in range(0, len(ids), size):
+        part = {k: v[start : start + size] for k, v in inputs.items() if k != "pixel_values"}
+        if "pixel_values" in inputs:
+            part["pixel_values"] = inputs["pixel_values"][ends[start] : ends[min(start + size, len(ids))]]
+        yield part
+
+
+def rng_state() -> list[Tensor]:
+    """The state of torch's random generators, CPU first."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def set_rng_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state_all(state[1:])
+
+
+class DevSet(Dataset):
+    """The first `queries` pairs of the dev split, each page kept once."""
+
+    def __init__(self, table: Any, queries: int):
+        self.queries: list[str] = []
+        self.images: list[Any] = []
+        self.relevant: list[set[int]] = []
+        places: dict[int, int] = {}
+        for row in table.select(range(min(queries, len(table)))):
+            place = places.setdefault(page_id(row["image"]["bytes"]), len(places))
+            if place == len(self.images):
+                self.images.append(row["image"])
+            self.queries.append(row["query"])
+            self.relevant.append({place})
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def ndcg(self, model: Any, processor: ColIntern3_5Processor, params: Params) -> float:
+        """NDCG@5 of the dev queries over the dev pages."""
+        size = params.eval_batch_size
+        pages: list[Tensor] = []
+        for start in range(0, len(self.images), size):  # decoded a batch at a time
+            images = [decode(image) for image in self.images[start : start + size]]
+            pages += embed_pages(model, processor, images, size)
+        return ndcg_at_k(maxsim_scores(embed_queries(model, processor, self.queries, size), pages), self.relevant, 5)
+
+    @property
+    def chance(self) -> float:
+        """NDCG@5 of a random ranking: one right page among all."""
+        return sum(1 / math.log2(rank + 1) for rank in range(1, 6)) / len(self.images)
+
+
+def arguments(params: Params, folder: str, quiet: bool) -> TrainingArguments:
+    """The Trainer's arguments; checkpoints go to `folder`."""
+    return TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=params.batch_size,
+        dataloader_drop_last=True,  # each step compares with batch_size pages, the last one too
+        num_train_epochs=params.epochs,
+        learning_rate=params.lr,
+        lr_scheduler_type=params.lr_scheduler,
+        warmup_steps=params.warmup_steps,
+        weight_decay=params.weight_decay,
+        max_grad_norm=params.max_grad_norm,
+        logging_steps=params.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="epoch",
+        save_strategy="steps",
+        save_steps=params.save_steps,
+        save_total_limit=2,
+        gradient_checkpointing=params.gradient_checkpointing,
+        seed=params.seed,
+        data_seed=params.seed,
+        dataloader_num_workers=params.workers,
+        remove_unused_columns=False,
+        disable_tqdm=quiet,
+        report_to="none",
+    )
+
+
+def verdict(log: Sequence[dict[str, Any]], params: Params, chance: float) -> str:
+    """`collapsed` when the run ends where it knows nothing, `learned` otherwise.
+
+    A collapsed model gives every page the same score: the loss is log(batch_size) and the ranking is chance.
+    """
+    losses = [row["loss"] for row in log if "loss" in row]
+    tail = losses[-max(1, len(losses) // 10) :]
+    ndcg = [row["eval_ndcg_at_5"] for row in log if "eval_ndcg_at_5" in row][-1]
+    flat = sum(tail) / len(tail) > 0.97 * math.log(params.batch_size)
+    return "collapsed" if flat or ndcg < 2 * chance else "learned"

@@ -1,0 +1,37 @@
+"""train: LoRA and the projection head, by contrast within the batch.
+
+    python -m stages.train
+
+Input: params.yaml, data/manifest.json and what it names. Output: experiments/colintern (the adapter, its head,
+processor, trainer_state.json, identity.json), metrics/train.json, plots/train.csv and plots/dev.csv. An interrupted
+run goes on from its last checkpoint. Exit 5 when the loss is not finite.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from colintern.jsonfile import dumps
+from colintern.params import exit_on_user_error, load
+from colintern.runs import train
+from colintern.training import NonFiniteError
+
+
+@exit_on_user_error()
+def main() -> None:
+    try:
+        metrics = train(load(), Path("experiments/colintern"))
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(5) from error
+    path = Path("metrics/train.json")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(dumps(metrics))
+    print(" ".join(f"{key}={value}" for key, value in metrics.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Fixtures: the demo base is small enough to be loaded by any test."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "demo" / "base"
+
+
+@pytest.fixture(scope="session")
+def processor():
+    from colintern.processor import ColIntern3_5Processor
+
+    return ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=96, max_query_tokens=64)
+
+
+@pytest.fixture
+def model():
+    import torch
+
+    from colintern.model import ColIntern3_5
+
+    return ColIntern3_5.from_pretrained(BASE, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def pages():
+    """Pages of several shapes, so that batches are ragged."""
+
+    def page(width: int, height: int, word: str) -> Image.Image:
+        image = Image.new("RGB", (width, height), "white")
+        ImageDraw.Draw(image).text((20, 30), word, fill="black")
+        return image
+
+    return [page(224, 336, "Oslo"), page(112, 112, "Rome"), page(224, 112, "Halde"), page(150, 400, "milk")]

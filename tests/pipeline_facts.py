@@ -1,0 +1,58 @@
+"""What the code itself says about the pipeline: which modules a stage reaches, which params those modules read."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def module_file(name: str) -> Path | None:
+    """The file of one of our modules, None for anybody else's."""
+    path = ROOT / Path(*name.split("."))
+    if name.split(".")[0] not in ("colintern", "stages"):
+        return None
+    return next((f for f in (path.with_suffix(".py"), path / "__init__.py") if f.is_file()), None)
+
+
+def imports(file: Path) -> set[Path]:
+    """The files of ours that `file` imports, wherever in it the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        found |= {f for name in names if (f := module_file(name))}
+    return found
+
+
+def reached(file: Path) -> set[Path]:
+    """`file` and every file of ours it reaches by imports."""
+    seen, todo = set(), {file}
+    while todo:
+        here = todo.pop()
+        seen.add(here)
+        todo |= imports(here) - seen
+    return seen
+
+
+def params_read(file: Path) -> set[str]:
+    """The keys a file reads: attributes of the names through which the params object goes."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute)
+        and (
+            (isinstance(node.value, ast.Name) and node.value.id == "params")
+            or (isinstance(node.value, ast.Attribute) and node.value.attr == "params")
+        )
+    }
+
+
+if __name__ == "__main__":
+    for script in sorted((ROOT / "stages").glob("[!_]*.py")):
+        files = reached(script)
+        print(script.stem)
+        print("  deps:", *sorted(f.relative_to(ROOT).as_posix() for f in files), sep="\n    - ")
+        print("  params:", *sorted(set().union(*map(params_read, files))), sep="\n    - ")

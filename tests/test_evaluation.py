@@ -1,0 +1,251 @@
+"""Evaluation through the real mteb, over a small folder in its layout, against a direct computation.
+
+The model is a small module that keeps the contract of `ColIntern3_5`: a page is a row of coloured cells, a query
+names colours, and each colour has a fixed embedding. Pages and queries differ in length, so padding is at work.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import datasets
+import mteb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn.functional import normalize
+from transformers import BatchFeature
+
+from colintern import evaluation
+from colintern.benchmarks import tasks_for
+from colintern.embed import embed_pages, embed_queries
+from colintern.formats import CorpusPage, Qrel, Query, png_bytes, write_beir
+from colintern.manifest import BEIR_SUFFIXES, local_files
+from colintern.maxsim import maxsim_scores, ndcg_at_k
+from colintern.params import Params, UserError, load
+
+PAGES, COLOURS = 110, 512
+RECIPE = load(Path(__file__).parents[1] / "recipes" / "demo.yaml")
+FOLDER = "eval/some-docs"
+
+
+class ColourModel(nn.Module):
+    """input_ids (B, L) and attention_mask (B, L) to (B, L, 128): unit rows, zeros where the mask is 0."""
+
+    def __init__(self, spread: float = 1.0):
+        super().__init__()
+        table = torch.randn(COLOURS, 128, generator=torch.Generator().manual_seed(1))
+        self.table = nn.Parameter(normalize(table * spread + 1.0, dim=-1))  # 1.0: some similarities are high for all
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.table[input_ids].masked_fill(attention_mask.unsqueeze(-1) == 0, 0.0)
+
+
+class ColourProcessor:
+    """Pages: the colour number of each cell. Queries: the numbers they name."""
+
+    def process_images(self, images: list[Image.Image]) -> BatchFeature:
+        return self._pad([[r // 32 * 64 + g // 32 * 8 + b // 32 for r, g, b in _pixels(image)] for image in images])
+
+    def process_queries(self, queries: list[str]) -> BatchFeature:
+        return self._pad([[int(word) for word in query.split()] for query in queries])
+
+    def _pad(self, rows: list[list[int]]) -> BatchFeature:
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        return BatchFeature({"input_ids": ids, "attention_mask": mask})
+
+
+def _pixels(image: Image.Image) -> list[tuple[int, int, int]]:
+    return [image.getpixel((x, 0)) for x in range(image.width)]
+
+
+def _page(colours: list[int]) -> Image.Image:
+    image = Image.new("RGB", (len(colours), 1))
+    for x, colour in enumerate(colours):
+        image.putpixel((x, 0), (colour // 64 * 32, colour // 8 % 8 * 32, colour % 8 * 32))
+    return image
+
+
+def _world() -> tuple[list[list[int]], list[list[int]]]:
+    """Colours of each page and of its query: two of the page's own, in every fourth query none, and some others."""
+    rng = Random(7)
+    pages = [[rng.randrange(COLOURS) for _ in range(rng.randrange(10, 40))] for _ in range(PAGES)]
+    others = [[rng.randrange(COLOURS) for _ in range(rng.randrange(2, 5))] for _ in pages]
+    queries = [(rng.sample(page, 2) if i % 4 else []) + others[i] for i, page in enumerate(pages)]
+    return pages, queries
+
+
+def write_world(folder: Path) -> None:
+    pages, queries = _world()
+    write_beir(
+        folder,
+        [CorpusPage(i, png_bytes(_page(page)), f"{i}.png") for i, page in enumerate(pages)],
+        [Query(i, " ".join(map(str, query))) for i, query in enumerate(queries)],
+        [Qrel(i, i) for i in range(PAGES)],
+    )
+
+
+def write_manifest(*benchmarks: str) -> Params:
+    """What fetch-data does for local folders."""
+    entries = {name: local_files(name, BEIR_SUFFIXES)._asdict() for name in benchmarks if Path(name).is_dir()}
+    Path("data").mkdir(exist_ok=True)
+    Path("data/manifest.json").write_text(json.dumps({"evaluation": entries}))
+    return replace(RECIPE, benchmarks=benchmarks, eval_batch_size=16)
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+    return tmp_path
+
+
+@pytest.fixture
+def params(workspace) -> Params:
+    write_world(Path(FOLDER))
+    return write_manifest(FOLDER)
+
+
+def files_of(folder: str) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def test_equals_a_direct_computation_and_leaves_the_same_bytes_twice(params, workspace):
+    model, processor = ColourModel(), ColourProcessor()
+    first = evaluation.evaluate(model, processor, params, "stub", "a" * 40, "out/one")
+    second = evaluation.evaluate(model, processor, params, "stub", "a" * 40, "out/two")
+
+    pages, queries = _world()
+    found = maxsim_scores(
+        embed_queries(model, processor, [" ".join(map(str, query)) for query in queries], 7),
+        embed_pages(model, processor, [_page(page) for page in pages], 5),
+    )
+    relevant = [[i] for i in range(PAGES)]
+    ranks = (found >= found.diagonal()[:, None]).sum(dim=1)
+    scores = first["some-docs"]
+    assert scores["ndcg_at_5"] == pytest.approx(ndcg_at_k(found, relevant, 5), abs=1e-5)
+    assert scores["ndcg_at_10"] == pytest.approx(ndcg_at_k(found, relevant, 10), abs=1e-5)
+    assert scores["recall_at_100"] == pytest.approx((ranks <= 100).float().mean().item(), abs=1e-5)
+    assert 0.2 < scores["ndcg_at_5"] < 0.95 and scores["recall_at_100"] < 1, "neither trivial nor hopeless"
+    assert scores["tasks"] == {"SomeDocsRetrieval": {m: scores[m] for m in evaluation.METRICS}}
+
+    assert first == second
+    one = files_of("out/one")
+    assert one == files_of("out/two")
+    name = f"results/colintern__stub/{'a' * 40}/SomeDocsRetrieval.json"
+    assert name in one
+    assert not [path for path, content in one.items() if str(workspace).encode() in content]
+
+    loaded = mteb.TaskResult.from_disk(Path("out/one", name))
+    assert loaded.get_score() == pytest.approx(scores["ndcg_at_5"], abs=1e-6)
+    assert loaded.evaluation_time is None and loaded.date is None
+    timing = json.loads(Path("logs/eval-timing.json").read_text())
+    kept = timing[f"colintern__stub/{'a' * 40}/SomeDocsRetrieval"]
+    assert kept["evaluation_time"] > 0 and kept["date"] > 0 and kept["evaluation_phases"]
+
+
+def test_other_data_is_another_revision(params):
+    before = tasks_for(params)[0][1].metadata.dataset["revision"]
+    corpus = next(Path(FOLDER).glob("corpus/*.parquet"))
+    pq.write_table(pq.read_table(corpus).slice(0, PAGES - 1), corpus)
+    with pytest.raises(UserError, match="changed after it was fetched"):
+        tasks_for(params)
+    assert tasks_for(write_manifest(FOLDER))[0][1].metadata.dataset["revision"] != before
+
+
+def test_a_page_without_image_is_named(params):
+    corpus = next(Path(FOLDER).glob("corpus/*.parquet"))
+    table = pq.read_table(corpus)
+    images = table["image"].to_pylist()
+    images[3] = None
+    index = table.schema.get_field_index("image")
+    pq.write_table(table.set_column(index, table.field("image"), pa.array(images, table.field("image").type)), corpus)
+    with pytest.raises(UserError, match="page corpus-test-3 of the evaluation corpus has no image"):
+        evaluation.evaluate(ColourModel(), ColourProcessor(), write_manifest(FOLDER), "stub", "a" * 40, "out")
+
+
+def test_a_broken_model_is_an_error(params):
+    model = ColourModel()
+    with torch.no_grad():
+        model.table[_world()[0][0][0]] = float("nan")
+    with pytest.raises(ValueError, match="embeddings are broken"):
+        evaluation.evaluate(model, ColourProcessor(), params, "stub", "a" * 40, "out")
+
+
+@pytest.mark.parametrize(
+    ("entry", "near"),
+    [
+        ("VidoreDocVQARetreival", "VidoreDocVQARetrieval"),
+        ("ViDoRe(v9)", "ViDoRe(v"),
+        ("dmeo", "demo"),
+        ("eval/none", "nearest"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(workspace, entry, near):
+    with pytest.raises(UserError) as refused:
+        tasks_for(write_manifest(entry))
+    assert repr(entry) in str(refused.value) and near in str(refused.value)
+
+
+def test_benchmark_and_task_names(workspace, capsys):
+    pairs = tasks_for(write_manifest("ViDoRe(v1)", "VidoreDocVQARetrieval", "ViDoRe(v3)"))
+    labels = [label for label, _ in pairs]
+    assert [labels.count(name) for name in dict(pairs)] == [10, 1, 8]
+    assert "ViDoRe(v3): left out, because their data is not public: Vidore3TelecomRetrieval" in capsys.readouterr().out
+
+
+def test_what_cannot_be_evaluated_is_refused(params):
+    with pytest.raises(UserError, match="NFCorpus is Retrieval, category t2t"):
+        tasks_for(write_manifest("NFCorpus"))
+    with pytest.raises(UserError, match="label 'some-docs', which an entry before it already has"):
+        write_world(Path("other/some-docs"))
+        tasks_for(write_manifest(FOLDER, "other/some-docs"))
+    with pytest.raises(UserError, match="both be the task SomeDocsRetrieval"):
+        write_world(Path("other/some_docs"))
+        tasks_for(write_manifest(FOLDER, "other/some_docs"))
+    for file in Path(FOLDER).glob("qrels/*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"not an evaluation set.*none in qrels"):
+        tasks_for(write_manifest(FOLDER))
+
+
+def test_what_is_missing_is_named_before_a_model_is_loaded_and_older_results_stay(params):
+    out, adapter = Path("out"), Path("adapter")
+    (out / "results").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"adapter: holds no adapter_model.safetensors; .* dvc repro train"):
+        evaluation.evaluate_adapter(params, adapter, out)
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(UserError, match="benchmarks: 'ViDoRe' is not demo"):
+        evaluation.evaluate_adapter(write_manifest("ViDoRe"), adapter, out)
+    assert (out / "results").is_dir()
+
+
+def test_report_rows_and_table():
+    def scores(value: float) -> evaluation.Scores:
+        metrics = dict.fromkeys(evaluation.METRICS, value)
+        return {"ViDoRe(v1)": metrics | {"tasks": {"VidoreSyntheticDocQAGovernmentReportsRetrieval": metrics}}}
+
+    after, before = scores(0.8), scores(0.1)
+    assert evaluation.report(after, None) == after
+    metrics = evaluation.report(after, before)["ViDoRe(v1)"]
+    assert metrics["untrained"] == dict.fromkeys(evaluation.METRICS, 0.1) and metrics["ndcg_at_5"] == 0.8
+    rows = evaluation.score_rows({"trained": after, "untrained": before})
+    assert [(row["model"], row["ndcg_at_5"]) for row in rows] == [("trained", 0.8), ("untrained", 0.1)]
+    lines = evaluation.table({"trained": after, "untrained": before}).splitlines()
+    assert len(lines) == 5 and max(map(len, lines)) <= 80
+    assert "GovernmentReports" in lines[1] and "80.0" in lines[1] and "10.0" in lines[4]
+
+
+def test_embedding_leaves_the_training_mode_as_it_was():
+    model = ColourModel().train()
+    rows = embed_queries(model, ColourProcessor(), ["1 2 3", "4"], 2)
+    assert [len(row) for row in rows] == [3, 1] and not rows[0].requires_grad
+    assert model.training

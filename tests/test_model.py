@@ -1,0 +1,204 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import BASE, ROOT
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from colintern.embed import embed_pages, embed_queries
+from colintern.lora import add_lora, count, faults, meta_model
+from colintern.model import ColIntern3_5, attention_kernel
+
+TARGETS = [
+    *(rf"language_model\.layers\.\d+\.self_attn\.{m}_proj" for m in "qkvo"),
+    *(rf"language_model\.layers\.\d+\.mlp\.{m}_proj" for m in ("gate", "up", "down")),
+    "custom_text_proj",
+]
+
+
+def load(path, **kwargs) -> ColIntern3_5:
+    return ColIntern3_5.from_pretrained(path, dtype=torch.float32, **kwargs)
+
+
+def embed(model, processor, pages) -> torch.Tensor:
+    return torch.cat(embed_pages(model, processor, pages, 4) + embed_queries(model, processor, ["from Oslo", "a"], 2))
+
+
+@pytest.fixture
+def adapter(model, processor, tmp_path):
+    """An adapter whose LoRA weights are not at their start."""
+    wrapped = add_lora(model, TARGETS, rank=4, alpha=4, dropout=0.0)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.05)
+    folder = tmp_path / "adapter"
+    wrapped.save_pretrained(folder)
+    model.save_head(folder)
+    return folder, wrapped
+
+
+def test_embeddings_are_unit_vectors_and_padding_is_zero(model, processor, pages):
+    batch = processor.process_images(pages)
+    with torch.no_grad():
+        norms = model(**batch).norm(dim=-1)
+    torch.testing.assert_close(norms, batch["attention_mask"].float(), atol=1e-5, rtol=0)
+
+
+def test_embeddings_do_not_depend_on_the_pages_beside(model, processor, pages):
+    together = embed_pages(model, processor, pages, 4)
+    alone = embed_pages(model, processor, pages, 1)
+    assert max((a - b).abs().max() for a, b in zip(together, alone, strict=True)) <= 1e-5
+
+
+def test_left_padding_is_refused(model, processor):
+    batch = processor.process_queries(["a", "a longer query"])
+    with pytest.raises(ValueError, match="right-padded"):
+        model(**{k: v.flip(1) for k, v in batch.items()})
+
+
+def test_the_same_bytes_in_a_new_process(adapter, processor, pages, tmp_path):
+    folder, wrapped = adapter
+    here = embed(wrapped.eval(), processor, pages[:2])
+    code = (
+        "import torch, sys; sys.path.insert(0, 'tests'); from test_model import *; import PIL.Image as I\n"
+        "from colintern.processor import ColIntern3_5Processor as P\n"
+        f"p = P.from_pretrained({str(BASE)!r}, max_visual_tokens=96, max_query_tokens=64)\n"
+        f"pages = [I.open({str(tmp_path)!r} + f'/{{i}}.png') for i in range(2)]\n"
+        f"save_file({{'e': embed(load({str(folder)!r}), p, pages)}}, {str(tmp_path / 'e')!r})"
+    )
+    for i, page in enumerate(pages[:2]):
+        page.save(tmp_path / f"{i}.png")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert torch.equal(load_file(tmp_path / "e")["e"], here)
+
+
+def test_plain_peft_and_merged_rank_alike(adapter, processor, pages):
+    folder, wrapped = adapter
+    here = embed(wrapped.eval(), processor, pages)
+    base = load(BASE)
+    base.load_head(folder)
+    plain = embed(PeftModel.from_pretrained(base, folder).eval(), processor, pages)
+    assert torch.equal(plain, here)
+    merged = load(folder, merge=True)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    torch.testing.assert_close(embed(merged, processor, pages), here, atol=1e-4, rtol=0)
+
+
+def test_a_merged_model_is_a_checkpoint_again(adapter, processor, pages, tmp_path):
+    merged = load(adapter[0], merge=True)
+    merged.save_pretrained(tmp_path / "merged")
+    again = load(tmp_path / "merged")
+    assert torch.equal(embed(again, processor, pages), embed(merged, processor, pages))
+
+
+def test_an_adapter_without_its_head_is_refused(adapter):
+    folder, _ = adapter
+    (folder / "head.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"head\.safetensors: missing.*custom_text_proj"):
+        load(folder)
+
+
+def test_a_head_that_is_not_finite_is_refused(adapter):
+    file = adapter[0] / "head.safetensors"
+    save_file({k: v * float("nan") for k, v in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="finite"):
+        load(adapter[0])
+
+
+def relayout(target, rename) -> None:
+    shutil.copytree(BASE, target)
+    weights = {rename(k): v for k, v in load_file(BASE / "model.safetensors").items()}
+    save_file({k: v for k, v in weights.items() if k}, target / "model.safetensors", metadata={"format": "pt"})
+
+
+LAYOUTS = {
+    "hub": lambda k: re.sub(r"^model\.", "", k) if "language_model" not in k else k.replace(
+        "model.language_model.", "language_model.model."),
+    "transformers": lambda k: k if k.startswith("model.") else re.sub(
+        r"^language_model\.model\.", "model.language_model.", k).replace("vision_tower", "model.vision_tower").replace(
+        "multi_modal", "model.multi_modal"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_key_layouts_load_whole(layout, model, processor, pages, tmp_path):
+    def canonical(key: str) -> str:
+        key = re.sub(r"^(language_model\.model|model\.language_model)\.", "model.language_model.", key)
+        return key if key.startswith(("model.", "lm_head")) else f"model.{key}"
+
+    relayout(tmp_path / "base", lambda k: LAYOUTS[layout](canonical(k)))
+    keys = list(load_file(tmp_path / "base" / "model.safetensors"))
+    want = "language_model.model.layers" if layout == "hub" else "model.language_model.layers"
+    assert any(k.startswith(want) for k in keys)
+    again = load(tmp_path / "base")
+    assert torch.equal(embed(again, processor, pages), embed(model, processor, pages))
+
+
+def test_a_hub_checkpoint_may_carry_its_own_lm_head(tmp_path, processor):
+    relayout(tmp_path / "base", lambda k: k)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["language_model.lm_head.weight"] = torch.zeros(3)
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    load(tmp_path / "base")
+
+
+def test_a_missing_weight_is_an_error_that_names_it(tmp_path):
+    relayout(tmp_path / "base", lambda k: "" if k.endswith("layers.1.mlp.up_proj.weight") else k)
+    with pytest.raises(ValueError, match=r"missing language_model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(tmp_path / "base")
+
+
+def test_a_left_over_weight_is_an_error_that_names_it(tmp_path):
+    relayout(tmp_path / "base", lambda k: k.replace("layers.1.mlp.up_proj", "layers.1.mlp.upp_proj"))
+    with pytest.raises(ValueError, match=r"unexpected .*upp_proj"):
+        load(tmp_path / "base")
+
+
+def test_the_head_depends_on_the_seed_alone(processor):
+    torch.manual_seed(1)
+    a = load(BASE, seed=5).custom_text_proj.weight
+    torch.manual_seed(2)
+    b = load(BASE, seed=5).custom_text_proj.weight
+    assert torch.equal(a, b)
+    assert not torch.equal(a, load(BASE, seed=6).custom_text_proj.weight)
+
+
+def test_the_frozen_tower_stays_out_of_the_graph(model, processor, pages):
+    wrapped = add_lora(model, TARGETS, rank=4, alpha=4, dropout=0.0)
+    wrapped.enable_input_require_grads()  # what PEFT and gradient checkpointing do; it hooks the tower's inputs too
+    ran = {"forward": 0, "backward": 0}
+    tower = model.vision_tower.encoder.layer[0]
+    tower.register_forward_hook(lambda *_: ran.update(forward=ran["forward"] + 1))
+    tower.register_full_backward_hook(lambda *_: ran.update(backward=ran["backward"] + 1))
+    wrapped(**processor.process_images(pages)).sum().backward()
+    assert ran == {"forward": 1, "backward": 0}
+
+
+def test_attention_auto_without_cuda():
+    assert attention_kernel("eager") == "eager"
+    if not torch.cuda.is_available():
+        assert attention_kernel("auto") == "sdpa"
+
+
+def test_the_1b_architecture_has_the_published_counts(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((ROOT / "tests/internvl3_5-1b.json").read_text())))
+    model = meta_model(str(tmp_path), None)
+    head = model.custom_text_proj
+    own = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in head.parameters())
+    assert round(own / 1e6, 1) == 905.3
+    counts = count(add_lora(model, TARGETS, rank=32, alpha=32, dropout=0.1), TARGETS)
+    assert [row["matches"] for row in counts["patterns"].values()] == [28] * 7 + [1]
+    assert all(row["layers"] == list(range(28)) for row in list(counts["patterns"].values())[:7])
+    assert counts["lora_modules"] == 196 + 1
+    assert counts["trainable_parameters"] == 20_221_952
+    assert (counts["frozen_vision_modules"], counts["frozen_projector_modules"]) == (144, 2)
+    assert counts["adapted_vision_modules"] == 0
+    assert counts["head"] == [1024, 128]
+    assert faults(counts) == []

@@ -1,0 +1,106 @@
+import inspect
+import logging
+
+import pytest
+import torch
+from colpali_engine.utils.processing_utils import BaseVisualRetrieverProcessor
+from conftest import BASE
+from PIL import Image
+from transformers import InternVLProcessor
+
+from colintern.processor import ColIntern3_5Processor
+
+
+def test_the_public_surface_is_colpali_engines(processor):
+    assert isinstance(processor, BaseVisualRetrieverProcessor)
+    for name in ("process_images", "process_texts", "process_queries", "score", "score_multi_vector", "get_n_patches"):
+        ours = inspect.signature(getattr(ColIntern3_5Processor, name)).parameters
+        theirs = inspect.signature(getattr(BaseVisualRetrieverProcessor, name)).parameters
+        positional = [p for p in theirs if p not in ("args", "kwargs")]
+        assert list(ours)[: len(positional)] == positional, name
+
+
+def test_pixels_are_the_stock_processors_where_the_grid_is(processor):
+    # A page of exactly two by three tiles, with a thumbnail: both tilers choose the same grid.
+    page = Image.effect_noise((224, 336), 90).convert("RGB")
+    ours = ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=112).process_images([page])
+    stock = InternVLProcessor.from_pretrained(BASE)
+    prompt = "".join([processor.visual_prompt[0], stock.image_token, processor.visual_prompt[1]])
+    theirs = stock(images=[page], text=[prompt], min_patches=6, max_patches=6, return_tensors="pt")
+    torch.testing.assert_close(ours["pixel_values"], theirs["pixel_values"], rtol=0, atol=0)
+    assert ours["input_ids"].tolist() == theirs["input_ids"].tolist()
+
+
+def test_tiles_of_a_batch_follow_each_other(processor, pages):
+    whole = processor.process_images(pages)
+    alone = [processor.process_images([page])["pixel_values"] for page in pages]
+    assert [len(a) for a in alone] == [processor.grid(page.size[::-1]).tiles for page in pages]
+    assert torch.equal(whole["pixel_values"], torch.cat(alone))
+
+
+def test_padding_is_on_the_right_and_masked(processor, pages):
+    batch = processor.process_images(pages)
+    for ids, mask, page in zip(batch["input_ids"], batch["attention_mask"], pages, strict=True):
+        length = processor.process_images([page])["input_ids"].shape[1]
+        assert mask.tolist() == [1] * length + [0] * (len(ids) - length)
+
+
+def test_the_bound_on_visual_tokens_holds(pages):
+    for bound in (16, 40, 96, 200):
+        processor = ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=bound)
+        assert processor.get_image_mask(processor.process_images(pages)).sum(1).max() <= bound
+
+
+def test_a_bound_below_one_tile_is_refused():
+    with pytest.raises(ValueError, match=r"max_visual_tokens=15.*16 or more"):
+        ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=15)
+
+
+def test_patches_across_and_down(processor):
+    assert processor.get_n_patches((336, 224)) == (8, 12)
+    assert processor.get_n_patches((112, 224)) == (8, 4)
+
+
+def test_one_form_of_a_query(processor):
+    ids = processor.process_queries(["the invoice from Halde"])["input_ids"][0]
+    assert processor.tokenizer.decode(ids) == "Query: the invoice from Halde" + "<|endoftext|>" * 10
+    same = processor.process_queries(queries=["the invoice from Halde"])["input_ids"][0]
+    assert ids.tolist() == same.tolist()
+
+
+def test_texts_are_left_as_they_are(processor):
+    assert processor.tokenizer.decode(processor.process_texts(["from Halde"])["input_ids"][0]) == "from Halde"
+
+
+def test_a_long_query_is_cut_and_says_so(processor, caplog):
+    with caplog.at_level(logging.WARNING):
+        batch = processor.process_queries(["the invoice " * 200])
+    assert batch["input_ids"].shape == (1, 64)
+    assert "cut to 54 (max_query_tokens)" in caplog.text
+    assert batch["input_ids"][0, -10:].eq(processor.tokenizer.pad_token_id).all(), "the augmentation tokens stay"
+
+
+@pytest.mark.parametrize("query", ["", "  \n"])
+def test_an_empty_query_is_refused(processor, query):
+    with pytest.raises(ValueError, match="at least one word"):
+        processor.process_queries([query])
+
+
+@pytest.mark.parametrize("query", ["🙂🙂 facture n° 7", "فاتورة من حلب", "x"])
+def test_any_script_is_a_query(processor, query):
+    ids = processor.process_queries([query])["input_ids"][0]
+    assert query in processor.tokenizer.decode(ids)
+
+
+def test_scores_are_maxsim_without_padding(processor):
+    q, p = torch.tensor([[1.0, 0.0]]), [torch.tensor([[-1.0, 0.0]]), torch.tensor([[-0.5, 0.0], [0.0, 0.0]])[:1]]
+    padded = torch.nn.utils.rnn.pad_sequence([p[0], torch.tensor([[-0.5, 0.0], [-0.6, 0.0]])], batch_first=True)
+    assert processor.score([q], p).tolist() == [[-1.0, -0.5]]
+    assert processor.score(q[None], padded).tolist() == [[-1.0, -0.5]]
+
+
+def test_the_bounds_travel_with_the_processor(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    again = ColIntern3_5Processor.from_pretrained(tmp_path)
+    assert (again.max_visual_tokens, again.max_query_tokens) == (96, 64)
+    assert again.tokenizer.padding_side == "right"

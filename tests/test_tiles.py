@@ -1,0 +1,41 @@
+import doctest
+
+import pytest
+
+import colintern.tiles
+from colintern.tiles import Grid, choose_grid
+
+A4 = (1240, 1754)
+
+
+def test_examples():
+    assert doctest.testmod(colintern.tiles).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "grid"), [(1536, Grid(2, 3, False)), (1792, Grid(2, 3, True)), (256, Grid(1, 1, False))]
+)
+def test_an_a4_page(tokens, grid):
+    assert choose_grid(*A4, max_tiles=tokens // 256, tile=448) == grid
+
+
+def test_the_bound_is_never_exceeded_and_a_larger_one_never_shows_less():
+    for size in [A4, (1754, 1240), (448, 448), (3000, 200), (200, 3000), (1, 1), (5000, 5000)]:
+        sharpness = []
+        for bound in range(1, 30):
+            grid = choose_grid(*size, max_tiles=bound, tile=448)
+            assert 1 <= grid.tiles <= bound
+            sharpness.append(min(grid.cols * 448 / size[0], grid.rows * 448 / size[1], 1))
+        assert sharpness == sorted(sharpness)
+
+
+def test_landscape_is_portrait_turned():
+    for bound in range(1, 30):
+        a, b = choose_grid(*A4, bound, 448), choose_grid(*A4[::-1], bound, 448)
+        assert (a.cols, a.rows, a.thumbnail) == (b.rows, b.cols, b.thumbnail)
+
+
+@pytest.mark.parametrize("bad", [dict(width=0, height=5, max_tiles=1), dict(width=5, height=5, max_tiles=0)])
+def test_impossible_input_is_refused(bad):
+    with pytest.raises(ValueError, match="at least"):
+        choose_grid(**bad, tile=448)
