@@ -33,7 +33,8 @@ PEOPLE = (
 GOODS = dict(
     pair.split("/")
     for pair in (
-        "chairs/seats lamps/lights boots/shoes coats/jackets cups/mugs bowls/dishes books/volumes rugs/carpets doors/gates "
+        "chairs/seats lamps/lights boots/shoes coats/jackets cups/mugs bowls/dishes books/volumes rugs/carpets "
+        "doors/gates "
         "ropes/cords boxes/crates bikes/cycles cars/autos trucks/lorries boats/ships phones/handsets clocks/watches "
         "knives/blades bags/sacks beds/bunks desks/benches tools/gear paint/varnish wood/timber rocks/gravel coal/fuel "
         "soap/cleaner milk/dairy bread/loaves meat/beef fruit/apples wine/drinks sugar/sweets wool/yarn silk/fabric "
