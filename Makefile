@@ -8,9 +8,9 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 UV := .tools/bin/uv
 ENV := .venv/.installed
-RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
+RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONUNBUFFERED=1
 
-.PHONY: repro test check lock sensitivity
+.PHONY: repro test check lock sensitivity image image-proof
 
 repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
 	@$(RUN) dvc repro
@@ -29,6 +29,16 @@ lock: $(UV)  ## renew requirements.txt from pyproject.toml
 
 sensitivity: $(ENV)  ## how the demo answers to lr, epochs, batch and rank, three seeds (about an hour)
 	@$(RUN) python -m bench.sensitivity
+
+image:  ## the CUDA image that runs the same pipeline; FLASH_ATTN=2.8.3.post2 compiles flash-attn in
+	@engine=$$(command -v docker || command -v podman || true)
+	if [ -z "$$engine" ] || ! "$$engine" info >/dev/null 2>&1; then
+	  echo "make image: no running docker or podman here; docker/prove.sh builds it in a chroot instead" >&2; exit 2
+	fi
+	"$$engine" build --build-arg FLASH_ATTN=$(FLASH_ATTN) -t colintern .
+
+image-proof:  ## run every line of the Dockerfile in a chroot (root, 45 GB, about 15 minutes)
+	@docker/prove.sh
 
 $(UV):
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "colintern needs Python 3.11 or newer, this is %d.%d" % v[:2])'

@@ -1,0 +1,100 @@
+"""How the demo answers to learning rate, epochs, batch size and rank: NDCG@5 on the held-out pages, three seeds.
+
+    python -m bench.sensitivity [--seeds 0 1 2] [--only good poor]
+
+Input: params.yaml as it is (`good`), data/manifest.json (dvc repro fetch-data). Output: one table; nothing is kept.
+Two runs go side by side, one thread each, so a figure differs in the last bits from that of `dvc repro`.
+"""
+
+import argparse
+import dataclasses
+import logging
+import statistics
+import tempfile
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from colintern.params import Params, exit_on_user_error, load
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "good": {},
+    "poor (the guide's)": {"epochs": 1, "batch_size": 2, "micro_batch_size": 2},
+    "lr x 3.3 (2e-2)": {"lr": 2e-2},
+    "lr / 12 (5e-4)": {"lr": 5e-4},
+    "lr / 120 (5e-5)": {"lr": 5e-5},
+    "1 epoch": {"epochs": 1},
+    "2 epochs": {"epochs": 2},
+    "batch 8": {"batch_size": 8, "micro_batch_size": 8},
+    "rank 4": {"lora_rank": 4, "lora_alpha": 4},
+}
+
+
+def run(params: Params) -> tuple[float, float, str]:
+    """Train and return NDCG@5 on the test pages before and after, and the verdict of the run."""
+    import torch
+    from datasets import Image, load_dataset
+
+    from colintern.data import decode
+    from colintern.embed import embed_pages, embed_queries
+    from colintern.manifest import benchmark_folder
+    from colintern.maxsim import maxsim_scores, ndcg_at_k
+    from colintern.runs import prepare
+    from colintern.training import verdict
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    folder = benchmark_folder("demo")
+    tables = {
+        part: load_dataset("parquet", data_files=str(folder / part / "*.parquet"), split="train")
+        for part in ("corpus", "queries")
+    }
+    pages = [decode(image) for image in tables["corpus"].cast_column("image", Image(decode=False))["image"]]
+
+    def ndcg(model: Any, processor: Any) -> float:
+        queries = embed_queries(model, processor, list(tables["queries"]["query"]), 16)
+        scores = maxsim_scores(queries, embed_pages(model, processor, pages, 16))
+        return ndcg_at_k(scores, [{i} for i in range(len(queries))], 5)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = prepare(dataclasses.replace(params, threads=1), Path(scratch))
+        before = ndcg(trainer.model, trainer.processor)
+        trainer.train()
+        return (
+            before,
+            ndcg(trainer.model, trainer.processor),
+            verdict(trainer.state.log_history, params, trainer.dev.chance),
+        )
+
+
+@exit_on_user_error()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", default=[], help="settings that begin with one of these words")
+    args = parser.parse_args()
+    chosen = {n: s for n, s in SETTINGS.items() if not args.only or n.startswith(tuple(args.only))}
+    if not chosen:
+        parser.error(f"--only {args.only}: the settings are {', '.join(SETTINGS)}")
+    params = load()
+    jobs = [(name, seed) for name in chosen for seed in args.seeds]
+    changed = [dataclasses.replace(params, seed=seed, **chosen[name]) for name, seed in jobs]
+    print(f"{'setting':<20}{'seed':>5}{'before':>9}{'NDCG@5':>9}  verdict")
+    means: dict[str, list[float]] = {}
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        for (name, seed), (before, after, state) in zip(jobs, pool.map(run, changed), strict=True):
+            print(f"{name:<20}{seed:>5}{before:>9.3f}{after:>9.3f}  {state}", flush=True)
+            means.setdefault(name, []).append(after)
+    print(f"{'mean over seeds':<34}{'NDCG@5':>9}{'lowest':>9}")
+    for name, values in means.items():
+        print(f"{name:<34}{statistics.mean(values):>9.3f}{min(values):>9.3f}")
+    print(
+        "RESULT " + " ".join(f"{n.split(' (')[0].replace(' ', '_')}={statistics.mean(v):.4f}" for n, v in means.items())
+    )
+
+
+if __name__ == "__main__":
+    main()

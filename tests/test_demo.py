@@ -1,0 +1,54 @@
+from itertools import combinations
+
+import pytest
+
+from colintern.demo import GOODS, corpus, split_of
+
+SPLITS = {"train": (120, 2), "dev": (40, 1), "test": (80, 1)}
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return {name: corpus(name, pages, queries, seed=0) for name, (pages, queries) in SPLITS.items()}
+
+
+def test_the_same_seed_draws_the_same_pages_and_another_does_not(splits):
+    again, other = corpus("test", 5, 1, seed=0), corpus("test", 5, 1, seed=1)
+    assert [p.image.tobytes() for p in again] == [p.image.tobytes() for p in splits["test"][:5]]
+    assert [p.queries for p in again] == [p.queries for p in splits["test"][:5]]
+    assert [p.queries for p in again] != [p.queries for p in other]
+
+
+def test_splits_share_no_page_no_query_and_no_asked_pair(splits):
+    def values(page, query):
+        words = set(query.split())
+        return frozenset(v for v in page.facts.values() if v in words or GOODS.get(v) in words)
+
+    images = {n: {p.image.tobytes() for p in pages} for n, pages in splits.items()}
+    queries = {n: {q for p in pages for q in p.queries} for n, pages in splits.items()}
+    asked = {n: {values(p, q) for p in pages for q in p.queries} for n, pages in splits.items()}
+    for a, b in combinations(splits, 2):
+        assert not images[a] & images[b]
+        assert not queries[a] & queries[b]
+        assert not asked[a] & asked[b]
+    for name, pairs in asked.items():
+        assert all(len(pair) == 2 and split_of(tuple(pair)) == name for pair in pairs)
+
+
+def test_one_page_answers_a_query(splits):
+    for pages in splits.values():
+        facts = [set(p.facts.values()) for p in pages]
+        for page in pages:
+            for query in page.queries:
+                words = set(query.split())
+                pair = {v for v in page.facts.values() if v in words or GOODS.get(v) in words}
+                assert sum(pair <= other for other in facts) == 1, query
+
+
+def test_all_kinds_of_document_occur(splits):
+    assert {p.kind for p in splits["test"]} == {"invoice", "report", "table", "chart", "letter"}
+
+
+def test_some_queries_say_it_in_other_words(splits):
+    words = {w for p in splits["train"] for q in p.queries for w in q.split()}
+    assert words & set(GOODS.values())

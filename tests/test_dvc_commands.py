@@ -1,0 +1,258 @@
+"""The user's commands, verbatim, on a copy of this repository whose demo is cut down to seconds; no git identity."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from colintern.params import load
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("fetch-data", "verify", "train", "eval")
+UPDATES = {
+    "epochs": "1",
+    "lr": "0.006",
+    "batch_size": "16",
+    "micro_batch_size": "16",
+    "warmup_steps": "2",
+    "logging_steps": "2",
+    "dev_queries": "10",
+    "max_visual_tokens": "24",
+    "threads": "1",  # two would wait for each other where the other core is busy
+}
+PAGES = "DEMO_TRAIN_PAGES, DEMO_DEV_PAGES, DEMO_TEST_PAGES = "
+IDENTITY = ("-c", "user.name=Test", "-c", "user.email=test@localhost")  # of the commits a user would make
+REFUSED = "Git user name and email must be configured"
+GIT_MADE_KEYS = ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE")  # set where the tests run inside a git hook
+TIMEOUT = 400  # seconds a command may take, on a busy machine
+
+
+class Repo(NamedTuple):
+    """A working tree and the environment its commands run in."""
+
+    path: Path
+    env: dict[str, str]
+
+    def run(self, command: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run a command as a user types it, stdout and stderr in one text."""
+        return subprocess.run(
+            command,
+            shell=True,
+            cwd=self.path,
+            env=self.env | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT,
+        )
+
+    def output(self, command: str, **env: str) -> str:
+        """What a command that must succeed prints."""
+        done = self.run(command, **env)
+        assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout[-6000:]}"
+        return done.stdout
+
+    def commit(self) -> None:
+        self.output("git add --all")
+        subprocess.run(["git", *IDENTITY, "commit", "-qm", "state"], cwd=self.path, env=self.env, check=True)
+
+    def metric(self, name: str) -> dict:
+        return json.loads((self.path / "metrics" / f"{name}.json").read_text())
+
+
+def bare_environment(home: Path) -> dict[str, str]:
+    """This process's, without any git identity, and with the interpreter's folder first on PATH."""
+    dropped = ("GIT_AUTHOR_", "GIT_COMMITTER_", "GIT_CONFIG", "DVC_", "PYTEST_", *GIT_MADE_KEYS)
+    env = {key: value for key, value in os.environ.items() if not key.startswith(dropped) and key != "EMAIL"}
+    return env | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HOME": str(home),
+        "XDG_CONFIG_HOME": str(home / ".config"),
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "DVC_SITE_CACHE_DIR": str(home / "site"),
+        "DVC_NO_ANALYTICS": "1",
+    }
+
+
+def copy_working_tree(target: Path) -> None:
+    """Every file git tracks or would track, as it stands now; not what earlier runs of the pipeline left."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        made = name == "dvc.lock" or name.startswith(("metrics/", "plots/"))
+        if not made and (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+
+
+def cut_down(repo: Path) -> None:
+    """Fewer pages, fewer steps, smaller pages: the commands are tested here, not the model."""
+    params = (repo / "params.yaml").read_text()
+    for key, value in UPDATES.items():
+        params, found = re.subn(rf"^{key}: .*$", f"{key}: {value}", params, flags=re.MULTILINE)
+        assert found == 1, key
+    (repo / "params.yaml").write_text(params)
+    sources = (repo / "colintern" / "sources.py").read_text()
+    sources, found = re.subn(rf"^{PAGES}.*$", f"{PAGES}32, 10, 10", sources, flags=re.MULTILINE)
+    assert found == 1, PAGES
+    (repo / "colintern" / "sources.py").write_text(sources)
+
+
+def ran(output: str) -> list[str]:
+    """The stages DVC says it ran."""
+    return re.findall(r"Running stage '([\w-]+)'", output)
+
+
+def skipped(output: str) -> list[str]:
+    return re.findall(r"Stage '([\w-]+)' didn't change, skipping", output)
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory) -> Iterator[Repo]:
+    """The copy after one `dvc repro`, committed."""
+    path, home = tmp_path_factory.mktemp("repo"), tmp_path_factory.mktemp("home")
+    copy_working_tree(path)
+    cut_down(path)
+    repo = Repo(path, bare_environment(home))
+    repo.output("git init -q -b main")
+    repo.commit()
+    assert ran(repo.output("dvc repro")) == list(STAGES)
+    repo.commit()
+    yield repo
+    repo.run("dvc queue stop --kill")
+
+
+@pytest.fixture(scope="module")
+def experiment(repo) -> tuple[str, str]:
+    """Name and output of `dvc exp run -S lr=3e-5`, applied to the workspace."""
+    output = repo.output("dvc exp run -S lr=3e-5")
+    name = re.search(r"Ran experiment\(s\): (\S+)", output)
+    assert name, output
+    return name[1], output
+
+
+@pytest.fixture(scope="module")
+def shallow(repo, experiment, tmp_path_factory) -> Repo:
+    """A depth-1 clone of the first run's commit, without any cache."""
+    path = tmp_path_factory.mktemp("clones") / "shallow"
+    repo.output(f"git clone -q --depth 1 --branch main file://{repo.path} {path}")
+    clone = Repo(path, repo.env)
+    assert clone.output("git rev-list --count HEAD").strip() == "1"
+    assert not (path / ".dvc" / "cache").exists()
+    for folder in ("metrics", "plots"):  # as if the experiment had been pulled into the clone's workspace
+        shutil.copytree(repo.path / folder, path / folder, dirs_exist_ok=True)
+    shutil.copy(repo.path / "params.yaml", path / "params.yaml")
+    return clone
+
+
+def test_a_second_repro_runs_nothing(repo):
+    output = repo.output("dvc repro")
+    assert ran(output) == []
+    assert skipped(output) == list(STAGES)
+    assert "Data and pipelines are up to date." in output
+
+
+def test_nothing_a_repro_writes_is_left_for_git_but_what_belongs_there(repo):
+    tracked = repo.output("git ls-files dvc.lock metrics plots experiments results data").split()
+    assert tracked == [
+        "dvc.lock",
+        "metrics/eval.json",
+        "metrics/train.json",
+        "metrics/verify.json",
+        "plots/dev.csv",
+        "plots/eval.csv",
+        "plots/train.csv",
+    ]
+
+
+def test_exp_run_runs_train_and_eval_alone(repo, experiment):
+    _, output = experiment
+    assert ran(output) == ["train", "eval"]
+    assert skipped(output) == ["fetch-data", "verify"]
+
+
+def test_exp_run_writes_a_number_and_changes_the_metrics(repo, experiment):
+    assert re.search(r"^lr: 3e-05$", (repo.path / "params.yaml").read_text(), re.MULTILINE)
+    lr = load(repo.path / "params.yaml").lr
+    assert isinstance(lr, float) and lr == 3e-05
+    committed = json.loads(repo.output("git show HEAD:metrics/train.json"))
+    assert repo.metric("train")["loss"] != committed["loss"]
+    assert repo.metric("train")["steps"] == committed["steps"]
+
+
+def test_exp_show_lists_it(repo, experiment):
+    name, _ = experiment
+    assert name in repo.output("dvc exp show --no-pager", COLUMNS="1000")
+    rows = list(csv.DictReader(repo.output("dvc exp show --csv").splitlines()))
+    (row,) = (row for row in rows if row["Experiment"] == name)
+    assert float(row["lr"]) == 3e-05
+    assert float(row["metrics/train.json:loss"] if "metrics/train.json:loss" in row else row["loss"]) > 0
+
+
+def test_metrics_diff_in_a_shallow_clone_without_a_cache(shallow):
+    changed = json.loads(shallow.output("dvc metrics diff --json"))
+    loss = changed["metrics/train.json"]["loss"]
+    assert loss["old"] != loss["new"]
+    plain = shallow.output("dvc metrics diff")
+    assert plain.splitlines()[0].split()[:2] == ["Path", "Metric"]
+    assert "metrics/train.json" in plain
+
+
+def test_params_diff_in_a_shallow_clone(shallow):
+    assert json.loads(shallow.output("dvc params diff --json")) == {"params.yaml": {"lr": {"old": 0.006, "new": 3e-05}}}
+    assert re.search(r"params\.yaml\s+lr\s+0\.006\s+3e-05", shallow.output("dvc params diff"))
+
+
+def test_plots_diff_in_a_shallow_clone(shallow):
+    assert "index.html" in shallow.output("dvc plots diff")
+    html = (shallow.path / "dvc_plots" / "index.html").read_text()
+    for title in ("Training loss", "Dev NDCG@5", "NDCG@5 on held-out pages"):
+        assert title in html
+
+
+def test_without_an_identity_queueing_is_refused_and_git_config_is_the_way_out(repo, experiment):
+    """`exp run` in the workspace asked for no identity; what is queued is stashed, and that needs a committer."""
+    refused = repo.run("dvc exp run --queue -S lr=1e-4")
+    assert refused.returncode != 0 and REFUSED in refused.stdout
+
+
+def test_a_queued_experiment_runs_to_success(repo, experiment):
+    repo.output("git checkout -q . && dvc checkout -q")
+    repo.output("git config user.name Test && git config user.email test@localhost")
+    queued = repo.output("dvc exp run --queue -S lr=1e-4")
+    name = re.search(r"Queued experiment '(\S+)'", queued)
+    assert name, queued
+    assert "Started '1' new experiments task queue worker" in repo.output("dvc queue start")
+    status = wait_for(repo, name[1])
+    logs = repo.output(f"dvc queue logs {name[1]}")
+    assert "Success" in status, f"{status}\n{logs[-6000:]}"
+    assert ran(logs) == ["train", "eval"]
+    rows = csv.DictReader(repo.output("dvc exp show --csv").splitlines())
+    assert [float(row["lr"]) for row in rows if row["Experiment"] == name[1]] == [1e-4]
+    assert load(repo.path / "params.yaml").lr == 0.006, "a queued run leaves the workspace alone"
+
+
+def wait_for(repo: Repo, name: str) -> str:
+    """The line of `dvc queue status` for an experiment once it is over."""
+    end = time.monotonic() + TIMEOUT
+    while time.monotonic() < end:
+        lines = [line for line in repo.output("dvc queue status").splitlines() if name in line]
+        if lines and not re.search(r"Queued|Running", lines[0]):
+            return lines[0]
+        time.sleep(1)
+    pytest.fail(f"{name} is not over after {TIMEOUT} s:\n{repo.output('dvc queue status')}")

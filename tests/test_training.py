@@ -1,0 +1,136 @@
+import dataclasses
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import BASE, ROOT
+from test_model import TARGETS, load
+
+from colintern.data import Collator
+from colintern.lora import add_lora
+from colintern.params import load as load_params
+from colintern.training import ContrastiveTrainer, NonFiniteError, arguments, split, verdict
+
+
+class Pages(torch.utils.data.Dataset):
+    def __init__(self, pages, queries):
+        self.items = [
+            {"query": q, "image": p, "page_id": i} for i, (p, q) in enumerate(zip(pages, queries, strict=True))
+        ]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+class NoDev(torch.utils.data.Dataset):
+    images = range(100)
+
+    def __len__(self):
+        return 1
+
+    def ndcg(self, model, processor, params):
+        return 0.5
+
+
+@pytest.fixture
+def make(processor, pages, tmp_path):
+    """A trainer on four ragged pages, any key of params replaced."""
+
+    def build(**changes):
+        params = dataclasses.replace(
+            load_params(ROOT / "recipes" / "demo.yaml"), batch_size=4, logging_steps=1, epochs=1, **changes
+        )
+        torch.manual_seed(0)
+        wrapped = add_lora(load(BASE), TARGETS, rank=4, alpha=4, dropout=params.lora_dropout)
+        args = arguments(params, str(tmp_path / "run"), quiet=True)
+        data = Pages(pages, ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"])
+        return ContrastiveTrainer(params, processor, NoDev(), model=wrapped, args=args, train_dataset=data)
+
+    return build
+
+
+def gradients(trainer, processor, pages) -> dict[str, torch.Tensor]:
+    batch = Collator(processor)(trainer.train_dataset.items)
+    torch.manual_seed(7)
+    # One step leaves no gradient in lora_A, whose partner starts at zero: move lora_B off it.
+    with torch.no_grad():
+        for name, p in trainer.model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.02)
+    torch.manual_seed(9)
+    trainer.training_step(trainer.model, batch)
+    return {name: p.grad.double() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_the_gradient_does_not_depend_on_the_micro_batch(make, processor, pages, micro):
+    whole = gradients(make(micro_batch_size=4), processor, pages)
+    parts = gradients(make(micro_batch_size=micro), processor, pages)
+    assert whole.keys() == parts.keys()
+    scale = math.sqrt(sum((g**2).sum().item() for g in whole.values()))
+    apart = math.sqrt(sum(((whole[n] - parts[n]) ** 2).sum().item() for n in whole))
+    assert apart / scale < 1e-5
+
+
+def test_dropout_is_the_same_in_both_passes_of_a_micro_batch(make, processor, pages):
+    trainer = make(micro_batch_size=2, lora_dropout=0.5)
+    first, second = gradients(trainer, processor, pages), None
+    trainer.model.zero_grad()
+    second = gradients(trainer, processor, pages)
+    for name, grad in first.items():
+        torch.testing.assert_close(grad, second[name], msg=name)
+
+
+def test_every_lora_module_and_nothing_else_gets_a_gradient(make, processor, pages):
+    trainer = make(micro_batch_size=4)
+    names = set(gradients(trainer, processor, pages))
+    assert names == {n for n, p in trainer.model.named_parameters() if ".lora_" in n}
+
+
+def test_parts_of_a_batch_take_their_own_tiles(processor, pages):
+    batch = dict(processor.process_images(pages))
+    for size in (1, 2, 3):
+        parts = list(split(batch, size, processor))
+        assert torch.equal(torch.cat([p["pixel_values"] for p in parts]), batch["pixel_values"])
+        for part in parts:
+            tiles = (part["input_ids"] == processor.image_token_id).sum().item() // processor.image_seq_length
+            assert len(part["pixel_values"]) == tiles
+
+
+def test_a_loss_that_is_not_finite_stops_the_step(make, processor, pages):
+    trainer = make(micro_batch_size=4)
+    with torch.no_grad():
+        trainer.model.base_model.model.custom_text_proj.base_layer.bias.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="step 1"):
+        trainer.train()
+
+
+def test_a_run_that_was_cut_off_ends_on_the_same_weights(make, tmp_path):
+    def weights(trainer):
+        return {n: p.clone() for n, p in trainer.model.named_parameters() if ".lora_" in n}
+
+    changes = {"micro_batch_size": 4, "save_steps": 2, "lora_dropout": 0.1, "warmup_steps": 2}
+    whole = make(**changes)
+    whole.args.num_train_epochs = 5
+    whole.train()
+    want = weights(whole)
+    assert (tmp_path / "run" / "checkpoint-4").is_dir()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-5", ignore_errors=True)
+    again = make(**changes)
+    again.args.num_train_epochs = 5
+    torch.manual_seed(99)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    for name, value in weights(again).items():
+        assert torch.equal(value, want[name]), name
+
+
+def test_a_collapsed_run_is_recognised():
+    params = load_params(ROOT / "recipes" / "demo.yaml")
+    flat = [{"loss": math.log(params.batch_size)}] * 20 + [{"eval_ndcg_at_5": 0.5}]
+    lost = [{"loss": 1.0}] * 20 + [{"eval_ndcg_at_5": 0.04}]
+    good = [{"loss": 0.2}] * 20 + [{"eval_ndcg_at_5": 0.8}]
+    assert [verdict(log, params, 0.03) for log in (flat, lost, good)] == ["collapsed", "collapsed", "learned"]
