@@ -1,9 +1,9 @@
 """Takes a full-size InternVL3.5-1B of random weights through the project's own code, on the CPU.
 
-    CUDA_VISIBLE_DEVICES= .venv/bin/python -m bench.full_size       # in the repository root; --help for sizes and threads
+    CUDA_VISIBLE_DEVICES= .venv/bin/python -m bench.full_size    # in the repository root; --help: sizes, threads
 
 In: tests/internvl3_5-1b.json (the hub's config), recipes/internvl3_5-1b.yaml, the tokenizer of demo/base (151,936 is
-only the size of the embedding), demo pages drawn and enlarged here. Out: text only; the checkpoint, 1.9 GB in the hub's
+only the size of the embedding), demo pages drawn and enlarged here. Out: text only; the checkpoint, 2.1 GB in the hub's
 key layout and bf16, is made in a temporary folder (TMPDIR) and deleted. Checked, exit 1 at the first that fails: every
 weight that was loaded is the file's; the LoRA targets on meta and on the loaded model; two training steps (embeddings
 cached, LM checkpointed as the recipe says) send a gradient into every LoRA layer and none into the frozen parts; the

@@ -100,7 +100,7 @@ def table(base: str, counts: dict[str, Any]) -> str:
         covers = (f"layers 0-{layers[-1]}" if whole else f"layers {layers}") if layers else ""
         if target == HEAD and counts["head"]:
             covers = "Linear({} -> {})".format(*counts["head"])
-        rows.append(f"{'ok ' if row['matches'] else 'NO '} {target:<52} {row['matches']:>4}  {covers}"[:80])
+        rows.append(f"{'ok ' if row['matches'] else 'NO '} {target:<48} {row['matches']:>4}  {covers}"[:80])
     tower, projector = counts["frozen_vision_modules"], counts["frozen_projector_modules"]
     share = counts["trainable_parameters"] / counts["total_parameters"]
     rows += [

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,6 +135,7 @@ def repo(tmp_path_factory) -> Iterator[Repo]:
     repo.commit()
     yield repo
     repo.run("dvc queue stop --kill")
+    wait_until(repo, "the queue's worker stops", lambda status: "0 active, 0 idle" in status)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +202,7 @@ def test_exp_show_lists_it(repo, experiment):
     rows = list(csv.DictReader(repo.output("dvc exp show --csv").splitlines()))
     (row,) = (row for row in rows if row["Experiment"] == name)
     assert float(row["lr"]) == 3e-05
-    assert float(row["metrics/train.json:loss"] if "metrics/train.json:loss" in row else row["loss"]) > 0
+    assert float(row["loss"]) == repo.metric("train")["loss"]
 
 
 def test_metrics_diff_in_a_shallow_clone_without_a_cache(shallow):
@@ -214,7 +215,9 @@ def test_metrics_diff_in_a_shallow_clone_without_a_cache(shallow):
 
 
 def test_params_diff_in_a_shallow_clone(shallow):
-    assert json.loads(shallow.output("dvc params diff --json")) == {"params.yaml": {"lr": {"old": 0.006, "new": 3e-05}}}
+    changed = json.loads(shallow.output("dvc params diff --json"))
+    assert list(changed) == ["params.yaml"] and list(changed["params.yaml"]) == ["lr"]
+    assert (changed["params.yaml"]["lr"]["old"], changed["params.yaml"]["lr"]["new"]) == (0.006, 3e-05)
     assert re.search(r"params\.yaml\s+lr\s+0\.006\s+3e-05", shallow.output("dvc params diff"))
 
 
@@ -225,34 +228,39 @@ def test_plots_diff_in_a_shallow_clone(shallow):
         assert title in html
 
 
-def test_without_an_identity_queueing_is_refused_and_git_config_is_the_way_out(repo, experiment):
-    """`exp run` in the workspace asked for no identity; what is queued is stashed, and that needs a committer."""
-    refused = repo.run("dvc exp run --queue -S lr=1e-4")
+@pytest.mark.parametrize("command", ["dvc exp run -S lr=2e-5", "dvc exp run --queue -S lr=1e-4"])
+def test_without_an_identity_dvc_stashes_nothing_and_says_why(repo, experiment, command):
+    """On a clean workspace `exp run` needs none (above); edits and queued runs are stashed, and a stash has a committer."""
+    before = repo.output("git diff HEAD")
+    assert before, "the experiment's results are in the workspace"
+    refused = repo.run(command)
     assert refused.returncode != 0 and REFUSED in refused.stdout
+    assert ran(refused.stdout) == []
+    assert repo.output("git diff HEAD") == before
 
 
 def test_a_queued_experiment_runs_to_success(repo, experiment):
+    """In a temporary copy, which lacks the pages: they are found through DVC_ROOT."""
     repo.output("git checkout -q . && dvc checkout -q")
     repo.output("git config user.name Test && git config user.email test@localhost")
     queued = repo.output("dvc exp run --queue -S lr=1e-4")
     name = re.search(r"Queued experiment '(\S+)'", queued)
     assert name, queued
     assert "Started '1' new experiments task queue worker" in repo.output("dvc queue start")
-    status = wait_for(repo, name[1])
+    done = re.compile(rf"{name[1]}.*(Success|Failed)")
+    status = wait_until(repo, f"{name[1]} ends", lambda status: done.search(status) is not None)
     logs = repo.output(f"dvc queue logs {name[1]}")
-    assert "Success" in status, f"{status}\n{logs[-6000:]}"
+    assert re.search(rf"{name[1]}.*Success", status), f"{status}\n{logs[-6000:]}"
     assert ran(logs) == ["train", "eval"]
     rows = csv.DictReader(repo.output("dvc exp show --csv").splitlines())
     assert [float(row["lr"]) for row in rows if row["Experiment"] == name[1]] == [1e-4]
     assert load(repo.path / "params.yaml").lr == 0.006, "a queued run leaves the workspace alone"
 
 
-def wait_for(repo: Repo, name: str) -> str:
-    """The line of `dvc queue status` for an experiment once it is over."""
+def wait_until(repo: Repo, what: str, over: Callable[[str], bool]) -> str:
+    """`dvc queue status` once it says so."""
     end = time.monotonic() + TIMEOUT
-    while time.monotonic() < end:
-        lines = [line for line in repo.output("dvc queue status").splitlines() if name in line]
-        if lines and not re.search(r"Queued|Running", lines[0]):
-            return lines[0]
+    while not over(status := repo.output("dvc queue status")):
+        assert time.monotonic() < end, f"waited {TIMEOUT} s: {what}\n{status}"
         time.sleep(1)
-    pytest.fail(f"{name} is not over after {TIMEOUT} s:\n{repo.output('dvc queue status')}")
+    return status

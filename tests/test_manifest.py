@@ -1,0 +1,88 @@
+"""What is missing or was changed on disk is found before it is used, and named."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from colintern.manifest import benchmark_folder, check_base, local_files, training_folder
+from colintern.params import UserError, load
+
+
+@pytest.fixture
+def fetched(tmp_path, monkeypatch):
+    """A folder with a params.yaml, the demo base, and a manifest of it and two small files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    shutil.copytree(ROOT / "demo" / "base", "demo/base")
+    shutil.copy(ROOT / "recipes" / "demo.yaml", "params.yaml")
+    for name in ("data/demo/train/data/train-0.parquet", "data/demo/beir/corpus/test-0.parquet"):
+        Path(name).parent.mkdir(parents=True)
+        Path(name).write_bytes(b"pages")
+    manifest = {
+        "base": local_files("demo/base", (".json", ".safetensors"))._asdict(),
+        "train": local_files("data/demo/train", (".parquet",))._asdict(),
+        "evaluation": {"demo": local_files("data/demo/beir", (".parquet",))._asdict()},
+    }
+    Path("data/manifest.json").write_text(json.dumps(manifest))
+    return manifest
+
+
+def test_what_is_whole_is_found(fetched):
+    check_base(load())
+    assert training_folder() == (Path("data/demo/train"), ["data/train-0.parquet"])
+    assert benchmark_folder("demo") == Path("data/demo/beir")
+
+
+def test_a_missing_page_file_is_named(fetched):
+    Path("data/demo/train/data/train-0.parquet").unlink()
+    with pytest.raises(UserError, match=r"train-0\.parquet: missing.*dvc repro -f fetch-data"):
+        training_folder()
+
+
+def test_one_flipped_bit_is_found(fetched):
+    Path("data/demo/beir/corpus/test-0.parquet").write_bytes(b"qages")
+    with pytest.raises(UserError, match=r"test-0\.parquet: 5 bytes.*changed after it was fetched"):
+        benchmark_folder("demo")
+
+
+def test_a_changed_base_is_found(fetched):
+    with open("demo/base/model.safetensors", "r+b") as file:
+        file.seek(5000)
+        file.write(b"\x00\x01\x02\x03")
+    with pytest.raises(UserError, match=r"model\.safetensors.*changed"):
+        check_base(load())
+
+
+@pytest.mark.parametrize("name", ["../outside.parquet", "/etc/passwd"])
+def test_an_entry_that_points_outside_is_refused(fetched, name):
+    entry = fetched["train"]
+    entry["files"] = {name: next(iter(entry["files"].values()))}
+    Path("data/manifest.json").write_text(json.dumps(fetched))
+    with pytest.raises(UserError, match="points outside"):
+        training_folder()
+
+
+def test_an_unknown_local_benchmark_is_refused(fetched):
+    with pytest.raises(UserError, match="data/own/nothing"):
+        benchmark_folder("data/own/nothing")
+
+
+@pytest.mark.parametrize("stage", ["verify", "train", "evaluate"])
+def test_a_stage_run_by_hand_without_its_inputs_says_what_to_run(fetched, stage):
+    Path("data/manifest.json").unlink()
+    shutil.copy(ROOT / "dvc.yaml", "dvc.yaml")
+    done = subprocess.run(
+        [sys.executable, "-m", f"stages.{stage}"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "error:" in done.stderr
+    assert "dvc repro" in done.stderr
