@@ -230,7 +230,7 @@ def test_plots_diff_in_a_shallow_clone(shallow):
 
 @pytest.mark.parametrize("command", ["dvc exp run -S lr=2e-5", "dvc exp run --queue -S lr=1e-4"])
 def test_without_an_identity_dvc_stashes_nothing_and_says_why(repo, experiment, command):
-    """On a clean workspace `exp run` needs none (above); edits and queued runs are stashed, and a stash has a committer."""
+    """On a clean workspace `exp run` needs none (above); it stashes edits and queued runs, in a committer's name."""
     before = repo.output("git diff HEAD")
     assert before, "the experiment's results are in the workspace"
     refused = repo.run(command)
