@@ -82,10 +82,11 @@ write_demo() {
     cd "$repo"
 }
 
-expect_score() {
-    local score
-    score=$(in_image "$work/demo" dvc metrics show --json "${@:2}" | grep -o '"score": [0-9]*' | sort -u | tr '\n' ' ')
-    [[ "$score" == *"\"score\": $1 "* ]] || die "expected score $1 with '${*:2}', got: $score"
+# expect NAME SCORE LR: the experiment or branch stands in DVC's table with these two figures.
+expect() {
+    in_image "$work/demo" dvc exp show -A --csv >"$work/table.csv"
+    grep -Eq "^($1,|,$1,).*,$2,$3," "$work/table.csv" || die "no $1 with score,lr $2,$3 in $(cat "$work/table.csv")"
+    echo "$1: score $2 at lr $3"
 }
 
 check_environment() {
@@ -110,17 +111,18 @@ for folder in (pathlib.Path.home(), os.environ['HF_HOME'], os.environ['DVC_SITE_
 }
 
 check_experiments() {
-    log "dvc in a repository of uid $stranger, no identity configured: repro, two experiments, one in a copy"
-    in_image "$work/demo" sh -ec 'git init -q && dvc init -q && git add -A && git commit -qm start && dvc repro -q'
-    expect_score 1
-    in_image "$work/demo" sh -ec 'git add -A && git commit -qm repro && dvc exp run -q -S lr=2 && dvc exp run -q -S lr=3'
-    expect_score 3
-    echo 'WEIGHT = 10' >"$work/demo/colintern/__init__.py"
-    in_image "$work/demo" sh -ec 'dvc exp run -q --temp -S lr=4 -n copied && echo "WEIGHT = 100" > colintern/__init__.py
-        dvc exp run -q --queue -S lr=5 -n queued && echo "WEIGHT = 7" > colintern/__init__.py && dvc exp run -q --run-all'
-    expect_score 40 --all-commits
-    expect_score 500 --all-commits # the queued copy's library, not the one edited since
-    in_image "$work/demo" dvc exp show --csv | cut -d, -f1,5-7
+    log "dvc in a repository of uid $stranger, no identity configured: repro, two experiments, one in a copy, one queued"
+    in_image "$work/demo" sh -ec 'git init -q -b main && dvc init -q && git add -A && git commit -qm start && dvc repro -q
+        git add -A && git commit -qm repro && dvc exp run -q -S lr=2 -n second && dvc exp run -q -S lr=3 -n third'
+    expect main 1 1
+    expect second 2 2
+    expect third 3 3
+    # Each copy must run the library it was queued with, whatever happens to the main checkout afterwards.
+    in_image "$work/demo" sh -ec 'echo "WEIGHT = 10" >colintern/__init__.py && dvc exp run -q --temp -S lr=4 -n copied
+        echo "WEIGHT = 100" >colintern/__init__.py && dvc exp run -q --queue -S lr=5 -n queued
+        echo "WEIGHT = 7" >colintern/__init__.py && dvc exp run -q --run-all'
+    expect copied 40 4
+    expect queued 500 5
     in_image "$work/demo" git log -1 --format='committed as %an <%ae>'
 }
 
