@@ -75,14 +75,13 @@ COPY --from=env-chosen /opt/venv /opt/venv
 COPY --chmod=755 docker/colintern /usr/local/bin/colintern
 # HOME and USER: a uid without a passwd entry has neither, and DVC and torch ask for them.
 # /cache is there to be mounted: what is downloaded, and the file hashes DVC keeps outside the repository.
-# PYTHONPATH: `python stages/train.py` finds the library in the folder it was started in. That folder is the copy when
-# DVC runs a queued experiment in one; an installed package would give it the main checkout's code.
+# No PYTHONPATH and no installed package: `python -m stages.train` takes the library from the folder it is started in,
+# and for a queued experiment that is DVC's copy, not the main checkout.
 ENV PATH=/opt/venv/bin:$PATH \
     HOME=/home/colintern \
     USER=colintern \
     HF_HOME=/cache/huggingface \
     DVC_SITE_CACHE_DIR=/cache/dvc \
-    PYTHONPATH=. \
     PYTHONUNBUFFERED=1
 USER 1000:1000
 CMD ["dvc", "repro"]

@@ -9,7 +9,7 @@ from colintern.params import Params
 
 DEMO = "demo"
 DEMO_SEED = 0  # of the corpus; the training seed is params.seed, so that seeds are compared on the same pages
-DEMO_TRAIN_PAGES, DEMO_DEV_PAGES, DEMO_TEST_PAGES = 1000, 100, 200
+DEMO_TRAIN_PAGES, DEMO_DEV_PAGES, DEMO_TEST_PAGES = 1200, 100, 200
 DEMO_QUERIES = 2  # a training page
 
 

@@ -58,7 +58,7 @@ in_image() {
         --volume "$repo:$repo:ro" --volume "$work/demo:$work/demo" "$image" -- "$@"
 }
 
-# A two-stage pipeline in miniature, laid out as ours is: a library, a script in stages/, a parameter, a metric.
+# The pipeline in miniature, laid out as ours is: a library, a script in stages/, a parameter, a metric.
 write_demo() {
     mkdir -p "$work/demo/stages" "$work/demo/colintern"
     cd "$work/demo"
@@ -73,7 +73,7 @@ write_demo() {
     cat >dvc.yaml <<-'YAML'
 		stages:
 		  train:
-		    cmd: python stages/train.py
+		    cmd: python -m stages.train
 		    deps: [stages/train.py, colintern/__init__.py]
 		    params: [lr]
 		    metrics: [metrics.json: {cache: false}]
