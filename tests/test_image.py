@@ -90,6 +90,13 @@ def test_lock_files_of_the_image_have_one_version_and_hashes_each(lock: Path) ->
         assert re.match(r"[\w.-]+==[\w.]+ .*--hash=sha256:[0-9a-f]{64}", entry), entry
 
 
+def test_flash_attn_lock_is_named_by_its_version() -> None:
+    locks = list(ROOT.glob("docker/flash-attn-*.txt"))
+    assert locks
+    for lock in locks:
+        assert f"flash-attn=={lock.stem.removeprefix('flash-attn-')} " in lock.read_text()
+
+
 def test_nvcc_has_the_cuda_version_of_torch() -> None:
     minor = {
         name: re.search(rf"^{name}==(\d+\.\d+)\.", text, re.MULTILINE)
