@@ -28,8 +28,9 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Train
 from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
-from colintern.data import Pairs
+from colintern import data
 from colintern.demo import corpus
+from colintern.features import PageFeatures
 from colintern.formats import png_bytes
 from colintern.lora import add_lora, count, faults, meta_model, table
 from colintern.model import ColIntern3_5, attention_kernel
@@ -146,11 +147,13 @@ def train(model: Any, params: Params, scratch: Path, scale: int) -> tuple[Contra
     processor = ColIntern3_5Processor.from_pretrained(
         params.base, max_visual_tokens=params.max_visual_tokens, max_query_tokens=params.max_query_tokens
     )
-    pairs, dev = Pairs(pages("train", STEPS * params.batch_size, scale)), DevSet(pages("dev", DEV_PAGES, scale), 100)
-    tokens = processor.get_image_mask(processor.process_images([pairs[0]["image"]])).sum()
-    print(
-        f"{len(pairs)} pairs in {STEPS} steps, {tokens} visual tokens a page; {len(dev.images)} dev pages", flush=True
-    )
+    features = PageFeatures(model, processor, scratch / "features", params.feature_cache_gb)
+    train_rows, dev_rows = pages("train", STEPS * params.batch_size, scale), pages("dev", DEV_PAGES, scale)
+    train_pages, dev_pages = data.pages(train_rows), data.pages(dev_rows)
+    features.fill([*train_pages, *dev_pages], params.workers)
+    pairs, dev = data.Pairs(train_rows["query"], train_pages, features), DevSet(dev_rows["query"], dev_pages, features)
+    tokens = len(pairs[0]["features"]) * processor.image_seq_length
+    print(f"{len(pairs)} pairs in {STEPS} steps, {tokens} visual tokens a page; {len(dev.pages)} dev pages", flush=True)
     args, watch = arguments(params, str(scratch), quiet=True), Watch()
     trainer = ContrastiveTrainer(params, processor, dev, model=model, args=args, train_dataset=pairs, callbacks=[watch])
     trainer.train()

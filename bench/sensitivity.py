@@ -37,8 +37,8 @@ def run(params: Params) -> tuple[float, float, str]:
     import torch
     from datasets import Image, load_dataset
 
-    from colintern.data import decode
-    from colintern.embed import embed_pages, embed_queries
+    from colintern.data import pages
+    from colintern.embed import embed_features, embed_queries
     from colintern.manifest import benchmark_folder
     from colintern.maxsim import maxsim_scores, ndcg_at_k
     from colintern.runs import prepare
@@ -52,22 +52,19 @@ def run(params: Params) -> tuple[float, float, str]:
         part: load_dataset("parquet", data_files=str(folder / part / "*.parquet"), split="train")
         for part in ("corpus", "queries")
     }
-    pages = [decode(image) for image in tables["corpus"].cast_column("image", Image(decode=False))["image"]]
+    corpus = pages(tables["corpus"].cast_column("image", Image(decode=False)))
 
-    def ndcg(model: Any, processor: Any) -> float:
+    def ndcg(model: Any, processor: Any, features: Any) -> float:
         queries = embed_queries(model, processor, list(tables["queries"]["query"]), 16)
-        scores = maxsim_scores(queries, embed_pages(model, processor, pages, 16))
+        scores = maxsim_scores(queries, embed_features(model, processor, map(features, corpus), 16))
         return ndcg_at_k(scores, [{i} for i in range(len(queries))], 5)
 
     with tempfile.TemporaryDirectory() as scratch:
         trainer = prepare(dataclasses.replace(params, threads=1), Path(scratch))
-        before = ndcg(trainer.model, trainer.processor)
+        parts = (trainer.model, trainer.processor, trainer.dev.features)
+        before = ndcg(*parts)
         trainer.train()
-        return (
-            before,
-            ndcg(trainer.model, trainer.processor),
-            verdict(trainer.state.log_history, params, trainer.dev.chance),
-        )
+        return before, ndcg(*parts), verdict(trainer.state.log_history, params, trainer.dev.chance)
 
 
 @exit_on_user_error()

@@ -2,15 +2,16 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, Image, load_dataset
 from PIL import Image as PILImage
-from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
+from colintern.features import Page, PageFeatures
 from colintern.manifest import root, training_folder
 from colintern.params import UserError
 from colintern.processor import ColIntern3_5Processor
@@ -31,39 +32,53 @@ def rows(split: str) -> Dataset:
     return table.select_columns(["query", "image"]).cast_column("image", Image(decode=False))
 
 
-class Pairs(TorchDataset):
-    """(query, page) pairs; an item is {"query": str, "image": PIL image, "page_id": int64 from the page's bytes}."""
+def pages(table: Dataset) -> list[Page]:
+    """The page of each row, keyed by the bytes of its file; `datasets` keeps the keys beside its copy of the rows."""
+    keys = table.map(_keys, input_columns="image", batched=True, batch_size=100, remove_columns=table.column_names)
+    return [Page(key, partial(_row_image, table, index)) for index, key in enumerate(keys["page"])]
 
-    def __init__(self, table: Dataset):
-        self.table = table
+
+def _keys(images: list[dict[str, Any]]) -> dict[str, list[str]]:
+    return {"page": [hashlib.sha256(image["bytes"]).hexdigest() for image in images]}
+
+
+def _row_image(table: Dataset, index: int) -> PILImage.Image:
+    return Image().decode_example(table[index]["image"])
+
+
+class Pairs(TorchDataset):
+    """(query, page) pairs; an item is {"query": str, "page": its key} with the page's "features" or its "tiles"."""
+
+    def __init__(self, queries: Sequence[str], pages: Sequence[Page], features: PageFeatures):
+        self.queries, self.pages = queries, pages
+        self.cache, self.processor = features.cache, features.processor
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.pages)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.table[index]
-        return {"query": row["query"], "image": decode(row["image"]), "page_id": page_id(row["image"]["bytes"])}
-
-
-def decode(image: dict[str, Any]) -> PILImage.Image:
-    """A parquet row's image as a PIL image."""
-    return Image().decode_example(image)
-
-
-def page_id(data: bytes) -> int:
-    """Equal for pages of equal bytes, whatever they are called."""
-    return int.from_bytes(hashlib.sha256(data).digest()[:7])
+        page = self.pages[index]
+        item = {"query": self.queries[index], "page": page.key}
+        known = self.cache.get(page.key)
+        return item | ({"tiles": self.processor.page_tiles(page.image())} if known is None else {"features": known})
 
 
 class Collator:
-    """Items of `Pairs` to one batch: `query` and `page` inputs of the model, and `page_ids` (B,) int64."""
+    """Items of `Pairs` to one batch of B pairs.
+
+    `query` and `page` are inputs of the model, the pages' features left out; `features` and `tiles` are lists of B,
+    each entry None where the other has it; `page_ids` (B,) int64 is equal for pages of equal bytes.
+    """
 
     def __init__(self, processor: ColIntern3_5Processor):
         self.processor = processor
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, dict[str, Tensor] | Tensor]:
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        counts = [len(item["features"] if "features" in item else item["tiles"]) for item in items]
         return {
             "query": dict(self.processor.process_queries([item["query"] for item in items])),
-            "page": dict(self.processor.process_images([item["image"] for item in items])),
-            "page_ids": torch.tensor([item["page_id"] for item in items]),
+            "page": dict(self.processor.page_tokens(counts)),
+            "features": [item.get("features") for item in items],
+            "tiles": [item.get("tiles") for item in items],
+            "page_ids": torch.tensor([int(item["page"][:14], 16) for item in items]),
         }

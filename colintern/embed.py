@@ -1,6 +1,7 @@
 """Pages and queries to embeddings: batches through the processor and the model, padding taken off again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,13 +22,24 @@ def embed_pages(model: nn.Module, processor: Any, images: Sequence[Image.Image],
     return _embed(model, processor.process_images, images, batch_size)
 
 
+def embed_features(model: nn.Module, processor: Any, features: Iterable[Tensor], batch_size: int) -> list[Tensor]:
+    """`embed_pages` for pages whose features, (tiles, tokens of a tile, hidden size) each, are known."""
+
+    def process(pages: list[Tensor]) -> BatchFeature:
+        batch = processor.page_tokens([len(page) for page in pages])
+        batch["image_features"] = torch.cat(pages)
+        return batch
+
+    return _embed(model, process, features, batch_size)
+
+
 def embed_queries(model: nn.Module, processor: Any, queries: Sequence[str], batch_size: int) -> list[Tensor]:
     """One (tokens, 128) float32 tensor a query, on the CPU, in the order of `queries`; see `embed_pages`."""
     return _embed(model, processor.process_queries, queries, batch_size)
 
 
 def _embed(
-    model: nn.Module, process: Callable[[list[Any]], BatchFeature], items: Sequence[Any], batch_size: int
+    model: nn.Module, process: Callable[[list[Any]], BatchFeature], items: Iterable[Any], batch_size: int
 ) -> list[Tensor]:
     device = next(model.parameters()).device
     was_training = model.training
@@ -35,8 +47,9 @@ def _embed(
     rows: list[Tensor] = []
     try:
         with torch.no_grad():
-            for start in range(0, len(items), batch_size):
-                batch = process(list(items[start : start + batch_size])).to(device)
+            rest = iter(items)
+            while part := list(islice(rest, batch_size)):
+                batch = process(part).to(device)
                 embeddings = model(**batch).float().cpu()
                 mask = batch["attention_mask"].bool().cpu()
                 rows += [row[keep] for row, keep in zip(embeddings, mask, strict=True)]

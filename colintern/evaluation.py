@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from colintern.benchmarks import tasks_for
+from colintern.features import FEATURES, PageFeatures
 from colintern.identity import content_hash
 from colintern.jsonfile import dumps
 from colintern.manifest import check_base, root
@@ -57,7 +58,8 @@ def evaluate_adapter(params: Params, adapter: Path, output_folder: Path) -> dict
     for name, label in (("trained", "colintern3_5"), ("untrained", "colintern3_5-untrained")):
         if name == "trained" or params.eval_untrained:
             model = _load(params, adapter, trained=name == "trained")
-            scores[name] = evaluate(model, processor, params, label, revision, output_folder)
+            features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb)
+            scores[name] = evaluate(model, processor, params, label, revision, output_folder, features)
     return scores
 
 
@@ -76,7 +78,13 @@ def _load(params: Params, adapter: Path, trained: bool) -> nn.Module:
 
 
 def evaluate(
-    model: nn.Module, processor: Any, params: Params, label: str, revision: str, output_folder: str | Path
+    model: nn.Module,
+    processor: Any,
+    params: Params,
+    label: str,
+    revision: str,
+    output_folder: str | Path,
+    features: PageFeatures | None = None,
 ) -> Scores:
     """Evaluate a model on every task of `params.benchmarks`.
 
@@ -92,7 +100,8 @@ def evaluate(
         RuntimeError: a task could not be run, or has a score that is not a number.
     """
     pairs = tasks_for(params)
-    encoder: Any = ColIntern3_5Encoder(model, processor, label, revision)  # mteb's types know no list of tensors
+    # mteb's types know no list of tensors
+    encoder: Any = ColIntern3_5Encoder(model, processor, label, revision, features)
     cache = mteb.ResultCache(output_folder)
     result = mteb.evaluate(
         encoder,

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import normalize
 from transformers import InternVLConfig, InternVLModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 EMBEDDING_DIM = 128
 HEAD_FILE = "head.safetensors"
@@ -125,6 +126,7 @@ class ColIntern3_5(InternVLModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Embed a batch.
@@ -132,6 +134,7 @@ class ColIntern3_5(InternVLModel):
         Args:
             input_ids, attention_mask: (B, L), padded on the right.
             pixel_values: (tiles of the whole batch, 3, tile, tile), as `process_images` makes them.
+            image_features: instead of `pixel_values`, what `page_features` made of them, page after page.
 
         Returns:
             (B, L, 128): unit vectors, zeros where `attention_mask` is 0.
@@ -141,12 +144,11 @@ class ColIntern3_5(InternVLModel):
         """
         if (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
             raise ValueError("attention_mask: ColIntern3_5 takes right-padded batches; set padding_side='right'")
-        images = kwargs.pop("mm_encoder_outputs", None)
         if pixel_values is not None:
-            parts = (*self.vision_tower.parameters(), *self.multi_modal_projector.parameters())
-            # A frozen tower must stay out of the graph even where PEFT or checkpointing hooks its inputs.
-            with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in parts)):
-                images = {"image": self.get_image_features(pixel_values=pixel_values, return_dict=True)}
+            tokens = (input_ids == self.config.image_token_id).sum(1)
+            pages = pixel_values.split((tokens // self.config.image_seq_length).tolist())
+            image_features = torch.cat([self.page_features(tiles) for tiles in pages])
+        images = None if image_features is None else {"image": BaseModelOutputWithPooling(pooler_output=image_features)}
         # Causal attention never looks right, so right padding needs no attention mask, and a page's embeddings
         # cannot depend on the pages beside it.
         hidden = (
@@ -156,6 +158,17 @@ class ColIntern3_5(InternVLModel):
         )
         embeddings = normalize(self.custom_text_proj(hidden).float(), dim=-1)
         return embeddings.masked_fill(attention_mask.unsqueeze(-1) == 0, 0.0)
+
+    def page_features(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Tower and projector on one page: (n, 3, tile, tile) to (n, tokens of a tile, hidden size).
+
+        A page at a time, because matrix products of other sizes round differently: a page's features must not
+        depend on its batch.
+        """
+        parts = (*self.vision_tower.parameters(), *self.multi_modal_projector.parameters())
+        # A frozen tower must stay out of the graph even where PEFT or checkpointing hooks its inputs.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in parts)):
+            return self.get_image_features(pixel_values=tiles, return_dict=True).pooler_output
 
 
 def attention_kernel(choice: str) -> str:
@@ -167,15 +180,17 @@ def attention_kernel(choice: str) -> str:
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """transformers logs a table of missing keys, in which a random head looks like a broken language model; the
-    check after loading says which it is."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """transformers logs a table of missing keys, in which a random head looks like a broken language model (the
+    check after loading says which it is), and every layer that no tensor-parallel plan names."""
+    names = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def _some(names: list[str]) -> str:

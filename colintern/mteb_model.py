@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from colintern.embed import embed_pages, embed_queries
+from colintern.embed import embed_features, embed_pages, embed_queries
+from colintern.features import Page, PageFeatures
 from colintern.maxsim import maxsim_scores
 from colintern.params import UserError
 
@@ -22,11 +23,15 @@ class ColIntern3_5Encoder(AbsEncoder):
         model, processor: see `colintern.embed`.
         label: the model is called `colintern/<label>` in mteb's files.
         revision: tells weights apart under one label, for example a hash of them.
+        features: where the pages' features come from; without it each page goes through the whole model.
     """
 
-    def __init__(self, model: nn.Module, processor: Any, label: str, revision: str):
+    def __init__(
+        self, model: nn.Module, processor: Any, label: str, revision: str, features: PageFeatures | None = None
+    ):
         self.model = model
         self.processor = processor
+        self.features = features
         self.mteb_model_meta = ModelMeta(
             loader=None,
             name=f"colintern/{label}",
@@ -70,10 +75,17 @@ class ColIntern3_5Encoder(AbsEncoder):
                 for page, image in zip(batch["id"], batch["image"], strict=True):
                     if image is None:
                         raise UserError(f"page {page} of the evaluation corpus has no image; remove or repair its row")
-                rows += embed_pages(self.model, self.processor, batch["image"], len(batch["image"]))
+                rows += self._pages(batch["image"])
             else:
                 raise ValueError(f"{prompt_type}: expected queries as text or pages as images, got {sorted(batch)}")
+        if self.features:
+            self.features.cache.flush()
         return rows
+
+    def _pages(self, images: list[Any]) -> list[Tensor]:
+        if self.features is None:
+            return embed_pages(self.model, self.processor, images, len(images))
+        return embed_features(self.model, self.processor, map(self.features, map(Page.of, images)), len(images))
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """MaxSim of queries with pages, (queries, pages) float32; each argument is as `encode` returns it."""

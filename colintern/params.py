@@ -94,6 +94,7 @@ class Params:
     dev_queries: Annotated[int, at_least(1)]
     save_steps: Annotated[int, at_least(1)]
     eval_batch_size: Annotated[int, at_least(1)]
+    feature_cache_gb: Annotated[float, at_least(0)]
     seed: Annotated[int, between(0, 2**32 - 1)]
     threads: Annotated[int, at_least(1)]
     workers: Annotated[int, at_least(0)]

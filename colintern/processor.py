@@ -87,19 +87,24 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
             pixel_values: (sum of the pages' tiles, 3, tile, tile) float32, page after page, each page row by row
                 and its thumbnail last.
         """
-        tiles = [self._tiles(image) for image in images]
-        rows = [
-            self._before_tiles + [self.image_token_id] * (self.image_seq_length * len(t)) + self._after_tiles
-            for t in tiles
-        ]
-        batch = self._pad(rows)
-        p = self.image_processor
-        batch["pixel_values"] = p.rescale_and_normalize(
-            torch.cat(tiles), p.do_rescale, p.rescale_factor, p.do_normalize, p.image_mean, p.image_std
-        )
+        tiles = [self.page_tiles(image) for image in images]
+        batch = self.page_tokens([len(t) for t in tiles])
+        batch["pixel_values"] = torch.cat(tiles)
         return batch
 
-    def _tiles(self, image: Image.Image) -> torch.Tensor:
+    def page_tokens(self, tiles: list[int]) -> BatchFeature:
+        """input_ids and attention_mask of pages of so many tiles each."""
+        visual = [self.image_token_id] * self.image_seq_length
+        return self._pad([self._before_tiles + visual * n + self._after_tiles for n in tiles])
+
+    def page_tiles(self, image: Image.Image) -> torch.Tensor:
+        """One page's tiles, normalised, (n, 3, tile, tile) float32: row by row, the thumbnail last."""
+        p = self.image_processor
+        return p.rescale_and_normalize(
+            self._cut(image), p.do_rescale, p.rescale_factor, p.do_normalize, p.image_mean, p.image_std
+        )
+
+    def _cut(self, image: Image.Image) -> torch.Tensor:
         """The page's tiles as (n, 3, tile, tile) uint8."""
         page = pil_to_tensor(image.convert("RGB"))
         grid, side, resample = self.grid(page.shape[1:]), self.tile, self.image_processor.resample

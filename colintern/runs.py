@@ -18,7 +18,8 @@ import torch
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from colintern.data import Pairs, rows
+from colintern.data import Pairs, pages, rows
+from colintern.features import FEATURES, PageFeatures
 from colintern.identity import fingerprint, stage_identity
 from colintern.jsonfile import dumps
 from colintern.lora import add_lora, count, faults
@@ -74,10 +75,17 @@ def prepare(params: Params, scratch: Path) -> ContrastiveTrainer:
     model = add_lora(base, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout)
     if wrong := faults(count(model, params.lora_targets)):
         raise UserError("\n  ".join(wrong))
-    pairs, dev = Pairs(rows("train")), DevSet(rows("test"), params.dev_queries)
-    if len(pairs) < params.batch_size:
-        raise UserError(f"batch_size: {params.batch_size} is more than the {len(pairs)} training pairs")
-    print(f"{len(pairs)} training pairs; dev: {len(dev)} queries on {len(dev.images)} pages; attention: {kernel}")
+    table, dev_table = rows("train"), rows("test")
+    if len(table) < params.batch_size:
+        raise UserError(f"batch_size: {params.batch_size} is more than the {len(table)} training pairs")
+    dev_table = dev_table.select(range(min(params.dev_queries, len(dev_table))))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb)
+    train_pages, dev_pages = pages(table), pages(dev_table)
+    features.fill([*train_pages, *dev_pages], params.workers)
+    pairs = Pairs(table["query"], train_pages, features)
+    dev = DevSet(dev_table["query"], dev_pages, features)
+    print(f"{len(pairs)} training pairs; dev: {len(dev)} queries on {len(dev.pages)} pages; attention: {kernel}")
     quiet = not sys.stderr.isatty()
     return ContrastiveTrainer(
         params, processor, dev, model=model, args=arguments(params, str(scratch), quiet), train_dataset=pairs

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from colintern.data import Collator, decode, page_id
-from colintern.embed import embed_pages, embed_queries
+from colintern.data import Collator
+from colintern.embed import embed_features, embed_queries
+from colintern.features import Page, PageFeatures
 from colintern.loss import contrastive_loss, maxsim_matrix
 from colintern.maxsim import maxsim_scores, ndcg_at_k
 from colintern.params import Params
@@ -44,6 +45,12 @@ class ContrastiveTrainer(Trainer):
         """
         model.train()
         batch: Batch = self._prepare_inputs(inputs)
+        with torch.no_grad():  # once a step, also where the pages go through the language model twice
+            features = [
+                model.page_features(tiles) if known is None else known
+                for known, tiles in zip(batch["features"], batch["tiles"], strict=True)
+            ]
+        batch["page"]["image_features"] = torch.cat(features)
         if self.params.micro_batch_size >= len(batch["page_ids"]):
             loss = self._loss(batch, model(**batch["query"]), model(**batch["page"]))
             self.accelerator.backward(loss)
@@ -88,14 +95,14 @@ class ContrastiveTrainer(Trainer):
 
 
 def split(inputs: dict[str, Tensor], size: int, processor: ColIntern3_5Processor) -> Iterator[dict[str, Tensor]]:
-    """Cut one side of a batch into parts of `size` rows; the flat tiles of `pixel_values` go with their pages."""
+    """Cut one side of a batch into parts of `size` rows; the flat tiles of `image_features` go with their pages."""
     ids = inputs["input_ids"]
     tiles = (ids == processor.image_token_id).sum(1) // processor.image_seq_length
     ends = [0, *tiles.cumsum(0).tolist()]
     for start in range(0, len(ids), size):
-        part = {k: v[start : start + size] for k, v in inputs.items() if k != "pixel_values"}
-        if "pixel_values" in inputs:
-            part["pixel_values"] = inputs["pixel_values"][ends[start] : ends[min(start + size, len(ids))]]
+        part = {k: v[start : start + size] for k, v in inputs.items() if k != "image_features"}
+        if "image_features" in inputs:
+            part["image_features"] = inputs["image_features"][ends[start] : ends[min(start + size, len(ids))]]
         yield part
 
 
@@ -111,19 +118,13 @@ def set_rng_state(state: list[Tensor]) -> None:
 
 
 class DevSet(Dataset):
-    """The first `queries` pairs of the dev split, each page kept once."""
+    """Dev queries and the pages they ask for, each page once however many rows show it."""
 
-    def __init__(self, table: Any, queries: int):
-        self.queries: list[str] = []
-        self.images: list[Any] = []
-        self.relevant: list[set[int]] = []
-        places: dict[int, int] = {}
-        for row in table.select(range(min(queries, len(table)))):
-            place = places.setdefault(page_id(row["image"]["bytes"]), len(places))
-            if place == len(self.images):
-                self.images.append(row["image"])
-            self.queries.append(row["query"])
-            self.relevant.append({place})
+    def __init__(self, queries: Sequence[str], pages: Sequence[Page], features: PageFeatures):
+        distinct = {page.key: page for page in pages}
+        places = {key: place for place, key in enumerate(distinct)}
+        self.queries, self.pages, self.features = list(queries), list(distinct.values()), features
+        self.relevant = [{places[page.key]} for page in pages]
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -131,16 +132,13 @@ class DevSet(Dataset):
     def ndcg(self, model: Any, processor: ColIntern3_5Processor, params: Params) -> float:
         """NDCG@5 of the dev queries over the dev pages."""
         size = params.eval_batch_size
-        pages: list[Tensor] = []
-        for start in range(0, len(self.images), size):  # decoded a batch at a time
-            images = [decode(image) for image in self.images[start : start + size]]
-            pages += embed_pages(model, processor, images, size)
+        pages = embed_features(model, processor, map(self.features, self.pages), size)
         return ndcg_at_k(maxsim_scores(embed_queries(model, processor, self.queries, size), pages), self.relevant, 5)
 
     @property
     def chance(self) -> float:
         """NDCG@5 of a random ranking: one right page among all."""
-        return sum(1 / math.log2(rank + 1) for rank in range(1, 6)) / len(self.images)
+        return sum(1 / math.log2(rank + 1) for rank in range(1, 6)) / len(self.pages)
 
 
 def arguments(params: Params, folder: str, quiet: bool) -> TrainingArguments:
@@ -161,10 +159,11 @@ def arguments(params: Params, folder: str, quiet: bool) -> TrainingArguments:
         save_strategy="steps",
         save_steps=params.save_steps,
         save_total_limit=2,
-        gradient_checkpointing=params.gradient_checkpointing,
+        activation_checkpointing=params.gradient_checkpointing,
         seed=params.seed,
         data_seed=params.seed,
         dataloader_num_workers=params.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=quiet,
         report_to="none",

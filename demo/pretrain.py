@@ -115,7 +115,7 @@ class Pages(Dataset):
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         rng = Random(f"{self.seed}/{step}")
-        ceiling = max(0.0, 1 - step / (self.drift * self.steps)) if self.drift else 1.0
+        ceiling = max(0.0, 1 - step / (self.drift * self.steps)) if self.drift else 0.0
         pages = [self._page(rng, ceiling) for _ in range(self.batch)]
         batch = dict(self.processor.process_images([p.image for p in pages]))
         batch["labels"] = torch.stack([self._labels(p) for p in pages])
@@ -162,17 +162,21 @@ def losses(model: InternVLForConditionalGeneration, batch: dict[str, torch.Tenso
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--start", type=Path, help="checkpoint to go on from; else random weights")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=16, help="pages a step")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--drift", type=float, default=0.25, help="share of the run until the layout is free; 0: never")
+    parser.add_argument("--drift", type=float, default=0.25, help="share of the run until the layout is free")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="another number gives other bits")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     processor = make_processor()
-    model = InternVLForConditionalGeneration(make_config(processor))
+    if args.start:
+        model = InternVLForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32).train()
+    else:
+        model = InternVLForConditionalGeneration(make_config(processor))
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(processor.tokenizer)} tokens")
     pages = Pages(processor, args.steps, args.batch, args.drift, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)

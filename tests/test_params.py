@@ -121,6 +121,7 @@ BAD_VALUES = [
     ("dev_queries", "0", "at least 1"),
     ("save_steps", "0", "at least 1"),
     ("eval_batch_size", "0", "at least 1"),
+    ("feature_cache_gb", "-1.0", "0"),
     ("seed", "-1", "0 to 4294967295"),
     ("seed", "4294967296", "0 to 4294967295"),
     ("threads", "0", "at least 1"),

@@ -18,8 +18,8 @@ LEVELS = [
     {"runs", "evaluation"},
     {"training", "sources", "mteb_model", "benchmarks"},
     {"data", "embed", "lora"},
-    {"processor", "model", "manifest", "demo", "identity"},
-    {"params", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile"},
+    {"features", "processor", "model", "manifest", "demo", "identity"},
+    {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile"},
 ]
 
 

@@ -7,54 +7,38 @@ import torch
 from conftest import BASE, ROOT
 from test_model import TARGETS, load
 
-from colintern.data import Collator
+from colintern.data import Pairs
+from colintern.features import Page, PageFeatures
 from colintern.lora import add_lora
 from colintern.params import load as load_params
-from colintern.training import ContrastiveTrainer, NonFiniteError, arguments, split, verdict
+from colintern.training import ContrastiveTrainer, DevSet, NonFiniteError, arguments, split, verdict
 
-
-class Pages(torch.utils.data.Dataset):
-    def __init__(self, pages, queries):
-        self.items = [
-            {"query": q, "image": p, "page_id": i} for i, (p, q) in enumerate(zip(pages, queries, strict=True))
-        ]
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
-
-
-class NoDev(torch.utils.data.Dataset):
-    images = range(100)
-
-    def __len__(self):
-        return 1
-
-    def ndcg(self, model, processor, params):
-        return 0.5
+QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
 
 
 @pytest.fixture
 def make(processor, pages, tmp_path):
-    """A trainer on four ragged pages, any key of params replaced."""
+    """A trainer on four ragged pages, any key of params replaced; their features are cached if `cache_gb`."""
 
-    def build(**changes):
+    def build(cache_gb=0.0, **changes):
         params = dataclasses.replace(
             load_params(ROOT / "recipes" / "demo.yaml"), batch_size=4, logging_steps=1, epochs=1, **changes
         )
         torch.manual_seed(0)
         wrapped = add_lora(load(BASE), TARGETS, rank=4, alpha=4, dropout=params.lora_dropout)
         args = arguments(params, str(tmp_path / "run"), quiet=True)
-        data = Pages(pages, ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"])
-        return ContrastiveTrainer(params, processor, NoDev(), model=wrapped, args=args, train_dataset=data)
+        features = PageFeatures(wrapped, processor, tmp_path / "features", cache_gb)
+        keyed = [Page.of(page) for page in pages]
+        features.fill(keyed, workers=0)
+        dev = DevSet(QUERIES, keyed, features)
+        pairs = Pairs(QUERIES, keyed, features)
+        return ContrastiveTrainer(params, processor, dev, model=wrapped, args=args, train_dataset=pairs)
 
     return build
 
 
 def gradients(trainer, processor, pages) -> dict[str, torch.Tensor]:
-    batch = Collator(processor)(trainer.train_dataset.items)
+    batch = trainer.data_collator(list(trainer.train_dataset))
     torch.manual_seed(7)
     # One step leaves no gradient in lora_A, whose partner starts at zero: move lora_B off it.
     with torch.no_grad():
@@ -93,12 +77,13 @@ def test_every_lora_module_and_nothing_else_gets_a_gradient(make, processor, pag
 
 def test_parts_of_a_batch_take_their_own_tiles(processor, pages):
     batch = dict(processor.process_images(pages))
+    batch["image_features"] = batch.pop("pixel_values")
     for size in (1, 2, 3):
         parts = list(split(batch, size, processor))
-        assert torch.equal(torch.cat([p["pixel_values"] for p in parts]), batch["pixel_values"])
+        assert torch.equal(torch.cat([p["image_features"] for p in parts]), batch["image_features"])
         for part in parts:
             tiles = (part["input_ids"] == processor.image_token_id).sum().item() // processor.image_seq_length
-            assert len(part["pixel_values"]) == tiles
+            assert len(part["image_features"]) == tiles
 
 
 def test_a_loss_that_is_not_finite_stops_the_step(make, processor, pages):
@@ -126,6 +111,36 @@ def test_a_run_that_was_cut_off_ends_on_the_same_weights(make, tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     for name, value in weights(again).items():
         assert torch.equal(value, want[name]), name
+
+
+@pytest.mark.parametrize("micro", [2, 4])
+def test_losses_and_weights_are_the_same_to_the_bit_with_and_without_the_cache(make, micro):
+    def run(cache_gb, workers):
+        trainer = make(cache_gb, micro_batch_size=micro, lora_dropout=0.1, warmup_steps=0, workers=workers)
+        assert len(trainer.train_dataset.cache.places) == (4 if cache_gb else 0)
+        trainer.args.num_train_epochs = 3
+        trainer.train()
+        curve = [{k: row[k] for k in ("loss", "eval_ndcg_at_5") if k in row} for row in trainer.state.log_history]
+        return curve, {n: p for n, p in trainer.model.named_parameters() if ".lora_" in n}
+
+    (without, plain), (cold, kept), (warm, found) = run(0.0, 0), run(1.0, 0), run(1.0, 1)
+    assert without == cold == warm
+    for name, value in plain.items():
+        assert torch.equal(value, kept[name]) and torch.equal(value, found[name]), name
+
+
+@pytest.mark.parametrize(("cache_gb", "micro", "runs"), [(0.0, 4, 4), (0.0, 2, 4), (1.0, 2, 0)])
+def test_the_tower_sees_a_page_once_a_step_or_never_and_is_never_differentiated(
+    make, processor, pages, cache_gb, micro, runs
+):
+    trainer = make(cache_gb, micro_batch_size=micro)
+    trainer.model.enable_input_require_grads()
+    ran = {"forward": 0, "backward": 0}
+    layer = trainer.model.base_model.model.vision_tower.encoder.layer[0]
+    layer.register_forward_hook(lambda *_: ran.update(forward=ran["forward"] + 1))
+    layer.register_full_backward_hook(lambda *_: ran.update(backward=ran["backward"] + 1))
+    gradients(trainer, processor, pages)
+    assert ran == {"forward": runs, "backward": 0}
 
 
 def test_a_collapsed_run_is_recognised():

@@ -1,0 +1,147 @@
+import logging
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from colintern import cache as module
+from colintern.cache import TensorCache
+
+MB = 10**6
+
+
+def tensor(seed: int, size: int = 1000) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def shards(top: Path) -> list[Path]:
+    return sorted(top.glob("*/*.safetensors"))
+
+
+def filled(top: Path, name: str, keys: range, limit: int = MB) -> TensorCache:
+    cache = TensorCache(top, name, limit)
+    for key in keys:
+        cache.put(f"k{key}", tensor(key))
+    cache.flush()
+    return cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_comes_back_to_the_bit_in_another_process_too(tmp_path, dtype):
+    value = tensor(1).to(dtype).view(10, 100)
+    first = TensorCache(tmp_path, "a", MB)
+    first.put("k", value)
+    assert torch.equal(first.get("k"), value), "before it is on disk"
+    first.flush()
+    for cache in (first, TensorCache(tmp_path, "a", MB)):
+        assert "k" in cache and cache.get("k").dtype == dtype and torch.equal(cache.get("k"), value)
+    assert TensorCache(tmp_path, "b", MB).get("k") is None, "another name, another cache"
+
+
+def test_shards_are_written_as_they_fill(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHARD_BYTES", 8000)
+    cache = filled(tmp_path, "a", range(5))
+    assert [shard.name.split("-")[1] for shard in shards(tmp_path)] == ["2", "2", "1"]
+    assert not cache.pending
+
+
+def test_the_limit_evicts_what_was_used_longest_ago_and_never_what_is_in_use(tmp_path):
+    old, older = filled(tmp_path, "old", range(10)), filled(tmp_path, "older", range(10))
+    for age, cache in ((1000, old), (2000, older)):
+        [shard] = cache.folder.iterdir()
+        os.utime(shard, (1e9 - age, 1e9 - age))
+    size = shards(tmp_path)[0].stat().st_size
+    cache = TensorCache(tmp_path, "new", int(2.5 * size))
+    for key in range(10):
+        cache.put(f"k{key}", tensor(key))
+    cache.flush()
+    assert [shard.parent.name for shard in shards(tmp_path)] == ["new", "old"]
+    for key in range(10, 40):
+        cache.put(f"k{key}", tensor(key))
+    cache.flush()
+    assert cache.full and "k0" in cache and "k39" not in cache
+    assert TensorCache(tmp_path, "new", MB).get("k0") is not None
+
+
+def test_reading_a_shard_makes_it_the_last_used(tmp_path):
+    filled(tmp_path, "a", range(3))
+    [shard] = shards(tmp_path)
+    os.utime(shard, (1e9, 1e9))
+    TensorCache(tmp_path, "a", MB).get("k1")
+    assert shard.stat().st_mtime > 1.5e9
+
+
+def test_a_limit_of_zero_keeps_nothing(tmp_path):
+    cache = filled(tmp_path, "a", range(3), limit=0)
+    assert cache.full and cache.get("k0") is None and not shards(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "header", "empty"])
+def test_a_damaged_shard_is_dropped_with_a_word_and_filled_again(tmp_path, caplog, damage):
+    filled(tmp_path, "a", range(3))
+    [shard] = shards(tmp_path)
+    data = bytearray(shard.read_bytes())
+    if damage == "flip":
+        data[-500] ^= 1
+    elif damage == "header":
+        data[3] ^= 0xFF
+    shard.write_bytes(data[: {"cut": len(data) // 2, "empty": 0}.get(damage, len(data))])
+    with caplog.at_level(logging.WARNING):
+        cache = TensorCache(tmp_path, "a", MB)
+        # safetensors keeps k2's bytes at the end of the file
+        assert cache.get("k2") is None
+    assert "computed again" in caplog.text and not shard.exists()
+    cache.put("k2", tensor(2))
+    cache.flush()
+    assert torch.equal(TensorCache(tmp_path, "a", MB).get("k2"), tensor(2))
+
+
+def test_deleting_the_folder_under_a_reader_costs_no_more_than_the_tensors(tmp_path):
+    cache, late = filled(tmp_path, "a", range(3)), TensorCache(tmp_path, "a", MB)
+    assert cache.get("k1") is not None
+    for shard in shards(tmp_path):
+        shard.unlink()
+    assert torch.equal(cache.get("k1"), tensor(1)), "its shard is mapped"
+    assert late.get("k1") is None
+    late.put("k1", tensor(1))
+    late.flush()
+    assert torch.equal(late.get("k1"), tensor(1))
+
+
+def test_a_full_disk_stops_the_cache_and_not_the_run(tmp_path, monkeypatch, caplog):
+    def full(*args, **kwargs):
+        Path(args[1]).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with caplog.at_level(logging.WARNING):
+        cache = filled(tmp_path, "a", range(3))
+    assert cache.full and "No space left" in caplog.text
+    assert not list(cache.folder.iterdir())
+
+
+def test_what_a_killed_writer_left_is_cleaned_up(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.partial").write_bytes(b"half")
+    filled(tmp_path, "a", range(1))
+    assert [p.suffix for p in (tmp_path / "a").iterdir()] == [".safetensors"]
+
+
+def write(top: str, start: int) -> None:
+    module.SHARD_BYTES = 8000
+    filled(Path(top), "a", range(start, start + 40), limit=100 * MB)
+
+
+def test_processes_that_write_at_once_lose_nothing_and_double_nothing(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=write, args=(str(tmp_path), start)) for start in (0, 20, 0)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    cache = TensorCache(tmp_path, "a", MB)
+    assert all(torch.equal(cache.get(f"k{key}"), tensor(key)) for key in range(60))
+    assert sum(int(shard.name.split("-")[1]) for shard in shards(tmp_path)) == 60
