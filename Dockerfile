@@ -17,6 +17,7 @@ FROM ${PYTHON_IMAGE} AS base
 FROM base AS env
 # Compiled here because the user who runs the image may not write into /opt/venv.
 ENV UV_COMPILE_BYTECODE=1 \
+    UV_CACHE_DIR=/var/cache/uv \
     UV_LINK_MODE=copy \
     UV_PYTHON_DOWNLOADS=never \
     VIRTUAL_ENV=/opt/venv \
@@ -24,7 +25,7 @@ ENV UV_COMPILE_BYTECODE=1 \
 COPY docker/uv.txt requirements.txt /build/
 RUN python -m venv /opt/uv \
     && /opt/uv/bin/pip install --no-cache-dir --require-hashes -r /build/uv.txt
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/var/cache/uv \
     uv venv /opt/venv \
     && uv pip install --require-hashes -r /build/requirements.txt
 

@@ -5,7 +5,6 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
-UV_VERSION := 0.13.9
 UV := .tools/bin/uv
 ENV := .venv/.installed
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONUNBUFFERED=1
@@ -31,8 +30,10 @@ sensitivity: $(ENV)  ## how the demo answers to lr, epochs, batch and rank, thre
 	@$(RUN) python -m bench.sensitivity
 
 image:  ## the CUDA image that runs the same pipeline; FLASH_ATTN=2.8.3.post2 compiles flash-attn in
-	@engine=$$(command -v docker || command -v podman || true)
-	if [ -z "$$engine" ] || ! "$$engine" info >/dev/null 2>&1; then
+	@for engine in docker podman ""; do
+	  if [ -z "$$engine" ] || "$$engine" info >/dev/null 2>&1; then break; fi
+	done
+	if [ -z "$$engine" ]; then
 	  echo "make image: no running docker or podman here; docker/prove.sh builds it in a chroot instead" >&2; exit 2
 	fi
 	"$$engine" build --build-arg FLASH_ATTN=$(FLASH_ATTN) -t colintern .
@@ -43,7 +44,7 @@ image-proof:  ## run every line of the Dockerfile in a chroot (root, 45 GB, abou
 $(UV):
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "colintern needs Python 3.11 or newer, this is %d.%d" % v[:2])'
 	$(PYTHON) -m venv .tools
-	.tools/bin/pip install -q --disable-pip-version-check uv==$(UV_VERSION)
+	.tools/bin/pip install -q --disable-pip-version-check --require-hashes -r docker/uv.txt
 
 # The colintern command points into this folder (-e), so the code itself is never stale.
 $(ENV): requirements.txt | $(UV)

@@ -9,7 +9,7 @@ from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 
 from colintern.identity import content_hash
-from colintern.manifest import benchmark_folder, root
+from colintern.manifest import benchmark_folder, local
 from colintern.params import Params, UserError
 
 
@@ -44,10 +44,22 @@ def tasks_for(params: Params) -> list[tuple[str, AbsTask]]:
     return pairs
 
 
+def check_names(params: Params) -> None:
+    """Refuse names that are not mteb's, before anything is downloaded; local folders are checked when they are read.
+
+    Raises:
+        UserError: see `tasks_for`.
+    """
+    for entry in params.benchmarks:
+        if not local(entry):
+            for task in _resolve(entry)[1]:
+                _check_task(entry, task)
+
+
 def _resolve(entry: str) -> tuple[str, list[AbsTask]]:
     if entry == "demo":
         return entry, [_folder_task(benchmark_folder(entry), "ColInternDemoRetrieval")]
-    if (root() / entry).is_dir():
+    if local(entry):
         folder = benchmark_folder(entry)
         label = folder.resolve().name
         words = re.findall(r"[A-Za-z0-9]+", label)

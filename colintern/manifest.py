@@ -31,6 +31,11 @@ def root() -> Path:
     return Path(os.environ.get("DVC_ROOT") or ".")
 
 
+def local(benchmark: str) -> bool:
+    """Whether an entry of `benchmarks` is the demo or a folder, not a name of mteb's."""
+    return benchmark == "demo" or (root() / benchmark).is_dir()
+
+
 def digest(path: Path) -> dict[str, Any]:
     """Size in bytes and sha256 of a file."""
     with path.open("rb") as file:

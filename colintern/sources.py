@@ -4,7 +4,7 @@ from typing import Any
 
 from colintern.demo import DemoPage, corpus
 from colintern.formats import CorpusPage, Qrel, Query, TrainingRow, png_bytes, write_beir, write_training_split
-from colintern.manifest import BASE_SUFFIXES, BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, hub_files, local_files, root
+from colintern.manifest import BASE_SUFFIXES, BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, hub_files, local, local_files, root
 from colintern.params import Params
 
 DEMO = "demo"
@@ -18,7 +18,7 @@ def fetch(params: Params) -> dict[str, Any]:
 
     mteb's own tasks are not among the latter: mteb fetches them, at the revision it pins.
     """
-    evaluation = {name: _evaluation(name) for name in params.benchmarks if name == DEMO or (root() / name).is_dir()}
+    evaluation = {name: _evaluation(name) for name in params.benchmarks if local(name)}
     return {
         "base": _source(params.base, params.base_revision, "model", BASE_SUFFIXES)._asdict(),
         "train": _training(params.train_data, params.train_revision)._asdict(),

@@ -8,14 +8,19 @@ Input: params.yaml. Output: data/manifest.json (file, size, sha256, repository, 
 from pathlib import Path
 
 from colintern.jsonfile import dumps
-from colintern.manifest import MANIFEST
+from colintern.manifest import MANIFEST, local
 from colintern.params import exit_on_user_error, load
 from colintern.sources import fetch
 
 
 @exit_on_user_error()
 def main() -> None:
-    manifest = fetch(load())
+    params = load()
+    if not all(map(local, params.benchmarks)):
+        from colintern.benchmarks import check_names  # only now: it imports mteb, which takes seconds
+
+        check_names(params)
+    manifest = fetch(params)
     path = Path(MANIFEST)
     path.parent.mkdir(exist_ok=True)
     path.write_text(dumps(manifest))

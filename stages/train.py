@@ -11,7 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+if not sys.stderr.isatty():
+    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from colintern.jsonfile import dumps
