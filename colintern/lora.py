@@ -20,14 +20,18 @@ HEAD = "custom_text_proj"
 FROZEN = ("vision_tower", "multi_modal_projector")
 
 
-def add_lora(model: ColIntern3_5, targets: Sequence[str], rank: int, alpha: int, dropout: float) -> PeftModel:
+def add_lora(
+    model: ColIntern3_5, targets: Sequence[str], rank: int, alpha: int, dropout: float, revision: str | None = None
+) -> PeftModel:
     """Wrap `model`: LoRA of `rank` on every module whose whole name one of the `targets` matches.
+
+    The adapter names the base it belongs to: `model.name_or_path`, and its hub commit `revision`.
 
     Raises:
         ValueError: no module matches at all (PEFT's own error).
     """
     pattern = "|".join(f"(?:{target})" for target in targets)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, revision=revision)
     return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
 
 

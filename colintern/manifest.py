@@ -6,11 +6,10 @@ before it is trained on.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from colintern.params import Params, UserError
+from colintern.params import Params, UserError, root
 
 MANIFEST = "data/manifest.json"
 BASE_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja")  # no pickles
@@ -24,11 +23,6 @@ class Files(NamedTuple):
     folder: str
     revision: str
     files: dict[str, dict[str, Any]]
-
-
-def root() -> Path:
-    """The repository whose data folder holds the bytes: `dvc exp run --temp` runs in a copy without them."""
-    return Path(os.environ.get("DVC_ROOT") or ".")
 
 
 def local(benchmark: str) -> bool:
@@ -71,8 +65,8 @@ def _hub_folder(repository: str, revision: str, kind: str, suffixes: tuple[str, 
     return Path(snapshot_download(repository, repo_type=kind, revision=revision, allow_patterns=patterns))
 
 
-def check_base(params: Params) -> None:
-    """Make sure the base model's files are there and are those that were fetched.
+def check_base(params: Params) -> str:
+    """Where the base is loaded from, a hub id or a folder, whose files are there and are those that were fetched.
 
     Raises:
         UserError: the manifest was made for another base, or a file is missing or changed.
@@ -82,16 +76,22 @@ def check_base(params: Params) -> None:
         raise UserError(
             f"base: {params.base!r} is not the one in {MANIFEST}, {entry['folder']!r}; run: dvc repro fetch-data"
         )
-    _checked(entry, "model", BASE_SUFFIXES)
+    folder = _checked(entry, "model", BASE_SUFFIXES)
+    return params.base if params.base_revision else str(folder)
 
 
-def training_folder() -> tuple[Path, list[str]]:
+def training_folder(train_data: str, revision: str) -> tuple[Path, list[str]]:
     """The checked folder of the training set, and the files in it.
 
     Raises:
-        UserError: no manifest, or a file is missing or changed.
+        UserError: no manifest or one of another training set, or a file is missing or changed.
     """
-    entry = _read()["train"]
+    manifest = _read()
+    entry, made_for = manifest["train"], (manifest["train_data"], manifest["train_revision"])
+    if made_for != (train_data, revision):
+        raise UserError(
+            f"train_data: {train_data!r} is not the one in {MANIFEST}, {made_for[0]!r}; run: dvc repro fetch-data"
+        )
     return _checked(entry, "dataset", TRAIN_SUFFIXES), sorted(entry["files"])
 
 

@@ -4,12 +4,12 @@ from typing import Any
 
 from colintern.demo import DemoPage, corpus
 from colintern.formats import CorpusPage, Qrel, Query, TrainingRow, png_bytes, write_beir, write_training_split
-from colintern.manifest import BASE_SUFFIXES, BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, hub_files, local, local_files, root
-from colintern.params import Params
+from colintern.manifest import BASE_SUFFIXES, BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, hub_files, local, local_files
+from colintern.params import Params, root
 
 DEMO = "demo"
 DEMO_SEED = 0  # of the corpus; the training seed is params.seed, so that seeds are compared on the same pages
-DEMO_TRAIN_PAGES, DEMO_DEV_PAGES, DEMO_TEST_PAGES = 1200, 100, 200
+DEMO_TRAIN_PAGES, DEMO_DEV_PAGES, DEMO_TEST_PAGES = 1800, 100, 200
 DEMO_QUERIES = 2  # a training page
 
 
@@ -21,6 +21,8 @@ def fetch(params: Params) -> dict[str, Any]:
     evaluation = {name: _evaluation(name) for name in params.benchmarks if local(name)}
     return {
         "base": _source(params.base, params.base_revision, "model", BASE_SUFFIXES)._asdict(),
+        "train_data": params.train_data,
+        "train_revision": params.train_revision,
         "train": _training(params.train_data, params.train_revision)._asdict(),
         "evaluation": {name: files._asdict() for name, files in evaluation.items()},
     }

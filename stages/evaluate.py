@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 
 from colintern.jsonfile import dumps
-from colintern.manifest import local, root
-from colintern.params import exit_on_user_error, load
+from colintern.manifest import local
+from colintern.params import exit_on_user_error, load, root
 
 
 @exit_on_user_error()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 if not sys.stderr.isatty():
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # else the Trainer splits each batch over all of them
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from colintern.jsonfile import dumps
