@@ -23,6 +23,7 @@ from transformers import BatchFeature
 from colintern import evaluation
 from colintern.benchmarks import tasks_for
 from colintern.embed import embed_pages, embed_queries
+from colintern.features import PageFeatures
 from colintern.formats import CorpusPage, Qrel, Query, png_bytes, write_beir
 from colintern.manifest import BEIR_SUFFIXES, local_files
 from colintern.maxsim import maxsim_scores, ndcg_at_k
@@ -214,6 +215,23 @@ def test_what_cannot_be_evaluated_is_refused(params):
         file.unlink()
     with pytest.raises(UserError, match=r"not an evaluation set.*none in qrels"):
         tasks_for(write_manifest(FOLDER))
+
+
+def test_cached_features_change_no_byte_of_the_results(workspace, model, processor, pages):
+    texts = ["from Oslo", "Rome", "sent to Halde", "milk"]
+    write_beir(
+        Path(FOLDER),
+        [CorpusPage(i, png_bytes(page), f"{i}.png") for i, page in enumerate(pages)],
+        [Query(i, text) for i, text in enumerate(texts)],
+        [Qrel(i, i) for i in range(len(pages))],
+    )
+    params = write_manifest(FOLDER)
+    plain = evaluation.evaluate(model, processor, params, "tiny", "a" * 40, "out/plain")
+    for state in ("cold", "warm"):
+        features = PageFeatures(model, processor, workspace / "features", 1.0)
+        assert len(features.cache.places) == (4 if state == "warm" else 0)
+        found = evaluation.evaluate(model, processor, params, "tiny", "a" * 40, f"out/{state}", features)
+        assert found == plain and files_of(f"out/{state}") == files_of("out/plain")
 
 
 def test_what_is_missing_is_named_before_a_model_is_loaded_and_older_results_stay(params):

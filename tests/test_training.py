@@ -62,11 +62,20 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(make, processor, pages,
 
 def test_dropout_is_the_same_in_both_passes_of_a_micro_batch(make, processor, pages):
     trainer = make(micro_batch_size=2, lora_dropout=0.5)
-    first, second = gradients(trainer, processor, pages), None
-    trainer.model.zero_grad()
-    second = gradients(trainer, processor, pages)
-    for name, grad in first.items():
-        torch.testing.assert_close(grad, second[name], msg=name)
+    embeddings = []
+    trainer.model.register_forward_hook(lambda module, inputs, output: embeddings.append(output.detach()))
+    gradients(trainer, processor, pages)
+    half = len(embeddings) // 2
+    assert half == 4, "two parts of queries, two of pages"
+    for first, second in zip(embeddings[:half], embeddings[half:], strict=True):
+        torch.testing.assert_close(first, second)
+    with torch.no_grad():
+        assert not torch.equal(embeddings[0], trainer.model(**next(split_queries(trainer)))), "there is dropout"
+
+
+def split_queries(trainer):
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    return split(batch["query"], 2, trainer.processor)
 
 
 def test_every_lora_module_and_nothing_else_gets_a_gradient(make, processor, pages):
