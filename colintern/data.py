@@ -7,29 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, Image, load_dataset
-from PIL import Image as PILImage
+from datasets import Dataset, Image, concatenate_datasets, load_dataset
+from PIL.Image import Image as PILImage
 from torch.utils.data import Dataset as TorchDataset
 
 from colintern.features import Page, PageFeatures
-from colintern.manifest import root, training_folder
+from colintern.images import decode
+from colintern.manifest import root, training_folders
 from colintern.params import UserError
 from colintern.processor import ColIntern3_5Processor
 
 
 def rows(split: str) -> Dataset:
-    """The training set's rows of `split` (train, or test: the dev set), memory-mapped, images as undecoded bytes.
+    """The training sets' rows of `split` (train, or test: the dev set), memory-mapped, images as undecoded bytes.
+
+    In the training split the rows of a set occur as often as its weight says.
 
     Raises:
-        UserError: the manifest or a file is missing or changed, or the set has no such split.
+        UserError: the manifest or a file is missing or changed, or a set has no such split.
     """
-    folder, names = training_folder()
-    files = [str(folder / name) for name in names if Path(name).name.startswith(f"{split}-")]
-    if not files:
-        raise UserError(f"train_data: {folder} has no file {split}-*.parquet; it has {', '.join(names)[:200]}")
-    cache = root() / "data" / ".arrow"
-    table = load_dataset("parquet", data_files=files, split="train", cache_dir=str(cache))
-    return table.select_columns(["query", "image"]).cast_column("image", Image(decode=False))
+    parts = []
+    for folder, names, weight in training_folders():
+        files = [str(folder / name) for name in names if Path(name).name.startswith(f"{split}-")]
+        if not files:
+            raise UserError(f"train_data: {folder} has no file {split}-*.parquet; it has {', '.join(names)[:200]}")
+        cache = root() / "data" / ".arrow"
+        table = load_dataset("parquet", data_files=files, split="train", cache_dir=str(cache))
+        table = table.select_columns(["query", "image"]).cast_column("image", Image(decode=False))
+        parts += [table] * (weight if split == "train" else 1)
+    return concatenate_datasets(parts)
 
 
 def pages(table: Dataset) -> list[Page]:
@@ -42,8 +48,8 @@ def _keys(images: list[dict[str, Any]]) -> dict[str, list[str]]:
     return {"page": [hashlib.sha256(image["bytes"]).hexdigest() for image in images]}
 
 
-def _row_image(table: Dataset, index: int) -> PILImage.Image:
-    return Image().decode_example(table[index]["image"])
+def _row_image(table: Dataset, index: int) -> PILImage:
+    return decode(table[index]["image"]["bytes"])
 
 
 class Pairs(TorchDataset):

@@ -19,11 +19,17 @@ BEIR_SUFFIXES = (".parquet", ".md")
 
 
 class Files(NamedTuple):
-    """`folder` holds `files` (path below the folder -> {size, sha256}); it is a hub repository if `revision`."""
+    """`folder` holds `files` (path below the folder -> {size, sha256}); it is a hub repository if `revision`.
+
+    `made_from`: {"folder", "files"} of the documents they were made from, if they were; `weight`: how often an epoch
+    shows each training row.
+    """
 
     folder: str
     revision: str
     files: dict[str, dict[str, Any]]
+    made_from: dict[str, Any] | None = None
+    weight: int = 1
 
 
 def root() -> Path:
@@ -49,6 +55,14 @@ def local_files(folder: str, suffixes: tuple[str, ...]) -> Files:
         UserError: the folder does not exist or holds no such file.
     """
     return Files(folder, "", _below(root() / folder, folder, suffixes))
+
+
+def source_files(folder: str) -> dict[str, dict[str, Any]]:
+    """Every file below a folder of documents, hidden ones left out."""
+    top = root() / folder
+    paths = sorted(p for p in top.rglob("*") if p.is_file())
+    names = {p.relative_to(top): p for p in paths}
+    return {n.as_posix(): digest(p) for n, p in names.items() if not any(part.startswith(".") for part in n.parts)}
 
 
 def hub_files(repository: str, revision: str, kind: str, suffixes: tuple[str, ...]) -> Files:
@@ -85,14 +99,16 @@ def check_base(params: Params) -> None:
     _checked(entry, "model", BASE_SUFFIXES)
 
 
-def training_folder() -> tuple[Path, list[str]]:
-    """The checked folder of the training set, and the files in it.
+def training_folders() -> list[tuple[Path, list[str], int]]:
+    """The checked folder of each training set, the files in it, and its weight.
 
     Raises:
         UserError: no manifest, or a file is missing or changed.
     """
-    entry = _read()["train"]
-    return _checked(entry, "dataset", TRAIN_SUFFIXES), sorted(entry["files"])
+    return [
+        (_checked(entry, "dataset", TRAIN_SUFFIXES), sorted(entry["files"]), entry["weight"])
+        for entry in _read()["train"]
+    ]
 
 
 def benchmark_folder(name: str) -> Path:
@@ -133,4 +149,18 @@ def _checked(entry: dict[str, Any], kind: str, suffixes: tuple[str, ...]) -> Pat
                 f"{path}: {have['size']} bytes with sha256 {have['sha256'][:12]}, but {MANIFEST} says {want['size']} "
                 f"bytes with {want['sha256'][:12]}; it was changed after it was fetched: dvc repro -f fetch-data"
             )
+    if files.made_from:
+        _check_sources(files.made_from)
     return folder
+
+
+def _check_sources(made_from: dict[str, Any]) -> None:
+    have, want = source_files(made_from["folder"]), made_from["files"]
+    changed = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+    if changed:
+        name = changed[0]
+        state = "new" if name not in want else "missing" if name not in have else "changed"
+        raise UserError(
+            f"{made_from['folder']}/{name}: {state} since the pages were made ({len(changed)} such files); "
+            f"run: dvc repro -f fetch-data"
+        )

@@ -1,11 +1,17 @@
 """Where data comes from: each source puts files on disk and says which they are. Nothing here reads a row."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from colintern import jsonl, pdfs
+from colintern.collected import Collected, Shelf
 from colintern.demo import DemoPage, corpus
-from colintern.formats import CorpusPage, Qrel, Query, TrainingRow, png_bytes, write_beir, write_training_split
+from colintern.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
+from colintern.images import png_bytes
 from colintern.manifest import BASE_SUFFIXES, BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, hub_files, local, local_files, root
-from colintern.params import Params
+from colintern.own import make
+from colintern.params import Params, UserError, mixture, on_hub
 
 DEMO = "demo"
 DEMO_SEED = 0  # of the corpus; the training seed is params.seed, so that seeds are compared on the same pages
@@ -21,21 +27,50 @@ def fetch(params: Params) -> dict[str, Any]:
     evaluation = {name: _evaluation(name) for name in params.benchmarks if local(name)}
     return {
         "base": _source(params.base, params.base_revision, "model", BASE_SUFFIXES)._asdict(),
-        "train": _training(params.train_data, params.train_revision)._asdict(),
+        "train": [
+            _training(name, params.train_revision)._replace(weight=weight)._asdict()
+            for name, weight in mixture(params.train_data)
+        ],
         "evaluation": {name: files._asdict() for name, files in evaluation.items()},
     }
 
 
 def _source(name: str, revision: str, kind: str, suffixes: tuple[str, ...]) -> Files:
-    return hub_files(name, revision, kind, suffixes) if revision else local_files(name, suffixes)
+    return hub_files(name, revision, kind, suffixes) if on_hub(name) else local_files(name, suffixes)
 
 
-def _training(train_data: str, revision: str) -> Files:
-    return demo_training() if train_data == DEMO else _source(train_data, revision, "dataset", TRAIN_SUFFIXES)
+def _training(name: str, revision: str) -> Files:
+    if name == DEMO:
+        return demo_training()
+    collect = _kind(name)
+    return make(name, collect).files("train") if collect else _source(name, revision, "dataset", TRAIN_SUFFIXES)
 
 
 def _evaluation(name: str) -> Files:
-    return demo_evaluation() if name == DEMO else local_files(name, BEIR_SUFFIXES)
+    if name == DEMO:
+        return demo_evaluation()
+    collect = _kind(name)
+    return make(name, collect).files("beir") if collect else local_files(name, BEIR_SUFFIXES)
+
+
+def _kind(name: str) -> Callable[[Path, Shelf], Collected] | None:
+    """What reads a folder of documents; None for a folder of parquet files, and for what is no folder.
+
+    Raises:
+        UserError: a folder of two kinds, or of none.
+    """
+    folder = root() / name
+    if not folder.is_dir():
+        return None
+    kinds = {
+        "parquet files": any(folder.rglob("*.parquet")),
+        "PDFs": bool(pdfs.pdf_files(folder)),
+        "JSON lines": any(p.name not in pdfs.QUERY_FILES for p in folder.glob("*.jsonl")),
+    }
+    found = [kind for kind, there in kinds.items() if there]
+    if len(found) != 1:
+        raise UserError(f"{name}: holds {' and '.join(found) or 'none'} of {', '.join(kinds)}; it must be one of them")
+    return {"parquet files": None, "PDFs": pdfs.collect, "JSON lines": jsonl.collect}[found[0]]
 
 
 def demo_training() -> Files:

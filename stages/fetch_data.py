@@ -24,7 +24,8 @@ def main() -> None:
     path = Path(MANIFEST)
     path.parent.mkdir(exist_ok=True)
     path.write_text(dumps(manifest))
-    parts = [("base", manifest["base"]), ("train", manifest["train"]), *manifest["evaluation"].items()]
+    parts = [("base", manifest["base"]), *(("train", part) for part in manifest["train"])]
+    parts += manifest["evaluation"].items()
     for name, part in parts:
         size = sum(file["size"] for file in part["files"].values())
         print(f"{name:<10} {part['folder']:<40} {len(part['files']):>4} files {size / 1e6:>10.1f} MB")
