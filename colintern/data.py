@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from datasets import Dataset, Image, concatenate_datasets, load_dataset
 from PIL.Image import Image as PILImage
+from pyarrow import parquet
 from torch.utils.data import Dataset as TorchDataset
 
 from colintern.features import Page, PageFeatures
 from colintern.images import decode
-from colintern.manifest import root, training_folders
+from colintern.manifest import quarantined, root, training_sets
 from colintern.params import UserError
 from colintern.processor import ColIntern3_5Processor
 
@@ -21,19 +22,24 @@ from colintern.processor import ColIntern3_5Processor
 def rows(split: str) -> Dataset:
     """The training sets' rows of `split` (train, or test: the dev set), memory-mapped, images as undecoded bytes.
 
-    In the training split the rows of a set occur as often as its weight says.
+    Rows in quarantine are left out. In the training split the rows of a set occur as often as its weight says.
 
     Raises:
         UserError: the manifest or a file is missing or changed, or a set has no such split.
     """
-    parts = []
-    for folder, names, weight in training_folders():
-        files = [str(folder / name) for name in names if Path(name).name.startswith(f"{split}-")]
-        if not files:
-            raise UserError(f"train_data: {folder} has no file {split}-*.parquet; it has {', '.join(names)[:200]}")
+    bad, parts = quarantined(), []
+    for name, folder, names, weight in training_sets():
+        names = [file for file in names if Path(file).name.startswith(f"{split}-")]
+        if not names:
+            raise UserError(f"train_data: {folder} has no file {split}-*.parquet")
         cache = root() / "data" / ".arrow"
+        files = [str(folder / file) for file in names]
         table = load_dataset("parquet", data_files=files, split="train", cache_dir=str(cache))
         table = table.select_columns(["query", "image"]).cast_column("image", Image(decode=False))
+        places = (f"{f}:{n}" for f in names for n in range(parquet.read_metadata(folder / f).num_rows))
+        good = [index for index, place in enumerate(places) if (name, place) not in bad]
+        if len(good) < len(table):
+            table = table.select(good)
         parts += [table] * (weight if split == "train" else 1)
     return concatenate_datasets(parts)
 

@@ -23,7 +23,7 @@ from colintern.cache import TensorCache, locked
 
 FEATURES = "data/.features"  # below the repository's root
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow")
-CODE = ("features.py", "model.py", "processor.py", "tiles.py")
+CODE = ("features.py", "images.py", "model.py", "processor.py", "tiles.py")
 
 
 class Page(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from colintern.params import Params, UserError
 
 MANIFEST = "data/manifest.json"
+QUARANTINE = "data/quarantine.json"  # rows that are left out, with their reasons
 BASE_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja")  # no pickles
 TRAIN_SUFFIXES = (".parquet",)
 BEIR_SUFFIXES = (".parquet", ".md")
@@ -30,6 +31,15 @@ class Files(NamedTuple):
     files: dict[str, dict[str, Any]]
     made_from: dict[str, Any] | None = None
     weight: int = 1
+
+
+class TrainingSet(NamedTuple):
+    """A set of the manifest: its name there, where it lies, its files, and how often an epoch shows each row."""
+
+    name: str
+    folder: Path
+    files: list[str]
+    weight: int
 
 
 def root() -> Path:
@@ -85,13 +95,18 @@ def _hub_folder(repository: str, revision: str, kind: str, suffixes: tuple[str, 
     return Path(snapshot_download(repository, repo_type=kind, revision=revision, allow_patterns=patterns))
 
 
+def folder_of(files: Files, kind: str, suffixes: tuple[str, ...]) -> Path:
+    """Where the files lie on this disk, fetched now if they are missing from the hub's cache."""
+    return _hub_folder(files.folder, files.revision, kind, suffixes) if files.revision else root() / files.folder
+
+
 def check_base(params: Params) -> None:
     """Make sure the base model's files are there and are those that were fetched.
 
     Raises:
         UserError: the manifest was made for another base, or a file is missing or changed.
     """
-    entry = _read()["base"]
+    entry = _read(MANIFEST)["base"]
     if (entry["folder"], entry["revision"]) != (params.base, params.base_revision):
         raise UserError(
             f"base: {params.base!r} is not the one in {MANIFEST}, {entry['folder']!r}; run: dvc repro fetch-data"
@@ -99,16 +114,25 @@ def check_base(params: Params) -> None:
     _checked(entry, "model", BASE_SUFFIXES)
 
 
-def training_folders() -> list[tuple[Path, list[str], int]]:
-    """The checked folder of each training set, the files in it, and its weight.
+def training_sets() -> list[TrainingSet]:
+    """The training sets, their files checked.
 
     Raises:
         UserError: no manifest, or a file is missing or changed.
     """
     return [
-        (_checked(entry, "dataset", TRAIN_SUFFIXES), sorted(entry["files"]), entry["weight"])
-        for entry in _read()["train"]
+        TrainingSet(e["folder"], _checked(e, "dataset", TRAIN_SUFFIXES), sorted(e["files"]), e["weight"])
+        for e in _read(MANIFEST)["train"]
     ]
+
+
+def quarantined() -> set[tuple[str, str]]:
+    """(training set, "file:row") of each row that is left out.
+
+    Raises:
+        UserError: no such list; an empty one would be there.
+    """
+    return {(row["source"], row["row"]) for row in _read(QUARANTINE)["rows"]}
 
 
 def benchmark_folder(name: str) -> Path:
@@ -117,7 +141,7 @@ def benchmark_folder(name: str) -> Path:
     Raises:
         UserError: fetch-data has not seen it, or its files are missing or changed.
     """
-    entries = _read()["evaluation"]
+    entries = _read(MANIFEST)["evaluation"]
     if name not in entries:
         raise UserError(
             f"benchmarks: {name!r} is not among the local benchmarks in {MANIFEST}, which are "
@@ -126,17 +150,17 @@ def benchmark_folder(name: str) -> Path:
     return _checked(entries[name], "dataset", BEIR_SUFFIXES)
 
 
-def _read() -> dict[str, Any]:
+def _read(name: str) -> dict[str, Any]:
     try:
-        return json.loads(Path(MANIFEST).read_text())
+        return json.loads(Path(name).read_text())
     except FileNotFoundError as error:
-        raise UserError(f"{MANIFEST}: missing; run the stage that makes it: dvc repro fetch-data") from error
+        raise UserError(f"{name}: missing; run the stage that makes it: dvc repro fetch-data") from error
 
 
 def _checked(entry: dict[str, Any], kind: str, suffixes: tuple[str, ...]) -> Path:
     """The folder of an entry, all of whose files are there and are the ones that were fetched."""
     files = Files(**entry)
-    folder = _hub_folder(files.folder, files.revision, kind, suffixes) if files.revision else root() / files.folder
+    folder = folder_of(files, kind, suffixes)
     for name, want in files.files.items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:

@@ -2,16 +2,27 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from colintern import jsonl, pdfs
 from colintern.collected import Collected, Shelf
 from colintern.demo import DemoPage, corpus
 from colintern.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
 from colintern.images import png_bytes
-from colintern.manifest import BASE_SUFFIXES, BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, hub_files, local, local_files, root
-from colintern.own import make
+from colintern.manifest import (
+    BASE_SUFFIXES,
+    BEIR_SUFFIXES,
+    TRAIN_SUFFIXES,
+    Files,
+    folder_of,
+    hub_files,
+    local,
+    local_files,
+    root,
+)
+from colintern.own import Own, make
 from colintern.params import Params, UserError, mixture, on_hub
+from colintern.survey import SPLITS, Part
 
 DEMO = "demo"
 DEMO_SEED = 0  # of the corpus; the training seed is params.seed, so that seeds are compared on the same pages
@@ -19,53 +30,74 @@ DEMO_TRAIN_PAGES, DEMO_DEV_PAGES, DEMO_TEST_PAGES = 1200, 100, 200
 DEMO_QUERIES = 2  # a training page
 
 
-def fetch(params: Params) -> dict[str, Any]:
-    """Put all that params names on disk and return the manifest: base, train, and evaluation by benchmark.
+class Fetched(NamedTuple):
+    """The manifest (base, train, and evaluation by benchmark), and the folders of documents behind it, by name."""
 
-    mteb's own tasks are not among the latter: mteb fetches them, at the revision it pins.
+    manifest: dict[str, Any]
+    own: dict[str, Own]
+
+
+def fetch(params: Params) -> Fetched:
+    """Put all that params names on disk.
+
+    mteb's own tasks are not in the manifest: mteb fetches them, at the revision it pins.
     """
-    evaluation = {name: _evaluation(name) for name in params.benchmarks if local(name)}
-    return {
+    sets, benchmarks = mixture(params.train_data), [name for name in params.benchmarks if local(name)]
+    kinds = {name: _kind(name) for name in (*dict(sets), *benchmarks)}
+    own = {name: make(name, collect) for name, collect in kinds.items() if collect}
+    train = [_training(name, params.train_revision, own)._replace(weight=weight)._asdict() for name, weight in sets]
+    manifest = {
         "base": _source(params.base, params.base_revision, "model", BASE_SUFFIXES)._asdict(),
-        "train": [
-            _training(name, params.train_revision)._replace(weight=weight)._asdict()
-            for name, weight in mixture(params.train_data)
-        ],
-        "evaluation": {name: files._asdict() for name, files in evaluation.items()},
+        "train": train,
+        "evaluation": {name: _evaluation(name, own)._asdict() for name in benchmarks},
     }
+    return Fetched(manifest, own)
+
+
+def parts(params: Params, manifest: dict[str, Any]) -> list[Part]:
+    """The training sets and local benchmarks of a manifest, split by split, under the names that params give them."""
+    found = []
+    for (name, _), entry in zip(mixture(params.train_data), manifest["train"], strict=True):
+        folder = folder_of(Files(**entry), "dataset", TRAIN_SUFFIXES)
+        for split, prefix in SPLITS.items():
+            files = [file for file in sorted(entry["files"]) if Path(file).name.startswith(f"{prefix}-")]
+            found.append(Part(name, split, folder, tuple(files), on_hub(name)))
+    for name, entry in manifest["evaluation"].items():
+        files = [file for file in sorted(entry["files"]) if file.startswith("corpus/") and file.endswith(".parquet")]
+        found.append(Part(name, "test", root() / entry["folder"], tuple(files)))
+    return found
 
 
 def _source(name: str, revision: str, kind: str, suffixes: tuple[str, ...]) -> Files:
     return hub_files(name, revision, kind, suffixes) if on_hub(name) else local_files(name, suffixes)
 
 
-def _training(name: str, revision: str) -> Files:
+def _training(name: str, revision: str, own: dict[str, Own]) -> Files:
     if name == DEMO:
         return demo_training()
-    collect = _kind(name)
-    return make(name, collect).files("train") if collect else _source(name, revision, "dataset", TRAIN_SUFFIXES)
+    return own[name].files("train") if name in own else _source(name, revision, "dataset", TRAIN_SUFFIXES)
 
 
-def _evaluation(name: str) -> Files:
+def _evaluation(name: str, own: dict[str, Own]) -> Files:
     if name == DEMO:
         return demo_evaluation()
-    collect = _kind(name)
-    return make(name, collect).files("beir") if collect else local_files(name, BEIR_SUFFIXES)
+    return own[name].files("beir") if name in own else local_files(name, BEIR_SUFFIXES)
 
 
 def _kind(name: str) -> Callable[[Path, Shelf], Collected] | None:
-    """What reads a folder of documents; None for a folder of parquet files, and for what is no folder.
+    """What reads a folder of documents; None for the demo, a folder of parquet files, and what is no folder.
 
     Raises:
         UserError: a folder of two kinds, or of none.
     """
     folder = root() / name
-    if not folder.is_dir():
+    if name == DEMO or not folder.is_dir():
         return None
+    has_pdfs, lines = bool(pdfs.pdf_files(folder)), {path.name for path in folder.glob("*.jsonl")}
     kinds = {
-        "parquet files": any(folder.rglob("*.parquet")),
-        "PDFs": bool(pdfs.pdf_files(folder)),
-        "JSON lines": any(p.name not in pdfs.QUERY_FILES for p in folder.glob("*.jsonl")),
+        "parquet files": any(folder.glob("*.parquet")) or any(folder.glob("[!.]*/**/*.parquet")),
+        "PDFs": has_pdfs,
+        "JSON lines": bool(lines - set(pdfs.QUERY_FILES if has_pdfs else ())),
     }
     found = [kind for kind, there in kinds.items() if there]
     if len(found) != 1:

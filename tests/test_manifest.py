@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from colintern.manifest import benchmark_folder, check_base, local_files, training_folder
+from colintern.manifest import benchmark_folder, check_base, local_files, training_sets
 from colintern.params import UserError, load
 
 
@@ -26,7 +26,7 @@ def fetched(tmp_path, monkeypatch):
         Path(name).write_bytes(b"pages")
     manifest = {
         "base": local_files("demo/base", (".json", ".safetensors"))._asdict(),
-        "train": local_files("data/demo/train", (".parquet",))._asdict(),
+        "train": [local_files("data/demo/train", (".parquet",))._asdict()],
         "evaluation": {"demo": local_files("data/demo/beir", (".parquet",))._asdict()},
     }
     Path("data/manifest.json").write_text(json.dumps(manifest))
@@ -35,14 +35,14 @@ def fetched(tmp_path, monkeypatch):
 
 def test_what_is_whole_is_found(fetched):
     check_base(load())
-    assert training_folder() == (Path("data/demo/train"), ["data/train-0.parquet"])
+    assert training_sets() == [("data/demo/train", Path("data/demo/train"), ["data/train-0.parquet"], 1)]
     assert benchmark_folder("demo") == Path("data/demo/beir")
 
 
 def test_a_missing_page_file_is_named(fetched):
     Path("data/demo/train/data/train-0.parquet").unlink()
     with pytest.raises(UserError, match=r"train-0\.parquet: missing.*dvc repro -f fetch-data"):
-        training_folder()
+        training_sets()
 
 
 def test_one_flipped_bit_is_found(fetched):
@@ -61,11 +61,11 @@ def test_a_changed_base_is_found(fetched):
 
 @pytest.mark.parametrize("name", ["../outside.parquet", "/etc/passwd"])
 def test_an_entry_that_points_outside_is_refused(fetched, name):
-    entry = fetched["train"]
+    [entry] = fetched["train"]
     entry["files"] = {name: next(iter(entry["files"].values()))}
     Path("data/manifest.json").write_text(json.dumps(fetched))
     with pytest.raises(UserError, match="points outside"):
-        training_folder()
+        training_sets()
 
 
 def test_an_unknown_local_benchmark_is_refused(fetched):

@@ -17,9 +17,11 @@ LEVELS = [
     {"stages", "cli"},
     {"runs", "evaluation"},
     {"training", "sources", "mteb_model", "benchmarks"},
-    {"data", "embed", "lora"},
-    {"features", "processor", "model", "manifest", "demo", "identity"},
-    {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile"},
+    {"data", "embed", "lora", "survey"},
+    {"own"},
+    {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl"},
+    {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo"},
+    {"images"},
 ]
 
 
