@@ -14,6 +14,7 @@ SECTION_NUMBER = re.compile(r"^((chapter|appendix|part)\s+\w+[.:]?\s+|([A-Z]\.)?
 CONTENTS = {"contents", "tableofcontents", "index"}  # squeezed titles; such a page lists every other heading
 COMMON = 3  # pages; a heading printed on more ("Package" is on most) asks for no page in particular
 SENTENCE_LENGTH = range(40, 201)  # characters
+FULL = 0.7  # of the longest line: a line that is taken to go on in the next
 LETTERS = 0.75  # least share of letters in a sentence's visible characters: no tables, no listings
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\w)|(?<=[。！？])")
 HYPHEN = re.compile("[\u00ad\u0002\ufffe](\\s*\\n\\s*)?")  # what pdfium gives for a hyphen at the end of a line
@@ -94,8 +95,11 @@ def _sentences(documents: Sequence[Text], everything: list[str], asked: set[tupl
 
 def _split(page: str) -> list[str]:
     """The page's sentences that read like prose, each as one line."""
-    flat = " ".join(HYPHEN.sub("", page).split())
-    sentences = (sentence.strip() for sentence in SENTENCE_END.split(flat))
+    lines = [" ".join(line.split()) for line in HYPHEN.sub("", page).splitlines()]
+    widest = max(map(len, lines), default=0)
+    # Lines of a paragraph fill the page but for the last: after a short one something else begins.
+    text = "".join(line + (" " if len(line) >= FULL * widest else "\n") for line in lines)
+    sentences = (sentence.strip() for block in text.splitlines() for sentence in SENTENCE_END.split(block))
     return [s for s in sentences if len(s) in SENTENCE_LENGTH and _is_prose(s)]
 
 
