@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from colintern.cache import TensorCache, locked
+from colintern.cache import TensorCache
+from colintern.lock import locked
 
 FEATURES = "data/.features"  # below the repository's root
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow")

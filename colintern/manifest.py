@@ -14,6 +14,7 @@ from colintern.params import Params, UserError
 
 MANIFEST = "data/manifest.json"
 QUARANTINE = "data/quarantine.json"  # rows that are left out, with their reasons
+SURVEY = "data/survey.json"  # the data in numbers
 BASE_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja")  # no pickles
 TRAIN_SUFFIXES = (".parquet",)
 BEIR_SUFFIXES = (".parquet", ".md")
@@ -22,8 +23,8 @@ BEIR_SUFFIXES = (".parquet", ".md")
 class Files(NamedTuple):
     """`folder` holds `files` (path below the folder -> {size, sha256}); it is a hub repository if `revision`.
 
-    `made_from`: {"folder", "files"} of the documents they were made from, if they were; `weight`: how often an epoch
-    shows each training row.
+    `made_from`: {"folder", "files", "pseudo"} of the documents they were made from, if they were; `weight`: how often
+    an epoch shows each training row.
     """
 
     folder: str
@@ -106,7 +107,7 @@ def check_base(params: Params) -> None:
     Raises:
         UserError: the manifest was made for another base, or a file is missing or changed.
     """
-    entry = _read(MANIFEST)["base"]
+    entry = read(MANIFEST)["base"]
     if (entry["folder"], entry["revision"]) != (params.base, params.base_revision):
         raise UserError(
             f"base: {params.base!r} is not the one in {MANIFEST}, {entry['folder']!r}; run: dvc repro fetch-data"
@@ -122,8 +123,13 @@ def training_sets() -> list[TrainingSet]:
     """
     return [
         TrainingSet(e["folder"], _checked(e, "dataset", TRAIN_SUFFIXES), sorted(e["files"]), e["weight"])
-        for e in _read(MANIFEST)["train"]
+        for e in read(MANIFEST)["train"]
     ]
+
+
+def asks_pseudo_queries() -> bool:
+    """Whether a program made some of the training and dev queries from the text of the pages."""
+    return any((entry["made_from"] or {}).get("pseudo") for entry in read(MANIFEST)["train"])
 
 
 def quarantined() -> set[tuple[str, str]]:
@@ -132,7 +138,7 @@ def quarantined() -> set[tuple[str, str]]:
     Raises:
         UserError: no such list; an empty one would be there.
     """
-    return {(row["source"], row["row"]) for row in _read(QUARANTINE)["rows"]}
+    return {(row["source"], row["row"]) for row in read(QUARANTINE)["rows"]}
 
 
 def benchmark_folder(name: str) -> Path:
@@ -141,7 +147,7 @@ def benchmark_folder(name: str) -> Path:
     Raises:
         UserError: fetch-data has not seen it, or its files are missing or changed.
     """
-    entries = _read(MANIFEST)["evaluation"]
+    entries = read(MANIFEST)["evaluation"]
     if name not in entries:
         raise UserError(
             f"benchmarks: {name!r} is not among the local benchmarks in {MANIFEST}, which are "
@@ -150,7 +156,12 @@ def benchmark_folder(name: str) -> Path:
     return _checked(entries[name], "dataset", BEIR_SUFFIXES)
 
 
-def _read(name: str) -> dict[str, Any]:
+def read(name: str) -> dict[str, Any]:
+    """One of fetch-data's JSON files.
+
+    Raises:
+        UserError: it is missing.
+    """
     try:
         return json.loads(Path(name).read_text())
     except FileNotFoundError as error:

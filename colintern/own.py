@@ -16,10 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from colintern.cache import locked
 from colintern.collected import SPLITS, Ask, Collected, Shelf, Stored
 from colintern.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
 from colintern.jsonfile import dumps
+from colintern.lock import locked
 from colintern.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, local_files, root, source_files
 from colintern.params import UserError
 from colintern.pseudo import squeeze
@@ -49,7 +49,8 @@ class Own(NamedTuple):
                 f"queries by split: {self.summary['queries']}; training needs train and dev, evaluation test"
             )
         suffixes = TRAIN_SUFFIXES if part == "train" else BEIR_SUFFIXES
-        return local_files(f"{self.made}/{part}", suffixes)._replace(made_from=self.made_from)
+        made_from = self.made_from | {"pseudo": set(self.summary["kinds"]) != {"given"}}
+        return local_files(f"{self.made}/{part}", suffixes)._replace(made_from=made_from)
 
 
 def make(folder: str, collect: Callable[[Path, Shelf], Collected]) -> Own:

@@ -23,7 +23,7 @@ from colintern.features import FEATURES, PageFeatures
 from colintern.identity import fingerprint, stage_identity
 from colintern.jsonfile import dumps
 from colintern.lora import add_lora, count, faults
-from colintern.manifest import check_base, root
+from colintern.manifest import asks_pseudo_queries, check_base, root
 from colintern.model import ColIntern3_5, attention_kernel
 from colintern.params import Params, UserError
 from colintern.processor import ColIntern3_5Processor
@@ -119,7 +119,9 @@ def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any]
     write_csv(Path("plots/dev.csv"), dev, ("step", "epoch", "eval_ndcg_at_5"))
     (root() / "logs").mkdir(exist_ok=True)
     (root() / "logs" / "train-timing.json").write_text(dumps(timing))
-    return {
+    # Stands beside the dev score, which is of the same kind as the queries.
+    pseudo = {"queries": "pseudo-queries, made by a program"} if asks_pseudo_queries() else {}
+    return pseudo | {
         "steps": trainer.state.global_step,
         "loss": round(steps[-1]["loss"], 6),
         "dev_ndcg_at_5": round(dev[-1]["eval_ndcg_at_5"], 6),

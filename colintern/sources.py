@@ -68,6 +68,11 @@ def parts(params: Params, manifest: dict[str, Any]) -> list[Part]:
     return found
 
 
+def tokenizer(manifest: dict[str, Any]) -> Path:
+    """The file of the base's tokenizer."""
+    return folder_of(Files(**manifest["base"]), "model", BASE_SUFFIXES) / "tokenizer.json"
+
+
 def _source(name: str, revision: str, kind: str, suffixes: tuple[str, ...]) -> Files:
     return hub_files(name, revision, kind, suffixes) if on_hub(name) else local_files(name, suffixes)
 

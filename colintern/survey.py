@@ -1,24 +1,20 @@
-"""Every row of the data, looked at once before anything is trained on it.
-
-Each page is decoded and each query read, on all cores. A training row that cannot be used is quarantined: it costs one
-row. An evaluation set has to be whole, or its numbers would be another set's; and no page may be in two splits.
-"""
+"""Every row of the data, looked at once before anything is trained on it: each page is decoded, on all cores."""
 
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
+from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
 from colintern.collected import query_fault
 from colintern.images import BadImage, decode
-from colintern.own import Own
 from colintern.params import UserError
 
 SPLITS = {"train": "train", "dev": "test"}  # how the hub's training sets call them
@@ -116,125 +112,50 @@ def _size(data: bytes) -> tuple[tuple[int, int] | None, str]:
         return None, f"image: {error}"
 
 
-def quarantine(seen: dict[Part, list[Seen]], own: dict[str, Own]) -> tuple[list[dict[str, str]], dict[str, int]]:
-    """The rows that are left out, {source, row, reason} each, and how many rows each source has.
-
-    `own`: the folders of documents, whose bad rows were found when they were made.
-    """
-    rows = Counter({name: folder.summary["rows"] for name, folder in own.items()})
-    bad = [
-        {"source": name, "row": row["where"], "reason": row["reason"]}
-        for name, folder in own.items()
-        for row in folder.summary["bad"]
-    ]
-    for part, found in seen.items():
-        if part.name not in own:
-            rows[part.name] += len(found)
-        bad += [{"source": part.name, "row": row.where, "reason": row.fault} for row in found if row.fault]
-    return bad, dict(rows)
-
-
-def check(seen: dict[Part, list[Seen]], bad: Sequence[dict[str, str]], rows: dict[str, int], most: float) -> None:
-    """Refuse data that shall not be trained on or measured with; see the functions it calls.
+def rows_of(part: Part, table: str, columns: list[str]) -> list[dict[str, Any]]:
+    """The rows of a table (corpus, queries or qrels) of an evaluation set.
 
     Raises:
-        UserError: the first fault found.
+        UserError: a file lacks a column.
     """
-    check_share(bad, rows, most)
-    for part, found in seen.items():
+    rows = []
+    for path in sorted(part.folder.glob(f"{table}/*.parquet")):
+        file = pq.ParquetFile(path)
+        if lacking := set(columns) - set(file.schema_arrow.names):
+            raise UserError(f"{path}: has no column {' and '.join(sorted(lacking))}; it has {file.schema_arrow.names}")
+        rows += file.read(columns=columns).to_pylist()
+    return rows
+
+
+def survey(seen: dict[Part, list[Seen]], tokenizer: Path) -> dict[str, dict[str, Any]]:
+    """{"name (split)": counts and histograms}, all that is known without params. A query's tokens are its text's."""
+    words = Tokenizer.from_file(str(tokenizer))
+    found = {}
+    for part, rows in seen.items():
+        good = [row for row in rows if not row.fault]
+        sizes = {row.key: row.size for row in good if row.size}
         if part.split == "test":
-            check_whole(part, found)
-            check_judgements(part)
-    check_leaks(seen)
+            queries = [row["query"] for row in rows_of(part, "queries", ["query"])]
+            asked = Counter(row["corpus-id"] for row in rows_of(part, "qrels", ["corpus-id"]))
+            copies = len(good) - len(sizes)
+        else:
+            queries = [row.query for row in good]
+            asked = Counter(row.key for row in good)
+            copies = len(good) - len({(row.key, row.query) for row in good})
+        tokens = (len(each.ids) for each in words.encode_batch(queries, add_special_tokens=False))
+        found[str(part)] = {
+            "rows": len(rows),
+            "pages": len(sizes),
+            "queries": len(queries),
+            "duplicates": copies,
+            "quarantined": len(rows) - len(good),
+            "bytes": sum((part.folder / name).stat().st_size for name in part.files),
+            "page sizes": _histogram(f"{width}x{height}" for width, height in sizes.values()),
+            "queries of a page": _histogram(asked.values()),
+            "tokens of a query": _histogram(tokens),
+        }
+    return found
 
 
-def check_whole(part: Part, found: Sequence[Seen]) -> None:
-    """Raises UserError where an evaluation set has a page that cannot be read: without it, it is another set."""
-    if bad := [row for row in found if row.fault]:
-        raise UserError(
-            f"benchmarks: {part.name}: {bad[0].where}: {bad[0].fault} ({len(bad)} such pages); an evaluation set must "
-            f"be whole"
-        )
-
-
-def check_judgements(part: Part) -> None:
-    """Hold the queries and qrels of a local evaluation set against each other and its pages.
-
-    Raises:
-        UserError: an empty query, a query that no qrel names, or a qrel whose query or page is missing.
-    """
-    pages, queries, judged = (
-        [row for path in sorted(part.folder.glob(f"{table}/*.parquet")) for row in _rows(path, columns)]
-        for table, columns in (
-            ("corpus", ["corpus-id"]),
-            ("queries", ["query-id", "query"]),
-            ("qrels", ["query-id", "corpus-id"]),
-        )
-    )
-    page_ids, query_ids = {row["corpus-id"] for row in pages}, {row["query-id"] for row in queries}
-    asked = {row["query-id"] for row in judged}
-    faults = [f"query {row['query-id']}: {fault}" for row in queries if (fault := query_fault(row["query"]))]
-    faults += [
-        f"query {row['query-id']}: no qrel names a page for it" for row in queries if row["query-id"] not in asked
-    ]
-    for row in judged:
-        if row["query-id"] not in query_ids:
-            faults.append(f"qrels: query {row['query-id']} is not among the queries")
-        if row["corpus-id"] not in page_ids:
-            faults.append(f"qrels: the page {row['corpus-id']} of query {row['query-id']} is not in the corpus")
-    if faults:
-        raise UserError(
-            f"benchmarks: {part.name}: {faults[0]} ({len(faults)} such rows); an evaluation set must be whole"
-        )
-
-
-def _rows(path: Path, columns: list[str]) -> list[dict[str, Any]]:
-    file = pq.ParquetFile(path)
-    if lacking := set(columns) - set(file.schema_arrow.names):
-        raise UserError(f"{path}: has no column {' and '.join(sorted(lacking))}; it has {file.schema_arrow.names}")
-    return file.read(columns=columns).to_pylist()
-
-
-def check_share(bad: Sequence[dict[str, str]], rows: dict[str, int], most: float) -> None:
-    """Stop where more than the share `most` of a source's rows is bad; `rows`: how many each source has.
-
-    Raises:
-        UserError: with the source, the numbers and the first rows.
-    """
-    for source, count in Counter(entry["source"] for entry in bad).items():
-        if count > most * rows[source]:
-            first = "".join(f"\n  {e['row']}: {e['reason']}" for e in bad if e["source"] == source)
-            shown = "\n".join(first.split("\n")[:6])
-            raise UserError(
-                f"{source}: {count} of {rows[source]} rows cannot be used, more than max_bad_fraction: {most}; all are "
-                f"named in data/quarantine.json; the first:{shown}"
-            )
-
-
-def check_leaks(seen: dict[Part, list[Seen]]) -> None:
-    """No page, by its bytes, in two of train, dev and an evaluation set.
-
-    A hub data set's own train and dev split are left as they are published.
-
-    Raises:
-        UserError: names both rows.
-    """
-    for left, right in _pairs(seen):
-        first = {row.key: row for row in seen[left] if not row.fault}
-        both = [(first[row.key], row) for row in seen[right] if not row.fault and row.key in first]
-        if both:
-            mine, other = both[0]
-            raise UserError(
-                f"the same page is in {left}, {mine.where}, and in {right}, {other.where} "
-                f"({len({row.key for _, row in both})} such pages); take them out of one of the two"
-            )
-
-
-def _pairs(parts: Iterable[Part]) -> Iterator[tuple[Part, Part]]:
-    order = {"train": 0, "dev": 1, "test": 2}
-    ranked = sorted(parts, key=lambda part: order[part.split])
-    for left in ranked:
-        for right in ranked:
-            same_hub = left.fixed and left.name == right.name
-            if order[left.split] < order[right.split] and not same_hub:
-                yield left, right
+def _histogram(values: Any) -> dict[str, int]:
+    return {str(value): count for value, count in sorted(Counter(values).items())}

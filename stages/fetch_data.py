@@ -3,17 +3,18 @@
     python -m stages.fetch_data
 
 Input: params.yaml. Output: data/manifest.json (file, size, sha256, repository, revision) and the bytes it names;
-data/quarantine.json, the rows that are left out and why. Exit 2 for too many of those, for an evaluation set with a
-fault, and for a page in two splits.
+data/quarantine.json, the rows that are left out and why; data/survey.json, the data in numbers. Exit 2 for too many
+rows left out, for an evaluation set with a fault, and for a page in two splits.
 """
 
 from pathlib import Path
 
+from colintern.checks import check, quarantine
 from colintern.jsonfile import dumps
-from colintern.manifest import MANIFEST, QUARANTINE, local
+from colintern.manifest import MANIFEST, QUARANTINE, SURVEY, local
 from colintern.params import exit_on_user_error, load
-from colintern.sources import fetch, parts
-from colintern.survey import check, look, quarantine
+from colintern.sources import fetch, parts, tokenizer
+from colintern.survey import look, survey
 
 
 @exit_on_user_error()
@@ -24,12 +25,12 @@ def main() -> None:
 
         check_names(params)
     manifest, own = fetch(params)
-    for name in (MANIFEST, QUARANTINE):
-        Path(name).parent.mkdir(exist_ok=True)
+    Path("data").mkdir(exist_ok=True)
     seen = look(parts(params, manifest))
     bad, rows = quarantine(seen, own)
     Path(QUARANTINE).write_text(dumps({"rows": bad}))  # before anything below may refuse the data
     check(seen, bad, rows, params.max_bad_fraction)
+    Path(SURVEY).write_text(dumps(survey(seen, tokenizer(manifest))))
     Path(MANIFEST).write_text(dumps(manifest))
     print(f"{len(bad)} of {sum(rows.values())} rows in {QUARANTINE}")
     named = [("base", manifest["base"]), *(("train", part) for part in manifest["train"])]

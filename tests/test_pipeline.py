@@ -16,12 +16,11 @@ KEYS = {field.name for field in dataclasses.fields(Params)}
 LEVELS = [
     {"stages", "cli"},
     {"runs", "evaluation"},
-    {"training", "sources", "mteb_model", "benchmarks"},
-    {"data", "embed", "lora", "survey"},
-    {"own"},
+    {"training", "sources", "mteb_model", "benchmarks", "checks", "inventory"},
+    {"data", "embed", "lora", "survey", "own"},
     {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl"},
     {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo"},
-    {"images"},
+    {"images", "lock"},
 ]
 
 
