@@ -86,6 +86,8 @@ def prepare(params: Params, scratch: Path) -> ContrastiveTrainer:
     pairs = Pairs(table["query"], train_pages, features)
     dev = DevSet(dev_table["query"], dev_pages, features)
     print(f"{len(pairs)} training pairs; dev: {len(dev)} queries on {len(dev.pages)} pages; attention: {kernel}")
+    if cut := processor.count_cut([*table["query"], *dev_table["query"]]):
+        print(f"{cut} of {len(table) + len(dev_table)} queries are longer than max_query_tokens and are cut")
     quiet = not sys.stderr.isatty()
     return ContrastiveTrainer(
         params, processor, dev, model=model, args=arguments(params, str(scratch), quiet), train_dataset=pairs
