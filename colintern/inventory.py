@@ -39,11 +39,10 @@ def inventory(params: Params) -> Survey:
 
 
 def metrics(found: Survey) -> dict[str, dict[str, float]]:
-    """The counts, and of each histogram its mean and its largest value."""
+    """The counts, and the mean of each histogram."""
     return {
         name: {key: value for key, value in facts.items() if key not in MEASURES}
-        | {f"{measure}, mean": _mean(facts[measure]) for measure in MEASURES}
-        | {f"{measure}, most": max(map(int, facts[measure]), default=0) for measure in MEASURES}
+        | {label: _mean(facts[measure]) for measure, label in MEASURES.items()}
         for name, facts in found.items()
     }
 

@@ -238,10 +238,11 @@ def test_the_data_in_numbers():
         "rows": 43, "pages": 40, "queries": 42, "duplicates": 1, "quarantined": 1
     }  # fmt: skip
     assert train["bytes"] == Path(SET, "train-00000-of-00001.parquet").stat().st_size
-    assert train["queries of a page, mean"] == 42 / 40 and train["queries of a page, most"] == 3
-    assert train["tiles of a page, mean"] == 1 and train["tokens of a page, most"] == 16  # 112 x 112 px is one tile
+    assert train["queries/page"] == 42 / 40
+    assert train["tiles/page"] == 1 and train["tokens/page"] == 16  # 112 x 112 px is one tile
+    assert inventory(load())[f"{SET} (train)"]["queries of a page"] == {"1": 39, "3": 1}
     assert (test["rows"], test["pages"], test["queries"]) == (10, 10, 10)
-    assert test["tokens of a query, mean"] > 1
+    assert test["tokens/query"] > 1
 
 
 def test_the_table_says_the_same():
