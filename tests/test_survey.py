@@ -12,9 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, page_image
+from pdf_writer import write_pdf
 
 from colintern.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.images import png_bytes
+from colintern.params import UserError
 
 SET, BEIR = "data/own/set", "data/own/beir"
 PAGES = [png_bytes(page_image(f"page {number}")) for number in range(60)]
@@ -255,3 +257,28 @@ def test_the_table_says_the_same():
     shown = table(inventory(load()), quarantine())
     assert f"{SET} (train): 41 rows, 40 pages, 40 queries, 0 duplicates, 1 quarantined" in shown
     assert f"quarantined: {SET}: 1 x query is empty" in shown
+
+
+def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():
+    from colintern.data import rows
+    from colintern.manifest import asks_pseudo_queries, benchmark_folder
+
+    folder = Path("data/own/manuals")
+    for name in ("a", "b"):
+        pages = [[f"About {name}{n}topic", f"The {name}{n}pump fills a {name}{n}tank in hours."] for n in range(40)]
+        write_pdf(folder / f"{name}.pdf", pages, [(lines[0], n) for n, lines in enumerate(pages)])
+    (folder / "cut.pdf").write_bytes((folder / "a.pdf").read_bytes()[200:900])
+    write_params(train_data=folder, max_bad_fraction=0.05)
+    text = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(text.replace(f"- {BEIR}\n", f"- {folder}\n"))
+    done = fetch_data()
+    assert done.returncode == 0, done.stderr
+    [entry] = quarantine()
+    assert (entry["source"], entry["row"]) == (str(folder), "cut.pdf")
+    assert "1 of 81 rows in data/quarantine.json" in done.stdout
+    corpus = pq.read_table(next(benchmark_folder(str(folder)).glob("corpus/*.parquet"))).num_rows
+    assert len(rows("train")) + len(rows("test")) + corpus == 80
+    assert asks_pseudo_queries()
+    write_pdf(folder / "c.pdf", [["new"]])
+    with pytest.raises(UserError, match=r"data/own/manuals/c\.pdf: new since the pages were made"):
+        rows("train")
