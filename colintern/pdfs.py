@@ -7,18 +7,15 @@ file the PDFs' own text layer is asked: pseudo-queries, named so wherever their 
 
 import csv
 import io
-import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pypdfium2 as pdfium
-from tqdm.auto import tqdm
 
 from colintern.collected import Ask, Bad, Collected, Shelf, inside, json_lines, query_fault, split_fault
 from colintern.images import BadImage, check_size, png_bytes
+from colintern.parallel import spread
 from colintern.params import UserError
 from colintern.pseudo import Text, pseudo_queries
 
@@ -60,7 +57,7 @@ def collect(folder: Path, shelf: Shelf) -> Collected:
         for name, pages in counts.items()
         for first in range(0, pages, CHUNK)
     ]
-    for task, pages in zip(tasks, _rendered(tasks, sum(counts.values())), strict=True):
+    for task, pages in zip(tasks, spread(_render, tasks, "rendering", f"{CHUNK} pages"), strict=True):
         for page in pages:
             texts[task.name].append(page.text)
             if page.fault:
@@ -101,21 +98,6 @@ def _outline(name: str, path: Path, found: Collected) -> tuple[int, list[tuple[s
         found.rows += 1
         found.bad.append(Bad(name, f"not a readable PDF: {error}"))
         return None
-
-
-def _rendered(tasks: list[Task], pages: int) -> Iterator[list[Rendered]]:
-    """What `_render` makes of each task, in their order, on all cores."""
-    workers = min(len(tasks), os.cpu_count() or 1)
-    if not workers:
-        return
-    # spawn: pdfium and pyarrow start threads, which do not survive a fork
-    with (
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
-        tqdm(total=pages, desc="rendering", unit="page", disable=None) as bar,
-    ):
-        for done in pool.map(_render, tasks):
-            bar.update(len(done))
-            yield done
 
 
 def _render(task: Task) -> list[Rendered]:

@@ -1,20 +1,17 @@
 """Every row of the data, looked at once before anything is trained on it: each page is decoded, on all cores."""
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
-from tqdm.auto import tqdm
 
 from colintern.collected import query_fault
 from colintern.images import BadImage, decode
+from colintern.parallel import spread
 from colintern.params import UserError
 
 SPLITS = {"train": "train", "dev": "test"}  # how the hub's training sets call them
@@ -51,14 +48,9 @@ def look(parts: Sequence[Part]) -> dict[Part, list[Seen]]:
     """
     tasks = [(part, name, group) for part in parts for name in part.files for group in _groups(part, name)]
     seen: dict[Part, list[Seen]] = {part: [] for part in parts}
-    workers = min(len(tasks), os.cpu_count() or 1) or 1
-    with (
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,  # a fork would copy pyarrow's threads
-        tqdm(total=len(tasks) or None, desc="checking pages", unit="block", disable=None) as bar,
-    ):
-        for (part, _, _), rows in zip(tasks, pool.map(_look, tasks), strict=True):
-            seen[part] += rows
-            bar.update()
+    blocks = spread(_look, tasks, "checking pages", "block")
+    for (part, _, _), rows in zip(tasks, blocks, strict=True):
+        seen[part] += rows
     return seen
 
 

@@ -20,7 +20,7 @@ LEVELS = [
     {"data", "embed", "lora", "survey", "own"},
     {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl"},
     {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo"},
-    {"images", "lock"},
+    {"images", "lock", "parallel"},
 ]
 
 
