@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 
 from colintern.collected import SPLITS, Ask, Collected, Shelf, Stored
 from colintern.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
+from colintern.identity import content_hash
 from colintern.jsonfile import dumps
 from colintern.lock import locked
 from colintern.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, local_files, root, source_files
 from colintern.params import UserError
-from colintern.pseudo import squeeze
+from colintern.splits import assign
 
 MADE = "data/own/.made"
-SHARES = {"test": 0.3, "dev": 0.1, "train": 0.6}  # of the pages whose split no row names
-CODE = ("own.py", "collected.py", "pdfs.py", "jsonl.py", "pseudo.py", "images.py", "formats.py")
+CODE = ("own.py", "collected.py", "pdfs.py", "jsonl.py", "pseudo.py", "splits.py", "images.py", "formats.py")
 LIBRARIES = ("pypdfium2", "pillow", "pyarrow")
 
 
@@ -62,7 +62,7 @@ def make(folder: str, collect: Callable[[Path, Shelf], Collected]) -> Own:
     made_from = {"folder": folder, "files": source_files(folder)}
     facts = {
         "files": made_from["files"],
-        "code": [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in CODE],
+        "code": [content_hash(Path(__file__).with_name(name)) for name in CODE],
         "versions": {name: version(name) for name in LIBRARIES},
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -84,15 +84,10 @@ def _known(home: Path) -> dict[str, Any] | None:
     """The summary of what is there already, None if there is nothing or not what was written."""
     try:
         summary = json.loads((home / "summary.json").read_text(encoding="utf-8"))
-        same = all(_hash(home / name) == known for name, known in summary["files"].items())
-    except OSError:
+        same = all(content_hash(home / name) == known for name, known in summary["files"].items())
+    except (OSError, ValueError):
         return None
     return summary if same else None
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(home: Path, folder: str, collect: Callable[[Path, Shelf], Collected]) -> dict[str, Any]:
@@ -118,7 +113,7 @@ def _write(home: Path, folder: str, collect: Callable[[Path, Shelf], Collected])
     summary = {
         "parts": parts,
         "pages": dict(Counter(split_of.values())),
-        "queries": {split: len(found) for split, found in by_split.items()},
+        "queries": {split: len(rows) for split, rows in by_split.items()},
         "rows": found.rows,
         "bad": [bad._asdict() for bad in found.bad],
         "same pages": len(found.pages) - len(pages),
@@ -126,7 +121,9 @@ def _write(home: Path, folder: str, collect: Callable[[Path, Shelf], Collected])
         "pages without a query": sum(name not in asked for name in pages),
         "kinds": dict(sorted(Counter(ask.kind for ask in asks).items())),
         "unknown keys": sorted(found.unknown),
-        "files": {p.relative_to(partial).as_posix(): _hash(p) for p in sorted(partial.rglob("*")) if p.is_file()},
+        "files": {
+            p.relative_to(partial).as_posix(): content_hash(p) for p in sorted(partial.rglob("*")) if p.is_file()
+        },
     }
     (partial / "summary.json").write_text(dumps(summary), encoding="utf-8")
     os.replace(partial, home)
@@ -141,52 +138,6 @@ def _distinct(found: Collected) -> tuple[dict[str, Stored], list[Ask], dict[str,
     order = {name: number for number, name in enumerate(pages)}
     asks = dict.fromkeys(ask._replace(page=names[ask.page]) for ask in found.asks)
     return pages, sorted(asks, key=lambda ask: order[ask.page]), names
-
-
-def assign(
-    folder: str,
-    pages: dict[str, Stored],
-    asks: Sequence[Ask],
-    fixed: dict[str, list[tuple[str, str]]],
-    names: dict[str, str],
-) -> dict[str, str]:
-    """Page to split. Pages that share a query stay together; where no row names a split, a hash of the page decides.
-
-    Raises:
-        UserError: rows put pages that are equal, or share a query, into two splits.
-    """
-    group = {name: name for name in pages}
-
-    def head(name: str) -> str:
-        while group[name] != name:
-            group[name] = name = group[group[name]]
-        return name
-
-    asked: dict[str, str] = {}
-    for ask in asks:
-        group[head(ask.page)] = head(asked.setdefault(squeeze(ask.query) or ask.query, ask.page))
-    named: dict[str, tuple[str, str]] = {}
-    for name, splits in fixed.items():
-        for split, where in splits:
-            known, before = named.setdefault(head(names[name]), (split, where))
-            if known != split:
-                raise UserError(
-                    f"{folder}: {before} is in {known}, {where} in {split}, but they show the same page or "
-                    f"ask the same query; a page and all its queries belong to one split"
-                )
-    keys: dict[str, str] = {}
-    for name, page in pages.items():
-        keys[head(name)] = min(page.key, keys.get(head(name), page.key))
-    return {name: named[head(name)][0] if head(name) in named else _drawn(keys[head(name)]) for name in pages}
-
-
-def _drawn(key: str) -> str:
-    place = int(key[:8], 16) / 16**8
-    for split, share in SHARES.items():
-        if place < share:
-            return split
-        place -= share
-    return "train"
 
 
 class _Lazy(Sequence):

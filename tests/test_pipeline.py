@@ -18,7 +18,7 @@ LEVELS = [
     {"runs", "evaluation"},
     {"training", "sources", "mteb_model", "benchmarks", "checks", "inventory"},
     {"data", "embed", "lora", "survey", "own"},
-    {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl"},
+    {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl", "splits"},
     {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo"},
     {"images", "lock", "parallel"},
 ]
