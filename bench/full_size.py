@@ -31,7 +31,7 @@ from transformers.models.internvl.video_processing_internvl import InternVLVideo
 from colintern import data
 from colintern.demo import corpus
 from colintern.features import PageFeatures
-from colintern.formats import png_bytes
+from colintern.images import png_bytes
 from colintern.lora import add_lora, count, faults, meta_model, table
 from colintern.model import ColIntern3_5, attention_kernel
 from colintern.params import Params, load

@@ -8,8 +8,9 @@ import mteb
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 
+from colintern.formats import is_pseudo
 from colintern.identity import content_hash
-from colintern.manifest import benchmark_folder, local
+from colintern.manifest import benchmark_folder, local, root
 from colintern.params import Params, UserError
 
 
@@ -61,7 +62,8 @@ def _resolve(entry: str) -> tuple[str, list[AbsTask]]:
         return entry, [_folder_task(benchmark_folder(entry), "ColInternDemoRetrieval")]
     if local(entry):
         folder = benchmark_folder(entry)
-        label = folder.resolve().name
+        # Nobody shall take a program's questions for people's: the label stands at every number.
+        label = (root() / entry).resolve().name + (" (pseudo-queries)" if is_pseudo(folder) else "")
         words = re.findall(r"[A-Za-z0-9]+", label)
         return label, [_folder_task(folder, "".join(w[0].upper() + w[1:] for w in words) + "Retrieval")]
     try:

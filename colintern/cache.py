@@ -4,19 +4,20 @@ A shard is a safetensors file, written under another name and then renamed, so t
 Readers map shards into memory; several processes may read and write at once.
 """
 
-import fcntl
 import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from colintern.lock import locked
 
 logger = logging.getLogger(__name__)
 
@@ -182,17 +183,3 @@ def checksum(value: torch.Tensor) -> str:
 
 def size_of(tensors: dict[str, torch.Tensor]) -> int:
     return sum(value.nbytes for value in tensors.values())
-
-
-@contextmanager
-def locked(path: Path, waiting: str = "") -> Iterator[None]:
-    """Hold `path`; where another process has it, print `waiting` and wait. A process that dies lets go of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if waiting:
-                print(waiting, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -11,11 +10,11 @@ from pathlib import Path
 from colintern.params import UserError, exit_on_user_error, load
 
 ROOT = Path(__file__).resolve().parent.parent
-INTERNVL_TILE, INTERNVL_TOKENS = 448, 256  # pixels a side and visual tokens of a tile, in every InternVL3.5 on the hub
 EXAMPLES = """Examples:
     colintern recipe                     list the recipes
     colintern recipe internvl3_5-1b      write one into params.yaml
-    colintern tiles 1240 1754            show which tiles a page is cut into"""
+    colintern tiles 1240 1754            show which tiles a page is cut into
+    colintern data                       show what fetch-data found in the data"""
 
 
 @exit_on_user_error()
@@ -62,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     tiles.add_argument(
         "--tokens-per-tile", type=_tokens, metavar="N", help="visual tokens a tile costs (default: that of the base)"
     )
+
+    _command(commands, "data", _data, "show what fetch-data found in the data", "colintern data")
     return parser
 
 
@@ -135,7 +136,7 @@ def _git(*arguments: str) -> bool:
 
 
 def _tiles(args: argparse.Namespace) -> None:
-    from colintern.tiles import choose_grid
+    from colintern.tiles import base_tile, choose_grid
 
     bound, tile, tokens = args.max_visual_tokens, args.tile, args.tokens_per_tile
     if (tile is None) != (tokens is None):
@@ -144,7 +145,7 @@ def _tiles(args: argparse.Namespace) -> None:
         params = load()
         bound = bound or params.max_visual_tokens
         if tile is None:
-            tile, tokens = _base_tile(Path(params.base))
+            tile, tokens = base_tile(Path(params.base))
     if bound < tokens:
         raise UserError(f"max_visual_tokens: {bound} is less than one tile costs; it must be at least {tokens}")
     grid = choose_grid(args.width, args.height, bound // tokens, tile)
@@ -153,19 +154,12 @@ def _tiles(args: argparse.Namespace) -> None:
     print(f"tokens  {grid.tiles} x {tokens} = {grid.tiles * tokens} visual tokens, at most {bound}")
 
 
-def _base_tile(base: Path) -> tuple[int, int]:
-    """Side in pixels and visual tokens of the base's tiles, from its config.json where the base is a folder."""
-    if not base.is_dir():
-        return INTERNVL_TILE, INTERNVL_TOKENS
-    try:
-        vision = json.loads((base / "config.json").read_text(encoding="utf-8"))["vision_config"]
-        # InternVL's configs hold [448, 448]; the code that wrote them also takes 448.
-        tile, patch = (
-            int(size[0] if isinstance(size, list) else size) for size in (vision["image_size"], vision["patch_size"])
-        )
-        return tile, (tile // patch // 2) ** 2
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
-        raise UserError(f"{base / 'config.json'}: no vision_config with image_size and patch_size: {error}") from error
+def _data(args: argparse.Namespace) -> None:
+    from colintern.inventory import inventory, table
+    from colintern.manifest import QUARANTINE, read
+
+    found = inventory(load())
+    print(table(found, read(QUARANTINE)["rows"]))
 
 
 if __name__ == "__main__":

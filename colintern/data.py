@@ -1,38 +1,50 @@
 """From files to batches: the rows of the training set, and what the model is given of them."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, Image, load_dataset
-from PIL import Image as PILImage
+from datasets import Dataset, Image, concatenate_datasets, load_dataset
+from PIL.Image import Image as PILImage
+from pyarrow import parquet
 from torch.utils.data import Dataset as TorchDataset
 
 from colintern.features import Page, PageFeatures
-from colintern.manifest import training_folder
+from colintern.images import decode
+from colintern.manifest import quarantined, training_sets
 from colintern.params import Params, UserError, root
 from colintern.processor import ColIntern3_5Processor
 
 
 def rows(params: Params) -> dict[str, Dataset]:
-    """The training set's rows by split (train, and test: the dev set), memory-mapped, images as undecoded bytes.
+    """The training sets' rows by split (train, and test: the dev set), memory-mapped, images as undecoded bytes.
+
+    Rows in quarantine are left out. In the training split the rows of a set occur as often as its weight says.
 
     Raises:
-        UserError: the manifest or a file is missing or changed, or the set lacks a split.
+        UserError: the manifest or a file is missing or changed, or a set lacks a split.
     """
-    folder, names = training_folder(params.train_data, params.train_revision)
-    tables = {}
-    for split in ("train", "test"):
-        files = [str(folder / name) for name in names if Path(name).name.startswith(f"{split}-")]
-        if not files:
-            raise UserError(f"train_data: {folder} has no file {split}-*.parquet; it has {', '.join(names)[:200]}")
-        cache = root() / "data" / ".arrow"
-        table = load_dataset("parquet", data_files=files, split="train", cache_dir=str(cache))
-        tables[split] = table.select_columns(["query", "image"]).cast_column("image", Image(decode=False))
-    return tables
+    bad = quarantined()
+    parts: defaultdict[str, list[Dataset]] = defaultdict(list)
+    cache = str(root() / "data" / ".arrow")
+    for name, folder, files, weight in training_sets(params.train_data, params.train_revision):
+        for split in ("train", "test"):
+            own = [file for file in files if Path(file).name.startswith(f"{split}-")]
+            if not own:
+                raise UserError(f"train_data: {folder} has no file {split}-*.parquet")
+            paths = [str(folder / file) for file in own]
+            table = load_dataset("parquet", data_files=paths, split="train", cache_dir=cache)
+            table = table.select_columns(["query", "image"]).cast_column("image", Image(decode=False))
+            places = (f"{f}:{n}" for f in own for n in range(parquet.read_metadata(folder / f).num_rows))
+            good = [index for index, place in enumerate(places) if (name, place) not in bad]
+            if len(good) < len(table):
+                table = table.select(good)
+            parts[split] += [table] * (weight if split == "train" else 1)
+    return {split: concatenate_datasets(tables) for split, tables in parts.items()}
 
 
 def pages(table: Dataset) -> list[Page]:
@@ -45,8 +57,8 @@ def _keys(images: list[dict[str, Any]]) -> dict[str, list[str]]:
     return {"page": [hashlib.sha256(image["bytes"]).hexdigest() for image in images]}
 
 
-def _row_image(table: Dataset, index: int) -> PILImage.Image:
-    return Image().decode_example(table[index]["image"])
+def _row_image(table: Dataset, index: int) -> PILImage:
+    return decode(table[index]["image"]["bytes"])
 
 
 class Pairs(TorchDataset):

@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from colintern.cache import TensorCache, locked
+from colintern.cache import TensorCache
+from colintern.lock import locked
 
 FEATURES = "data/.features"  # below the repository's root
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow")
-CODE = ("features.py", "model.py", "processor.py", "tiles.py")
+CODE = ("features.py", "images.py", "model.py", "processor.py", "tiles.py")
 
 
 class Page(NamedTuple):

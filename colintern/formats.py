@@ -10,7 +10,6 @@ The bytes depend only on the input and on the version of pyarrow: no timestamps,
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Hashable, Iterable, Sequence
@@ -21,22 +20,27 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+
+from colintern.images import STORED
 
 ROW_GROUP = 100  # rows; what `datasets` itself uses for image columns, so that one row can be read without the rest
 TRAINING_SPLITS = ("train", "test")
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 TEXT_COLUMNS = (  # of vidore/colpali_train_set, after "image", in its order
     "image_filename", "query", "answer", "source", "options", "page", "model", "prompt", "answer_type",
 )  # fmt: skip
+PSEUDO_CARD = (  # the hub's own key for who judged, and the same in words
+    "annotations_creators:\n- machine-generated",
+    "\nPseudo-queries: a program made the queries from the text of the pages, and nobody judged them.\n"
+    "Scores on this set compare runs; they do not say how well people's questions are answered.",
+)
 
 
 @dataclass(frozen=True)
 class TrainingRow:
     """One query and the page that answers it. One page may occur in several rows; None is stored as null."""
 
-    image_png: bytes
+    image: bytes  # of a PNG or JPEG file
     image_filename: str
     query: str
     answer: str | None = None
@@ -53,7 +57,7 @@ class CorpusPage:
     """One page that can be retrieved."""
 
     corpus_id: int
-    image_png: bytes
+    image: bytes
     image_filename: str
 
 
@@ -74,42 +78,38 @@ class Qrel:
     score: int = 1
 
 
-def png_bytes(image: Image.Image) -> bytes:
-    """The image as an RGB PNG, the same bytes for the same pixels (given one version of Pillow)."""
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 def write_training_split(folder: Path, split: str, rows: Sequence[TrainingRow]) -> Path:
     """Writes one split of a training set and returns its file, `folder/data/<split>-00000-of-00001.parquet`.
 
     Rows of one page stand best next to each other: its bytes are then stored once. Raises ValueError, naming the row,
-    for an empty query or file name, bytes that are not PNG, a (page, query) pair given twice, or two pages under one
-    file name; also for no rows or another split. Nothing is written then.
+    for an empty query or file name, bytes that are neither PNG nor JPEG, a (page, query) pair given twice, or two
+    pages under one file name; also for no rows or another split. Nothing is written then.
     """
     if split not in TRAINING_SPLITS:
         raise ValueError(f"split: {split!r} is not one of {', '.join(TRAINING_SPLITS)}")
     _check_training_rows(split, rows)
     schema = _schema({"image": IMAGE_TYPE} | {name: pa.string() for name in TEXT_COLUMNS})
     records = (
-        {"image": _image(row.image_png, row.image_filename)} | {name: getattr(row, name) for name in TEXT_COLUMNS}
+        {"image": _image(row.image, row.image_filename)} | {name: getattr(row, name) for name in TEXT_COLUMNS}
         for row in rows
     )
     return _write(Path(folder) / "data", split, schema, records)
 
 
-def write_beir(folder: Path, corpus: Sequence[CorpusPage], queries: Sequence[Query], qrels: Sequence[Qrel]) -> Path:
+def write_beir(
+    folder: Path, corpus: Sequence[CorpusPage], queries: Sequence[Query], qrels: Sequence[Qrel], pseudo: bool = False
+) -> Path:
     """Writes an evaluation set in mteb's BEIR image layout and returns `folder`.
 
-    Raises ValueError, naming the row, for an id or a qrels pair given twice, an empty query, bytes that are not PNG, a
-    qrel that points to an id that does not exist or has a score below 1, and a query no qrel names (mteb would
-    leave it out of the average without a word); also for no pages or no queries. Nothing is written then.
+    `pseudo`: the queries were made from the pages by a program; the card says so, see `is_pseudo`. Raises ValueError,
+    naming the row, for an id or a qrels pair given twice, an empty query, bytes that are neither PNG nor JPEG, a qrel
+    that points to an id that does not exist or has a score below 1, and a query no qrel names (mteb would leave it out
+    of the average without a word); also for no pages or no queries. Nothing is written then.
     """
     _check_beir(corpus, queries, qrels)
     root, ids = Path(folder), pa.int64()
     (root / "README.md").unlink(missing_ok=True)  # a run killed half-way leaves a folder that does not load
-    pages = ({"corpus-id": page.corpus_id, "image": _image(page.image_png, page.image_filename)} for page in corpus)
+    pages = ({"corpus-id": page.corpus_id, "image": _image(page.image, page.image_filename)} for page in corpus)
     asked = ({"query-id": query.query_id, "query": query.query} for query in queries)
     answers = ({"query-id": qrel.query_id, "corpus-id": qrel.corpus_id, "score": qrel.score} for qrel in qrels)
     files = [
@@ -117,11 +117,17 @@ def write_beir(folder: Path, corpus: Sequence[CorpusPage], queries: Sequence[Que
         _write(root / "queries", "test", _schema({"query-id": ids, "query": pa.string()}), asked),
         _write(root / "qrels", "test", _schema({"query-id": ids, "corpus-id": ids, "score": pa.int64()}), answers),
     ]
-    (root / "README.md").write_text(_readme(files), encoding="utf-8")
+    (root / "README.md").write_text(_readme(files, pseudo), encoding="utf-8")
     return root
 
 
-def _readme(files: Sequence[Path]) -> str:
+def is_pseudo(folder: Path) -> bool:
+    """Whether the card of an evaluation set says that a program made its queries."""
+    card = folder / "README.md"
+    return card.is_file() and PSEUDO_CARD[0] in card.read_text(encoding="utf-8")
+
+
+def _readme(files: Sequence[Path], pseudo: bool) -> str:
     """The card that names one configuration a folder.
 
     The checksum is not decoration. `datasets` (5.2) keys its cache of a local folder with a card on the folder's last
@@ -137,7 +143,8 @@ def _readme(files: Sequence[Path]) -> str:
             "  - split: test",
             f"    path: {file.parent.name}/test-*",
         ]
-    return "\n".join([*lines, "---", ""])
+    head, text = PSEUDO_CARD if pseudo else ("", "")
+    return "\n".join([*lines, *head.splitlines(), "---", *text.splitlines(), ""])
 
 
 def _check_training_rows(split: str, rows: Sequence[TrainingRow]) -> None:
@@ -149,12 +156,13 @@ def _check_training_rows(split: str, rows: Sequence[TrainingRow]) -> None:
         where = f"split {split!r}, row {number} ({row.image_filename!r})"
         _check_text(where, "query", row.query)
         _check_text(where, "image_filename", row.image_filename)
-        _check_png(where, row.image_png)
+        _check_image(where, row.image)
         pair = (row.image_filename, row.query)
         if pair in first_row:
             raise ValueError(f"{where}: the same page and query {row.query!r} as row {first_row[pair]}")
         first_row[pair] = number
-        if pages.setdefault(row.image_filename, row.image_png) != row.image_png:
+        content = hashlib.sha256(row.image).digest()
+        if pages.setdefault(row.image_filename, content) != content:
             raise ValueError(f"{where}: another page under the same image_filename came before")
 
 
@@ -162,7 +170,7 @@ def _check_beir(corpus: Sequence[CorpusPage], queries: Sequence[Query], qrels: S
     if not corpus or not queries:
         raise ValueError(f"an evaluation set needs pages and queries: got {len(corpus)} pages, {len(queries)} queries")
     for number, page in enumerate(corpus):
-        _check_png(f"corpus row {number} (corpus-id {page.corpus_id})", page.image_png)
+        _check_image(f"corpus row {number} (corpus-id {page.corpus_id})", page.image)
     for number, query in enumerate(queries):
         _check_text(f"queries row {number} (query-id {query.query_id})", "query", query.query)
     corpus_ids = _unique("corpus", "corpus-id", [page.corpus_id for page in corpus])
@@ -186,9 +194,9 @@ def _check_text(where: str, column: str, text: str) -> None:
         raise ValueError(f"{where}: {column} is empty: {text!r}")
 
 
-def _check_png(where: str, data: bytes) -> None:
-    if not data.startswith(PNG_SIGNATURE):
-        raise ValueError(f"{where}: the image is not a PNG, it starts with {data[:8]!r}")
+def _check_image(where: str, data: bytes) -> None:
+    if not data.startswith(tuple(STORED)):
+        raise ValueError(f"{where}: the image is neither PNG nor JPEG, it starts with {data[:8]!r}")
 
 
 def _unique(table: str, column: str, keys: Sequence[Hashable]) -> set[Hashable]:
@@ -200,8 +208,8 @@ def _unique(table: str, column: str, keys: Sequence[Hashable]) -> set[Hashable]:
     return set(first_row)
 
 
-def _image(png: bytes, filename: str) -> dict[str, Any]:
-    return {"bytes": png, "path": filename}
+def _image(data: bytes, filename: str) -> dict[str, Any]:
+    return {"bytes": data, "path": filename}
 
 
 def _schema(columns: dict[str, pa.DataType]) -> pa.Schema:

@@ -12,17 +12,34 @@ from typing import Any, NamedTuple
 from colintern.params import Params, UserError, root
 
 MANIFEST = "data/manifest.json"
+QUARANTINE = "data/quarantine.json"  # rows that are left out, with their reasons
+SURVEY = "data/survey.json"  # the data in numbers
 BASE_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja")  # no pickles
 TRAIN_SUFFIXES = (".parquet",)
 BEIR_SUFFIXES = (".parquet", ".md")
 
 
 class Files(NamedTuple):
-    """`folder` holds `files` (path below the folder -> {size, sha256}); it is a hub repository if `revision`."""
+    """`folder` holds `files` (path below the folder -> {size, sha256}); it is a hub repository if `revision`.
+
+    `made_from`: {"folder", "files", "pseudo"} of the documents they were made from, if they were; `weight`: how often
+    an epoch shows each training row.
+    """
 
     folder: str
     revision: str
     files: dict[str, dict[str, Any]]
+    made_from: dict[str, Any] | None = None
+    weight: int = 1
+
+
+class TrainingSet(NamedTuple):
+    """A set of the manifest: its name there, where it lies, its files, and how often an epoch shows each row."""
+
+    name: str
+    folder: Path
+    files: list[str]
+    weight: int
 
 
 def local(benchmark: str) -> bool:
@@ -45,6 +62,14 @@ def local_files(folder: str, suffixes: tuple[str, ...]) -> Files:
     return Files(folder, "", _below(root() / folder, folder, suffixes))
 
 
+def source_files(folder: str) -> dict[str, dict[str, Any]]:
+    """Every file below a folder of documents, hidden ones left out."""
+    top = root() / folder
+    paths = sorted(p for p in top.rglob("*") if p.is_file())
+    names = {p.relative_to(top): p for p in paths}
+    return {n.as_posix(): digest(p) for n, p in names.items() if not any(part.startswith(".") for part in n.parts)}
+
+
 def hub_files(repository: str, revision: str, kind: str, suffixes: tuple[str, ...]) -> Files:
     """The files of a hub repository (`kind`: model or dataset) at a commit, downloaded into the hub's own cache."""
     return Files(repository, revision, _below(_hub_folder(repository, revision, kind, suffixes), repository, suffixes))
@@ -65,13 +90,18 @@ def _hub_folder(repository: str, revision: str, kind: str, suffixes: tuple[str, 
     return Path(snapshot_download(repository, repo_type=kind, revision=revision, allow_patterns=patterns))
 
 
+def folder_of(files: Files, kind: str, suffixes: tuple[str, ...]) -> Path:
+    """Where the files lie on this disk, fetched now if they are missing from the hub's cache."""
+    return _hub_folder(files.folder, files.revision, kind, suffixes) if files.revision else root() / files.folder
+
+
 def check_base(params: Params) -> str:
     """Where the base is loaded from, a hub id or a folder, whose files are there and are those that were fetched.
 
     Raises:
         UserError: the manifest was made for another base, or a file is missing or changed.
     """
-    entry = _read()["base"]
+    entry = read(MANIFEST)["base"]
     if (entry["folder"], entry["revision"]) != (params.base, params.base_revision):
         raise UserError(
             f"base: {params.base!r} is not the one in {MANIFEST}, {entry['folder']!r}; run: dvc repro fetch-data"
@@ -80,19 +110,36 @@ def check_base(params: Params) -> str:
     return params.base if params.base_revision else str(folder)
 
 
-def training_folder(train_data: str, revision: str) -> tuple[Path, list[str]]:
-    """The checked folder of the training set, and the files in it.
+def training_sets(train_data: str, revision: str) -> list[TrainingSet]:
+    """The training sets, their files checked.
 
     Raises:
         UserError: no manifest or one of another training set, or a file is missing or changed.
     """
-    manifest = _read()
-    entry, made_for = manifest["train"], (manifest["train_data"], manifest["train_revision"])
+    manifest = read(MANIFEST)
+    made_for = (manifest["train_data"], manifest["train_revision"])
     if made_for != (train_data, revision):
         raise UserError(
             f"train_data: {train_data!r} is not the one in {MANIFEST}, {made_for[0]!r}; run: dvc repro fetch-data"
         )
-    return _checked(entry, "dataset", TRAIN_SUFFIXES), sorted(entry["files"])
+    return [
+        TrainingSet(e["folder"], _checked(e, "dataset", TRAIN_SUFFIXES), sorted(e["files"]), e["weight"])
+        for e in manifest["train"]
+    ]
+
+
+def asks_pseudo_queries() -> bool:
+    """Whether a program made some of the training and dev queries from the text of the pages."""
+    return any((entry["made_from"] or {}).get("pseudo") for entry in read(MANIFEST)["train"])
+
+
+def quarantined() -> set[tuple[str, str]]:
+    """(training set, "file:row") of each row that is left out.
+
+    Raises:
+        UserError: no such list; an empty one would be there.
+    """
+    return {(row["source"], row["row"]) for row in read(QUARANTINE)["rows"]}
 
 
 def benchmark_folder(name: str) -> Path:
@@ -101,7 +148,7 @@ def benchmark_folder(name: str) -> Path:
     Raises:
         UserError: fetch-data has not seen it, or its files are missing or changed.
     """
-    entries = _read()["evaluation"]
+    entries = read(MANIFEST)["evaluation"]
     if name not in entries:
         raise UserError(
             f"benchmarks: {name!r} is not among the local benchmarks in {MANIFEST}, which are "
@@ -110,17 +157,22 @@ def benchmark_folder(name: str) -> Path:
     return _checked(entries[name], "dataset", BEIR_SUFFIXES)
 
 
-def _read() -> dict[str, Any]:
+def read(name: str) -> dict[str, Any]:
+    """One of fetch-data's JSON files.
+
+    Raises:
+        UserError: it is missing.
+    """
     try:
-        return json.loads(Path(MANIFEST).read_text())
+        return json.loads(Path(name).read_text())
     except FileNotFoundError as error:
-        raise UserError(f"{MANIFEST}: missing; run the stage that makes it: dvc repro fetch-data") from error
+        raise UserError(f"{name}: missing; run the stage that makes it: dvc repro fetch-data") from error
 
 
 def _checked(entry: dict[str, Any], kind: str, suffixes: tuple[str, ...]) -> Path:
     """The folder of an entry, all of whose files are there and are the ones that were fetched."""
     files = Files(**entry)
-    folder = _hub_folder(files.folder, files.revision, kind, suffixes) if files.revision else root() / files.folder
+    folder = folder_of(files, kind, suffixes)
     for name, want in files.files.items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -133,4 +185,18 @@ def _checked(entry: dict[str, Any], kind: str, suffixes: tuple[str, ...]) -> Pat
                 f"{path}: {have['size']} bytes with sha256 {have['sha256'][:12]}, but {MANIFEST} says {want['size']} "
                 f"bytes with {want['sha256'][:12]}; it was changed after it was fetched: dvc repro -f fetch-data"
             )
+    if files.made_from:
+        _check_sources(files.made_from)
     return folder
+
+
+def _check_sources(made_from: dict[str, Any]) -> None:
+    have, want = source_files(made_from["folder"]), made_from["files"]
+    changed = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+    if changed:
+        name = changed[0]
+        state = "new" if name not in want else "missing" if name not in have else "changed"
+        raise UserError(
+            f"{made_from['folder']}/{name}: {state} since the pages were made ({len(changed)} such files); "
+            f"run: dvc repro -f fetch-data"
+        )

@@ -54,6 +54,13 @@ def one_of(*choices: str) -> Rule:
     return Rule("one of " + ", ".join(choices), lambda value: value in choices)
 
 
+def mixture(train_data: str) -> list[tuple[str, int]]:
+    """The sets of `train_data` with their weights: "a*2 + b" is [("a", 2), ("b", 1)]; [] if it says no such thing."""
+    found = [re.fullmatch(r"\s*(\S.*?)(?:\*([1-9]\d*))?\s*", part) for part in re.split(r"\s\+\s", train_data)]
+    parts = [(part[1], int(part[2] or 1)) for part in found if part and "*" not in part[1]]
+    return parts if len({name for name, _ in parts}) == len(found) else []
+
+
 def _compiles(pattern: str) -> bool:
     try:
         re.compile(pattern)
@@ -65,6 +72,7 @@ def _compiles(pattern: str) -> bool:
 POSITIVE = Rule("above 0", lambda value: value > 0)
 FILLED = Rule("not empty", lambda value: bool(value.strip()))
 REVISION = Rule('40 hex digits, or ""', lambda value: re.fullmatch(r"([0-9a-f]{40})?", value) is not None)
+MIXTURE = Rule("a data set, or several different ones as `a*2 + b`, weights from 1", lambda text: bool(mixture(text)))
 PATTERN = Rule("a regular expression that compiles", _compiles)
 
 
@@ -74,8 +82,9 @@ class Params:
 
     base: Annotated[str, FILLED]
     base_revision: Annotated[str, REVISION]
-    train_data: Annotated[str, FILLED]
+    train_data: Annotated[str, FILLED, MIXTURE]
     train_revision: Annotated[str, REVISION]
+    max_bad_fraction: Annotated[float, Rule("0 <= max_bad_fraction < 1", lambda value: 0 <= value < 1)]
     benchmarks: Annotated[tuple[str, ...], FILLED]
     eval_untrained: bool
     max_visual_tokens: Annotated[int, between(1, 65536)]
@@ -228,19 +237,28 @@ def _cross_problems(good: dict[str, Any]) -> list[str]:
     ):
         if not {key, revision_key} <= good.keys():
             continue
-        name, revision = good[key], good[revision_key]
+        revision = good[revision_key]
+        names = [name for name, _ in mixture(good[key])] if key == "train_data" else [good[key]]
+        hub = [name for name in names if on_hub(name)]
         # The hub's moving `main` would give other bytes on another day.
-        on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not (root() / name).is_dir()
-        if on_hub and not revision:
+        if hub and not revision:
             problems.append(
-                f"{revision_key}: {_show(revision)} is not valid; {key} {name!r} is not a folder here, so it is a hub "
-                f"id and needs its 40-hex revision: huggingface_hub.HfApi().{api}({name!r}).sha"
+                f"{revision_key}: {_show(revision)} is not valid; {key} {hub[0]!r} is not a folder here, so it is a "
+                f"hub id and needs its 40-hex revision: huggingface_hub.HfApi().{api}({hub[0]!r}).sha"
             )
-        if revision and not on_hub:
+        if revision and not hub:
             problems.append(
-                f'{revision_key}: {_show(revision)} is not valid; it must be "", because {key} {name!r} is not a hub id'
+                f'{revision_key}: {_show(revision)} is not valid; it must be "", because {key} {good[key]!r} is not a '
+                f"hub id"
             )
+        if len(hub) > 1:
+            problems.append(f"{key}: {good[key]!r} names {len(hub)} hub ids, but {revision_key} can pin only one")
     return problems
+
+
+def on_hub(name: str) -> bool:
+    """Whether a base or data set is a hub id: it looks like one, and no such folder is in the repository."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not (root() / name).is_dir()
 
 
 def _kind_and_rules(key: str) -> tuple[Any, list[Rule]]:

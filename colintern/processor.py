@@ -147,7 +147,7 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
             raise ValueError("process_queries takes either texts or queries")
         if contexts is not None:
             raise ValueError("process_queries: contexts are not part of this model's queries")
-        tail = self._ids(self.query_augmentation_token * 10 if suffix is None else suffix)
+        tail = self._tail(suffix)
         room = self.max_query_tokens - len(tail)
         rows = []
         for text in texts if texts is not None else queries or []:
@@ -158,6 +158,15 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
                 logger.warning("query of %d tokens cut to %d (max_query_tokens): %.60r", len(ids), room, text)
             rows.append(ids[:room] + tail)
         return self._pad(rows)
+
+    def _tail(self, suffix: str | None) -> list[int]:
+        return self._ids(self.query_augmentation_token * 10 if suffix is None else suffix)
+
+    def count_cut(self, queries: list[str]) -> int:
+        """How many of the queries `process_queries` cuts, because they are longer than `max_query_tokens`."""
+        room = self.max_query_tokens - len(self._tail(None))
+        texts = [self.query_prefix + query for query in queries]
+        return sum(len(ids) > room for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"])
 
     def _pad(self, rows: list[list[int]]) -> BatchFeature:
         if not rows:

@@ -23,7 +23,7 @@ from colintern.features import FEATURES, PageFeatures
 from colintern.identity import fingerprint, stage_identity
 from colintern.jsonfile import dumps
 from colintern.lora import add_lora, count, faults
-from colintern.manifest import check_base
+from colintern.manifest import asks_pseudo_queries, check_base
 from colintern.model import ColIntern3_5, attention_kernel
 from colintern.params import Params, UserError, root
 from colintern.processor import ColIntern3_5Processor
@@ -100,6 +100,8 @@ def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
     pairs = Pairs(table["query"], train_pages, features)
     dev = DevSet(dev_table["query"], dev_pages, features)
     print(f"{len(pairs)} training pairs; dev: {len(dev)} queries on {len(dev.pages)} pages; attention: {kernel}")
+    if cut := processor.count_cut([*table["query"], *dev_table["query"]]):
+        print(f"{cut} of {len(table) + len(dev_table)} queries are longer than max_query_tokens and are cut")
     args = arguments(params, str(scratch), quiet=not sys.stderr.isatty())
     if args.n_gpu > 1 or args.world_size > 1:  # each process or device would take a batch of its own
         raise UserError(
@@ -135,7 +137,9 @@ def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any]
     write_csv(Path("plots/dev.csv"), dev, ("step", "epoch", "eval_ndcg_at_5"))
     (root() / "logs").mkdir(exist_ok=True)
     (root() / "logs" / "train-timing.json").write_text(dumps(timing))
-    return {
+    # Stands beside the dev score, which is of the same kind as the queries.
+    pseudo = {"queries": "pseudo-queries, made by a program"} if asks_pseudo_queries() else {}
+    return pseudo | {
         "steps": trainer.state.global_step,
         "loss": round(steps[-1]["loss"], 6),
         "dev_ndcg_at_5": round(dev[-1]["eval_ndcg_at_5"], 6),

@@ -1,11 +1,27 @@
 """Where data comes from: each source puts files on disk and says which they are. Nothing here reads a row."""
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from colintern import jsonl, pdfs
+from colintern.collected import Collected, Shelf
 from colintern.demo import DemoPage, corpus
-from colintern.formats import CorpusPage, Qrel, Query, TrainingRow, png_bytes, write_beir, write_training_split
-from colintern.manifest import BASE_SUFFIXES, BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, hub_files, local, local_files
-from colintern.params import Params, root
+from colintern.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
+from colintern.images import png_bytes
+from colintern.manifest import (
+    BASE_SUFFIXES,
+    BEIR_SUFFIXES,
+    TRAIN_SUFFIXES,
+    Files,
+    folder_of,
+    hub_files,
+    local,
+    local_files,
+)
+from colintern.own import Own, make
+from colintern.params import Params, UserError, mixture, on_hub, root
+from colintern.survey import SPLITS, Part
 
 DEMO = "demo"
 DEMO_SEED = 0  # of the corpus; the training seed is params.seed, so that seeds are compared on the same pages
@@ -13,31 +29,86 @@ DEMO_TRAIN_PAGES, DEMO_DEV_PAGES, DEMO_TEST_PAGES = 1800, 100, 200
 DEMO_QUERIES = 2  # a training page
 
 
-def fetch(params: Params) -> dict[str, Any]:
-    """Put all that params names on disk and return the manifest: base, train, and evaluation by benchmark.
+class Fetched(NamedTuple):
+    """The manifest (base, train, and evaluation by benchmark), and the folders of documents behind it, by name."""
 
-    mteb's own tasks are not among the latter: mteb fetches them, at the revision it pins.
+    manifest: dict[str, Any]
+    own: dict[str, Own]
+
+
+def fetch(params: Params) -> Fetched:
+    """Put all that params names on disk.
+
+    mteb's own tasks are not in the manifest: mteb fetches them, at the revision it pins.
     """
-    evaluation = {name: _evaluation(name) for name in params.benchmarks if local(name)}
-    return {
+    sets, benchmarks = mixture(params.train_data), [name for name in params.benchmarks if local(name)]
+    kinds = {name: _kind(name) for name in (*dict(sets), *benchmarks)}
+    own = {name: make(name, collect) for name, collect in kinds.items() if collect}
+    train = [_training(name, params.train_revision, own)._replace(weight=weight)._asdict() for name, weight in sets]
+    manifest = {
         "base": _source(params.base, params.base_revision, "model", BASE_SUFFIXES)._asdict(),
         "train_data": params.train_data,
         "train_revision": params.train_revision,
-        "train": _training(params.train_data, params.train_revision)._asdict(),
-        "evaluation": {name: files._asdict() for name, files in evaluation.items()},
+        "train": train,
+        "evaluation": {name: _evaluation(name, own)._asdict() for name in benchmarks},
     }
+    return Fetched(manifest, own)
+
+
+def parts(params: Params, manifest: dict[str, Any]) -> list[Part]:
+    """The training sets and local benchmarks of a manifest, split by split, under the names that params give them."""
+    found = []
+    for (name, _), entry in zip(mixture(params.train_data), manifest["train"], strict=True):
+        folder = folder_of(Files(**entry), "dataset", TRAIN_SUFFIXES)
+        for split, prefix in SPLITS.items():
+            files = [file for file in sorted(entry["files"]) if Path(file).name.startswith(f"{prefix}-")]
+            found.append(Part(name, split, folder, tuple(files), on_hub(name)))
+    for name, entry in manifest["evaluation"].items():
+        files = [file for file in sorted(entry["files"]) if file.startswith("corpus/") and file.endswith(".parquet")]
+        found.append(Part(name, "test", root() / entry["folder"], tuple(files)))
+    return found
+
+
+def tokenizer(manifest: dict[str, Any]) -> Path:
+    """The file of the base's tokenizer."""
+    return folder_of(Files(**manifest["base"]), "model", BASE_SUFFIXES) / "tokenizer.json"
 
 
 def _source(name: str, revision: str, kind: str, suffixes: tuple[str, ...]) -> Files:
-    return hub_files(name, revision, kind, suffixes) if revision else local_files(name, suffixes)
+    return hub_files(name, revision, kind, suffixes) if on_hub(name) else local_files(name, suffixes)
 
 
-def _training(train_data: str, revision: str) -> Files:
-    return demo_training() if train_data == DEMO else _source(train_data, revision, "dataset", TRAIN_SUFFIXES)
+def _training(name: str, revision: str, own: dict[str, Own]) -> Files:
+    if name == DEMO:
+        return demo_training()
+    return own[name].files("train") if name in own else _source(name, revision, "dataset", TRAIN_SUFFIXES)
 
 
-def _evaluation(name: str) -> Files:
-    return demo_evaluation() if name == DEMO else local_files(name, BEIR_SUFFIXES)
+def _evaluation(name: str, own: dict[str, Own]) -> Files:
+    if name == DEMO:
+        return demo_evaluation()
+    return own[name].files("beir") if name in own else local_files(name, BEIR_SUFFIXES)
+
+
+def _kind(name: str) -> Callable[[Path, Shelf], Collected] | None:
+    """What reads a folder of documents; None for the demo, a folder of parquet files, and what is no folder.
+
+    Raises:
+        UserError: a folder of two kinds, or of none.
+    """
+    folder = root() / name
+    if name == DEMO or not folder.is_dir():
+        return None
+    has_pdfs, lines = bool(pdfs.pdf_files(folder)), {path.name for path in folder.glob("*.jsonl")}
+    kinds = {
+        "parquet files": any(folder.glob("*.parquet")) or any(folder.glob("[!.]*/**/*.parquet")),
+        "PDFs": has_pdfs,
+        "JSON lines": bool(lines - set(pdfs.QUERY_FILES if has_pdfs else ())),
+    }
+    found = [kind for kind, there in kinds.items() if there]
+    if len(found) != 1:
+        raise UserError(f"{name}: holds {' and '.join(found) or 'none'} of {', '.join(kinds)}; it must be one of them")
+    return {"parquet files": None, "PDFs": pdfs.collect, "JSON lines": jsonl.collect}[found[0]]
 
 
 def demo_training() -> Files:

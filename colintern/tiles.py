@@ -6,7 +6,13 @@ aspect ratio is closest and always adds the thumbnail, so an A4 page jumps from 
 cannot be had. Here the budget is a hard bound: the sharpest grid under it, and the thumbnail when it still fits.
 """
 
+import json
+from pathlib import Path
 from typing import NamedTuple
+
+from colintern.params import UserError
+
+INTERNVL_TILE, INTERNVL_TOKENS = 448, 256  # pixels a side and visual tokens of a tile, in every InternVL3.5 on the hub
 
 
 class Grid(NamedTuple):
@@ -56,3 +62,22 @@ def choose_grid(width: int, height: int, max_tiles: int, tile: int) -> Grid:
     grids = [(cols, rows) for cols in range(1, max_tiles + 1) for rows in range(1, max_tiles // cols + 1)]
     cols, rows = min(grids, key=rank)
     return Grid(cols, rows, thumbnail=1 < cols * rows < max_tiles)
+
+
+def base_tile(base: Path) -> tuple[int, int]:
+    """Side in pixels and visual tokens of the base's tiles, from its config.json where the base is a folder.
+
+    Raises:
+        UserError: the config does not say.
+    """
+    if not base.is_dir():
+        return INTERNVL_TILE, INTERNVL_TOKENS
+    try:
+        vision = json.loads((base / "config.json").read_text(encoding="utf-8"))["vision_config"]
+        # InternVL's configs hold [448, 448]; the code that wrote them also takes 448.
+        tile, patch = (
+            int(size[0] if isinstance(size, list) else size) for size in (vision["image_size"], vision["patch_size"])
+        )
+        return tile, (tile // patch // 2) ** 2
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{base / 'config.json'}: no vision_config with image_size and patch_size: {error}") from error

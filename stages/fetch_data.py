@@ -1,16 +1,20 @@
-"""fetch-data: put the base model, the training pages and the local benchmarks on disk and name every file.
+"""fetch-data: put the base model, the training pages and the local benchmarks on disk, name every file, see every row.
 
     python -m stages.fetch_data
 
-Input: params.yaml. Output: data/manifest.json (file, size, sha256, repository, revision) and the bytes it names.
+Input: params.yaml. Output: data/manifest.json (file, size, sha256, repository, revision) and the bytes it names;
+data/quarantine.json, the rows that are left out and why; data/survey.json, the data in numbers. Exit 2 for too many
+rows left out, for an evaluation set with a fault, and for a page in two splits.
 """
 
 from pathlib import Path
 
+from colintern.checks import check, quarantine
 from colintern.jsonfile import dumps
-from colintern.manifest import MANIFEST, local
+from colintern.manifest import MANIFEST, QUARANTINE, SURVEY, local
 from colintern.params import exit_on_user_error, load
-from colintern.sources import fetch
+from colintern.sources import fetch, parts, tokenizer
+from colintern.survey import look, survey
 
 
 @exit_on_user_error()
@@ -20,12 +24,17 @@ def main() -> None:
         from colintern.benchmarks import check_names  # only now: it imports mteb, which takes seconds
 
         check_names(params)
-    manifest = fetch(params)
-    path = Path(MANIFEST)
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(dumps(manifest))
-    parts = [("base", manifest["base"]), ("train", manifest["train"]), *manifest["evaluation"].items()]
-    for name, part in parts:
+    manifest, own = fetch(params)
+    Path("data").mkdir(exist_ok=True)
+    seen = look(parts(params, manifest))
+    bad, rows = quarantine(seen, own)
+    Path(QUARANTINE).write_text(dumps({"rows": bad}))  # before anything below may refuse the data
+    check(seen, bad, rows, params.max_bad_fraction)
+    Path(SURVEY).write_text(dumps(survey(seen, tokenizer(manifest))))
+    Path(MANIFEST).write_text(dumps(manifest))
+    print(f"{len(bad)} of {sum(rows.values())} rows in {QUARANTINE}")
+    named = [("base", manifest["base"]), *(("train", part) for part in manifest["train"])]
+    for name, part in [*named, *manifest["evaluation"].items()]:
         size = sum(file["size"] for file in part["files"].values())
         print(f"{name:<10} {part['folder']:<40} {len(part['files']):>4} files {size / 1e6:>10.1f} MB")
 

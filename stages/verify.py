@@ -1,13 +1,15 @@
-"""verify: wrap the base in LoRA without weights, count what is trained, and stop where the targets are wrong.
+"""verify: count what is trained, on the base wrapped in LoRA without weights, and what it is trained on.
 
     python -m stages.verify
 
-Input: params.yaml, the base's config. Output: metrics/verify.json and the table on the terminal; exit 2 for a target
-that matches nothing, a missed custom_text_proj, or a vision module that is hit.
+Input: params.yaml, the base's config, data/survey.json. Output: metrics/verify.json and the table on the terminal,
+metrics/data.json and plots/data.csv (`colintern data` prints them); exit 2 for a target that matches nothing, a missed
+custom_text_proj, or a vision module that is hit.
 """
 
 from pathlib import Path
 
+from colintern.inventory import inventory, metrics, write_csv
 from colintern.jsonfile import dumps
 from colintern.lora import add_lora, count, faults, meta_model, table
 from colintern.manifest import check_base
@@ -27,9 +29,13 @@ def main() -> None:
     print(table(params.base, counts))
     if wrong := faults(counts):
         raise UserError("\n  ".join(wrong))
-    path = Path("metrics/verify.json")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(dumps({key: value for key, value in counts.items() if key not in ("patterns", "head")}))
+    found = inventory(params)
+    for folder in ("metrics", "plots"):
+        Path(folder).mkdir(exist_ok=True)
+    summary = {key: value for key, value in counts.items() if key not in ("patterns", "head")}
+    Path("metrics/verify.json").write_text(dumps(summary))
+    Path("metrics/data.json").write_text(dumps(metrics(found)))
+    write_csv(Path("plots/data.csv"), found)
 
 
 if __name__ == "__main__":

@@ -35,3 +35,10 @@ def pages():
         return image
 
     return [page(224, 336, "Oslo"), page(112, 112, "Rome"), page(224, 112, "Halde"), page(150, 400, "milk")]
+
+
+def page_image(word: str) -> Image.Image:
+    """A small page that shows a word."""
+    image = Image.new("RGB", (112, 112), "white")
+    ImageDraw.Draw(image).text((10, 30), word, fill="black")
+    return image

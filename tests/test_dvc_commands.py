@@ -172,9 +172,11 @@ def test_nothing_a_repro_writes_is_left_for_git_but_what_belongs_there(repo):
     tracked = repo.output("git ls-files dvc.lock metrics plots experiments results data").split()
     assert tracked == [
         "dvc.lock",
+        "metrics/data.json",
         "metrics/eval.json",
         "metrics/train.json",
         "metrics/verify.json",
+        "plots/data.csv",
         "plots/dev.csv",
         "plots/eval.csv",
         "plots/train.csv",

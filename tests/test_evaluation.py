@@ -24,7 +24,8 @@ from colintern import evaluation
 from colintern.benchmarks import tasks_for
 from colintern.embed import embed_pages, embed_queries
 from colintern.features import PageFeatures
-from colintern.formats import CorpusPage, Qrel, Query, png_bytes, write_beir
+from colintern.formats import CorpusPage, Qrel, Query, write_beir
+from colintern.images import png_bytes
 from colintern.manifest import BEIR_SUFFIXES, local_files
 from colintern.maxsim import maxsim_scores, ndcg_at_k
 from colintern.params import Params, UserError, load

@@ -20,10 +20,10 @@ from colintern.formats import (
     Qrel,
     Query,
     TrainingRow,
-    png_bytes,
     write_beir,
     write_training_split,
 )
+from colintern.images import png_bytes
 
 HUB_COLUMNS = [  # of vidore/colpali_train_set
     "image", "image_filename", "query", "answer", "source", "options", "page", "model", "prompt", "answer_type",
@@ -102,7 +102,7 @@ def test_more_rows_than_a_row_group_keep_their_order(tmp_path: Path) -> None:
     table = pq.read_table(path)
     assert pq.ParquetFile(path).num_row_groups == 3
     assert table.column("query").to_pylist() == [row.query for row in rows]
-    assert table.column("image").to_pylist() == [{"bytes": row.image_png, "path": row.image_filename} for row in rows]
+    assert table.column("image").to_pylist() == [{"bytes": row.image, "path": row.image_filename} for row in rows]
 
 
 def test_mteb_loads_the_beir_folder_offline(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_same_input_gives_the_same_bytes_and_no_other_files(tmp_path: Path) -> N
         (lambda rows: [replace(rows[0], image_filename=""), *rows], r"row 0 \(''\): image_filename is empty"),
         (lambda rows: [*rows, replace(rows[0], answer="b")], r"row 3 \('one.png'\): .* as row 0"),
         (lambda rows: [*rows, TrainingRow(page(3), "one.png", "new")], r"row 3 \('one.png'\): another page"),
-        (lambda rows: [rows[0], replace(rows[2], image_png=b"<html>")], r"row 1 \('two.png'\): .* not a PNG"),
+        (lambda rows: [rows[0], replace(rows[2], image=b"<html>")], r"row 1 \('two.png'\): .* neither PNG nor JPEG"),
         (lambda rows: [], "no rows"),
     ],
 )
@@ -175,7 +175,7 @@ def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
     ("table", "row", "message"),
     [
         (0, CorpusPage(12, page(9), "again.png"), "corpus row 3: corpus-id 12 is already that of row 2"),
-        (0, CorpusPage(13, b"", "empty.png"), r"corpus row 3 \(corpus-id 13\): the image is not a PNG"),
+        (0, CorpusPage(13, b"", "empty.png"), r"corpus row 3 \(corpus-id 13\): the image is neither PNG nor JPEG"),
         (1, Query(1, "again"), "queries row 2: query-id 1 is already that of row 1"),
         (1, Query(2, "  "), r"queries row 2 \(query-id 2\): query is empty"),
         (1, Query(2, "unjudged"), r"queries row 2 \(query-id 2\): no qrel names a page"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from colintern.manifest import benchmark_folder, check_base, local_files, training_folder
+from colintern.manifest import benchmark_folder, check_base, local_files, training_sets
 from colintern.params import UserError, load
 
 
@@ -28,7 +28,7 @@ def fetched(tmp_path, monkeypatch):
         "base": local_files("demo/base", (".json", ".safetensors"))._asdict(),
         "train_data": "demo",
         "train_revision": "",
-        "train": local_files("data/demo/train", (".parquet",))._asdict(),
+        "train": [local_files("data/demo/train", (".parquet",))._asdict()],
         "evaluation": {"demo": local_files("data/demo/beir", (".parquet",))._asdict()},
     }
     Path("data/manifest.json").write_text(json.dumps(manifest))
@@ -37,14 +37,14 @@ def fetched(tmp_path, monkeypatch):
 
 def test_what_is_whole_is_found(fetched):
     assert check_base(load()) == "demo/base"
-    assert training_folder("demo", "") == (Path("data/demo/train"), ["data/train-0.parquet"])
+    assert training_sets("demo", "") == [("data/demo/train", Path("data/demo/train"), ["data/train-0.parquet"], 1)]
     assert benchmark_folder("demo") == Path("data/demo/beir")
 
 
 def test_a_missing_page_file_is_named(fetched):
     Path("data/demo/train/data/train-0.parquet").unlink()
     with pytest.raises(UserError, match=r"train-0\.parquet: missing.*dvc repro -f fetch-data"):
-        training_folder("demo", "")
+        training_sets("demo", "")
 
 
 def test_one_flipped_bit_is_found(fetched):
@@ -63,7 +63,7 @@ def test_a_changed_base_is_found(fetched):
 
 def test_a_manifest_of_another_training_set_is_refused(fetched):
     with pytest.raises(UserError, match=r"train_data: 'data/own/docs' is not the one in .*'demo'; run: dvc repro"):
-        training_folder("data/own/docs", "")
+        training_sets("data/own/docs", "")
 
 
 def test_an_untracked_base_is_found_from_the_copy_dvc_makes_for_an_experiment(fetched, tmp_path, monkeypatch):
@@ -81,11 +81,11 @@ def test_an_untracked_base_is_found_from_the_copy_dvc_makes_for_an_experiment(fe
 
 @pytest.mark.parametrize("name", ["../outside.parquet", "/etc/passwd"])
 def test_an_entry_that_points_outside_is_refused(fetched, name):
-    entry = fetched["train"]
+    [entry] = fetched["train"]
     entry["files"] = {name: next(iter(entry["files"].values()))}
     Path("data/manifest.json").write_text(json.dumps(fetched))
     with pytest.raises(UserError, match="points outside"):
-        training_folder("demo", "")
+        training_sets("demo", "")
 
 
 def test_an_unknown_local_benchmark_is_refused(fetched):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from colintern.params import Params, UserError, load
+from colintern.params import Params, UserError, load, mixture
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = (ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8")
@@ -73,7 +73,14 @@ BAD_VALUES = [
     ("base_revision", SHA[:39], "40 hex digits"),
     ("base_revision", SHA.upper(), "40 hex digits"),
     ("train_data", "[]", "text"),
+    ("train_data", "demo*0", "weights from 1"),
+    ("train_data", "demo*two", "weights from 1"),
+    ("train_data", '"demo + "', "weights from 1"),
+    ("train_data", "demo + demo*2", "several different ones"),
     ("train_revision", "v1.0", "40 hex digits"),
+    ("max_bad_fraction", "1", "0 <= max_bad_fraction < 1"),
+    ("max_bad_fraction", "-0.1", "0 <= max_bad_fraction < 1"),
+    ("max_bad_fraction", ".nan", "a number"),
     ("benchmarks", "demo", "a list of one or more texts"),
     ("benchmarks", "[]", "a list of one or more texts"),
     ("eval_untrained", "yes", "true or false"),
@@ -164,6 +171,13 @@ def test_hub_ids_need_a_revision_and_folders_have_none(folder: Path, name_key: s
     for local in ("données/pages", str(folder)):
         message = refusal(changed(**{name_key: local, revision_key: SHA}))
         assert f"  {revision_key}: '{SHA}' (str) is not valid; it must be \"\"" in message
+
+
+def test_a_mixture_is_sets_with_whole_weights() -> None:
+    assert mixture("demo") == [("demo", 1)]
+    assert mixture("demo + data/own/c++ docs*3") == [("demo", 1), ("data/own/c++ docs", 3)]
+    assert load_text(changed(train_data="demo*2 + org/name", train_revision=SHA)).train_data == "demo*2 + org/name"
+    assert "names 2 hub ids" in refusal(changed(train_data="org/one + org/two", train_revision=SHA))
 
 
 def test_the_demo_data_have_no_revision() -> None:

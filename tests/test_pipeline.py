@@ -16,10 +16,11 @@ KEYS = {field.name for field in dataclasses.fields(Params)}
 LEVELS = [
     {"stages", "cli"},
     {"runs", "evaluation"},
-    {"training", "sources", "mteb_model", "benchmarks"},
-    {"data", "embed", "lora"},
-    {"features", "processor", "model", "manifest", "demo", "identity"},
-    {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile"},
+    {"training", "sources", "mteb_model", "benchmarks", "checks", "inventory"},
+    {"data", "embed", "lora", "survey", "own"},
+    {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl", "splits"},
+    {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo"},
+    {"images", "lock", "parallel"},
 ]
 
 

@@ -217,4 +217,4 @@ def test_every_help_has_an_example(copy: Path) -> None:
     commands = re.findall(r"(?m)^    (\w+)  +\w", overview)
     assert {"recipe", "tiles"} <= set(commands)
     for command in commands:
-        assert f"Example:\n    colintern {command} " in colintern(copy, command, "--help").stdout
+        assert re.search(rf"Example:\n    colintern {command}\b", colintern(copy, command, "--help").stdout)

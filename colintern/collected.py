@@ -1,0 +1,106 @@
+"""What a folder of the user's own documents gives, whatever kind of folder it is: pages, questions, and bad rows."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SPLITS = ("train", "dev", "test")
+
+
+class Stored(NamedTuple):
+    """A page's image on disk; `key` is the sha256 of its bytes, so equal pages have one."""
+
+    path: Path
+    key: str
+
+
+class Ask(NamedTuple):
+    """`query` is answered by the page of that name; `kind`: given, or how a pseudo-query was made."""
+
+    query: str
+    page: str
+    kind: str
+
+
+class Bad(NamedTuple):
+    """A row that is left out: where it stands in the folder, and why."""
+
+    where: str
+    reason: str
+
+
+@dataclass
+class Collected:
+    """All of a folder. `fixed`: the splits that rows name for a page, each with the place of the row."""
+
+    pages: dict[str, Stored] = field(default_factory=dict)
+    asks: list[Ask] = field(default_factory=list)
+    fixed: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    bad: list[Bad] = field(default_factory=list)
+    unknown: set[str] = field(default_factory=set)  # keys of rows that have no effect
+    rows: int = 0
+
+
+class Shelf(NamedTuple):
+    """A folder in which page images wait, equal ones once, until they are written as parquet."""
+
+    folder: Path
+
+    def put(self, data: bytes) -> Stored:
+        key = hashlib.sha256(data).hexdigest()
+        path = self.folder / key
+        if not path.exists():
+            partial = path.with_suffix(f".{os.getpid()}")
+            partial.write_bytes(data)
+            os.replace(partial, path)
+        return Stored(path, key)
+
+
+def json_lines(file: Path, found: Collected) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of each line that is a JSON object; the others go to `found.bad`, blank ones are no rows."""
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        where = f"{file.name}:{number}"
+        if not line.strip():
+            continue
+        found.rows += 1
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # ValueError: JSON and UTF-8
+            found.bad.append(Bad(where, f"not JSON: {error}"))
+            continue
+        if isinstance(row, dict):
+            yield where, row
+        else:
+            found.bad.append(Bad(where, f"not a JSON object: {line[:40]!r}"))
+
+
+def inside(folder: Path, name: Any) -> tuple[Path, str]:
+    """The file that a row names, and what is wrong with that ("" if nothing). Nothing outside `folder` is touched."""
+    if not isinstance(name, str) or not name.strip():
+        return folder, f"names no file: {name!r}"
+    if re.match(r"[a-zA-Z][\w+.-]*:", name):
+        return folder, f"refused: {name!r} is a URL; give a file of this folder"
+    path = folder / name
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return folder, f"refused: {name!r} points outside the folder"
+        return path, "" if path.is_file() else f"{name!r} is missing"
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
+        return folder, f"{name[:80]!r} is no file name: {error}"
+
+
+def query_fault(query: Any) -> str:
+    """Why a query cannot be used, "" if it can. A long one is no fault: the model reads its beginning."""
+    if not isinstance(query, str):
+        return f"query is not text: {query!r}"
+    return "" if query.strip() else f"query is empty: {query!r}"
+
+
+def split_fault(split: Any) -> str:
+    """Why a row's split cannot be used, "" if it can; an empty one means that the page's content decides."""
+    return "" if split in ("", None, *SPLITS) else f"split is {split!r}; it must be one of {', '.join(SPLITS)}"

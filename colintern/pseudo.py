@@ -1,0 +1,115 @@
+"""Pseudo-queries: what a program can ask of a document by reading its text layer. A pure function of the text.
+
+A page is asked for by the headings of the outline that point at it and are printed on it; where it has none, by the
+sentence whose words are most its own (mean tf-idf). Whatever would be asked of several pages is left out.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+SECTION_NUMBER = re.compile(r"^((chapter|appendix|part)\s+\w+[.:]?\s+|([A-Z]\.)?\d+(\.\d+)*\.?\s+)", re.IGNORECASE)
+CONTENTS = {"contents", "tableofcontents", "index"}  # squeezed titles; such a page lists every other heading
+COMMON = 3  # pages; a heading printed on more ("Package" is on most) asks for no page in particular
+SENTENCE_LENGTH = range(40, 201)  # characters
+FULL = 0.7  # of the longest line: a line that is taken to go on in the next
+LETTERS = 0.75  # least share of letters in a sentence's visible characters: no tables, no listings
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\w)|(?<=[。！？])")
+HYPHEN = re.compile("[\u00ad\u0002\ufffe](\\s*\\n\\s*)?")  # what pdfium gives for a hyphen at the end of a line
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document's text: one string a page, and the outline as (title, page from 0)."""
+
+    pages: Sequence[str]
+    outline: Sequence[tuple[str, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PseudoQuery:
+    """`page` counts from 0 in document number `document`; `kind` is heading or sentence."""
+
+    document: int
+    page: int
+    query: str
+    kind: str
+
+
+def squeeze(text: str) -> str:
+    """Letters and digits only, in lower case: equal for text that differs in spaces, line breaks and hyphens."""
+    return re.sub(r"[\W_]+", "", text).casefold()
+
+
+def pseudo_queries(documents: Sequence[Text]) -> list[PseudoQuery]:
+    """The queries of all documents, in the order of their pages, none of them for two pages."""
+    squeezed = [[squeeze(page) for page in text.pages] for text in documents]
+    everything = [page for pages in squeezed for page in pages]
+    headings = _headings(documents, squeezed, everything)
+    asked = {(query.document, query.page) for query in headings}
+    sentences = _sentences(documents, everything, asked)
+    return sorted(headings + sentences, key=lambda query: (query.document, query.page))
+
+
+def _headings(documents: Sequence[Text], squeezed: list[list[str]], everything: list[str]) -> list[PseudoQuery]:
+    entries = [
+        PseudoQuery(number, page, SECTION_NUMBER.sub("", " ".join(title.split())), "heading")
+        for number, text in enumerate(documents)
+        for title, page in text.outline
+    ]
+    named: dict[str, set[tuple[int, int]]] = {}
+    for entry in entries:
+        named.setdefault(squeeze(entry.query), set()).add((entry.document, entry.page))
+    contents = {(entry.document, entry.page) for entry in entries if squeeze(entry.query) in CONTENTS}
+    kept: dict[str, PseudoQuery] = {}
+    for entry in entries:
+        key = squeeze(entry.query)
+        if (
+            key
+            and len(named[key]) == 1
+            and (entry.document, entry.page) not in contents
+            and key in squeezed[entry.document][entry.page]
+            and sum(key in page for page in everything) <= COMMON
+        ):
+            kept.setdefault(key, entry)
+    return list(kept.values())
+
+
+def _sentences(documents: Sequence[Text], everything: list[str], asked: set[tuple[int, int]]) -> list[PseudoQuery]:
+    words = [[_words(page) for page in text.pages] for text in documents]
+    spread = Counter(word for pages in words for page in pages for word in set(page))
+    found = []
+    for number, text in enumerate(documents):
+        for index, page in enumerate(text.pages):
+            if (number, index) in asked:
+                continue
+            weight = {w: n * math.log(len(everything) / spread[w]) for w, n in Counter(words[number][index]).items()}
+            own = [s for s in _split(page) if sum(squeeze(s) in other for other in everything) == 1]
+            if own:
+                best = max(own, key=lambda s: sum(map(weight.__getitem__, _words(s))) / len(_words(s)))
+                found.append(PseudoQuery(number, index, best, "sentence"))
+    return found
+
+
+def _split(page: str) -> list[str]:
+    """The page's sentences that read like prose, each as one line."""
+    lines = [" ".join(line.split()) for line in HYPHEN.sub("", page).splitlines()]
+    widest = max(map(len, lines), default=0)
+    # Lines of a paragraph fill the page but for the last: after a short one something else begins.
+    text = "".join(line + (" " if len(line) >= FULL * widest else "\n") for line in lines)
+    sentences = (sentence.strip() for block in text.splitlines() for sentence in SENTENCE_END.split(block))
+    return [s for s in sentences if len(s) in SENTENCE_LENGTH and _is_prose(s)]
+
+
+def _is_prose(sentence: str) -> bool:
+    visible = [c for c in sentence if not c.isspace()]
+    letters = sum(c.isalpha() for c in visible)
+    starts = sentence[0].isupper() or not sentence[0].islower()
+    ends = sentence[-1] in ".!?。！？" and not sentence[-2].isdigit()  # "... 84 Chapter 6." is a page's foot
+    return starts and ends and letters >= LETTERS * len(visible) and bool(_words(sentence))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w{3,}", HYPHEN.sub("", text).casefold())

@@ -1,0 +1,50 @@
+"""Writes small real PDFs: text in Helvetica, and an outline."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def write_pdf(
+    path: Path,
+    pages: Sequence[Sequence[str]],
+    outline: Sequence[tuple[str, int]] = (),
+    size: tuple[int, int] = (300, 400),
+) -> None:
+    """One page a list of lines; `outline`: (title, page from 0); `size` in points."""
+    objects: list[str] = []
+
+    def add(body: str) -> int:
+        objects.append(body)
+        return len(objects)
+
+    catalog, tree, font = add(""), add(""), add("<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>")
+    kids = []
+    for lines in pages:
+        shown = " ".join(f"({line}) Tj T*" for line in lines)
+        text = f"BT /F1 10 Tf 12 TL 20 {size[1] - 30} Td {shown} ET"
+        stream = add(f"<< /Length {len(text)} >>\nstream\n{text}\nendstream")
+        kids.append(
+            add(
+                f"<< /Type /Page /Parent {tree} 0 R /MediaBox [0 0 {size[0]} {size[1]}] /Contents {stream} 0 R "
+                f"/Resources << /Font << /F1 {font} 0 R >> >> >>"
+            )
+        )
+    objects[tree - 1] = f"<< /Type /Pages /Count {len(kids)} /Kids [{' '.join(f'{k} 0 R' for k in kids)}] >>"
+    entries = ""
+    if outline:
+        top = len(objects) + 1
+        first, last = top + 1, top + len(outline)
+        add(f"<< /Type /Outlines /First {first} 0 R /Last {last} 0 R /Count {len(outline)} >>")
+        for number, (title, page) in enumerate(outline, start=first):
+            near = f"/Prev {number - 1} 0 R " * (number > first) + f"/Next {number + 1} 0 R " * (number < last)
+            add(f"<< /Title ({title}) /Parent {top} 0 R {near}/Dest [{kids[page]} 0 R /Fit] >>")
+        entries = f" /Outlines {top} 0 R"
+    objects[catalog - 1] = f"<< /Type /Catalog /Pages {tree} 0 R{entries} >>"
+    data, places = b"%PDF-1.7\n", []
+    for number, body in enumerate(objects, start=1):
+        places.append(len(data))
+        data += f"{number} 0 obj\n{body}\nendobj\n".encode("latin-1")
+    table = "".join(f"{place:010} 00000 n \n" for place in places)
+    trailer = f"trailer << /Size {len(objects) + 1} /Root {catalog} 0 R >>\nstartxref\n{len(data)}\n%%EOF\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data + f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{table}{trailer}".encode())

@@ -1,0 +1,337 @@
+"""Own documents with faults put into real files: one bad row costs one row, and is named (D1, D2, D7, D8)."""
+
+import csv
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, page_image
+from pdf_writer import write_pdf
+from PIL import Image
+
+from colintern import jsonl, pdfs
+from colintern.images import png_bytes
+from colintern.manifest import training_sets
+from colintern.own import make
+from colintern.params import UserError
+
+DOCS = "data/own/docs"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    Path(DOCS).mkdir(parents=True)
+    return Path(DOCS)
+
+
+def jsonl_folder(folder: Path, rows: list, pages: int = 12) -> None:
+    """`pages` images, one good row for each in turn of the three splits, and the given rows (text as it is)."""
+    for number in range(pages):
+        (folder / f"{number}.png").write_bytes(png_bytes(page_image(f"page {number}")))
+    good = [
+        {"image": f"{n}.png", "query": f"question {n}", "split": ("train", "dev", "test")[n % 3]} for n in range(pages)
+    ]
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in [*good, *rows]]
+    (folder / "rows.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+
+
+def table(made: str, part: str) -> list[dict]:
+    return pq.read_table(next(Path(made).glob(part))).to_pylist()
+
+
+def training(made: str, split: str = "train") -> list[dict]:
+    return table(made, f"train/data/{split}-*.parquet")
+
+
+def bad_rows(own) -> dict[str, str]:
+    return {bad["where"]: bad["reason"] for bad in own.summary["bad"]}
+
+
+BAD_LINES = [
+    ({"image": "cut.png", "query": "q"}, "cannot be decoded"),
+    ({"image": "page.html", "query": "q"}, "not an image"),
+    ({"image": "empty.png", "query": "q"}, "empty: 0 bytes"),
+    ({"image": "missing.png", "query": "q"}, "'missing.png' is missing"),
+    ({"image": "https://example.com/1.png", "query": "q"}, "refused: .* is a URL"),
+    ({"image": "file:///etc/hostname", "query": "q"}, "refused: .* is a URL"),
+    ({"image": "../secret.png", "query": "q"}, "refused: .* points outside"),
+    ({"image": "/etc/hostname", "query": "q"}, "refused: .* points outside"),
+    ({"image": "link.png", "query": "q"}, "refused: .* points outside"),
+    ({"image": "x" * 5000, "query": "q"}, "is no file name"),
+    ({"image": "a\0b.png", "query": "q"}, "is no file name"),
+    ({"query": "q"}, "names no file: None"),
+    ({"image": "0.png", "query": ""}, "query is empty"),
+    ({"image": "0.png", "query": " \u00a0\n"}, "query is empty"),
+    ({"image": "0.png", "query": 7}, "query is not text: 7"),
+    ({"image": "0.png", "query": "q", "split": "validation"}, "split is 'validation'"),
+    ('{"image": "0.png", ', "not JSON"),
+    ('["0.png", "q"]', "not a JSON object"),
+    ("[" * 100_000, "not JSON"),
+    ('{"image": "0.png", "query": "\udcff"}', "not JSON"),
+]
+
+
+def test_each_bad_line_costs_one_row_and_is_named(folder):
+    rows = [row for row, _ in BAD_LINES]
+    jsonl_folder(folder, rows)
+    whole = png_bytes(page_image("cut"))
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "page.html").write_text("<html>not found</html>")
+    (folder / "empty.png").touch()
+    (folder.parent / "secret.png").write_bytes(whole)
+    (folder / "link.png").symlink_to("../secret.png")
+    own = make(DOCS, jsonl.collect)
+    bad = bad_rows(own)
+    assert list(bad) == [f"rows.jsonl:{13 + n}" for n in range(len(rows))]
+    for reason, (_, pattern) in zip(bad.values(), BAD_LINES, strict=True):
+        assert re.search(pattern, reason), (pattern, reason)
+    assert own.summary["rows"] == 12 + len(rows)
+    assert [row["query"] for row in training(own.made)] == ["question 0", "question 3", "question 6", "question 9"]
+
+
+def test_unusual_queries_are_kept_to_the_letter(folder):
+    unusual = ["слово " * 10_000, "📄🔍 invoices 2024?", "ما هو المبلغ الإجمالي؟", "e\u0301 é", "line\nbreak"]
+    jsonl_folder(folder, [{"image": "0.png", "queries": unusual}])
+    own = make(DOCS, jsonl.collect)
+    assert [row["query"] for row in training(own.made)][:6] == ["question 0", *unusual]
+    assert not own.summary["bad"]
+
+
+def test_pages_of_all_kinds_are_stored_upright_and_rgb(folder):
+    jsonl_folder(folder, [{"image": "photo.jpg", "query": "which photo", "split": "test"}])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("CMYK", (60, 40)).save(folder / "photo.jpg", exif=exif)
+    own = make(DOCS, jsonl.collect)
+    [row] = [r for r in table(own.made, "beir/corpus/*.parquet") if r["image"]["path"] == "photo.jpg"]
+    image = Image.open(io.BytesIO(row["image"]["bytes"]))
+    assert (image.mode, image.size, image.format) == ("RGB", (40, 60), "PNG")
+
+
+def test_a_page_without_a_query_can_be_confused_with_others_and_is_counted(folder, capsys):
+    jsonl_folder(folder, [{"image": "alone.png", "split": "test"}])
+    (folder / "alone.png").write_bytes(png_bytes(page_image("alone")))
+    own = make(DOCS, jsonl.collect)
+    assert "alone.png" in [row["image"]["path"] for row in table(own.made, "beir/corpus/*.parquet")]
+    assert own.summary["pages without a query"] == 1
+    assert "pages without a query: 1" in capsys.readouterr().out
+
+
+def test_keys_that_have_no_effect_are_named(folder, capsys):
+    jsonl_folder(folder, [{"image": "0.png", "query": "other", "weight": 3}])
+    make(DOCS, jsonl.collect)
+    assert "keys of rows without effect: weight" in capsys.readouterr().out
+
+
+def test_equal_pages_are_one_page_and_stay_in_one_split(folder):
+    jsonl_folder(folder, [{"image": "copy.png", "query": "of the copy"}])
+    shutil.copy(folder / "0.png", folder / "copy.png")
+    own = make(DOCS, jsonl.collect)
+    assert own.summary["same pages"] == 1
+    assert {r["query"]: r["image_filename"] for r in training(own.made)}["of the copy"] == "0.png"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": "copy.png", "query": "of the copy", "split": "test"},
+        {"image": "0.png", "query": "again", "split": "dev"},
+        {"image": "new.png", "query": "Question  0?", "split": "test"},
+    ],
+    ids=["same bytes", "same file", "same query"],
+)
+def test_a_page_or_query_in_two_splits_is_refused_with_both_rows(folder, row):
+    jsonl_folder(folder, [row])
+    shutil.copy(folder / "0.png", folder / "copy.png")
+    (folder / "new.png").write_bytes(png_bytes(page_image("new")))
+    with pytest.raises(UserError, match=r"rows\.jsonl:1 is in train, rows\.jsonl:13 in (test|dev)"):
+        make(DOCS, jsonl.collect)
+
+
+def many(folder: Path, pages: int = 60) -> None:
+    """Pages whose split no row names; the query `shared` is answered by five of them."""
+    rows = []
+    for number in range(pages):
+        (folder / f"{number}.png").write_bytes(png_bytes(page_image(f"page {number}")))
+        queries = [f"question {number}", *(["shared"] if number < 5 else [])]
+        rows.append({"image": f"{number}.png", "queries": queries})
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_the_content_of_a_page_decides_its_split_and_splits_share_nothing(folder):
+    many(folder)
+    own = make(DOCS, jsonl.collect)
+    corpus = table(own.made, "beir/corpus/*.parquet")
+    pages = [
+        {row["image"]["bytes"] for row in training(own.made)},
+        {row["image"]["bytes"] for row in training(own.made, "test")},
+        {row["image"]["bytes"] for row in corpus},
+    ]
+    queries = [
+        {row["query"] for row in training(own.made)},
+        {row["query"] for row in training(own.made, "test")},
+        {row["query"] for row in table(own.made, "beir/queries/*.parquet")},
+    ]
+    for groups in (pages, queries):
+        assert len(set.union(*groups)) == sum(map(len, groups)) and all(groups)
+    assert sum(map(len, pages)) == 60
+    shutil.move(DOCS, "elsewhere")
+    assert (
+        make("elsewhere", jsonl.collect).summary["files"].items()
+        >= {name: known for name, known in own.summary["files"].items() if "beir" in name}.items()
+    ), "the same pages and queries, wherever they lie"
+
+
+def test_what_is_unchanged_is_not_made_again_and_what_is_changed_is(folder):
+    many(folder)
+    own = make(DOCS, jsonl.collect)
+    file = next(Path(own.made).glob("train/data/train-*.parquet"))
+    written = file.stat().st_mtime_ns
+    assert make(DOCS, jsonl.collect).made == own.made and file.stat().st_mtime_ns == written
+    Path("data/manifest.json").write_text(json.dumps({"train": [own.files("train")._asdict()]}))
+    assert len(training_sets()) == 1
+    (folder / "0.png").write_bytes(png_bytes(page_image("another page")))
+    with pytest.raises(UserError, match=r"data/own/docs/0\.png: changed since the pages were made.*fetch-data"):
+        training_sets()
+    again = make(DOCS, jsonl.collect)
+    assert again.made != own.made and not Path(own.made).exists()
+
+
+def test_a_damaged_copy_is_made_again(folder):
+    many(folder)
+    own = make(DOCS, jsonl.collect)
+    file = next(Path(own.made).glob("train/data/train-*.parquet"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    make(DOCS, jsonl.collect)
+    assert file.read_bytes() == whole
+
+
+def test_too_few_rows_for_training_are_refused_by_split(folder):
+    jsonl_folder(folder, [], pages=1)
+    with pytest.raises(UserError, match=r"cannot be used as train_data; queries by split.*'dev': 0"):
+        make(DOCS, jsonl.collect).files("train")
+
+
+PROSE = "The {0}engine drives a {0}wheel slowly and not without noise."
+
+
+def handbook(folder: Path) -> None:
+    """Two documents of 30 pages each; every page has prose of its own, every other page a heading."""
+    for name, offset in (("a.pdf", 0), ("sub/b.pdf", 100)):
+        titles = [f"{n + 1}. Chapter about w{offset + n}topic" for n in range(30)]
+        pages = [[title, PROSE.format(f"w{offset + n}")] for n, title in enumerate(titles)]
+        write_pdf(folder / name, pages, [(titles[n], n) for n in range(0, 30, 2)])
+
+
+def test_pdfs_without_questions_ask_their_own_text_and_say_so(folder):
+    handbook(folder)
+    own = make(DOCS, pdfs.collect)
+    assert own.summary["kinds"] == {"heading": 30, "sentence": 30}
+    rows = {row["image_filename"]: row for row in [*training(own.made), *training(own.made, "test")]}
+    assert rows
+    for name, row in rows.items():
+        file, page = name.split("#page=")
+        topic = f"w{int(page) - 1 + (100 if file == 'sub/b.pdf' else 0)}"
+        heading = int(page) % 2 == 1
+        assert row["query"] == (f"Chapter about {topic}topic" if heading else PROSE.format(topic))
+        assert row["source"] == f"docs (pseudo-query: {'heading' if heading else 'sentence'})"
+    assert "machine-generated" in Path(own.made, "beir", "README.md").read_text()
+
+
+def test_pseudo_queries_are_named_wherever_their_scores_appear(folder):
+    from colintern.benchmarks import tasks_for
+    from colintern.params import load
+
+    handbook(folder)
+    text = (ROOT / "recipes" / "demo.yaml").read_text().replace("- demo\n", f"- {DOCS}\n")
+    Path("demo/base").mkdir(parents=True)
+    Path("params.yaml").write_text(text)
+    own = make(DOCS, pdfs.collect)
+    Path("data/manifest.json").write_text(json.dumps({"evaluation": {DOCS: own.files("beir")._asdict()}}))
+    [(label, task)] = tasks_for(load())
+    assert label == "docs (pseudo-queries)"
+    assert task.metadata.name == "DocsPseudoQueriesRetrieval"
+
+
+QUESTIONS = [
+    ("what drives the wheel", "a.pdf", "1", "test"),
+    ("where is the second chapter", "sub/b.pdf", "2", "train"),
+    ("and the third", "sub/b.pdf", "3", "dev"),
+    ("both", "a.pdf", "4", ""),
+    ("both", "a.pdf", "5", ""),
+]
+BAD_QUESTIONS = [
+    (("page too high", "a.pdf", "31", ""), r"page '31': a\.pdf has pages 1 to 30"),
+    (("page zero", "a.pdf", "0", ""), "page '0'"),
+    (("page in words", "a.pdf", "two", ""), "page 'two'"),
+    (("no such file", "c.pdf", "1", ""), "'c.pdf' is missing"),
+    (("outside", "../../x.pdf", "1", ""), "refused: .* points outside"),
+    (("a URL", "http://example.com/a.pdf", "1", ""), "refused: .* is a URL"),
+    (("damaged file", "damaged.pdf", "1", ""), "damaged.pdf is not a readable PDF"),
+    (("too large", "poster.pdf", "1", ""), "could not be rendered"),
+    (("  ", "a.pdf", "1", ""), "query is empty"),
+    (("split", "a.pdf", "1", "eval"), "split is 'eval'"),
+]
+
+
+def test_given_questions_are_taken_and_bad_ones_named(folder):
+    handbook(folder)
+    (folder / "damaged.pdf").write_bytes((folder / "a.pdf").read_bytes()[300:700])
+    write_pdf(folder / "poster.pdf", [["large"]], size=(14_000, 14_000))
+    with (folder / "queries.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("query", "file", "page", "split"), *QUESTIONS, *(row for row, _ in BAD_QUESTIONS)])
+    own = make(DOCS, pdfs.collect)
+    bad = bad_rows(own)
+    assert re.search("not a readable PDF", bad.pop("damaged.pdf"))
+    assert re.search("megapixels, more than 89", bad.pop("poster.pdf#page=1"))
+    assert list(bad) == [f"queries.csv:{7 + n}" for n in range(len(BAD_QUESTIONS))]
+    for reason, (_, pattern) in zip(bad.values(), BAD_QUESTIONS, strict=True):
+        assert re.search(pattern, reason), (reason, pattern)
+    assert own.summary["kinds"] == {"given": 5}
+    assert "what drives the wheel" in [row["query"] for row in table(own.made, "beir/queries/*.parquet")]
+    assert "machine-generated" not in Path(own.made, "beir", "README.md").read_text()
+    assert all("pseudo" not in row["source"] for row in training(own.made))
+
+
+def test_a_query_of_two_pages_is_one_query_with_two_answers(folder):
+    handbook(folder)
+    lines = [
+        {"query": "both", "file": "a.pdf", "page": 4, "split": "test"},
+        {"query": "both", "file": "a.pdf", "page": 5},
+        {"query": "both", "file": "a.pdf", "page": 5},
+    ]
+    (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    own = make(DOCS, pdfs.collect)
+    assert [row["query"] for row in table(own.made, "beir/queries/*.parquet")] == ["both"]
+    assert len(table(own.made, "beir/qrels/*.parquet")) == 2
+    assert own.summary["same queries"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("queries.csv", "question,file,page\n", "has no column query"),
+        ("queries.csv", "query;file;page\n", "has no column query, file, page"),
+        ("queries.csv", "query,file,page\n\udcff,a.pdf,1\n", "is not UTF-8"),
+    ],
+)
+def test_a_table_of_questions_that_cannot_be_read_is_refused(folder, name, text, message):
+    write_pdf(folder / "a.pdf", [["one"]])
+    (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=message):
+        make(DOCS, pdfs.collect)
+
+
+def test_two_tables_of_questions_are_refused(folder):
+    write_pdf(folder / "a.pdf", [["one"]])
+    for name in pdfs.QUERY_FILES:
+        (folder / name).touch()
+    with pytest.raises(UserError, match="keep one"):
+        make(DOCS, pdfs.collect)

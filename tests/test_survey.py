@@ -1,0 +1,284 @@
+"""Parquet sets with real faults in their rows: what costs a row, what stops the run, and what is never read (D1-D8)."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, page_image
+from pdf_writer import write_pdf
+
+from colintern.formats import CorpusPage, Qrel, Query, write_beir
+from colintern.images import png_bytes
+from colintern.params import UserError
+
+SET, BEIR = "data/own/set", "data/own/beir"
+PAGES = [png_bytes(page_image(f"page {number}")) for number in range(60)]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A repository with the demo base and params that name a training set and an evaluation set of one's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    shutil.copytree(ROOT / "demo" / "base", "demo/base")
+    write_params()
+    write_set(range(0, 40), range(40, 45))
+    write_eval(range(45, 55))
+
+
+def write_params(**values: object) -> None:
+    text = (ROOT / "recipes" / "demo.yaml").read_text()
+    text = text.replace("train_data: demo\n", f"train_data: {values.pop('train_data', SET)}\n")
+    text = text.replace("- demo\n", f"- {BEIR}\n")
+    for key, value in values.items():
+        text = text.replace(f"\n{key}: 0.01\n", f"\n{key}: {value}\n")
+    Path("params.yaml").write_text(text)
+
+
+def row(number: int) -> dict:
+    return {"query": f"question {number}", "image": {"bytes": PAGES[number], "path": f"{number}.png"}}
+
+
+def write_rows(split: str, rows: list[dict], name: str = SET) -> None:
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.Table.from_pylist(rows, schema=pa.schema([("query", pa.string()), ("image", image)]))
+    Path(name).mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, f"{name}/{split}-00000-of-00001.parquet", row_group_size=16)
+
+
+def write_set(train: range, dev: range, name: str = SET) -> None:
+    write_rows("train", [row(number) for number in train], name)
+    write_rows("test", [row(number) for number in dev], name)
+
+
+def write_eval(pages: range) -> None:
+    write_beir(
+        Path(BEIR),
+        [CorpusPage(number, PAGES[number], f"{number}.png") for number in pages],
+        [Query(number, f"query {number}") for number in pages],
+        [Qrel(number, number) for number in pages],
+    )
+
+
+def fetch_data() -> "subprocess.CompletedProcess[str]":
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-m", "stages.fetch_data"], env=env, capture_output=True, text=True)
+
+
+def quarantine() -> list[dict]:
+    return json.loads(Path("data/quarantine.json").read_text())["rows"]
+
+
+CASES = [
+    ({"image": {"bytes": PAGES[59][:400], "path": "59.png"}}, "image: cannot be decoded"),
+    ({"image": {"bytes": b"<html>429 too many requests", "path": "59.png"}}, "image: not an image"),
+    ({"image": {"bytes": b"", "path": "59.png"}}, "image: empty: 0 bytes"),
+    ({"image": {"bytes": None, "path": "https://example.com/59.png"}}, "image: refused: the row holds no bytes"),
+    ({"image": {"bytes": None, "path": "/etc/hostname"}}, "image: refused: the row holds no bytes"),
+    ({"image": {"bytes": None, "path": "../59.png"}}, "image: refused: the row holds no bytes"),
+    ({"image": None}, "image: missing"),
+    ({"query": ""}, "query is empty"),
+    ({"query": " \t\u2003"}, "query is empty"),
+    ({"query": None}, "query is not text"),
+]
+
+
+def test_each_bad_row_costs_one_row_and_is_named():
+    from colintern.data import rows
+    from colintern.processor import ColIntern3_5Processor
+
+    bad = [row(n) | change for n, (change, _) in enumerate(CASES)]
+    long = {"query": "word " * 10_000} | {"image": row(0)["image"]}
+    right_to_left = row(1) | {"query": "ما هو المبلغ؟ 📄"}
+    write_rows("train", [*bad[:5], *map(row, range(10, 30)), long, right_to_left, *bad[5:]])
+    write_params(max_bad_fraction=0.3)
+    done = fetch_data()
+    assert done.returncode == 0, done.stderr
+    assert "10 of 47 rows in data/quarantine.json" in done.stdout  # 32 training, 5 dev, 10 pages of the benchmark
+    places = [f"train-00000-of-00001.parquet:{n}" for n in (*range(5), *range(27, 32))]
+    assert [(entry["source"], entry["row"]) for entry in quarantine()] == [(SET, place) for place in places]
+    for entry, (_, reason) in zip(quarantine(), CASES, strict=True):
+        assert entry["reason"].startswith(reason)
+    table = rows("train")
+    assert table["query"][:] == [f"question {n}" for n in range(10, 30)] + [long["query"], right_to_left["query"]]
+    processor = ColIntern3_5Processor.from_pretrained("demo/base", max_visual_tokens=96, max_query_tokens=64)
+    assert processor.process_queries(table["query"][-2:])["input_ids"].shape == (2, 64)
+    assert processor.count_cut(table["query"][:]) == 1
+
+
+def test_too_many_bad_rows_stop_the_run_and_are_named_all_the_same():
+    write_rows("train", [row(0) | {"query": ""}, *map(row, range(1, 40))])
+    done = fetch_data()
+    assert done.returncode == 2
+    assert f"{SET}: 1 of 45 rows cannot be used, more than max_bad_fraction: 0.01" in done.stderr
+    assert "train-00000-of-00001.parquet:0: query is empty: ''" in done.stderr
+    assert len(quarantine()) == 1
+    assert not Path("data/manifest.json").exists()
+
+
+def test_the_list_is_there_when_it_is_empty():
+    assert fetch_data().returncode == 0
+    assert quarantine() == []
+
+
+def test_a_decompression_bomb_in_a_row_is_refused_and_named():
+    from test_images import bomb
+
+    write_rows("train", [row(0) | {"image": {"bytes": bomb(14_000, 14_000), "path": "b.png"}}, *map(row, range(1, 40))])
+    write_params(max_bad_fraction=0.05)
+    assert fetch_data().returncode == 0
+    [entry] = quarantine()
+    assert entry["reason"].startswith("image: decompression bomb")
+
+
+@pytest.mark.parametrize(
+    ("train", "dev", "evaluation", "message"),
+    [
+        (range(0, 41), range(40, 45), range(45, 55), rf"in {SET} \(train\), .*:40, and in {SET} \(dev\), .*:0 "),
+        (range(0, 40), range(40, 46), range(45, 55), rf"in {SET} \(dev\), .*:5, and in {BEIR} \(test\), corpus/.*:0 "),
+        (range(0, 40), range(40, 45), range(38, 55), rf"in {SET} \(train\), .*:38, and in {BEIR} \(test\), .*:0 \(2 "),
+    ],
+    ids=["train and dev", "dev and evaluation", "train and evaluation"],
+)
+def test_a_page_in_two_splits_is_refused_with_both_places(train, dev, evaluation, message):
+    write_set(train, dev)
+    write_eval(evaluation)
+    done = fetch_data()
+    assert done.returncode == 2
+    assert re.search(f"the same page is {message}", done.stderr), done.stderr
+    assert not Path("data/manifest.json").exists()
+
+
+def test_a_mixture_shows_the_rows_of_a_set_as_often_as_its_weight_says():
+    from colintern.data import rows
+
+    write_set(range(55, 58), range(58, 59), "data/own/small")
+    write_params(train_data=f"{SET} + data/own/small*3")
+    done = fetch_data()
+    assert done.returncode == 0, done.stderr
+    queries = rows("train")["query"][:]
+    assert len(queries) == 40 + 3 * 3
+    assert queries.count("question 56") == 3 and queries.count("question 7") == 1
+    assert rows("test")["query"][:].count("question 58") == 1, "the dev set is not weighted"
+
+
+def test_a_leak_between_two_sets_of_a_mixture_is_found():
+    write_set(range(43, 48), range(58, 59), "data/own/small")
+    write_params(train_data=f"{SET} + data/own/small*3")
+    done = fetch_data()
+    assert done.returncode == 2
+    assert "the same page is in data/own/small (train)" in done.stderr
+
+
+EVALUATION_FAULTS = {
+    "corpus": ({"image": {"bytes": b"<html>", "path": "1.png"}}, "corpus/.*:0: image: not an image"),
+    "queries": ({"query": "  "}, "query 45: query is empty"),
+    "qrels": ({"corpus-id": 999}, "qrels: the page 999 of query 45 is not in the corpus"),
+}
+
+
+@pytest.mark.parametrize("part", EVALUATION_FAULTS)
+def test_an_evaluation_set_with_a_fault_is_refused(part):
+    change, message = EVALUATION_FAULTS[part]
+    [path] = Path(BEIR, part).glob("*.parquet")
+    table = pq.read_table(path)
+    first, *rest = table.to_pylist()
+    pq.write_table(pa.Table.from_pylist([first | change, *rest], schema=table.schema), path)
+    done = fetch_data()
+    assert done.returncode == 2
+    assert re.search(f"benchmarks: {BEIR}: {message}", done.stderr), done.stderr
+
+
+def test_a_query_without_a_page_in_an_evaluation_set_is_refused():
+    [path] = Path(BEIR, "qrels").glob("*.parquet")
+    pq.write_table(pq.read_table(path).slice(1), path)
+    done = fetch_data()
+    assert done.returncode == 2
+    assert "query 45: no qrel names a page for it" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"PAR1 no", "is not a parquet file"), (None, "has no column image")],
+    ids=["cut", "columns"],
+)
+def test_a_file_that_is_no_training_set_is_refused(content, message):
+    path = Path(SET, "train-00000-of-00001.parquet")
+    if content:
+        path.write_bytes(content)
+    else:
+        pq.write_table(pa.table({"query": ["one"]}), path)
+    done = fetch_data()
+    assert done.returncode == 2
+    assert f"{path}: {message}" in done.stderr
+
+
+def test_a_folder_of_two_kinds_is_refused():
+    Path(SET, "rows.jsonl").write_text("{}")
+    done = fetch_data()
+    assert done.returncode == 2
+    assert f"{SET}: holds parquet files and JSON lines" in done.stderr
+
+
+def test_the_data_in_numbers():
+    from colintern.inventory import inventory, metrics
+    from colintern.params import load
+
+    write_rows("train", [*map(row, range(40)), row(3), row(3) | {"query": "again"}, row(4) | {"query": ""}])
+    write_params(max_bad_fraction=0.05)
+    assert fetch_data().returncode == 0
+    found = metrics(inventory(load()))
+    train, test = found[f"{SET} (train)"], found[f"{BEIR} (test)"]
+    assert {key: train[key] for key in ("rows", "pages", "queries", "duplicates", "quarantined")} == {
+        "rows": 43, "pages": 40, "queries": 42, "duplicates": 1, "quarantined": 1
+    }  # fmt: skip
+    assert train["bytes"] == Path(SET, "train-00000-of-00001.parquet").stat().st_size
+    assert train["queries/page"] == 42 / 40
+    assert train["tiles/page"] == 1 and train["tokens/page"] == 16  # 112 x 112 px is one tile
+    assert inventory(load())[f"{SET} (train)"]["queries of a page"] == {"1": 39, "3": 1}
+    assert (test["rows"], test["pages"], test["queries"]) == (10, 10, 10)
+    assert test["tokens/query"] > 1
+
+
+def test_the_table_says_the_same():
+    from colintern.inventory import inventory, table
+    from colintern.params import load
+
+    write_rows("train", [row(4) | {"query": ""}, *map(row, range(40))])
+    write_params(max_bad_fraction=0.05)
+    assert fetch_data().returncode == 0
+    shown = table(inventory(load()), quarantine())
+    assert f"{SET} (train): 41 rows, 40 pages, 40 queries, 0 duplicates, 1 quarantined" in shown
+    assert f"quarantined: {SET}: 1 x query is empty" in shown
+
+
+def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():
+    from colintern.data import rows
+    from colintern.manifest import asks_pseudo_queries, benchmark_folder
+
+    folder = Path("data/own/manuals")
+    for name in ("a", "b"):
+        pages = [[f"About {name}{n}topic", f"The {name}{n}pump fills a {name}{n}tank in hours."] for n in range(40)]
+        write_pdf(folder / f"{name}.pdf", pages, [(lines[0], n) for n, lines in enumerate(pages)])
+    (folder / "cut.pdf").write_bytes((folder / "a.pdf").read_bytes()[200:900])
+    write_params(train_data=folder, max_bad_fraction=0.05)
+    text = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(text.replace(f"- {BEIR}\n", f"- {folder}\n"))
+    done = fetch_data()
+    assert done.returncode == 0, done.stderr
+    [entry] = quarantine()
+    assert (entry["source"], entry["row"]) == (str(folder), "cut.pdf")
+    assert "1 of 81 rows in data/quarantine.json" in done.stdout
+    corpus = pq.read_table(next(benchmark_folder(str(folder)).glob("corpus/*.parquet"))).num_rows
+    assert len(rows("train")) + len(rows("test")) + corpus == 80
+    assert asks_pseudo_queries()
+    write_pdf(folder / "c.pdf", [["new"]])
+    with pytest.raises(UserError, match=r"data/own/manuals/c\.pdf: new since the pages were made"):
+        rows("train")
