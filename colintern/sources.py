@@ -1,10 +1,22 @@
 """Where data comes from: each source puts files on disk and says which they are. Nothing here reads a row."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from colintern.demo import DemoPage, corpus
 from colintern.formats import CorpusPage, Qrel, Query, TrainingRow, png_bytes, write_beir, write_training_split
-from colintern.manifest import BASE_SUFFIXES, BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, hub_files, local, local_files, root
+from colintern.hub_errors import Repo
+from colintern.manifest import (
+    BASE_SUFFIXES,
+    BEIR_SUFFIXES,
+    TASK_SUFFIXES,
+    TRAIN_SUFFIXES,
+    Files,
+    hub_files,
+    local,
+    local_files,
+    root,
+)
 from colintern.params import Params
 
 DEMO = "demo"
@@ -13,25 +25,38 @@ DEMO_TRAIN_PAGES, DEMO_DEV_PAGES, DEMO_TEST_PAGES = 1200, 100, 200
 DEMO_QUERIES = 2  # a training page
 
 
-def fetch(params: Params) -> dict[str, Any]:
-    """Put all that params names on disk and return the manifest: base, train, and evaluation by benchmark.
+def fetch(params: Params, tasks: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """Put all that params names on disk and return the manifest: base, train, and evaluation by benchmark or task.
 
-    mteb's own tasks are not among the latter: mteb fetches them, at the revision it pins.
+    Args:
+        tasks: the tasks of mteb's that are to be evaluated, by name: {"path": hub id, "revision": 40 hex digits}.
+
+    Raises:
+        UserError: a folder that holds nothing; see also `hub.fetch`.
     """
     evaluation = {name: _evaluation(name) for name in params.benchmarks if local(name)}
+    here: dict[str, Files] = {}
+    hub: dict[str, tuple[Repo, tuple[str, ...]]] = {}
+    if params.base_revision:
+        hub["base"] = (Repo("base", params.base, params.base_revision, "model"), BASE_SUFFIXES)
+    else:
+        here["base"] = local_files(params.base, BASE_SUFFIXES)
+    if params.train_revision:
+        hub["train"] = (Repo("train_data", params.train_data, params.train_revision, "dataset"), TRAIN_SUFFIXES)
+    else:
+        here["train"] = demo_training() if params.train_data == DEMO else local_files(params.train_data, TRAIN_SUFFIXES)
+    pinned = {
+        name: (Repo(f"benchmarks: {name}", data["path"], data["revision"], "dataset"), TASK_SUFFIXES)
+        for name, data in tasks.items()
+    }
+    found = hub_files([*hub.values(), *pinned.values()])  # all at once: one question of room, one bar
+    parts = here | dict(zip(hub, found, strict=False))
+    evaluation |= dict(zip(pinned, found[len(hub) :], strict=True))
     return {
-        "base": _source(params.base, params.base_revision, "model", BASE_SUFFIXES)._asdict(),
-        "train": _training(params.train_data, params.train_revision)._asdict(),
+        "base": parts["base"]._asdict(),
+        "train": parts["train"]._asdict(),
         "evaluation": {name: files._asdict() for name, files in evaluation.items()},
     }
-
-
-def _source(name: str, revision: str, kind: str, suffixes: tuple[str, ...]) -> Files:
-    return hub_files(name, revision, kind, suffixes) if revision else local_files(name, suffixes)
-
-
-def _training(train_data: str, revision: str) -> Files:
-    return demo_training() if train_data == DEMO else _source(train_data, revision, "dataset", TRAIN_SUFFIXES)
 
 
 def _evaluation(name: str) -> Files:

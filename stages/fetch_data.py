@@ -1,8 +1,9 @@
-"""fetch-data: put the base model, the training pages and the local benchmarks on disk and name every file.
+"""fetch-data: put the base model, the training pages and the pages to evaluate on disk and name every file.
 
     python -m stages.fetch_data
 
-Input: params.yaml. Output: data/manifest.json (file, size, sha256, repository, revision) and the bytes it names.
+Input: params.yaml. Output: data/manifest.json (file, size, sha256, repository, revision) and the bytes it names, of
+which those from the hub lie in its own cache. Exit 7 when the hub cannot be reached and the cache lacks something.
 """
 
 from pathlib import Path
@@ -16,18 +17,19 @@ from colintern.sources import fetch
 @exit_on_user_error()
 def main() -> None:
     params = load()
+    tasks = {}
     if not all(map(local, params.benchmarks)):
-        from colintern.benchmarks import check_names  # only now: it imports mteb, which takes seconds
+        from colintern.benchmarks import hub_data  # only now: it imports mteb, which takes seconds
 
-        check_names(params)
-    manifest = fetch(params)
+        tasks = hub_data(params)
+    manifest = fetch(params, tasks)
     path = Path(MANIFEST)
     path.parent.mkdir(exist_ok=True)
     path.write_text(dumps(manifest))
     parts = [("base", manifest["base"]), ("train", manifest["train"]), *manifest["evaluation"].items()]
     for name, part in parts:
         size = sum(file["size"] for file in part["files"].values())
-        print(f"{name:<10} {part['folder']:<40} {len(part['files']):>4} files {size / 1e6:>10.1f} MB")
+        print(f"{name:<50} {part['folder']:<60} {len(part['files']):>4} files {size / 1e6:>10.1f} MB")
 
 
 if __name__ == "__main__":

@@ -16,15 +16,19 @@ if not sys.stderr.isatty():
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from colintern.jsonfile import dumps
+from colintern.manifest import ready
 from colintern.params import exit_on_user_error, load
-from colintern.runs import train
-from colintern.training import NonFiniteError
 
 
 @exit_on_user_error()
 def main() -> None:
+    params = load()
+    ready(params, "base", "train", anew=True)  # a flipped bit costs seconds here, and a training run later
+    from colintern.runs import train  # only now: `datasets` looks at its import whether it may ask the hub
+    from colintern.training import NonFiniteError
+
     try:
-        metrics = train(load(), Path("experiments/colintern"))
+        metrics = train(params, Path("experiments/colintern"))
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(5) from error

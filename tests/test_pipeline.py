@@ -19,7 +19,8 @@ LEVELS = [
     {"training", "sources", "mteb_model", "benchmarks"},
     {"data", "embed", "lora"},
     {"features", "processor", "model", "manifest", "demo", "identity"},
-    {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile"},
+    {"hub"},
+    {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "digests", "hub_errors"},
 ]
 
 
