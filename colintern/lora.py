@@ -20,15 +20,20 @@ HEAD = "custom_text_proj"
 FROZEN = ("vision_tower", "multi_modal_projector")
 
 
-def add_lora(model: ColIntern3_5, targets: Sequence[str], rank: int, alpha: int, dropout: float) -> PeftModel:
+def add_lora(
+    model: ColIntern3_5, targets: Sequence[str], rank: int, alpha: int, dropout: float, revision: str | None = None
+) -> PeftModel:
     """Wrap `model`: LoRA of `rank` on every module whose whole name one of the `targets` matches.
+
+    The adapter's config will name the base as it was given to `from_pretrained`, and `revision`, its commit on the
+    hub: without it, whoever loads the adapter gets the base's `main` of that day.
 
     Raises:
         ValueError: no module matches at all (PEFT's own error).
     """
     pattern = "|".join(f"(?:{target})" for target in targets)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
-    return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
+    return get_peft_model(model, config, revision=revision)  # type: ignore[arg-type, return-value]
 
 
 def meta_model(base: str, revision: str | None) -> ColIntern3_5:

@@ -72,7 +72,8 @@ def prepare(params: Params, scratch: Path) -> ContrastiveTrainer:
         max_visual_tokens=params.max_visual_tokens,
         max_query_tokens=params.max_query_tokens,
     )
-    model = add_lora(base, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout)
+    rank, alpha, dropout = params.lora_rank, params.lora_alpha, params.lora_dropout
+    model = add_lora(base, params.lora_targets, rank, alpha, dropout, params.base_revision or None)
     if wrong := faults(count(model, params.lora_targets)):
         raise UserError("\n  ".join(wrong))
     table, dev_table = rows("train"), rows("test")
