@@ -12,7 +12,8 @@ import shutil
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -138,17 +139,13 @@ def get(files: Iterable[HubFile], digests: Digests) -> None:
     stop = threading.Event()
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="fetching", disable=None, delay=1) as bar,
-        ThreadPoolExecutor(WORKERS) as pool,
+        ThreadPool(WORKERS) as pool,  # of daemon threads: Ctrl-C ends the process, not the transfers under way
     ):
-        tasks = [pool.submit(_whole, file, digests, bar, stop) for file in files]
         try:
-            for task in as_completed(tasks):
-                task.result()
-        except BaseException:  # Ctrl-C too: the other threads end at their next chunk, not with their gigabytes
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+            for _ in pool.imap_unordered(partial(_whole, digests=digests, bar=bar, stop=stop), files):
+                pass
         finally:
+            stop.set()
             digests.save()
 
 
@@ -212,7 +209,7 @@ def _download(file: HubFile, bar: tqdm, stop: threading.Event, again: bool) -> N
                 tqdm_class=feed,  # type: ignore[arg-type]
             )
             return
-        except (HTTPError, OSError, ValueError) as error:
+        except (HTTPError, OSError, ValueError, RuntimeError) as error:
             if wait is None or not _passing(error):
                 raise explained(error, repo, file.path) from error
             bar.update(-feed.sent)
@@ -228,8 +225,8 @@ def _passing(error: Exception) -> bool:
     return isinstance(error, HTTPError) or "Consistency check" in str(error)
 
 
-class _Stopped(BaseException):
-    """Another file has failed, or Ctrl-C; not an Exception, so that no library takes it for a cut connection."""
+class _Stopped(Exception):
+    """Another file has failed, or Ctrl-C."""
 
 
 def _feed(bar: tqdm, stop: threading.Event) -> Any:

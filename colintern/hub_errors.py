@@ -69,7 +69,7 @@ def explained(error: Exception, repo: Repo, path: str = "") -> UserError:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"HF_HOME: the disk of {constants.HF_HUB_CACHE} is full; what is there already is kept")
     unreachable = status is None or status in (408, 429, *PASSING)
-    if isinstance(error, HTTPError | OfflineModeIsEnabled) and unreachable:
+    if isinstance(error, HTTPError | OfflineModeIsEnabled | RuntimeError) and unreachable:  # RuntimeError: hf_xet's
         return offline([repo], brief(error))
     return UserError(f"{what}: {path}: {brief(error)}")
 

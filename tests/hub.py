@@ -1,7 +1,7 @@
 """A hub on loopback, as huggingface_hub's client sees one: real HTTP, with the hub's endpoints, headers and faults.
 
 Parquet and safetensors files are in LFS: `resolve` redirects to another origin (the same server under its other name),
-which the token must not reach. Nothing speaks of Xet, so the client transfers by HTTP.
+which the token must not reach. Nothing speaks of Xet, so the client transfers by HTTP, unless `xet` is set.
 """
 
 import hashlib
@@ -62,6 +62,7 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.sizes: dict[str, int] = {}  # path -> size to claim in listings
+        self.xet = ""  # address of the Xet storage of the files in LFS
 
     @property
     def url(self) -> str:
@@ -134,6 +135,7 @@ class Handler(BaseHTTPRequestHandler):
         routes: list[tuple[str, Callable[..., None]]] = [
             (r"/api/(model|dataset)s/([^/]+/[^/]+)/tree/([^/]+)", self.tree),
             (r"/api/(model|dataset)s/([^/]+/[^/]+)/revision/([^/]+)", self.info),
+            (r"/api/(model|dataset)s/([^/]+/[^/]+)/xet-read-token/([^/]+)", self.xet_token),
             (r"/(?:(dataset)s/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve),
             (r"/cdn/([0-9a-f]{64})", self.blob),
         ]
@@ -168,6 +170,8 @@ class Handler(BaseHTTPRequestHandler):
             row = {"type": "file", "oid": git_sha1(data), "size": size, "path": path}
             if path.endswith(LFS):
                 row["lfs"] = {"oid": sha256(data), "size": size, "pointerSize": 134}
+                if self.server.xet:
+                    row["xetHash"] = sha256(data)  # of the right shape; Xet's hash is another one
             rows.append(row)
         url = urlsplit(self.path)
         start = int(parse_qs(url.query).get("cursor", ["0"])[0])
@@ -180,6 +184,10 @@ class Handler(BaseHTTPRequestHandler):
         if files is not None:
             siblings = [{"rfilename": path} for path in files]
             self.send(200, json.dumps({"id": name, "sha": revision, "siblings": siblings}).encode())
+
+    def xet_token(self, kind: str, name: str, revision: str) -> None:
+        expires = {"X-Xet-Token-Expiration": str(int(time.time()) + 3600)}
+        self.send(200, b"{}", {"X-Xet-Cas-Url": self.server.xet, "X-Xet-Access-Token": "xet_secret"} | expires)
 
     def resolve(self, kind: str | None, name: str, revision: str, path: str) -> None:
         files = self.files(kind, name, revision)

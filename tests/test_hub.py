@@ -106,7 +106,7 @@ def workspace(tmp_path):
 def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-    message = done.stderr[done.stderr.rindex("error: ") :]
+    message = ("\n" + done.stderr).rpartition("\nerror: ")[2]
     for word in words:
         assert word in message, f"{word!r} not in {message}"
 
@@ -247,6 +247,38 @@ def test_no_network_is_exit_7_too(workspace):
     with running() as gone:
         pass
     refused(workspace.fetch(HF_ENDPOINT=gone.url), 7, gone.url, "cannot be reached", "hf download")
+
+
+def test_an_unreachable_xet_storage_is_exit_7_too(workspace):
+    """The real hub's large files come by Xet, whose client speaks of all that goes wrong as RuntimeError."""
+    with running() as gone:
+        workspace.hub.xet = gone.url
+    done = workspace.fetch(HF_XET_CLIENT_RETRY_MAX_ATTEMPTS="1", HF_TOKEN="hf_secret")
+    refused(done, 7, gone.url, "cannot be reached", "hf download")
+    assert "secret" not in done.stdout + done.stderr
+
+
+def test_a_disk_that_fills_up_is_named(workspace):
+    (workspace.path / "hf").mkdir()
+    disk = workspace.path / "hf"
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        workspace.hub.sizes |= dict.fromkeys(TRAIN_FILES, 10)  # else it is refused before the first byte
+        refused(workspace.fetch(), 2, f"the disk of {disk}/hub is full")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_ctrl_c_does_not_wait_for_transfers_under_way(workspace):
+    workspace.hub.faults.append(Fault("/cdn/", times=9, pause=60))
+    command = [sys.executable, "-m", "stages.fetch_data"]
+    process = subprocess.Popen(command, cwd=workspace.path, env=workspace.env(), stderr=subprocess.DEVNULL)
+    while not workspace.hub.asked("GET", "/cdn/"):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=8) != 0
 
 
 def test_a_killed_fetch_goes_on_with_what_it_had_not_finished(workspace):
