@@ -1,7 +1,8 @@
 """sha256 of files, remembered on disk: what has not changed since it was hashed is not hashed again.
 
 Unchanged means the same size, mtime in nanoseconds and inode. A disk that flips a bit changes none of the three, so
-training asks for every file to be hashed anew (`anew`): seconds for 10 GB, before hours on a GPU.
+training asks for every file to be hashed anew (`anew`): two minutes for 100 GB on two slow cores, before hours on a
+GPU.
 """
 
 import hashlib
