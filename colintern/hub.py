@@ -58,8 +58,8 @@ def _storage(repo: Repo) -> Path:
 def stay_offline() -> None:
     """Keep the rest of this process off the hub: all it needs is in the cache.
 
-    Else transformers and datasets ask for every file that a repository might also have, and where there is no network
-    each of these questions takes 23 seconds to fail.
+    Else transformers asks for every file that a repository might also have, and where there is no network each of these
+    17 questions takes 23 seconds to fail.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # for processes this one starts, and for what is imported later
     constants.HF_HUB_OFFLINE = True

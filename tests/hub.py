@@ -62,6 +62,7 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.sizes: dict[str, int] = {}  # path -> size to claim in listings
+        self.moved: dict[str, str] = {}  # old name -> new name of a repository
         self.xet = ""  # address of the Xet storage of the files in LFS
 
     @property
@@ -132,6 +133,9 @@ class Handler(BaseHTTPRequestHandler):
         self.fault = self.server.fault(self.command, path)
         if self.fault.status:
             return self.send(self.fault.status, b"{}", self.fault.headers)
+        for old, new in self.server.moved.items():
+            if f"/{old}/" in path:
+                return self.send(307, b"", {"Location": self.path.replace(old, new)})
         routes: list[tuple[str, Callable[..., None]]] = [
             (r"/api/(model|dataset)s/([^/]+/[^/]+)/tree/([^/]+)", self.tree),
             (r"/api/(model|dataset)s/([^/]+/[^/]+)/revision/([^/]+)", self.info),

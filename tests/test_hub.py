@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from conftest import ROOT
 from hub import Fault, Hub, running, sha256
+from PIL import Image
 
 from colintern.digests import Digests
+from colintern.formats import CorpusPage, Qrel, Query, png_bytes, write_beir
+from colintern.lora import add_lora
 from colintern.params import load
 
 RECIPE = load(ROOT / "recipes" / "internvl3_5-1b.yaml")
@@ -87,10 +91,6 @@ class Workspace(NamedTuple):
 
 @pytest.fixture
 def workspace(tmp_path):
-    from PIL import Image
-
-    from colintern.formats import CorpusPage, Qrel, Query, png_bytes, write_beir
-
     page = png_bytes(Image.new("RGB", (8, 8)))
     write_beir(tmp_path / "own", [CorpusPage(0, page, "0.png")], [Query(0, "a")], [Qrel(0, 0)])
     recipe = (ROOT / "recipes" / "internvl3_5-1b.yaml").read_text()
@@ -140,6 +140,18 @@ def test_what_is_there_is_not_asked_for_again(workspace):
         assert workspace.fetch(**env).returncode == 0
         assert not workspace.hub.asked("GET|HEAD", BASE + "|" + TRAIN)
         right(workspace)
+
+
+def test_a_repository_that_has_moved_is_followed(workspace):
+    new = "vidore/colpali_train_set_2"
+    workspace.hub.add(
+        "dataset", new, RECIPE.train_revision, workspace.hub.repos.pop(("dataset", TRAIN, RECIPE.train_revision))
+    )
+    workspace.hub.moved[TRAIN] = new
+    done = workspace.fetch(HF_TOKEN="hf_secret")
+    assert done.returncode == 0, done.stderr
+    right(workspace)
+    assert workspace.manifest["train"]["folder"] == TRAIN
 
 
 PASSING = {
@@ -378,3 +390,37 @@ def test_digests_are_remembered_until_a_file_changes(tmp_path):
     assert Digests(record)(file) == one
     record.write_text('{"')
     assert Digests(record)(file) == one
+
+
+LOAD = """
+import sys, torch
+from colintern.model import ColIntern3_5
+from colintern.processor import ColIntern3_5Processor
+model = ColIntern3_5.from_pretrained(sys.argv[1], revision=sys.argv[2] or None, dtype=torch.float32)
+processor = ColIntern3_5Processor.from_pretrained(sys.argv[1], revision=sys.argv[2] or "main")
+with torch.no_grad():
+    print(model(**processor.process_queries(["from Oslo"])).sum((0, 1)).tolist())
+"""
+
+
+def test_an_adapter_on_the_hub_loads_with_its_head_and_its_base_at_its_commit(workspace, model, processor, monkeypatch):
+    """The base's `main` is another one by then."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # PEFT looks the base up when it saves
+    folder = workspace.path / "adapter"
+    model.config._name_or_path = model.name_or_path = BASE
+    wrapped = add_lora(model, RECIPE.lora_targets, 4, 4, 0.0, RECIPE.base_revision)
+    for name, weights in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=0.05, generator=torch.Generator().manual_seed(1))
+    wrapped.save_pretrained(folder)
+    model.save_head(folder)
+    processor.save_pretrained(folder)
+    workspace.hub.add_folder("model", BASE, RECIPE.base_revision, ROOT / "demo" / "base")
+    workspace.hub.add("model", BASE, "main", BASE_FILES)
+    workspace.hub.add_folder("model", "me/colintern", "a" * 40, folder)
+    with torch.no_grad():
+        want = wrapped.eval()(**processor.process_queries(["from Oslo"])).sum((0, 1)).tolist()
+    for name, revision in ((str(folder), ""), ("me/colintern", "a" * 40)):
+        done = workspace.run("-c", LOAD, name, revision)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads(done.stdout) == want
