@@ -188,7 +188,7 @@ def main() -> None:
         counts = verify(add_lora(meta_model(params.base, None), *lora), params)
         print(table("InternVL3.5-1B of random weights", counts), flush=True)
         set_seed(params.seed)
-        kernel = attention_kernel(params.attention)
+        kernel = attention_kernel(params.attention, params.dtype)
         base = ColIntern3_5.from_pretrained(folder, dtype=getattr(torch, params.dtype), attn_implementation=kernel)
         check_weights(base, folder)
         wrapped = add_lora(base, *lora)

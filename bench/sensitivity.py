@@ -9,10 +9,12 @@ Two runs go side by side, one thread each, so a figure differs in the last bits 
 import argparse
 import dataclasses
 import logging
+import os
 import statistics
 import tempfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -38,11 +40,9 @@ def run(params: Params) -> tuple[float, float, str]:
     from datasets import Image, load_dataset
 
     from colintern.data import pages
-    from colintern.embed import embed_features, embed_queries
-    from colintern.manifest import benchmark_folder
-    from colintern.maxsim import maxsim_scores, ndcg_at_k
+    from colintern.manifest import benchmark_folder, check_base
     from colintern.runs import prepare
-    from colintern.training import verdict
+    from colintern.training import DevSet, verdict
 
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -54,17 +54,13 @@ def run(params: Params) -> tuple[float, float, str]:
     }
     corpus = pages(tables["corpus"].cast_column("image", Image(decode=False)))
 
-    def ndcg(model: Any, processor: Any, features: Any) -> float:
-        queries = embed_queries(model, processor, list(tables["queries"]["query"]), 16)
-        scores = maxsim_scores(queries, embed_features(model, processor, map(features, corpus), 16))
-        return ndcg_at_k(scores, [{i} for i in range(len(queries))], 5)
-
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = prepare(dataclasses.replace(params, threads=1), Path(scratch))
-        parts = (trainer.model, trainer.processor, trainer.dev.features)
-        before = ndcg(*parts)
+    with tempfile.TemporaryDirectory() as scratch, redirect_stdout(None):  # only the table is for people
+        trainer = prepare(params, check_base(params), Path(scratch))
+        test = DevSet(tables["queries"]["query"], corpus, trainer.dev.features)
+        before = test.ndcg(trainer.model, trainer.processor, params)
         trainer.train()
-        return before, ndcg(*parts), verdict(trainer.state.log_history, params, trainer.dev.chance)
+        after = test.ndcg(trainer.model, trainer.processor, params)
+        return before, after, verdict(trainer.state.log_history, params, trainer.dev.chance)
 
 
 @exit_on_user_error()
@@ -77,8 +73,9 @@ def main() -> None:
     if not chosen:
         parser.error(f"--only {args.only}: the settings are {', '.join(SETTINGS)}")
     params = load()
+    os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}  # of the processes started below
     jobs = [(name, seed) for name in chosen for seed in args.seeds]
-    changed = [dataclasses.replace(params, seed=seed, **chosen[name]) for name, seed in jobs]
+    changed = [dataclasses.replace(params, threads=1, seed=seed, **chosen[name]) for name, seed in jobs]
     print(f"{'setting':<20}{'seed':>5}{'before':>9}{'NDCG@5':>9}  verdict")
     means: dict[str, list[float]] = {}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:

@@ -9,8 +9,8 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ class TensorCache:
     Args:
         top: folder of all caches.
         name: tells apart tensors that were made in different ways under one key.
-        limit: bytes below `top`; where it is reached, shards that this process has not used and that were used
-            longest ago go first, and after them nothing more is kept. 0 keeps nothing.
+        limit: bytes below `top`. Where it is reached, shards that this process has not read or written go, those
+            used longest ago first, as long as that makes room; then nothing more is kept. 0 keeps nothing.
     """
 
     def __init__(self, top: Path, name: str, limit: int):
@@ -40,7 +40,8 @@ class TensorCache:
         self.full = limit == 0
         self.places: dict[str, Path] = {}
         self.open: dict[Path, Any] = {}
-        self.used: set[Path] = set()
+        self.known: set[Path] = set()  # shards whose keys are in `places`
+        self.used: set[Path] = set()  # those this process has read or written
         self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -52,13 +53,15 @@ class TensorCache:
     def refresh(self) -> None:
         """Find the shards other processes have written; one that cannot be read is deleted."""
         for shard in sorted(self.folder.glob("*.safetensors")):
-            if shard not in self.used:
+            if shard not in self.known:
                 try:
                     with safe_open(shard, "pt") as file:
                         self.places |= dict.fromkeys(file.keys(), shard)
-                    self.used.add(shard)
-                except (SafetensorError, OSError) as error:
-                    self._drop(shard, str(error))
+                    self.known.add(shard)
+                except SafetensorError as error:
+                    self._delete(shard, str(error))
+                except OSError as error:
+                    self._leave(shard, error)
 
     def get(self, key: str) -> torch.Tensor | None:
         """The tensor of `key`, None where it is not stored (any more) or its checksum does not fit."""
@@ -70,76 +73,111 @@ class TensorCache:
         try:
             if shard not in self.open:
                 self.open[shard] = safe_open(shard, "pt")
-                os.utime(shard)  # last used now
+                self._use(shard)
             value = self.open[shard].get_tensor(key)
-            known = self.open[shard].metadata()[key]
-        except (SafetensorError, OSError) as error:
-            self._drop(shard, str(error))
+            known = (self.open[shard].metadata() or {}).get(key)
+        except SafetensorError as error:
+            self._delete(shard, str(error))
+            return None
+        except (OSError, RuntimeError) as error:  # the file is gone, or this process may open no more
+            self._leave(shard, error)
             return None
         if checksum(value) != known:
-            self._drop(shard, f"the checksum of {key} does not fit")
+            self._delete(shard, f"the checksum of {key} does not fit")
             return None
         return value
+
+    def keep(self, keys: Iterable[str]) -> None:
+        """Count the shards of `keys` as used by this process: they are not evicted for its own new tensors."""
+        for shard in {self.places[key] for key in keys if key in self.places} - self.used:
+            self._use(shard)
+
+    def _use(self, shard: Path) -> None:
+        self.used.add(shard)
+        with suppress(OSError):
+            os.utime(shard)  # last used now
 
     def put(self, key: str, value: torch.Tensor) -> None:
         """Store a tensor; on disk at the latest after `flush`."""
         if self.full or key in self:
             return
         self.pending[key] = value.detach().cpu().contiguous()
-        if size_of(self.pending) >= SHARD_BYTES:
+        if size_of(self.pending) >= min(SHARD_BYTES, self.limit // 4):
             self.flush()
 
     def flush(self) -> None:
         """Write what is pending; where there is no room, say so once and keep nothing more."""
         if not self.pending:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.top / "write.lock"):
-            self.refresh()
-            fresh = {key: value for key, value in self.pending.items() if key not in self.places}
-            self.pending = {}
-            for left in self.folder.glob("*.partial"):  # of a writer that was killed: the lock is ours
-                left.unlink()
-            if fresh:
-                self._write(fresh)
+        fresh, self.pending = self.pending, {}
+        try:
+            with locked(self.top / "write.lock"):
+                self.refresh()
+                self._write({key: value for key, value in fresh.items() if key not in self.places})
+        except (OSError, SafetensorError) as error:  # also a full disk, or a folder of somebody else's
+            self.full = True
+            logger.warning("%s: keeps no more, the rest is computed each time: %s", self.top, error)
 
     def _write(self, fresh: dict[str, torch.Tensor]) -> None:
+        if not fresh:
+            return
+        self.folder.mkdir(exist_ok=True)
+        for left in self.folder.glob("*.partial"):  # of a writer that was killed: the lock is ours
+            left.unlink()
+        self._make_room(size_of(fresh))
         shard = self.folder / f"{next(iter(fresh))[:16]}-{len(fresh)}-{os.getpid()}.safetensors"
         partial = shard.with_suffix(".partial")
         try:
-            if not self._make_room(size_of(fresh)):
-                raise OSError(f"{size_of(fresh) / 1e9:.1f} GB more do not fit into {self.limit / 1e9:.1f} GB")
             save_file(fresh, partial, metadata={key: checksum(value) for key, value in fresh.items()})
             os.replace(partial, shard)
-        except (OSError, SafetensorError) as error:  # also a full disk
+        finally:
             partial.unlink(missing_ok=True)
-            self.full = True
-            logger.warning("%s: no room for more, the rest is computed each time: %s", self.top, error)
-            return
-        self.used.add(shard)
         self.places |= dict.fromkeys(fresh, shard)
+        self.known.add(shard)
+        self.used.add(shard)
 
-    def _make_room(self, size: int) -> bool:
-        shards = sorted(self.top.glob("*/*.safetensors"), key=lambda shard: shard.stat().st_mtime)
-        taken = sum(shard.stat().st_size for shard in shards)
-        free = shutil.disk_usage(self.folder).free - FREE_BYTES
-        for shard in shards:
-            if taken + size <= self.limit and size <= free:
+    def _make_room(self, size: int) -> None:
+        """Evict until `size` bytes fit, or raise OSError before anything is evicted."""
+        found = []
+        for shard in self.top.glob("*/*.safetensors"):
+            with suppress(FileNotFoundError):  # another process has just deleted it
+                found.append((shard.stat().st_mtime, shard.stat().st_size, shard))
+        taken = sum(bytes_ for _, bytes_, _ in found)
+        disk = shutil.disk_usage(self.folder).free - FREE_BYTES
+        short = max(taken + size - self.limit, size - disk)
+        evictable = sorted(entry for entry in found if entry[2] not in self.used)
+        if short > sum(bytes_ for _, bytes_, _ in evictable):
+            raise OSError(
+                f"{size / 1e9:.2f} GB more do not fit: {taken / 1e9:.2f} of {self.limit / 1e9:.2f} GB are taken, "
+                f"{max(disk, 0) / 1e9:.2f} GB of the disk may be used"
+            )
+        for _, bytes_, shard in evictable:
+            if short <= 0:
                 break
-            if shard not in self.used:
-                taken, free = taken - shard.stat().st_size, free + shard.stat().st_size
-                shard.unlink()
-        return taken + size <= self.limit and size <= free
+            shard.unlink(missing_ok=True)
+            self._forget(shard)
+            short -= bytes_
 
-    def _drop(self, shard: Path, why: str) -> None:
+    def _delete(self, shard: Path, why: str) -> None:
         logger.warning("%s: deleted, its tensors are computed again: %s", shard, why)
-        shard.unlink(missing_ok=True)
+        self._forget(shard)
+        with suppress(OSError):
+            shard.unlink()
+
+    def _leave(self, shard: Path, why: Exception) -> None:
+        logger.warning("%s: cannot be read, its tensors are computed again: %s", shard, why)
+        self._forget(shard)
+
+    def _forget(self, shard: Path) -> None:
         self.open.pop(shard, None)
+        self.known.discard(shard)
         self.places = {key: place for key, place in self.places.items() if place != shard}
 
 
 def checksum(value: torch.Tensor) -> str:
-    return f"{zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy().data):08x}"
+    """CRC-32 of a tensor's bytes, with its type and shape."""
+    crc = zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return f"{crc:08x} {value.dtype} {tuple(value.shape)}"
 
 
 def size_of(tensors: dict[str, torch.Tensor]) -> int:
@@ -147,9 +185,14 @@ def size_of(tensors: dict[str, torch.Tensor]) -> int:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait for `path` and hold it; a process that dies lets go of it."""
+def locked(path: Path, waiting: str = "") -> Iterator[None]:
+    """Hold `path`; where another process has it, print `waiting` and wait. A process that dies lets go of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting:
+                print(waiting, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

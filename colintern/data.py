@@ -12,24 +12,27 @@ from PIL import Image as PILImage
 from torch.utils.data import Dataset as TorchDataset
 
 from colintern.features import Page, PageFeatures
-from colintern.manifest import root, training_folder
-from colintern.params import UserError
+from colintern.manifest import training_folder
+from colintern.params import Params, UserError, root
 from colintern.processor import ColIntern3_5Processor
 
 
-def rows(split: str) -> Dataset:
-    """The training set's rows of `split` (train, or test: the dev set), memory-mapped, images as undecoded bytes.
+def rows(params: Params) -> dict[str, Dataset]:
+    """The training set's rows by split (train, and test: the dev set), memory-mapped, images as undecoded bytes.
 
     Raises:
-        UserError: the manifest or a file is missing or changed, or the set has no such split.
+        UserError: the manifest or a file is missing or changed, or the set lacks a split.
     """
-    folder, names = training_folder()
-    files = [str(folder / name) for name in names if Path(name).name.startswith(f"{split}-")]
-    if not files:
-        raise UserError(f"train_data: {folder} has no file {split}-*.parquet; it has {', '.join(names)[:200]}")
-    cache = root() / "data" / ".arrow"
-    table = load_dataset("parquet", data_files=files, split="train", cache_dir=str(cache))
-    return table.select_columns(["query", "image"]).cast_column("image", Image(decode=False))
+    folder, names = training_folder(params.train_data, params.train_revision)
+    tables = {}
+    for split in ("train", "test"):
+        files = [str(folder / name) for name in names if Path(name).name.startswith(f"{split}-")]
+        if not files:
+            raise UserError(f"train_data: {folder} has no file {split}-*.parquet; it has {', '.join(names)[:200]}")
+        cache = root() / "data" / ".arrow"
+        table = load_dataset("parquet", data_files=files, split="train", cache_dir=str(cache))
+        tables[split] = table.select_columns(["query", "image"]).cast_column("image", Image(decode=False))
+    return tables
 
 
 def pages(table: Dataset) -> list[Page]:
@@ -66,19 +69,23 @@ class Pairs(TorchDataset):
 class Collator:
     """Items of `Pairs` to one batch of B pairs.
 
-    `query` and `page` are inputs of the model, the pages' features left out; `features` and `tiles` are lists of B,
-    each entry None where the other has it; `page_ids` (B,) int64 is equal for pages of equal bytes.
+    `query` and `page` are inputs of the model, the pages' features left out. Those are in `features`, one page after
+    another, where they are `known` (B,); the tiles of the others are in `tiles`; `counts` (B,) are tiles a page.
+    `page_ids` (B,) int64 is equal for pages of equal bytes.
     """
 
     def __init__(self, processor: ColIntern3_5Processor):
         self.processor = processor
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        # One tensor of each kind: every tensor a data loader's process sends costs a file descriptor.
+        parts = {kind: [item[kind] for item in items if kind in item] for kind in ("features", "tiles")}
         counts = [len(item["features"] if "features" in item else item["tiles"]) for item in items]
         return {
             "query": dict(self.processor.process_queries([item["query"] for item in items])),
             "page": dict(self.processor.page_tokens(counts)),
-            "features": [item.get("features") for item in items],
-            "tiles": [item.get("tiles") for item in items],
+            **{kind: torch.cat(found) for kind, found in parts.items() if found},
+            "known": torch.tensor(["features" in item for item in items]),
+            "counts": torch.tensor(counts),
             "page_ids": torch.tensor([int(item["page"][:14], 16) for item in items]),
         }

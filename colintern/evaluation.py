@@ -18,10 +18,10 @@ from colintern.benchmarks import from_cache, tasks_for
 from colintern.features import FEATURES, PageFeatures
 from colintern.identity import content_hash
 from colintern.jsonfile import dumps
-from colintern.manifest import check_base, root
+from colintern.manifest import check_base
 from colintern.model import ColIntern3_5, attention_kernel
 from colintern.mteb_model import ColIntern3_5Encoder
-from colintern.params import Params, UserError
+from colintern.params import Params, UserError, root
 from colintern.processor import ColIntern3_5Processor
 
 METRICS = ("ndcg_at_5", "ndcg_at_10", "recall_at_100")
@@ -46,7 +46,7 @@ def evaluate_adapter(params: Params, adapter: Path, output_folder: Path) -> dict
     if not (adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"{adapter}: holds no adapter_model.safetensors; run the stage that makes it: dvc repro train")
     tasks_for(params)  # a misspelt name is refused before a model is loaded
-    check_base(params)
+    base = check_base(params)
     if output_folder.exists():  # nobody shall take an older run's files for this one's
         shutil.rmtree(output_folder)
     torch.set_num_threads(params.threads)
@@ -57,20 +57,23 @@ def evaluate_adapter(params: Params, adapter: Path, output_folder: Path) -> dict
     scores = {}
     for name, label in (("trained", "colintern3_5"), ("untrained", "colintern3_5-untrained")):
         if name == "trained" or params.eval_untrained:
-            model = _load(params, adapter, trained=name == "trained")
+            model = _load(params, base, adapter, trained=name == "trained")
             features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb)
             scores[name] = evaluate(model, processor, params, label, revision, output_folder, features)
     return scores
 
 
-def _load(params: Params, adapter: Path, trained: bool) -> nn.Module:
-    options = {"dtype": getattr(torch, params.dtype), "attn_implementation": attention_kernel(params.attention)}
+def _load(params: Params, base: str, adapter: Path, trained: bool) -> nn.Module:
+    options = {
+        "dtype": getattr(torch, params.dtype),
+        "attn_implementation": attention_kernel(params.attention, params.dtype),
+    }
     model: Any
     try:
         if trained:
-            model = ColIntern3_5.from_pretrained(adapter, **options)
+            model = ColIntern3_5.from_pretrained(adapter, base=base, **options)
         else:
-            model = ColIntern3_5.from_pretrained(params.base, revision=params.base_revision or None, **options)
+            model = ColIntern3_5.from_pretrained(base, revision=params.base_revision or None, **options)
             model.load_head(adapter)
     except ValueError as error:  # such as an adapter without its head
         raise UserError(str(error)) from error

@@ -7,7 +7,7 @@ from. Deleting the cache costs time and changes no result.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +35,8 @@ class Page(NamedTuple):
     @classmethod
     def of(cls, image: Image) -> "Page":
         """A decoded page, keyed by its pixels."""
-        pixels = hashlib.sha256(f"{image.mode} {image.size}".encode())
+        image = image.convert("RGB")
+        pixels = hashlib.sha256(f"{image.size}".encode())
         pixels.update(image.tobytes())
         return cls(pixels.hexdigest(), partial(_same, image))
 
@@ -76,9 +77,14 @@ class PageFeatures:
         """Compute what the cache lacks, in one pass with a progress bar, until its limit is reached."""
         if self.cache.full:
             return
-        with locked(self.cache.top / f"{self.cache.folder.name}.lock"):  # a second process finds the first one's work
+        distinct = {page.key: page for page in pages}
+        computed = 0
+        # A second process waits, and finds the first one's work.
+        lock = self.cache.top / f"{self.cache.folder.name}.lock"
+        with locked(lock, f"page features: another process computes them, waiting for it ({lock})"):
             self.cache.refresh()
-            missing = {page.key: page for page in pages if page.key not in self.cache}
+            self.cache.keep(distinct)
+            missing = {key: page for key, page in distinct.items() if key not in self.cache}
             # A generator of its own: the loader must not draw from the training's random numbers.
             loader = DataLoader(
                 Tiles(list(missing.values()), self.processor),
@@ -89,11 +95,12 @@ class PageFeatures:
             bar = tqdm(loader, desc="page features", unit="page", disable=None if missing else True)
             for key, tiles in zip(missing, bar, strict=True):
                 self.cache.put(key, self.compute(tiles))
+                computed += 1
                 if self.cache.full:
                     break
             self.cache.flush()
-        have = sum(page.key in self.cache for page in pages)
-        print(f"page features: {len(missing)} computed, {have} of {len(pages)} pages in the cache")
+        have = sum(key in self.cache for key in distinct)
+        print(f"page features: {computed} computed, {have} of {len(distinct)} pages in the cache")
 
 
 class Tiles(Dataset):
@@ -104,9 +111,6 @@ class Tiles(Dataset):
 
     def __len__(self) -> int:
         return len(self.pages)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Tensor:
         return self.processor.page_tiles(self.pages[index].image())
@@ -120,13 +124,14 @@ def fingerprint(model: Any, processor: Any) -> str:
             weights.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             weights.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     device = model.device
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     facts = {
         "weights": weights.hexdigest(),
         "images": json.loads(processor.image_processor.to_json_string()),
         "max_visual_tokens": processor.max_visual_tokens,
         "attention": model.config.vision_config._attn_implementation,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),  # they decide in which order sums are taken
+        "machine": f"{device.type} {machine}",
+        "threads": torch.get_num_threads() if device.type == "cpu" else 0,  # they decide in which order sums are taken
         "versions": {name: version(name) for name in LIBRARIES},
         "code": [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in CODE],
     }

@@ -25,15 +25,14 @@ def add_lora(
 ) -> PeftModel:
     """Wrap `model`: LoRA of `rank` on every module whose whole name one of the `targets` matches.
 
-    The adapter's config will name the base as it was given to `from_pretrained`, and `revision`, its commit on the
-    hub: without it, whoever loads the adapter gets the base's `main` of that day.
+    The adapter names the base it belongs to: `model.name_or_path`, and its hub commit `revision`.
 
     Raises:
         ValueError: no module matches at all (PEFT's own error).
     """
     pattern = "|".join(f"(?:{target})" for target in targets)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
-    return get_peft_model(model, config, revision=revision)  # type: ignore[arg-type, return-value]
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, revision=revision)
+    return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
 
 
 def meta_model(base: str, revision: str | None) -> ColIntern3_5:

@@ -5,7 +5,6 @@ before it is trained on.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from colintern import hub
 from colintern.digests import Digests, digests_at
 from colintern.hub import HubFile
 from colintern.hub_errors import Repo
-from colintern.params import Params, UserError
+from colintern.params import Params, UserError, root
 
 MANIFEST = "data/manifest.json"
 BASE_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja")  # no pickles
@@ -29,11 +28,6 @@ class Files(NamedTuple):
     folder: str
     revision: str
     files: dict[str, dict[str, Any]]
-
-
-def root() -> Path:
-    """The repository whose data folder holds the bytes: `dvc exp run --temp` runs in a copy without them."""
-    return Path(os.environ.get("DVC_ROOT") or ".")
 
 
 def local(benchmark: str) -> bool:
@@ -80,29 +74,23 @@ def _named(top: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     return dict(zip(names, digests().many([top / name for name in names]), strict=True))
 
 
-def ready(params: Params, *parts: str, anew: bool = False) -> None:
-    """Fetch and check all files of these parts of the manifest; after that, this process stays off the hub.
+def ready(params: Params, *, evaluation: bool = False, anew: bool = False) -> None:
+    """Fetch and check the base's files, and those of the evaluation; after that, this process stays off the hub.
 
     Args:
-        parts: "base", "train" or "evaluation".
         anew: hash every file, whatever is known of it, to find what the disk itself has changed.
 
     Raises:
         UserError: no manifest, or a file is missing and cannot be fetched, or is not the one that was fetched.
     """
-    for part in parts:
-        if part == "base":
-            check_base(params, anew)
-        elif part == "train":
-            training_folder(anew)
-        else:
-            for name in _read()[part]:
-                benchmark_folder(name, anew)
+    check_base(params, anew)
+    for name in _read()["evaluation"] if evaluation else ():
+        benchmark_folder(name, anew)
     hub.stay_offline()
 
 
-def check_base(params: Params, anew: bool = False) -> None:
-    """Make sure the base model's files are there and are those that were fetched.
+def check_base(params: Params, anew: bool = False) -> str:
+    """Where the base is loaded from, a hub id or a folder, whose files are there and are those that were fetched.
 
     Raises:
         UserError: the manifest was made for another base, or a file is missing or changed.
@@ -112,16 +100,22 @@ def check_base(params: Params, anew: bool = False) -> None:
         raise UserError(
             f"base: {params.base!r} is not the one in {MANIFEST}, {entry['folder']!r}; run: dvc repro fetch-data"
         )
-    _checked(entry, "base", "model", anew)
+    folder = _checked(entry, "base", "model", anew)
+    return params.base if params.base_revision else str(folder)
 
 
-def training_folder(anew: bool = False) -> tuple[Path, list[str]]:
+def training_folder(train_data: str, revision: str, anew: bool = False) -> tuple[Path, list[str]]:
     """The checked folder of the training set, and the files in it.
 
     Raises:
-        UserError: no manifest, or a file is missing or changed.
+        UserError: no manifest or one of another training set, or a file is missing or changed.
     """
-    entry = _read()["train"]
+    manifest = _read()
+    entry, made_for = manifest["train"], (manifest["train_data"], manifest["train_revision"])
+    if made_for != (train_data, revision):
+        raise UserError(
+            f"train_data: {train_data!r} is not the one in {MANIFEST}, {made_for[0]!r}; run: dvc repro fetch-data"
+        )
     return _checked(entry, "train_data", "dataset", anew), sorted(entry["files"])
 
 

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import normalize
@@ -46,7 +47,14 @@ class ColIntern3_5(InternVLModel):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, path: str | Path, *, revision: str | None = None, merge: bool = False, seed: int = 0, **kwargs: Any
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        base: str | None = None,
+        merge: bool = False,
+        seed: int = 0,
+        **kwargs: Any,
     ) -> Self:
         """Load a base, an adapter or a merged model.
 
@@ -54,6 +62,7 @@ class ColIntern3_5(InternVLModel):
             path: hub id or folder: with adapter_config.json it is an adapter (its base and its head are loaded
                 with it), else a checkpoint with or without `custom_text_proj`.
             revision: hub commit of what is at `path`; an adapter itself names the commit of its base.
+            base: where an adapter's base is, if not where the adapter says.
             merge: fold the adapter into the base weights; without it the LoRA layers stay visible.
             seed: draws the head where the checkpoint has none, independently of the global random state.
             kwargs: passed on to transformers (dtype, attn_implementation, ...).
@@ -65,9 +74,10 @@ class ColIntern3_5(InternVLModel):
         folder = Path(path) if Path(path).is_dir() else _hub_adapter(str(path), revision)
         if folder and (folder / "adapter_config.json").is_file():
             config = PeftConfig.from_pretrained(str(folder))
-            base = cls.from_pretrained(config.base_model_name_or_path, revision=config.revision, seed=seed, **kwargs)
-            base.load_head(folder)
-            wrapped = PeftModel.from_pretrained(base, str(folder), config=config)
+            place = base or config.base_model_name_or_path
+            model = cls.from_pretrained(place, revision=config.revision, seed=seed, **kwargs)
+            model.load_head(folder)
+            wrapped = PeftModel.from_pretrained(model, str(folder), config=config)
             return (wrapped.merge_and_unload() if merge else wrapped.base_model.model).eval()
         if merge:
             raise ValueError(f"{path}: nothing to merge, the folder holds no adapter_config.json")
@@ -116,7 +126,14 @@ class ColIntern3_5(InternVLModel):
                 f"{file}: missing. It holds the base weights of custom_text_proj, without which the adapter would "
                 f"sit on a random projection; copy it from the run that trained {folder}"
             )
-        for key, value in load_file(file).items():
+        try:
+            state = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: cannot be read: {error}") from error
+        keys = {"custom_text_proj.weight", "custom_text_proj.bias"}
+        if state.keys() != keys:
+            raise ValueError(f"{file}: holds {_some(sorted(state))}, expected {_some(sorted(keys))}")
+        for key, value in state.items():
             own = self.get_parameter(key)
             if value.shape != own.shape or not value.isfinite().all():
                 raise ValueError(f"{file}: {key} is {tuple(value.shape)}, expected {tuple(own.shape)} of finite values")
@@ -173,11 +190,15 @@ class ColIntern3_5(InternVLModel):
             return self.get_image_features(pixel_values=tiles, return_dict=True).pooler_output
 
 
-def attention_kernel(choice: str) -> str:
-    """transformers' name for `choice`: `auto` is flash_attention_2 where it can be imported on CUDA, else sdpa."""
+def attention_kernel(choice: str, dtype: str) -> str:
+    """transformers' name for `choice`: `auto` is flash_attention_2 where it can be used, else sdpa.
+
+    It can where it is installed, on CUDA, in bfloat16: its kernels know no float32.
+    """
     if choice != "auto":
         return choice
-    return "flash_attention_2" if torch.cuda.is_available() and find_spec("flash_attn") else "sdpa"
+    usable = torch.cuda.is_available() and dtype == "bfloat16" and find_spec("flash_attn")
+    return "flash_attention_2" if usable else "sdpa"
 
 
 def _hub_adapter(name: str, revision: str | None) -> Path | None:

@@ -5,6 +5,7 @@ means, its unit and the guide's value stand beside it in params.yaml.
 """
 
 import difflib
+import os
 import re
 import sys
 from collections import defaultdict
@@ -19,6 +20,11 @@ class UserError(ValueError):
     """Bad input. The message names the key or file, its value and what would be valid; the process exits with 2."""
 
     exit_code = 2
+
+
+def root() -> Path:
+    """The repository that holds what git does not track: `dvc exp run --temp` runs in a copy without it."""
+    return Path(os.environ.get("DVC_ROOT") or ".")
 
 
 @contextmanager
@@ -114,7 +120,7 @@ KINDS: dict[Any, str] = {
 
 
 def load(path: str | Path = "params.yaml") -> Params:
-    """Read and check a params file. Folders named in it are taken relative to the current folder, as stages take them.
+    """Read and check a params file. Folders named in it are below `root`, as the stages take them.
 
     Raises:
         UserError: the file cannot be read as a YAML mapping, or keys are missing, unknown, given twice, of the wrong
@@ -226,7 +232,7 @@ def _cross_problems(good: dict[str, Any]) -> list[str]:
             continue
         name, revision = good[key], good[revision_key]
         # The hub's moving `main` would give other bytes on another day.
-        on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).is_dir()
+        on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not (root() / name).is_dir()
         if on_hub and not revision:
             problems.append(
                 f"{revision_key}: {_show(revision)} is not valid; {key} {name!r} is not a folder here, so it is a hub "

@@ -23,11 +23,11 @@ from colintern.features import FEATURES, PageFeatures
 from colintern.identity import fingerprint, stage_identity
 from colintern.jsonfile import dumps
 from colintern.lora import add_lora, count, faults
-from colintern.manifest import check_base, root
+from colintern.manifest import check_base
 from colintern.model import ColIntern3_5, attention_kernel
-from colintern.params import Params, UserError
+from colintern.params import Params, UserError, root
 from colintern.processor import ColIntern3_5Processor
-from colintern.training import ContrastiveTrainer, DevSet, arguments, verdict
+from colintern.training import ContrastiveTrainer, DevSet, NonFiniteError, arguments, verdict
 
 CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
 
@@ -41,44 +41,57 @@ def train(params: Params, out: Path) -> dict[str, Any]:
         NonFiniteError: the loss is not finite.
     """
     torch.set_num_threads(params.threads)
-    check_base(params)
+    base = check_base(params)
     identity = stage_identity("train", params)
     scratch = root() / ".scratch" / f"train-{fingerprint(identity)[:16]}"
     with locked(scratch):
-        trainer = prepare(params, scratch)
+        trainer = prepare(params, base, scratch)
         checkpoint = get_last_checkpoint(str(scratch))
         if checkpoint:
             print(f"resuming from {checkpoint}")
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except NonFiniteError:
+            shutil.rmtree(scratch)  # a rerun would go on to the same end
+            raise
         metrics = finish(trainer, params, identity, out)
         shutil.rmtree(scratch)
     return metrics
 
 
-def prepare(params: Params, scratch: Path) -> ContrastiveTrainer:
-    """The model, wrapped and counted, and the data, in a trainer."""
+def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
+    """The model, wrapped and counted, and the data, in a trainer; `place` is where `check_base` found the base.
+
+    Raises:
+        UserError: see `train`.
+    """
+    tables = rows(params)
+    steps = len(tables["train"]) // params.batch_size * params.epochs
+    if not steps:
+        raise UserError(f"batch_size: {params.batch_size} is more than the {len(tables['train'])} training pairs")
+    if params.logging_steps > steps:
+        raise UserError(f"logging_steps: {params.logging_steps} is more than the {steps} steps of this run")
     set_seed(params.seed)
-    kernel = attention_kernel(params.attention)
+    revision = params.base_revision or None
+    kernel = attention_kernel(params.attention, params.dtype)
     base = ColIntern3_5.from_pretrained(
-        params.base,
-        revision=params.base_revision or None,
+        place,
+        revision=revision,
         seed=params.seed,
         dtype=getattr(torch, params.dtype),
         attn_implementation=kernel,
     )
+    base.name_or_path = params.base  # what the adapter will name, wherever this copy of it lies
     processor = ColIntern3_5Processor.from_pretrained(
-        params.base,
-        revision=params.base_revision or "main",
+        place,
+        revision=revision or "main",
         max_visual_tokens=params.max_visual_tokens,
         max_query_tokens=params.max_query_tokens,
     )
-    rank, alpha, dropout = params.lora_rank, params.lora_alpha, params.lora_dropout
-    model = add_lora(base, params.lora_targets, rank, alpha, dropout, params.base_revision or None)
+    model = add_lora(base, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout, revision)
     if wrong := faults(count(model, params.lora_targets)):
         raise UserError("\n  ".join(wrong))
-    table, dev_table = rows("train"), rows("test")
-    if len(table) < params.batch_size:
-        raise UserError(f"batch_size: {params.batch_size} is more than the {len(table)} training pairs")
+    table, dev_table = tables["train"], tables["test"]
     dev_table = dev_table.select(range(min(params.dev_queries, len(dev_table))))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb)
@@ -87,10 +100,12 @@ def prepare(params: Params, scratch: Path) -> ContrastiveTrainer:
     pairs = Pairs(table["query"], train_pages, features)
     dev = DevSet(dev_table["query"], dev_pages, features)
     print(f"{len(pairs)} training pairs; dev: {len(dev)} queries on {len(dev.pages)} pages; attention: {kernel}")
-    quiet = not sys.stderr.isatty()
-    return ContrastiveTrainer(
-        params, processor, dev, model=model, args=arguments(params, str(scratch), quiet), train_dataset=pairs
-    )
+    args = arguments(params, str(scratch), quiet=not sys.stderr.isatty())
+    if args.n_gpu > 1 or args.world_size > 1:  # each process or device would take a batch of its own
+        raise UserError(
+            f"{args.n_gpu} GPUs in {args.world_size} processes: training uses one; set CUDA_VISIBLE_DEVICES=0"
+        )
+    return ContrastiveTrainer(params, processor, dev, model=model, args=args, train_dataset=pairs)
 
 
 def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any], out: Path) -> dict[str, Any]:

@@ -15,13 +15,12 @@ from colintern.manifest import (
     hub_files,
     local,
     local_files,
-    root,
 )
-from colintern.params import Params
+from colintern.params import Params, root
 
 DEMO = "demo"
 DEMO_SEED = 0  # of the corpus; the training seed is params.seed, so that seeds are compared on the same pages
-DEMO_TRAIN_PAGES, DEMO_DEV_PAGES, DEMO_TEST_PAGES = 1200, 100, 200
+DEMO_TRAIN_PAGES, DEMO_DEV_PAGES, DEMO_TEST_PAGES = 1800, 100, 200
 DEMO_QUERIES = 2  # a training page
 
 
@@ -54,6 +53,8 @@ def fetch(params: Params, tasks: Mapping[str, Mapping[str, str]]) -> dict[str, A
     evaluation |= dict(zip(pinned, found[len(hub) :], strict=True))
     return {
         "base": parts["base"]._asdict(),
+        "train_data": params.train_data,
+        "train_revision": params.train_revision,
         "train": parts["train"]._asdict(),
         "evaluation": {name: files._asdict() for name, files in evaluation.items()},
     }

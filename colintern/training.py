@@ -27,7 +27,7 @@ Batch = dict[str, Any]
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or a gradient became NaN or infinite; nothing after that is worth keeping. The process exits with 5."""
+    """The loss, a gradient or a weight is NaN or infinite; nothing of that run is kept. The process exits with 5."""
 
 
 class ContrastiveTrainer(Trainer):
@@ -45,19 +45,17 @@ class ContrastiveTrainer(Trainer):
         """
         model.train()
         batch: Batch = self._prepare_inputs(inputs)
-        with torch.no_grad():  # once a step, also where the pages go through the language model twice
-            features = [
-                model.page_features(tiles) if known is None else known
-                for known, tiles in zip(batch["features"], batch["tiles"], strict=True)
-            ]
-        batch["page"]["image_features"] = torch.cat(features)
+        batch["page"]["image_features"] = page_features(model, batch)
         if self.params.micro_batch_size >= len(batch["page_ids"]):
             loss = self._loss(batch, model(**batch["query"]), model(**batch["page"]))
             self.accelerator.backward(loss)
         else:
             loss = self._cached_step(model, batch)
-        if not loss.isfinite():
-            raise NonFiniteError(f"loss is {loss.item()} at step {self.state.global_step + 1}; a smaller lr may help")
+        norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not value.isfinite():
+                step = self.state.global_step + 1
+                raise NonFiniteError(f"{name} is {value.item()} at step {step}; a smaller lr may help")
         return loss.detach()
 
     def _loss(self, batch: Batch, queries: Tensor, pages: Tensor) -> Tensor:
@@ -87,11 +85,33 @@ class ContrastiveTrainer(Trainer):
         return loss
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """NDCG@5 on the dev set."""
+        """NDCG@5 on the dev set.
+
+        Raises:
+            NonFiniteError: a trained weight is not finite.
+        """
+        model: Any = self.model
+        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        if broken := [name for name, p in trained if not p.isfinite().all()]:
+            raise NonFiniteError(f"{broken[0]} is not finite after step {self.state.global_step}; try a smaller lr")
         metrics = {f"{metric_key_prefix}_ndcg_at_5": self.dev.ndcg(self.model, self.processor, self.params)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def page_features(model: Any, batch: Batch) -> Tensor:
+    """The features of a batch's pages, (tiles, tokens of a tile, hidden size): once a step and without a graph, also
+    where the pages go through the language model twice."""
+    counts, known = batch["counts"], batch["known"].tolist()
+    sides = {
+        kind: iter(batch[kind].split(counts[batch["known"] == (kind == "features")].tolist()))
+        for kind in ("features", "tiles")
+        if kind in batch
+    }
+    with torch.no_grad():
+        pages = [next(sides["features"]) if k else model.page_features(next(sides["tiles"])) for k in known]
+    return torch.cat(pages)
 
 
 def split(inputs: dict[str, Tensor], size: int, processor: ColIntern3_5Processor) -> Iterator[dict[str, Tensor]]:

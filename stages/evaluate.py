@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 
 from colintern.jsonfile import dumps
-from colintern.manifest import ready, root
-from colintern.params import exit_on_user_error, load
+from colintern.manifest import ready
+from colintern.params import exit_on_user_error, load, root
 
 
 @exit_on_user_error()
@@ -20,7 +20,7 @@ def main() -> None:
     params = load()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ["HF_DATASETS_CACHE"] = str(root() / "data" / ".arrow")
-    ready(params, "base", "evaluation")
+    ready(params, evaluation=True)
     from colintern import evaluation  # only now: `datasets` reads the environment when it is imported
 
     scores = evaluation.evaluate_adapter(params, Path("experiments/colintern"), Path("results/mteb_evaluation"))

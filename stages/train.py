@@ -13,17 +13,20 @@ from pathlib import Path
 
 if not sys.stderr.isatty():
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # else the Trainer splits each batch over all of them
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from colintern.jsonfile import dumps
-from colintern.manifest import ready
+from colintern.manifest import ready, training_folder
 from colintern.params import exit_on_user_error, load
 
 
 @exit_on_user_error()
 def main() -> None:
     params = load()
-    ready(params, "base", "train", anew=True)  # a flipped bit costs seconds here, and a training run later
+    # A flipped bit costs seconds here, and a training run later.
+    training_folder(params.train_data, params.train_revision, anew=True)
+    ready(params, anew=True)
     from colintern.runs import train  # only now: `datasets` looks at its import whether it may ask the hub
     from colintern.training import NonFiniteError
 

@@ -17,7 +17,7 @@ from colintern.params import UserError, exit_on_user_error, load
 @exit_on_user_error()
 def main() -> None:
     params = load()
-    ready(params, "base")
+    ready(params)
     model = meta_model(params.base, params.base_revision or None)
     try:
         wrapped = add_lora(model, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout)

@@ -1,6 +1,8 @@
 import logging
 import multiprocessing
 import os
+import pickle
+import resource
 from pathlib import Path
 
 import pytest
@@ -54,15 +56,54 @@ def test_the_limit_evicts_what_was_used_longest_ago_and_never_what_is_in_use(tmp
         os.utime(shard, (1e9 - age, 1e9 - age))
     size = shards(tmp_path)[0].stat().st_size
     cache = TensorCache(tmp_path, "new", int(2.5 * size))
-    for key in range(10):
-        cache.put(f"k{key}", tensor(key))
+    cache.pending = {f"k{key}": tensor(key) for key in range(10)}
     cache.flush()
     assert [shard.parent.name for shard in shards(tmp_path)] == ["new", "old"]
-    for key in range(10, 40):
-        cache.put(f"k{key}", tensor(key))
+    cache.pending = {f"k{key}": tensor(key) for key in range(10, 40)}
     cache.flush()
     assert cache.full and "k0" in cache and "k39" not in cache
     assert TensorCache(tmp_path, "new", MB).get("k0") is not None
+
+
+def test_nothing_is_evicted_where_that_would_not_make_room(tmp_path, caplog):
+    filled(tmp_path, "old", range(10))
+    cache = TensorCache(tmp_path, "new", 60_000)
+    cache.pending = {f"k{key}": tensor(key) for key in range(30)}
+    cache.flush()
+    assert cache.full and "do not fit" in caplog.text
+    assert TensorCache(tmp_path, "old", MB).get("k9") is not None
+
+
+def test_shards_of_its_own_name_are_evicted_too_unless_they_are_kept(tmp_path):
+    filled(tmp_path, "a", range(10))
+    cache = TensorCache(tmp_path, "a", 60_000)
+    cache.pending = {f"k{key}": tensor(key) for key in range(10, 20)}
+    cache.flush()
+    assert "k0" not in cache and cache.get("k19") is not None and not cache.full
+    cache = TensorCache(tmp_path, "a", 60_000)
+    cache.keep(["k10"])
+    cache.pending = {f"k{key}": tensor(key) for key in range(10)}
+    cache.flush()
+    assert cache.full and TensorCache(tmp_path, "a", MB).get("k19") is not None
+
+
+def test_a_healthy_shard_outlives_a_process_that_may_open_no_more_files(tmp_path, caplog):
+    filled(tmp_path, "a", range(3))
+    cache = TensorCache(tmp_path, "a", MB)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        assert cache.get("k1") is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "cannot be read" in caplog.text
+    assert TensorCache(tmp_path, "a", MB).get("k1") is not None
+
+
+def test_a_cache_can_be_sent_to_another_process(tmp_path):
+    cache = filled(tmp_path, "a", range(3))
+    assert cache.get("k1") is not None
+    assert torch.equal(pickle.loads(pickle.dumps(cache)).get("k1"), tensor(1))
 
 
 def test_reading_a_shard_makes_it_the_last_used(tmp_path):
@@ -78,7 +119,7 @@ def test_a_limit_of_zero_keeps_nothing(tmp_path):
     assert cache.full and cache.get("k0") is None and not shards(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "header", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "header", "checksums", "type", "empty"])
 def test_a_damaged_shard_is_dropped_with_a_word_and_filled_again(tmp_path, caplog, damage):
     filled(tmp_path, "a", range(3))
     [shard] = shards(tmp_path)
@@ -87,6 +128,10 @@ def test_a_damaged_shard_is_dropped_with_a_word_and_filled_again(tmp_path, caplo
         data[-500] ^= 1
     elif damage == "header":
         data[3] ^= 0xFF
+    elif damage == "checksums":
+        data = data.replace(b'"k2":"', b'"kx":"', 1)
+    elif damage == "type":
+        data = data.replace(b'"F32"', b'"I32"')
     shard.write_bytes(data[: {"cut": len(data) // 2, "empty": 0}.get(damage, len(data))])
     with caplog.at_level(logging.WARNING):
         cache = TensorCache(tmp_path, "a", MB)

@@ -1,6 +1,12 @@
+import os
+import subprocess
+import sys
 from itertools import combinations
 
 import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
 
 from colintern.demo import GOODS, corpus, split_of
 
@@ -52,3 +58,22 @@ def test_all_kinds_of_document_occur(splits):
 def test_some_queries_say_it_in_other_words(splits):
     words = {w for p in splits["train"] for q in p.queries for w in q.split()}
     assert words & set(GOODS.values())
+
+
+def test_the_base_is_made_alike_twice_and_goes_on_from_a_checkpoint(tmp_path):
+    def make(*arguments: str) -> subprocess.Popen:
+        script = [sys.executable, "demo/pretrain.py", "--steps", "2", "--batch", "2", *arguments]
+        return subprocess.Popen(script, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+    one, two, more = tmp_path / "one", tmp_path / "two", tmp_path / "more"
+    for run in (make("--out", str(one)), make("--out", str(two))):
+        assert run.wait() == 0
+    files = [path.name for path in sorted(one.iterdir())]
+    assert "model.safetensors" in files
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in files)
+    assert make("--out", str(more), "--start", str(one), "--drift", "0").wait() == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (one, more))
+    assert before.keys() == after.keys() and any(not torch.equal(before[key], after[key]) for key in before)
+    # Two steps change a weight a little; weights drawn anew would have nothing in common.
+    key = next(k for k in before if k.endswith("embed_tokens.weight"))
+    assert torch.allclose(before[key].float(), after[key].float(), atol=0.05)

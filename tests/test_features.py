@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import BASE
+from PIL import Image
 from test_model import load
 
 from colintern.embed import embed_features, embed_pages
@@ -25,7 +26,7 @@ def test_features_give_the_embeddings_of_the_pages_to_the_bit(model, processor, 
 def test_a_known_page_is_not_decoded(model, processor, pages, tmp_path, capsys):
     keyed = [Page.of(page) for page in pages]
     PageFeatures(model, processor, tmp_path, 1.0).fill([*keyed, keyed[0]], workers=0)
-    assert "4 computed, 5 of 5 pages in the cache" in capsys.readouterr().out
+    assert "4 computed, 4 of 4 pages in the cache" in capsys.readouterr().out
     again = PageFeatures(model, processor, tmp_path, 1.0)
     page, decoded = counted(keyed[1])
     again.fill([page], workers=0)
@@ -43,9 +44,13 @@ def test_filling_draws_no_random_numbers_of_the_training(model, processor, pages
     assert torch.equal(torch.rand(1), want)
 
 
-def test_pages_of_other_pixels_size_or_mode_have_other_keys(pages):
-    keys = {Page.of(p).key for p in (*pages, pages[0].convert("L"), pages[0].transpose(2), pages[0].resize((8, 8)))}
-    assert len(keys) == len(pages) + 3
+def test_pages_of_other_pixels_size_or_palette_have_other_keys(pages):
+    red, blue = Image.new("P", (8, 8)), Image.new("P", (8, 8))
+    red.putpalette([255, 0, 0])
+    blue.putpalette([0, 0, 255])
+    keys = {Page.of(p).key for p in (*pages, red, blue, pages[0].transpose(2), pages[0].resize((8, 8)))}
+    assert len(keys) == len(pages) + 4
+    assert Page.of(pages[0].convert("L")).key == Page.of(pages[0]).key, "black on white in both"
     assert Page.of(pages[0].copy()).key == Page.of(pages[0]).key
 
 

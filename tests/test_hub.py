@@ -29,10 +29,12 @@ from colintern.params import load
 RECIPE = load(ROOT / "recipes" / "internvl3_5-1b.yaml")
 BASE, TRAIN = RECIPE.base, RECIPE.train_data
 READ = """
-from colintern.manifest import ready
+from colintern.manifest import ready, training_folder
 from colintern.params import exit_on_user_error, load
 with exit_on_user_error():
-    ready(load(), "base", "train", anew={anew})
+    params = load()
+    training_folder(params.train_data, params.train_revision, anew={anew})
+    ready(params, anew={anew})
 """
 
 

@@ -26,6 +26,8 @@ def fetched(tmp_path, monkeypatch):
         Path(name).write_bytes(b"pages")
     manifest = {
         "base": local_files("demo/base", (".json", ".safetensors"))._asdict(),
+        "train_data": "demo",
+        "train_revision": "",
         "train": local_files("data/demo/train", (".parquet",))._asdict(),
         "evaluation": {"demo": local_files("data/demo/beir", (".parquet",))._asdict()},
     }
@@ -34,15 +36,15 @@ def fetched(tmp_path, monkeypatch):
 
 
 def test_what_is_whole_is_found(fetched):
-    check_base(load())
-    assert training_folder() == (Path("data/demo/train"), ["data/train-0.parquet"])
+    assert check_base(load()) == "demo/base"
+    assert training_folder("demo", "") == (Path("data/demo/train"), ["data/train-0.parquet"])
     assert benchmark_folder("demo") == Path("data/demo/beir")
 
 
 def test_a_missing_page_file_is_named(fetched):
     Path("data/demo/train/data/train-0.parquet").unlink()
     with pytest.raises(UserError, match=r"train-0\.parquet: missing.*dvc repro -f fetch-data"):
-        training_folder()
+        training_folder("demo", "")
 
 
 def test_one_flipped_bit_is_found(fetched):
@@ -59,13 +61,31 @@ def test_a_changed_base_is_found(fetched):
         check_base(load())
 
 
+def test_a_manifest_of_another_training_set_is_refused(fetched):
+    with pytest.raises(UserError, match=r"train_data: 'data/own/docs' is not the one in .*'demo'; run: dvc repro"):
+        training_folder("data/own/docs", "")
+
+
+def test_an_untracked_base_is_found_from_the_copy_dvc_makes_for_an_experiment(fetched, tmp_path, monkeypatch):
+    Path("own").mkdir()
+    Path("demo/base").rename("own/base")
+    fetched["base"]["folder"] = "own/base"
+    Path("copy/data").mkdir(parents=True)
+    Path("copy/data/manifest.json").write_text(json.dumps(fetched))
+    text = Path("params.yaml").read_text().replace("base: demo/base", "base: own/base")
+    Path("copy/params.yaml").write_text(text)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.chdir("copy")
+    assert check_base(load()) == f"{tmp_path}/own/base"
+
+
 @pytest.mark.parametrize("name", ["../outside.parquet", "/etc/passwd"])
 def test_an_entry_that_points_outside_is_refused(fetched, name):
     entry = fetched["train"]
     entry["files"] = {name: next(iter(entry["files"].values()))}
     Path("data/manifest.json").write_text(json.dumps(fetched))
     with pytest.raises(UserError, match="points outside"):
-        training_folder()
+        training_folder("demo", "")
 
 
 def test_an_unknown_local_benchmark_is_refused(fetched):

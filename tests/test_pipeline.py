@@ -45,6 +45,13 @@ def test_deps_are_the_modules_the_script_reaches(stage):
     assert code == {f.relative_to(ROOT).as_posix() for f in reached(script(stage)) if f.name != "__init__.py"}
 
 
+def test_what_no_import_shows_is_among_the_deps():
+    assert all("requirements.txt" in declared(stage, "deps") for stage in STAGES), "versions decide results"
+    assert "Dockerfile" in declared("train", "deps")
+    assert "demo/base" in declared("fetch-data", "deps")
+    assert all("data/manifest.json" in declared(stage, "deps") for stage in ("verify", "train", "eval"))
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_params_are_those_the_code_reads(stage):
     read = set().union(*map(params_read, reached(script(stage)))) & KEYS
