@@ -1,7 +1,9 @@
 """What `benchmarks` names: the demo, folders in mteb's layout, mteb's own benchmarks and tasks, all as mteb tasks."""
 
+import copy
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import mteb
@@ -29,14 +31,7 @@ def tasks_for(params: Params) -> list[tuple[str, AbsTask]]:
         label, tasks = _resolve(entry)
         if label in dict(pairs):
             raise UserError(f"benchmarks: {entry!r} has the label {label!r}, which an entry before it already has")
-        private = [task.metadata.name for task in tasks if not task.metadata.is_public]
-        if len(private) == len(tasks):
-            raise UserError(f"benchmarks: {entry!r}: its data is not public, so there is nothing to evaluate")
-        if private:
-            print(f"{entry}: left out, because their data is not public: {', '.join(private)}")
-        for task in tasks:
-            _check_task(entry, task)
-        pairs += [(label, task) for task in tasks if task.metadata.is_public]
+        pairs += [(label, task) for task in _public(entry, tasks)]
     sources: dict[str, str] = {}
     for _, task in pairs:
         name, source = task.metadata.name, task.metadata.dataset["path"]
@@ -45,16 +40,47 @@ def tasks_for(params: Params) -> list[tuple[str, AbsTask]]:
     return pairs
 
 
-def check_names(params: Params) -> None:
-    """Refuse names that are not mteb's, before anything is downloaded; local folders are checked when they are read.
+def hub_data(params: Params) -> dict[str, dict[str, str]]:
+    """Where the data of mteb's own tasks is: task name -> {"path": hub id, "revision": the commit mteb pins}.
+
+    Local folders are not looked at.
 
     Raises:
-        UserError: see `tasks_for`.
+        UserError: see `tasks_for`; or a task whose data mteb does not pin.
     """
+    found = {}
     for entry in params.benchmarks:
-        if not local(entry):
-            for task in _resolve(entry)[1]:
-                _check_task(entry, task)
+        for task in [] if local(entry) else _public(entry, _resolve(entry)[1]):
+            data = task.metadata.dataset
+            if not re.fullmatch("[0-9a-f]{40}", data["revision"] or ""):
+                raise UserError(
+                    f"benchmarks: {entry!r}: mteb {mteb.__version__} reads {data['path']} at {data['revision']!r}, "
+                    f"which is no commit: {task.metadata.name} would give other scores on another day"
+                )
+            found[task.metadata.name] = {"path": data["path"], "revision": data["revision"]}
+    return found
+
+
+def from_cache(task: AbsTask) -> AbsTask:
+    """The task, reading what fetch-data fetched for it: `datasets` cannot read the hub's cache offline by hub id."""
+    if Path(task.metadata.dataset["path"]).is_dir():
+        return task
+    folder = benchmark_folder(task.metadata.name)
+    task = copy.copy(task)  # mteb keeps one object for each task of a benchmark
+    task.metadata = task.metadata.model_copy(update={"dataset": task.metadata.dataset | {"path": str(folder)}})
+    return task
+
+
+def _public(entry: str, tasks: Sequence[AbsTask]) -> list[AbsTask]:
+    """The tasks whose data is public; the others are named on the terminal."""
+    private = [task.metadata.name for task in tasks if not task.metadata.is_public]
+    if len(private) == len(tasks):
+        raise UserError(f"benchmarks: {entry!r}: its data is not public, so there is nothing to evaluate")
+    if private:
+        print(f"{entry}: left out, because their data is not public: {', '.join(private)}")
+    for task in tasks:
+        _check_task(entry, task)
+    return [task for task in tasks if task.metadata.is_public]
 
 
 def _resolve(entry: str) -> tuple[str, list[AbsTask]]:

@@ -14,7 +14,7 @@ import mteb
 import torch
 from torch import nn
 
-from colintern.benchmarks import tasks_for
+from colintern.benchmarks import from_cache, tasks_for
 from colintern.features import FEATURES, PageFeatures
 from colintern.identity import content_hash
 from colintern.jsonfile import dumps
@@ -108,7 +108,7 @@ def evaluate(
     cache = mteb.ResultCache(output_folder)
     result = mteb.evaluate(
         encoder,
-        list({task.metadata.name: task for _, task in pairs}.values()),
+        [from_cache(task) for task in {task.metadata.name: task for _, task in pairs}.values()],
         co2_tracker=False,
         encode_kwargs={"batch_size": params.eval_batch_size, "show_progress_bar": False},
         cache=cache,

@@ -4,11 +4,15 @@ Whoever reads one of those files asks here for its folder, so that a file that i
 before it is trained on.
 """
 
-import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from colintern import hub
+from colintern.digests import Digests, digests_at
+from colintern.hub import HubFile
+from colintern.hub_errors import Repo
 from colintern.params import Params, UserError, root
 
 MANIFEST = "data/manifest.json"
@@ -17,6 +21,7 @@ SURVEY = "data/survey.json"  # the data in numbers
 BASE_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja")  # no pickles
 TRAIN_SUFFIXES = (".parquet",)
 BEIR_SUFFIXES = (".parquet", ".md")
+TASK_SUFFIXES = (*BEIR_SUFFIXES, ".yaml", ".json", ".jsonl", ".csv", ".tsv")  # where mteb's data sets are read from
 
 
 class Files(NamedTuple):
@@ -47,10 +52,9 @@ def local(benchmark: str) -> bool:
     return benchmark == "demo" or (root() / benchmark).is_dir()
 
 
-def digest(path: Path) -> dict[str, Any]:
-    """Size in bytes and sha256 of a file."""
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def digests() -> Digests:
+    """The hashes this repository's stages have taken of files."""
+    return digests_at(root().absolute())
 
 
 def local_files(folder: str, suffixes: tuple[str, ...]) -> Files:
@@ -65,14 +69,21 @@ def local_files(folder: str, suffixes: tuple[str, ...]) -> Files:
 def source_files(folder: str) -> dict[str, dict[str, Any]]:
     """Every file below a folder of documents, hidden ones left out."""
     top = root() / folder
-    paths = sorted(p for p in top.rglob("*") if p.is_file())
-    names = {p.relative_to(top): p for p in paths}
-    return {n.as_posix(): digest(p) for n, p in names.items() if not any(part.startswith(".") for part in n.parts)}
+    names = sorted(p.relative_to(top) for p in top.rglob("*") if p.is_file())
+    return _named(top, [n.as_posix() for n in names if not any(part.startswith(".") for part in n.parts)])
 
 
-def hub_files(repository: str, revision: str, kind: str, suffixes: tuple[str, ...]) -> Files:
-    """The files of a hub repository (`kind`: model or dataset) at a commit, downloaded into the hub's own cache."""
-    return Files(repository, revision, _below(_hub_folder(repository, revision, kind, suffixes), repository, suffixes))
+def hub_files(wanted: Sequence[tuple[Repo, tuple[str, ...]]]) -> list[Files]:
+    """The files with one of the suffixes of each repository, whole in the hub's own cache.
+
+    Raises:
+        UserError: see `hub.fetch`.
+    """
+    found = hub.fetch(wanted, digests())
+    return [
+        Files(repo.name, repo.revision, _named(hub.folder(repo), [file.path for file in files]))
+        for (repo, _), files in zip(wanted, found, strict=True)
+    ]
 
 
 def _below(top: Path, name: str, suffixes: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -80,22 +91,34 @@ def _below(top: Path, name: str, suffixes: tuple[str, ...]) -> dict[str, dict[st
     if not paths:
         state = "holds no " + " or ".join(f"*{s}" for s in suffixes) if top.is_dir() else "does not exist"
         raise UserError(f"{name}: the folder {state}; give `demo`, a folder, or a hub id with its revision")
-    return {p.relative_to(top).as_posix(): digest(p) for p in paths}
+    return _named(top, [p.relative_to(top).as_posix() for p in paths])
 
 
-def _hub_folder(repository: str, revision: str, kind: str, suffixes: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = [f"*{suffix}" for suffix in suffixes]
-    return Path(snapshot_download(repository, repo_type=kind, revision=revision, allow_patterns=patterns))
+def _named(top: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    return dict(zip(names, digests().many([top / name for name in names]), strict=True))
 
 
-def folder_of(files: Files, kind: str, suffixes: tuple[str, ...]) -> Path:
-    """Where the files lie on this disk, fetched now if they are missing from the hub's cache."""
-    return _hub_folder(files.folder, files.revision, kind, suffixes) if files.revision else root() / files.folder
+def folder_of(files: Files, kind: str) -> Path:
+    """Where the files lie on this disk."""
+    return hub.folder(Repo("", files.folder, files.revision, kind)) if files.revision else root() / files.folder
 
 
-def check_base(params: Params) -> str:
+def ready(params: Params, *, evaluation: bool = False, anew: bool = False) -> None:
+    """Fetch and check the base's files, and those of the evaluation; after that, this process stays off the hub.
+
+    Args:
+        anew: hash every file, whatever is known of it, to find what the disk itself has changed.
+
+    Raises:
+        UserError: no manifest, or a file is missing and cannot be fetched, or is not the one that was fetched.
+    """
+    check_base(params, anew)
+    for name in read(MANIFEST)["evaluation"] if evaluation else ():
+        benchmark_folder(name, anew)
+    hub.stay_offline()
+
+
+def check_base(params: Params, anew: bool = False) -> str:
     """Where the base is loaded from, a hub id or a folder, whose files are there and are those that were fetched.
 
     Raises:
@@ -106,11 +129,11 @@ def check_base(params: Params) -> str:
         raise UserError(
             f"base: {params.base!r} is not the one in {MANIFEST}, {entry['folder']!r}; run: dvc repro fetch-data"
         )
-    folder = _checked(entry, "model", BASE_SUFFIXES)
+    folder = _checked(entry, "base", "model", anew)
     return params.base if params.base_revision else str(folder)
 
 
-def training_sets(train_data: str, revision: str) -> list[TrainingSet]:
+def training_sets(train_data: str, revision: str, anew: bool = False) -> list[TrainingSet]:
     """The training sets, their files checked.
 
     Raises:
@@ -123,7 +146,7 @@ def training_sets(train_data: str, revision: str) -> list[TrainingSet]:
             f"train_data: {train_data!r} is not the one in {MANIFEST}, {made_for[0]!r}; run: dvc repro fetch-data"
         )
     return [
-        TrainingSet(e["folder"], _checked(e, "dataset", TRAIN_SUFFIXES), sorted(e["files"]), e["weight"])
+        TrainingSet(e["folder"], _checked(e, "train_data", "dataset", anew), sorted(e["files"]), e["weight"])
         for e in manifest["train"]
     ]
 
@@ -142,8 +165,8 @@ def quarantined() -> set[tuple[str, str]]:
     return {(row["source"], row["row"]) for row in read(QUARANTINE)["rows"]}
 
 
-def benchmark_folder(name: str) -> Path:
-    """The checked folder, in mteb's layout, of a local benchmark.
+def benchmark_folder(name: str, anew: bool = False) -> Path:
+    """The checked folder, in mteb's layout, of a local benchmark, or of the task of mteb's that is called `name`.
 
     Raises:
         UserError: fetch-data has not seen it, or its files are missing or changed.
@@ -151,10 +174,10 @@ def benchmark_folder(name: str) -> Path:
     entries = read(MANIFEST)["evaluation"]
     if name not in entries:
         raise UserError(
-            f"benchmarks: {name!r} is not among the local benchmarks in {MANIFEST}, which are "
+            f"benchmarks: {name!r} is not among the data sets in {MANIFEST}, which are "
             f"{', '.join(entries) or 'none'}; check the name, then run: dvc repro fetch-data"
         )
-    return _checked(entries[name], "dataset", BEIR_SUFFIXES)
+    return _checked(entries[name], f"benchmarks: {name}", "dataset", anew)
 
 
 def read(name: str) -> dict[str, Any]:
@@ -169,18 +192,26 @@ def read(name: str) -> dict[str, Any]:
         raise UserError(f"{name}: missing; run the stage that makes it: dvc repro fetch-data") from error
 
 
-def _checked(entry: dict[str, Any], kind: str, suffixes: tuple[str, ...]) -> Path:
+def _checked(entry: dict[str, Any], key: str, kind: str, anew: bool) -> Path:
     """The folder of an entry, all of whose files are there and are the ones that were fetched."""
     files = Files(**entry)
-    folder = folder_of(files, kind, suffixes)
-    for name, want in files.files.items():
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+    for name in files.files:
+        if hub.outside(name):
             raise UserError(f"{MANIFEST}: {name!r} points outside {files.folder}")
-        if not path.is_file():
-            raise UserError(f"{path}: missing, but {MANIFEST} names it; run: dvc repro -f fetch-data")
-        have = digest(path)
+    folder = root() / files.folder
+    if files.revision:
+        repo = Repo(key, files.folder, files.revision, kind)
+        folder = hub.folder(repo)
+        lacking = {name: want for name, want in files.files.items() if not (folder / name).is_file()}
+        if lacking:  # the manifest came from elsewhere, or the cache was emptied
+            hub.get([HubFile(repo, name, want["size"], want["sha256"]) for name, want in lacking.items()], digests())
+    for name in files.files:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: missing, but {MANIFEST} names it; run: dvc repro -f fetch-data")
+    paths = [folder / name for name in files.files]
+    for path, want, have in zip(paths, files.files.values(), digests().many(paths, anew), strict=True):
         if have != want:
+            digests().forget(path)  # so that fetch-data, too, sees what is in it now
             raise UserError(
                 f"{path}: {have['size']} bytes with sha256 {have['sha256'][:12]}, but {MANIFEST} says {want['size']} "
                 f"bytes with {want['sha256'][:12]}; it was changed after it was fetched: dvc repro -f fetch-data"

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -57,9 +59,9 @@ class ColIntern3_5(InternVLModel):
         """Load a base, an adapter or a merged model.
 
         Args:
-            path: hub id, or a folder: with adapter_config.json it is an adapter (its base and its head are loaded
+            path: hub id or folder: with adapter_config.json it is an adapter (its base and its head are loaded
                 with it), else a checkpoint with or without `custom_text_proj`.
-            revision: hub commit; for a base on the hub.
+            revision: hub commit of what is at `path`; an adapter itself names the commit of its base.
             base: where an adapter's base is, if not where the adapter says.
             merge: fold the adapter into the base weights; without it the LoRA layers stay visible.
             seed: draws the head where the checkpoint has none, independently of the global random state.
@@ -69,8 +71,8 @@ class ColIntern3_5(InternVLModel):
             ValueError: weights that are missing or left over, an adapter without its head, or `merge` on a folder
                 that holds no adapter.
         """
-        folder = Path(path)
-        if (folder / "adapter_config.json").is_file():
+        folder = Path(path) if Path(path).is_dir() else _hub_adapter(str(path), revision)
+        if folder and (folder / "adapter_config.json").is_file():
             config = PeftConfig.from_pretrained(str(folder))
             place = base or config.base_model_name_or_path
             model = cls.from_pretrained(place, revision=config.revision, seed=seed, **kwargs)
@@ -197,6 +199,15 @@ def attention_kernel(choice: str, dtype: str) -> str:
         return choice
     usable = torch.cuda.is_available() and dtype == "bfloat16" and find_spec("flash_attn")
     return "flash_attention_2" if usable else "sdpa"
+
+
+def _hub_adapter(name: str, revision: str | None) -> Path | None:
+    """The cached folder of an adapter on the hub, its head with it; None if `name` is no adapter there."""
+    try:
+        hf_hub_download(name, "adapter_config.json", revision=revision)
+    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):  # transformers says what it is, or is not
+        return None
+    return Path(snapshot_download(name, revision=revision, allow_patterns=["adapter_*", HEAD_FILE]))
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 class UserError(ValueError):
     """Bad input. The message names the key or file, its value and what would be valid; the process exits with 2."""
 
+    exit_code = 2
+
 
 def root() -> Path:
     """The repository that holds what git does not track: `dvc exp run --temp` runs in a copy without it."""
@@ -27,12 +29,12 @@ def root() -> Path:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Around a program's main (as `with` or as a decorator): a UserError becomes one message on stderr and exit 2."""
+    """Around a program's main (as `with` or as a decorator): a UserError is told on stderr, with its exit code."""
     try:
         yield
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from problem
+        raise SystemExit(problem.exit_code) from problem
 
 
 class Rule(NamedTuple):

@@ -1,6 +1,6 @@
 """Where data comes from: each source puts files on disk and says which they are. Nothing here reads a row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,10 +8,12 @@ from colintern import jsonl, pdfs
 from colintern.collected import Collected, Shelf
 from colintern.demo import DemoPage, corpus
 from colintern.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
+from colintern.hub_errors import Repo
 from colintern.images import png_bytes
 from colintern.manifest import (
     BASE_SUFFIXES,
     BEIR_SUFFIXES,
+    TASK_SUFFIXES,
     TRAIN_SUFFIXES,
     Files,
     folder_of,
@@ -30,27 +32,44 @@ DEMO_QUERIES = 2  # a training page
 
 
 class Fetched(NamedTuple):
-    """The manifest (base, train, and evaluation by benchmark), and the folders of documents behind it, by name."""
+    """The manifest (base, train, evaluation by benchmark or task), and the folders of documents behind it, by name."""
 
     manifest: dict[str, Any]
     own: dict[str, Own]
 
 
-def fetch(params: Params) -> Fetched:
+def fetch(params: Params, tasks: Mapping[str, Mapping[str, str]]) -> Fetched:
     """Put all that params names on disk.
 
-    mteb's own tasks are not in the manifest: mteb fetches them, at the revision it pins.
+    Args:
+        tasks: the tasks of mteb's that are to be evaluated, by name: {"path": hub id, "revision": 40 hex digits}.
+
+    Raises:
+        UserError: a folder that holds nothing; see also `hub.fetch`.
     """
     sets, benchmarks = mixture(params.train_data), [name for name in params.benchmarks if local(name)]
+    wanted: dict[tuple[str, str], tuple[Repo, tuple[str, ...]]] = {}
+    if params.base_revision:
+        wanted["base", params.base] = (Repo("base", params.base, params.base_revision, "model"), BASE_SUFFIXES)
+    for name in filter(on_hub, dict(sets)):
+        repo = Repo("train_data", name, params.train_revision, "dataset")
+        wanted["train", name] = (repo, TRAIN_SUFFIXES)
+    for name, data in tasks.items():
+        repo = Repo(f"benchmarks: {name}", data["path"], data["revision"], "dataset")
+        wanted["evaluation", name] = (repo, TASK_SUFFIXES)
+    # All at once, and before anything is made here: one question of room, one bar.
+    found = dict(zip(wanted, hub_files(list(wanted.values())), strict=True))
     kinds = {name: _kind(name) for name in (*dict(sets), *benchmarks)}
     own = {name: make(name, collect) for name, collect in kinds.items() if collect}
-    train = [_training(name, params.train_revision, own)._replace(weight=weight)._asdict() for name, weight in sets]
+    train = [found.get(("train", name)) or _training(name, own) for name, _ in sets]
+    evaluation = {name: _evaluation(name, own) for name in benchmarks}
+    evaluation |= {name: found["evaluation", name] for name in tasks}
     manifest = {
-        "base": _source(params.base, params.base_revision, "model", BASE_SUFFIXES)._asdict(),
+        "base": (found.get(("base", params.base)) or local_files(params.base, BASE_SUFFIXES))._asdict(),
         "train_data": params.train_data,
         "train_revision": params.train_revision,
-        "train": train,
-        "evaluation": {name: _evaluation(name, own)._asdict() for name in benchmarks},
+        "train": [files._replace(weight=w)._asdict() for files, (_, w) in zip(train, sets, strict=True)],
+        "evaluation": {name: files._asdict() for name, files in evaluation.items()},
     }
     return Fetched(manifest, own)
 
@@ -59,11 +78,13 @@ def parts(params: Params, manifest: dict[str, Any]) -> list[Part]:
     """The training sets and local benchmarks of a manifest, split by split, under the names that params give them."""
     found = []
     for (name, _), entry in zip(mixture(params.train_data), manifest["train"], strict=True):
-        folder = folder_of(Files(**entry), "dataset", TRAIN_SUFFIXES)
+        folder = folder_of(Files(**entry), "dataset")
         for split, prefix in SPLITS.items():
             files = [file for file in sorted(entry["files"]) if Path(file).name.startswith(f"{prefix}-")]
             found.append(Part(name, split, folder, tuple(files), on_hub(name)))
     for name, entry in manifest["evaluation"].items():
+        if entry["revision"]:  # a task of mteb's: not ours to judge
+            continue
         files = [file for file in sorted(entry["files"]) if file.startswith("corpus/") and file.endswith(".parquet")]
         found.append(Part(name, "test", root() / entry["folder"], tuple(files)))
     return found
@@ -71,17 +92,13 @@ def parts(params: Params, manifest: dict[str, Any]) -> list[Part]:
 
 def tokenizer(manifest: dict[str, Any]) -> Path:
     """The file of the base's tokenizer."""
-    return folder_of(Files(**manifest["base"]), "model", BASE_SUFFIXES) / "tokenizer.json"
+    return folder_of(Files(**manifest["base"]), "model") / "tokenizer.json"
 
 
-def _source(name: str, revision: str, kind: str, suffixes: tuple[str, ...]) -> Files:
-    return hub_files(name, revision, kind, suffixes) if on_hub(name) else local_files(name, suffixes)
-
-
-def _training(name: str, revision: str, own: dict[str, Own]) -> Files:
+def _training(name: str, own: dict[str, Own]) -> Files:
     if name == DEMO:
         return demo_training()
-    return own[name].files("train") if name in own else _source(name, revision, "dataset", TRAIN_SUFFIXES)
+    return own[name].files("train") if name in own else local_files(name, TRAIN_SUFFIXES)
 
 
 def _evaluation(name: str, own: dict[str, Own]) -> Files:

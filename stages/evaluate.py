@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from colintern.jsonfile import dumps
-from colintern.manifest import local
+from colintern.manifest import ready
 from colintern.params import exit_on_user_error, load, root
 
 
@@ -19,9 +19,9 @@ from colintern.params import exit_on_user_error, load, root
 def main() -> None:
     params = load()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    if all(map(local, params.benchmarks)):
-        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(root() / "data" / ".arrow")}
-    from colintern import evaluation  # only now: the hub client reads the environment when it is imported
+    os.environ["HF_DATASETS_CACHE"] = str(root() / "data" / ".arrow")
+    ready(params, evaluation=True)
+    from colintern import evaluation  # only now: `datasets` reads the environment when it is imported
 
     scores = evaluation.evaluate_adapter(params, Path("experiments/colintern"), Path("results/mteb_evaluation"))
     for folder in ("metrics", "plots"):

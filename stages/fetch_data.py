@@ -1,10 +1,11 @@
-"""fetch-data: put the base model, the training pages and the local benchmarks on disk, name every file, see every row.
+"""fetch-data: put the base, the training pages and the pages to evaluate on disk, name every file, see every row.
 
     python -m stages.fetch_data
 
-Input: params.yaml. Output: data/manifest.json (file, size, sha256, repository, revision) and the bytes it names;
-data/quarantine.json, the rows that are left out and why; data/survey.json, the data in numbers. Exit 2 for too many
-rows left out, for an evaluation set with a fault, and for a page in two splits.
+Input: params.yaml. Output: data/manifest.json (file, size, sha256, repository, revision) and the bytes it names, of
+which those from the hub lie in its own cache; data/quarantine.json, the rows that are left out and why;
+data/survey.json, the data in numbers. Exit 2 for too many rows left out, for an evaluation set with a fault, and for
+a page in two splits; exit 7 when the hub cannot be reached and the cache lacks something.
 """
 
 from pathlib import Path
@@ -20,11 +21,12 @@ from colintern.survey import look, survey
 @exit_on_user_error()
 def main() -> None:
     params = load()
+    tasks = {}
     if not all(map(local, params.benchmarks)):
-        from colintern.benchmarks import check_names  # only now: it imports mteb, which takes seconds
+        from colintern.benchmarks import hub_data  # only now: it imports mteb, which takes seconds
 
-        check_names(params)
-    manifest, own = fetch(params)
+        tasks = hub_data(params)
+    manifest, own = fetch(params, tasks)
     Path("data").mkdir(exist_ok=True)
     seen = look(parts(params, manifest))
     bad, rows = quarantine(seen, own)
@@ -36,7 +38,7 @@ def main() -> None:
     named = [("base", manifest["base"]), *(("train", part) for part in manifest["train"])]
     for name, part in [*named, *manifest["evaluation"].items()]:
         size = sum(file["size"] for file in part["files"].values())
-        print(f"{name:<10} {part['folder']:<40} {len(part['files']):>4} files {size / 1e6:>10.1f} MB")
+        print(f"{name:<50} {part['folder']:<60} {len(part['files']):>4} files {size / 1e6:>10.1f} MB")
 
 
 if __name__ == "__main__":

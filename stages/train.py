@@ -17,15 +17,21 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # else the Trainer splits ea
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from colintern.jsonfile import dumps
+from colintern.manifest import ready, training_sets
 from colintern.params import exit_on_user_error, load
-from colintern.runs import train
-from colintern.training import NonFiniteError
 
 
 @exit_on_user_error()
 def main() -> None:
+    params = load()
+    # A flipped bit costs seconds here, and a training run later.
+    training_sets(params.train_data, params.train_revision, anew=True)
+    ready(params, anew=True)
+    from colintern.runs import train  # only now: `datasets` looks at its import whether it may ask the hub
+    from colintern.training import NonFiniteError
+
     try:
-        metrics = train(load(), Path("experiments/colintern"))
+        metrics = train(params, Path("experiments/colintern"))
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(5) from error

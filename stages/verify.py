@@ -12,14 +12,14 @@ from pathlib import Path
 from colintern.inventory import inventory, metrics, write_csv
 from colintern.jsonfile import dumps
 from colintern.lora import add_lora, count, faults, meta_model, table
-from colintern.manifest import check_base
+from colintern.manifest import ready
 from colintern.params import UserError, exit_on_user_error, load
 
 
 @exit_on_user_error()
 def main() -> None:
     params = load()
-    check_base(params)
+    ready(params)
     model = meta_model(params.base, params.base_revision or None)
     try:
         wrapped = add_lora(model, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout)

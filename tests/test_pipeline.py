@@ -19,8 +19,9 @@ LEVELS = [
     {"training", "sources", "mteb_model", "benchmarks", "checks", "inventory"},
     {"data", "embed", "lora", "survey", "own"},
     {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl", "splits"},
+    {"hub"},
     {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo"},
-    {"images", "lock", "parallel"},
+    {"images", "lock", "parallel", "digests", "hub_errors"},
 ]
 
 

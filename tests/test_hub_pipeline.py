@@ -1,0 +1,139 @@
+"""The 1B recipe from the hub to its metrics: `dvc repro` over a hub on loopback that has, small, all the recipe names.
+
+Of the recipe only sizes differ. The base is the demo's, under the real id; the training set has the true columns; each
+task of ViDoRe v1 and v2 has a few pages, at the commit mteb pins, in the layout mteb reads there.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import mteb
+import pytest
+from conftest import BASE, ROOT
+from datasets import Dataset, Features, Image, Value
+from hub import running, sha256
+from test_dvc_commands import STAGES, Repo, bare_environment, copy_working_tree, ran, skipped
+
+from colintern.demo import corpus
+from colintern.formats import TrainingRow, png_bytes, write_training_split
+from colintern.params import load
+
+RECIPE = ROOT / "recipes" / "internvl3_5-1b.yaml"
+SIZES = {
+    "max_visual_tokens": "32",
+    "dtype": "float32",
+    "epochs": "1",
+    "warmup_steps": "1",
+    "batch_size": "8",
+    "micro_batch_size": "4",
+    "logging_steps": "1",
+    "dev_queries": "4",
+    "eval_batch_size": "4",
+    "feature_cache_gb": "0.1",
+    "threads": "1",
+    "workers": "1",
+}
+ROWS = 16  # two steps
+LANGUAGES = ("english", "french", "german", "spanish")
+TASKS = [task.metadata for name in ("ViDoRe(v1)", "ViDoRe(v2)") for task in mteb.get_benchmark(name).tasks]
+
+
+def write_task(folder: Path, number: int) -> None:
+    """A data set as ViDoRe v1 and v2 have it on the hub: three configurations, one split; v2's queries say their
+    language."""
+    pages = corpus("test", 4, 1, seed=number)
+    ids = list(range(len(pages)))
+    images = [{"bytes": png_bytes(page.image), "path": page.name} for page in pages]
+    tables = {
+        "corpus": ({"corpus-id": ids, "image": images}, {"image": Image()}),
+        "queries": ({"query-id": ids, "query": [page.queries[0] for page in pages], "language": LANGUAGES}, {}),
+        "qrels": ({"query-id": ids, "corpus-id": ids, "score": [1] * len(ids)}, {}),
+    }
+    card = ["---", "configs:"]
+    for name, (columns, types) in tables.items():
+        kinds = {key: Value("string" if isinstance(values[0], str) else "int64") for key, values in columns.items()}
+        path = f"{name}/test-00000-of-00001.parquet"
+        (folder / name).mkdir(parents=True)
+        Dataset.from_dict({k: list(v) for k, v in columns.items()}, features=Features(kinds | types)).to_parquet(
+            folder / path
+        )
+        card += [f"- config_name: {name}", "  data_files:", "  - split: test", f"    path: {name}/test-*"]
+    (folder / "README.md").write_text("\n".join([*card, "---", "# pages", ""]))
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    top, recipe = tmp_path_factory.mktemp("hub"), load(RECIPE)
+    for split, drawn, number in (("train", "train", ROWS), ("test", "dev", 4)):
+        rows = [
+            TrainingRow(png_bytes(page.image), page.name, page.queries[0]) for page in corpus(drawn, number, 1, seed=0)
+        ]
+        write_training_split(top / "train", split, rows)
+    with running() as hub:
+        hub.add_folder("model", recipe.base, recipe.base_revision, BASE)
+        hub.add_folder("dataset", recipe.train_data, recipe.train_revision, top / "train")
+        for number, task in enumerate(TASKS):
+            write_task(top / task.name, number)
+            hub.add_folder("dataset", task.dataset["path"], task.dataset["revision"], top / task.name)
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def repo(hub, tmp_path_factory):
+    """A copy of this repository with the recipe, whose first stage has run."""
+    path, home = tmp_path_factory.mktemp("repo"), tmp_path_factory.mktemp("home")
+    copy_working_tree(path)
+    params = RECIPE.read_text()
+    for key, value in SIZES.items():
+        params, found = re.subn(rf"(?m)^{key}: \S+", f"{key}: {value}", params)
+        assert found == 1, key
+    (path / "params.yaml").write_text(params)
+    env = {key: value for key, value in bare_environment(home).items() if not key.startswith("HF_")}
+    repo = Repo(path, env | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf")})
+    repo.output("git init -q -b main")
+    assert ran(repo.output("dvc repro fetch-data")) == ["fetch-data"]
+    return repo
+
+
+def test_the_manifest_names_every_data_set_at_its_commit(repo, hub):
+    manifest, recipe = json.loads((repo.path / "data/manifest.json").read_text()), load(RECIPE)
+    assert (manifest["base"]["folder"], manifest["base"]["revision"]) == (recipe.base, recipe.base_revision)
+    assert (manifest["train"]["folder"], manifest["train"]["revision"]) == (recipe.train_data, recipe.train_revision)
+    assert list(manifest["evaluation"]) == sorted(task.name for task in TASKS)
+    for task in TASKS:
+        entry, served = manifest["evaluation"][task.name], hub.repos["dataset", *task.dataset.values()]
+        assert (entry["folder"], entry["revision"]) == (task.dataset["path"], task.dataset["revision"])
+        assert entry["files"] == {k: {"size": len(v), "sha256": sha256(v)} for k, v in served.items()}
+
+
+def test_the_recipe_trains_and_evaluates_without_another_word_to_the_hub(repo, hub):
+    hub.requests.clear()
+    assert ran(repo.output("dvc repro")) == list(STAGES[1:])
+    assert hub.requests == []
+    assert repo.metric("train")["steps"] == ROWS // 8
+    scores = repo.metric("eval")
+    assert list(scores) == ["ViDoRe(v1)", "ViDoRe(v2)"]
+    assert sorted({**scores["ViDoRe(v1)"]["tasks"], **scores["ViDoRe(v2)"]["tasks"]}) == sorted(t.name for t in TASKS)
+    for task in TASKS:
+        [result] = (repo.path / "results/mteb_evaluation").rglob(f"{task.name}.json")
+        assert json.loads(result.read_text())["dataset_revision"] == task.dataset["revision"]
+
+
+def test_the_adapter_names_its_base_as_others_find_it(repo):
+    config = json.loads((repo.path / "experiments/colintern/adapter_config.json").read_text())
+    recipe = load(RECIPE)
+    assert (config["base_model_name_or_path"], config["revision"]) == (recipe.base, recipe.base_revision)
+
+
+def test_a_second_repro_runs_nothing(repo):
+    output = repo.output("dvc repro")
+    assert (ran(output), skipped(output)) == ([], list(STAGES))
+
+
+def test_with_the_hub_gone_its_files_are_listed_and_evaluated_again(repo, hub):
+    before = (repo.path / "metrics/eval.json").read_text()
+    hub.shutdown()
+    hub.server_close()
+    assert ran(repo.output("dvc repro -f -s fetch-data eval")) == ["fetch-data", "eval"]
+    assert (repo.path / "metrics/eval.json").read_text() == before
