@@ -89,6 +89,6 @@ def offline(repos: Iterable[Repo], reason: str) -> OfflineError:
     ]
     return OfflineError(
         f"{constants.ENDPOINT} cannot be reached ({reason}) and {constants.HF_HUB_CACHE} lacks files; where there is a "
-        "network, with the same HF_HOME, run: dvc repro fetch-data\n  or: " + "\n  or: ".join(commands),
+        "network, with the same HF_HOME, run: dvc repro -f fetch-data\n  or: " + "\n  or: ".join(commands),
         reason,
     )

@@ -200,7 +200,7 @@ def test_bytes_that_arrive_wrong_twice_are_refused_and_not_kept(workspace):
 
 def test_a_hub_that_stays_in_trouble_ends_with_the_commands_to_fetch_it_elsewhere(workspace):
     workspace.hub.faults.append(Fault("/cdn/", times=10**6, status=503))
-    refused(workspace.fetch(), 7, "HTTP 503", "dvc repro fetch-data")
+    refused(workspace.fetch(), 7, "HTTP 503", "dvc repro -f fetch-data")
     assert workspace.hub.faults[0].times < 10**6 - 4
 
 
@@ -244,7 +244,7 @@ def test_a_listing_that_points_outside_is_refused(workspace):
 
 def test_offline_the_commands_that_are_printed_are_what_is_needed(workspace):
     done = workspace.fetch(HF_HUB_OFFLINE="1")
-    refused(done, 7, "dvc repro fetch-data", BASE, TRAIN)
+    refused(done, 7, "dvc repro -f fetch-data", BASE, TRAIN)
     commands = re.findall(r"hf download .*", done.stderr)
     assert commands == [
         f"hf download {BASE} --revision {RECIPE.base_revision}",
@@ -340,7 +340,7 @@ def test_one_bar_in_bytes_with_the_time_left(workspace):
 def test_a_reader_fetches_what_the_cache_has_lost(workspace):
     assert workspace.fetch().returncode == 0
     shutil.rmtree(workspace.path / "hf")
-    refused(workspace.read(HF_HUB_OFFLINE="1"), 7, "lacks files", f"hf download {BASE}")
+    refused(workspace.read(HF_HUB_OFFLINE="1"), 7, "lacks files", f"hf download {TRAIN}")
     done = workspace.read()
     assert done.returncode == 0, done.stderr
     assert (
