@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from colintern.manifest import SURVEY, read
+from colintern.manifest import MANIFEST, SURVEY, Files, folder_of, read
 from colintern.params import Params
 from colintern.tiles import base_tile, choose_grid
 
@@ -27,7 +27,7 @@ def inventory(params: Params) -> Survey:
         UserError: there is no survey.
     """
     found: Survey = read(SURVEY)
-    side, tokens = base_tile(Path(params.base))
+    side, tokens = base_tile(folder_of(Files(**read(MANIFEST)["base"]), "model"))
     for facts in found.values():
         tiles: Counter[int] = Counter()
         for size, count in facts.pop("page sizes").items():

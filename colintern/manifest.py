@@ -103,8 +103,10 @@ def folder_of(files: Files, kind: str) -> Path:
     return hub.folder(Repo("", files.folder, files.revision, kind)) if files.revision else root() / files.folder
 
 
-def ready(params: Params, *, evaluation: bool = False, anew: bool = False) -> None:
+def ready(params: Params, *, evaluation: bool = False, anew: bool = False) -> str:
     """Fetch and check the base's files, and those of the evaluation; after that, this process stays off the hub.
+
+    Returns where the base is loaded from, see `check_base`.
 
     Args:
         anew: hash every file, whatever is known of it, to find what the disk itself has changed.
@@ -112,10 +114,11 @@ def ready(params: Params, *, evaluation: bool = False, anew: bool = False) -> No
     Raises:
         UserError: no manifest, or a file is missing and cannot be fetched, or is not the one that was fetched.
     """
-    check_base(params, anew)
+    base = check_base(params, anew)
     for name in read(MANIFEST)["evaluation"] if evaluation else ():
         benchmark_folder(name, anew)
     hub.stay_offline()
+    return base
 
 
 def check_base(params: Params, anew: bool = False) -> str:

@@ -19,8 +19,8 @@ from colintern.params import UserError, exit_on_user_error, load
 @exit_on_user_error()
 def main() -> None:
     params = load()
-    ready(params)
-    model = meta_model(params.base, params.base_revision or None)
+    base = ready(params)
+    model = meta_model(base, params.base_revision or None)
     try:
         wrapped = add_lora(model, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout)
     except ValueError as error:

@@ -16,7 +16,8 @@ from hub import running, sha256
 from test_dvc_commands import STAGES, Repo, bare_environment, copy_working_tree, ran, skipped
 
 from colintern.demo import corpus
-from colintern.formats import TrainingRow, png_bytes, write_training_split
+from colintern.formats import TrainingRow, write_training_split
+from colintern.images import png_bytes
 from colintern.params import load
 
 RECIPE = ROOT / "recipes" / "internvl3_5-1b.yaml"
@@ -99,7 +100,8 @@ def repo(hub, tmp_path_factory):
 def test_the_manifest_names_every_data_set_at_its_commit(repo, hub):
     manifest, recipe = json.loads((repo.path / "data/manifest.json").read_text()), load(RECIPE)
     assert (manifest["base"]["folder"], manifest["base"]["revision"]) == (recipe.base, recipe.base_revision)
-    assert (manifest["train"]["folder"], manifest["train"]["revision"]) == (recipe.train_data, recipe.train_revision)
+    [train] = manifest["train"]
+    assert (train["folder"], train["revision"]) == (recipe.train_data, recipe.train_revision)
     assert list(manifest["evaluation"]) == sorted(task.name for task in TASKS)
     for task in TASKS:
         entry, served = manifest["evaluation"][task.name], hub.repos["dataset", *task.dataset.values()]

@@ -194,11 +194,13 @@ def test_what_is_unchanged_is_not_made_again_and_what_is_changed_is(folder):
     file = next(Path(own.made).glob("train/data/train-*.parquet"))
     written = file.stat().st_mtime_ns
     assert make(DOCS, jsonl.collect).made == own.made and file.stat().st_mtime_ns == written
-    Path("data/manifest.json").write_text(json.dumps({"train": [own.files("train")._asdict()]}))
-    assert len(training_sets()) == 1
+    Path("data/manifest.json").write_text(
+        json.dumps({"train_data": DOCS, "train_revision": "", "train": [own.files("train")._asdict()]})
+    )
+    assert len(training_sets(DOCS, "")) == 1
     (folder / "0.png").write_bytes(png_bytes(page_image("another page")))
     with pytest.raises(UserError, match=r"data/own/docs/0\.png: changed since the pages were made.*fetch-data"):
-        training_sets()
+        training_sets(DOCS, "")
     again = make(DOCS, jsonl.collect)
     assert again.made != own.made and not Path(own.made).exists()
 

@@ -16,7 +16,7 @@ from pdf_writer import write_pdf
 
 from colintern.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.images import png_bytes
-from colintern.params import UserError
+from colintern.params import UserError, load
 
 SET, BEIR = "data/own/set", "data/own/beir"
 PAGES = [png_bytes(page_image(f"page {number}")) for number in range(60)]
@@ -106,7 +106,7 @@ def test_each_bad_row_costs_one_row_and_is_named():
     assert [(entry["source"], entry["row"]) for entry in quarantine()] == [(SET, place) for place in places]
     for entry, (_, reason) in zip(quarantine(), CASES, strict=True):
         assert entry["reason"].startswith(reason)
-    table = rows("train")
+    table = rows(load())["train"]
     assert table["query"][:] == [f"question {n}" for n in range(10, 30)] + [long["query"], right_to_left["query"]]
     processor = ColIntern3_5Processor.from_pretrained("demo/base", max_visual_tokens=96, max_query_tokens=64)
     assert processor.process_queries(table["query"][-2:])["input_ids"].shape == (2, 64)
@@ -163,10 +163,11 @@ def test_a_mixture_shows_the_rows_of_a_set_as_often_as_its_weight_says():
     write_params(train_data=f"{SET} + data/own/small*3")
     done = fetch_data()
     assert done.returncode == 0, done.stderr
-    queries = rows("train")["query"][:]
+    tables = rows(load())
+    queries = tables["train"]["query"][:]
     assert len(queries) == 40 + 3 * 3
     assert queries.count("question 56") == 3 and queries.count("question 7") == 1
-    assert rows("test")["query"][:].count("question 58") == 1, "the dev set is not weighted"
+    assert tables["test"]["query"][:].count("question 58") == 1, "the dev set is not weighted"
 
 
 def test_a_leak_between_two_sets_of_a_mixture_is_found():
@@ -277,8 +278,8 @@ def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():
     assert (entry["source"], entry["row"]) == (str(folder), "cut.pdf")
     assert "1 of 81 rows in data/quarantine.json" in done.stdout
     corpus = pq.read_table(next(benchmark_folder(str(folder)).glob("corpus/*.parquet"))).num_rows
-    assert len(rows("train")) + len(rows("test")) + corpus == 80
+    assert sum(map(len, rows(load()).values())) + corpus == 80
     assert asks_pseudo_queries()
     write_pdf(folder / "c.pdf", [["new"]])
     with pytest.raises(UserError, match=r"data/own/manuals/c\.pdf: new since the pages were made"):
-        rows("train")
+        rows(load())
