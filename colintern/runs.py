@@ -81,7 +81,8 @@ def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
         dtype=getattr(torch, params.dtype),
         attn_implementation=kernel,
     )
-    base.name_or_path = params.base  # what the adapter will name, wherever this copy of it lies
+    # What the adapter and its card will name, wherever this copy of the base lies.
+    base.name_or_path = base.config._name_or_path = params.base
     processor = ColIntern3_5Processor.from_pretrained(
         place,
         revision=revision or "main",
