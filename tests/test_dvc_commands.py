@@ -185,7 +185,7 @@ def test_nothing_a_repro_writes_is_left_for_git_but_what_belongs_there(repo):
 
 def test_no_out_says_where_on_the_disk_it_was_made(repo):
     outs = [path for out in ("experiments", "results", "metrics", "plots") for path in (repo.path / out).rglob("*")]
-    files = [path for path in [*outs, *repo.path.glob("data/*.json")] if path.is_file()]
+    files = [path for path in [*outs, *repo.path.glob("data/[!.]*.json")] if path.is_file()]
     assert len(files) > 15
     assert not [path for path in files if str(repo.path).encode() in path.read_bytes()]
 
