@@ -26,7 +26,7 @@ lock: $(UV)  ## renew requirements.txt from pyproject.toml
 	@$(UV) pip compile -q --upgrade --universal --python-version 3.11 --extra dev --generate-hashes \
 	  --no-emit-index-url --custom-compile-command "make lock" -o requirements.txt pyproject.toml
 
-sensitivity: $(ENV)  ## how the demo answers to lr, epochs, batch and rank, three seeds (about an hour)
+sensitivity: $(ENV)  ## how the demo answers to lr, epochs, batch and rank, three seeds (27 runs)
 	@$(RUN) python -m bench.sensitivity
 
 image:  ## the CUDA image that runs the same pipeline; FLASH_ATTN=2.8.3.post2 compiles flash-attn in

@@ -24,9 +24,9 @@ from colintern.params import Params, exit_on_user_error, load
 SETTINGS: dict[str, dict[str, Any]] = {
     "good": {},
     "poor (the guide's)": {"epochs": 1, "batch_size": 2, "micro_batch_size": 2},
-    "lr x 3.3 (2e-2)": {"lr": 2e-2},
-    "lr / 12 (5e-4)": {"lr": 5e-4},
-    "lr / 120 (5e-5)": {"lr": 5e-5},
+    "lr 2e-2": {"lr": 2e-2},
+    "lr 5e-4": {"lr": 5e-4},
+    "lr 5e-5": {"lr": 5e-5},
     "1 epoch": {"epochs": 1},
     "2 epochs": {"epochs": 2},
     "batch 8": {"batch_size": 8, "micro_batch_size": 8},

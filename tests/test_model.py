@@ -105,6 +105,19 @@ def test_an_adapter_without_its_head_is_refused(adapter):
         load(folder)
 
 
+@pytest.mark.parametrize("damage", ["half", "torn", "other key"])
+def test_a_damaged_head_is_refused_and_named(adapter, damage):
+    file = adapter[0] / "head.safetensors"
+    state = load_file(file)
+    if damage == "torn":
+        file.write_bytes(file.read_bytes()[:100])
+    else:
+        bias = state.pop("custom_text_proj.bias")
+        save_file(state | ({"bias": bias} if damage == "other key" else {}), file)
+    with pytest.raises(ValueError, match=r"head\.safetensors: (cannot be read|holds .* expected custom_text_proj)"):
+        load(adapter[0])
+
+
 def test_a_head_that_is_not_finite_is_refused(adapter):
     file = adapter[0] / "head.safetensors"
     save_file({k: v * float("nan") for k, v in load_file(file).items()}, file)

@@ -10,7 +10,9 @@ from test_model import TARGETS, load
 from colintern.data import Pairs
 from colintern.features import Page, PageFeatures
 from colintern.lora import add_lora
+from colintern.params import UserError
 from colintern.params import load as load_params
+from colintern.runs import prepare
 from colintern.training import ContrastiveTrainer, DevSet, NonFiniteError, arguments, split, verdict
 
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
@@ -101,6 +103,32 @@ def test_a_loss_that_is_not_finite_stops_the_step(make, processor, pages):
         trainer.model.base_model.model.custom_text_proj.base_layer.bias.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="step 1"):
         trainer.train()
+
+
+def test_a_gradient_or_a_weight_that_is_not_finite_stops_the_run(make, processor, pages):
+    trainer = make(micro_batch_size=4)
+    down = trainer.model.base_model.model.language_model.layers[1].mlp.down_proj
+    down.lora_B["default"].weight.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(NonFiniteError, match=r"gradient norm is .* at step 1"):
+        trainer.train()
+    with torch.no_grad():
+        down.lora_A["default"].weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"down_proj\.lora_A\.default\.weight is not finite"):
+        trainer.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 64}, "batch_size: 64 is more than the 40 training pairs"),
+        ({"batch_size": 20, "epochs": 2, "logging_steps": 5}, "logging_steps: 5 is more than the 4 steps of this run"),
+    ],
+)
+def test_a_run_that_could_not_be_reported_is_refused_before_anything_is_loaded(monkeypatch, tmp_path, changes, message):
+    monkeypatch.setattr("colintern.runs.rows", lambda params: {"train": range(40), "test": range(4)})
+    params = dataclasses.replace(load_params(ROOT / "recipes" / "demo.yaml"), **changes)
+    with pytest.raises(UserError, match=message):
+        prepare(params, "a base that does not exist", tmp_path)
 
 
 def test_a_run_that_was_cut_off_ends_on_the_same_weights(make, tmp_path):
