@@ -43,6 +43,7 @@ def copy(tmp_path: Path) -> Path:
     (root / "colintern").mkdir()
     for name in ("__init__", "cli", "params", "tiles"):
         shutil.copy(ROOT / "colintern" / f"{name}.py", root / "colintern")
+    shutil.copytree(ROOT / "colintern" / "commands", root / "colintern" / "commands")
     shutil.copytree(ROOT / "recipes", root / "recipes")
     shutil.copy(root / "recipes" / "demo.yaml", root / "params.yaml")
     return root

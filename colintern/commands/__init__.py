@@ -1,0 +1,1 @@
+"""The subcommands of `colintern`, one module each; see colintern/cli.py."""

@@ -1,0 +1,54 @@
+"""`colintern tiles`: how a page of a given size is cut."""
+
+import argparse
+from pathlib import Path
+
+from colintern.params import UserError, load
+
+SUMMARY = "show which tiles a page is cut into"
+EXAMPLE = "colintern tiles 1240 1754 --max-visual-tokens 1536 --tile 448 --tokens-per-tile 256"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("width", type=_pixels, metavar="WIDTH", help="page width in pixels")
+    parser.add_argument("height", type=_pixels, metavar="HEIGHT", help="page height in pixels")
+    parser.add_argument(
+        "--max-visual-tokens", type=_tokens, metavar="N", help="most a page may cost (default: that of params.yaml)"
+    )
+    parser.add_argument("--tile", type=_pixels, metavar="PX", help="side of a tile (default: that of the base)")
+    parser.add_argument(
+        "--tokens-per-tile", type=_tokens, metavar="N", help="visual tokens a tile costs (default: that of the base)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from colintern.tiles import base_tile, choose_grid
+
+    bound, tile, tokens = args.max_visual_tokens, args.tile, args.tokens_per_tile
+    if (tile is None) != (tokens is None):
+        raise UserError("--tile and --tokens-per-tile describe one base: give both, or neither")
+    if bound is None or tile is None:
+        params = load()
+        bound = bound or params.max_visual_tokens
+        if tile is None:
+            tile, tokens = base_tile(Path(params.base))
+    if bound < tokens:
+        raise UserError(f"max_visual_tokens: {bound} is less than one tile costs; it must be at least {tokens}")
+    grid = choose_grid(args.width, args.height, bound // tokens, tile)
+    print(f"page    {args.width} x {args.height} px")
+    print(f"tiles   {grid.cols} x {grid.rows} of {tile} px{' + thumbnail' if grid.thumbnail else ''}")
+    print(f"tokens  {grid.tiles} x {tokens} = {grid.tiles * tokens} visual tokens, at most {bound}")
+
+
+def _pixels(text: str) -> int:
+    return _whole(text, 1_000_000)
+
+
+def _tokens(text: str) -> int:
+    return _whole(text, 65536)
+
+
+def _whole(text: str, high: int) -> int:
+    if not (text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= high):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {high}")
+    return int(text)
