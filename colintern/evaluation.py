@@ -14,15 +14,14 @@ import mteb
 import torch
 from torch import nn
 
+from colintern.adapters import check_adapter, load_adapter, load_processor
 from colintern.benchmarks import from_cache, tasks_for
 from colintern.features import FEATURES, PageFeatures
 from colintern.identity import content_hash
 from colintern.jsonfile import dumps
 from colintern.manifest import check_base
-from colintern.model import ColIntern3_5, attention_kernel
 from colintern.mteb_model import ColIntern3_5Encoder
-from colintern.params import Params, UserError, root
-from colintern.processor import ColIntern3_5Processor
+from colintern.params import Params, root
 
 METRICS = ("ndcg_at_5", "ndcg_at_10", "recall_at_100")
 CLOCK = ("evaluation_time", "date", "evaluation_phases", "kg_co2_emissions")  # of mteb's result files; all may be null
@@ -43,41 +42,21 @@ def evaluate_adapter(params: Params, adapter: Path, output_folder: Path) -> dict
     Raises:
         UserError: an adapter folder or a base that cannot be used; see also `tasks_for`.
     """
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise UserError(f"{adapter}: holds no adapter_model.safetensors; run the stage that makes it: dvc repro train")
+    check_adapter(adapter)
     tasks_for(params)  # a misspelt name is refused before a model is loaded
     base = check_base(params)
     if output_folder.exists():  # nobody shall take an older run's files for this one's
         shutil.rmtree(output_folder)
     torch.set_num_threads(params.threads)
     revision = content_hash(adapter / "adapter_model.safetensors")[:40]
-    processor = ColIntern3_5Processor.from_pretrained(
-        adapter, max_visual_tokens=params.max_visual_tokens, max_query_tokens=params.max_query_tokens
-    )
+    processor = load_processor(params, adapter)
     scores = {}
     for name, label in (("trained", "colintern3_5"), ("untrained", "colintern3_5-untrained")):
         if name == "trained" or params.eval_untrained:
-            model = _load(params, base, adapter, trained=name == "trained")
+            model = load_adapter(params, base, adapter, trained=name == "trained")
             features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb)
             scores[name] = evaluate(model, processor, params, label, revision, output_folder, features)
     return scores
-
-
-def _load(params: Params, base: str, adapter: Path, trained: bool) -> nn.Module:
-    options = {
-        "dtype": getattr(torch, params.dtype),
-        "attn_implementation": attention_kernel(params.attention, params.dtype),
-    }
-    model: Any
-    try:
-        if trained:
-            model = ColIntern3_5.from_pretrained(adapter, base=base, **options)
-        else:
-            model = ColIntern3_5.from_pretrained(base, revision=params.base_revision or None, **options)
-            model.load_head(adapter)
-    except ValueError as error:  # such as an adapter without its head
-        raise UserError(str(error)) from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def evaluate(

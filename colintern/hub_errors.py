@@ -22,7 +22,9 @@ from huggingface_hub.errors import (
 from colintern.params import UserError
 
 PASSING = (500, 502, 503, 504)  # answers of a server that is in trouble, not of one that refuses
-REVISION_KEYS = {"base": "base_revision", "train_data": "train_revision"}
+REVISION_KEYS = {
+    "base": "base_revision", "train_data": "train_revision", "train_corpus": "train_corpus_revision",
+}  # fmt: skip
 
 
 class OfflineError(UserError):

@@ -24,8 +24,13 @@ def stage_identity(stage: str, params: Params) -> dict[str, Any]:
     return {
         "params": {key: getattr(params, key) for key in declared["params"]},
         "deps": {dep: content_hash(Path(dep)) for dep in declared["deps"]},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Python's and those of the libraries that decide results."""
+    return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
 
 
 def content_hash(path: Path) -> str:

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import InternVLConfig
 
-from colintern.model import ColIntern3_5
+from colintern.model import ColIntern3_5, quiet
 
 HEAD = "custom_text_proj"
 FROZEN = ("vision_tower", "multi_modal_projector")
@@ -32,7 +32,8 @@ def add_lora(
     """
     pattern = "|".join(f"(?:{target})" for target in targets)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, revision=revision)
-    return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
+    with quiet():
+        return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
 
 
 def meta_model(base: str, revision: str | None) -> ColIntern3_5:

@@ -30,20 +30,39 @@ def maxsim_matrix(q: Tensor, q_mask: Tensor, p: Tensor, p_mask: Tensor, block: i
     return torch.cat(rows)
 
 
-def contrastive_loss(scores: Tensor, page_ids: Tensor, temperature: float) -> Tensor:
-    """InfoNCE over the pages of the batch (ColBERT in-batch negatives).
+def false_negatives(query_ids: Tensor, page_ids: Tensor) -> Tensor:
+    """Which pages of a batch answer a query without being the page of its row: they must not count as negatives.
 
-    Embeddings that are all alike give log(B): with 64 pairs a model that knows nothing starts near 4.16.
+    Page j answers query i if it is equal to the page of any row that asks the same query.
+
+    Example: rows (q, a), (r, a), (q, b) with a further page c: row 0 leaves out the pages of rows 1 and 2, row 1 that
+    of row 0, row 2 those of rows 0 and 1; c is a negative of all three.
 
     Args:
-        scores: (B, B), query i against page j; page i is the right one for query i.
-        page_ids: (B,) equal for equal pages: another copy of a query's own page is not a negative.
+        query_ids: (B,) equal for equal queries.
+        page_ids: (P,) equal for equal pages, P >= B; the first B are the pages of the rows.
+
+    Returns:
+        (B, P) bool.
+    """
+    same_query = query_ids[:, None] == query_ids[None, :]
+    same_page = page_ids[: len(query_ids), None] == page_ids[None, :]
+    answers = (same_query.float() @ same_page.float()) > 0
+    return answers & ~torch.eye(*answers.shape, dtype=torch.bool, device=answers.device)
+
+
+def contrastive_loss(scores: Tensor, left_out: Tensor, temperature: float) -> Tensor:
+    """InfoNCE over the pages of the batch (ColBERT in-batch negatives; mined ones are further pages of the batch).
+
+    Embeddings that are all alike give log(P): with 64 pairs a model that knows nothing starts near 4.16.
+
+    Args:
+        scores: (B, P), query i against page j, P >= B; page i is the right one for query i.
+        left_out: (B, P) bool, see `false_negatives`.
         temperature: scores are divided by it.
 
     Returns:
         Scalar float32.
     """
-    own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-    twins = (page_ids[:, None] == page_ids[None, :]) & ~own
-    logits = (scores / temperature).masked_fill(twins, -torch.inf)
+    logits = (scores / temperature).masked_fill(left_out, -torch.inf)
     return cross_entropy(logits, torch.arange(len(scores), device=scores.device))

@@ -38,15 +38,6 @@ class Files(NamedTuple):
     weight: int = 1
 
 
-class TrainingSet(NamedTuple):
-    """A set of the manifest: its name there, where it lies, its files, and how often an epoch shows each row."""
-
-    name: str
-    folder: Path
-    files: list[str]
-    weight: int
-
-
 def local(benchmark: str) -> bool:
     """Whether an entry of `benchmarks` is the demo or a folder, not a name of mteb's."""
     return benchmark == "demo" or (root() / benchmark).is_dir()
@@ -64,6 +55,17 @@ def local_files(folder: str, suffixes: tuple[str, ...]) -> Files:
         UserError: the folder does not exist or holds no such file.
     """
     return Files(folder, "", _below(root() / folder, folder, suffixes))
+
+
+def local_file(name: str) -> Files:
+    """One file of the repository.
+
+    Raises:
+        UserError: it does not exist.
+    """
+    if not (root() / name).is_file():
+        raise UserError(f"negatives_file: {name!r} does not exist; `colintern mine --out {name}` makes one")
+    return Files(".", "", _named(root(), [name]))
 
 
 def source_files(folder: str) -> dict[str, dict[str, Any]]:
@@ -132,40 +134,8 @@ def check_base(params: Params, anew: bool = False) -> str:
         raise UserError(
             f"base: {params.base!r} is not the one in {MANIFEST}, {entry['folder']!r}; run: dvc repro fetch-data"
         )
-    folder = _checked(entry, "base", "model", anew)
+    folder = checked_folder(entry, "base", "model", anew)
     return params.base if params.base_revision else str(folder)
-
-
-def training_sets(train_data: str, revision: str, anew: bool = False) -> list[TrainingSet]:
-    """The training sets, their files checked.
-
-    Raises:
-        UserError: no manifest or one of another training set, or a file is missing or changed.
-    """
-    manifest = read(MANIFEST)
-    made_for = (manifest["train_data"], manifest["train_revision"])
-    if made_for != (train_data, revision):
-        raise UserError(
-            f"train_data: {train_data!r} is not the one in {MANIFEST}, {made_for[0]!r}; run: dvc repro fetch-data"
-        )
-    return [
-        TrainingSet(e["folder"], _checked(e, "train_data", "dataset", anew), sorted(e["files"]), e["weight"])
-        for e in manifest["train"]
-    ]
-
-
-def asks_pseudo_queries() -> bool:
-    """Whether a program made some of the training and dev queries from the text of the pages."""
-    return any((entry["made_from"] or {}).get("pseudo") for entry in read(MANIFEST)["train"])
-
-
-def quarantined() -> set[tuple[str, str]]:
-    """(training set, "file:row") of each row that is left out.
-
-    Raises:
-        UserError: no such list; an empty one would be there.
-    """
-    return {(row["source"], row["row"]) for row in read(QUARANTINE)["rows"]}
 
 
 def benchmark_folder(name: str, anew: bool = False) -> Path:
@@ -180,7 +150,7 @@ def benchmark_folder(name: str, anew: bool = False) -> Path:
             f"benchmarks: {name!r} is not among the data sets in {MANIFEST}, which are "
             f"{', '.join(entries) or 'none'}; check the name, then run: dvc repro fetch-data"
         )
-    return _checked(entries[name], f"benchmarks: {name}", "dataset", anew)
+    return checked_folder(entries[name], f"benchmarks: {name}", "dataset", anew)
 
 
 def read(name: str) -> dict[str, Any]:
@@ -195,8 +165,12 @@ def read(name: str) -> dict[str, Any]:
         raise UserError(f"{name}: missing; run the stage that makes it: dvc repro fetch-data") from error
 
 
-def _checked(entry: dict[str, Any], key: str, kind: str, anew: bool) -> Path:
-    """The folder of an entry, all of whose files are there and are the ones that were fetched."""
+def checked_folder(entry: dict[str, Any], key: str, kind: str, anew: bool = False) -> Path:
+    """The folder of an entry, all of whose files are there and are the ones that were fetched.
+
+    Raises:
+        UserError: a file is missing and cannot be fetched, or was changed.
+    """
     files = Files(**entry)
     for name in files.files:
         if hub.outside(name):

@@ -5,6 +5,7 @@ Module paths are those of the guide: `language_model.layers.*`, `vision_tower`, 
 """
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ from torch import nn
 from torch.nn.functional import normalize
 from transformers import InternVLConfig, InternVLModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging as transformers_logging
 
 EMBEDDING_DIM = 128
 HEAD_FILE = "head.safetensors"
@@ -77,11 +79,12 @@ class ColIntern3_5(InternVLModel):
             place = base or config.base_model_name_or_path
             model = cls.from_pretrained(place, revision=config.revision, seed=seed, **kwargs)
             model.load_head(folder)
-            wrapped = PeftModel.from_pretrained(model, str(folder), config=config)
+            with quiet():
+                wrapped = PeftModel.from_pretrained(model, str(folder), config=config)
             return (wrapped.merge_and_unload() if merge else wrapped.base_model.model).eval()
         if merge:
             raise ValueError(f"{path}: nothing to merge, the folder holds no adapter_config.json")
-        with _without_load_report():
+        with quiet():
             loaded: Any = super().from_pretrained(
                 str(path), revision=revision or "main", key_mapping=KEY_MAPPING, output_loading_info=True, **kwargs
             )
@@ -211,18 +214,28 @@ def _hub_adapter(name: str, revision: str | None) -> Path | None:
 
 
 @contextmanager
-def _without_load_report() -> Iterator[None]:
-    """transformers logs a table of missing keys, in which a random head looks like a broken language model (the
-    check after loading says which it is), and every layer that no tensor-parallel plan names."""
+def quiet() -> Iterator[None]:
+    """Around the making of a model, without what the libraries say about it that is no concern of a user's.
+
+    transformers logs a table of missing keys, in which a random head looks like a broken language model (the check
+    after loading says which it is), every layer that no tensor-parallel plan names, and a bar for a second's work;
+    PEFT reads an attribute that transformers has renamed.
+    """
     names = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
     levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    bar = transformers_logging.is_progress_bar_enabled()
     for logger in levels:
         logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
     finally:
         for logger, level in levels.items():
             logger.setLevel(level)
+        if bar:
+            transformers_logging.enable_progress_bar()
 
 
 def _some(names: list[str]) -> str:

@@ -86,6 +86,10 @@ class Params:
     base_revision: Annotated[str, REVISION]
     train_data: Annotated[str, FILLED, MIXTURE]
     train_revision: Annotated[str, REVISION]
+    train_corpus: str
+    train_corpus_revision: Annotated[str, REVISION]
+    negatives: Annotated[int, at_least(0)]
+    negatives_file: str
     max_bad_fraction: Annotated[float, Rule("0 <= max_bad_fraction < 1", lambda value: 0 <= value < 1)]
     benchmarks: Annotated[tuple[str, ...], FILLED]
     eval_untrained: bool
@@ -233,9 +237,14 @@ def _cross_problems(good: dict[str, Any]) -> list[str]:
             f"micro_batch_size: {good['micro_batch_size']} is not valid; "
             f"it must be at most batch_size, {good['batch_size']}"
         )
+    if good.get("negatives_file") and good.get("negatives") == 0:
+        problems.append(
+            f"negatives_file: {_show(good['negatives_file'])} has no effect with negatives: 0; give how many, or ''"
+        )
     for key, revision_key, api in (
         ("base", "base_revision", "model_info"),
         ("train_data", "train_revision", "dataset_info"),
+        ("train_corpus", "train_corpus_revision", "dataset_info"),
     ):
         if not {key, revision_key} <= good.keys():
             continue

@@ -18,16 +18,17 @@ import torch
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from colintern.data import Pairs, pages, rows
+from colintern.data import Pairs, rows
 from colintern.features import FEATURES, PageFeatures
 from colintern.identity import fingerprint, stage_identity
 from colintern.jsonfile import dumps
 from colintern.lora import add_lora, count, faults
-from colintern.manifest import asks_pseudo_queries, check_base
+from colintern.manifest import check_base
 from colintern.model import ColIntern3_5, attention_kernel
 from colintern.params import Params, UserError, root
 from colintern.processor import ColIntern3_5Processor
 from colintern.training import ContrastiveTrainer, DevSet, NonFiniteError, arguments, verdict
+from colintern.trainset import asks_pseudo_queries
 
 CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
 
@@ -65,10 +66,11 @@ def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
     Raises:
         UserError: see `train`.
     """
-    tables = rows(params)
-    steps = len(tables["train"]) // params.batch_size * params.epochs
+    parts = rows(params)
+    train, dev_rows = parts["train"], parts["test"][: params.dev_queries]
+    steps = len(train) // params.batch_size * params.epochs
     if not steps:
-        raise UserError(f"batch_size: {params.batch_size} is more than the {len(tables['train'])} training pairs")
+        raise UserError(f"batch_size: {params.batch_size} is more than the {len(train)} training pairs")
     if params.logging_steps > steps:
         raise UserError(f"logging_steps: {params.logging_steps} is more than the {steps} steps of this run")
     set_seed(params.seed)
@@ -92,17 +94,14 @@ def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
     model = add_lora(base, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout, revision)
     if wrong := faults(count(model, params.lora_targets)):
         raise UserError("\n  ".join(wrong))
-    table, dev_table = tables["train"], tables["test"]
-    dev_table = dev_table.select(range(min(params.dev_queries, len(dev_table))))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb)
-    train_pages, dev_pages = pages(table), pages(dev_table)
-    features.fill([*train_pages, *dev_pages], params.workers)
-    pairs = Pairs(table["query"], train_pages, features)
-    dev = DevSet(dev_table["query"], dev_pages, features)
+    shown = [page for row in train for page in (row.page, *row.negatives)]
+    features.fill([*shown, *(row.page for row in dev_rows)], params.workers)
+    pairs, dev = Pairs(train, features), DevSet(dev_rows, features)
     print(f"{len(pairs)} training pairs; dev: {len(dev)} queries on {len(dev.pages)} pages; attention: {kernel}")
-    if cut := processor.count_cut([*table["query"], *dev_table["query"]]):
-        print(f"{cut} of {len(table) + len(dev_table)} queries are longer than max_query_tokens and are cut")
+    if cut := processor.count_cut([row.query for row in (*train, *dev_rows)]):
+        print(f"{cut} of {len(train) + len(dev_rows)} queries are longer than max_query_tokens and are cut")
     args = arguments(params, str(scratch), quiet=not sys.stderr.isatty())
     if args.n_gpu > 1 or args.world_size > 1:  # each process or device would take a batch of its own
         raise UserError(
@@ -134,7 +133,7 @@ def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any]
     (partial / "trainer_state.json").write_text(dumps(state))
     shutil.rmtree(out, ignore_errors=True)
     os.replace(partial, out)
-    write_csv(Path("plots/train.csv"), steps, ("step", "epoch", "loss", "grad_norm", "learning_rate"))
+    write_csv(Path("plots/train.csv"), steps, ("step", "epoch", "loss", "grad_norm", "learning_rate", "masked_pairs"))
     write_csv(Path("plots/dev.csv"), dev, ("step", "epoch", "eval_ndcg_at_5"))
     (root() / "logs").mkdir(exist_ok=True)
     (root() / "logs" / "train-timing.json").write_text(dumps(timing))
@@ -143,6 +142,7 @@ def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any]
     return pseudo | {
         "steps": trainer.state.global_step,
         "loss": round(steps[-1]["loss"], 6),
+        "masked_pairs": trainer.tally.total,
         "dev_ndcg_at_5": round(dev[-1]["eval_ndcg_at_5"], 6),
         "verdict": verdict(log, params, trainer.dev.chance),
     }

@@ -19,11 +19,13 @@ from colintern.manifest import (
     folder_of,
     hub_files,
     local,
+    local_file,
     local_files,
 )
 from colintern.own import Own, make
 from colintern.params import Params, UserError, mixture, on_hub, root
 from colintern.survey import SPLITS, Part
+from colintern.trainset import POSITIVES, asked, by_number
 
 DEMO = "demo"
 DEMO_SEED = 0  # of the corpus; the training seed is params.seed, so that seeds are compared on the same pages
@@ -54,6 +56,9 @@ def fetch(params: Params, tasks: Mapping[str, Mapping[str, str]]) -> Fetched:
     for name in filter(on_hub, dict(sets)):
         repo = Repo("train_data", name, params.train_revision, "dataset")
         wanted["train", name] = (repo, TRAIN_SUFFIXES)
+    if params.train_corpus_revision:
+        repo = Repo("train_corpus", params.train_corpus, params.train_corpus_revision, "dataset")
+        wanted["corpus", params.train_corpus] = (repo, TRAIN_SUFFIXES)
     for name, data in tasks.items():
         repo = Repo(f"benchmarks: {name}", data["path"], data["revision"], "dataset")
         wanted["evaluation", name] = (repo, TASK_SUFFIXES)
@@ -62,32 +67,60 @@ def fetch(params: Params, tasks: Mapping[str, Mapping[str, str]]) -> Fetched:
     kinds = {name: _kind(name) for name in (*dict(sets), *benchmarks)}
     own = {name: make(name, collect) for name, collect in kinds.items() if collect}
     train = [found.get(("train", name)) or _training(name, own) for name, _ in sets]
+    corpus = found.get(("corpus", params.train_corpus))
+    if params.train_corpus and not corpus:
+        corpus = local_files(params.train_corpus, TRAIN_SUFFIXES)
     evaluation = {name: _evaluation(name, own) for name in benchmarks}
     evaluation |= {name: found["evaluation", name] for name in tasks}
     manifest = {
         "base": (found.get(("base", params.base)) or local_files(params.base, BASE_SUFFIXES))._asdict(),
-        "train_data": params.train_data,
-        "train_revision": params.train_revision,
+        "made_for": asked(params),
         "train": [files._replace(weight=w)._asdict() for files, (_, w) in zip(train, sets, strict=True)],
+        "train_corpus": corpus._asdict() if corpus else None,
+        "negatives": local_file(params.negatives_file)._asdict() if params.negatives_file else None,
         "evaluation": {name: files._asdict() for name, files in evaluation.items()},
     }
     return Fetched(manifest, own)
 
 
 def parts(params: Params, manifest: dict[str, Any]) -> list[Part]:
-    """The training sets and local benchmarks of a manifest, split by split, under the names that params give them."""
-    found = []
-    for (name, _), entry in zip(mixture(params.train_data), manifest["train"], strict=True):
-        folder = folder_of(Files(**entry), "dataset")
+    """The training sets and local benchmarks of a manifest, split by split, under the names that params give them.
+
+    Raises:
+        UserError: a corpus is missing or has no effect; see also `by_number`.
+    """
+    train = [Files(**entry) for entry in manifest["train"]]
+    numbered = [by_number(folder_of(files, "dataset") / min(files.files)) for files in train]
+    corpus = _corpus(params, manifest["train_corpus"], any(numbered))
+    found = [corpus] if corpus else []
+    for (name, _), files, without_pages in zip(mixture(params.train_data), train, numbered, strict=True):
         for split, prefix in SPLITS.items():
-            files = [file for file in sorted(entry["files"]) if Path(file).name.startswith(f"{prefix}-")]
-            found.append(Part(name, split, folder, tuple(files), on_hub(name)))
+            names = [file for file in sorted(files.files) if Path(file).name.startswith(f"{prefix}-")]
+            of = corpus if without_pages else None
+            found.append(Part(name, split, folder_of(files, "dataset"), tuple(names), on_hub(name), of))
     for name, entry in manifest["evaluation"].items():
         if entry["revision"]:  # a task of mteb's: not ours to judge
             continue
-        files = [file for file in sorted(entry["files"]) if file.startswith("corpus/") and file.endswith(".parquet")]
-        found.append(Part(name, "test", root() / entry["folder"], tuple(files)))
+        names = [file for file in sorted(entry["files"]) if file.startswith("corpus/") and file.endswith(".parquet")]
+        found.append(Part(name, "test", root() / entry["folder"], tuple(names)))
     return found
+
+
+def _corpus(params: Params, entry: dict[str, Any] | None, needed: bool) -> Part | None:
+    if needed and not entry:
+        raise UserError(
+            f"train_corpus: '' is not valid: rows of {params.train_data} name their pages by number ({POSITIVES}); it "
+            f"must be the set those numbers count in, such as manu/colpali-corpus for manu/colpali-queries"
+        )
+    if entry and not needed:
+        raise UserError(
+            f"train_corpus: {params.train_corpus!r} has no effect, all rows of {params.train_data} hold their pages; "
+            f"it must be ''"
+        )
+    if not entry:
+        return None
+    files = Files(**entry)
+    return Part(params.train_corpus, "corpus", folder_of(files, "dataset"), tuple(sorted(files.files)))
 
 
 def tokenizer(manifest: dict[str, Any]) -> Path:

@@ -13,18 +13,24 @@ from colintern.collected import query_fault
 from colintern.images import BadImage, decode
 from colintern.parallel import spread
 from colintern.params import UserError
+from colintern.trainset import POSITIVES, held_out
 
 SPLITS = {"train": "train", "dev": "test"}  # how the hub's training sets call them
 
 
 class Part(NamedTuple):
-    """Parquet files of one split of one data set; `name` is what params call it, `fixed` if it is the hub's own."""
+    """Parquet files of one split of one data set; `name` is what params call it, `fixed` if it is the hub's own.
+
+    `corpus`: where rows find the pages they name by number. Such a set may lack files for the dev set, which is then
+    drawn from its training rows.
+    """
 
     name: str
-    split: str  # train, dev or test
+    split: str  # train, dev, test, or corpus
     folder: Path
     files: Sequence[str]
     fixed: bool = False
+    corpus: "Part | None" = None
 
     def __str__(self) -> str:
         return f"{self.name} ({self.split})"
@@ -46,33 +52,74 @@ def look(parts: Sequence[Part]) -> dict[Part, list[Seen]]:
     Raises:
         UserError: a file is no parquet file, or lacks a column.
     """
-    tasks = [(part, name, group) for part in parts for name in part.files for group in _groups(part, name)]
+    whole = [part for part in parts if part.corpus is None]
+    tasks = [(part, name, group) for part in whole for name in part.files for group in _groups(part, name)]
     seen: dict[Part, list[Seen]] = {part: [] for part in parts}
     blocks = spread(_look, tasks, "checking pages", "block")
     for (part, _, _), rows in zip(tasks, blocks, strict=True):
         seen[part] += rows
+    for part in parts:
+        if part.corpus:
+            seen[part] = _numbered(part, parts, seen[part.corpus])
     return seen
+
+
+def _numbered(part: Part, parts: Sequence[Part], pages: Sequence[Seen]) -> list[Seen]:
+    """The rows of a part that name their pages by number; `pages` are those of the corpus, in its order."""
+    both = [other for other in parts if (other.name, other.corpus) == (part.name, part.corpus)]
+    own = [_named_page(row, pages) for row in _queries(part)]
+    if all(other.files for other in both):
+        return own
+    rows = own or [_named_page(row, pages) for other in both for row in _queries(other)]
+    dev = held_out(row.key for row in rows if not row.fault)
+    return [row for row in rows if (row.key in dev) == (part.split == "dev")]
+
+
+def _queries(part: Part) -> Iterator[tuple[str, Any, Any]]:
+    """(place, query, numbers of its pages) of each row."""
+    for name in part.files:
+        table = _open(part, name, {"query", POSITIVES}).read(columns=["query", POSITIVES])
+        for number, row in enumerate(table.to_pylist()):
+            yield f"{name}:{number}", row["query"], row[POSITIVES]
+
+
+def _named_page(row: tuple[str, Any, Any], pages: Sequence[Seen]) -> Seen:
+    where, query, numbers = row
+    text, fault = query if isinstance(query, str) else "", query_fault(query)
+    number = numbers[0] if isinstance(numbers, list) and numbers else numbers
+    if not isinstance(number, int) or not 0 <= number < len(pages):
+        return Seen(where, "", None, text, fault or f"{POSITIVES}: {numbers!r:.80} is no row of the corpus")
+    page = pages[number]
+    return Seen(where, page.key, page.size, text, fault or (page.fault and f"its page, row {number}: {page.fault}"))
 
 
 def _groups(part: Part, name: str) -> Iterator[tuple[int, int]]:
     """(row group, number of its first row) of a file."""
-    path = part.folder / name
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: is not a parquet file: {error}") from error
-    if lacking := {"image", "query"} - {"query" if part.split == "test" else ""} - set(file.schema_arrow.names):
-        raise UserError(f"{path}: has no column {' and '.join(sorted(lacking))}; it has {file.schema_arrow.names}")
+    file = _open(part, name, set(_columns(part)))
     first = 0
     for group in range(file.num_row_groups):
         yield group, first
         first += file.metadata.row_group(group).num_rows
 
 
+def _columns(part: Part) -> list[str]:
+    return ["image"] if part.split in ("test", "corpus") else ["image", "query"]
+
+
+def _open(part: Part, name: str, columns: set[str]) -> pq.ParquetFile:
+    path = part.folder / name
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is not a parquet file: {error}") from error
+    if lacking := columns - set(file.schema_arrow.names):
+        raise UserError(f"{path}: has no column {' and '.join(sorted(lacking))}; it has {file.schema_arrow.names}")
+    return file
+
+
 def _look(task: tuple[Part, str, tuple[int, int]]) -> list[Seen]:
     part, name, (group, first) = task
-    columns = ["image"] if part.split == "test" else ["image", "query"]
-    table = pq.ParquetFile(part.folder / name).read_row_group(group, columns=columns)
+    table = pq.ParquetFile(part.folder / name).read_row_group(group, columns=_columns(part))
     known: dict[str, tuple[tuple[int, int] | None, str]] = {}
     rows = []
     for number, row in enumerate(table.to_pylist(), start=first):
@@ -82,7 +129,7 @@ def _look(task: tuple[Part, str, tuple[int, int]]) -> list[Seen]:
             known[key] = (None, fault) if fault else _size(data)
         size, fault = known[key] if data else (None, fault)
         query = row.get("query", "")
-        if part.split != "test":
+        if "query" in row:
             fault = fault or query_fault(query)
         rows.append(Seen(f"{name}:{number}", key, size, query if isinstance(query, str) else "", fault))
     return rows
@@ -130,6 +177,8 @@ def survey(seen: dict[Part, list[Seen]], tokenizer: Path) -> dict[str, dict[str,
             queries = [row["query"] for row in rows_of(part, "queries", ["query"])]
             asked = Counter(row["corpus-id"] for row in rows_of(part, "qrels", ["corpus-id"]))
             copies = len(good) - len(sizes)
+        elif part.split == "corpus":
+            queries, asked, copies = [], Counter(), len(good) - len(sizes)
         else:
             queries = [row.query for row in good]
             asked = Counter(row.key for row in good)

@@ -1,9 +1,10 @@
 """Training: transformers' Trainer with a contrastive step of our own.
 
-`batch_size` is the number of pages each query is compared with. `micro_batch_size` only says how many pairs are in
-the model at once: with a smaller one each part is embedded without a graph, the loss and the gradient of every
-embedding are computed over the whole batch, and each part is embedded again to send its gradient on (gradient
-caching, Gao et al. 2021, arXiv 2101.06983). The gradient is the same.
+Each query is compared with the pages of all `batch_size` rows and with the hard negatives of all of them.
+`micro_batch_size` only says how many pages or queries are in the model at once: with a smaller one each part is
+embedded without a graph, the loss and the gradient of every embedding are computed over the whole batch, and each part
+is embedded again to send its gradient on (gradient caching, Gao et al. 2021, arXiv 2101.06983). The gradient is the
+same.
 """
 
 import math
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
-from colintern.data import Collator
+from colintern.data import Collator, Row
 from colintern.embed import embed_features, embed_queries
-from colintern.features import Page, PageFeatures
-from colintern.loss import contrastive_loss, maxsim_matrix
+from colintern.features import PageFeatures
+from colintern.loss import contrastive_loss, false_negatives, maxsim_matrix
 from colintern.maxsim import maxsim_scores, ndcg_at_k
 from colintern.params import Params
 from colintern.processor import ColIntern3_5Processor
@@ -30,12 +32,41 @@ class NonFiniteError(RuntimeError):
     """The loss, a gradient or a weight is NaN or infinite; nothing of that run is kept. The process exits with 5."""
 
 
+class Tally(TrainerCallback, ExportableState):
+    """What a logged row sums up since the row before it; kept in the checkpoints, so that a resumed run logs the same.
+
+    `total`: false negatives of the whole run.
+    """
+
+    FIELDS = ("loss", "steps", "masked", "total")
+
+    def __init__(self) -> None:
+        self.loss, self.steps, self.masked, self.total = 0.0, 0, 0, 0
+
+    def add(self, loss: float, masked: int) -> None:
+        self.loss, self.steps = self.loss + loss, self.steps + 1
+        self.masked, self.total = self.masked + masked, self.total + masked
+
+    def row(self) -> dict[str, float]:
+        """The mean loss of the steps since the last row, and how many pairs they left out."""
+        row = {"loss": self.loss / self.steps, "masked_pairs": self.masked}
+        self.loss, self.steps, self.masked = 0.0, 0, 0
+        return row
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in self.FIELDS}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, value in state.stateful_callbacks[type(self).__name__]["attributes"].items():
+            setattr(self, name, value)
+
+
 class ContrastiveTrainer(Trainer):
     """transformers' Trainer; a batch is what `Collator` makes, the dev set is measured as retrieval."""
 
     def __init__(self, params: Params, processor: ColIntern3_5Processor, dev: "DevSet", **kwargs: Any):
-        super().__init__(data_collator=Collator(processor), eval_dataset=dev, **kwargs)
-        self.params, self.dev, self.processor = params, dev, processor
+        self.params, self.dev, self.processor, self.tally = params, dev, processor, Tally()
+        super().__init__(data_collator=Collator(processor), eval_dataset=dev, callbacks=[self.tally], **kwargs)
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward pass over a whole batch; returns its loss, a detached scalar.
@@ -56,26 +87,25 @@ class ContrastiveTrainer(Trainer):
             if not value.isfinite():
                 step = self.state.global_step + 1
                 raise NonFiniteError(f"{name} is {value.item()} at step {step}; a smaller lr may help")
+        self.tally.add(loss.item(), int(false_negatives(batch["query_ids"], batch["page_ids"]).sum()))
         return loss.detach()
 
     def _loss(self, batch: Batch, queries: Tensor, pages: Tensor) -> Tensor:
         scores = maxsim_matrix(queries, batch["query"]["attention_mask"], pages, batch["page"]["attention_mask"])
-        return contrastive_loss(scores, batch["page_ids"], self.params.temperature)
+        return contrastive_loss(scores, false_negatives(batch["query_ids"], batch["page_ids"]), self.params.temperature)
 
     def _cached_step(self, model: Any, batch: Batch) -> Tensor:
-        parts = [
-            part
-            for side in ("query", "page")
-            for part in split(batch[side], self.params.micro_batch_size, self.processor)
-        ]
+        queries, pages = (
+            list(split(batch[side], self.params.micro_batch_size, self.processor)) for side in ("query", "page")
+        )
+        parts = [*queries, *pages]
         states, embeddings = [], []
         with torch.no_grad():
             for part in parts:
                 states.append(rng_state())
                 embeddings.append(model(**part))
         leaves = [e.requires_grad_() for e in embeddings]
-        half = len(leaves) // 2
-        loss = self._loss(batch, torch.cat(leaves[:half]), torch.cat(leaves[half:]))
+        loss = self._loss(batch, torch.cat(leaves[: len(queries)]), torch.cat(leaves[len(queries) :]))
         loss.backward()
         after = rng_state()
         for part, state, leaf in zip(parts, states, leaves, strict=True):
@@ -83,6 +113,10 @@ class ContrastiveTrainer(Trainer):
             self.accelerator.backward((model(**part) * leaf.grad).sum())
         set_rng_state(after)
         return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A row of the training curve takes loss and masked pairs from the tally."""
+        super().log(logs | self.tally.row() if "loss" in logs else logs, start_time)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """NDCG@5 on the dev set.
@@ -140,11 +174,11 @@ def set_rng_state(state: list[Tensor]) -> None:
 class DevSet(Dataset):
     """Dev queries and the pages they ask for, each page once however many rows show it."""
 
-    def __init__(self, queries: Sequence[str], pages: Sequence[Page], features: PageFeatures):
-        distinct = {page.key: page for page in pages}
+    def __init__(self, rows: Sequence[Row], features: PageFeatures):
+        distinct = {row.page.key: row.page for row in rows}
         places = {key: place for place, key in enumerate(distinct)}
-        self.queries, self.pages, self.features = list(queries), list(distinct.values()), features
-        self.relevant = [{places[page.key]} for page in pages]
+        self.queries, self.pages, self.features = [row.query for row in rows], list(distinct.values()), features
+        self.relevant = [{places[row.page.key]} for row in rows]
 
     def __len__(self) -> int:
         return len(self.queries)

@@ -17,15 +17,16 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # else the Trainer splits ea
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from colintern.jsonfile import dumps
-from colintern.manifest import ready, training_sets
+from colintern.manifest import ready
 from colintern.params import exit_on_user_error, load
+from colintern.trainset import training_data
 
 
 @exit_on_user_error()
 def main() -> None:
     params = load()
     # A flipped bit costs seconds here, and a training run later.
-    training_sets(params.train_data, params.train_revision, anew=True)
+    training_data(params, anew=True)
     ready(params, anew=True)
     from colintern.runs import train  # only now: `datasets` looks at its import whether it may ask the hub
     from colintern.training import NonFiniteError

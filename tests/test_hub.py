@@ -41,11 +41,12 @@ with exit_on_user_error():
     Path("data/manifest.json").write_text(dumps(manifest))
 """
 READ = """
-from colintern.manifest import ready, training_sets
+from colintern.manifest import ready
 from colintern.params import exit_on_user_error, load
+from colintern.trainset import training_data
 with exit_on_user_error():
     params = load()
-    training_sets(params.train_data, params.train_revision, anew={anew})
+    training_data(params, anew={anew})
     ready(params, anew={anew})
 """
 

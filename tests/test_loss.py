@@ -4,7 +4,12 @@ import pytest
 import torch
 from colpali_engine.loss import ColbertLoss
 
-from colintern.loss import contrastive_loss, maxsim_matrix
+from colintern.loss import contrastive_loss, false_negatives, maxsim_matrix
+
+
+def nothing(size: int) -> torch.Tensor:
+    """No pair is left out of a square batch."""
+    return torch.zeros(size, size, dtype=torch.bool)
 
 
 def unit(*shape: int) -> torch.Tensor:
@@ -48,20 +53,37 @@ def test_bf16_embeddings_are_scored_in_float32(batch):
 
 @pytest.mark.parametrize("size", [2, 64])
 def test_knowing_nothing_costs_log_batch(size):
-    loss = contrastive_loss(torch.zeros(size, size), torch.arange(size), 0.02)
+    loss = contrastive_loss(torch.zeros(size, size), nothing(size), 0.02)
     assert loss.item() == pytest.approx(math.log(size))
 
 
 def test_two_pairs_by_hand():
     scores = torch.tensor([[0.5, 0.3], [0.1, 0.5]])
     want = (math.log(1 + math.exp(-0.2 / 0.1)) + math.log(1 + math.exp(-0.4 / 0.1))) / 2
-    assert contrastive_loss(scores, torch.arange(2), 0.1).item() == pytest.approx(want, rel=1e-5)
+    assert contrastive_loss(scores, nothing(2), 0.1).item() == pytest.approx(want, rel=1e-5)
 
 
-def test_a_second_copy_of_the_right_page_is_not_a_negative():
+def test_a_hard_negative_is_a_negative_of_every_query():
+    scores = torch.tensor([[0.5, 0.3, 0.4], [0.1, 0.5, 0.2]])
+    want = sum(math.log(1 + sum(math.exp((x - 0.5) / 0.1) for x in row)) for row in ((0.3, 0.4), (0.1, 0.2))) / 2
+    assert contrastive_loss(scores, torch.zeros(2, 3, dtype=torch.bool), 0.1).item() == pytest.approx(want, rel=1e-5)
+
+
+def test_what_is_left_out_is_no_negative():
     scores = torch.tensor([[0.9, 0.9, 0.1], [0.9, 0.9, 0.1], [0.1, 0.2, 0.8]])
-    twin = contrastive_loss(scores, torch.tensor([5, 5, 7]), 0.02)
-    assert twin < 0.01 < contrastive_loss(scores, torch.tensor([5, 6, 7]), 0.02)
+    twin = contrastive_loss(scores, false_negatives(torch.tensor([1, 2, 3]), torch.tensor([5, 5, 7])), 0.02)
+    assert twin < 0.01 < contrastive_loss(scores, nothing(3), 0.02)
+
+
+def test_copies_of_a_page_and_other_pages_of_the_same_query_are_no_negatives():
+    # rows (q, a), (r, a), (q, b), (s, c); hard negatives b, a, d
+    left_out = false_negatives(torch.tensor([1, 2, 1, 3]), torch.tensor([10, 10, 11, 12, 11, 10, 13]))
+    assert left_out.int().tolist() == [
+        [0, 1, 1, 0, 1, 1, 0],
+        [1, 0, 0, 0, 0, 1, 0],
+        [1, 1, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 0],
+    ]
 
 
 def test_loss_and_gradient_are_colpali_engines_where_that_is_right():
@@ -70,7 +92,7 @@ def test_loss_and_gradient_are_colpali_engines_where_that_is_right():
     q, p = unit(6, 5, 16).requires_grad_(), unit(6, 8, 16).requires_grad_()
     theirs = ColbertLoss(temperature=0.02, normalize_scores=True)(q, p)
     want = torch.autograd.grad(theirs, (q, p))
-    ours = contrastive_loss(maxsim_matrix(q, torch.ones(6, 5), p, torch.ones(6, 8)), torch.arange(6), 0.02)
+    ours = contrastive_loss(maxsim_matrix(q, torch.ones(6, 5), p, torch.ones(6, 8)), nothing(6), 0.02)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     for mine, other in zip(torch.autograd.grad(ours, (q, p)), want, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)

@@ -5,13 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from colintern.manifest import benchmark_folder, check_base, local_files, training_sets
+from colintern.manifest import benchmark_folder, check_base, local_files
 from colintern.params import UserError, load
+from colintern.trainset import asked, training_data
 
 
 @pytest.fixture
@@ -26,9 +28,10 @@ def fetched(tmp_path, monkeypatch):
         Path(name).write_bytes(b"pages")
     manifest = {
         "base": local_files("demo/base", (".json", ".safetensors"))._asdict(),
-        "train_data": "demo",
-        "train_revision": "",
+        "made_for": asked(load()),
         "train": [local_files("data/demo/train", (".parquet",))._asdict()],
+        "train_corpus": None,
+        "negatives": None,
         "evaluation": {"demo": local_files("data/demo/beir", (".parquet",))._asdict()},
     }
     Path("data/manifest.json").write_text(json.dumps(manifest))
@@ -37,14 +40,15 @@ def fetched(tmp_path, monkeypatch):
 
 def test_what_is_whole_is_found(fetched):
     assert check_base(load()) == "demo/base"
-    assert training_sets("demo", "") == [("data/demo/train", Path("data/demo/train"), ["data/train-0.parquet"], 1)]
+    found = ("data/demo/train", Path("data/demo/train"), ["data/train-0.parquet"], 1)
+    assert training_data(load()) == ([found], None, None)
     assert benchmark_folder("demo") == Path("data/demo/beir")
 
 
 def test_a_missing_page_file_is_named(fetched):
     Path("data/demo/train/data/train-0.parquet").unlink()
     with pytest.raises(UserError, match=r"train-0\.parquet: missing.*dvc repro -f fetch-data"):
-        training_sets("demo", "")
+        training_data(load())
 
 
 def test_one_flipped_bit_is_found(fetched):
@@ -61,9 +65,11 @@ def test_a_changed_base_is_found(fetched):
         check_base(load())
 
 
-def test_a_manifest_of_another_training_set_is_refused(fetched):
-    with pytest.raises(UserError, match=r"train_data: 'data/own/docs' is not the one in .*'demo'; run: dvc repro"):
-        training_sets("data/own/docs", "")
+@pytest.mark.parametrize("key", ["train_data", "train_corpus", "negatives_file"])
+def test_a_manifest_of_other_training_data_is_refused(fetched, key):
+    params = replace(load(), **{key: "data/own/docs"})
+    with pytest.raises(UserError, match=rf"{key}: 'data/own/docs' is not the one in .*; run: dvc repro"):
+        training_data(params)
 
 
 def test_an_untracked_base_is_found_from_the_copy_dvc_makes_for_an_experiment(fetched, tmp_path, monkeypatch):
@@ -85,7 +91,7 @@ def test_an_entry_that_points_outside_is_refused(fetched, name):
     entry["files"] = {name: next(iter(entry["files"].values()))}
     Path("data/manifest.json").write_text(json.dumps(fetched))
     with pytest.raises(UserError, match="points outside"):
-        training_sets("demo", "")
+        training_data(load())
 
 
 def test_an_unknown_local_benchmark_is_refused(fetched):

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,9 +16,9 @@ from PIL import Image
 
 from colintern import jsonl, pdfs
 from colintern.images import png_bytes
-from colintern.manifest import training_sets
 from colintern.own import make
-from colintern.params import UserError
+from colintern.params import UserError, load
+from colintern.trainset import asked, training_data
 
 DOCS = "data/own/docs"
 
@@ -194,13 +195,13 @@ def test_what_is_unchanged_is_not_made_again_and_what_is_changed_is(folder):
     file = next(Path(own.made).glob("train/data/train-*.parquet"))
     written = file.stat().st_mtime_ns
     assert make(DOCS, jsonl.collect).made == own.made and file.stat().st_mtime_ns == written
-    Path("data/manifest.json").write_text(
-        json.dumps({"train_data": DOCS, "train_revision": "", "train": [own.files("train")._asdict()]})
-    )
-    assert len(training_sets(DOCS, "")) == 1
+    params = replace(load(ROOT / "recipes" / "demo.yaml"), train_data=DOCS)
+    made = {"made_for": asked(params), "train": [own.files("train")._asdict()], "train_corpus": None, "negatives": None}
+    Path("data/manifest.json").write_text(json.dumps(made))
+    assert len(training_data(params).sets) == 1
     (folder / "0.png").write_bytes(png_bytes(page_image("another page")))
     with pytest.raises(UserError, match=r"data/own/docs/0\.png: changed since the pages were made.*fetch-data"):
-        training_sets(DOCS, "")
+        training_data(params)
     again = make(DOCS, jsonl.collect)
     assert again.made != own.made and not Path(own.made).exists()
 

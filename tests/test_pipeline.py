@@ -15,9 +15,10 @@ KEYS = {field.name for field in dataclasses.fields(Params)}
 # From the top down; a module imports only from lower levels.
 LEVELS = [
     {"stages", "cli", "commands"},
-    {"runs", "evaluation"},
-    {"training", "sources", "mteb_model", "benchmarks", "checks", "inventory"},
+    {"runs", "evaluation", "mining"},
+    {"training", "sources", "mteb_model", "benchmarks", "checks", "inventory", "adapters"},
     {"data", "embed", "lora", "survey", "own"},
+    {"trainset", "negatives"},
     {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl", "splits"},
     {"hub"},
     {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo"},

@@ -262,7 +262,8 @@ def test_the_table_says_the_same():
 
 def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():
     from colintern.data import rows
-    from colintern.manifest import asks_pseudo_queries, benchmark_folder
+    from colintern.manifest import benchmark_folder
+    from colintern.trainset import asks_pseudo_queries
 
     folder = Path("data/own/manuals")
     for name in ("a", "b"):

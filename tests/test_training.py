@@ -7,7 +7,7 @@ import torch
 from conftest import BASE, ROOT
 from test_model import TARGETS, load
 
-from colintern.data import Pairs
+from colintern.data import Pairs, Row
 from colintern.features import Page, PageFeatures
 from colintern.lora import add_lora
 from colintern.params import UserError
@@ -20,9 +20,12 @@ QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
 
 @pytest.fixture
 def make(processor, pages, tmp_path):
-    """A trainer on four ragged pages, any key of params replaced; their features are cached if `cache_gb`."""
+    """A trainer on four ragged pages, any key of params replaced; their features are cached if `cache_gb`.
 
-    def build(cache_gb=0.0, **changes):
+    `shown`, `negatives`: the page of each row, and its hard negatives, by number.
+    """
+
+    def build(cache_gb=0.0, queries=QUERIES, shown=(0, 1, 2, 3), negatives=((),) * 4, **changes):
         params = dataclasses.replace(
             load_params(ROOT / "recipes" / "demo.yaml"), batch_size=4, logging_steps=1, epochs=1, **changes
         )
@@ -32,8 +35,12 @@ def make(processor, pages, tmp_path):
         features = PageFeatures(wrapped, processor, tmp_path / "features", cache_gb)
         keyed = [Page.of(page) for page in pages]
         features.fill(keyed, workers=0)
-        dev = DevSet(QUERIES, keyed, features)
-        pairs = Pairs(QUERIES, keyed, features)
+        rows = [
+            Row(query, keyed[number], tuple(keyed[n] for n in wrong))
+            for query, number, wrong in zip(queries, shown, negatives, strict=True)
+        ]
+        dev = DevSet([Row(query, page) for query, page in zip(QUERIES, keyed, strict=True)], features)
+        pairs = Pairs(rows, features)
         return ContrastiveTrainer(params, processor, dev, model=wrapped, args=args, train_dataset=pairs)
 
     return build
@@ -60,6 +67,50 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(make, processor, pages,
     scale = math.sqrt(sum((g**2).sum().item() for g in whole.values()))
     apart = math.sqrt(sum(((whole[n] - parts[n]) ** 2).sum().item() for n in whole))
     assert apart / scale < 1e-5
+
+
+NEGATIVES = ((3, 2), (), (1,), (0, 1))
+
+
+@pytest.mark.parametrize("micro", [1, 3, 4])
+def test_hard_negatives_change_the_gradient_and_the_micro_batch_does_not(make, processor, pages, micro):
+    """Ragged pages, rows with other numbers of negatives: tiles and features go with their pages."""
+    whole = gradients(make(micro_batch_size=32, negatives=NEGATIVES), processor, pages)
+    parts = gradients(make(1.0, micro_batch_size=micro, negatives=NEGATIVES), processor, pages)
+    without = gradients(make(micro_batch_size=32), processor, pages)
+
+    def apart(left, right):
+        return math.sqrt(sum(((left[n] - right[n]) ** 2).sum().item() for n in left))
+
+    scale = apart(whole, {name: torch.zeros_like(g) for name, g in whole.items()})
+    assert apart(whole, parts) / scale < 1e-5
+    assert apart(whole, without) / scale > 0.01
+
+
+def test_a_batch_with_negatives_holds_the_rows_pages_first(make, processor, pages):
+    trainer = make(negatives=NEGATIVES)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    keys = [page.key for page in (row.page for row in trainer.train_dataset.rows)]
+    wanted = [*keys, keys[3], keys[2], keys[1], keys[0], keys[1]]
+    assert batch["page_ids"].tolist() == [int(key[:14], 16) for key in wanted]
+    assert len(batch["query_ids"]) == 4 and len(batch["page"]["input_ids"]) == 9
+    one = dict(processor.process_images([pages[3]]))
+    visual = (batch["page"]["input_ids"][4] == processor.image_token_id).sum()
+    assert visual == (one["input_ids"] == processor.image_token_id).sum()
+
+
+def test_masked_pairs_are_counted_also_across_a_resume(make, tmp_path):
+    """Rows 0 and 1 show one page, rows 2 and 3 ask one query: four pairs a step are no negatives."""
+    changes = {"queries": ["a", "b", "c  d", "c d"], "shown": (0, 0, 1, 2), "save_steps": 3, "micro_batch_size": 32}
+    whole = make(**changes)
+    whole.args.num_train_epochs, whole.args.logging_steps = 5, 2
+    whole.train()
+    curve = [row for row in whole.state.log_history if "loss" in row]
+    assert [row["masked_pairs"] for row in curve] == [8, 8] and whole.tally.total == 20
+    again = make(**changes)
+    again.args.num_train_epochs, again.args.logging_steps = 5, 2
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert [row for row in again.state.log_history if "loss" in row] == curve and again.tally.total == 20
 
 
 def test_dropout_is_the_same_in_both_passes_of_a_micro_batch(make, processor, pages):
@@ -125,7 +176,7 @@ def test_a_gradient_or_a_weight_that_is_not_finite_stops_the_run(make, processor
     ],
 )
 def test_a_run_that_could_not_be_reported_is_refused_before_anything_is_loaded(monkeypatch, tmp_path, changes, message):
-    monkeypatch.setattr("colintern.runs.rows", lambda params: {"train": range(40), "test": range(4)})
+    monkeypatch.setattr("colintern.runs.rows", lambda params: {"train": [None] * 40, "test": []})
     params = dataclasses.replace(load_params(ROOT / "recipes" / "demo.yaml"), **changes)
     with pytest.raises(UserError, match=message):
         prepare(params, "a base that does not exist", tmp_path)

@@ -1,0 +1,61 @@
+"""`colintern mine`: hard negatives from a trained adapter."""
+
+import argparse
+from pathlib import Path
+
+from colintern.params import UserError, load, root
+
+SUMMARY = "find hard negatives for the training set with a trained adapter"
+EXAMPLE = "colintern mine --adapter experiments/colintern --out data/mined/negatives.parquet"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter", type=Path, default=Path("experiments/colintern"), metavar="FOLDER", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        default="data/mined/negatives.parquet",
+        metavar="FILE",
+        help="below the repository (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top", type=int, default=50, metavar="K", help="ranks of a query that are looked at (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=0.95,
+        help="pages above this share of the right page's score may be right too: left out (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep", type=int, default=10, metavar="N", help="negatives a row gets at most (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    for name, value, valid in (
+        ("--top", args.top, args.top >= 1),
+        ("--keep", args.keep, args.keep >= 1),
+        ("--margin", args.margin, 0 < args.margin <= 1),
+    ):
+        if not valid:
+            raise UserError(
+                f"{name}: {value} is not valid; it must be {'0 < x <= 1' if name == '--margin' else '1 or more'}"
+            )
+    from colintern.manifest import ready
+
+    params = load()
+    ready(params)
+    from colintern.mining import Limits, mine  # only now: `datasets` looks at its import whether it may ask the hub
+    from colintern.negatives import write
+
+    found = mine(params, args.adapter, Limits(args.top, args.margin, args.keep))
+    write(root() / args.out, found.rows, found.provenance)
+    counts = [len(row.negatives) for row in found.rows]
+    mean = sum(counts) / len(counts)
+    print(
+        f"{args.out}: {len(counts)} rows, {mean:.1f} negatives each, {counts.count(0)} rows without\n"
+        f"left out: {found.right} pages that answer the query, {found.close} that score too close to one that does"
+    )
+    print(f"to train with them: dvc exp run -S negatives=2 -S negatives_file={args.out}")
