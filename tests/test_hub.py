@@ -158,6 +158,25 @@ def test_what_is_there_is_not_asked_for_again(workspace):
         right(workspace)
 
 
+def test_rows_and_the_corpus_they_name_come_from_two_repositories_each_at_its_commit(workspace):
+    corpus, revision = "manu/colpali-corpus", "c" * 40
+    shard = "data/train-00000-of-00001.parquet"
+    workspace.hub.add("dataset", corpus, revision, {shard: some(6, 50_000), "README.md": b"pages"})
+    params = workspace.path / "params.yaml"
+    text = params.read_text().replace("train_corpus: ''", f"train_corpus: {corpus}")
+    params.write_text(text)
+    refused(workspace.fetch(), 2, f"train_corpus_revision: '' (str) is not valid; train_corpus '{corpus}'", "40-hex")
+    params.write_text(text.replace("train_corpus_revision: ''", f"train_corpus_revision: {'d' * 40}"))
+    refused(workspace.fetch(), 2, f"train_corpus_revision: '{'d' * 40}' is no commit of {corpus}")
+    params.write_text(text.replace("train_corpus_revision: ''", f"train_corpus_revision: {revision}"))
+    assert workspace.fetch().returncode == 0
+    right(workspace)
+    entry = workspace.manifest["train_corpus"]
+    assert (entry["folder"], entry["revision"], [*entry["files"]]) == (corpus, revision, [shard])
+    workspace.cached("dataset", shard).unlink()
+    assert workspace.read().returncode == 0, "fetched again"
+
+
 def test_a_repository_that_has_moved_is_followed(workspace):
     new = "vidore/colpali_train_set_2"
     workspace.hub.add(
