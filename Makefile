@@ -9,7 +9,7 @@ UV := .tools/bin/uv
 ENV := .venv/.installed
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONUNBUFFERED=1
 
-.PHONY: repro test check lock sensitivity image image-proof
+.PHONY: repro test check lock sensitivity soak image image-proof
 
 repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
 	@$(RUN) dvc repro
@@ -28,6 +28,9 @@ lock: $(UV)  ## renew requirements.txt from pyproject.toml
 
 sensitivity: $(ENV)  ## how the demo answers to lr, epochs, batch and rank, three seeds (27 runs)
 	@$(RUN) python -m bench.sensitivity
+
+soak: $(ENV)  ## kill the pipeline at 100 random moments; the adapter must be that of an undisturbed run each time
+	@$(RUN) python -m bench.soak
 
 image:  ## the CUDA image that runs the same pipeline; FLASH_ATTN=2.8.3.post2 compiles flash-attn in
 	@for engine in docker podman ""; do

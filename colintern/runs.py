@@ -9,15 +9,17 @@ import fcntl
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from safetensors import SafetensorError
+from transformers import TrainerState, set_seed
 
+from colintern.checkpoints import KEEP, SAVING, Interrupted, Signals, check_room, newest, size
 from colintern.data import Pairs, rows
 from colintern.features import FEATURES, PageFeatures
 from colintern.identity import fingerprint, stage_identity
@@ -30,6 +32,7 @@ from colintern.processor import ColIntern3_5Processor
 from colintern.training import ContrastiveTrainer, DevSet, NonFiniteError, arguments, verdict
 from colintern.trainset import asks_pseudo_queries
 
+ORPHANS = 30  # seconds after which a killed trainer's data loader should have ended; it looks every 5
 CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
 
 
@@ -40,24 +43,55 @@ def train(params: Params, out: Path) -> dict[str, Any]:
         UserError: data or base are missing or changed, the LoRA targets are wrong, another process trains this very
             run, or the training set is smaller than a batch.
         NonFiniteError: the loss is not finite.
+        OutOfMemory: one page does not fit the memory.
+        Interrupted: SIGTERM or SIGINT; a checkpoint is there.
     """
     torch.set_num_threads(params.threads)
     base = check_base(params)
     identity = stage_identity("train", params)
     scratch = root() / ".scratch" / f"train-{fingerprint(identity)[:16]}"
-    with locked(scratch):
+    signals = Signals()
+    with locked(scratch), signals.watch():
         trainer = prepare(params, base, scratch)
-        checkpoint = get_last_checkpoint(str(scratch))
-        if checkpoint:
-            print(f"resuming from {checkpoint}")
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        except NonFiniteError:
-            shutil.rmtree(scratch)  # a rerun would go on to the same end
-            raise
+        trainer.add_callback(signals)
+        run(trainer, scratch, newest(scratch))
+        step, last = trainer.state.global_step, trainer.state.max_steps
+        if step < last:
+            raise Interrupted(f"stopped at step {step} of {last}, with a checkpoint; the same command goes on from it")
         metrics = finish(trainer, params, identity, out)
         shutil.rmtree(scratch)
     return metrics
+
+
+def run(trainer: ContrastiveTrainer, scratch: Path, checkpoint: Path | None) -> None:
+    """Train to the end, or until a signal.
+
+    Raises:
+        UserError: the disk is full; the last good checkpoint is kept.
+        NonFiniteError: see `train`.
+    """
+    model: Any = trainer.model
+    need = size(model)
+    scratch.mkdir(parents=True, exist_ok=True)
+    if checkpoint:
+        print(f"resuming from {checkpoint}")
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= state.max_steps:  # killed after its last step: transformers would make one more
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = state
+            trainer.tally.on_train_begin(None, state, None)
+            return
+    else:
+        check_room(scratch, (KEEP + 2) * need, "checkpoints and adapter")
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except NonFiniteError:
+        shutil.rmtree(scratch)  # a rerun would go on to the same end
+        raise
+    except (OSError, RuntimeError, SafetensorError):  # what a full disk makes of torch's and safetensors' writers
+        shutil.rmtree(scratch / SAVING, ignore_errors=True)
+        check_room(scratch, need, f"the checkpoint of step {trainer.state.global_step} would")
+        raise
 
 
 def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
@@ -102,7 +136,7 @@ def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
     print(f"{len(pairs)} training pairs; dev: {len(dev)} queries on {len(dev.pages)} pages; attention: {kernel}")
     if cut := processor.count_cut([row.query for row in (*train, *dev_rows)]):
         print(f"{cut} of {len(train) + len(dev_rows)} queries are longer than max_query_tokens and are cut")
-    args = arguments(params, str(scratch), quiet=not sys.stderr.isatty())
+    args = arguments(params, scratch, len(train) // params.batch_size, quiet=not sys.stderr.isatty())
     if args.n_gpu > 1 or args.world_size > 1:  # each process or device would take a batch of its own
         raise UserError(
             f"{args.n_gpu} GPUs in {args.world_size} processes: training uses one; set CUDA_VISIBLE_DEVICES=0"
@@ -166,13 +200,19 @@ def locked(folder: Path) -> Iterator[None]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_suffix(".lock")
     with lock.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise UserError(f"{lock}: process {file.read().strip()} is training this very run") from error
+        for _ in range(ORPHANS):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                file.seek(0)
+                owner = file.read().strip()
+                if Path("/proc", owner).exists():
+                    raise UserError(f"{lock}: process {owner} is training this very run") from error
+                time.sleep(1)  # the owner was killed; its data loader's processes hold the lock until they notice
+        else:
+            raise UserError(f"{lock}: is held by what process {owner}, now gone, has started; end that first")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
-        lock.unlink()

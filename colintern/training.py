@@ -9,6 +9,7 @@ same.
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,19 +18,28 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from colintern.checkpoints import SAVING, Checkpoints
 from colintern.data import Collator, Row
 from colintern.embed import embed_features, embed_queries
 from colintern.features import PageFeatures
 from colintern.loss import contrastive_loss, false_negatives, maxsim_matrix
 from colintern.maxsim import maxsim_scores, ndcg_at_k
-from colintern.params import Params
+from colintern.params import Params, UserError
 from colintern.processor import ColIntern3_5Processor
 
 Batch = dict[str, Any]
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """The loss, a gradient or a weight is NaN or infinite; nothing of that run is kept. The process exits with 5."""
+
+    exit_code = 5
+
+
+class OutOfMemory(UserError):
+    """One page does not fit the memory. The process exits with 6."""
+
+    exit_code = 6
 
 
 class Tally(TrainerCallback, ExportableState):
@@ -66,22 +76,21 @@ class ContrastiveTrainer(Trainer):
 
     def __init__(self, params: Params, processor: ColIntern3_5Processor, dev: "DevSet", **kwargs: Any):
         self.params, self.dev, self.processor, self.tally = params, dev, processor, Tally()
-        super().__init__(data_collator=Collator(processor), eval_dataset=dev, callbacks=[self.tally], **kwargs)
+        self.micro = params.micro_batch_size
+        own = [self.tally, Checkpoints(Path(kwargs["args"].output_dir).parent)]
+        super().__init__(data_collator=Collator(processor), eval_dataset=dev, callbacks=own, **kwargs)
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward pass over a whole batch; returns its loss, a detached scalar.
 
         Raises:
-            NonFiniteError: the loss is not finite.
+            NonFiniteError: the loss or the gradient is not finite.
+            OutOfMemory: not even one page at a time fits.
         """
         model.train()
         batch: Batch = self._prepare_inputs(inputs)
         batch["page"]["image_features"] = page_features(model, batch)
-        if self.params.micro_batch_size >= len(batch["page_ids"]):
-            loss = self._loss(batch, model(**batch["query"]), model(**batch["page"]))
-            self.accelerator.backward(loss)
-        else:
-            loss = self._cached_step(model, batch)
+        loss = self._fitting_step(model, batch)
         norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not value.isfinite():
@@ -90,14 +99,42 @@ class ContrastiveTrainer(Trainer):
         self.tally.add(loss.item(), int(false_negatives(batch["query_ids"], batch["page_ids"]).sum()))
         return loss.detach()
 
+    def _fitting_step(self, model: Any, batch: Batch) -> Tensor:
+        """The loss, with its gradient in the model; where the memory does not hold it, with half the micro-batch."""
+        while True:
+            before = rng_state()
+            try:
+                return self._step(model, batch)
+            except RuntimeError as error:
+                if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+                    raise
+                size = min(self.micro, len(batch["page_ids"]))
+                if size == 1:
+                    raise OutOfMemory(
+                        f"out of memory with one page at a time, at step {self.state.global_step + 1}; set "
+                        f"gradient_checkpointing: true, or lower max_visual_tokens, {self.params.max_visual_tokens}"
+                    ) from error
+                self.micro = (size + 1) // 2
+            # The error, gone here, held what the step had made. The same dropout again, from an empty gradient.
+            model.zero_grad(set_to_none=True)
+            set_rng_state(before)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            print(f"out of memory: micro_batch_size is now {self.micro}; batch and gradient stay as they are")
+
+    def _step(self, model: Any, batch: Batch) -> Tensor:
+        if self.micro < len(batch["page_ids"]):
+            return self._cached_step(model, batch)
+        loss = self._loss(batch, model(**batch["query"]), model(**batch["page"]))
+        self.accelerator.backward(loss)
+        return loss
+
     def _loss(self, batch: Batch, queries: Tensor, pages: Tensor) -> Tensor:
         scores = maxsim_matrix(queries, batch["query"]["attention_mask"], pages, batch["page"]["attention_mask"])
         return contrastive_loss(scores, false_negatives(batch["query_ids"], batch["page_ids"]), self.params.temperature)
 
     def _cached_step(self, model: Any, batch: Batch) -> Tensor:
-        queries, pages = (
-            list(split(batch[side], self.params.micro_batch_size, self.processor)) for side in ("query", "page")
-        )
+        queries, pages = (list(split(batch[side], self.micro, self.processor)) for side in ("query", "page"))
         parts = [*queries, *pages]
         states, embeddings = [], []
         with torch.no_grad():
@@ -195,10 +232,10 @@ class DevSet(Dataset):
         return sum(1 / math.log2(rank + 1) for rank in range(1, 6)) / len(self.pages)
 
 
-def arguments(params: Params, folder: str, quiet: bool) -> TrainingArguments:
-    """The Trainer's arguments; checkpoints go to `folder`."""
+def arguments(params: Params, folder: Path, steps: int, quiet: bool) -> TrainingArguments:
+    """The Trainer's arguments; checkpoints end up in `folder`, see `Checkpoints`. `steps`: of an epoch."""
     return TrainingArguments(
-        output_dir=folder,
+        output_dir=str(folder / SAVING),
         per_device_train_batch_size=params.batch_size,
         dataloader_drop_last=True,  # each step compares with batch_size pages, the last one too
         num_train_epochs=params.epochs,
@@ -209,10 +246,11 @@ def arguments(params: Params, folder: str, quiet: bool) -> TrainingArguments:
         max_grad_norm=params.max_grad_norm,
         logging_steps=params.logging_steps,
         logging_nan_inf_filter=False,
-        eval_strategy="epoch",
+        # At the end of an epoch, but by steps: "epoch" comes after the step's checkpoint, which then lacks the score.
+        eval_strategy="steps",
+        eval_steps=steps,
         save_strategy="steps",
         save_steps=params.save_steps,
-        save_total_limit=2,
         activation_checkpointing=params.gradient_checkpointing,
         seed=params.seed,
         data_seed=params.seed,

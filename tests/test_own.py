@@ -195,6 +195,7 @@ def test_what_is_unchanged_is_not_made_again_and_what_is_changed_is(folder):
     file = next(Path(own.made).glob("train/data/train-*.parquet"))
     written = file.stat().st_mtime_ns
     assert make(DOCS, jsonl.collect).made == own.made and file.stat().st_mtime_ns == written
+    Path("demo/base").mkdir(parents=True)
     params = replace(load(ROOT / "recipes" / "demo.yaml"), train_data=DOCS)
     made = {"made_for": asked(params), "train": [own.files("train")._asdict()], "train_corpus": None, "negatives": None}
     Path("data/manifest.json").write_text(json.dumps(made))

@@ -17,7 +17,7 @@ LEVELS = [
     {"stages", "cli", "commands"},
     {"runs", "evaluation", "mining"},
     {"training", "sources", "mteb_model", "benchmarks", "checks", "inventory", "adapters"},
-    {"data", "embed", "lora", "survey", "own"},
+    {"data", "embed", "lora", "survey", "own", "checkpoints"},
     {"trainset", "negatives"},
     {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl", "splits"},
     {"hub"},

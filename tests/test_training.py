@@ -31,7 +31,7 @@ def make(processor, pages, tmp_path):
         )
         torch.manual_seed(0)
         wrapped = add_lora(load(BASE), TARGETS, rank=4, alpha=4, dropout=params.lora_dropout)
-        args = arguments(params, str(tmp_path / "run"), quiet=True)
+        args = arguments(params, tmp_path / "run", steps=1, quiet=True)
         features = PageFeatures(wrapped, processor, tmp_path / "features", cache_gb)
         keyed = [Page.of(page) for page in pages]
         features.fill(keyed, workers=0)

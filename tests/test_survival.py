@@ -1,0 +1,385 @@
+"""Faults T1-T11 and T14: real kills, signals, torn files and full disks; the run ends on the same bytes, or says why.
+
+Each run is a process of its own, forked from a server that has imported what takes long. A fault is a function that
+the process calls before it trains; those that kill do it with SIGKILL, in the middle of what they are named after.
+"""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from safetensors.torch import load_file
+from test_survey import BEIR, SET, row, write_eval, write_rows
+
+STEPS = 10  # 40 rows in batches of 8, twice; checkpoints after 3, 6, 9 and 10
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["colintern.runs", "test_survival"])
+OUT = Path("experiments/colintern")
+
+
+def child(folder: Path, fault: Callable[..., None] | None, *arguments: object) -> None:
+    """What the train stage does, from the files that fetch-data and verify have left in `folder`."""
+    os.chdir(folder)
+    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    from colintern.params import exit_on_user_error, load
+    from colintern.runs import train
+
+    if fault:
+        fault(*arguments)
+    with exit_on_user_error():
+        train(load(), OUT)
+
+
+def signal_self(*numbers: int) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def kill() -> None:
+    signal_self(signal.SIGKILL)
+
+
+def at_step(step: int, do: Callable[[], None]) -> None:
+    """Do something in the middle of a step: its gradient is there, its weights are not."""
+    from colintern.training import ContrastiveTrainer
+
+    whole = ContrastiveTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        loss = whole(self, *args, **kwargs)
+        if self.state.global_step + 1 == step:
+            do()
+        return loss
+
+    ContrastiveTrainer.training_step = training_step
+
+
+def in_write(of: str) -> None:
+    """Kill when half of a checkpoint's file is written, or before its folder gets its name."""
+    import torch
+    from peft import peft_model
+    from transformers import TrainerState
+
+    from colintern import checkpoints
+
+    def torn(owner, name, place):
+        real = getattr(owner, name)
+
+        def write(*args, **kwargs):
+            done = real(*args, **kwargs)
+            path = Path(place(*args, **kwargs))
+            if path.name == of:
+                os.truncate(path, path.stat().st_size // 2)
+                kill()
+            return done
+
+        setattr(owner, name, write)
+
+    torn(torch, "save", lambda value, path, *rest, **more: path)
+    torn(peft_model, "safe_save_file", lambda state, path, *rest, **more: path)
+    torn(TrainerState, "save_to_json", lambda state, path: path)
+    torn(checkpoints.json, "dump", lambda value, file: file.name)
+    if of == "rename":
+        checkpoints.os.replace = lambda *places: kill()
+
+
+def before_the_end() -> None:
+    from colintern import runs
+
+    runs.finish = lambda *args: kill()
+
+
+def no_step() -> None:
+    at_step(STEPS + 1, lambda: os._exit(99))
+    for step in range(STEPS + 1):
+        at_step(step, lambda: os._exit(99))
+
+
+def too_big(rows: int) -> None:
+    """No more than so many rows of a side fit in the memory."""
+    import torch
+
+    from colintern.model import ColIntern3_5
+
+    forward = ColIntern3_5.forward
+
+    def limited(self, input_ids, *args, **kwargs):
+        if len(input_ids) > rows and self.training:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, input_ids, *args, **kwargs)
+
+    ColIntern3_5.forward = limited
+
+
+def poison() -> None:
+    """A weight that becomes infinite in step 4."""
+    import torch
+
+    from colintern.training import ContrastiveTrainer
+
+    whole = ContrastiveTrainer.training_step
+
+    def training_step(self, model, *args, **kwargs):
+        if self.state.global_step == 3:
+            with torch.no_grad():
+                next(p for p in model.parameters() if p.requires_grad).fill_(float("inf"))
+        return whole(self, model, *args, **kwargs)
+
+    ContrastiveTrainer.training_step = training_step
+
+
+@pytest.fixture(scope="session")
+def fetched(tmp_path_factory):
+    """A repository whose fetch-data and verify have run, on 40 small pages."""
+    folder = tmp_path_factory.mktemp("survival")
+    with contextlib.chdir(folder):
+        shutil.copytree(ROOT / "demo", "demo")
+        for name in ("colintern", "stages", "dvc.yaml", "requirements.txt", "Dockerfile"):
+            Path(name).symlink_to(ROOT / name)
+        write_rows("train", [row(number) for number in range(40)], SET)
+        write_rows("test", [row(number) for number in range(40, 45)], SET)
+        write_eval(range(45, 50))
+        params(lr="2e-3")
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        for stage in ("fetch_data", "verify"):
+            subprocess.run([sys.executable, "-m", f"stages.{stage}"], env=env, check=True, capture_output=True)
+    return folder
+
+
+def params(**changes: object) -> None:
+    """Write params.yaml; keys that are not named stay as a small run needs them."""
+    small = {
+        "train_data": SET, "max_visual_tokens": 16, "batch_size": 8, "micro_batch_size": 8, "epochs": 2,
+        "warmup_steps": 2, "logging_steps": 2, "save_steps": 3, "workers": 0, "lora_dropout": 0.1,
+        "feature_cache_gb": 0.1,
+    }  # fmt: skip
+    lines = (ROOT / "recipes" / "demo.yaml").read_text().replace("- demo\n", f"- {BEIR}\n").splitlines()
+    values = small | changes
+    names = [line.partition(":")[0] for line in lines]
+    assert values.keys() <= set(names)
+    lines = [f"{name}: {values[name]}" if name in values else line for name, line in zip(names, lines, strict=True)]
+    Path("params.yaml").write_text("\n".join(lines) + "\n")
+
+
+class Place:
+    """A copy of the repository, in which runs are started."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def start(self, fault: Callable[..., None] | None = None, *arguments: object):
+        process = CONTEXT.Process(target=child, args=(self.folder, fault, *arguments))
+        process.start()
+        return process
+
+    def run(self, fault: Callable[..., None] | None = None, *arguments: object) -> int:
+        """The exit code, negative for a signal."""
+        process = self.start(fault, *arguments)
+        process.join(180)
+        assert process.exitcode is not None, "hangs"
+        return process.exitcode
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log.txt").read_text()
+
+    @property
+    def scratch(self) -> Path:
+        [found] = [path for path in (self.folder / ".scratch").iterdir() if path.is_dir()]
+        return found
+
+    def result(self) -> dict[str, str]:
+        """Hashes of what a run leaves: adapter, state, curves."""
+        files = [*(self.folder / OUT).iterdir(), *(self.folder / "plots").glob("*.csv")]
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture
+def place(fetched, tmp_path):
+    shutil.copytree(fetched, tmp_path / "repo", symlinks=True, ignore=shutil.ignore_patterns(".scratch", "experiments"))
+    return Place(tmp_path / "repo")
+
+
+@pytest.fixture(scope="session")
+def whole(fetched):
+    """What the undisturbed run leaves."""
+    undisturbed = Place(fetched)
+    assert undisturbed.run() == 0, undisturbed.log
+    assert json.loads((fetched / OUT / "trainer_state.json").read_text())["global_step"] == STEPS
+    assert not [path for path in (fetched / ".scratch").iterdir() if path.is_dir()]
+    return undisturbed.result()
+
+
+@pytest.mark.parametrize("step", [1, 5, 7])
+def test_t1_killed_in_a_step(place, whole, step):
+    assert place.run(at_step, step, kill) == -signal.SIGKILL
+    assert not (place.folder / OUT).exists()
+    assert place.run() == 0, place.log
+    assert ("resuming from" in place.log) == (step > 3)
+    assert place.result() == whole
+
+
+def test_t2_killed_at_each_file_of_a_save(place, whole):
+    for of in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+               "files.json", "rename"):  # fmt: skip
+        assert place.run(in_write, of) == -signal.SIGKILL, of
+        assert "resuming from" not in place.log, of
+        assert [path.name for path in place.scratch.iterdir()] == ["saving"]
+    assert place.run() == 0, place.log
+    assert place.result() == whole
+
+
+def test_t3_killed_after_the_last_save_no_step_more_is_made(place, whole):
+    assert place.run(before_the_end) == -signal.SIGKILL
+    assert place.run(no_step) == 0, place.log
+    assert f"checkpoint-{STEPS}" in place.log
+    assert place.result() == whole
+
+
+@pytest.mark.parametrize("fault", ["cut", "empty", "missing", "bit", "list"])
+def test_t4_a_rotten_checkpoint_is_named_and_the_one_before_is_used(place, whole, fault):
+    assert place.run(at_step, 8, kill) == -signal.SIGKILL
+    names = {"cut": "optimizer.pt", "empty": "trainer_state.json", "missing": "rng_state.pth", "list": "files.json"}
+    file = place.scratch / "checkpoint-6" / names.get(fault, "adapter_model.safetensors")
+    data = bytearray(file.read_bytes())
+    if fault == "missing":
+        file.unlink()
+    else:
+        data[len(data) // 2] ^= 1
+        file.write_bytes({"cut": data[: len(data) // 2], "empty": b""}.get(fault, bytes(data)))
+    assert place.run() == 0, place.log
+    assert re.search(rf"warning: .*checkpoint-6/({file.name}|\S+): ", place.log)
+    assert "resuming from" in place.log and "checkpoint-3\n" in place.log
+    assert place.result() == whole
+
+
+def test_t5_another_runs_checkpoint_is_never_used(place):
+    assert place.run(at_step, 5, kill) == -signal.SIGKILL
+    with contextlib.chdir(place.folder):
+        params(lr="3e-3")
+    assert place.run(at_step, 1, kill) == -signal.SIGKILL
+    assert "resuming from" not in place.log
+    assert len([path for path in (place.folder / ".scratch").iterdir() if path.is_dir()]) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_t6_a_signal_leaves_a_checkpoint_exit_75_and_no_result(place, whole, number):
+    assert place.run(at_step, 5, partial(signal_self, number)) == 75, place.log
+    assert f"stopped at step 5 of {STEPS}, with a checkpoint" in place.log
+    assert not (place.folder / OUT).exists()
+    assert (place.scratch / "checkpoint-5").is_dir()
+    assert place.run() == 0, place.log
+    assert place.result() == whole
+
+
+def test_t6_a_second_signal_ends_at_once(place):
+    assert place.run(at_step, 5, partial(signal_self, signal.SIGTERM, signal.SIGTERM)) == 75, place.log
+    assert "ended by SIGTERM" in place.log and (place.scratch / "checkpoint-3").is_dir()
+
+
+def test_t7_two_at_once_are_refused_by_the_owners_pid(place, whole):
+    first = place.start(at_step, 2, partial(signal_self, signal.SIGSTOP))
+    while not stopped(first.pid):
+        assert first.is_alive(), place.log
+        time.sleep(0.05)
+    log = place.folder / "log.txt"
+    log.rename(place.folder / "first.txt")
+    assert place.run() == 2
+    assert f"process {first.pid} is training this very run" in place.log
+    os.kill(first.pid, signal.SIGCONT)
+    first.join(180)
+    assert first.exitcode == 0 and place.result() == whole
+
+
+def stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+@pytest.fixture
+def small_disk(place):
+    """`.scratch` on a disk of its own: (size in bytes) -> None."""
+    folder = place.folder / ".scratch"
+    folder.mkdir()
+
+    def mount(size: int) -> None:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"a small disk needs the right to mount a tmpfs: {done.stderr.strip()}")
+
+    yield mount
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+
+
+def test_t8_a_small_disk_is_known_at_the_start(place, small_disk):
+    small_disk(3_000_000)
+    assert place.run() == 2, place.log
+    assert re.search(r"checkpoints and adapter need [\d.]+ MB, have [\d.]+ MB", place.log)
+
+
+def fill_disk() -> None:
+    """The rest of the disk is taken by something else in step 6."""
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), open(".scratch/other", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    at_step(6, fill)
+
+
+def test_t8_a_disk_that_fills_up_costs_no_checkpoint(place, whole, small_disk):
+    small_disk(40_000_000)
+    assert place.run(fill_disk) == 2, place.log
+    assert re.search(r"the checkpoint of step 6 would need [\d.]+ MB, have 0\.0 MB", place.log), place.log
+    assert [path.name for path in place.scratch.iterdir()] == ["checkpoint-3"]
+    (place.folder / ".scratch" / "other").unlink()
+    assert place.run() == 0, place.log
+    assert place.result() == whole
+
+
+def test_t9_a_weight_that_is_not_finite_ends_the_run_within_a_step(place):
+    assert place.run(poison) == 5, place.log
+    assert "at step 4" in place.log
+    assert not (place.folder / OUT).exists() and not [p for p in (place.folder / ".scratch").iterdir() if p.is_dir()]
+
+
+def test_t10_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(place, whole, fetched):
+    assert place.run(too_big, 3) == 0, place.log
+    assert re.findall(r"out of memory: micro_batch_size is now (\d)", place.log) == ["4", "2"]
+    state = json.loads((place.folder / OUT / "trainer_state.json").read_text())
+    assert state["global_step"] == STEPS
+    had, has = (load_file(folder / OUT / "adapter_model.safetensors") for folder in (fetched, place.folder))
+    for name, value in had.items():  # the sums were taken in another order, ten times
+        assert (value - has[name]).norm() <= 1e-3 * value.norm(), name
+
+
+def test_t11_where_one_page_does_not_fit_the_run_ends_with_what_to_change(place):
+    assert place.run(too_big, 0) == 6, place.log
+    assert "out of memory with one page at a time, at step 1; set gradient_checkpointing: true" in place.log
+
+
+def test_t14_and_t1_with_processes_that_load_data(place, whole):
+    with contextlib.chdir(place.folder):
+        params(lr="2e-3", workers=2)
+    assert place.run(at_step, 5, kill) == -signal.SIGKILL
+    assert place.run() == 0, place.log
+    assert "resuming from" in place.log
+    names = ("adapter_model.safetensors", "train.csv", "dev.csv")
+    assert {name: place.result()[name] for name in names} == {name: whole[name] for name in names}
