@@ -13,7 +13,7 @@ from colintern import hub
 from colintern.digests import Digests, digests_at
 from colintern.hub import HubFile
 from colintern.hub_errors import Repo
-from colintern.params import Params, UserError, root
+from colintern.params import Params, UserError, mixture, root
 
 MANIFEST = "data/manifest.json"
 QUARANTINE = "data/quarantine.json"  # rows that are left out, with their reasons
@@ -39,7 +39,7 @@ class Files(NamedTuple):
 
 
 class TrainingSet(NamedTuple):
-    """A set of the manifest: its name there, where it lies, its files, and how often an epoch shows each row."""
+    """A training set: its name in train_data, where it lies, its files, and how often an epoch shows each row."""
 
     name: str
     folder: Path
@@ -149,23 +149,14 @@ def training_sets(train_data: str, revision: str, anew: bool = False) -> list[Tr
             f"train_data: {train_data!r} is not the one in {MANIFEST}, {made_for[0]!r}; run: dvc repro fetch-data"
         )
     return [
-        TrainingSet(e["folder"], _checked(e, "train_data", "dataset", anew), sorted(e["files"]), e["weight"])
-        for e in manifest["train"]
+        TrainingSet(name, _checked(entry, "train_data", "dataset", anew), sorted(entry["files"]), entry["weight"])
+        for (name, _), entry in zip(mixture(train_data), manifest["train"], strict=True)
     ]
 
 
 def asks_pseudo_queries() -> bool:
     """Whether a program made some of the training and dev queries from the text of the pages."""
     return any((entry["made_from"] or {}).get("pseudo") for entry in read(MANIFEST)["train"])
-
-
-def quarantined() -> set[tuple[str, str]]:
-    """(training set, "file:row") of each row that is left out.
-
-    Raises:
-        UserError: no such list; an empty one would be there.
-    """
-    return {(row["source"], row["row"]) for row in read(QUARANTINE)["rows"]}
 
 
 def benchmark_folder(name: str, anew: bool = False) -> Path:

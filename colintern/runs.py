@@ -18,7 +18,7 @@ import torch
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from colintern.data import Pairs, pages, rows
+from colintern.data import Pairs, rows
 from colintern.features import FEATURES, PageFeatures
 from colintern.identity import fingerprint, stage_identity
 from colintern.jsonfile import dumps
@@ -37,14 +37,14 @@ def train(params: Params, out: Path) -> dict[str, Any]:
 
     Raises:
         UserError: data or base are missing or changed, the LoRA targets are wrong, another process trains this very
-            run, or the training set is smaller than a batch.
+            run, the training set is smaller than a batch, or there are several GPUs or processes.
         NonFiniteError: the loss is not finite.
     """
     torch.set_num_threads(params.threads)
     base = check_base(params)
     identity = stage_identity("train", params)
     scratch = root() / ".scratch" / f"train-{fingerprint(identity)[:16]}"
-    with locked(scratch):
+    with locked_or_refused(scratch):
         trainer = prepare(params, base, scratch)
         checkpoint = get_last_checkpoint(str(scratch))
         if checkpoint:
@@ -65,6 +65,11 @@ def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
     Raises:
         UserError: see `train`.
     """
+    args = arguments(params, str(scratch), quiet=not sys.stderr.isatty())
+    if args.n_gpu > 1 or args.world_size > 1:  # each process or device would take a batch of its own
+        raise UserError(
+            f"{args.n_gpu} GPUs in {args.world_size} processes: training uses one; set CUDA_VISIBLE_DEVICES=0"
+        )
     tables = rows(params)
     steps = len(tables["train"]) // params.batch_size * params.epochs
     if not steps:
@@ -92,22 +97,17 @@ def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
     model = add_lora(base, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout, revision)
     if wrong := faults(count(model, params.lora_targets)):
         raise UserError("\n  ".join(wrong))
-    table, dev_table = tables["train"], tables["test"]
-    dev_table = dev_table.select(range(min(params.dev_queries, len(dev_table))))
+    (queries, pages), (dev_queries, dev_pages) = (
+        ([pair.query for pair in found], [pair.page for pair in found])
+        for found in (tables["train"], tables["test"][: params.dev_queries])
+    )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb)
-    train_pages, dev_pages = pages(table), pages(dev_table)
-    features.fill([*train_pages, *dev_pages], params.workers)
-    pairs = Pairs(table["query"], train_pages, features)
-    dev = DevSet(dev_table["query"], dev_pages, features)
+    features.fill([*pages, *dev_pages], params.workers)
+    pairs, dev = Pairs(queries, pages, features), DevSet(dev_queries, dev_pages, features)
     print(f"{len(pairs)} training pairs; dev: {len(dev)} queries on {len(dev.pages)} pages; attention: {kernel}")
-    if cut := processor.count_cut([*table["query"], *dev_table["query"]]):
-        print(f"{cut} of {len(table) + len(dev_table)} queries are longer than max_query_tokens and are cut")
-    args = arguments(params, str(scratch), quiet=not sys.stderr.isatty())
-    if args.n_gpu > 1 or args.world_size > 1:  # each process or device would take a batch of its own
-        raise UserError(
-            f"{args.n_gpu} GPUs in {args.world_size} processes: training uses one; set CUDA_VISIBLE_DEVICES=0"
-        )
+    if cut := processor.count_cut([*queries, *dev_queries]):
+        print(f"{cut} of {len(pairs) + len(dev)} queries are longer than max_query_tokens and are cut")
     return ContrastiveTrainer(params, processor, dev, model=model, args=args, train_dataset=pairs)
 
 
@@ -157,8 +157,8 @@ def write_csv(path: Path, records: list[dict[str, Any]], columns: tuple[str, ...
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone.
+def locked_or_refused(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone, without waiting for another one that holds it.
 
     Raises:
         UserError: another process holds it; its PID is named.

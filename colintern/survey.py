@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from colintern.collected import query_fault
 from colintern.images import BadImage, decode
+from colintern.index import Row
 from colintern.parallel import spread
 from colintern.params import UserError
 
@@ -72,10 +73,11 @@ def _groups(part: Part, name: str) -> Iterator[tuple[int, int]]:
 def _look(task: tuple[Part, str, tuple[int, int]]) -> list[Seen]:
     part, name, (group, first) = task
     columns = ["image"] if part.split == "test" else ["image", "query"]
-    table = pq.ParquetFile(part.folder / name).read_row_group(group, columns=columns)
+    # A few rows at a time: a row group may hold gigabytes.
+    batches = pq.ParquetFile(part.folder / name).iter_batches(8, [group], columns)
     known: dict[str, tuple[tuple[int, int] | None, str]] = {}
     rows = []
-    for number, row in enumerate(table.to_pylist(), start=first):
+    for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=first):
         data, fault = _bytes(row["image"])
         key = hashlib.sha256(data).hexdigest() if data else ""
         if key not in known:
@@ -102,6 +104,15 @@ def _size(data: bytes) -> tuple[tuple[int, int] | None, str]:
         return decode(data).size, ""
     except BadImage as error:
         return None, f"image: {error}"
+
+
+def usable(seen: dict[Part, list[Seen]]) -> Iterator[Row]:
+    """The rows without a fault of the training sets, for the index."""
+    for part, found in seen.items():
+        for row in found if part.split != "test" else ():
+            if not row.fault:
+                file, _, number = row.where.rpartition(":")
+                yield Row(part.name, part.split, file, int(number), row.key, row.query)
 
 
 def rows_of(part: Part, table: str, columns: list[str]) -> list[dict[str, Any]]:
@@ -134,7 +145,11 @@ def survey(seen: dict[Part, list[Seen]], tokenizer: Path) -> dict[str, dict[str,
             queries = [row.query for row in good]
             asked = Counter(row.key for row in good)
             copies = len(good) - len({(row.key, row.query) for row in good})
-        tokens = (len(each.ids) for each in words.encode_batch(queries, add_special_tokens=False))
+        tokens = (
+            len(each.ids)
+            for start in range(0, len(queries), 1000)  # an encoding takes kilobytes
+            for each in words.encode_batch(queries[start : start + 1000], add_special_tokens=False)
+        )
         found[str(part)] = {
             "rows": len(rows),
             "pages": len(sizes),

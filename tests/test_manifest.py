@@ -37,7 +37,7 @@ def fetched(tmp_path, monkeypatch):
 
 def test_what_is_whole_is_found(fetched):
     assert check_base(load()) == "demo/base"
-    assert training_sets("demo", "") == [("data/demo/train", Path("data/demo/train"), ["data/train-0.parquet"], 1)]
+    assert training_sets("demo", "") == [("demo", Path("data/demo/train"), ["data/train-0.parquet"], 1)]
     assert benchmark_folder("demo") == Path("data/demo/beir")
 
 

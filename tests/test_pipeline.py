@@ -20,7 +20,7 @@ LEVELS = [
     {"data", "embed", "lora", "survey", "own"},
     {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl", "splits"},
     {"hub"},
-    {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo"},
+    {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo", "index"},
     {"images", "lock", "parallel", "digests", "hub_errors"},
 ]
 

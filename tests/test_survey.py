@@ -106,11 +106,11 @@ def test_each_bad_row_costs_one_row_and_is_named():
     assert [(entry["source"], entry["row"]) for entry in quarantine()] == [(SET, place) for place in places]
     for entry, (_, reason) in zip(quarantine(), CASES, strict=True):
         assert entry["reason"].startswith(reason)
-    table = rows(load())["train"]
-    assert table["query"][:] == [f"question {n}" for n in range(10, 30)] + [long["query"], right_to_left["query"]]
+    queries = [pair.query for pair in rows(load())["train"]]
+    assert queries == [f"question {n}" for n in range(10, 30)] + [long["query"], right_to_left["query"]]
     processor = ColIntern3_5Processor.from_pretrained("demo/base", max_visual_tokens=96, max_query_tokens=64)
-    assert processor.process_queries(table["query"][-2:])["input_ids"].shape == (2, 64)
-    assert processor.count_cut(table["query"][:]) == 1
+    assert processor.process_queries(queries[-2:])["input_ids"].shape == (2, 64)
+    assert processor.count_cut(queries) == 1
 
 
 def test_too_many_bad_rows_stop_the_run_and_are_named_all_the_same():
@@ -164,10 +164,10 @@ def test_a_mixture_shows_the_rows_of_a_set_as_often_as_its_weight_says():
     done = fetch_data()
     assert done.returncode == 0, done.stderr
     tables = rows(load())
-    queries = tables["train"]["query"][:]
+    queries = [pair.query for pair in tables["train"]]
     assert len(queries) == 40 + 3 * 3
     assert queries.count("question 56") == 3 and queries.count("question 7") == 1
-    assert tables["test"]["query"][:].count("question 58") == 1, "the dev set is not weighted"
+    assert [pair.query for pair in tables["test"]].count("question 58") == 1, "the dev set is not weighted"
 
 
 def test_a_leak_between_two_sets_of_a_mixture_is_found():
