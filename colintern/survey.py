@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from colintern.collected import query_fault
 from colintern.images import BadImage, decode
 from colintern.index import Row
+from colintern.language import languages
 from colintern.parallel import spread
 from colintern.params import UserError
 
@@ -160,6 +161,7 @@ def survey(seen: dict[Part, list[Seen]], tokenizer: Path) -> dict[str, dict[str,
             "page sizes": _histogram(f"{width}x{height}" for width, height in sizes.values()),
             "queries of a page": _histogram(asked.values()),
             "tokens of a query": _histogram(tokens),
+            "languages, guessed": languages(queries),
         }
     return found
 

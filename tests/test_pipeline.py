@@ -20,8 +20,8 @@ LEVELS = [
     {"data", "embed", "lora", "survey", "own"},
     {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl", "splits"},
     {"hub"},
-    {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo", "index"},
-    {"images", "lock", "parallel", "digests", "hub_errors"},
+    {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo"},
+    {"images", "lock", "parallel", "digests", "hub_errors", "index", "language"},
 ]
 
 
