@@ -74,7 +74,7 @@ def _groups(part: Part, name: str) -> Iterator[tuple[int, int]]:
 def _look(task: tuple[Part, str, tuple[int, int]]) -> list[Seen]:
     part, name, (group, first) = task
     columns = ["image"] if part.split == "test" else ["image", "query"]
-    # A few rows at a time: a row group may hold gigabytes.
+    # A few rows at a time: as Python objects, pages asked for by several queries take memory several times.
     batches = pq.ParquetFile(part.folder / name).iter_batches(8, [group], columns)
     known: dict[str, tuple[tuple[int, int] | None, str]] = {}
     rows = []
