@@ -37,9 +37,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def run(params: Params) -> tuple[float, float, str]:
     """Train and return NDCG@5 on the test pages before and after, and the verdict of the run."""
     import torch
-    from datasets import Image, load_dataset
+    from pyarrow.parquet import read_table
 
-    from colintern.data import pages
+    from colintern.features import Page
+    from colintern.images import decode
     from colintern.manifest import benchmark_folder, check_base
     from colintern.runs import prepare
     from colintern.training import DevSet, verdict
@@ -48,15 +49,12 @@ def run(params: Params) -> tuple[float, float, str]:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     folder = benchmark_folder("demo")
-    tables = {
-        part: load_dataset("parquet", data_files=str(folder / part / "*.parquet"), split="train")
-        for part in ("corpus", "queries")
-    }
-    corpus = pages(tables["corpus"].cast_column("image", Image(decode=False)))
+    corpus = [Page.of(decode(image["bytes"])) for image in read_table(folder / "corpus")["image"].to_pylist()]
+    queries = read_table(folder / "queries")["query"].to_pylist()
 
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(None):  # only the table is for people
         trainer = prepare(params, check_base(params), Path(scratch))
-        test = DevSet(tables["queries"]["query"], corpus, trainer.dev.features)
+        test = DevSet(queries, corpus, trainer.dev.features)
         before = test.ndcg(trainer.model, trainer.processor, params)
         trainer.train()
         after = test.ndcg(trainer.model, trainer.processor, params)
@@ -73,7 +71,7 @@ def main() -> None:
     if not chosen:
         parser.error(f"--only {args.only}: the settings are {', '.join(SETTINGS)}")
     params = load()
-    os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}  # of the processes started below
+    os.environ["TQDM_DISABLE"] = "1"  # of the processes started below
     jobs = [(name, seed) for name in chosen for seed in args.seeds]
     changed = [dataclasses.replace(params, threads=1, seed=seed, **chosen[name]) for name, seed in jobs]
     print(f"{'setting':<20}{'seed':>5}{'before':>9}{'NDCG@5':>9}  verdict")

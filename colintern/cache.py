@@ -129,7 +129,10 @@ class TensorCache:
         shard = self.folder / f"{next(iter(fresh))[:16]}-{len(fresh)}-{os.getpid()}.safetensors"
         partial = shard.with_suffix(".partial")
         try:
+            partial.touch()
+            mode = partial.stat().st_mode  # what the umask gives; save_file makes a file that is its owner's alone
             save_file(fresh, partial, metadata={key: checksum(value) for key, value in fresh.items()})
+            partial.chmod(mode)
             os.replace(partial, shard)
         finally:
             partial.unlink(missing_ok=True)

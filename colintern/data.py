@@ -1,6 +1,7 @@
 """From files to batches: the rows of the training set, and what the model is given of them."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,22 +10,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset, Image, load_dataset
-from PIL.Image import Image as PILImage
-from pyarrow import parquet
-from torch.utils.data import Dataset as TorchDataset
+from PIL.Image import Image
+from pyarrow.parquet import ParquetFile, read_metadata, read_schema, read_table
+from torch.utils.data import Dataset
 
-from colintern import negatives
+from colintern import index, negatives
 from colintern.features import Page, PageFeatures
 from colintern.images import decode
-from colintern.params import Params, UserError, root
+from colintern.manifest import MANIFEST
+from colintern.params import Params, UserError
 from colintern.processor import ColIntern3_5Processor
-from colintern.trainset import NEGATIVES, POSITIVES, TrainingSet, by_number, held_out, quarantined, training_data
-
-SPLITS = ("train", "test")  # of the hub's training sets; test is the dev set
+from colintern.trainset import NEGATIVES, POSITIVES, TrainingData, TrainingSet, training_data
 
 
-class Row(NamedTuple):
+class Pair(NamedTuple):
     """A query, the page that answers it, and pages that do not though they look like it."""
 
     query: str
@@ -32,171 +31,160 @@ class Row(NamedTuple):
     negatives: Sequence[Page] = ()
 
 
-def rows(params: Params) -> dict[str, list[Row]]:
-    """The training sets' rows by split (train, and test: the dev set); images stay on disk until they are needed.
+def rows(params: Params) -> dict[str, list[Pair]]:
+    """The training sets' rows by split: train, and test: the dev set. Images stay on disk until a page is asked for.
 
     Rows in quarantine are left out. In the training split the rows of a set occur as often as its weight says.
 
     Raises:
-        UserError: the manifest or a file is missing or changed, a set lacks a split, or the hard negatives that
-            params ask for are not there.
+        UserError: the manifest, the index or a file is missing or changed, a set has no row for a split, or the hard
+            negatives that params ask for are not there.
     """
-    data, bad = training_data(params), quarantined()
-    corpus, unfit = _corpus(data.corpus, bad) if data.corpus else ([], set())
-    parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    data = training_data(params)
+    pages, entries = _pages(data)
+    wrong = _from_column(data, pages, entries) if params.negatives and not data.negatives else {}
+    found: defaultdict[tuple[str, str], list[Pair]] = defaultdict(list)
+    for e in entries:
+        found[e.source, e.split].append(Pair(e.query, pages[e.page], wrong.get((e.source, e.file, e.row), ())))
     for one in data.sets:
-        numbered = by_number(one.folder / one.files[0])
-        for split, found in (_numbered(one, corpus, bad) if numbered else _paired(one, bad)).items():
-            parts[split] += found * (one.weight if split == "train" else 1)
+        for split, prefix in (("train", "train"), ("dev", "test")):
+            if not found[one.name, split]:
+                raise UserError(f"train_data: {one.folder} has no row that can be used in {prefix}-*.parquet")
+    train = [pair for one in data.sets for pair in found[one.name, "train"] * one.weight]
+    dev = [pair for one in data.sets for pair in found[one.name, "dev"]]
     if params.negatives:
         if data.negatives:
-            parts["train"] = _mined(parts["train"], corpus, data.negatives)
-        parts["train"] = _first(params, parts["train"], unfit | {row.page.key for row in parts["test"]})
-    return parts
+            train = _mined(train, pages, data.negatives)
+        train = _first(params, train, {pair.page.key for pair in dev})
+    return {"train": train, "test": dev}
 
 
-def candidates(params: Params) -> tuple[list[Row], list[Page], set[str]]:
-    """The training rows as the sets have them, all pages that training knows, and the keys of those among them that
-    may be nobody's negative: pages of the dev set, and pages in quarantine."""
-    data, bad = training_data(params), quarantined()
-    parts = rows(replace(params, negatives=0))
-    corpus, unfit = _corpus(data.corpus, bad) if data.corpus else ([], set())
-    unfit |= {row.page.key for row in parts["test"]}
-    distinct = {page.key: page for page in (*(row.page for row in parts["train"]), *corpus)}
-    broken = distinct.keys() & unfit - {row.page.key for row in parts["train"]}
-    return parts["train"], [page for key, page in distinct.items() if key not in broken], unfit
+def candidates(params: Params) -> tuple[list[Pair], list[Page], set[str]]:
+    """The training rows without negatives, all pages that training knows, and the keys of those among them that may be
+    nobody's negative, since the dev set asks for them."""
+    parts = rows(replace(params, negatives=0, negatives_file=""))
+    dev, own = ({pair.page.key for pair in parts[split]} for split in ("test", "train"))
+    pages, _ = _pages(training_data(params))
+    return parts["train"], [page for key, page in pages.items() if key in own or key not in dev], dev
 
 
-def _corpus(one: TrainingSet, bad: set[tuple[str, str]]) -> tuple[list[Page], set[str]]:
-    """The pages of a corpus in its order, and the keys of those in quarantine."""
-    table, places = _table(one, one.files, ["image"])
-    found = pages(table)
-    return found, {page.key for page, place in zip(found, places, strict=True) if (one.name, place) in bad}
+def _pages(data: TrainingData) -> tuple[dict[str, Page], list[index.Row]]:
+    """Every page that can be used, by its key, and the rows of the index.
+
+    Raises:
+        UserError: the index is missing, or is not that of these sets.
+    """
+    sets = [*data.sets, *([data.corpus] if data.corpus else [])]
+    places = {(one.name, file): one.folder / file for one in sets for file in one.files}
+    numbered = {one.name for one in data.sets if one.by_number}
+    pages: dict[str, Page] = {}
+    entries = index.read()
+    for e in entries:
+        if (e.source, e.file) not in places:
+            raise UserError(f"{index.INDEX}: {e.file} of {e.source} is not in {MANIFEST}; run: dvc repro -f fetch-data")
+        if e.source not in numbered:
+            pages.setdefault(e.page, Page(e.page, partial(row_image, places[e.source, e.file], e.row)))
+    return pages, entries
 
 
-def _table(one: TrainingSet, files: list[str], columns: list[str]) -> tuple[Dataset, list[str]]:
-    """Columns of some files of a set, memory-mapped, and the place of each row as quarantine names it."""
-    table = load_dataset(
-        "parquet",
-        data_files=[str(one.folder / file) for file in files],
-        split="train",
-        cache_dir=str(root() / "data" / ".arrow"),
-    ).select_columns(columns)
-    if "image" in columns:
-        table = table.cast_column("image", Image(decode=False))
-    places = [f"{f}:{n}" for f in files for n in range(parquet.read_metadata(one.folder / f).num_rows)]
-    return table, places
-
-
-def _good(one: TrainingSet, files: list[str], columns: list[str], bad: set[tuple[str, str]]) -> Dataset:
-    """`_table` without the rows in quarantine."""
-    table, places = _table(one, files, columns)
-    good = [index for index, place in enumerate(places) if (one.name, place) not in bad]
-    return table.select(good) if len(good) < len(table) else table
-
-
-def _paired(one: TrainingSet, bad: set[tuple[str, str]]) -> dict[str, list[Row]]:
-    """The rows of a set that hold their pages."""
+def _from_column(
+    data: TrainingData, pages: dict[str, Page], entries: Sequence[index.Row]
+) -> dict[tuple[str, str, int], list[Page]]:
+    """(set, file, row) -> the negatives that the row itself names by number; pages that cannot be used are left out."""
+    if not data.corpus:
+        return {}
+    known = {(e.file, e.row): pages[e.page] for e in entries if e.source == data.corpus.name}
+    in_order = [(file, row) for file in data.corpus.files for row in range(_length(data.corpus, file))]
     found = {}
-    for split in SPLITS:
-        files = one.split(split)
-        if not files:
-            raise UserError(f"train_data: {one.folder} has no file {split}-*.parquet")
-        table = _good(one, files, ["query", "image"], bad)
-        found[split] = [Row(query, page) for query, page in zip(table["query"], pages(table), strict=True)]
+    for one in data.sets:
+        for file in one.files if one.by_number else ():
+            if NEGATIVES not in read_schema(one.folder / file).names:
+                continue
+            table = read_table(one.folder / file, columns=[POSITIVES, NEGATIVES], use_threads=False)
+            for row, (right, wrong) in enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True)):
+                right = right if isinstance(right, list) else [right]
+                numbers = [number for number in wrong or () if number not in right and number < len(in_order)]
+                found[one.name, file, row] = [known[in_order[n]] for n in numbers if in_order[n] in known]
     return found
 
 
-def _numbered(one: TrainingSet, corpus: Sequence[Page], bad: set[tuple[str, str]]) -> dict[str, list[Row]]:
-    """The rows of a set that name their pages by number; without files for it, the dev set is drawn from them."""
-    found = {}
-    for split in SPLITS:
-        if files := one.split(split):
-            columns = [name for name in ("query", POSITIVES, NEGATIVES) if name in _columns(one)]
-            found[split] = [_row(row, corpus) for row in _good(one, files, columns, bad)]
-    if "test" not in found:
-        dev = held_out(row.page.key for row in found["train"])
-        found["test"] = [row for row in found["train"] if row.page.key in dev]
-        found["train"] = [row for row in found["train"] if row.page.key not in dev]
-    return found
+def _length(one: TrainingSet, file: str) -> int:
+    return read_metadata(one.folder / file).num_rows
 
 
-def _columns(one: TrainingSet) -> list[str]:
-    return parquet.read_schema(one.folder / one.files[0]).names
-
-
-def _row(row: dict[str, Any], corpus: Sequence[Page]) -> Row:
-    right = row[POSITIVES] if isinstance(row[POSITIVES], list) else [row[POSITIVES]]
-    wrong = [number for number in row.get(NEGATIVES) or () if number not in right]
-    return Row(row["query"], corpus[right[0]], [corpus[number] for number in wrong])
-
-
-def _mined(train: list[Row], corpus: Sequence[Page], file: Path) -> list[Row]:
+def _mined(train: list[Pair], pages: dict[str, Page], file: Path) -> list[Pair]:
     """The rows with the negatives of a mined file.
 
     Raises:
         UserError: the file knows none of the rows.
     """
     found = negatives.read(file)
-    by_key = {page.key: page for page in (*(row.page for row in train), *corpus)}
-    keys = [found.get((row.query, row.page.key)) for row in train]
-    unknown = sum(key is None for key in keys)
+    keys = [found.get((pair.query, pair.page.key)) for pair in train]
+    unknown = sum(wrong is None for wrong in keys)
     if unknown == len(train):
         raise UserError(
             f"negatives_file: {file}: names none of the {len(train)} training rows; was it made for others?"
         )
-    lost = sum(key not in by_key for row in keys for key in row or ())
+    lost = sum(key not in pages for wrong in keys for key in wrong or ())
     print(f"{file}: {unknown} of {len(train)} rows are not in it; {lost} of its negatives are no pages of these sets")
     return [
-        row._replace(negatives=[by_key[key] for key in wrong or () if key in by_key])
-        for row, wrong in zip(train, keys, strict=True)
+        pair._replace(negatives=[pages[key] for key in wrong or () if key in pages])
+        for pair, wrong in zip(train, keys, strict=True)
     ]
 
 
-def _first(params: Params, train: list[Row], unfit: set[str]) -> list[Row]:
+def _first(params: Params, train: list[Pair], unfit: set[str]) -> list[Pair]:
     """The rows with the first `negatives` of their negatives, those left out whose page is `unfit` or the row's own.
 
     Raises:
         UserError: no row has any.
     """
     kept = []
-    for row in train:
-        fit = (page for page in row.negatives if page.key not in unfit and page.key != row.page.key)
-        kept.append(row._replace(negatives=tuple(islice(fit, params.negatives))))
-    fewer = sum(len(row.negatives) < params.negatives for row in kept)
-    if not any(row.negatives for row in kept):
+    for pair in train:
+        fit = (page for page in pair.negatives if page.key not in unfit and page.key != pair.page.key)
+        kept.append(pair._replace(negatives=tuple(islice(fit, params.negatives))))
+    fewer = sum(len(pair.negatives) < params.negatives for pair in kept)
+    if not any(pair.negatives for pair in kept):
         raise UserError(
             f"negatives: {params.negatives}, but no row has one: {params.train_data} has no column {NEGATIVES}, and "
             f"negatives_file is {params.negatives_file!r}; `colintern mine` makes such a file"
         )
     print(
-        f"{sum(len(row.negatives) for row in kept)} hard negatives; {fewer} of {len(kept)} rows have fewer than asked"
+        f"{sum(len(pair.negatives) for pair in kept)} hard negatives; {fewer} of {len(kept)} rows have fewer than asked"
     )
     return kept
 
 
-def pages(table: Dataset) -> list[Page]:
-    """The page of each row, keyed by the bytes of its file; `datasets` keeps the keys beside its copy of the rows."""
-    keys = table.map(_keys, input_columns="image", batched=True, batch_size=100, remove_columns=table.column_names)
-    return [Page(key, partial(_row_image, table, index)) for index, key in enumerate(keys["page"])]
+def row_image(path: Path, row: int) -> Image:
+    """The page in one row of a parquet file.
+
+    Its row group is read no further than the row, and let go of. At random a page of 300 kB costs 8 ms in groups of
+    100 rows and up to 90 ms in groups of 1,000, for which memory has to hold such a group, compressed and not.
+
+    Raises:
+        BadImage: see `decode`.
+    """
+    with ParquetFile(path, memory_map=True) as file:
+        group = 0
+        while row >= (size := file.metadata.row_group(group).num_rows):
+            row, group = row - size, group + 1
+        # No threads: they would not survive the fork of a data loader's process.
+        for batch in file.iter_batches(8, [group], ["image"], use_threads=False):
+            if row < len(batch):
+                image = batch["image"][row].as_py()
+                return decode(image["bytes"] if isinstance(image, dict) else image)
+            row -= len(batch)
+    raise AssertionError("a row group holds as many rows as its metadata says")
 
 
-def _keys(images: list[dict[str, Any]]) -> dict[str, list[str]]:
-    return {"page": [hashlib.sha256(image["bytes"]).hexdigest() for image in images]}
-
-
-def _row_image(table: Dataset, index: int) -> PILImage:
-    return decode(table[index]["image"]["bytes"])
-
-
-class Pairs(TorchDataset):
+class Pairs(Dataset):
     """The rows of a training set, for the data loader.
 
     An item is {"query": str, "pages": the row's page, then its negatives}; a page is {"key": str} with its "features",
     or its "tiles" where the features are not known.
     """
 
-    def __init__(self, rows: Sequence[Row], features: PageFeatures):
+    def __init__(self, rows: Sequence[Pair], features: PageFeatures):
         self.rows, self.cache, self.processor = rows, features.cache, features.processor
 
     def __len__(self) -> int:

@@ -72,9 +72,21 @@ def table(found: Survey, quarantined: Sequence[dict[str, str]]) -> str:
         )
         for measure, label in MEASURES.items():
             lines.append(f"  {label:<13} mean {_mean(facts[measure]):<8g} {_bars(facts[measure])}")
+        lines.append(f"  languages     {_languages(facts['languages, guessed'])}")
     counts = Counter((entry["source"], entry["reason"].split(":")[0]) for entry in quarantined)
     lines += [f"quarantined: {source}: {count} x {reason}" for (source, reason), count in sorted(counts.items())]
     return "\n".join(lines)
+
+
+def _languages(guessed: dict[str, int], most: int = 6) -> str:
+    """The most frequent ones, what could not be guessed, and how many others there are."""
+    known = sorted(((count, name) for name, count in guessed.items() if name != "unknown"), reverse=True)
+    shown = [f"{name}: {count}" for count, name in known[:most]]
+    if rest := known[most:]:
+        shown.append(f"{len(rest)} others: {sum(count for count, _ in rest)}")
+    if "unknown" in guessed:
+        shown.append(f"unknown: {guessed['unknown']}")
+    return f"guessed, of {sum(guessed.values())} distinct queries: {'  '.join(shown)}"
 
 
 def _bars(histogram: dict[str, int], most: int = 6) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from colintern.adapters import check_adapter, load_adapter, load_processor
-from colintern.data import Row, candidates
+from colintern.data import Pair, candidates
 from colintern.embed import embed_features, embed_queries
 from colintern.features import FEATURES, Page, PageFeatures
 from colintern.identity import content_hash, versions
@@ -82,7 +82,7 @@ def mine(params: Params, adapter: Path, limits: Limits) -> Found:
 class Ranking:
     """The best pages of each query so far, and the score of each row's own page; pages come chunk by chunk."""
 
-    def __init__(self, train: Sequence[Row], queries: Sequence[str], top: int):
+    def __init__(self, train: Sequence[Pair], queries: Sequence[str], top: int):
         self.top = top
         self.places = {query: place for place, query in enumerate(queries)}
         self.keys: list[str] = []
@@ -114,7 +114,7 @@ class Ranking:
 
 
 def select(
-    train: Sequence[Row], ranking: Ranking, limits: Limits, unfit: Collection[str]
+    train: Sequence[Pair], ranking: Ranking, limits: Limits, unfit: Collection[str]
 ) -> tuple[list[Mined], int, int]:
     """The rows of the file, and how many ranked pages were left out as right ones and as too close to the right one.
 

@@ -41,7 +41,7 @@ def train(params: Params, out: Path) -> dict[str, Any]:
 
     Raises:
         UserError: data or base are missing or changed, the LoRA targets are wrong, another process trains this very
-            run, or the training set is smaller than a batch.
+            run, the training set is smaller than a batch, or there are several GPUs or processes.
         NonFiniteError: the loss is not finite.
         OutOfMemory: one page does not fit the memory.
         Interrupted: SIGTERM or SIGINT; a checkpoint is there.
@@ -51,7 +51,7 @@ def train(params: Params, out: Path) -> dict[str, Any]:
     identity = stage_identity("train", params)
     scratch = root() / ".scratch" / f"train-{fingerprint(identity)[:16]}"
     signals = Signals()
-    with locked(scratch), signals.watch():
+    with locked_or_refused(scratch), signals.watch():
         trainer = prepare(params, base, scratch)
         trainer.add_callback(signals)
         run(trainer, scratch, newest(scratch))
@@ -107,6 +107,11 @@ def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
         raise UserError(f"batch_size: {params.batch_size} is more than the {len(train)} training pairs")
     if params.logging_steps > steps:
         raise UserError(f"logging_steps: {params.logging_steps} is more than the {steps} steps of this run")
+    args = arguments(params, scratch, steps // params.epochs, quiet=not sys.stderr.isatty())
+    if args.n_gpu > 1 or args.world_size > 1:  # each process or device would take a batch of its own
+        raise UserError(
+            f"{args.n_gpu} GPUs in {args.world_size} processes: training uses one; set CUDA_VISIBLE_DEVICES=0"
+        )
     set_seed(params.seed)
     revision = params.base_revision or None
     kernel = attention_kernel(params.attention, params.dtype)
@@ -136,11 +141,6 @@ def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
     print(f"{len(pairs)} training pairs; dev: {len(dev)} queries on {len(dev.pages)} pages; attention: {kernel}")
     if cut := processor.count_cut([row.query for row in (*train, *dev_rows)]):
         print(f"{cut} of {len(train) + len(dev_rows)} queries are longer than max_query_tokens and are cut")
-    args = arguments(params, scratch, len(train) // params.batch_size, quiet=not sys.stderr.isatty())
-    if args.n_gpu > 1 or args.world_size > 1:  # each process or device would take a batch of its own
-        raise UserError(
-            f"{args.n_gpu} GPUs in {args.world_size} processes: training uses one; set CUDA_VISIBLE_DEVICES=0"
-        )
     return ContrastiveTrainer(params, processor, dev, model=model, args=args, train_dataset=pairs)
 
 
@@ -191,8 +191,8 @@ def write_csv(path: Path, records: list[dict[str, Any]], columns: tuple[str, ...
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone.
+def locked_or_refused(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone, without waiting for another one that holds it.
 
     Raises:
         UserError: another process holds it; its PID is named.

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +11,11 @@ from tokenizers import Tokenizer
 
 from colintern.collected import query_fault
 from colintern.images import BadImage, decode
+from colintern.index import Row
+from colintern.language import languages
 from colintern.parallel import spread
 from colintern.params import UserError
-from colintern.trainset import POSITIVES, held_out
+from colintern.trainset import POSITIVES
 
 SPLITS = {"train": "train", "dev": "test"}  # how the hub's training sets call them
 
@@ -75,6 +77,15 @@ def _numbered(part: Part, parts: Sequence[Part], pages: Sequence[Seen]) -> list[
     return [row for row in rows if (row.key in dev) == (part.split == "dev")]
 
 
+def held_out(keys: Iterable[str]) -> set[str]:
+    """The pages whose rows are the dev set of a data set that has none: a fiftieth of them, at least one.
+
+    A page's place among all of them is that of its hash, so the choice depends on nothing but the pages.
+    """
+    ranked = sorted(set(keys))
+    return set(ranked[: max(1, len(ranked) // 50)])
+
+
 def _queries(part: Part) -> Iterator[tuple[str, Any, Any]]:
     """(place, query, numbers of its pages) of each row."""
     for name in part.files:
@@ -119,10 +130,11 @@ def _open(part: Part, name: str, columns: set[str]) -> pq.ParquetFile:
 
 def _look(task: tuple[Part, str, tuple[int, int]]) -> list[Seen]:
     part, name, (group, first) = task
-    table = pq.ParquetFile(part.folder / name).read_row_group(group, columns=_columns(part))
+    # A few rows at a time: as Python objects, pages asked for by several queries take memory several times.
+    batches = pq.ParquetFile(part.folder / name).iter_batches(8, [group], _columns(part))
     known: dict[str, tuple[tuple[int, int] | None, str]] = {}
     rows = []
-    for number, row in enumerate(table.to_pylist(), start=first):
+    for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=first):
         data, fault = _bytes(row["image"])
         key = hashlib.sha256(data).hexdigest() if data else ""
         if key not in known:
@@ -149,6 +161,15 @@ def _size(data: bytes) -> tuple[tuple[int, int] | None, str]:
         return decode(data).size, ""
     except BadImage as error:
         return None, f"image: {error}"
+
+
+def usable(seen: dict[Part, list[Seen]]) -> Iterator[Row]:
+    """The rows without a fault of the training sets, and the pages of a corpus, for the index."""
+    for part, found in seen.items():
+        for row in found if part.split != "test" else ():
+            if not row.fault:
+                file, _, number = row.where.rpartition(":")
+                yield Row(part.name, part.split, file, int(number), row.key, row.query)
 
 
 def rows_of(part: Part, table: str, columns: list[str]) -> list[dict[str, Any]]:
@@ -183,7 +204,11 @@ def survey(seen: dict[Part, list[Seen]], tokenizer: Path) -> dict[str, dict[str,
             queries = [row.query for row in good]
             asked = Counter(row.key for row in good)
             copies = len(good) - len({(row.key, row.query) for row in good})
-        tokens = (len(each.ids) for each in words.encode_batch(queries, add_special_tokens=False))
+        tokens = (
+            len(each.ids)
+            for start in range(0, len(queries), 1000)  # an encoding takes kilobytes
+            for each in words.encode_batch(queries[start : start + 1000], add_special_tokens=False)
+        )
         found[str(part)] = {
             "rows": len(rows),
             "pages": len(sizes),
@@ -194,6 +219,7 @@ def survey(seen: dict[Part, list[Seen]], tokenizer: Path) -> dict[str, dict[str,
             "page sizes": _histogram(f"{width}x{height}" for width, height in sizes.values()),
             "queries of a page": _histogram(asked.values()),
             "tokens of a query": _histogram(tokens),
+            "languages, guessed": languages(queries),
         }
     return found
 

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from colintern.checkpoints import SAVING, Checkpoints
-from colintern.data import Collator, Row
+from colintern.data import Collator, Pair
 from colintern.embed import embed_features, embed_queries
 from colintern.features import PageFeatures
 from colintern.loss import contrastive_loss, false_negatives, maxsim_matrix
@@ -211,7 +211,7 @@ def set_rng_state(state: list[Tensor]) -> None:
 class DevSet(Dataset):
     """Dev queries and the pages they ask for, each page once however many rows show it."""
 
-    def __init__(self, rows: Sequence[Row], features: PageFeatures):
+    def __init__(self, rows: Sequence[Pair], features: PageFeatures):
         distinct = {row.page.key: row.page for row in rows}
         places = {key: place for place, key in enumerate(distinct)}
         self.queries, self.pages, self.features = [row.query for row in rows], list(distinct.values()), features

@@ -4,18 +4,20 @@
 
 Input: params.yaml. Output: data/manifest.json (file, size, sha256, repository, revision) and the bytes it names, of
 which those from the hub lie in its own cache; data/quarantine.json, the rows that are left out and why;
-data/survey.json, the data in numbers. Exit 2 for too many rows left out, for an evaluation set with a fault, and for
-a page in two splits; exit 7 when the hub cannot be reached and the cache lacks something.
+data/rows.parquet, the rows that are trained on; data/survey.json, the data in numbers. Exit 2 for too many rows left
+out, for an evaluation set with a fault, and for a page in two splits; exit 7 when the hub cannot be reached and the
+cache lacks something.
 """
 
 from pathlib import Path
 
+from colintern import index
 from colintern.checks import check, quarantine
 from colintern.jsonfile import dumps
 from colintern.manifest import MANIFEST, QUARANTINE, SURVEY, local
 from colintern.params import exit_on_user_error, load
 from colintern.sources import fetch, parts, tokenizer
-from colintern.survey import look, survey
+from colintern.survey import look, survey, usable
 
 
 @exit_on_user_error()
@@ -33,6 +35,7 @@ def main() -> None:
     Path(QUARANTINE).write_text(dumps({"rows": bad}))  # before anything below may refuse the data
     check(seen, bad, rows, params.max_bad_fraction)
     Path(SURVEY).write_text(dumps(survey(seen, tokenizer(manifest))))
+    index.write(usable(seen))
     Path(MANIFEST).write_text(dumps(manifest))
     print(f"{len(bad)} of {sum(rows.values())} rows in {QUARANTINE}")
     named = [("base", manifest["base"]), *(("train", part) for part in manifest["train"])]

@@ -42,6 +42,16 @@ def test_a_tensor_comes_back_to_the_bit_in_another_process_too(tmp_path, dtype):
     assert TensorCache(tmp_path, "b", MB).get("k") is None, "another name, another cache"
 
 
+def test_others_may_read_a_shard_as_far_as_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        filled(tmp_path, "a", range(3))
+    finally:
+        os.umask(before)
+    [shard] = shards(tmp_path)
+    assert shard.stat().st_mode & 0o777 == 0o640
+
+
 def test_shards_are_written_as_they_fill(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHARD_BYTES", 8000)
     cache = filled(tmp_path, "a", range(5))

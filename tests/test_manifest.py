@@ -40,7 +40,7 @@ def fetched(tmp_path, monkeypatch):
 
 def test_what_is_whole_is_found(fetched):
     assert check_base(load()) == "demo/base"
-    found = ("data/demo/train", Path("data/demo/train"), ["data/train-0.parquet"], 1)
+    found = ("demo", Path("data/demo/train"), ["data/train-0.parquet"], 1)
     assert training_data(load()) == ([found], None, None)
     assert benchmark_folder("demo") == Path("data/demo/beir")
 

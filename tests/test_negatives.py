@@ -17,7 +17,7 @@ from pyarrow import parquet
 from test_survey import PAGES, fetch_data, quarantine, write_eval, write_set
 from test_training import TARGETS
 
-from colintern.data import Row, rows
+from colintern.data import Pair, rows
 from colintern.features import Page
 from colintern.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.images import png_bytes
@@ -27,7 +27,7 @@ from colintern.model import ColIntern3_5
 from colintern.negatives import Mined, read, write
 from colintern.params import UserError, load
 from colintern.processor import ColIntern3_5Processor
-from colintern.trainset import held_out
+from colintern.survey import held_out
 
 QUERIES, CORPUS, MINED = "data/own/queries", "data/own/corpus", "data/mined/negatives.parquet"
 
@@ -181,7 +181,7 @@ def ranking(train, scores, keys, chunk, top=5):
 @pytest.mark.parametrize("chunk", [1, 2, 6])
 def test_what_is_right_or_nearly_as_good_is_no_negative(chunk):
     a, b, c, d, e, f = keys = list("abcdef")
-    train = [Row("q", Page(a, None)), Row("q", Page(b, None)), Row("r", Page(c, None)), Row("q", Page(a, None))]
+    train = [Pair("q", Page(a, None)), Pair("q", Page(b, None)), Pair("r", Page(c, None)), Pair("q", Page(a, None))]
     scores = torch.tensor([[10.0, 12.0, 9.4, 9.6, 9.4, 1.0], [-9.0, -12.0, -10.0, -10.4, -10.6, -13.0]])
     mined, right, close = select(train, ranking(train, scores, keys, chunk), Limits(5, 0.95, 2), unfit={f})
     assert [(row.query, row.page, row.negatives) for row in mined] == [

@@ -22,7 +22,7 @@ LEVELS = [
     {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl", "splits"},
     {"hub"},
     {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo"},
-    {"images", "lock", "parallel", "digests", "hub_errors"},
+    {"images", "lock", "parallel", "digests", "hub_errors", "index", "language"},
 ]
 
 

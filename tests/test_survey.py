@@ -246,6 +246,19 @@ def test_the_data_in_numbers():
     assert inventory(load())[f"{SET} (train)"]["queries of a page"] == {"1": 39, "3": 1}
     assert (test["rows"], test["pages"], test["queries"]) == (10, 10, 10)
     assert test["tokens/query"] > 1
+    assert sum(train["languages, guessed"].values()) == 41, "distinct queries"
+
+
+def test_the_languages_of_the_queries_are_counted_over_distinct_queries_and_shown_as_a_guess():
+    from colintern.inventory import inventory, metrics, table
+
+    french, german = "Quels sont les principaux risques du projet ?", "Wer hat den Vertrag unterschrieben?"
+    spoken = [row(n) | {"query": query} for n, query in enumerate((french, french, german, "4711", "question 1"))]
+    write_rows("train", [*spoken, *(row(n) | {"query": f"What does figure {n} show us?"} for n in range(5, 9))])
+    assert fetch_data().returncode == 0
+    found = inventory(load())
+    assert metrics(found)[f"{SET} (train)"]["languages, guessed"] == {"de": 1, "en": 4, "fr": 1, "unknown": 2}
+    assert "guessed, of 8 distinct queries: en: 4  fr: 1  de: 1  unknown: 2" in table(found, [])
 
 
 def test_the_table_says_the_same():

@@ -1,13 +1,16 @@
 import dataclasses
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import BASE, ROOT
 from test_model import TARGETS, load
 
-from colintern.data import Pairs, Row
+from colintern.data import Pair, Pairs
 from colintern.features import Page, PageFeatures
 from colintern.lora import add_lora
 from colintern.params import UserError
@@ -36,10 +39,10 @@ def make(processor, pages, tmp_path):
         keyed = [Page.of(page) for page in pages]
         features.fill(keyed, workers=0)
         rows = [
-            Row(query, keyed[number], tuple(keyed[n] for n in wrong))
+            Pair(query, keyed[number], tuple(keyed[n] for n in wrong))
             for query, number, wrong in zip(queries, shown, negatives, strict=True)
         ]
-        dev = DevSet([Row(query, page) for query, page in zip(QUERIES, keyed, strict=True)], features)
+        dev = DevSet([Pair(query, page) for query, page in zip(QUERIES, keyed, strict=True)], features)
         pairs = Pairs(rows, features)
         return ContrastiveTrainer(params, processor, dev, model=wrapped, args=args, train_dataset=pairs)
 
@@ -180,6 +183,25 @@ def test_a_run_that_could_not_be_reported_is_refused_before_anything_is_loaded(m
     params = dataclasses.replace(load_params(ROOT / "recipes" / "demo.yaml"), **changes)
     with pytest.raises(UserError, match=message):
         prepare(params, "a base that does not exist", tmp_path)
+
+
+def test_several_processes_are_refused_before_any_data_is_read(tmp_path):
+    """In a folder without data: a run that got as far as that would name the missing manifest."""
+    shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
+    code = (
+        "from pathlib import Path; from colintern.params import load; from colintern.runs import prepare; "
+        "prepare(load(), 'no base', Path('scratch'))"
+    )
+    (tmp_path / "two.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "two.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "in 2 processes: training uses one" in done.stderr, done.stderr[-3000:]
 
 
 def test_a_run_that_was_cut_off_ends_on_the_same_weights(make, tmp_path):
