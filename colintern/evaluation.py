@@ -14,11 +14,11 @@ import mteb
 import torch
 from torch import nn
 
-from colintern.adapters import check_adapter, load_adapter, load_processor
 from colintern.benchmarks import from_cache, tasks_for
 from colintern.features import FEATURES, PageFeatures
 from colintern.identity import content_hash
 from colintern.jsonfile import dumps
+from colintern.loading import load_adapter, load_processor, require_adapter
 from colintern.manifest import check_base
 from colintern.mteb_model import ColIntern3_5Encoder
 from colintern.params import Params, root
@@ -42,7 +42,7 @@ def evaluate_adapter(params: Params, adapter: Path, output_folder: Path) -> dict
     Raises:
         UserError: an adapter folder or a base that cannot be used; see also `tasks_for`.
     """
-    check_adapter(adapter)
+    require_adapter(adapter)
     tasks_for(params)  # a misspelt name is refused before a model is loaded
     base = check_base(params)
     if output_folder.exists():  # nobody shall take an older run's files for this one's

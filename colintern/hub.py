@@ -85,6 +85,22 @@ def fetch(wanted: Sequence[tuple[Repo, tuple[str, ...]]], digests: Digests) -> l
     return found
 
 
+def fetch_one(repo: Repo, path: str, digests: Digests) -> Path:
+    """One file of a repository in the cache, which nothing else of it need be.
+
+    Raises:
+        OfflineError, UserError: see `fetch`.
+    """
+    cached = folder(repo) / path
+    if cached.is_file():
+        return cached
+    files = [file for file in _listing(repo, (PurePosixPath(path).suffix,)) if file.path == path]
+    if not files:
+        raise UserError(f"{repo.key}: {repo.name!r} at {repo.revision} holds no {path}")
+    get(files, digests)
+    return cached
+
+
 def outside(path: str) -> bool:
     """Whether a path that should be below a folder may lead out of it."""
     return PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from colintern.adapters import check_adapter, load_adapter, load_processor
 from colintern.data import Pair, candidates
 from colintern.embed import embed_features, embed_queries
 from colintern.features import FEATURES, Page, PageFeatures
 from colintern.identity import content_hash, versions
+from colintern.loading import load_adapter, load_processor, require_adapter
 from colintern.manifest import check_base
 from colintern.maxsim import maxsim_scores
 from colintern.negatives import Mined
@@ -51,7 +51,7 @@ def mine(params: Params, adapter: Path, limits: Limits) -> Found:
     Raises:
         UserError: data, base or adapter are missing or changed.
     """
-    check_adapter(adapter)
+    require_adapter(adapter)
     base = check_base(params)
     torch.set_num_threads(params.threads)
     train, pages, unfit = candidates(params)

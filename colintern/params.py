@@ -75,7 +75,7 @@ POSITIVE = Rule("above 0", lambda value: value > 0)
 FILLED = Rule("not empty", lambda value: bool(value.strip()))
 REVISION = Rule('40 hex digits, or ""', lambda value: re.fullmatch(r"([0-9a-f]{40})?", value) is not None)
 MIXTURE = Rule("a data set, or several different ones as `a*2 + b`, weights from 1", lambda text: bool(mixture(text)))
-PATTERN = Rule("a regular expression that compiles", _compiles)
+PATTERN = Rule("a regular expression that compiles (any text is .* in it, not *)", _compiles)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import TrainerState, set_seed
 
@@ -25,12 +26,13 @@ from colintern.features import FEATURES, PageFeatures
 from colintern.identity import fingerprint, stage_identity
 from colintern.jsonfile import dumps
 from colintern.lora import add_lora, count, faults
-from colintern.manifest import check_base
+from colintern.manifest import MANIFEST, check_base, read
 from colintern.model import ColIntern3_5, attention_kernel
 from colintern.params import Params, UserError, root
 from colintern.processor import ColIntern3_5Processor
 from colintern.training import ContrastiveTrainer, DevSet, NonFiniteError, arguments, verdict
 from colintern.trainset import asks_pseudo_queries
+from colintern.weights import statistics
 
 ORPHANS = 30  # seconds after which a killed trainer's data loader should have ended; it looks every 5
 CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
@@ -53,6 +55,7 @@ def train(params: Params, out: Path) -> dict[str, Any]:
     signals = Signals()
     with locked_or_refused(scratch), signals.watch():
         trainer = prepare(params, base, scratch)
+        identity |= origin(trainer)
         trainer.add_callback(signals)
         run(trainer, scratch, newest(scratch))
         step, last = trainer.state.global_step, trainer.state.max_steps
@@ -92,6 +95,13 @@ def run(trainer: ContrastiveTrainer, scratch: Path, checkpoint: Path | None) -> 
         shutil.rmtree(scratch / SAVING, ignore_errors=True)
         check_room(scratch, need, f"the checkpoint of step {trainer.state.global_step} would")
         raise
+
+
+def origin(trainer: ContrastiveTrainer) -> dict[str, Any]:
+    """What a trained adapter is held against later: the base's files by hash, and the weights training starts from."""
+    model: Any = trainer.model
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {"base": read(MANIFEST)["base"], "start": statistics(weights, model.base_model.model.head_state())}
 
 
 def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from colintern.inventory import inventory, metrics, write_csv
 from colintern.jsonfile import dumps
-from colintern.lora import add_lora, count, faults, meta_model, table
+from colintern.lora import METRICS, examine, faults, meta_model, table
 from colintern.manifest import ready
 from colintern.params import UserError, exit_on_user_error, load
 
@@ -20,19 +20,14 @@ from colintern.params import UserError, exit_on_user_error, load
 def main() -> None:
     params = load()
     base = ready(params)
-    model = meta_model(base, params.base_revision or None)
-    try:
-        wrapped = add_lora(model, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout)
-    except ValueError as error:
-        raise UserError(f"lora_targets: {error}") from error
-    counts = count(wrapped, params.lora_targets)
+    counts = examine(meta_model(base, params.base_revision or None), params)
     print(table(params.base, counts))
     if wrong := faults(counts):
         raise UserError("\n  ".join(wrong))
     found = inventory(params)
     for folder in ("metrics", "plots"):
         Path(folder).mkdir(exist_ok=True)
-    summary = {key: value for key, value in counts.items() if key not in ("patterns", "head")}
+    summary = {key: counts[key] for key in METRICS}
     Path("metrics/verify.json").write_text(dumps(summary))
     Path("metrics/data.json").write_text(dumps(metrics(found)))
     write_csv(Path("plots/data.csv"), found)

@@ -16,12 +16,13 @@ KEYS = {field.name for field in dataclasses.fields(Params)}
 LEVELS = [
     {"stages", "cli", "commands"},
     {"runs", "evaluation", "mining"},
-    {"training", "sources", "mteb_model", "benchmarks", "checks", "inventory", "adapters"},
-    {"data", "embed", "lora", "survey", "own", "checkpoints"},
+    {"training", "sources", "mteb_model", "benchmarks", "checks", "inventory", "adapters", "loading", "surroundings"},
+    {"doctor"},
+    {"data", "embed", "lora", "survey", "own", "checkpoints", "bases", "machine", "weights"},
     {"trainset", "negatives"},
     {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl", "splits"},
     {"hub"},
-    {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo"},
+    {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo", "patterns"},
     {"images", "lock", "parallel", "digests", "hub_errors", "index", "language"},
 ]
 

@@ -1,0 +1,46 @@
+"""A trained adapter as a model, or its base with the same head before training."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from colintern.model import ColIntern3_5, attention_kernel
+from colintern.params import Params, UserError
+from colintern.processor import ColIntern3_5Processor
+
+
+def require_adapter(adapter: Path) -> None:
+    """Raises UserError where a folder holds no adapter."""
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise UserError(f"{adapter}: holds no adapter_model.safetensors; run the stage that makes it: dvc repro train")
+
+
+def load_adapter(params: Params, base: str, adapter: Path, trained: bool = True) -> nn.Module:
+    """The model, on the GPU if there is one; `base` is where `manifest.check_base` found its weights.
+
+    Raises:
+        UserError: weights that are missing or do not fit, such as an adapter without its head.
+    """
+    options = {
+        "dtype": getattr(torch, params.dtype),
+        "attn_implementation": attention_kernel(params.attention, params.dtype),
+    }
+    model: Any
+    try:
+        if trained:
+            model = ColIntern3_5.from_pretrained(adapter, base=base, **options)
+        else:
+            model = ColIntern3_5.from_pretrained(base, revision=params.base_revision or None, **options)
+            model.load_head(adapter)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_processor(params: Params, adapter: Path) -> ColIntern3_5Processor:
+    """The adapter's processor, with the bounds that params set."""
+    return ColIntern3_5Processor.from_pretrained(
+        adapter, max_visual_tokens=params.max_visual_tokens, max_query_tokens=params.max_query_tokens
+    )
