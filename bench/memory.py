@@ -48,7 +48,7 @@ def measure(row: tuple[str, int, int, bool, float], device: str) -> dict[str, fl
 
     from colintern.costs import Costs, Setting
     from colintern.features import Page
-    from colintern.lora import add_lora, meta_model
+    from colintern.lora import add_lora
     from colintern.model import ColIntern3_5
     from colintern.params import load
     from colintern.training import ContrastiveTrainer, DevSet, arguments
@@ -86,7 +86,7 @@ def measure(row: tuple[str, int, int, bool, float], device: str) -> dict[str, fl
         )
         one = trainer.data_collator(pairs[:1])
         trainer.train()
-    meta = Costs(meta_model(config, None), dtype, params.lora_targets, params.lora_rank, dropout, device == "cuda")
+    meta = Costs(config, dtype, params.lora_targets, params.lora_rank, dropout, device == "cuda")
     lengths = (one[side]["input_ids"].shape[1] for side in ("page", "query"))
     step = meta.step(Setting(batch, micro, checkpointing, 6, *lengths))
     there = step.memory["base weights"] + step.memory["adapters"] + step.memory["optimizer"]
@@ -168,7 +168,7 @@ def main() -> None:
         worst[row[0]] = max(worst.get(row[0], 0.0), abs(off))
         print(
             f"{row[0]:<9}{device:>6}{row[1]:>6}{row[2]:>6}{'on' if row[3] else 'off':>6}{row[4]:>5}"
-            f"{found['predicted'] / 1e6:>9.0f} MB{found['measured'] / 1e6:>7.0f} MB  {off:+.1%}{found['seconds']:>6.1f} s",
+            f"{found['predicted'] / 1e6:>9.0f} MB{found['measured'] / 1e6:>7.0f} MB {off:>+6.1%}",
             flush=True,
         )
     print("RESULT " + " ".join(f"{name}_worst={off:.3f}" for name, off in worst.items()))
