@@ -228,3 +228,8 @@ def _counts(model: Any) -> tuple[int, int, int, int]:
     number, size = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
     everything = [*model.parameters(), *model.buffers()]
     return number, size, sum(t.nbytes for t in everything) - size, sum(p.numel() for p in model.parameters()) - number
+
+
+def parameters(config: InternVLConfig) -> int:
+    """Of the base with its head."""
+    return sum(p.numel() for p in meta_model(config, None).parameters())

@@ -1,7 +1,7 @@
 """Counts what code costs by running it on meta tensors, which have shapes and no data.
 
-`Meter` watches every operation: which storages are alive, how many operations and bytes each kernel takes. So the counts
-follow the code, and there is no formula of layers to keep up with it.
+`Meter` watches every operation: which storages are alive, how many operations and bytes each kernel takes. So the
+counts follow the code, and there is no formula of layers to keep up with it.
 """
 
 import weakref
