@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from colintern.costs import Costs, Setting, Step
 from colintern.gpus import ASSUMED, GPUS, Gpu, seconds
 from colintern.params import UserError
+from colintern.tiles import INTERNVL_TILE, choose_grid
 
-GIB = 2**30
+GIB, A4 = 2**30, (1240, 1754)  # pixels, at 150 dpi
 USABLE = 0.85  # of a GPU's memory; the guide's table of resources calls 80-90 % normal and more than 95 % a risk
 PROMPT_TOKENS = 12  # of a page beside its visual tokens: `ColIntern3_5Processor.visual_prompt`, in Qwen's tokens
 BATCH, EPOCHS, WARMUP, DROPOUT, DTYPE = 64, 5, 100, 0.1, "bfloat16"  # the guide's
@@ -32,10 +33,12 @@ class Value(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What fits: a step's setting and cost."""
+    """A step that fits: its setting, cost, and predicted seconds; `other` is the best with checkpointing the other way."""
 
     setting: Setting
     step: Step
+    seconds: float
+    other: "Plan | None" = None
 
 
 def optimal_lr(parameters: int) -> float:
@@ -98,9 +101,11 @@ def plan(
             setting = Setting(batch, 1, checkpointing, tiles, tiles * tile + PROMPT_TOKENS, query_tokens)
             if micro := optimal_micro_batch_size(gpu_memory_gb, costs, setting):
                 setting = setting._replace(micro_batch_size=micro)
-                plans.append(Plan(setting, costs.step(setting)))
+                step = costs.step(setting)
+                plans.append(Plan(setting, step, seconds(step.kernels, gpu)))
         if plans:
-            return min(plans, key=lambda plan: seconds(plan.step.kernels, gpu))
+            best, *rest = sorted(plans, key=lambda plan: plan.seconds)
+            return best._replace(other=rest[0] if rest else None)
     need = sum(costs.static().values()) / GIB
     raise UserError(
         f"--gpu-memory: {gpu_memory_gb:g} GB is too little for any step with batch_size {batch}; weights, adapters, "
@@ -122,6 +127,7 @@ def recommend(costs: Costs, found: Plan, gpu_memory_gb: float, rows: int, pages:
             yield Value(key, None, "README", reason)
     else:
         visual = setting.tiles * costs.config.image_seq_length
+        grid = choose_grid(*A4, setting.tiles, INTERNVL_TILE)
         fit = "" if visual == VISUAL_TOKENS[0] else f"; with {VISUAL_TOKENS[0]} no step fits this GPU"
         steps = steps_of(rows, batch)
         yield Value("lr", optimal_lr(size), "guide", f"{size / 1e9:.1f} B: 7e-5 below 0.5 B, 5e-5 below 3 B, then 3e-5")
@@ -132,12 +138,16 @@ def recommend(costs: Costs, found: Plan, gpu_memory_gb: float, rows: int, pages:
         yield Value("epochs", EPOCHS, "guide", "5, not 1")
         yield Value("batch_size", batch, "guide", "64 pages to tell apart: no accumulation, so effective and real")
         yield Value("warmup_steps", warmup_of(steps), "guide", f"{WARMUP}, at most a tenth of {steps:,} steps")
-        yield Value("max_visual_tokens", visual, "guide", f"{setting.tiles} tiles, which are 2 x 3 for A4 at 6{fit}")
+        yield Value(
+            "max_visual_tokens", visual, "guide", f"{setting.tiles} tiles, {grid.cols} x {grid.rows} of A4{fit}"
+        )
     peak = f"{step.peak / GIB:.1f} GiB, of {gpu_memory_gb:g}"
     whole = "the whole batch in one graph" if micro == batch else f"{-(-batch // micro)} parts, gradient cached"
-    yield Value("micro_batch_size", micro, "computed", f"the most that fits: {peak}; {whole}; same gradient for all")
+    yield Value("micro_batch_size", micro, "computed", f"the most that fits: {peak}; {whole}")
     other = "without it" if setting.checkpointing else "with it"
-    why = f"predicted faster than {other}, each at its largest micro_batch_size that fits, or the only one that does"
+    why = f"{other} nothing fits"
+    if rival := found.other:
+        why = f"predicted {found.seconds:.2g} s a step; {other} {rival.seconds:.2g} s, at {rival.setting.micro_batch_size}"
     yield Value("gradient_checkpointing", setting.checkpointing, "computed", why)
     room = math.ceil(pages * costs.feature_bytes(setting.tiles) / 1e8) / 10
     yield Value("feature_cache_gb", room, "computed", f"{pages:,} pages of {setting.tiles} tiles; disk, not memory")
@@ -159,11 +169,10 @@ def forecast(costs: Costs, found: Plan, gpu: Gpu | None, steps: int, pages: int)
     step = found.step
     told: dict[str, Any] = {"peak_bytes": step.peak, "memory": step.memory, "operations": step.operations}
     if gpu:
-        second = seconds(step.kernels, gpu)
         told |= {
-            "seconds_per_step": second,
+            "seconds_per_step": found.seconds,
             "steps": steps,
-            "training_hours": steps * second / 3600,
+            "training_hours": steps * found.seconds / 3600,
             "feature_hours": pages * seconds(costs.features(found.setting.tiles).kernels, gpu) / 3600,
             "assumes": ASSUMED,
         }

@@ -144,7 +144,7 @@ def _head(head: dict[str, Any]) -> list[str]:
 
 def _table(values: "list[Value]") -> list[str]:
     kept = [value for value in values if value.value is None]
-    lines = wrap(f"{', '.join(v.key for v in kept)}: as they are. {kept[0].reason}", 79) + [""] if kept else []
+    lines = [*wrap(f"{', '.join(v.key for v in kept)}: as they are. {kept[0].reason}", 79), ""] if kept else []
     for value in (value for value in values if value not in kept):
         first, *more = wrap(value.reason, 37)
         lines.append(f"{value.key:<23}{_yaml(value.value):<10}{value.source:<10}{first}")
