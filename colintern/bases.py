@@ -15,7 +15,7 @@ from typing import Any
 from transformers import InternVLConfig
 
 from colintern import hub
-from colintern.hub_errors import Repo
+from colintern.hub_errors import OfflineError, Repo
 from colintern.manifest import digests
 from colintern.params import Params, UserError, on_hub, root
 
@@ -68,8 +68,29 @@ def config(base: str, params: Params) -> InternVLConfig:
             f"base: {base!r} is a hub id and needs its commit: write {name}@<40 hex digits>, which "
             f"huggingface_hub.HfApi().model_info({name!r}).sha tells; or take one of {', '.join(SIZES)}"
         )
-    with contextlib.redirect_stdout(sys.stderr):  # what is fetched is told there, beside a report for machines
-        return _read(hub.fetch_one(Repo("base", name, revision, "model"), "config.json", digests()), base)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what is fetched is told there, beside a report for machines
+            return _read(hub.fetch_one(Repo("base", name, revision, "model"), "config.json", digests()), base)
+    except OfflineError as error:
+        shipped = f"\n  or, with the config that is shipped: --base {known(name)}" if known(name) else ""
+        raise OfflineError(f"{error}{shipped}", error.reason) from error
+
+
+def at_hand(params: Params) -> InternVLConfig:
+    """The config of params' base, from the hub only where neither the cache nor `SIZES` has it.
+
+    Raises:
+        UserError, OfflineError: see `config`.
+    """
+    name = known(params.base)
+    cached = hub.folder(Repo("base", params.base, params.base_revision, "model")) / "config.json"
+    return preset(name) if name and not cached.is_file() else config(params.base, params)
+
+
+def known(base: str) -> str:
+    """The preset of a hub id of OpenGVLab's, "" if there is none."""
+    name = base.lower().removeprefix("opengvlab/").removesuffix("-hf")
+    return name if name in SIZES and on_hub(base) else ""
 
 
 def _read(file: Path, base: str) -> InternVLConfig:

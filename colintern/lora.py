@@ -85,7 +85,7 @@ def count(model: PeftModel | ColIntern3_5, targets: Sequence[str]) -> dict[str, 
         them) and `optimizer_bytes` (AdamW's two moments).
     """
     wrapped = isinstance(model, PeftModel)
-    core: Any = model.get_base_model() if wrapped else model
+    core: Any = model.base_model.model if wrapped else model  # type: ignore[union-attr]
     modules = {name: module for name, module in core.named_modules() if ".lora_" not in name}
     linear = {n.removesuffix(".base_layer") for n, module in modules.items() if isinstance(module, nn.Linear)}
     adapted = {name for name, module in modules.items() if hasattr(module, "lora_A")}

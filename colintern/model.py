@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 EMBEDDING_DIM = 128
 HEAD_FILE = "head.safetensors"
+HEAD_KEYS = ("custom_text_proj.bias", "custom_text_proj.weight")
 
 # Where a checkpoint may keep the parts: the hub's InternVL3_5-*-HF files, what transformers 5 writes for the
 # generating model, and our own. transformers converts keys only for its own classes, and leaves the whole language
@@ -110,9 +111,12 @@ class ColIntern3_5(InternVLModel):
 
     def save_head(self, folder: str | Path) -> None:
         """Write the head's base weights beside an adapter: LoRA on a head that is drawn anew is worth nothing."""
+        save_file(self.head_state(), Path(folder) / HEAD_FILE)
+
+    def head_state(self) -> dict[str, torch.Tensor]:
+        """The head's base weights as `save_head` writes them."""
         layer = getattr(self.custom_text_proj, "base_layer", self.custom_text_proj)
-        state = {f"custom_text_proj.{k}": v.detach().float().cpu().contiguous() for k, v in layer.named_parameters()}
-        save_file(state, Path(folder) / HEAD_FILE)
+        return {f"custom_text_proj.{k}": v.detach().float().cpu().contiguous() for k, v in layer.named_parameters()}
 
     def load_head(self, folder: str | Path) -> None:
         """Read the head's base weights from an adapter folder.
@@ -121,18 +125,7 @@ class ColIntern3_5(InternVLModel):
             ValueError: the file is missing, of another shape, or holds a value that is not finite.
         """
         file = Path(folder) / HEAD_FILE
-        if not file.is_file():
-            raise ValueError(
-                f"{file}: missing. It holds the base weights of custom_text_proj, without which the adapter would "
-                f"sit on a random projection; copy it from the run that trained {folder}"
-            )
-        try:
-            state = load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: cannot be read: {error}") from error
-        keys = {"custom_text_proj.weight", "custom_text_proj.bias"}
-        if state.keys() != keys:
-            raise ValueError(f"{file}: holds {_some(sorted(state))}, expected {_some(sorted(keys))}")
+        state = read_head(folder)
         for key, value in state.items():
             own = self.get_parameter(key)
             if value.shape != own.shape or not value.isfinite().all():
@@ -188,6 +181,27 @@ class ColIntern3_5(InternVLModel):
         # A frozen tower must stay out of the graph even where PEFT or checkpointing hooks its inputs.
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in parts)):
             return self.get_image_features(pixel_values=tiles, return_dict=True).pooler_output
+
+
+def read_head(folder: str | Path) -> dict[str, torch.Tensor]:
+    """What head.safetensors of an adapter folder holds.
+
+    Raises:
+        ValueError: the file is missing, torn, or holds something else.
+    """
+    file = Path(folder) / HEAD_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"{file}: missing. It holds the base weights of custom_text_proj, without which the adapter would sit on a "
+            f"random projection; copy it from the run that trained {folder}"
+        )
+    try:
+        state = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: cannot be read: {error}") from error
+    if sorted(state) != sorted(HEAD_KEYS):
+        raise ValueError(f"{file}: holds {_some(sorted(state))}, expected {_some(sorted(HEAD_KEYS))}")
+    return state
 
 
 def attention_kernel(choice: str, dtype: str) -> str:

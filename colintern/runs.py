@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -23,11 +24,12 @@ from colintern.features import FEATURES, PageFeatures
 from colintern.identity import fingerprint, stage_identity
 from colintern.jsonfile import dumps
 from colintern.lora import add_lora, count, faults
-from colintern.manifest import asks_pseudo_queries, check_base
+from colintern.manifest import MANIFEST, asks_pseudo_queries, check_base, read
 from colintern.model import ColIntern3_5, attention_kernel
 from colintern.params import Params, UserError, root
 from colintern.processor import ColIntern3_5Processor
 from colintern.training import ContrastiveTrainer, DevSet, NonFiniteError, arguments, verdict
+from colintern.weights import statistics
 
 CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
 
@@ -46,6 +48,7 @@ def train(params: Params, out: Path) -> dict[str, Any]:
     scratch = root() / ".scratch" / f"train-{fingerprint(identity)[:16]}"
     with locked(scratch):
         trainer = prepare(params, base, scratch)
+        identity |= origin(trainer)
         checkpoint = get_last_checkpoint(str(scratch))
         if checkpoint:
             print(f"resuming from {checkpoint}")
@@ -57,6 +60,13 @@ def train(params: Params, out: Path) -> dict[str, Any]:
         metrics = finish(trainer, params, identity, out)
         shutil.rmtree(scratch)
     return metrics
+
+
+def origin(trainer: ContrastiveTrainer) -> dict[str, Any]:
+    """What a trained adapter is held against later: the base's files by hash, and the weights training starts from."""
+    model: Any = trainer.model
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {"base": read(MANIFEST)["base"], "start": statistics(weights, model.base_model.model.head_state())}
 
 
 def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:

@@ -4,7 +4,8 @@
 
 Input: params.yaml, data/manifest.json and what it names. Output: experiments/colintern (the adapter, its head,
 processor, trainer_state.json, identity.json), metrics/train.json, plots/train.csv and plots/dev.csv. An interrupted
-run goes on from its last checkpoint. Exit 5 when the loss is not finite.
+run goes on from its last checkpoint. Exit 2 where a check of `colintern doctor` on model or machine fails, exit 5 when
+the loss is not finite.
 """
 
 import os
@@ -26,7 +27,10 @@ def main() -> None:
     params = load()
     # A flipped bit costs seconds here, and a training run later.
     training_sets(params.train_data, params.train_revision, anew=True)
-    ready(params, anew=True)
+    base = ready(params, anew=True)
+    from colintern.doctor import hold
+
+    hold(params, base)
     from colintern.runs import train  # only now: `datasets` looks at its import whether it may ask the hub
     from colintern.training import NonFiniteError
 

@@ -16,8 +16,9 @@ KEYS = {field.name for field in dataclasses.fields(Params)}
 LEVELS = [
     {"stages", "cli", "commands"},
     {"runs", "evaluation"},
-    {"training", "sources", "mteb_model", "benchmarks", "checks", "inventory"},
-    {"data", "embed", "lora", "survey", "own"},
+    {"training", "sources", "mteb_model", "benchmarks", "checks", "inventory", "adapters", "surroundings"},
+    {"doctor"},
+    {"data", "embed", "lora", "survey", "own", "bases", "machine", "weights"},
     {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl", "splits"},
     {"hub"},
     {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo"},

@@ -1,0 +1,37 @@
+"""`colintern check-adapter`: are the trained weights really there."""
+
+import argparse
+
+SUMMARY = "tell whether an adapter was trained, is whole, and fits its base; exit 1 if not"
+EXAMPLE = "colintern check-adapter experiments/colintern"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="the adapter's folder")
+    parser.add_argument("--base", metavar="FOLDER", help="where its base is (default: where the adapter says)")
+    parser.add_argument("--json", action="store_true", help="the statistics and findings as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the table; exit 1 where a finding is bad, 2 where a file is missing or cannot be read."""
+    import json
+    import warnings
+    from pathlib import Path
+
+    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
+    from colintern.adapters import base_folder, check, read_adapter, table
+    from colintern.hub import stay_offline
+    from colintern.weights import statistics
+
+    adapter = read_adapter(Path(args.folder))
+    stay_offline()  # the base is where the adapter says, or nowhere
+    found = check(adapter, base_folder(adapter, args.base))
+    good = all(finding.ok for finding in found)
+    if args.json:
+        now = statistics(adapter.weights, adapter.head)
+        report = {"ok": good, "start": adapter.identity["start"], "now": now}
+        print(json.dumps(report | {"findings": [finding._asdict() for finding in found]}, indent=2))
+    else:
+        print(table(adapter, found))
+    if not good:
+        raise SystemExit(1)
