@@ -209,8 +209,8 @@ class Costs:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | features
 
     def _tiles(self, tiles: int) -> Tensor:
-        height, width = self.config.vision_config.image_size
-        return torch.empty(tiles, self.config.vision_config.num_channels, height, width, device="meta")
+        vision: Any = self.config.vision_config
+        return torch.empty(tiles, vision.num_channels, *vision.image_size, device="meta")
 
 
 def _contrast(query: dict[str, Tensor], page: dict[str, Tensor], queries: Tensor, pages: Tensor) -> Tensor:

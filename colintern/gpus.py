@@ -46,8 +46,9 @@ def find(name: str) -> str:
     """
     plain = _plain(name)
     exact = [known for known in GPUS if _plain(known) == plain]
-    found = exact or [known for known in GPUS if all(part in plain for part in _parts(known))]
-    found = found or [known for known in GPUS if plain and _plain(known).startswith(plain)]
+    named = [known for known in GPUS if all(part in plain for part in known.lower().split("-"))]
+    begun = [known for known in GPUS if plain and _plain(known).startswith(plain)]
+    found = exact or sorted(named, key=len)[-1:] or begun  # the longest: "l4" is in "l40s" too
     if len(found) != 1:
         raise UserError(f"--gpu: {name!r} is {'several' if found else 'none'} of {', '.join(found or GPUS)}")
     return found[0]
@@ -55,10 +56,6 @@ def find(name: str) -> str:
 
 def _plain(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower()))
-
-
-def _parts(name: str) -> list[str]:
-    return name.lower().split("-")
 
 
 def seconds(kernels: Mapping[Kernel, float], gpu: Gpu) -> float:

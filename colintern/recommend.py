@@ -14,7 +14,8 @@ from colintern.gpus import ASSUMED, GPUS, Gpu, seconds
 from colintern.params import UserError
 from colintern.tiles import INTERNVL_TILE, choose_grid
 
-GIB, A4 = 2**30, (1240, 1754)  # pixels, at 150 dpi
+GIB = 2**30
+A4 = 1240, 1754  # pixels, at 150 dpi
 USABLE = 0.85  # of a GPU's memory; the guide's table of resources calls 80-90 % normal and more than 95 % a risk
 PROMPT_TOKENS = 12  # of a page beside its visual tokens: `ColIntern3_5Processor.visual_prompt`, in Qwen's tokens
 BATCH, EPOCHS, WARMUP, DROPOUT, DTYPE = 64, 5, 100, 0.1, "bfloat16"  # the guide's
@@ -33,7 +34,7 @@ class Value(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A step that fits: its setting, cost, and predicted seconds; `other` is the best with checkpointing the other way."""
+    """A step that fits: its setting, cost, and predicted seconds; `other`: with checkpointing the other way."""
 
     setting: Setting
     step: Step
@@ -94,8 +95,9 @@ def plan(
     Raises:
         UserError: nothing fits.
     """
-    tile = costs.config.image_seq_length
-    for tiles in (tokens // tile for tokens in visual_tokens if tokens >= tile):
+    tile, need = costs.config.image_seq_length, sum(costs.static().values()) / GIB
+    tried = visual_tokens if need < gpu_memory_gb * USABLE else ()
+    for tiles in (tokens // tile for tokens in tried if tokens >= tile):
         plans = []
         for checkpointing in (False, True):
             setting = Setting(batch, 1, checkpointing, tiles, tiles * tile + PROMPT_TOKENS, query_tokens)
@@ -106,7 +108,6 @@ def plan(
         if plans:
             best, *rest = sorted(plans, key=lambda plan: plan.seconds)
             return best._replace(other=rest[0] if rest else None)
-    need = sum(costs.static().values()) / GIB
     raise UserError(
         f"--gpu-memory: {gpu_memory_gb:g} GB is too little for any step with batch_size {batch}; weights, adapters, "
         f"gradients and optimizer alone take {need:.1f} GiB, and {USABLE:.0%} of the card is used"
@@ -116,7 +117,7 @@ def plan(
 def recommend(costs: Costs, found: Plan, gpu_memory_gb: float, rows: int, pages: int) -> Iterator[Value]:
     """Values for params.yaml; `found` is what `plan` chose. Where the guide's rules do not reach the base, what they
     would decide has no value."""
-    setting, step = found
+    setting, step = found.setting, found.step
     size, batch, micro = costs.parameters, setting.batch_size, setting.micro_batch_size
     if size < SMALLEST:
         reason = (
@@ -127,7 +128,7 @@ def recommend(costs: Costs, found: Plan, gpu_memory_gb: float, rows: int, pages:
             yield Value(key, None, "README", reason)
     else:
         visual = setting.tiles * costs.config.image_seq_length
-        grid = choose_grid(*A4, setting.tiles, INTERNVL_TILE)
+        grid = choose_grid(A4[0], A4[1], setting.tiles, INTERNVL_TILE)
         fit = "" if visual == VISUAL_TOKENS[0] else f"; with {VISUAL_TOKENS[0]} no step fits this GPU"
         steps = steps_of(rows, batch)
         yield Value("lr", optimal_lr(size), "guide", f"{size / 1e9:.1f} B: 7e-5 below 0.5 B, 5e-5 below 3 B, then 3e-5")
@@ -147,7 +148,8 @@ def recommend(costs: Costs, found: Plan, gpu_memory_gb: float, rows: int, pages:
     other = "without it" if setting.checkpointing else "with it"
     why = f"{other} nothing fits"
     if rival := found.other:
-        why = f"predicted {found.seconds:.2g} s a step; {other} {rival.seconds:.2g} s, at {rival.setting.micro_batch_size}"
+        at = rival.setting.micro_batch_size
+        why = f"predicted {found.seconds:.2g} s a step; {other} {rival.seconds:.2g} s, at micro_batch_size {at}"
     yield Value("gradient_checkpointing", setting.checkpointing, "computed", why)
     room = math.ceil(pages * costs.feature_bytes(setting.tiles) / 1e8) / 10
     yield Value("feature_cache_gb", room, "computed", f"{pages:,} pages of {setting.tiles} tiles; disk, not memory")

@@ -16,12 +16,14 @@ KEYS = {field.name for field in dataclasses.fields(Params)}
 LEVELS = [
     {"stages", "cli", "commands"},
     {"runs", "evaluation"},
+    {"recommend"},
+    {"costs", "gpus"},
     {"training", "sources", "mteb_model", "benchmarks", "checks", "inventory", "adapters", "surroundings"},
     {"doctor"},
     {"data", "embed", "lora", "survey", "own", "bases", "machine", "weights"},
     {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl", "splits"},
     {"hub"},
-    {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo"},
+    {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo", "meter"},
     {"images", "lock", "parallel", "digests", "hub_errors"},
 ]
 
