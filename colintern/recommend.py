@@ -148,8 +148,8 @@ def recommend(costs: Costs, found: Plan, gpu_memory_gb: float, rows: int, pages:
     other = "without it" if setting.checkpointing else "with it"
     why = f"{other} nothing fits"
     if rival := found.other:
-        at = rival.setting.micro_batch_size
-        why = f"predicted {found.seconds:.2g} s a step; {other} {rival.seconds:.2g} s, at micro_batch_size {at}"
+        times, at = rival.seconds / found.seconds, rival.setting.micro_batch_size
+        why = f"{other} a step takes {times:.2f} x as long, at micro_batch_size {at}; predicted"
     yield Value("gradient_checkpointing", setting.checkpointing, "computed", why)
     room = math.ceil(pages * costs.feature_bytes(setting.tiles) / 1e8) / 10
     yield Value("feature_cache_gb", room, "computed", f"{pages:,} pages of {setting.tiles} tiles; disk, not memory")
