@@ -6,6 +6,7 @@ the statistics of the weights it started from (colintern/weights.py).
 
 import json
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 import torch
@@ -169,12 +170,13 @@ def table(adapter: Adapter, found: list[Finding]) -> str:
     rows = [f"adapter {adapter.folder}, trained on {adapter.identity['base']['folder']}"]
     rows.append(f"{'':<38}{'weights':>8}{'std at start':>14}{'std now':>10}")
     for name in sorted(now.keys() | start.keys()):
-        have, was = (found.get(name, {"tensors": 0, "std": float("nan"), "sha256": ""}) for found in (now, start))
+        have, was = (side.get(name, {"tensors": 0, "std": float("nan"), "sha256": ""}) for side in (now, start))
         same = "same" if have["sha256"] == was["sha256"] else "changed"
         label = name.removeprefix("language_model.")
         rows.append(f"{label:<38}{have['tensors']:>8}{was['std']:>14.5g}{have['std']:>10.4g}  {same}")
-    rows += [f"{'ok' if finding.ok else 'NO':<4}{finding.name:<9}{finding.found}" for finding in found]
-    refused = [finding.name for finding in found if not finding.ok and finding.name != "merged"] or [
-        finding.name for finding in found if not finding.ok
-    ]
+    for finding in found:
+        text = f"{'ok' if finding.ok else 'NO':<4}{finding.name:<9}{finding.found}"
+        rows += wrap(text, 80, subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False)
+    bad = [finding.name for finding in found if not finding.ok]
+    refused = [name for name in bad if name != "merged"] or bad  # what is not tried is no reason of its own
     return "\n".join([*rows, f"verdict: refused for {', '.join(refused)}" if refused else "verdict: trained"])

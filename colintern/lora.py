@@ -68,7 +68,8 @@ def examine(model: ColIntern3_5, params: Params) -> dict[str, Any]:
     hit = [module for name, module in model.named_modules() if any(re.fullmatch(t, name) for t in params.lora_targets)]
     if not hit or not all(isinstance(module, nn.Linear) for module in hit):
         return count(model, params.lora_targets)
-    wrapped = add_lora(model, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout)
+    with torch.device("meta"):  # PEFT draws A on the CPU before it moves it to where its base layer is
+        wrapped = add_lora(model, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout)
     return count(wrapped, params.lora_targets)
 
 

@@ -3,6 +3,7 @@
 None of it stops a training run; no token, key or address of a remote leaves this module.
 """
 
+import atexit
 import json
 import os
 import subprocess
@@ -78,8 +79,10 @@ def _git(*arguments: str) -> tuple[str, str]:
 
 def _dvc_remotes() -> tuple[tuple[str, ...], str]:
     """The names of DVC's remotes, and of the default one."""
+    from colorama.initialise import reset_all
     from dvc.config import Config, ConfigError  # here: it takes a while to import
 
+    atexit.unregister(reset_all)  # DVC's import leaves an escape sequence to be printed at the end, colour or none
     try:
         config = Config.from_cwd()
     except ConfigError:

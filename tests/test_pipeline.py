@@ -23,8 +23,8 @@ LEVELS = [
     {"data", "embed", "lora", "survey", "own", "bases", "machine", "weights"},
     {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl", "splits"},
     {"hub"},
-    {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo", "meter"},
-    {"images", "lock", "parallel", "digests", "hub_errors"},
+    {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo", "patterns"},
+    {"images", "lock", "parallel", "digests", "hub_errors", "meter"},
 ]
 
 

@@ -215,7 +215,7 @@ def test_a_base_without_a_usable_config_is_named(copy: Path) -> None:
 
 def test_every_help_has_an_example(copy: Path) -> None:
     overview = colintern(copy, "--help").stdout
-    commands = re.findall(r"(?m)^    (\w+)  +\w", overview)
-    assert {"recipe", "tiles"} <= set(commands)
+    commands = re.findall(r"(?m)^    ([\w-]+)(?:  +\w.*|\n {17}\w.*)$", overview.partition("Examples:")[0])
+    assert {"check-adapter", "doctor", "recipe", "tiles", "verify"} <= set(commands)
     for command in commands:
         assert re.search(rf"Example:\n    colintern {command}\b", colintern(copy, command, "--help").stdout)

@@ -1,0 +1,184 @@
+"""`colintern check-adapter`: adapters that two real steps of training left, and what can be wrong with them."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BASE, ROOT
+from safetensors.torch import load_file, save_file
+from test_model import TARGETS, load
+
+from colintern.data import Pairs
+from colintern.features import Page, PageFeatures
+from colintern.jsonfile import dumps
+from colintern.lora import add_lora
+from colintern.manifest import BASE_SUFFIXES, local_files
+from colintern.params import load as load_params
+from colintern.runs import finish, origin
+from colintern.training import ContrastiveTrainer, DevSet, arguments
+
+QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
+
+
+def trained(top: Path, processor, pages, **changes) -> Path:
+    """What `runs.train` leaves in `top`, of as many steps as epochs; its base is a copy in top/demo/base."""
+    shutil.copytree(BASE, top / "demo" / "base")
+    params = dataclasses.replace(
+        load_params(ROOT / "recipes" / "demo.yaml"), batch_size=4, micro_batch_size=4, logging_steps=1, **changes
+    )
+    identity = {"params": dataclasses.asdict(params)}
+    with contextlib.chdir(top):
+        (top / "data").mkdir()
+        entry = local_files("demo/base", BASE_SUFFIXES)._asdict()
+        (top / "data" / "manifest.json").write_text(dumps({"base": entry, "train": []}))
+        torch.manual_seed(0)
+        base = load(top / "demo" / "base")
+        base.name_or_path = base.config._name_or_path = "demo/base"
+        wrapped = add_lora(base, TARGETS, rank=4, alpha=4, dropout=0.0)
+        features = PageFeatures(wrapped, processor, top / "features", 0.0)
+        keyed = [Page.of(page) for page in pages]
+        dev, pairs = DevSet(QUERIES, keyed, features), Pairs(QUERIES, keyed, features)
+        args = arguments(params, str(top / "run"), quiet=True)
+        trainer = ContrastiveTrainer(params, processor, dev, model=wrapped, args=args, train_dataset=pairs)
+        identity |= origin(trainer)
+        trainer.train()
+        finish(trainer, params, identity, top / "adapter")
+    return top
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory, processor, pages):
+    return trained(tmp_path_factory.mktemp("trained"), processor, pages, epochs=2, warmup_steps=0)
+
+
+@pytest.fixture
+def top(two_steps, tmp_path):
+    """A copy of a repository with an adapter of two steps."""
+    return shutil.copytree(two_steps, tmp_path / "top", ignore=shutil.ignore_patterns("run", "features"))
+
+
+def check(top: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "colintern.cli", "check-adapter", "adapter", *arguments],
+        cwd=top,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def refused(done: "subprocess.CompletedProcess[str]", code: int, *words: str) -> None:
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in (done.stdout if code == 1 else done.stderr), f"{word!r} not in {done.stdout}{done.stderr}"
+
+
+def change(file: Path, edit) -> None:
+    save_file(edit(load_file(file)), file, metadata={"format": "pt"})
+
+
+def test_an_adapter_of_two_steps_passes_with_a_table_that_fits(top):
+    done = check(top)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "verdict: trained" and max(map(len, lines)) <= 80
+    assert sum(line.endswith("  changed") for line in lines) == 16, "A and B of seven projections and of the head"
+    assert any(line.startswith("head ") and line.endswith("  same") for line in lines)
+    report = json.loads(check(top, "--json").stdout)
+    assert report["ok"] and [finding["ok"] for finding in report["findings"]] == [True] * 6
+    b = "language_model.layers.*.self_attn.q_proj lora_B"
+    assert report["start"][b]["std"] == 0 < report["now"][b]["std"]
+    kept = load_file(top / "adapter" / "head.safetensors")["custom_text_proj.weight"]
+    assert report["now"]["head"]["sha256"] == report["start"]["head"]["sha256"] and kept.std() > 0
+
+
+def test_an_adapter_that_no_step_has_moved_is_refused(tmp_path, processor, pages):
+    """One step of a warm-up has a learning rate of 0: the run ends, and everything is as it was."""
+    done = check(trained(tmp_path / "top", processor, pages, epochs=1, warmup_steps=30))
+    refused(done, 1, "every lora_B is zero, as before the first step", "verdict: refused for trained")
+    assert "changed" not in done.stdout
+
+
+def test_part_of_an_adapter_without_training_is_refused(top):
+    def edit(state):
+        return {k: torch.zeros_like(v) if "layers.1.mlp.up_proj.lora_B" in k else v for k, v in state.items()}
+
+    change(top / "adapter" / "adapter_model.safetensors", edit)
+    refused(check(top), 1, "1 of 15 lora_B, such as", "layers.1.mlp.up_proj.lora_B.weight, is zero")
+
+
+def test_part_of_an_adapter_missing_is_refused(top):
+    def edit(state):
+        return {k: v for k, v in state.items() if "layers.1.mlp.up_proj" not in k}
+
+    change(top / "adapter" / "adapter_model.safetensors", edit)
+    refused(check(top), 1, "mlp.up_proj lora_A: 1 weights, but training started with 2", "refused for whole")
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "head.safetensors"])
+def test_a_weight_that_is_not_finite_is_refused_and_named(top, file):
+    def edit(state):
+        name = sorted(state)[0]
+        return state | {name: torch.full_like(state[name], float("nan"))}
+
+    change(top / "adapter" / file, edit)
+    name = sorted(load_file(top / "adapter" / file))[0]
+    refused(check(top), 1, f"{name} has NaN or infinite values (1 such weights)", "finite")
+
+
+def test_the_head_of_another_run_is_refused(top):
+    change(top / "adapter" / "head.safetensors", lambda state: {k: v * 1.001 for k, v in state.items()})
+    refused(check(top), 1, "head.safetensors is another one", "verdict: refused for head")
+
+
+@pytest.mark.parametrize("file", ["head.safetensors", "adapter_model.safetensors", "identity.json"])
+@pytest.mark.parametrize("damage", ["missing", "torn"])
+def test_a_file_that_is_missing_or_torn_is_refused_and_named(top, file, damage):
+    path = top / "adapter" / file
+    if damage == "torn":
+        path.write_bytes(path.read_bytes()[:100])
+    else:
+        path.unlink()
+    refused(check(top), 2, f"adapter/{file}: ")
+
+
+def test_an_adapter_from_before_the_check_is_refused(top):
+    path = top / "adapter" / "identity.json"
+    path.write_text(json.dumps({"params": json.loads(path.read_text())["params"]}))
+    refused(check(top), 2, "does not say what training started from")
+
+
+def test_another_base_is_refused_and_the_right_one_found_elsewhere(top):
+    shutil.move(top / "demo" / "base", top / "moved")
+    refused(check(top), 1, "config.json: missing; give the adapter's base with --base", "refused for base")
+    done = check(top, "--base", "moved")
+    assert done.returncode == 0, done.stdout
+    change(top / "moved" / "model.safetensors", lambda state: {k: v * 1.01 for k, v in state.items()})
+    refused(check(top, "--base", "moved"), 1, "moved/model.safetensors: sha256", "another base")
+
+
+def test_an_adapter_that_does_not_merge_is_refused(top):
+    """Two ranks of the head that all but cancel: beside the base float32 rounds them in another place than within."""
+
+    def edit(state):
+        a, b = (f"base_model.model.custom_text_proj.lora_{kind}.weight" for kind in "AB")
+        torch.manual_seed(0)
+        state[a][1] = state[a][0] * (1 + 1e-6 * torch.randn_like(state[a][0]))
+        state[b][:, 0] *= 1e7
+        state[b][:, 1] = -state[b][:, 0]
+        return state
+
+    change(top / "adapter" / "adapter_model.safetensors", edit)
+    refused(check(top), 1, "from unmerged over", "verdict: refused for merged")
+
+
+def test_no_adapter_at_all_is_named(tmp_path):
+    refused(check(tmp_path), 2, "adapter: is no folder")

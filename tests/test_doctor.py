@@ -1,0 +1,302 @@
+"""`colintern doctor`: every rule on made facts, the facts of this machine for real, and the program."""
+
+import dataclasses
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BASE, ROOT
+from hub import Fault, running
+
+from colintern.bases import preset
+from colintern.doctor import CHECKS, FAIL, PASS, WARN, Facts, examined, facts_for, hold
+from colintern.machine import Machine, _memory, cpu_bf16, machine
+from colintern.params import UserError, load
+from colintern.surroundings import AROUND, Surroundings, hub_repos, surroundings
+
+DEMO, RECIPE = (load(ROOT / "recipes" / f"{name}.yaml") for name in ("demo", "internvl3_5-1b"))
+GPU = Machine(1, "580.95.05", "2.13.0", "13.0", "NVIDIA A100", 80 << 30, False, True, True, 60 << 30, 10**12, 0)
+CPU = dataclasses.replace(GPU, cards=0, driver="", gpu="", gpu_bytes=0, flash_attn=False)
+AROUND_1B = Surroundings(False, "", "abc1234", 0, True, ("store",), "store", ("a/b",), (), "", True, ())
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """`Facts` of params, on the real counts of their base; `size` is that of another preset."""
+    known = {}
+
+    def facts(params, machine=GPU, size="internvl3_5-1b", **changes) -> Facts:
+        key = (params.base, size, params.lora_targets)
+        if key not in known:
+            config = str(BASE) if params.base == "demo/base" else preset(size)
+            known[key] = facts_for(params, config, None).counts
+        return Facts(dataclasses.replace(params, **changes), known[key], machine)
+
+    return facts
+
+
+def of(facts: Facts, name: str):
+    [finding] = [finding for finding in examined(facts, CHECKS) if finding.name == name]
+    return finding
+
+
+def test_both_recipes_pass_every_check_on_a_machine_that_fits(counted):
+    for facts in (counted(DEMO), counted(DEMO, CPU), counted(RECIPE)):
+        assert [f for f in examined(facts, CHECKS) if f.status != PASS] == []
+
+
+def test_the_checklist_of_the_guide_is_all_there():
+    assert list(CHECKS) + list(AROUND) == [
+        *("epochs", "effective batch", "learning rate", "LoRA on", "target modules", "head included", "vision frozen"),
+        *("bf16", "attention kernel", "disk", "memory", "driver and CUDA", "git", "DVC remote", "hub access", "W&B"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "changes", "words"),
+    [
+        (RECIPE, "epochs", {"epochs": 1}, ("below 5", "not measured here")),
+        (DEMO, "epochs", {"epochs": 2}, ("below 4", "2 77.3")),
+        (RECIPE, "effective batch", {"batch_size": 2, "micro_batch_size": 2}, ("below 64", "16 x 4 compares with 16")),
+        (DEMO, "effective batch", {"batch_size": 8, "micro_batch_size": 8}, ("below 32", "collapsed")),
+        (RECIPE, "learning rate", {"lr": 6e-3}, ("not within 2e-05 to 0.0001",)),
+        (DEMO, "learning rate", {"lr": 5e-5}, ("not within 0.003 to 0.01", "6e-3 gives 82.1")),
+        (RECIPE, "bf16", {"dtype": "float32"}, ("twice the memory",)),
+    ],
+)
+def test_settings_that_are_known_to_do_badly_are_warned_of(counted, recipe, name, changes, words):
+    found = of(counted(recipe, **changes), name)
+    assert found.status == WARN and found.remedy
+    assert all(word in found.found for word in words), found
+
+
+@pytest.mark.parametrize(
+    ("size", "good", "bad"),
+    [("internvl3_5-2b", 3e-5, 2e-4), ("internvl3_5-4b", 3e-5, 1e-4), ("internvl3_5-8b", 1e-5, 1e-4)],
+)
+def test_the_learning_rate_is_judged_by_the_size(counted, size, good, bad):
+    assert of(counted(RECIPE, size=size, lr=good), "learning rate").status == PASS
+    assert of(counted(RECIPE, size=size, lr=bad), "learning rate").status == WARN
+
+
+@pytest.mark.parametrize(
+    ("targets", "failing"),
+    [
+        (("custom_text_prj",), ["LoRA on", "target modules", "head included"]),
+        (RECIPE.lora_targets[:-1], ["target modules", "head included"]),
+        ((*RECIPE.lora_targets, r"vision_tower\..*\.q_proj"), ["target modules", "vision frozen"]),
+        ((*RECIPE.lora_targets, "layers.*.mlp.up_proj"), ["target modules"]),
+    ],
+)
+def test_targets_that_are_wrong_fail(counted, targets, failing):
+    facts = counted(dataclasses.replace(RECIPE, lora_targets=targets))
+    assert [finding.name for finding in examined(facts, CHECKS) if finding.status == FAIL] == failing
+
+
+def test_only_the_head_is_warned_of(counted):
+    found = of(counted(dataclasses.replace(RECIPE, lora_targets=("custom_text_proj",))), "target modules")
+    assert found.status == WARN and "1 modules of 197" in found.found
+
+
+@pytest.mark.parametrize(
+    ("name", "machine", "changes", "status", "words"),
+    [
+        ("bf16", {"bf16": False}, {}, WARN, "emulated by NVIDIA A100"),
+        ("attention kernel", {"flash_attn": False}, {}, WARN, "sdpa; the guide: flash attention"),
+        ("attention kernel", {"flash_attn": False}, {"attention": "flash_attention_2"}, FAIL, "needs flash-attn"),
+        ("attention kernel", {"gpu": ""}, {"attention": "flash_attention_2"}, FAIL, "needs a GPU"),
+        ("attention kernel", {}, {"attention": "flash_attention_2", "dtype": "float32"}, FAIL, "needs dtype: bfloat16"),
+        ("disk", {"disk_bytes": 10**8}, {}, FAIL, "need 0.8 GB"),
+        ("disk", {"disk_bytes": 10**11}, {}, WARN, "not for all of feature_cache_gb 170"),
+        ("disk", {"disk_bytes": 10**11, "features_bytes": 10**11}, {}, PASS, "100.0 GB free"),
+        ("memory", {"gpu_bytes": 2 * 10**9}, {}, FAIL, "weights and optimizer 2.1 GB"),
+        ("memory", {"gpu_bytes": 8 << 30}, {}, WARN, "16 GB at least"),
+        ("memory", {"memory_bytes": 1 << 30}, {}, FAIL, "main memory; weights of 1.8 GB"),
+        ("memory", {"gpu": "", "memory_bytes": 1 << 30}, {}, FAIL, "1.1 GB of main memory"),
+        ("driver and CUDA", {"gpu": "", "cards": 0}, {}, WARN, "no NVIDIA GPU"),
+        ("driver and CUDA", {"gpu": "", "driver": "535.1"}, {}, FAIL, "driver 535.1, torch 2.13.0 for CUDA 13.0"),
+        ("driver and CUDA", {"gpu": "", "driver": ""}, {}, FAIL, "driver missing"),
+        ("driver and CUDA", {"gpu": "", "hidden": True}, {}, FAIL, "CUDA_VISIBLE_DEVICES hides"),
+        ("driver and CUDA", {"gpu": "", "torch_cuda": ""}, {}, FAIL, "for the CPU"),
+    ],
+)
+def test_what_the_machine_lacks(counted, name, machine, changes, status, words):
+    found = of(counted(RECIPE, dataclasses.replace(GPU, **machine), **changes), name)
+    assert (found.status, bool(found.remedy)) == (status, status != PASS)
+    assert words in found.found, found
+
+
+def test_the_demo_trains_on_the_cpu_of_a_machine_whose_gpu_torch_cannot_use(counted):
+    assert of(counted(DEMO, dataclasses.replace(CPU, cards=1)), "driver and CUDA").status == PASS
+    assert "580.65.06" in of(counted(RECIPE, dataclasses.replace(CPU, cards=1)), "driver and CUDA").remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "status", "words"),
+    [
+        ("git", {}, PASS, "commit abc1234"),
+        ("git", {"git": "git is not installed"}, FAIL, "not installed"),
+        ("git", {"git": "fatal: detected dubious ownership in repository"}, FAIL, "dubious"),
+        ("git", {"changed": 2}, WARN, "2 changed files"),
+        ("git", {"committer": False}, WARN, "no committer"),
+        ("DVC remote", {}, PASS, "store"),
+        ("DVC remote", {"default_remote": ""}, WARN, "none the default"),
+        ("DVC remote", {"default_remote": "", "remotes": ()}, WARN, "nobody else"),
+        ("DVC remote", {"default_remote": "", "remotes": (), "demo": True}, PASS, "the demo"),
+        ("hub access", {}, PASS, "all files of 1 repositories"),
+        ("hub access", {"repos": ()}, PASS, "nothing of this run"),
+        ("hub access", {"lacking": ("a/b",)}, PASS, "will give"),
+        ("hub access", {"lacking": ("a/b",), "hub": "is gated: open"}, FAIL, "lacks files of a/b; a token is set"),
+        ("W&B", {}, PASS, "not used"),
+        ("W&B", {"wandb": ("WANDB_PROJECT",)}, WARN, "sends nothing"),
+    ],
+)
+def test_what_is_around_a_run(name, changes, status, words):
+    [found] = [f for f in examined(dataclasses.replace(AROUND_1B, **changes), AROUND) if f.name == name]
+    assert (found.status, bool(found.remedy)) == (status, status != PASS)
+    assert words in found.found
+
+
+def test_this_machine_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / ".features").mkdir(parents=True)
+    (tmp_path / "data" / ".features" / "shard").write_bytes(b"x" * 1000)
+    found = machine()
+    assert found.torch == torch.__version__ and found.features_bytes == 1000
+    assert bool(found.gpu) == torch.cuda.is_available() and found.cards >= torch.cuda.device_count() * bool(found.gpu)
+    assert 0 < found.disk_bytes <= shutil.disk_usage(tmp_path).total
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < _memory() <= total and abs(found.memory_bytes - _memory()) < 0.5 * total
+
+
+def test_bfloat16_of_a_cpu(tmp_path):
+    for text, known in (("flags : avx2 avx512_bf16", True), ("Features : bf16 sve", True), ("flags : avx2", False)):
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\n{text}\n")
+        assert cpu_bf16(tmp_path / "cpuinfo") == known
+    assert not cpu_bf16(tmp_path / "none")
+
+
+@pytest.fixture
+def repo(tmp_path):
+    """A git repository with the demo's base and recipe, in which nothing is changed."""
+    (tmp_path / "demo").mkdir()
+    shutil.copytree(BASE, tmp_path / "demo" / "base")
+    shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
+    for command in ("git init -q -b main", "git add .", "git commit -qm x"):
+        subprocess.run(command.split(), cwd=tmp_path, env=environment(tmp_path), check=True)
+    return tmp_path
+
+
+def environment(folder: Path, **env: str) -> dict[str, str]:
+    who = {f"GIT_{role}_{what}": "t@localhost" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "WANDB_", "DVC_", "NO_COLOR"))}
+    return kept | who | {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / ".git" / "hf"), "HOME": str(folder)} | env
+
+
+def doctor(folder: Path, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "colintern.cli", "doctor", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment(folder, **env), capture_output=True, text=True)
+
+
+def test_the_demo_is_well_and_fits_the_terminal(repo):
+    done = doctor(repo)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80 and "\033" not in done.stdout
+    assert [line[:4] for line in done.stdout.splitlines() if line[:1] in "pwf" and line[4:6] == "  "] == ["pass"] * 16
+
+
+def test_what_fails_is_the_exit_code_and_no_secret_is_told(repo):
+    text = (repo / "params.yaml").read_text()
+    (repo / "params.yaml").write_text(
+        text.replace("- custom_text_proj", "- custom_proj").replace("epochs: 4", "epochs: 1")
+    )
+    (repo / ".dvc").mkdir()
+    (repo / ".dvc" / "config").write_text(
+        "['remote \"store\"']\n    url = s3://user:s3cret@host/bucket\n    secret_access_key = s3cret\n"
+    )
+    done = doctor(repo, "--json", HF_TOKEN="hf_s3cret", WANDB_API_KEY="s3cret")
+    assert done.returncode == 1, done.stderr
+    report = json.loads(done.stdout)
+    status = {check["name"]: check["status"] for check in report["checks"]}
+    assert {name for name, word in status.items() if word == FAIL} == {"target modules", "head included"}
+    assert {name for name, word in status.items() if word == WARN} == {"epochs", "git", "DVC remote", "W&B"}
+    assert (report["pass"], report["warn"], report["fail"]) == (10, 4, 2)
+    assert "s3cret" not in done.stdout + done.stderr
+
+
+def test_colour_only_on_a_terminal_that_wants_it(repo):
+    def shown(**env: str) -> str:
+        parent, child = pty.openpty()
+        command = [sys.executable, "-m", "colintern.cli", "doctor"]
+        subprocess.run(command, cwd=repo, env=environment(repo, TERM="xterm", **env), stdout=child, check=True)
+        os.close(child)
+        text = b""
+        with os.fdopen(parent, "rb", buffering=0) as terminal:
+            try:
+                while part := terminal.read(65536):
+                    text += part
+            except OSError:  # the end, as Linux tells it
+                pass
+        return text.decode()
+
+    assert "\033[32mpass\033[0m" in shown()
+    assert "\033" not in shown(NO_COLOR="1")
+
+
+def test_the_hub_is_asked_only_for_what_the_cache_lacks(tmp_path, monkeypatch, counted):
+    monkeypatch.chdir(tmp_path)
+    assert [(repo.name, files) for repo, files in hub_repos(RECIPE).items()] == [
+        (RECIPE.base, None),
+        (RECIPE.train_data, None),
+    ]
+    facts = counted(RECIPE)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with running() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", hub.url)
+        hub.add("model", RECIPE.base, RECIPE.base_revision, {"config.json": b"{}"})
+        hub.add("dataset", RECIPE.train_data, RECIPE.train_revision, {"a.parquet": b""})
+        found = surroundings(facts)
+        assert found.lacking == found.repos == (RECIPE.base, RECIPE.train_data) and found.hub == ""
+        hub.faults.append(Fault(where="/api/models/", status=503))
+        assert "cannot be reached (HTTP 503)" in surroundings(facts).hub
+        del hub.repos["dataset", RECIPE.train_data, RECIPE.train_revision]
+        assert f"{RECIPE.train_data!r} is not a dataset on the hub" in surroundings(facts).hub
+        for repo in hub_repos(RECIPE):
+            (tmp_path / "cache").mkdir(exist_ok=True)
+            folder = tmp_path / "cache" / f"{repo.kind}s--{repo.name.replace('/', '--')}" / "snapshots" / repo.revision
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text("{}")
+        entry = {"folder": RECIPE.base, "revision": RECIPE.base_revision, "files": {"config.json": {}}}
+        train = {"folder": RECIPE.train_data, "revision": RECIPE.train_revision, "files": {"config.json": {}}}
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "manifest.json").write_text(
+            json.dumps({"base": entry, "train": [train], "evaluation": {}})
+        )
+        hub.requests.clear()
+        assert surroundings(facts).lacking == () and hub.requests == []
+
+
+def test_training_stops_before_it_loads_a_model_where_a_check_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    shutil.copy(BASE / "config.json", tmp_path / "base")  # no weights: whoever loads them fails in another way
+    hold(dataclasses.replace(DEMO, epochs=1), "base")
+    assert "warning: epochs: 1, below 4" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"head included: .*\n?.*custom_text_proj") as stopped:
+        hold(dataclasses.replace(DEMO, lora_targets=DEMO.lora_targets[:-1]), "base")
+    assert stopped.value.exit_code == 2
+    with pytest.raises(UserError, match="flash_attention_2 needs a GPU"):
+        hold(dataclasses.replace(DEMO, attention="flash_attention_2"), "base")
+
+
+def test_the_train_stage_asks_the_doctor():
+    text = (ROOT / "stages" / "train.py").read_text()
+    assert re.search(r"hold\(params, base\)\n.*import train", text), "before the code that loads a model is imported"
