@@ -16,6 +16,8 @@ KEYS = {field.name for field in dataclasses.fields(Params)}
 LEVELS = [
     {"stages", "cli", "commands"},
     {"runs", "evaluation", "mining"},
+    {"recommend"},
+    {"costs", "gpus"},
     {"training", "sources", "mteb_model", "benchmarks", "checks", "inventory", "adapters", "loading", "surroundings"},
     {"doctor"},
     {"data", "embed", "lora", "survey", "own", "checkpoints", "bases", "machine", "weights"},
@@ -23,7 +25,7 @@ LEVELS = [
     {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl", "splits"},
     {"hub"},
     {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo", "patterns"},
-    {"images", "lock", "parallel", "digests", "hub_errors", "index", "language"},
+    {"images", "lock", "parallel", "digests", "hub_errors", "index", "language", "meter"},
 ]
 
 

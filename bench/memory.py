@@ -1,0 +1,178 @@
+"""Peak memory of a training step: predicted by colintern/costs.py against measured.
+
+    nice -n 15 python -m bench.memory [--only demo quarter]
+
+`demo` is the demo base; `quarter` has InternVL3.5-1B's layers at a quarter of their number (7 of the language model, 6
+of the tower), random weights, pages of 6 tiles. Each row is a process of its own that trains two steps with
+ContrastiveTrainer on made-up pairs. Measured is how far its memory grows in the second step: on the CPU the peak of
+its resident memory (VmHWM, reset as the step begins), with malloc told to give back what is freed
+(MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_) and without huge pages; on a CUDA device max_memory_allocated.
+Predicted is the same without base, adapters, optimizer state and the batch, which are there before the step.
+
+Output: one table; the last line is `RESULT demo_worst=... ...`, the largest deviation of each group, as a share.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+CONFIG, RECIPE, TOKENIZER = "tests/internvl3_5-1b.json", "recipes/internvl3_5-1b.yaml", "demo/base"
+QUERY = "from Oslo to Rome by Halde, the milk of"
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+PR_SET_THP_DISABLE = 41
+# base, batch_size, micro_batch_size, gradient_checkpointing, lora_dropout
+CPU = [
+    ("demo", 32, 32, False, 0.0),
+    ("demo", 32, 8, False, 0.1),
+    ("demo", 64, 64, True, 0.0),
+    ("quarter", 2, 2, False, 0.1),
+    ("quarter", 2, 1, False, 0.1),
+    ("quarter", 4, 4, True, 0.1),
+    ("quarter", 4, 2, True, 0.0),
+]
+CUDA = [("whole", 64, 64, True, 0.1), ("whole", 64, 8, False, 0.1), ("whole", 64, 16, True, 0.1)]
+
+
+def measure(row: tuple[str, int, int, bool, float], device: str) -> dict[str, float]:
+    """Two steps in this process: bytes predicted and measured, seconds of the second step."""
+    import torch
+    from transformers import TrainerCallback, set_seed
+
+    from colintern.costs import Costs, Setting
+    from colintern.features import Page
+    from colintern.lora import add_lora
+    from colintern.model import ColIntern3_5
+    from colintern.params import load
+    from colintern.training import ContrastiveTrainer, DevSet, arguments
+
+    name, batch, micro, checkpointing, dropout = row
+    torch.set_num_threads(1)
+    set_seed(0)
+    params = replace(load("recipes/demo.yaml" if name == "demo" else RECIPE), batch_size=batch, micro_batch_size=micro,
+                     gradient_checkpointing=checkpointing, lora_dropout=dropout, epochs=1, warmup_steps=0, workers=0,
+                     logging_steps=1, eval_batch_size=1)  # fmt: skip
+    dtype = getattr(torch, params.dtype)
+    config, processor = architecture(name)
+    model = ColIntern3_5._from_config(config, dtype=dtype)
+    model.init_head(0)
+    lora = (params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout)
+    wrapped: Any = add_lora(model, *lora).to(device)
+
+    features = torch.randn(6, config.image_seq_length, config.get_text_config().hidden_size).to(dtype)
+    pairs = [{"query": f"{QUERY} {i:04}", "page": f"{i:014x}", "features": features} for i in range(2 * batch)]
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.start, self.before = time.perf_counter(), reset_peak(device)
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.grown, self.seconds = peak(device) - self.before, time.perf_counter() - self.start
+
+    watch = Watch()
+    with tempfile.TemporaryDirectory() as scratch:
+        args = arguments(params, scratch, quiet=True)
+        args.use_cpu = device == "cpu"
+        dev = DevSet([QUERY], [Page("0", Path)], lambda page: features)  # type: ignore[arg-type]
+        trainer = ContrastiveTrainer(
+            params, processor, dev, model=wrapped, args=args, train_dataset=pairs, callbacks=[watch]
+        )
+        one = trainer.data_collator(pairs[:1])
+        trainer.train()
+    meta = Costs(config, dtype, params.lora_targets, params.lora_rank, dropout, device == "cuda")
+    lengths = (one[side]["input_ids"].shape[1] for side in ("page", "query"))
+    step = meta.step(Setting(batch, micro, checkpointing, 6, *lengths))
+    there = step.memory["base weights"] + step.memory["adapters"] + step.memory["optimizer"]
+    predicted = step.peak - there - batch * meta.feature_bytes(6)
+    return {"predicted": predicted, "measured": watch.grown, "static": there, "seconds": watch.seconds}
+
+
+def architecture(name: str) -> tuple[Any, Any]:
+    """Config and processor of a base of the table."""
+    from transformers import InternVLConfig
+
+    from colintern.processor import ColIntern3_5Processor
+
+    processor = ColIntern3_5Processor.from_pretrained(TOKENIZER)
+    if name == "demo":
+        return InternVLConfig.from_pretrained(TOKENIZER), processor
+    processor.image_seq_length = 256
+    raw = json.loads(Path(CONFIG).read_text()) | {"image_token_id": processor.image_token_id}
+    if name == "quarter":
+        raw["text_config"]["num_hidden_layers"] //= 4
+        raw["vision_config"]["num_hidden_layers"] //= 4
+    return InternVLConfig(**raw), processor
+
+
+def reset_peak(device: str) -> int:
+    """Forget the highest memory use so far; the bytes in use now."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def peak(device: str) -> int:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return resident("VmHWM")
+
+
+def resident(field: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
+
+
+def in_process(row: tuple[str, int, int, bool, float], device: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "bench.memory", "--row", json.dumps([row, device])]
+    done = subprocess.run(command, env=os.environ | MALLOC, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=("demo", "quarter", "whole"), default=["demo", "quarter", "whole"])
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.row:
+        ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+        row, device = json.loads(args.row)
+        print(json.dumps(measure(tuple(row), device)))
+        return
+    import torch
+
+    rows = [(row, "cpu") for row in CPU]
+    if torch.cuda.is_available():
+        rows += [(row, "cuda") for row in CUDA]
+    else:
+        print("no CUDA device here: the rows on a GPU are not measured")
+    print(f"{'base':<9}{'device':>6}{'batch':>6}{'micro':>6}{'ckpt':>6}{'drop':>5}  {'predicted':>10}{'measured':>10}")
+    worst: dict[str, float] = {}
+    for row, device in rows:
+        if row[0] not in args.only:
+            continue
+        found = in_process(row, device)
+        off = found["predicted"] / found["measured"] - 1
+        worst[row[0]] = max(worst.get(row[0], 0.0), abs(off))
+        print(
+            f"{row[0]:<9}{device:>6}{row[1]:>6}{row[2]:>6}{'on' if row[3] else 'off':>6}{row[4]:>5}"
+            f"{found['predicted'] / 1e6:>9.0f} MB{found['measured'] / 1e6:>7.0f} MB {off:>+6.1%}",
+            flush=True,
+        )
+    print("RESULT " + " ".join(f"{name}_worst={off:.3f}" for name, off in worst.items()))
+
+
+if __name__ == "__main__":
+    main()

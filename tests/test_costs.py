@@ -1,0 +1,166 @@
+"""What a step costs: counts against hand-made ones, the real step on meta tensors, and a real peak."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import BASE, ROOT
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import InternVLConfig
+
+from colintern import costs as module
+from colintern.costs import Costs, Setting
+from colintern.meter import Kernel, Meter, measure
+from colintern.params import load
+from colintern.training import ContrastiveTrainer
+
+PARAMS = load(ROOT / "recipes" / "demo.yaml")
+DEMO = Setting(32, 8, False, tiles=6, page_tokens=108, query_tokens=24)
+
+
+def demo(layers=2, targets=PARAMS.lora_targets, dropout=0.0, cuda=False, dtype=torch.float32):
+    config = InternVLConfig.from_pretrained(BASE)
+    config.text_config.num_hidden_layers, config.text_config.layer_types = layers, ["full_attention"] * layers
+    return Costs(config, dtype, targets, rank=32, dropout=dropout, cuda=cuda)
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return demo()
+
+
+def test_a_linear_layer_by_hand():
+    """(8, 16) through 16 -> 32: the output is new, weight and bias gradients are made, the input is not counted."""
+    with torch.device("meta"):
+        layer, rows = nn.Linear(16, 32), torch.empty(8, 16)
+    phase = measure(lambda: layer(rows).sum().backward(), [*layer.parameters(), rows], cuda=False)
+    assert phase.kernels[Kernel(torch.float32, 2 * 8 * 16 * 32, 4 * (32 + 8 * 16 + 16 * 32 + 8 * 32))] == 1  # forward
+    assert sum(k.operations * n for k, n in phase.kernels.items()) == 2 * (2 * 8 * 16 * 32)  # and the weight's gradient
+    held = 4 * 8 * 32 + 4 + 4  # output, sum, the sum's gradient (expanding it takes nothing)
+    assert held <= phase.peak <= held + 4 * (16 * 32 + 32)
+
+
+@pytest.mark.parametrize(("frozen", "held"), [(False, 8 * 32 + 8 * 64), (True, 8 * 64)])
+def test_what_a_graph_keeps_by_hand(frozen, held):
+    """A layer that is trained keeps its input, (8, 32); a frozen one keeps nothing: its weight is there anyway."""
+    with torch.device("meta"):
+        first, second, rows = nn.Linear(16, 32), nn.Linear(32, 64), torch.empty(8, 16)
+    second.requires_grad_(not frozen)
+    with Meter([*first.parameters(), *second.parameters(), rows]) as meter:
+        out = second(first(rows))
+        assert meter.live == 4 * held
+        assert meter.peak == 4 * (8 * 32 + 8 * 64)
+    del out
+    assert meter.live == 0
+
+
+def test_weights_adapters_and_optimizer_to_the_byte(costs, model):
+    attention, mlp = (128 + 128) + 2 * (128 + 64) + (128 + 128), 3 * (128 + 384)
+    trained = 32 * (2 * (attention + mlp) + (128 + 128))
+    assert costs.trained == trained == 163_840
+    assert costs.static() == {
+        "base weights": sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
+        "adapters": 4 * trained,
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained,
+    }
+    assert costs.feature_bytes(6) == 6 * 16 * 128 * 4
+    assert costs.parameters == sum(p.numel() for p in model.parameters()) == module.parameters(costs.config)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("micro", [2, 8])
+def test_a_step_is_what_the_trainer_runs(costs, micro, checkpointing):
+    """The real `_cached_step` and `_loss`, whole, on meta tensors, against the phases that `step` adds up."""
+    size = 8
+    trainer = object.__new__(ContrastiveTrainer)
+    trainer.params = SimpleNamespace(micro_batch_size=micro, temperature=0.02)
+    trainer.accelerator = SimpleNamespace(backward=lambda loss: loss.backward())
+    trainer.processor = costs.config  # `split` asks it for image_token_id and image_seq_length
+    batch = {"query": costs._batch(size, 0, 24), "page": costs._batch(size, 6, 108), "page_ids": torch.arange(size)}
+    tensors = [t for side in ("query", "page") for t in batch[side].values()]
+    [model] = costs.models
+
+    def run():
+        if micro < size:
+            trainer._cached_step(model, batch)
+        else:
+            trainer._loss(batch, model(**batch["query"]), model(**batch["page"])).backward()
+
+    step = costs.step(Setting(size, micro, checkpointing, 6, 108, 24))
+    base = model.base_model.model
+    (base.activation_checkpointing_enable if checkpointing else base.activation_checkpointing_disable)()
+    known = [
+        *model.parameters(),
+        *model.buffers(),
+        *(p.grad for p in model.parameters() if p.grad is not None),
+        *tensors,
+    ]
+    real = measure(run, known, cuda=False)
+    assert step.memory["activations and loss"] == pytest.approx(real.peak, rel=0.03)
+    assert step.operations == sum(k.operations * n for k, n in real.kernels.items())
+
+
+def test_operations_are_those_of_torchs_counter(costs):
+    tiles = costs._tiles(6)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        costs.models[0].page_features(tiles)
+    assert sum(k.operations * n for k, n in costs.features(6).kernels.items()) == counter.get_total_flops() > 0
+
+
+def test_causal_attention_costs_half():
+    query = torch.empty(1, 4, 64, 32, device="meta")
+    counts = []
+    for causal in (False, True):
+        run = lambda causal=causal: nn.functional.scaled_dot_product_attention(query, query, query, is_causal=causal)  # noqa: E731
+        counts.append(sum(k.operations * n for k, n in measure(run, [query], cuda=True).kernels.items()))
+    assert counts == [4 * 4 * 64 * 64 * 32, 2 * 4 * 64 * 64 * 32]
+
+
+def test_more_at_once_takes_more_memory_and_checkpointing_less(costs):
+    peaks = [costs.step(DEMO._replace(micro_batch_size=micro)).peak for micro in (1, 2, 4, 8, 16, 32)]
+    assert peaks == sorted(peaks) and peaks[0] < peaks[-1]
+    assert costs.step(DEMO._replace(batch_size=64)).peak > costs.step(DEMO).peak
+    assert costs.step(DEMO._replace(page_tokens=92, tiles=5)).peak < costs.step(DEMO).peak
+    plain, checkpointed = (costs.step(DEMO._replace(checkpointing=on, micro_batch_size=32)) for on in (False, True))
+    assert checkpointed.peak < plain.peak and checkpointed.operations > plain.operations
+    assert costs.step(DEMO._replace(cached=False)).operations > costs.step(DEMO).operations
+
+
+def test_a_part_grows_by_as_much_with_each_pair(costs):
+    few, more, most = (costs._part(rows, (6, 108), True, False).peak for rows in (8, 16, 32))
+    assert most - more == 2 * (more - few) > 0
+
+
+def test_dropout_keeps_a_byte_on_cuda_and_a_number_on_the_cpu():
+    none, cpu, cuda = (
+        demo(dropout=p, cuda=gpu).step(DEMO).memory["activations and loss"]
+        for p, gpu in ((0, False), (0.1, False), (0.1, True))
+    )
+    assert none < cuda < cpu
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shallow_models_tell_what_the_deep_one_costs(monkeypatch, checkpointing):
+    setting = DEMO._replace(checkpointing=checkpointing)
+    shallow = demo(layers=7)
+    assert len(shallow.models) == 2
+    monkeypatch.setattr(module, "DEEPER", 99)
+    deep = demo(layers=7)
+    assert len(deep.models) == 1
+    assert shallow.step(setting) == deep.step(setting)
+
+
+def test_layers_that_differ_are_run_at_full_depth():
+    targets = (r"language_model\.layers\.[45]\.self_attn\.q_proj", "custom_text_proj")
+    assert len(demo(layers=6, targets=targets).models) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_real_peak_is_what_was_predicted():
+    from bench.memory import in_process
+
+    found = in_process(("demo", 32, 8, False, 0.1), "cpu")
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.15)

@@ -1,0 +1,181 @@
+"""`colintern recommend`: the rules, what it prints, what it writes, what it refuses."""
+
+import difflib
+import json
+import math
+import re
+import shutil
+
+import pytest
+from conftest import BASE, ROOT
+
+from colintern.cli import main
+from colintern.gpus import GPUS, find
+from colintern.params import UserError, load
+from colintern.recommend import EPOCHS, optimal_lr, optimal_rank, steps_of, warmup_of
+
+RECIPE = (ROOT / "recipes" / "internvl3_5-1b.yaml").read_text()
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """params.yaml for a folder that holds InternVL3.5-1B's config and for ColPali's pages."""
+    (tmp_path / "base").mkdir()
+    shutil.copy(ROOT / "tests" / "internvl3_5-1b.json", tmp_path / "base" / "config.json")
+    text = re.sub(r"(?m)^base: .*", "base: base", RECIPE)
+    (tmp_path / "params.yaml").write_text(re.sub(r"(?m)^base_revision: .*", "base_revision: ''", text))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    shutil.copytree(BASE, tmp_path / "demo" / "base")
+    shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
+    (tmp_path / "metrics").mkdir()
+    own = {"demo (train)": {"rows": 3600, "pages": 1800}, "demo (dev)": {"rows": 100, "pages": 100}}
+    (tmp_path / "metrics" / "data.json").write_text(json.dumps(own))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def guide(gpu_memory_gb):
+    """The guide's get_optimal_batch_size."""
+    return min(32, 2 ** int(math.log2(int(gpu_memory_gb * 1024 * 0.7 / 150))))
+
+
+def test_the_rules():
+    sizes = [int(billions * 1e9) for billions in (0.3, 0.905, 2.4, 4.7, 7.9)]
+    assert [optimal_lr(size) for size in sizes] == [7e-5, 5e-5, 5e-5, 3e-5, 3e-5]
+    assert [optimal_rank(size) for size in sizes] == [16, 32, 32, 64, 64]
+    for rule in (optimal_lr, optimal_rank):
+        with pytest.raises(ValueError, match=r"1B parameters and up, and do not reach 1\.0 M"):
+            rule(1_028_224)
+    assert steps_of(118_195, 64) == 1846 * EPOCHS == 9230
+    assert [warmup_of(steps) for steps in (9230, 448, 9)] == [100, 44, 0]
+
+
+def test_the_guides_batch_formula_is_32_for_every_card_of_its_table():
+    assert {guide(memory) for memory in (16, 24, 32, 40, 80)} == {32}
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("rtx5090", "RTX-5090"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("l4", "L4"),
+        ("NVIDIA L40S", "L40S"),
+    ],
+)
+def test_cards_are_found_by_the_names_they_go_by(name, card):
+    assert find(name) == card
+
+
+@pytest.mark.parametrize("name", ["a100", "rtx", "tpu", ""])
+def test_an_unknown_card_is_answered_with_those_there_are(name):
+    with pytest.raises(UserError, match=r"--gpu: .*(A100-80GB|RTX-4090)"):
+        find(name)
+
+
+def test_what_is_written_changes_values_only_and_is_what_was_printed(checkout, capsys):
+    before = (checkout / "params.yaml").read_text()
+    main(["recommend", "--gpu", "rtx-5090", "--write", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    values = {value["key"]: value["value"] for value in told["values"]}
+    params = load("params.yaml")
+    assert {key: getattr(params, key) for key in values} == values
+    assert (params.lr, params.batch_size, params.micro_batch_size, params.epochs) == (5e-5, 64, 64, 5)
+    assert (params.lora_rank, params.gradient_checkpointing, params.warmup_steps) == (32, True, 100)
+    after = (checkout / "params.yaml").read_text()
+    changed = [line for line in difflib.ndiff(before.splitlines(), after.splitlines()) if line[0] in "+-"]
+    room = f"+ feature_cache_gb: {values['feature_cache_gb']}"
+    assert changed == ["- micro_batch_size: 16", "+ micro_batch_size: 64", "- feature_cache_gb: 170.0", room]
+    assert told["predicted"]["peak_bytes"] == sum(told["predicted"]["memory"].values()) < 0.85 * 32 * 2**30
+    assert told["predicted"]["steps"] == 9230
+
+
+def test_every_line_fits_a_terminal_and_says_where_it_comes_from(checkout, capsys):
+    main(["recommend", "--gpu-memory", "16", "--rows", "640", "--pages", "100"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = {line.split()[0]: line.split() for line in lines if re.match(r"[a-z]\w*_?\w* +\S+ +(guide|computed) ", line)}
+    assert rows["warmup_steps"][1] == "5"  # a tenth of 640 / 64 x 5 steps
+    assert rows["micro_batch_size"][1:3] == ["2", "computed"]  # a second forward pass is cheaper than a third
+    assert rows["gradient_checkpointing"][1:3] == ["false", "computed"]
+    assert "predicted, not measured:" in lines
+    assert any("no times: name a card with --gpu" in line for line in lines)
+
+
+def test_the_guides_table_beside_the_computed_one(checkout, capsys):
+    main(["recommend", "--table"])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    rows = [re.findall(r"[\d.-]+", line) for line in out.splitlines() if " GB " in line]
+    assert [row[:2] for row in rows] == [["16", "8"], ["24", "12"], ["32", "16"], ["40", "24-32"], ["80", "24-32"]]
+    for row in rows:
+        assert int(row[2]) < int(row[4])  # checkpointing fits more
+        assert all(float(peak) < 0.85 * int(row[0]) for peak in (row[3], row[5]))
+
+
+def test_the_demo_gets_no_rule_of_the_guides(demo, capsys):
+    main(["recommend", "--write"])
+    out = capsys.readouterr().out
+    assert "do not reach" in out and "How the demo answers to its settings" in " ".join(out.split())
+    assert re.search(r"(?m)^micro_batch_size +32 ", out) and not re.search(r"(?m)^lr ", out)
+    assert "3,600 pairs, 1,900 pages (metrics/data.json)" in out
+    assert load("params.yaml").lr == 0.006
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpu", "tpu"], ["--gpu", "'tpu'", "A100-80GB"]),
+        (["--gpu-memory", "much"], ["--gpu-memory", "'much'", "1 to 1024"]),
+        (["--gpu-memory", "0"], ["--gpu-memory", "'0'"]),
+        (["--gpu-memory", "nan"], ["--gpu-memory", "'nan'"]),
+        (["--gpu-memory", "2"], ["--gpu-memory: 2 GB", "2.0 GiB", "85%"]),
+        (["--rows", "0"], ["--rows", "'0'", "whole number"]),
+        (["--base", "nowhere"], ["base", "'nowhere'", "internvl3_5-1b"]),
+        (["--base", "internvl3_5-2b", "--write"], ["--write", "internvl3_5-2b", "params.yaml"]),
+        (["--table", "--write"], ["--write", "--table"]),
+    ],
+)
+def test_bad_input_is_named(checkout, capsys, arguments, words):
+    before = (checkout / "params.yaml").read_text()
+    with pytest.raises(SystemExit) as stop:
+        main(["recommend", *arguments])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert all(word in error for word in words), error
+    assert (checkout / "params.yaml").read_text() == before
+
+
+def test_auto_without_a_gpu_says_so(checkout, capsys):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit) as stop:
+        main(["recommend", "--gpu-memory", "auto"])
+    assert stop.value.code == 2
+    assert "there is none here" in capsys.readouterr().err
+
+
+def test_own_data_without_numbers_asks_for_them(checkout, capsys):
+    text = (checkout / "params.yaml").read_text()
+    text = re.sub(r"(?m)^train_data: .*", "train_data: data/own/docs", text)
+    (checkout / "params.yaml").write_text(re.sub(r"(?m)^train_revision: .*", "train_revision: ''", text))
+    (checkout / "data" / "own" / "docs").mkdir(parents=True)
+    with pytest.raises(SystemExit) as stop:
+        main(["recommend"])
+    assert stop.value.code == 2
+    assert "metrics/data.json does not know data/own/docs" in capsys.readouterr().err
+
+
+def test_every_card_has_its_source():
+    for name, gpu in GPUS.items():
+        assert "sheet" in gpu.source or "white paper" in gpu.source, name
+        assert gpu.bf16 > gpu.fp32 > 0 < gpu.bandwidth
