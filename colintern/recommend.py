@@ -45,7 +45,7 @@ class Plan(NamedTuple):
 def optimal_lr(parameters: int) -> float:
     """The guide's table: 7e-5 below 0.5 B parameters, 5e-5 up to 3 B, 3e-5 from 3 B on.
 
-    Its function get_optimal_lr agrees at 1B only, and ends at 1e-5, a quarter of the smallest rate that published
+    Its function get_optimal_lr agrees at 1B only, and ends at 1e-5, half the smallest rate that published
     recipes of this kind take (2e-5, 5e-5 and 2e-4 in colpali-engine's for 2 to 3 B).
 
     >>> [optimal_lr(int(billions * 1e9)) for billions in (0.3, 0.9, 2.4, 4.7)]
