@@ -30,6 +30,7 @@ from colintern.processor import ColIntern3_5Processor
 from colintern.training import ContrastiveTrainer, DevSet, NonFiniteError, arguments, verdict
 
 CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+COMPILERS = ("g++", "clang++")  # what torch looks for
 
 
 def train(params: Params, out: Path) -> dict[str, Any]:
@@ -71,6 +72,8 @@ def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
         raise UserError(f"batch_size: {params.batch_size} is more than the {len(tables['train'])} training pairs")
     if params.logging_steps > steps:
         raise UserError(f"logging_steps: {params.logging_steps} is more than the {steps} steps of this run")
+    if params.compile and not any(map(shutil.which, COMPILERS)):
+        raise UserError(f"compile: true needs a C++ compiler, {' or '.join(COMPILERS)}: install one, or write false")
     set_seed(params.seed)
     revision = params.base_revision or None
     kernel = attention_kernel(params.attention, params.dtype)

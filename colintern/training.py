@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -36,6 +37,10 @@ class ContrastiveTrainer(Trainer):
     def __init__(self, params: Params, processor: ColIntern3_5Processor, dev: "DevSet", **kwargs: Any):
         super().__init__(data_collator=Collator(processor), eval_dataset=dev, **kwargs)
         self.params, self.dev, self.processor = params, dev, processor
+        self.low_precision = params.dtype == "bfloat16"
+        if params.compile:
+            for layer in kwargs["model"].base_model.model.language_model.layers:  # alike: compiled once for all
+                layer.compile()
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward pass over a whole batch; returns its loss, a detached scalar.
@@ -46,17 +51,24 @@ class ContrastiveTrainer(Trainer):
         model.train()
         batch: Batch = self._prepare_inputs(inputs)
         batch["page"]["image_features"] = page_features(model, batch)
-        if self.params.micro_batch_size >= len(batch["page_ids"]):
-            loss = self._loss(batch, model(**batch["query"]), model(**batch["page"]))
-            self.accelerator.backward(loss)
-        else:
-            loss = self._cached_step(model, batch)
+        # PEFT would cast every adapter's input to float32, only for `_embed` to cast it back.
+        with disable_input_dtype_casting(model, active=self.low_precision):
+            if self.params.micro_batch_size >= len(batch["page_ids"]):
+                loss = self._loss(batch, self._embed(model, batch["query"]), self._embed(model, batch["page"]))
+                self.accelerator.backward(loss)
+            else:
+                loss = self._cached_step(model, batch)
         norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not value.isfinite():
                 step = self.state.global_step + 1
                 raise NonFiniteError(f"{name} is {value.item()} at step {step}; a smaller lr may help")
         return loss.detach()
+
+    def _embed(self, model: Any, part: Batch) -> Tensor:
+        # The adapters' weights are float32, and without this they would be computed in it beside a bfloat16 base.
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.low_precision):
+            return model(**part)
 
     def _loss(self, batch: Batch, queries: Tensor, pages: Tensor) -> Tensor:
         scores = maxsim_matrix(queries, batch["query"]["attention_mask"], pages, batch["page"]["attention_mask"])
@@ -72,7 +84,7 @@ class ContrastiveTrainer(Trainer):
         with torch.no_grad():
             for part in parts:
                 states.append(rng_state())
-                embeddings.append(model(**part))
+                embeddings.append(self._embed(model, part))
         leaves = [e.requires_grad_() for e in embeddings]
         half = len(leaves) // 2
         loss = self._loss(batch, torch.cat(leaves[:half]), torch.cat(leaves[half:]))
@@ -80,7 +92,7 @@ class ContrastiveTrainer(Trainer):
         after = rng_state()
         for part, state, leaf in zip(parts, states, leaves, strict=True):
             set_rng_state(state)  # the same dropout as when the part was embedded first
-            self.accelerator.backward((model(**part) * leaf.grad).sum())
+            self.accelerator.backward((self._embed(model, part) * leaf.grad).sum())
         set_rng_state(after)
         return loss
 
