@@ -81,7 +81,7 @@ def test_beside_a_bfloat16_base_adapters_are_float32_and_computed_in_bfloat16(ma
     trainer.model.zero_grad()
     high = gradients(trainer, processor, pages)
     assert torch.float32 in seen, "the control computed in float32"
-    assert apart(high, low) < 0.1  # measured 0.03 to 0.05, by the base's own rounding
+    assert apart(high, low) < 0.1
 
 
 def test_the_loss_curve_in_bfloat16_stays_with_that_of_float32_adapters(make):
@@ -99,8 +99,8 @@ def test_the_loss_curve_in_bfloat16_stays_with_that_of_float32_adapters(make):
 
 
 def test_compiled_layers_give_the_same_gradient(make, processor, pages):
-    eager = gradients(make(micro_batch_size=2), processor, pages)
-    trainer = make(micro_batch_size=2, compile=True)
+    eager = gradients(make(micro_batch_size=4), processor, pages)
+    trainer = make(micro_batch_size=4, compile=True)
     layers = trainer.model.base_model.model.language_model.layers
     assert all(layer._compiled_call_impl is not None for layer in layers)
     assert apart(eager, gradients(trainer, processor, pages)) < 1e-4
