@@ -85,7 +85,7 @@ class ContrastiveTrainer(Trainer):
             for part in parts:
                 states.append(rng_state())
                 embeddings.append(self._embed(model, part))
-        leaves = [e.requires_grad_() for e in embeddings]
+        leaves: list[Any] = [e.requires_grad_() for e in embeddings]
         half = len(leaves) // 2
         loss = self._loss(batch, torch.cat(leaves[:half]), torch.cat(leaves[half:]))
         loss.backward()
