@@ -22,16 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import InternVLConfig, InternVLForConditionalGeneration, TrainerCallback, set_seed
 from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
-from colintern import data
+from colintern.data import Pair, Pairs
 from colintern.demo import corpus
-from colintern.features import PageFeatures
-from colintern.images import png_bytes
+from colintern.features import Page, PageFeatures
 from colintern.lora import add_lora, count, faults, meta_model, table
 from colintern.model import ColIntern3_5, attention_kernel
 from colintern.params import Params, load
@@ -90,13 +88,13 @@ def check_weights(model: ColIntern3_5, folder: Path) -> None:
     check(len(same) == len(filed), f"{len(same)} equal the file's to the bit, {language} of them the language model's")
 
 
-def pages(split: str, number: int, scale: int) -> Dataset:
+def pages(split: str, number: int, scale: int) -> list[Pair]:
     """Demo pages, one query each, `scale` times as large (as drawn, 224 x 336 px, one tile holds them)."""
     rows = []
     for page in corpus(split, number, 1, seed=0):
         image = page.image.resize((page.image.width * scale, page.image.height * scale))
-        rows.append({"query": page.queries[0], "image": {"bytes": png_bytes(image), "path": page.name}})
-    return Dataset.from_list(rows)
+        rows.append(Pair(page.queries[0], Page.of(image)))
+    return rows
 
 
 class Watch(TrainerCallback):
@@ -149,12 +147,11 @@ def train(model: Any, params: Params, scratch: Path, scale: int) -> tuple[Contra
     )
     features = PageFeatures(model, processor, scratch / "features", params.feature_cache_gb)
     train_rows, dev_rows = pages("train", STEPS * params.batch_size, scale), pages("dev", DEV_PAGES, scale)
-    train_pages, dev_pages = data.pages(train_rows), data.pages(dev_rows)
-    features.fill([*train_pages, *dev_pages], params.workers)
-    pairs, dev = data.Pairs(train_rows["query"], train_pages, features), DevSet(dev_rows["query"], dev_pages, features)
-    tokens = len(pairs[0]["features"]) * processor.image_seq_length
+    features.fill([pair.page for pair in (*train_rows, *dev_rows)], params.workers)
+    pairs, dev = Pairs(train_rows, features), DevSet(dev_rows, features)
+    tokens = len(pairs[0]["pages"][0]["features"]) * processor.image_seq_length
     print(f"{len(pairs)} pairs in {STEPS} steps, {tokens} visual tokens a page; {len(dev.pages)} dev pages", flush=True)
-    args, watch = arguments(params, str(scratch), quiet=True), Watch()
+    args, watch = arguments(params, scratch, steps=STEPS, quiet=True), Watch()
     trainer = ContrastiveTrainer(params, processor, dev, model=model, args=args, train_dataset=pairs, callbacks=[watch])
     trainer.train()
     return trainer, watch

@@ -47,6 +47,7 @@ def measure(row: tuple[str, int, int, bool, float], device: str) -> dict[str, fl
     from transformers import TrainerCallback, set_seed
 
     from colintern.costs import Costs, Setting
+    from colintern.data import Pair
     from colintern.features import Page
     from colintern.lora import add_lora
     from colintern.model import ColIntern3_5
@@ -67,7 +68,9 @@ def measure(row: tuple[str, int, int, bool, float], device: str) -> dict[str, fl
     wrapped: Any = add_lora(model, *lora).to(device)
 
     features = torch.randn(6, config.image_seq_length, config.get_text_config().hidden_size).to(dtype)
-    pairs = [{"query": f"{QUERY} {i:04}", "page": f"{i:014x}", "features": features} for i in range(2 * batch)]
+    pairs = [
+        {"query": f"{QUERY} {i:04}", "pages": [{"key": f"{i:014x}", "features": features}]} for i in range(2 * batch)
+    ]
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -78,9 +81,9 @@ def measure(row: tuple[str, int, int, bool, float], device: str) -> dict[str, fl
 
     watch = Watch()
     with tempfile.TemporaryDirectory() as scratch:
-        args = arguments(params, scratch, quiet=True)
+        args = arguments(params, Path(scratch), steps=2, quiet=True)
         args.use_cpu = device == "cpu"
-        dev = DevSet([QUERY], [Page("0", Path)], lambda page: features)  # type: ignore[arg-type]
+        dev = DevSet([Pair(QUERY, Page("0", Path))], lambda page: features)  # type: ignore[arg-type]
         trainer = ContrastiveTrainer(
             params, processor, dev, model=wrapped, args=args, train_dataset=pairs, callbacks=[watch]
         )

@@ -39,6 +39,7 @@ def run(params: Params) -> tuple[float, float, str]:
     import torch
     from pyarrow.parquet import read_table
 
+    from colintern.data import Pair
     from colintern.features import Page
     from colintern.images import decode
     from colintern.manifest import benchmark_folder, check_base
@@ -54,7 +55,7 @@ def run(params: Params) -> tuple[float, float, str]:
 
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(None):  # only the table is for people
         trainer = prepare(params, check_base(params), Path(scratch))
-        test = DevSet(queries, corpus, trainer.dev.features)
+        test = DevSet(list(map(Pair, queries, corpus)), trainer.dev.features)
         before = test.ndcg(trainer.model, trainer.processor, params)
         trainer.train()
         after = test.ndcg(trainer.model, trainer.processor, params)

@@ -98,6 +98,7 @@ class Params:
     dtype: Annotated[str, one_of("float32", "bfloat16")]
     attention: Annotated[str, one_of("auto", "sdpa", "eager", "flash_attention_2")]
     gradient_checkpointing: bool
+    compile: bool
     lora_targets: Annotated[tuple[str, ...], PATTERN]
     lora_rank: Annotated[int, between(1, 1024)]
     lora_alpha: Annotated[int, at_least(1)]

@@ -36,6 +36,7 @@ from colintern.weights import statistics
 
 ORPHANS = 30  # seconds after which a killed trainer's data loader should have ended; it looks every 5
 CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+COMPILERS = ("g++", "clang++")  # what torch looks for
 
 
 def train(params: Params, out: Path) -> dict[str, Any]:
@@ -122,6 +123,8 @@ def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
         raise UserError(
             f"{args.n_gpu} GPUs in {args.world_size} processes: training uses one; set CUDA_VISIBLE_DEVICES=0"
         )
+    if params.compile and not any(map(shutil.which, COMPILERS)):
+        raise UserError(f"compile: true needs a C++ compiler, {' or '.join(COMPILERS)}: install one, or write false")
     set_seed(params.seed)
     revision = params.base_revision or None
     kernel = attention_kernel(params.attention, params.dtype)

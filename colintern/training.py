@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -74,11 +75,21 @@ class Tally(TrainerCallback, ExportableState):
 class ContrastiveTrainer(Trainer):
     """transformers' Trainer; a batch is what `Collator` makes, the dev set is measured as retrieval."""
 
-    def __init__(self, params: Params, processor: ColIntern3_5Processor, dev: "DevSet", **kwargs: Any):
+    def __init__(
+        self,
+        params: Params,
+        processor: ColIntern3_5Processor,
+        dev: "DevSet",
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ):
         self.params, self.dev, self.processor, self.tally = params, dev, processor, Tally()
-        self.micro = params.micro_batch_size
-        own = [self.tally, Checkpoints(Path(kwargs["args"].output_dir).parent)]
+        self.micro, self.low_precision = params.micro_batch_size, params.dtype == "bfloat16"
+        own = [self.tally, Checkpoints(Path(kwargs["args"].output_dir).parent), *callbacks]
         super().__init__(data_collator=Collator(processor), eval_dataset=dev, callbacks=own, **kwargs)
+        if params.compile:
+            for layer in kwargs["model"].base_model.model.language_model.layers:  # alike: compiled once for all
+                layer.compile()
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward pass over a whole batch; returns its loss, a detached scalar.
@@ -90,7 +101,9 @@ class ContrastiveTrainer(Trainer):
         model.train()
         batch: Batch = self._prepare_inputs(inputs)
         batch["page"]["image_features"] = page_features(model, batch)
-        loss = self._fitting_step(model, batch)
+        # PEFT would cast every adapter's input to float32, only for `_embed` to cast it back.
+        with disable_input_dtype_casting(model, active=self.low_precision):
+            loss = self._fitting_step(model, batch)
         norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not value.isfinite():
@@ -125,9 +138,16 @@ class ContrastiveTrainer(Trainer):
     def _step(self, model: Any, batch: Batch) -> Tensor:
         if self.micro < len(batch["page_ids"]):
             return self._cached_step(model, batch)
-        loss = self._loss(batch, model(**batch["query"]), model(**batch["page"]))
+        loss = self._loss(batch, self._embed(model, batch["query"]), self._embed(model, batch["page"]))
         self.accelerator.backward(loss)
         return loss
+
+    def _embed(self, model: Any, part: Batch) -> Tensor:
+        if not self.low_precision:
+            return model(**part)
+        # The adapters' weights are float32, and without this they would be computed in it beside a bfloat16 base.
+        with torch.autocast(model.device.type, torch.bfloat16):
+            return model(**part)
 
     def _loss(self, batch: Batch, queries: Tensor, pages: Tensor) -> Tensor:
         scores = maxsim_matrix(queries, batch["query"]["attention_mask"], pages, batch["page"]["attention_mask"])
@@ -140,14 +160,14 @@ class ContrastiveTrainer(Trainer):
         with torch.no_grad():
             for part in parts:
                 states.append(rng_state())
-                embeddings.append(model(**part))
-        leaves = [e.requires_grad_() for e in embeddings]
+                embeddings.append(self._embed(model, part))
+        leaves: list[Any] = [e.requires_grad_() for e in embeddings]
         loss = self._loss(batch, torch.cat(leaves[: len(queries)]), torch.cat(leaves[len(queries) :]))
         loss.backward()
         after = rng_state()
         for part, state, leaf in zip(parts, states, leaves, strict=True):
             set_rng_state(state)  # the same dropout as when the part was embedded first
-            self.accelerator.backward((model(**part) * leaf.grad).sum())
+            self.accelerator.backward((self._embed(model, part) * leaf.grad).sum())
         set_rng_state(after)
         return loss
 

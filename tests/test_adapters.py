@@ -15,7 +15,7 @@ from conftest import BASE, ROOT
 from safetensors.torch import load_file, save_file
 from test_model import TARGETS, load
 
-from colintern.data import Pairs
+from colintern.data import Pair, Pairs
 from colintern.features import Page, PageFeatures
 from colintern.jsonfile import dumps
 from colintern.lora import add_lora
@@ -44,8 +44,9 @@ def trained(top: Path, processor, pages, **changes) -> Path:
         wrapped = add_lora(base, TARGETS, rank=4, alpha=4, dropout=0.0)
         features = PageFeatures(wrapped, processor, top / "features", 0.0)
         keyed = [Page.of(page) for page in pages]
-        dev, pairs = DevSet(QUERIES, keyed, features), Pairs(QUERIES, keyed, features)
-        args = arguments(params, str(top / "run"), quiet=True)
+        rows = list(map(Pair, QUERIES, keyed))
+        dev, pairs = DevSet(rows, features), Pairs(rows, features)
+        args = arguments(params, top / "run", steps=1, quiet=True)
         trainer = ContrastiveTrainer(params, processor, dev, model=wrapped, args=args, train_dataset=pairs)
         identity |= origin(trainer)
         trainer.train()

@@ -76,10 +76,11 @@ def test_a_step_is_what_the_trainer_runs(costs, micro, checkpointing):
     """The real `_cached_step` and `_loss`, whole, on meta tensors, against the phases that `step` adds up."""
     size = 8
     trainer = object.__new__(ContrastiveTrainer)
-    trainer.params = SimpleNamespace(micro_batch_size=micro, temperature=0.02)
+    trainer.params, trainer.micro, trainer.low_precision = SimpleNamespace(temperature=0.02), micro, False
     trainer.accelerator = SimpleNamespace(backward=lambda loss: loss.backward())
     trainer.processor = costs.config  # `split` asks it for image_token_id and image_seq_length
     batch = {"query": costs._batch(size, 0, 24), "page": costs._batch(size, 6, 108), "page_ids": torch.arange(size)}
+    batch["query_ids"] = batch["page_ids"]
     tensors = [t for side in ("query", "page") for t in batch[side].values()]
     [model] = costs.models
 

@@ -97,6 +97,7 @@ BAD_VALUES = [
     ("dtype", "float16", "float32, bfloat16"),
     ("attention", "flash", "auto, sdpa, eager, flash_attention_2"),
     ("gradient_checkpointing", "0", "true or false"),
+    ("compile", "1", "true or false"),
     ("lora_rank", "0", "1 to 1024"),
     ("lora_rank", "1025", "1 to 1024"),
     ("lora_alpha", "0", "at least 1"),

@@ -1,0 +1,41 @@
+import re
+
+import pytest
+import torch
+
+from bench import gpu, loss
+
+
+def test_the_gpu_table_is_printed_whole_in_its_tiny_form(capsys):
+    gpu.main(["--tiny"])
+    out = capsys.readouterr().out
+    rows = re.findall(r"(?m)^ +(\d+) +(on|off) +(0\.[01]) +off +(\d+\.\d{3}) ", out)
+    settings = {(int(micro), on == "on") for micro, on, dropout, _ in rows if dropout == "0.1"}
+    assert settings == {(micro, on) for micro in gpu.TINY.micro for on in (True, False)}
+    assert len(rows) == 2 * (len(settings) + 1), "two page sizes, each ending with a row without dropout"
+    assert "ok  gradient" in out and "ok  loss" in out
+    assert re.search(r"\nRESULT seconds_2_tiles=\S+ seconds_1_tiles=\S+ roofline_share=unknown gradient_error=", out)
+
+
+@pytest.mark.parametrize("broken", ["gradient_error", "loss_error"])
+def test_a_failed_check_is_told_by_the_exit_code(monkeypatch, capsys, broken):
+    monkeypatch.setattr(gpu, "gradient_error", lambda *_: 1.0 if broken == "gradient_error" else 0.0)
+    monkeypatch.setattr(gpu, "loss_error", lambda *_: 1.0 if broken == "loss_error" else 0.0)
+    monkeypatch.setattr(gpu, "MOST_SECONDS", -1)  # no rows
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(["--tiny"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 1 and "NO " in out and out.count("4 rows left out") == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to be measured")
+def test_without_a_gpu_it_says_so(capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpu.main([])
+    assert stop.value.code == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_the_losses_that_are_timed_agree():
+    loss.agree(*loss.embeddings(4, 6, 20, 16))
+    assert loss.extra_mb("plain einsum", [8, 30, 400, 64]) > loss.extra_mb("ours", [8, 30, 400, 64])
