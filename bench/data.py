@@ -131,17 +131,18 @@ def start(batches: int) -> None:
 
     params = load()
     base = check_base(params)
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     trainer = runs.prepare(params, base, Path(".scratch/bench"))
     loader = iter(trainer.get_train_dataloader())
     next(loader)
-    first = time.perf_counter()
+    first, worked = time.perf_counter(), time.process_time() - worked
     for _ in range(batches):
         next(loader)
     ended = time.perf_counter()
     found = rows(params)
     facts = {
         "start_s": first - began,
+        "start_cpu_s": worked,
         "rows_per_s": batches * params.batch_size / (ended - first),
         "index_s": time.perf_counter() - ended,
         "rows": len(found["train"]),
@@ -207,6 +208,7 @@ def report(folder: Path, made: float, fetched: Ran, starts: list[Ran], no_op: fl
         ("  all its processes, MB", "fetch_pss_mb", fetched.together),
         ("first start: rows(params) to the first batch, s", "first_start_s", first["start_s"]),
         ("later start, s", "later_start_s", later["start_s"]),
+        ("  CPU time of it, without the loader's processes, s", "start_cpu_s", later["start_cpu_s"]),
         ("  of it rows(params), s", "index_s", later["index_s"]),
         ("batching, rows/s", "rows_per_s", later["rows_per_s"]),
         ("  its largest process, MB", "rss_mb", max(ran.largest for ran in starts)),

@@ -236,6 +236,7 @@ def test_a_run_that_could_not_be_reported_is_refused_before_anything_is_loaded(m
 def test_several_processes_are_refused_before_any_data_is_read(tmp_path):
     """In a folder without data: a run that got as far as that would name the missing manifest."""
     shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
+    shutil.copytree(BASE, tmp_path / "demo" / "base")
     code = (
         "from pathlib import Path; from colintern.params import load; from colintern.runs import prepare; "
         "prepare(load(), 'no base', Path('scratch'))"
@@ -244,7 +245,7 @@ def test_several_processes_are_refused_before_any_data_is_read(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "two.py"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
     )
