@@ -79,7 +79,8 @@ def refused(done: "subprocess.CompletedProcess[str]", code: int, *words: str) ->
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     for word in words:
-        assert word in (done.stdout if code == 1 else done.stderr), f"{word!r} not in {done.stdout}{done.stderr}"
+        text = " ".join((done.stdout if code == 1 else done.stderr).split())  # the table is wrapped at 80 columns
+        assert word in text, f"{word!r} not in {text}"
 
 
 def change(file: Path, edit) -> None:
