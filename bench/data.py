@@ -1,6 +1,6 @@
 """Training data at the size of ColPali's: how long it takes to start, and how much memory.
 
-    python -m bench.data [--folder data/bench] [--rows 118000] [--pages 39000] [--batches 60]
+    python -m bench.data [--folder data/bench] [--rows 118000] [--pages 39000] [--batches 500]
 
 Input: the last commit of this repository, with recipes/demo.yaml. Output: one table; the generated set stays in the
 folder, all else is done in two temporary clones, one with the generated set and one with the demo. `start` goes from
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "data" / "bench", help="of the generated set")
     parser.add_argument("--rows", type=int, default=118_000)
     parser.add_argument("--pages", type=int, default=39_000)
-    parser.add_argument("--batches", type=int, default=60)
+    parser.add_argument("--batches", type=int, default=500, help="a loader process is at its largest after 400")
     parser.add_argument("--start", action="store_true", help="what a measured process does")
     args = parser.parse_args()
     if args.start:
