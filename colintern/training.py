@@ -27,6 +27,7 @@ from colintern.loss import contrastive_loss, false_negatives, maxsim_matrix
 from colintern.maxsim import maxsim_scores, ndcg_at_k
 from colintern.params import Params, UserError
 from colintern.processor import ColIntern3_5Processor
+from colintern.watch import Pace, Watch
 
 Batch = dict[str, Any]
 
@@ -85,7 +86,9 @@ class ContrastiveTrainer(Trainer):
     ):
         self.params, self.dev, self.processor, self.tally = params, dev, processor, Tally()
         self.micro, self.low_precision = params.micro_batch_size, params.dtype == "bfloat16"
-        own = [self.tally, Checkpoints(Path(kwargs["args"].output_dir).parent), *callbacks]
+        self.pace = Pace()
+        checkpoints = Checkpoints(Path(kwargs["args"].output_dir).parent)
+        own = [self.tally, checkpoints, Watch(params, dev.chance), self.pace, *callbacks]
         super().__init__(data_collator=Collator(processor), eval_dataset=dev, callbacks=own, **kwargs)
         if params.compile:
             for layer in kwargs["model"].base_model.model.language_model.layers:  # alike: compiled once for all
@@ -280,15 +283,3 @@ def arguments(params: Params, folder: Path, steps: int, quiet: bool) -> Training
         disable_tqdm=quiet,
         report_to="none",
     )
-
-
-def verdict(log: Sequence[dict[str, Any]], params: Params, chance: float) -> str:
-    """`collapsed` when the run ends where it knows nothing, `learned` otherwise.
-
-    A collapsed model gives every page the same score: the loss is log(batch_size) and the ranking is chance.
-    """
-    losses = [row["loss"] for row in log if "loss" in row]
-    tail = losses[-max(1, len(losses) // 10) :]
-    ndcg = [row["eval_ndcg_at_5"] for row in log if "eval_ndcg_at_5" in row][-1]
-    flat = sum(tail) / len(tail) > 0.97 * math.log(params.batch_size)
-    return "collapsed" if flat or ndcg < 2 * chance else "learned"

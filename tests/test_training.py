@@ -16,7 +16,7 @@ from colintern.lora import add_lora
 from colintern.params import UserError
 from colintern.params import load as load_params
 from colintern.runs import prepare
-from colintern.training import ContrastiveTrainer, DevSet, NonFiniteError, arguments, split, verdict
+from colintern.training import ContrastiveTrainer, DevSet, NonFiniteError, arguments, split
 
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
 
@@ -299,11 +299,3 @@ def test_the_tower_sees_a_page_once_a_step_or_never_and_is_never_differentiated(
     layer.register_full_backward_hook(lambda *_: ran.update(backward=ran["backward"] + 1))
     gradients(trainer, processor, pages)
     assert ran == {"forward": runs, "backward": 0}
-
-
-def test_a_collapsed_run_is_recognised():
-    params = load_params(ROOT / "recipes" / "demo.yaml")
-    flat = [{"loss": math.log(params.batch_size)}] * 20 + [{"eval_ndcg_at_5": 0.5}]
-    lost = [{"loss": 1.0}] * 20 + [{"eval_ndcg_at_5": 0.04}]
-    good = [{"loss": 0.2}] * 20 + [{"eval_ndcg_at_5": 0.8}]
-    assert [verdict(log, params, 0.03) for log in (flat, lost, good)] == ["collapsed", "collapsed", "learned"]
