@@ -24,6 +24,7 @@ GUIDE = [loss / math.log(16) for loss in (1.50, 1.20, 1.00, 0.85, 0.75)]  # its 
 ROUGH = 0.05  # share of log(P) by which rows may jump
 DEAD, JUMP = 0.1, 5  # gradient norm below which nothing moves; times the median that is a spike
 SMALL = 32  # the demo's batch; 8 collapses twice in three (README, sensitivity)
+MATCH = "look whether the queries belong to their pages"
 FEW = 3  # rows without which nothing is said
 
 
@@ -120,10 +121,11 @@ def dead(c: Curve) -> bool:
 def cure(c: Curve) -> str:
     """What to do about a loss that does not fall."""
     if dead(c) or c.losses[-1] > 1.1 * min(c.losses):  # it was lower before
-        return lower(c) + ("" if c.params.batch_size >= SMALL else f"; batch_size: {SMALL}")
+        larger = "" if c.params.batch_size >= SMALL else f"; batch_size: {SMALL}"
+        return f"{lower(c)}{larger}; else {MATCH}"
     if c.params.batch_size < SMALL:
         return f"batch_size: {SMALL}: each query is compared with more pages"
-    return f"lr: {3 * c.params.lr:.2g}; do the queries belong to their pages? `colintern data`"
+    return f"lr: {3 * c.params.lr:.2g}; else {MATCH}"
 
 
 def finite(c: Curve) -> Answer | None:
@@ -137,7 +139,8 @@ def known(c: Curve) -> Answer | None:
     if c.step <= 2 * c.params.warmup_steps or len(c.losses) < 2 * FEW:
         return None
     share = mean(c.tail if len(c.tail) >= FEW else c.losses[-FEW:])
-    return Answer(False, share > NOTHING, share, f"{share:.2f} of log({c.pages})", cure(c))
+    early = not c.done and c.rows[-1]["epoch"] < 1
+    return Answer(share > NOTHING, share > NOTHING and not early, share, f"{share:.2f} of log({c.pages})", cure(c))
 
 
 def first_epoch(c: Curve) -> Answer | None:
@@ -200,7 +203,7 @@ def dev_score(c: Curve) -> Answer | None:
 
 RULES: dict[str, tuple[str, Callable[[Curve], Answer | None]]] = {
     "finite": ("a loss or norm that is not finite is bad", finite),
-    "loss now": (f"above {NOTHING} of log(P) after twice the warm-up is bad: it knows nothing", known),
+    "loss now": (f"above {NOTHING} of log(P) after twice the warm-up warn, after an epoch bad", known),
     "first epoch": (f"above {SLOW} of log(P) after it warn, above {NOTHING} bad: too slow", first_epoch),
     "loss by epoch": (f"above {UNFIT} of log(P) at the end warn, above {SLOW} bad", by_epoch),
     "steady loss": (f"rows that jump by {ROUGH} of log(P) warn, by {2 * ROUGH} bad: oscillating", rough),

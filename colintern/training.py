@@ -85,6 +85,7 @@ class ContrastiveTrainer(Trainer):
         **kwargs: Any,
     ):
         self.params, self.dev, self.processor, self.tally = params, dev, processor, Tally()
+        self.remedy = f"try lr: {params.lr / 3:.2g}, or more warmup_steps than {params.warmup_steps}"
         self.micro, self.low_precision = params.micro_batch_size, params.dtype == "bfloat16"
         self.pace = Pace()
         checkpoints = Checkpoints(Path(kwargs["args"].output_dir).parent)
@@ -111,7 +112,7 @@ class ContrastiveTrainer(Trainer):
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not value.isfinite():
                 step = self.state.global_step + 1
-                raise NonFiniteError(f"{name} is {value.item()} at step {step}; a smaller lr may help")
+                raise NonFiniteError(f"{name} is {value.item()} at step {step}; {self.remedy}")
         self.tally.add(loss.item(), int(false_negatives(batch["query_ids"], batch["page_ids"]).sum()))
         return loss.detach()
 
@@ -187,7 +188,7 @@ class ContrastiveTrainer(Trainer):
         model: Any = self.model
         trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
         if broken := [name for name, p in trained if not p.isfinite().all()]:
-            raise NonFiniteError(f"{broken[0]} is not finite after step {self.state.global_step}; try a smaller lr")
+            raise NonFiniteError(f"{broken[0]} is not finite after step {self.state.global_step}; {self.remedy}")
         metrics = {f"{metric_key_prefix}_ndcg_at_5": self.dev.ndcg(self.model, self.processor, self.params)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

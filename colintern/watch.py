@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from colintern.health import OK, Curve, Finding, findings, judged, line
+from colintern.health import BAD, OK, WARN, Curve, Finding, findings, judged, line
 from colintern.params import Params
 
 SECONDS_A_PAIR = 10 / 64  # the guide's warning sign on a GPU: 10 s a step of 64 pairs
+WORSE = (OK, WARN, BAD)
 QUERY = ("nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits")
 
 
@@ -26,17 +27,18 @@ class Watch(TrainerCallback):
 
     def __init__(self, params: Params, chance: float):
         self.params, self.chance = params, chance
-        self.known: dict[str, str] = {}  # verdict by rule
+        self.known: dict[str, int] = {}  # the worst that was said, by rule
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A run that goes on does not repeat what it said before."""
-        self.known = {finding.name: finding.verdict for finding in self._found(state)}
+        """A run that goes on does not say again what holds already."""
+        self.known = {finding.name: WORSE.index(finding.verdict) for finding in self._found(state)}
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for finding in self._found(state):
-            if finding.verdict not in (OK, self.known.get(finding.name)):
+            rank = WORSE.index(finding.verdict)
+            if rank > self.known.get(finding.name, 0):
                 print(f"step {state.global_step}:\n{line(finding)}")
-            self.known[finding.name] = finding.verdict
+                self.known[finding.name] = rank
 
     def _found(self, state: Any) -> list[Finding]:
         return findings(Curve(state.log_history, self.params, self.chance, done=False))
