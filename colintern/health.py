@@ -120,12 +120,9 @@ def dead(c: Curve) -> bool:
 
 def cure(c: Curve) -> str:
     """What to do about a loss that does not fall."""
-    if dead(c) or c.losses[-1] > 1.1 * min(c.losses):  # it was lower before
-        larger = "" if c.params.batch_size >= SMALL else f"; batch_size: {SMALL}"
-        return f"{lower(c)}{larger}; else {MATCH}"
-    if c.params.batch_size < SMALL:
-        return f"batch_size: {SMALL}: each query is compared with more pages"
-    return f"lr: {3 * c.params.lr:.2g}; else {MATCH}"
+    fell = dead(c) or mean(c.tail) > 1.1 * min(c.losses)  # it was lower before
+    larger = "" if c.params.batch_size >= SMALL else f"; batch_size: {SMALL}"
+    return f"{lower(c) if fell else f'lr: {3 * c.params.lr:.2g}'}{larger}; else {MATCH}"
 
 
 def finite(c: Curve) -> Answer | None:
@@ -197,8 +194,9 @@ def dev_score(c: Curve) -> Answer | None:
         return None
     last, best = c.dev[-1], max(c.dev)
     seen = f"{last:.3f}, best {best:.3f}, chance {c.chance:.3f}"
-    remedy = cure(c) if last < 2 * c.chance else "fewer epochs, or a lower lr"
-    return Answer(last < 0.8 * best, last < 2 * c.chance, last, seen, remedy)
+    least = min(2 * c.chance, (1 + c.chance) / 2)  # the latter where there are only a few pages
+    remedy = cure(c) if last < least else "fewer epochs, or a lower lr"
+    return Answer(last < 0.8 * best, last < least, last, seen, remedy)
 
 
 RULES: dict[str, tuple[str, Callable[[Curve], Answer | None]]] = {
@@ -258,16 +256,20 @@ def line(finding: Finding) -> str:
 
 
 def report(judgement: Health) -> str:
-    """Every finding, and the verdict with its remedy, at most 80 columns wide."""
+    """Every finding, and the verdict with its remedy, which is then not repeated; at most 80 columns wide."""
     last = f"training health: {judgement.verdict}"
     if judgement.why:
         last += f"; {judgement.why} -> {judgement.remedy}"
-    return "\n".join([*map(line, judgement.findings), *wrap(last, 80, subsequent_indent="  ")])
+    shown = (f._replace(remedy="") if f.remedy == judgement.remedy else f for f in judgement.findings)
+    return "\n".join([*map(line, shown), *wrap(last, 80, subsequent_indent="  ")])
 
 
 def stored(found: Sequence[Finding]) -> dict[str, Any]:
-    """The findings as they stand in a file of metrics: {name: {verdict, value, remedy where there is one}}."""
+    """The findings as a file of metrics holds them: every value, and of the rules that are broken verdict and remedy.
+
+    What is ok has no entry in `wrong`: each entry is a column of `dvc exp show`.
+    """
     return {
-        f.name: {"verdict": f.verdict, "value": round(f.value, 4)} | ({"remedy": f.remedy} if f.remedy else {})
-        for f in found
+        "values": {f.name: round(f.value, 4) for f in found},
+        "wrong": {f.name: f"{f.verdict} -> {f.remedy}" for f in found if f.verdict != OK},
     }

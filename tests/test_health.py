@@ -16,6 +16,16 @@ from colintern.watch import Pace, Watch, memory_share, pace_findings
 CURVES = sorted(FOLDER.glob("*.json"))
 PARAMS = dataclasses.replace(load(ROOT / "recipes" / "demo.yaml"), epochs=4, warmup_steps=10)
 CHANCE = 0.03
+REMEDIES = {
+    "good": "",
+    "good, cosine, batch 32": "",
+    "lr 5e-5": "lr: 0.00015;",
+    "lr 2e-2": "lr: 0.0067,",
+    "batch 2, 1 epoch": "batch_size: 32",
+    "1 epoch": "epochs: 5",
+    "head frozen": "",
+    "queries shuffled": "whether the queries belong to their pages",
+}
 
 
 def test_there_are_enough_curves():
@@ -28,6 +38,7 @@ def test_there_are_enough_curves():
 def test_a_recorded_run_is_judged_by_what_was_done_to_it(file):
     found, judgement = judge(file)
     assert judgement.verdict == EXPECTED[found["setting"]]
+    assert REMEDIES[found["setting"]] in judgement.remedy
     assert bool(judgement.remedy) == (judgement.verdict != "learned")
     assert max(map(len, report(judgement).splitlines())) <= 80
 
@@ -139,8 +150,14 @@ def test_the_remedy_follows_from_the_cause():
 
 def test_what_is_stored_can_be_compared_and_holds_the_remedy():
     found = stored(health(curve(dev=(0.5, 0.9, 0.8, 0.6)), PARAMS, CHANCE).findings)
-    assert found["dev NDCG@5"] == {"verdict": WARN, "value": 0.6, "remedy": "fewer epochs, or a lower lr"}
-    assert found["finite"] == {"verdict": OK, "value": 0}
+    assert found["wrong"] == {"dev NDCG@5": "warn -> fewer epochs, or a lower lr"}
+    assert found["values"]["dev NDCG@5"] == 0.6 and len(found["values"]) == 8
+
+
+def test_chance_is_high_among_a_few_dev_pages():
+    """Of 5 pages a random ranking scores 0.59, and no score is twice that."""
+    assert health(curve(dev=(0.7, 0.8, 0.9, 0.95)), PARAMS, 0.59).verdict == "learned"
+    assert health(curve(dev=(0.7, 0.7, 0.7, 0.7)), PARAMS, 0.59).verdict == "collapsed"
 
 
 def replay(log, start=0) -> Watch:
