@@ -41,10 +41,11 @@ def run(params: Params) -> tuple[float, float, str]:
 
     from colintern.data import Pair
     from colintern.features import Page
+    from colintern.health import health
     from colintern.images import decode
     from colintern.manifest import benchmark_folder, check_base
     from colintern.runs import prepare
-    from colintern.training import DevSet, verdict
+    from colintern.training import DevSet
 
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -59,7 +60,7 @@ def run(params: Params) -> tuple[float, float, str]:
         before = test.ndcg(trainer.model, trainer.processor, params)
         trainer.train()
         after = test.ndcg(trainer.model, trainer.processor, params)
-        return before, after, verdict(trainer.state.log_history, params, trainer.dev.chance)
+        return before, after, health(trainer.state.log_history, params, trainer.dev.chance).verdict
 
 
 @exit_on_user_error()

@@ -23,6 +23,7 @@ from transformers import TrainerState, set_seed
 from colintern.checkpoints import KEEP, SAVING, Interrupted, Signals, check_room, newest, size
 from colintern.data import Pairs, rows
 from colintern.features import FEATURES, PageFeatures
+from colintern.health import health, line, report, stored
 from colintern.identity import fingerprint, stage_identity
 from colintern.jsonfile import dumps
 from colintern.lora import add_lora, count, faults
@@ -30,8 +31,9 @@ from colintern.manifest import MANIFEST, check_base, read
 from colintern.model import ColIntern3_5, attention_kernel
 from colintern.params import Params, UserError, root
 from colintern.processor import ColIntern3_5Processor
-from colintern.training import ContrastiveTrainer, DevSet, NonFiniteError, arguments, verdict
+from colintern.training import ContrastiveTrainer, DevSet, NonFiniteError, arguments
 from colintern.trainset import asks_pseudo_queries
+from colintern.watch import pace_findings
 from colintern.weights import statistics
 
 ORPHANS = 30  # seconds after which a killed trainer's data loader should have ended; it looks every 5
@@ -160,7 +162,9 @@ def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
 def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any], out: Path) -> dict[str, Any]:
     """Write everything the run leaves behind; `out` appears whole or not at all."""
     log = trainer.state.log_history
-    timing = {key: value for row in log for key, value in row.items() if key in CLOCK}
+    pace = trainer.pace.values()
+    paced = pace_findings(pace, params)
+    timing = {key: value for row in log for key, value in row.items() if key in CLOCK} | pace
     steps = [row for row in log if "loss" in row]
     dev = [row for row in log if "eval_ndcg_at_5" in row]
     partial = out.with_name(out.name + ".partial")
@@ -183,7 +187,9 @@ def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any]
     write_csv(Path("plots/train.csv"), steps, ("step", "epoch", "loss", "grad_norm", "learning_rate", "masked_pairs"))
     write_csv(Path("plots/dev.csv"), dev, ("step", "epoch", "eval_ndcg_at_5"))
     (root() / "logs").mkdir(exist_ok=True)
-    (root() / "logs" / "train-timing.json").write_text(dumps(timing))
+    (root() / "logs" / "train-timing.json").write_text(dumps(timing | {"health": stored(paced)}))
+    judged = health(log, params, trainer.dev.chance)
+    print("\n".join([*map(line, paced), report(judged)]))
     # Stands beside the dev score, which is of the same kind as the queries.
     pseudo = {"queries": "pseudo-queries, made by a program"} if asks_pseudo_queries() else {}
     return pseudo | {
@@ -191,7 +197,8 @@ def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any]
         "loss": round(steps[-1]["loss"], 6),
         "masked_pairs": trainer.tally.total,
         "dev_ndcg_at_5": round(dev[-1]["eval_ndcg_at_5"], 6),
-        "verdict": verdict(log, params, trainer.dev.chance),
+        "verdict": judged.verdict,
+        "health": stored(judged.findings),
     }
 
 

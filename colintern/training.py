@@ -27,6 +27,7 @@ from colintern.loss import contrastive_loss, false_negatives, maxsim_matrix
 from colintern.maxsim import maxsim_scores, ndcg_at_k
 from colintern.params import Params, UserError
 from colintern.processor import ColIntern3_5Processor
+from colintern.watch import Pace, Watch
 
 Batch = dict[str, Any]
 
@@ -84,8 +85,11 @@ class ContrastiveTrainer(Trainer):
         **kwargs: Any,
     ):
         self.params, self.dev, self.processor, self.tally = params, dev, processor, Tally()
+        self.remedy = f"try lr: {params.lr / 3:.2g}, or more warmup_steps than {params.warmup_steps}"
         self.micro, self.low_precision = params.micro_batch_size, params.dtype == "bfloat16"
-        own = [self.tally, Checkpoints(Path(kwargs["args"].output_dir).parent), *callbacks]
+        self.pace = Pace()
+        checkpoints = Checkpoints(Path(kwargs["args"].output_dir).parent)
+        own = [self.tally, checkpoints, Watch(params, dev.chance), self.pace, *callbacks]
         super().__init__(data_collator=Collator(processor), eval_dataset=dev, callbacks=own, **kwargs)
         if params.compile:
             for layer in kwargs["model"].base_model.model.language_model.layers:  # alike: compiled once for all
@@ -108,7 +112,7 @@ class ContrastiveTrainer(Trainer):
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not value.isfinite():
                 step = self.state.global_step + 1
-                raise NonFiniteError(f"{name} is {value.item()} at step {step}; a smaller lr may help")
+                raise NonFiniteError(f"{name} is {value.item()} at step {step}; {self.remedy}")
         self.tally.add(loss.item(), int(false_negatives(batch["query_ids"], batch["page_ids"]).sum()))
         return loss.detach()
 
@@ -184,7 +188,7 @@ class ContrastiveTrainer(Trainer):
         model: Any = self.model
         trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
         if broken := [name for name, p in trained if not p.isfinite().all()]:
-            raise NonFiniteError(f"{broken[0]} is not finite after step {self.state.global_step}; try a smaller lr")
+            raise NonFiniteError(f"{broken[0]} is not finite after step {self.state.global_step}; {self.remedy}")
         metrics = {f"{metric_key_prefix}_ndcg_at_5": self.dev.ndcg(self.model, self.processor, self.params)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -280,15 +284,3 @@ def arguments(params: Params, folder: Path, steps: int, quiet: bool) -> Training
         disable_tqdm=quiet,
         report_to="none",
     )
-
-
-def verdict(log: Sequence[dict[str, Any]], params: Params, chance: float) -> str:
-    """`collapsed` when the run ends where it knows nothing, `learned` otherwise.
-
-    A collapsed model gives every page the same score: the loss is log(batch_size) and the ranking is chance.
-    """
-    losses = [row["loss"] for row in log if "loss" in row]
-    tail = losses[-max(1, len(losses) // 10) :]
-    ndcg = [row["eval_ndcg_at_5"] for row in log if "eval_ndcg_at_5" in row][-1]
-    flat = sum(tail) / len(tail) > 0.97 * math.log(params.batch_size)
-    return "collapsed" if flat or ndcg < 2 * chance else "learned"

@@ -38,7 +38,7 @@ def main() -> None:
     path = Path("metrics/train.json")
     path.parent.mkdir(exist_ok=True)
     path.write_text(dumps(metrics))
-    print(" ".join(f"{key}={value}" for key, value in metrics.items()))
+    print(" ".join(f"{key}={value}" for key, value in metrics.items() if key != "health"))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ def child(folder: Path, fault: Callable[..., None] | None, *arguments: object) -
     if fault:
         fault(*arguments)
     with exit_on_user_error():
-        train(load(), OUT)
+        metrics = train(load(), OUT)
+        Path("metrics.json").write_text(json.dumps(metrics))
 
 
 def signal_self(*numbers: int) -> None:
@@ -204,8 +205,8 @@ class Place:
         return found
 
     def result(self) -> dict[str, str]:
-        """Hashes of what a run leaves: adapter, state, curves."""
-        files = [*(self.folder / OUT).iterdir(), *(self.folder / "plots").glob("*.csv")]
+        """Hashes of what a run leaves: adapter, state, curves, and the metrics with the judgement of its health."""
+        files = [*(self.folder / OUT).iterdir(), *(self.folder / "plots").glob("*.csv"), self.folder / "metrics.json"]
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

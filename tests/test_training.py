@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from colintern.lora import add_lora
 from colintern.params import UserError
 from colintern.params import load as load_params
 from colintern.runs import prepare
-from colintern.training import ContrastiveTrainer, DevSet, NonFiniteError, arguments, split, verdict
+from colintern.training import ContrastiveTrainer, DevSet, NonFiniteError, arguments, split
+from colintern.watch import pace_findings
 
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
 
@@ -302,9 +304,43 @@ def test_the_tower_sees_a_page_once_a_step_or_never_and_is_never_differentiated(
     assert ran == {"forward": runs, "backward": 0}
 
 
-def test_a_collapsed_run_is_recognised():
-    params = load_params(ROOT / "recipes" / "demo.yaml")
-    flat = [{"loss": math.log(params.batch_size)}] * 20 + [{"eval_ndcg_at_5": 0.5}]
-    lost = [{"loss": 1.0}] * 20 + [{"eval_ndcg_at_5": 0.04}]
-    good = [{"loss": 0.2}] * 20 + [{"eval_ndcg_at_5": 0.8}]
-    assert [verdict(log, params, 0.03) for log in (flat, lost, good)] == ["collapsed", "collapsed", "learned"]
+def test_the_time_spent_waiting_for_data_is_told_from_the_time_of_a_step(make, monkeypatch):
+    """With rows that take their time; evaluation, which lies between steps too, is not counted as waiting."""
+    item, wait, score = Pairs.__getitem__, 1.0, DevSet.ndcg
+
+    def slow(self, index):
+        time.sleep(wait / 4)
+        return item(self, index)
+
+    def slow_score(self, *args):
+        time.sleep(2.0)
+        return score(self, *args)
+
+    monkeypatch.setattr(Pairs, "__getitem__", slow)
+    monkeypatch.setattr(DevSet, "ndcg", slow_score)
+    trainer = make(1.0, workers=0, warmup_steps=0)
+    trainer.args.num_train_epochs = 3
+    trainer.train()
+    pace, spent = trainer.pace.values(), sum(trainer.pace.steps)
+    assert len(trainer.pace.steps) == 3 and 3 * wait <= trainer.pace.waited < 3 * wait + 2.0
+    assert pace["data_wait_share"] == pytest.approx(trainer.pace.waited / (trainer.pace.waited + spent))
+    assert 0 < pace["step_seconds"] <= pace["slowest_tenth_seconds"] and 0 < pace["memory_share"] < 1
+    assert ("gpu_memory_share" in pace) == torch.cuda.is_available()
+    judged = {finding.name: finding.verdict for finding in pace_findings(pace, trainer.params)}
+    assert judged["data wait"] != "ok"
+
+
+def test_the_watch_speaks_while_the_trainer_runs(make, capsys):
+    """A head whose output no longer depends on its input: every page scores alike, and training can not help it."""
+    trainer = make(1.0, workers=0, warmup_steps=0)
+    with torch.no_grad():
+        for name, p in trainer.model.named_parameters():
+            if "custom_text_proj" in name:
+                p.zero_()
+                p.requires_grad_(False)
+        bias = trainer.model.base_model.model.custom_text_proj.base_layer.bias
+        bias.requires_grad_(False).fill_(1.0)
+    trainer.args.num_train_epochs = 8
+    trainer.train()
+    said = capsys.readouterr().out
+    assert said.count("loss now") == 1 and "1.00 of log(4)" in said

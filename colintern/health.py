@@ -1,0 +1,275 @@
+"""How a training run goes, judged by its logged rows alone, while it runs and at its end.
+
+A loss says something only beside log(P), the loss of a model that knows nothing of the P pages of a batch: the training
+guide's 2.40 -> 1.50 is from 0.87 to 0.54 of log(16). So every loss here is a share of log(P). The rules see no clock
+and no machine (for those see `watch`), and rows rounded to four digits are enough for them: two runs of one identity,
+one of them interrupted, are judged the same. `python -m bench.curves` holds the rules against recorded runs.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from statistics import mean, median
+from textwrap import wrap
+from typing import Any, NamedTuple
+
+from colintern.params import Params
+
+OK, WARN, BAD = "ok", "warn", "bad"
+# Overall verdicts.
+DIVERGED, COLLAPSED, TOO_SLOW, UNDERTRAINED, LEARNED = "diverged", "collapsed", "too slow", "undertrained", "learned"
+NOTHING = 0.97  # share of log(P) from which a model knows nothing; the guide's "too slow" is 2.35 of 2.40, 0.98
+SLOW, UNFIT = 0.85, 0.65  # shares of log(P): after an epoch, and at the end of a run that has learned
+GUIDE = [loss / math.log(16) for loss in (1.50, 1.20, 1.00, 0.85, 0.75)]  # its healthy training, by epoch
+ROUGH = 0.05  # share of log(P) by which rows may jump
+DEAD, JUMP = 0.1, 5  # gradient norm below which nothing moves; times the median that is a spike
+SMALL = 32  # the demo's batch; 8 collapses twice in three (README, sensitivity)
+MATCH = "look whether the queries belong to their pages"
+FEW = 3  # rows without which nothing is said
+
+
+class Finding(NamedTuple):
+    """One rule's answer. `verdict`: ok, warn or bad; `value`: the number it was judged by; `remedy`: "" where ok."""
+
+    name: str
+    verdict: str
+    value: float
+    seen: str
+    rule: str
+    remedy: str
+
+
+def judged(name: str, rule: str, warn: bool, bad: bool, value: float, seen: str, remedy: str) -> Finding:
+    """A finding; `bad` wins over `warn`, and what is ok has no remedy."""
+    verdict = BAD if bad else WARN if warn else OK
+    return Finding(name, verdict, value, seen, rule, remedy if verdict != OK else "")
+
+
+class Health(NamedTuple):
+    """The verdict over all, why and what to do ("" where it learned), and every rule's finding."""
+
+    verdict: str
+    why: str
+    remedy: str
+    findings: list[Finding]
+
+
+class Curve:
+    """A log history, made ready for the rules.
+
+    Args:
+        log: rows as in trainer_state.json: step, epoch, and loss, grad_norm and learning_rate, or eval_ndcg_at_5.
+        chance: NDCG@5 of a random ranking of the dev pages.
+        done: the run is over, also where its last steps are in no row.
+    """
+
+    def __init__(self, log: Sequence[Mapping[str, Any]], params: Params, chance: float, done: bool):
+        self.params, self.chance, self.done = params, chance, done
+        self.rows = [row for row in log if "loss" in row]
+        self.dev = [row["eval_ndcg_at_5"] for row in log if "eval_ndcg_at_5" in row]
+        self.pages = params.batch_size * (1 + params.negatives)
+        self.losses = [row["loss"] / math.log(max(2, self.pages)) for row in self.rows]
+        self.tail = self.losses[-max(1, len(self.losses) // 10) :]
+
+    @property
+    def step(self) -> int:
+        return int(self.rows[-1]["step"])
+
+    @property
+    def steps(self) -> float:
+        """Of the whole run."""
+        return self.params.epochs * self.step / self.rows[-1]["epoch"]
+
+    @property
+    def warm(self) -> list[Mapping[str, Any]]:
+        """The rows after the warm-up, or after a fifth of the rows where that is later."""
+        later = len(self.rows) // 5
+        return [row for i, row in enumerate(self.rows) if row["step"] > self.params.warmup_steps and i >= later]
+
+    @property
+    def epoch_ends(self) -> list[float]:
+        """Of each epoch that is over, the mean loss of its last quarter, or of the row nearest to its end."""
+        over = self.params.epochs if self.done else int(self.rows[-1]["epoch"])
+        places = [(row["epoch"], loss) for row, loss in zip(self.rows, self.losses, strict=True)]
+        ends = []
+        for end in range(1, over + 1):
+            quarter = [loss for place, loss in places if end - 0.25 < place <= end]
+            ends.append(mean(quarter or [min(places, key=lambda place: abs(place[0] - end))[1]]))
+        return ends
+
+
+class Answer(NamedTuple):
+    """What a rule says; None in its place where it is too early to say, or there is nothing to judge."""
+
+    warn: bool
+    bad: bool
+    value: float
+    seen: str
+    remedy: str
+
+
+def lower(c: Curve) -> str:
+    return f"lr: {c.params.lr / 3:.2g}, or more warmup_steps than {c.params.warmup_steps}"
+
+
+def dead(c: Curve) -> bool:
+    """Whether the gradient has gone while the loss is still that of a model that knows nothing."""
+    norms = [row["grad_norm"] for row in c.rows if "grad_norm" in row]
+    return bool(norms) and median(norms[-len(c.tail) :]) < DEAD and mean(c.tail) > SLOW
+
+
+def cure(c: Curve) -> str:
+    """What to do about a loss that does not fall."""
+    fell = dead(c) or mean(c.tail) > 1.1 * min(c.losses)  # it was lower before
+    larger = "" if c.params.batch_size >= SMALL else f"; batch_size: {SMALL}"
+    return f"{lower(c) if fell else f'lr: {3 * c.params.lr:.2g}'}{larger}; else {MATCH}"
+
+
+def finite(c: Curve) -> Answer | None:
+    numbers = [row[key] for row in c.rows for key in ("loss", "grad_norm") if key in row]
+    wrong = sum(not math.isfinite(number) for number in numbers)
+    seen = f"{wrong} of {len(numbers)} losses and norms are NaN or infinite"
+    return Answer(False, wrong > 0, wrong, seen, lower(c))
+
+
+def known(c: Curve) -> Answer | None:
+    if c.step <= 2 * c.params.warmup_steps or len(c.losses) < 2 * FEW:
+        return None
+    share = mean(c.tail if len(c.tail) >= FEW else c.losses[-FEW:])
+    early = not c.done and c.rows[-1]["epoch"] < 1
+    return Answer(share > NOTHING, share > NOTHING and not early, share, f"{share:.2f} of log({c.pages})", cure(c))
+
+
+def first_epoch(c: Curve) -> Answer | None:
+    if not c.epoch_ends:
+        return None
+    share = c.epoch_ends[0]
+    seen = f"{c.losses[0]:.2f} -> {share:.2f} of log({c.pages})"
+    return Answer(share > SLOW, share > NOTHING, share, seen, cure(c))
+
+
+def by_epoch(c: Curve) -> Answer | None:
+    ends = c.epoch_ends
+    if len(ends) < c.params.epochs:
+        return None
+    guide, ours = (" ".join(f"{share:.2f}" for share in shares[:5]) for shares in (GUIDE[: len(ends)], ends))
+    seen = f"{ours}{' ...' if len(ends) > 5 else ''}; the guide's {guide}"
+    remedy = f"epochs: {max(5, 2 * c.params.epochs)}" if ends[0] <= SLOW else cure(c)
+    return Answer(ends[-1] > UNFIT, ends[-1] > SLOW, ends[-1], seen, remedy)
+
+
+def rough(c: Curve) -> Answer | None:
+    losses = c.losses[-len(c.warm) :] if c.warm else []
+    if len(losses) < 2 * FEW:
+        return None
+    # Second differences: a steady fall is not rough; their median: nor is the step from one epoch to the next.
+    jump = median(abs(b - (a + d) / 2) for a, b, d in zip(losses, losses[1:], losses[2:], strict=False))
+    remedy = f"batch_size: {max(SMALL, 2 * c.params.batch_size)}, lr: {c.params.lr / 2:.2g}"
+    return Answer(jump > ROUGH, jump > 2 * ROUGH, jump, f"rows jump by {jump:.3f} of log({c.pages})", remedy)
+
+
+def gradient(c: Curve) -> Answer | None:
+    norms = [row["grad_norm"] for row in c.warm if "grad_norm" in row]
+    if len(norms) < 2 * FEW:
+        return None
+    usual = median(norms)
+    spikes = sum(norm > JUMP * usual for norm in norms) / len(norms)
+    seen = f"{usual:.2g} (guide: 1-3), highest {max(norms):.2g}, {spikes:.0%} spikes"
+    return Answer(spikes > 0.05, dead(c) or spikes > 0.2, usual, seen, lower(c))
+
+
+def learning_rate(c: Curve) -> Answer | None:
+    rows = [row for row in c.rows if "learning_rate" in row]
+    share = c.params.warmup_steps / c.steps
+    after = [row["learning_rate"] for row in rows if row["step"] > c.params.warmup_steps + 1]
+    rises = any(b > a * 1.001 for a, b in pairwise(after))
+    high = max((row["learning_rate"] for row in rows), default=0.0)
+    wrong = rises or high > c.params.lr * 1.001 or share >= 1
+    seen = f"up to {high:.2g} of {c.params.lr:g}, warm-up {share:.0%} of {c.steps:.0f} steps"
+    return Answer(share > 0.25, wrong, share, seen, f"warmup_steps: {int(c.steps / 10)}")
+
+
+def dev_score(c: Curve) -> Answer | None:
+    if not c.dev:
+        return None
+    last, best = c.dev[-1], max(c.dev)
+    seen = f"{last:.3f}, best {best:.3f}, chance {c.chance:.3f}"
+    least = min(2 * c.chance, (1 + c.chance) / 2)  # the latter where there are only a few pages
+    remedy = cure(c) if last < least else "fewer epochs, or a lower lr"
+    return Answer(last < 0.8 * best, last < least, last, seen, remedy)
+
+
+RULES: dict[str, tuple[str, Callable[[Curve], Answer | None]]] = {
+    "finite": ("a loss or norm that is not finite is bad", finite),
+    "loss now": (f"above {NOTHING} of log(P) after twice the warm-up warn, after an epoch bad", known),
+    "first epoch": (f"above {SLOW} of log(P) after it warn, above {NOTHING} bad: too slow", first_epoch),
+    "loss by epoch": (f"above {UNFIT} of log(P) at the end warn, above {SLOW} bad", by_epoch),
+    "steady loss": (f"rows that jump by {ROUGH} of log(P) warn, by {2 * ROUGH} bad: oscillating", rough),
+    "gradient norm": (f"{JUMP} x the median in 5 % of the rows warn, in 20 % bad; below {DEAD} bad", gradient),
+    "learning rate": ("a warm-up over 0.25 of the run warn; rises after it, or all of the run, bad", learning_rate),
+    "dev NDCG@5": ("below 0.8 of its best warn, below twice chance bad", dev_score),
+}
+
+
+def findings(curve: Curve) -> list[Finding]:
+    """What each rule says of the rows so far, in the order of `RULES`; without those that cannot say yet."""
+    if not curve.rows:
+        return []
+    answers = ((name, words, rule(curve)) for name, (words, rule) in RULES.items())
+    return [judged(name, words, *answer) for name, words, answer in answers if answer]
+
+
+def health(log: Sequence[Mapping[str, Any]], params: Params, chance: float) -> Health:
+    """A finished run, judged: the first that holds of
+
+    - `diverged`: something is not finite;
+    - `collapsed`: it ends where it knows nothing: the loss is log(P), or the ranking of the dev pages is chance;
+    - `too slow`: the loss ends high, and was so after the first epoch;
+    - `undertrained`: the loss ends high, but was falling from the start;
+    - `learned`.
+    """
+    curve = Curve(log, params, chance, done=True)
+    found = findings(curve)
+    by_name = {finding.name: finding for finding in found}
+
+    def is_(name: str, *verdicts: str) -> bool:
+        return name in by_name and by_name[name].verdict in verdicts
+
+    flat = mean(curve.tail) > NOTHING
+    if is_("finite", BAD):
+        verdict, cause = DIVERGED, "finite"
+    elif flat or is_("dev NDCG@5", BAD):
+        verdict, cause = COLLAPSED, "dev NDCG@5" if not flat else "loss by epoch"
+    elif is_("loss by epoch", WARN, BAD):
+        slow = is_("first epoch", WARN, BAD)
+        verdict, cause = (TOO_SLOW, "first epoch") if slow else (UNDERTRAINED, "loss by epoch")
+    else:
+        return Health(LEARNED, "", "", found)
+    return Health(verdict, f"{cause}: {by_name[cause].seen}", by_name[cause].remedy, found)
+
+
+def line(finding: Finding) -> str:
+    """One finding with its remedy, at most 80 columns wide."""
+    text = f"{finding.verdict:<5}{finding.name:<15}{finding.seen}"
+    more = f" -> {finding.remedy}" if finding.remedy else ""
+    return "\n".join(wrap(text + more, 80, subsequent_indent=" " * 20, break_long_words=False))
+
+
+def report(judgement: Health) -> str:
+    """Every finding, and the verdict with its remedy, which is then not repeated; at most 80 columns wide."""
+    last = f"training health: {judgement.verdict}"
+    if judgement.why:
+        last += f"; {judgement.why} -> {judgement.remedy}"
+    shown = (f._replace(remedy="") if f.remedy == judgement.remedy else f for f in judgement.findings)
+    return "\n".join([*map(line, shown), *wrap(last, 80, subsequent_indent="  ")])
+
+
+def stored(found: Sequence[Finding]) -> dict[str, Any]:
+    """The findings as a file of metrics holds them: every value, and of the rules that are broken verdict and remedy.
+
+    What is ok has no entry in `wrong`: each entry is a column of `dvc exp show`.
+    """
+    return {
+        "values": {f.name: round(f.value, 4) for f in found},
+        "wrong": {f.name: f"{f.verdict} -> {f.remedy}" for f in found if f.verdict != OK},
+    }

@@ -1,0 +1,232 @@
+"""The rules of training health: on recorded runs, on curves made for each, and as they are said while a run goes."""
+
+import dataclasses
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+from bench.curves import EXPECTED, FOLDER, TUNED_ON, judge
+from colintern.health import BAD, OK, WARN, Curve, findings, health, line, report, stored
+from colintern.params import load
+from colintern.watch import Pace, Watch, memory_share, pace_findings
+
+CURVES = sorted(FOLDER.glob("*.json"))
+PARAMS = dataclasses.replace(load(ROOT / "recipes" / "demo.yaml"), epochs=4, warmup_steps=10)
+CHANCE = 0.03
+REMEDIES = {
+    "good": "",
+    "good, cosine, batch 32": "",
+    "lr 5e-5": "lr: 0.00015;",
+    "lr 2e-2": "lr: 0.0067,",
+    "batch 2, 1 epoch": "batch_size: 32",
+    "1 epoch": "epochs: 5",
+    "head frozen": "",
+    "queries shuffled": "whether the queries belong to their pages",
+}
+
+
+def test_there_are_enough_curves():
+    runs = [json.loads(file.read_text()) for file in CURVES]
+    assert len(runs) >= 20 and {run["setting"] for run in runs} == set(EXPECTED)
+    assert sum(run["seed"] != TUNED_ON for run in runs) * 3 >= len(runs), "a third is held out"
+
+
+@pytest.mark.parametrize("file", CURVES, ids=lambda file: file.stem)
+def test_a_recorded_run_is_judged_by_what_was_done_to_it(file):
+    found, judgement = judge(file)
+    assert judgement.verdict == EXPECTED[found["setting"]]
+    assert REMEDIES[found["setting"]] in judgement.remedy
+    assert bool(judgement.remedy) == (judgement.verdict != "learned")
+    assert max(map(len, report(judgement).splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", ["good", "lr_2e-2", "lr_5e-5"])
+def test_more_digits_and_longer_logs_change_no_verdict(name):
+    """Rows between, as with half the logging_steps, and rows left out."""
+    found, judgement = judge(FOLDER / f"{name}-0.json")
+    params = dataclasses.replace(load(), **found["params"])
+    chance = judgement_chance(found)
+    losses = [row for row in found["log"] if "loss" in row]
+    rest = [row for row in found["log"] if "loss" not in row]
+    assert health([*losses[1::2], *rest], params, chance).verdict == judgement.verdict
+    exact = [row | {"loss": row["loss"] * (1 + 1e-5)} for row in losses]
+    assert health([*exact, *rest], params, chance).verdict == judgement.verdict
+
+
+def judgement_chance(found) -> float:
+    return sum(1 / math.log2(rank + 1) for rank in range(1, 6)) / found["pages"]
+
+
+def curve(
+    share=lambda x: 0.2 + 0.9 * math.exp(-6 * x),
+    norm=lambda x: 1.5,
+    lr=None,
+    dev=(0.4, 0.6, 0.7, 0.8),
+    rows=40,
+    pages=32,
+):
+    """A log of 4 epochs, 200 steps: loss as a share of log(pages), gradient norm and lr as functions of 0 < x <= 1."""
+    lr = lr or (lambda x: min(x / 0.05, (1 - x) / 0.95) * PARAMS.lr)
+    log = [
+        {
+            "step": 200 * i // rows,
+            "epoch": 4 * i / rows,
+            "loss": share(i / rows) * math.log(pages),
+            "grad_norm": norm(i / rows),
+            "learning_rate": lr(i / rows),
+        }
+        for i in range(1, rows + 1)
+    ]
+    return log + [{"step": 50 * n, "epoch": n, "eval_ndcg_at_5": score} for n, score in enumerate(dev, start=1)]
+
+
+def verdicts(log, params=PARAMS) -> dict[str, str]:
+    return {f.name: f.verdict for f in findings(Curve(log, params, CHANCE, done=True)) if f.verdict != OK}
+
+
+def test_a_good_curve_breaks_no_rule():
+    judgement = health(curve(), PARAMS, CHANCE)
+    assert (judgement.verdict, judgement.why, judgement.remedy) == ("learned", "", "")
+    assert [f.verdict for f in judgement.findings] == [OK] * 8
+
+
+@pytest.mark.parametrize(
+    ("log", "broken", "verdict"),
+    [
+        (curve(share=lambda x: math.nan if x > 0.5 else 1.0), {"finite": BAD}, "diverged"),
+        (curve(norm=lambda x: math.inf if x > 0.9 else 1.0), {"finite": BAD}, "diverged"),
+        (
+            curve(share=lambda x: 1.0, norm=lambda x: 0.001, dev=(0.03,) * 4),
+            {"loss now": BAD, "first epoch": BAD, "loss by epoch": BAD, "gradient norm": BAD, "dev NDCG@5": BAD},
+            "collapsed",
+        ),
+        (curve(dev=(0.5, 0.3, 0.1, 0.04)), {"dev NDCG@5": BAD}, "collapsed"),
+        (curve(dev=(0.5, 0.9, 0.8, 0.6)), {"dev NDCG@5": WARN}, "learned"),
+        (curve(share=lambda x: 1.0 - 0.1 * x), {"first epoch": BAD, "loss by epoch": BAD}, "too slow"),
+        (curve(share=lambda x: 1.1 - 0.3 * x), {"first epoch": BAD, "loss by epoch": WARN}, "too slow"),
+        (curve(share=lambda x: max(0.7, 1.1 - 3 * x)), {"loss by epoch": WARN}, "undertrained"),
+        (curve(norm=lambda x: 30.0 if round(x * 40) % 10 == 0 else 1.5), {"gradient norm": WARN}, "learned"),
+        (curve(norm=lambda x: 30.0 if round(x * 40) % 3 == 0 else 1.5), {"gradient norm": BAD}, "learned"),
+        (curve(share=lambda x: 0.3 + 0.06 * (round(x * 40) % 2)), {"steady loss": WARN}, "learned"),
+        (curve(share=lambda x: 0.3 + 0.2 * (round(x * 40) % 2)), {"steady loss": BAD}, "learned"),
+        (curve(lr=lambda x: x * PARAMS.lr), {"learning rate": BAD}, "learned"),
+        (curve(lr=lambda x: (1 - x) * 2 * PARAMS.lr), {"learning rate": BAD}, "learned"),
+    ],
+)
+def test_each_rule_speaks_where_it_is_broken(log, broken, verdict):
+    found = verdicts(log)
+    assert {name: found.get(name) for name in broken} == broken
+    judgement = health(log, PARAMS, CHANCE)
+    assert judgement.verdict == verdict
+    assert all(f.remedy for f in judgement.findings if f.verdict != OK)
+
+
+def test_a_warm_up_longer_than_a_quarter_of_the_run_is_told_and_one_longer_than_the_run_is_bad():
+    assert verdicts(curve(), dataclasses.replace(PARAMS, warmup_steps=60))["learning rate"] == WARN
+    rising = curve(lr=lambda x: x * PARAMS.lr / 2)
+    assert verdicts(rising, dataclasses.replace(PARAMS, warmup_steps=400))["learning rate"] == BAD
+
+
+def test_hard_negatives_count_as_pages_of_the_batch():
+    """The loss of a model that knows nothing is log(96) with two negatives a row: 4.56, not 3.47."""
+    params = dataclasses.replace(PARAMS, negatives=2)
+    flat = curve(share=lambda x: 1.0, pages=96, dev=(0.5,) * 4)
+    assert health(flat, params, CHANCE).verdict == "collapsed"
+    fallen = curve(share=lambda x: 0.9, pages=32, dev=(0.5,) * 4)  # above log(32) x 0.85, far below log(96)
+    assert health(fallen, PARAMS, CHANCE).verdict == "too slow"
+    assert verdicts(fallen, params)["loss by epoch"] == WARN
+
+
+def test_the_remedy_follows_from_the_cause():
+    dead = health(curve(share=lambda x: 1.0, norm=lambda x: 0.001), PARAMS, CHANCE)
+    slow = health(curve(share=lambda x: 1.0 - 0.1 * x), PARAMS, CHANCE)
+    short = health(curve(share=lambda x: max(0.7, 1.1 - 3 * x)), PARAMS, CHANCE)
+    assert dead.remedy.startswith("lr: 0.002,") and slow.remedy.startswith("lr: 0.018;")
+    assert short.remedy == "epochs: 8"
+
+
+def test_what_is_stored_can_be_compared_and_holds_the_remedy():
+    found = stored(health(curve(dev=(0.5, 0.9, 0.8, 0.6)), PARAMS, CHANCE).findings)
+    assert found["wrong"] == {"dev NDCG@5": "warn -> fewer epochs, or a lower lr"}
+    assert found["values"]["dev NDCG@5"] == 0.6 and len(found["values"]) == 8
+
+
+def test_chance_is_high_among_a_few_dev_pages():
+    """Of 5 pages a random ranking scores 0.59, and no score is twice that."""
+    assert health(curve(dev=(0.7, 0.8, 0.9, 0.95)), PARAMS, 0.59).verdict == "learned"
+    assert health(curve(dev=(0.7, 0.7, 0.7, 0.7)), PARAMS, 0.59).verdict == "collapsed"
+
+
+def replay(log, start=0) -> Watch:
+    """Show a watch the rows one by one, as the Trainer does."""
+    watch = Watch(PARAMS, CHANCE)
+    ordered = sorted(log, key=lambda row: row["step"])
+    watch.on_train_begin(None, SimpleNamespace(log_history=ordered[:start], global_step=0), None)
+    for n in range(start + 1, len(ordered) + 1):
+        watch.on_log(None, SimpleNamespace(log_history=ordered[:n], global_step=ordered[n - 1]["step"]), None)
+    return watch
+
+
+def test_while_it_runs_only_what_is_wrong_is_said_and_once(capsys):
+    replay(curve())
+    assert capsys.readouterr().out == ""
+
+    collapsed = curve(share=lambda x: 1.0 if x > 0.2 else 0.9, norm=lambda x: 0.01, dev=(0.03,) * 4)
+    replay(collapsed)
+    said = capsys.readouterr().out
+    assert said.count("loss now") == 1 and said.count("bad") >= 3 and "step 55:\nbad  loss now" in said
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_a_resumed_run_does_not_repeat_itself_and_is_judged_the_same(capsys):
+    log = curve(share=lambda x: 1.0, norm=lambda x: 0.01, dev=(0.03,) * 4)
+    replay(log)
+    whole = capsys.readouterr().out
+    replay(log, start=20)
+    rest = capsys.readouterr().out
+    assert "loss now" in whole and "loss now" not in rest
+    assert "first epoch" in whole and "first epoch" not in rest
+
+
+def test_a_log_without_a_whole_epoch_in_it_is_judged_at_its_end():
+    """A row every 15 of 18 steps of the only epoch; a row beyond the first epoch only."""
+    params = dataclasses.replace(PARAMS, epochs=1)
+    short = [{"step": 15, "epoch": 15 / 18, "loss": 3.4, "grad_norm": 2.0, "learning_rate": 1e-3}]
+    assert health([*short, {"step": 18, "epoch": 1.0, "eval_ndcg_at_5": 0.3}], params, CHANCE).verdict == "collapsed"
+    late = [{"step": 60, "epoch": 1.5, "loss": 0.5, "grad_norm": 2.0, "learning_rate": 1e-3}]
+    assert health(late, dataclasses.replace(PARAMS, epochs=2), CHANCE).verdict == "learned"
+
+
+def test_the_machines_values_are_judged_by_the_guides_bands():
+    good = {"step_seconds": 2.0, "slowest_tenth_seconds": 2.5, "data_wait_share": 0.02, "memory_share": 0.5}
+    gpu = {"gpu_memory_share": 0.85, "gpu_use_share": 0.97}
+    assert [f.verdict for f in pace_findings(good | gpu, PARAMS)] == [OK] * 5
+    poor = {"step_seconds": 30.0, "slowest_tenth_seconds": 31.0, "data_wait_share": 0.35, "memory_share": 0.95}
+    worse = pace_findings(poor | {"gpu_memory_share": 0.97, "gpu_use_share": 0.6}, PARAMS)
+    assert [f.verdict for f in worse] == [BAD] * 5
+    assert all(len(row) <= 80 for f in worse for row in line(f).splitlines())
+    assert all(f.remedy for f in worse)
+    on_cpu = pace_findings(poor, PARAMS)
+    assert [f.verdict for f in on_cpu] == [OK, BAD, BAD], "the guide's seconds are a GPU's"
+
+
+def test_memory_is_that_of_the_machine_or_of_the_container(tmp_path):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 1000 kB\nMemAvailable: 400 kB\n")
+    group = tmp_path / "group"
+    assert memory_share(meminfo, group) == pytest.approx(0.6)
+    group.mkdir()
+    (group / "memory.max").write_text("max\n")
+    assert memory_share(meminfo, group) == pytest.approx(0.6)
+    (group / "memory.max").write_text("1000\n")
+    (group / "memory.current").write_text("950\n")
+    (group / "memory.stat").write_text("anon 1\ninactive_file 50\n")
+    assert memory_share(meminfo, group) == pytest.approx(0.9)
+    assert 0 < memory_share() < 1
+
+
+def test_without_a_step_nothing_is_measured():
+    assert Pace().values() == {} and pace_findings({}, PARAMS) == []
