@@ -1,7 +1,7 @@
 """Training curves of good and bad runs of the demo, and what the rules of `colintern.health` say of them.
 
     python -m bench.curves                     # the confusion table of tests/curves, a second
-    python -m bench.curves --record [SETTING]  # trains what is not there yet: 24 runs, half a minute of CPU each
+    python -m bench.curves --record [SETTING]  # trains what is not there yet of 24 runs: half a minute of CPU each
 
 Each run trains on 320 pages (two queries each) and is measured on 60 dev pages, which the rules see, and on 60 test
 pages, which they do not. Only the runs of seed 0 were looked at while the rules were written; those of the other seeds
