@@ -28,6 +28,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from transformers import InternVLConfig
 
+from colintern.data import Pair
+from colintern.features import Page
 from colintern.lora import add_lora
 from colintern.loss import maxsim_matrix
 from colintern.model import ColIntern3_5, attention_kernel
@@ -77,7 +79,7 @@ class Engine:
             for name, weight in self.model.named_parameters():
                 if "lora_B" in name:
                     weight.normal_(std=0.01)
-        dev = DevSet([], None)  # type: ignore[arg-type]
+        dev = DevSet([Pair("never asked", Page("0", Path))], None)  # type: ignore[arg-type]
         args = arguments(self.params, Path(scratch), steps=1, quiet=True)
         self.trainer = ContrastiveTrainer(self.params, self.processor, dev, model=self.model, args=args)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-5)

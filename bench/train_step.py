@@ -32,6 +32,8 @@ from transformers import InternVLConfig, InternVLModel, TrainingArguments
 from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
+from colintern.data import Pair
+from colintern.features import Page
 from colintern.lora import add_lora
 from colintern.model import ColIntern3_5
 from colintern.params import Params, load
@@ -108,7 +110,7 @@ class Bench:
             self.features = [self.base.page_features(page) for page in self.tiles]
         self.texts = [QUERIES[i % len(QUERIES)] for i in range(batch)]
         args = arguments(self.params, Path(scratch), steps=1, quiet=True)
-        dev = DevSet([], None)  # type: ignore[arg-type]
+        dev = DevSet([Pair("never asked", Page("0", Path))], None)  # type: ignore[arg-type]
         self.ours = Ours(self.params, self.processor, dev, model=self.model, args=args)
         self.stock = StockTrainer(
             loss_func=ColbertLoss(temperature=self.params.temperature), is_vision_model=True, model=self.model,
