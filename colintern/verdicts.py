@@ -60,7 +60,7 @@ def table(by_model: dict[str, Scores]) -> str:
 
     The last column is the guide's word for a mean, and its target for a task, both of NDCG@5.
     """
-    lines = [f"{'x100':<33}{'model':<10}{'ndcg@5':>7}{'ndcg@10':>8}{'rec@100':>8}  verdict"]
+    lines = [f"{'x100':<34}{'model':<10}{'ndcg@5':>7}{'ndcg@10':>8}{'rec@100':>8} verdict"]
     for benchmark in next(iter(by_model.values())):
         for model, scores in by_model.items():
             found = scores[benchmark]
@@ -79,7 +79,7 @@ def table(by_model: dict[str, Scores]) -> str:
 
 def _row(name: str, model: str, values: dict[str, float], verdict: str) -> str:
     numbers = [f"{100 * values[metric]:.1f}" for metric in METRICS]
-    return f"{name[:32]:<33}{model[:9]:<10}{numbers[0]:>7}{numbers[1]:>8}{numbers[2]:>8}  {verdict}".rstrip()
+    return f"{name[:33]:<34}{model[:9]:<10}{numbers[0]:>7}{numbers[1]:>8}{numbers[2]:>8} {verdict}".rstrip()
 
 
 def _beside_published(scores: Scores) -> list[str]:

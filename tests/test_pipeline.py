@@ -16,7 +16,8 @@ KEYS = {field.name for field in dataclasses.fields(Params)}
 LEVELS = [
     {"stages", "cli", "commands"},
     {"runs", "evaluation", "mining"},
-    {"subjects", "verdicts"},
+    {"subjects", "verdicts", "differences"},
+    {"comparison", "outcomes"},
     {"recommend"},
     {"costs", "gpus"},
     {
