@@ -372,7 +372,9 @@ def test_english_and_all_languages_of_vidore_v2_are_averaged_apart():
 
 
 def test_the_guides_words_have_no_gaps():
-    words = [(value, band(value)) for value in (0, 0.0999, 0.1, 0.29, 0.3, 0.49, 0.5, 0.69, 0.7, 0.85, 0.93, 1)]
+    words = [
+        (value, band("ViDoRe(v1)", value)) for value in (0, 0.0999, 0.1, 0.29, 0.3, 0.49, 0.5, 0.69, 0.7, 0.85, 0.93, 1)
+    ]
     assert [word for _, word in words] == [
         "broken", "broken", "poor", "poor", "fair", "fair", "good", "good", "excellent", "excellent", "excellent",
         "excellent",
@@ -380,7 +382,7 @@ def test_the_guides_words_have_no_gaps():
     assert [target("VidoreDocVQARetrieval", value) for value in (0.64, 0.65, 0.81)] == [
         "below 65-80", "within 65-80", "above 65-80"
     ]  # fmt: skip
-    assert target("Other", 0.5) == ""
+    assert target("Other", 0.5) == "" and band("demo", 0.8) == ""
 
 
 def test_report_rows_and_table():
