@@ -38,7 +38,7 @@ PUBLISHED = (
     Published("colqwen2.5-v0.2", 89.5, 60.1, 61.5, 88.9, 63.6, 92.5, 82.1),
     Published("Argus-Colqwen3.5-9b (best)", 92.7, 69.3, 70.7, 92.3, 68.1, 94.3, 85.5),
 )
-COLUMNS = ("v1", "v2 all", "v2 en", "Arxiv", "DocVQA", "InfoVQA", "TatDQA")
+COLUMNS = ("v1", "v2 all", "v2 en", "Arxiv", "DocVQA", "Info", "TatDQA")
 
 
 def band(benchmark: str, ndcg: float) -> str:
@@ -102,4 +102,4 @@ def _beside_published(scores: Scores) -> list[str]:
     for row in PUBLISHED:
         lines.append(f"{row.model:<{width}}" + "".join(f"{value:>7.1f}" for value in row[1:]))
     mine = ("" if value is None else f"{100 * value:.1f}" for value in own)
-    return [*lines, f"{'this run':<{width}}" + "".join(f"{value:>7}" for value in mine)]
+    return [*lines, (f"{'this run':<{width}}" + "".join(f"{value:>7}" for value in mine)).rstrip()]
