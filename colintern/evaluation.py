@@ -1,119 +1,150 @@
-"""Runs mteb's retrieval tasks on a model and gathers their scores.
+"""Runs mteb's retrieval tasks on a model, or takes the results of those that a run like this one has finished.
 
-mteb does the retrieval and the metrics; what is ours is to leave no clock in its files, so that two runs of the same
-thing leave the same bytes.
+mteb does the retrieval and the metrics. What is ours is to leave no clock in its files, so that two runs of the same
+thing leave the same bytes, and to keep each finished task below `.scratch`, in a folder named by the fingerprint of all
+that decides its scores: a run that was killed, or that has one task more, runs the rest.
 """
 
 import json
 import shutil
-from operator import itemgetter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mteb
+import pyarrow.parquet as pq
 import torch
-from torch import nn
+from mteb.abstasks.abstask import AbsTask
 
+from colintern import queries
 from colintern.benchmarks import from_cache, tasks_for
-from colintern.features import FEATURES, PageFeatures
-from colintern.identity import content_hash
+from colintern.identity import fingerprint
 from colintern.jsonfile import dumps
-from colintern.loading import load_adapter, load_processor, require_adapter
-from colintern.manifest import check_base
-from colintern.mteb_model import ColIntern3_5Encoder
+from colintern.lock import locked
 from colintern.params import Params, root
+from colintern.scores import Scores, checked, collect
+from colintern.subjects import Subject
 
-METRICS = ("ndcg_at_5", "ndcg_at_10", "recall_at_100")
 CLOCK = ("evaluation_time", "date", "evaluation_phases", "kg_co2_emissions")  # of mteb's result files; all may be null
 TIMING_FILE = "logs/eval-timing.json"  # not an out of any stage
+KEPT = 20  # models whose finished tasks are kept; the least recently evaluated go first
+QUERIES = "queries.parquet"
 
-Scores = dict[str, dict[str, Any]]
 
+def evaluate(subjects: Mapping[str, Subject], params: Params, out: Path) -> dict[str, Scores]:
+    """Evaluate models on every task of `params.benchmarks`.
 
-def evaluate_adapter(params: Params, adapter: Path, output_folder: Path) -> dict[str, Scores]:
-    """Evaluate a trained adapter and, if `params.eval_untrained`, its base with the same head before training.
-
-    `output_folder` is emptied first.
+    Args:
+        subjects: "trained" and, if wanted, "untrained".
+        out: replaced by a folder with mteb's files, results/colintern__<label>/<revision>/<task>.json, what each query
+            scored, queries/<trained or untrained>.parquet, and run.json, the settings; whole or not at all.
 
     Returns:
-        {"trained": scores, "untrained": scores}, see `evaluate`. mteb's files of both carry the hash of the adapter's
-        weights as the revision, because the head of the untrained model is the adapter's.
+        {"trained": scores, "untrained": scores}, see `scores.collect`.
 
     Raises:
-        UserError: an adapter folder or a base that cannot be used; see also `tasks_for`.
+        UserError: see `tasks_for` and `Subject.encoder`.
+        RuntimeError: a task has a score that is not a number.
     """
-    require_adapter(adapter)
-    tasks_for(params)  # a misspelt name is refused before a model is loaded
-    base = check_base(params)
-    if output_folder.exists():  # nobody shall take an older run's files for this one's
-        shutil.rmtree(output_folder)
+    pairs = tasks_for(params)
     torch.set_num_threads(params.threads)
-    revision = content_hash(adapter / "adapter_model.safetensors")[:40]
-    processor = load_processor(params, adapter)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
     scores = {}
-    for name, label in (("trained", "colintern3_5"), ("untrained", "colintern3_5-untrained")):
-        if name == "trained" or params.eval_untrained:
-            model = load_adapter(params, base, adapter, trained=name == "trained")
-            features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb)
-            scores[name] = evaluate(model, processor, params, label, revision, output_folder, features)
+    for name, subject in subjects.items():
+        folders = finished(subject, params, [task for _, task in pairs])
+        scores[name] = collect(pairs, {task: _result(folder, subject, task) for task, folder in folders.items()})
+        _gather(partial, name, pairs, folders)
+    trained = subjects["trained"]
+    data = {task.metadata.name: task.metadata.dataset["revision"] for _, task in pairs}
+    settings = trained.params | trained.identity["params"] | {"benchmarks": list(params.benchmarks)}
+    (partial / "run.json").write_text(dumps({"revision": trained.revision, "params": settings, "data": data}))
+    shutil.rmtree(out, ignore_errors=True)
+    partial.replace(out)
     return scores
 
 
-def evaluate(
-    model: nn.Module,
-    processor: Any,
-    params: Params,
-    label: str,
-    revision: str,
-    output_folder: str | Path,
-    features: PageFeatures | None = None,
-) -> Scores:
-    """Evaluate a model on every task of `params.benchmarks`.
+def finished(subject: Subject, params: Params, tasks: list[AbsTask]) -> dict[str, Path]:
+    """The folder of each task, by its name, with mteb's files and the queries' results; runs what is not there yet.
 
-    mteb's files land in `output_folder`/results/colintern__<label>/<revision>/, older ones there are overwritten;
-    what the clock wrote into them goes to `TIMING_FILE`.
-
-    Returns:
-        {benchmark label: {metric: mean over its tasks, "tasks": {task name: {metric: score}}}} with `METRICS`, each
-        0 to 1 and rounded to 6 digits. A task's score is mteb's: the mean over its splits and language subsets.
-
-    Raises:
-        UserError: see `tasks_for`.
-        RuntimeError: a task could not be run, or has a score that is not a number.
+    A folder gets its name when all is in it, so what a killed run left half-done is never taken.
     """
-    pairs = tasks_for(params)
-    # mteb's types know no list of tensors
-    encoder: Any = ColIntern3_5Encoder(model, processor, label, revision, features)
-    cache = mteb.ResultCache(output_folder)
-    result = mteb.evaluate(
+    store = root() / ".scratch" / f"eval-{fingerprint(subject.identity)[:16]}"
+    encoder = None
+    folders = {}
+    with locked(store.with_suffix(".lock"), f"{store}: another process evaluates this model; waiting for it"):
+        for task in {task.metadata.name: task for task in tasks}.values():
+            name = task.metadata.name
+            data = {"revision": task.metadata.dataset["revision"], "subsets": list(task.hf_subsets)}
+            folders[name] = store / f"{name}-{fingerprint(data)[:16]}"
+            if folders[name].is_dir() and _whole(folders[name], subject, name):
+                print(f"{subject.label}: {name}: finished before, its results are taken")
+                continue
+            encoder = encoder or subject.encoder()  # loaded only where there is something to do
+            _run(encoder, task, params, folders[name])
+        store.touch()
+        _forget(store)
+    return folders
+
+
+def _run(encoder: Any, task: AbsTask, params: Params, folder: Path) -> None:
+    partial = folder.with_name(folder.name + ".partial")
+    for old in (partial, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    cache = mteb.ResultCache(partial)
+    rows: list[dict[str, Any]] = []
+    found = mteb.evaluate(
         encoder,
-        [from_cache(task) for task in {task.metadata.name: task for _, task in pairs}.values()],
+        queries.keep(from_cache(task), rows),
         co2_tracker=False,
         encode_kwargs={"batch_size": params.eval_batch_size, "show_progress_bar": False},
         cache=cache,
         overwrite_strategy="always",
         show_progress_bar=False,
     )
-    if result.exceptions:
-        raise RuntimeError("; ".join(f"{error.task_name}: {error.exception}" for error in result.exceptions))
-    by_task = {found.task_name: _task_scores(found) for found in result.task_results}
+    for result in found.task_results:
+        checked(result)
     _move_clock_values(cache.get_task_result_path("any", encoder.mteb_model_meta).parent)
-    scores: Scores = {}
-    for benchmark in dict(pairs):
-        tasks = {task.metadata.name: by_task[task.metadata.name] for name, task in pairs if name == benchmark}
-        means = {metric: sum(task[metric] for task in tasks.values()) / len(tasks) for metric in METRICS}
-        scores[benchmark] = {m: round(v, 6) for m, v in means.items()} | {
-            "tasks": {name: {m: round(v, 6) for m, v in task.items()} for name, task in tasks.items()}
-        }
-    return scores
+    queries.write(partial / QUERIES, rows)
+    partial.replace(folder)
 
 
-def _task_scores(result: mteb.TaskResult) -> dict[str, float]:
-    scores = {metric: float(result.get_score(getter=itemgetter(metric))) for metric in METRICS}
-    broken = [metric for metric, score in scores.items() if not 0 <= score <= 1]
-    if broken:
-        raise RuntimeError(f"{result.task_name}: {broken[0]} is {scores[broken[0]]}")
-    return scores
+def _whole(folder: Path, subject: Subject, task: str) -> bool:
+    try:
+        _result(folder, subject, task)
+        pq.read_table(folder / QUERIES)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"warning: {folder}: {str(error).partition(chr(10))[0]}; the task is run again")
+        return False
+    return True
+
+
+def _result(folder: Path, subject: Subject, task: str) -> mteb.TaskResult:
+    return mteb.TaskResult.from_disk(
+        folder / "results" / f"colintern__{subject.label}" / subject.revision / f"{task}.json"
+    )
+
+
+def _forget(store: Path) -> None:
+    """Delete the results of all but the `KEPT` models that were evaluated last."""
+    stores = sorted((p for p in store.parent.glob("eval-*") if p.is_dir()), key=lambda p: p.stat().st_mtime)
+    for old in stores[:-KEPT]:
+        shutil.rmtree(old)
+        old.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _gather(out: Path, name: str, pairs: list[tuple[str, AbsTask]], folders: dict[str, Path]) -> None:
+    """Copy the files of all tasks into one folder, as mteb would have left them there."""
+    rows, settings = [], []
+    for benchmark, task in pairs:
+        table = pq.read_table(folders[task.metadata.name] / QUERIES)
+        rows += [row | {"benchmark": benchmark} for row in table.to_pylist()]
+    for folder in folders.values():
+        shutil.copytree(folder / "results", out / "results", dirs_exist_ok=True)
+        [one] = (folder / "results").rglob("run_settings.jsonl")
+        settings += one.read_text().splitlines(keepends=True)
+        (out / one.relative_to(folder)).write_text("".join(sorted(settings)))
+    queries.write(out / "queries" / f"{name}.parquet", rows)
 
 
 def _move_clock_values(folder: Path) -> None:
@@ -132,36 +163,3 @@ def _move_clock_values(folder: Path) -> None:
     known = json.loads(log.read_text(encoding="utf-8")) if log.is_file() else {}
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text(dumps(known | timings), encoding="utf-8")
-
-
-def report(trained: Scores, untrained: Scores | None) -> Scores:
-    """What metrics/eval.json holds: the trained model's scores and, under "untrained", the means before training."""
-    if untrained is None:
-        return trained
-    return {
-        name: scores | {"untrained": {metric: untrained[name][metric] for metric in METRICS}}
-        for name, scores in trained.items()
-    }
-
-
-def score_rows(by_model: dict[str, Scores]) -> list[dict[str, Any]]:
-    """One row for each benchmark, task and model, for plots: the keys are benchmark, task, model and `METRICS`."""
-    return [
-        {"benchmark": benchmark, "task": task, "model": model} | scores
-        for model, benchmarks in by_model.items()
-        for benchmark, found in benchmarks.items()
-        for task, scores in found["tasks"].items()
-    ]
-
-
-def table(by_model: dict[str, Scores]) -> str:
-    """The scores x100 as text of at most 80 columns: each benchmark's tasks, then its mean, for each model."""
-    lines = [f"{'x100':<42}{'model':<11}{'ndcg@5':>8}{'ndcg@10':>8}{'rec@100':>9}"]
-    for benchmark in next(iter(by_model.values())):
-        for model, scores in by_model.items():
-            tasks = scores[benchmark]["tasks"]
-            rows = {f"  {task.removesuffix('Retrieval')}": found for task, found in tasks.items()}
-            for name, found in (rows | {f"{benchmark}, mean of {len(tasks)}": scores[benchmark]}).items():
-                numbers = [f"{100 * found[metric]:.1f}" for metric in METRICS]
-                lines.append(f"{name[:41]:<42}{model[:10]:<11}{numbers[0]:>8}{numbers[1]:>8}{numbers[2]:>9}")
-    return "\n".join(lines)

@@ -28,6 +28,12 @@ def stage_identity(stage: str, params: Params) -> dict[str, Any]:
     }
 
 
+def stage_code(stage: str) -> dict[str, str]:
+    """{path: sha256} of the modules that a stage of dvc.yaml reaches."""
+    declared = YAML(typ="safe", pure=True).load(Path("dvc.yaml"))["stages"][stage]
+    return {dep: content_hash(Path(dep)) for dep in declared["deps"] if dep.endswith(".py")}
+
+
 def versions() -> dict[str, str]:
     """Python's and those of the libraries that decide results."""
     return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}

@@ -13,8 +13,9 @@ from colintern.processor import ColIntern3_5Processor
 
 def require_adapter(adapter: Path) -> None:
     """Raises UserError where a folder holds no adapter."""
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise UserError(f"{adapter}: holds no adapter_model.safetensors; run the stage that makes it: dvc repro train")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        if not (adapter / name).is_file():
+            raise UserError(f"{adapter}: holds no {name}; run the stage that makes it: dvc repro train")
 
 
 def load_adapter(params: Params, base: str, adapter: Path, trained: bool = True) -> nn.Module:
@@ -23,10 +24,7 @@ def load_adapter(params: Params, base: str, adapter: Path, trained: bool = True)
     Raises:
         UserError: weights that are missing or do not fit, such as an adapter without its head.
     """
-    options = {
-        "dtype": getattr(torch, params.dtype),
-        "attn_implementation": attention_kernel(params.attention, params.dtype),
-    }
+    options = _options(params)
     model: Any
     try:
         if trained:
@@ -37,6 +35,26 @@ def load_adapter(params: Params, base: str, adapter: Path, trained: bool = True)
     except ValueError as error:
         raise UserError(str(error)) from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_merged(params: Params, folder: Path) -> nn.Module:
+    """A model whose adapter was folded into its weights, on the GPU if there is one.
+
+    Raises:
+        UserError: weights that are missing or do not fit.
+    """
+    try:
+        model: Any = ColIntern3_5.from_pretrained(folder, **_options(params))
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _options(params: Params) -> dict[str, Any]:
+    return {
+        "dtype": getattr(torch, params.dtype),
+        "attn_implementation": attention_kernel(params.attention, params.dtype),
+    }
 
 
 def load_processor(params: Params, adapter: Path) -> ColIntern3_5Processor:

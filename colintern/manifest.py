@@ -5,6 +5,7 @@ before it is trained on.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,6 +104,12 @@ def _named(top: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 def folder_of(files: Files, kind: str) -> Path:
     """Where the files lie on this disk."""
     return hub.folder(Repo("", files.folder, files.revision, kind)) if files.revision else root() / files.folder
+
+
+def arrow_cache() -> None:
+    """Have `datasets` keep its arrow files in the repository, and no bars; to be called before it is imported."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ["HF_DATASETS_CACHE"] = str(root() / "data" / ".arrow")
 
 
 def ready(params: Params, *, evaluation: bool = False, anew: bool = False) -> str:

@@ -2,36 +2,40 @@
 
     python -m stages.evaluate
 
-Input: params.yaml, experiments/colintern, data/manifest.json and what it names. Output: mteb's own files below
-results/mteb_evaluation, metrics/eval.json, plots/eval.csv; times go to logs/eval-timing.json, which is no out.
+Input: params.yaml, experiments/colintern, data/manifest.json and what it names. Output: mteb's own files and what each
+query scored below results/mteb_evaluation, metrics/eval.json, plots/eval.csv; times go to logs/eval-timing.json, which
+is no out. Tasks that a run of the same model has finished are taken from .scratch.
 """
 
 import csv
-import os
 from pathlib import Path
 
 from colintern.jsonfile import dumps
-from colintern.manifest import ready
-from colintern.params import exit_on_user_error, load, root
+from colintern.manifest import arrow_cache, ready
+from colintern.params import exit_on_user_error, load
 
 
 @exit_on_user_error()
 def main() -> None:
     params = load()
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ["HF_DATASETS_CACHE"] = str(root() / "data" / ".arrow")
+    arrow_cache()
     ready(params, evaluation=True)
-    from colintern import evaluation  # only now: `datasets` reads the environment when it is imported
+    from colintern.benchmarks import tasks_for  # only now: `datasets` reads the environment when it is imported
+    from colintern.evaluation import evaluate
+    from colintern.scores import METRICS, report, score_rows
+    from colintern.subjects import subjects
+    from colintern.verdicts import table
 
-    scores = evaluation.evaluate_adapter(params, Path("experiments/colintern"), Path("results/mteb_evaluation"))
+    tasks_for(params)  # a misspelt name is refused before anything else is looked at
+    scores = evaluate(subjects(params, Path("experiments/colintern")), params, Path("results/mteb_evaluation"))
     for folder in ("metrics", "plots"):
         Path(folder).mkdir(exist_ok=True)
-    Path("metrics/eval.json").write_text(dumps(evaluation.report(scores["trained"], scores.get("untrained"))))
+    Path("metrics/eval.json").write_text(dumps(report(scores["trained"], scores.get("untrained"))))
     with open("plots/eval.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ("benchmark", "task", "model", *evaluation.METRICS), lineterminator="\n")
+        writer = csv.DictWriter(file, ("benchmark", "task", "model", *METRICS), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(evaluation.score_rows(scores))
-    print(evaluation.table(scores))
+        writer.writerows(score_rows(scores))
+    print(table(scores))
 
 
 if __name__ == "__main__":

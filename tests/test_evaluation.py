@@ -5,6 +5,7 @@ names colours, and each colour has a fixed embedding. Pages and queries differ i
 """
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import normalize
 from transformers import BatchFeature
@@ -28,7 +30,11 @@ from colintern.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.images import png_bytes
 from colintern.manifest import BEIR_SUFFIXES, local_files
 from colintern.maxsim import maxsim_scores, ndcg_at_k
+from colintern.mteb_model import ColIntern3_5Encoder
 from colintern.params import Params, UserError, load
+from colintern.scores import METRICS, Scores, collect, report, score_rows
+from colintern.subjects import Subject, subjects
+from colintern.verdicts import band, table, target
 
 PAGES, COLOURS = 110, 512
 RECIPE = load(Path(__file__).parents[1] / "recipes" / "demo.yaml")
@@ -115,14 +121,27 @@ def params(workspace) -> Params:
     return write_manifest(FOLDER)
 
 
+def subject(model: nn.Module, processor: object, identity: str = "", features: PageFeatures | None = None) -> Subject:
+    """A model as `evaluate` takes it; another `identity` takes no results of this one's."""
+
+    def encoder() -> ColIntern3_5Encoder:
+        return ColIntern3_5Encoder(model, processor, "stub", "a" * 40, features)
+
+    return Subject("stub", "a" * 40, {"model": identity, "params": {"threads": 1}}, {"lr": 0.1}, encoder)
+
+
+def evaluate(one: Subject, params: Params, out: str) -> Scores:
+    return evaluation.evaluate({"trained": one}, params, Path(out))["trained"]
+
+
 def files_of(folder: str) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
 def test_equals_a_direct_computation_and_leaves_the_same_bytes_twice(params, workspace):
     model, processor = ColourModel(), ColourProcessor()
-    first = evaluation.evaluate(model, processor, params, "stub", "a" * 40, "out/one")
-    second = evaluation.evaluate(model, processor, params, "stub", "a" * 40, "out/two")
+    first = evaluate(subject(model, processor, "one"), params, "out/one")
+    second = evaluate(subject(model, processor, "two"), params, "out/two")
 
     pages, queries = _world()
     found = maxsim_scores(
@@ -136,7 +155,7 @@ def test_equals_a_direct_computation_and_leaves_the_same_bytes_twice(params, wor
     assert scores["ndcg_at_10"] == pytest.approx(ndcg_at_k(found, relevant, 10), abs=1e-5)
     assert scores["recall_at_100"] == pytest.approx((ranks <= 100).float().mean().item(), abs=1e-5)
     assert 0.2 < scores["ndcg_at_5"] < 0.95 and scores["recall_at_100"] < 1, "neither trivial nor hopeless"
-    assert scores["tasks"] == {"SomeDocsRetrieval": {m: scores[m] for m in evaluation.METRICS}}
+    assert scores["tasks"] == {"SomeDocsRetrieval": {m: scores[m] for m in METRICS}}
 
     assert first == second
     one = files_of("out/one")
@@ -170,7 +189,7 @@ def test_a_page_without_image_is_named(params):
     index = table.schema.get_field_index("image")
     pq.write_table(table.set_column(index, table.field("image"), pa.array(images, table.field("image").type)), corpus)
     with pytest.raises(UserError, match="page corpus-test-3 of the evaluation corpus has no image"):
-        evaluation.evaluate(ColourModel(), ColourProcessor(), write_manifest(FOLDER), "stub", "a" * 40, "out")
+        evaluate(subject(ColourModel(), ColourProcessor()), write_manifest(FOLDER), "out")
 
 
 def test_a_broken_model_is_an_error(params):
@@ -178,7 +197,7 @@ def test_a_broken_model_is_an_error(params):
     with torch.no_grad():
         model.table[_world()[0][0][0]] = float("nan")
     with pytest.raises(ValueError, match="embeddings are broken"):
-        evaluation.evaluate(model, ColourProcessor(), params, "stub", "a" * 40, "out")
+        evaluate(subject(model, ColourProcessor()), params, "out")
 
 
 @pytest.mark.parametrize(
@@ -227,39 +246,159 @@ def test_cached_features_change_no_byte_of_the_results(workspace, model, process
         [Qrel(i, i) for i in range(len(pages))],
     )
     params = write_manifest(FOLDER)
-    plain = evaluation.evaluate(model, processor, params, "tiny", "a" * 40, "out/plain")
+    plain = evaluate(subject(model, processor, "plain"), params, "out/plain")
     for state in ("cold", "warm"):
         features = PageFeatures(model, processor, workspace / "features", 1.0)
         assert len(features.cache.places) == (4 if state == "warm" else 0)
-        found = evaluation.evaluate(model, processor, params, "tiny", "a" * 40, f"out/{state}", features)
+        found = evaluate(subject(model, processor, state, features), params, f"out/{state}")
         assert found == plain and files_of(f"out/{state}") == files_of("out/plain")
 
 
-def test_what_is_missing_is_named_before_a_model_is_loaded_and_older_results_stay(params):
-    out, adapter = Path("out"), Path("adapter")
-    (out / "results").mkdir(parents=True)
+def test_each_query_is_kept_with_what_mteb_scored_it_with(params):
+    model, processor = ColourModel(), ColourProcessor()
+    scores = evaluate(subject(model, processor), params, "out")["some-docs"]
+    rows = pq.read_table("out/queries/trained.parquet").to_pylist()
+    assert [row["query_id"] for row in rows] == sorted(f"query-test-{i}" for i in range(PAGES))
+    assert {(row["benchmark"], row["task"], row["subset"]) for row in rows} == {
+        ("some-docs", "SomeDocsRetrieval", "default")
+    }
+    for metric in METRICS:
+        assert sum(row[metric] for row in rows) / PAGES == pytest.approx(scores[metric], abs=1e-5)
+
+    pages, asked = _world()
+    found = maxsim_scores(
+        embed_queries(model, processor, [" ".join(map(str, query)) for query in asked], 7),
+        embed_pages(model, processor, [_page(page) for page in pages], 5),
+    )
+    for row in rows:
+        i = int(row["query_id"].rpartition("-")[2])
+        assert row["rank"] == (found[i] >= found[i, i]).sum().item()
+        top = [int(page.rpartition("-")[2]) for page in row["top_pages"]]
+        torch.testing.assert_close(found[i, top], found[i].topk(5).values)
+        assert len(set(top)) == 5
+        assert row["ndcg_at_5"] == (round(1 / math.log2(row["rank"] + 1), 6) if row["rank"] <= 5 else 0)
+    run = json.loads(Path("out/run.json").read_text())
+    assert run["params"] == {"benchmarks": [FOLDER], "lr": 0.1, "threads": 1}
+    assert list(run["data"]) == ["SomeDocsRetrieval"]
+
+
+def unloadable() -> ColIntern3_5Encoder:
+    raise AssertionError("the model was loaded")
+
+
+def test_a_task_more_runs_that_task_and_a_task_less_leaves_nothing(params, capsys):
+    one = subject(ColourModel(), ColourProcessor())
+    write_world(Path("other/more-docs"))
+    alone = evaluate(one, write_manifest(FOLDER), "out")
+    before = files_of("out")
+    both = evaluate(one, write_manifest(FOLDER, "other/more-docs"), "out")
+    assert "SomeDocsRetrieval: finished before" in capsys.readouterr().out
+    assert both["some-docs"] == alone["some-docs"] and "MoreDocsRetrieval" in "".join(files_of("out"))
+    again = evaluate(one._replace(encoder=unloadable), write_manifest(FOLDER), "out")
+    assert again == alone and files_of("out") == before
+
+
+def test_results_of_another_model_or_other_data_are_never_taken(params):
+    one = subject(ColourModel(), ColourProcessor())
+    evaluate(one, params, "out")
+    with pytest.raises(AssertionError, match="was loaded"):
+        evaluate(one._replace(identity=one.identity | {"model": "other"}, encoder=unloadable), params, "out")
+    qrels = next(Path(FOLDER).glob("qrels/*.parquet"))
+    pq.write_table(pq.read_table(qrels).slice(0, PAGES - 1), qrels)
+    with pytest.raises(AssertionError, match="was loaded"):
+        evaluate(one._replace(encoder=unloadable), write_manifest(FOLDER), "out")
+
+
+@pytest.mark.parametrize("name", ["queries.parquet", "SomeDocsRetrieval.json"])
+def test_a_torn_result_is_named_and_made_again(params, capsys, name):
+    one = subject(ColourModel(), ColourProcessor())
+    evaluate(one, params, "out")
+    before = files_of("out")
+    [file] = Path(".scratch").rglob(name)
+    file.write_bytes(file.read_bytes()[:100])
+    evaluate(one, params, "out")
+    assert "warning: .scratch/eval-" in capsys.readouterr().out
+    assert files_of("out") == before
+
+
+def test_only_the_models_evaluated_last_are_kept(params, monkeypatch):
+    monkeypatch.setattr(evaluation, "KEPT", 2)
+    for identity in ("one", "two", "three"):
+        evaluate(subject(ColourModel(), ColourProcessor(), identity), params, "out")
+    assert len(list(Path(".scratch").glob("eval-*/"))) == 2
+    evaluate(subject(ColourModel(), ColourProcessor(), "three")._replace(encoder=unloadable), params, "out")
+
+
+def test_a_folder_that_is_no_adapter_is_named(params, workspace):
+    adapter = Path("adapter")
     with pytest.raises(UserError, match=r"adapter: holds no adapter_model.safetensors; .* dvc repro train"):
-        evaluation.evaluate_adapter(params, adapter, out)
+        subjects(params, adapter)
     adapter.mkdir()
-    (adapter / "adapter_model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(UserError, match="benchmarks: 'ViDoRe' is not demo"):
-        evaluation.evaluate_adapter(write_manifest("ViDoRe"), adapter, out)
-    assert (out / "results").is_dir()
+    (adapter / "config.json").write_text("{}")
+    save_file({"language_model.norm.weight": torch.ones(2)}, adapter / "model.safetensors")
+    with pytest.raises(UserError, match=r"adapter: its weights have no custom_text_proj.weight"):
+        subjects(params, adapter)
+
+
+def several_languages() -> tuple[list, dict]:
+    """ViDoRe v2 with a score of 0.1 for every language and task but those of English, 0.5 and 0.9."""
+    pairs = tasks_for(replace(RECIPE, benchmarks=("ViDoRe(v2)",)))
+    results = {}
+    for _, task in pairs:
+        name = task.metadata.name
+        english = 0.9 if name == "Vidore2ESGReportsHLRetrieval" else 0.5
+        found = {
+            subset: dict.fromkeys((*METRICS, "main_score"), english if subset in ("english", "default") else 0.1)
+            for subset in task.hf_subsets
+        }
+        results[name] = mteb.TaskResult.from_task_results(task, {"test": found}, evaluation_time=0)
+    return pairs, results
+
+
+def test_english_and_all_languages_of_vidore_v2_are_averaged_apart():
+    scores = collect(*several_languages())["ViDoRe(v2)"]
+    assert scores["ndcg_at_5"] == pytest.approx((3 * (0.5 + 3 * 0.1) / 4 + 0.9) / 4)
+    assert scores["languages"]["eng"]["ndcg_at_5"] == pytest.approx((3 * 0.5 + 0.9) / 4)
+    assert {language: found["ndcg_at_5"] for language, found in scores["languages"].items() if language != "eng"} == {
+        "deu": 0.1, "fra": 0.1, "spa": 0.1
+    }  # fmt: skip
+    assert scores["tasks"]["Vidore2ESGReportsRetrieval"]["languages"]["eng"]["ndcg_at_5"] == 0.5
+    assert "languages" not in scores["tasks"]["Vidore2ESGReportsHLRetrieval"]
+    lines = table({"trained": {"ViDoRe(v2)": scores}}).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert next(line for line in lines if line.startswith("ViDoRe(v2), English")).endswith("good")
+    assert lines[-1].split() == ["this", "run", "37.5", "60.0"]
+    assert "Argus-Colqwen3.5-9b (best)" in lines[-2]
+
+
+def test_the_guides_words_have_no_gaps():
+    words = [
+        (value, band("ViDoRe(v1)", value)) for value in (0, 0.0999, 0.1, 0.29, 0.3, 0.49, 0.5, 0.69, 0.7, 0.85, 0.93, 1)
+    ]
+    assert [word for _, word in words] == [
+        "broken", "broken", "poor", "poor", "fair", "fair", "good", "good", "excellent", "excellent", "excellent",
+        "excellent",
+    ]  # fmt: skip
+    assert [target("VidoreDocVQARetrieval", value) for value in (0.64, 0.65, 0.81)] == [
+        "below 65-80", "within 65-80", "above 65-80"
+    ]  # fmt: skip
+    assert target("Other", 0.5) == "" and band("demo", 0.8) == ""
 
 
 def test_report_rows_and_table():
-    def scores(value: float) -> evaluation.Scores:
-        metrics = dict.fromkeys(evaluation.METRICS, value)
+    def scores(value: float) -> Scores:
+        metrics = dict.fromkeys(METRICS, value)
         return {"ViDoRe(v1)": metrics | {"tasks": {"VidoreSyntheticDocQAGovernmentReportsRetrieval": metrics}}}
 
     after, before = scores(0.8), scores(0.1)
-    assert evaluation.report(after, None) == after
-    metrics = evaluation.report(after, before)["ViDoRe(v1)"]
-    assert metrics["untrained"] == dict.fromkeys(evaluation.METRICS, 0.1) and metrics["ndcg_at_5"] == 0.8
-    rows = evaluation.score_rows({"trained": after, "untrained": before})
+    assert report(after, None) == after
+    metrics = report(after, before)["ViDoRe(v1)"]
+    assert metrics["untrained"] == dict.fromkeys(METRICS, 0.1) and metrics["ndcg_at_5"] == 0.8
+    rows = score_rows({"trained": after, "untrained": before})
     assert [(row["model"], row["ndcg_at_5"]) for row in rows] == [("trained", 0.8), ("untrained", 0.1)]
-    lines = evaluation.table({"trained": after, "untrained": before}).splitlines()
-    assert len(lines) == 5 and max(map(len, lines)) <= 80
+    lines = table({"trained": after, "untrained": before}).splitlines()
+    assert lines.index("") == 5 and max(map(len, lines)) <= 80
+    assert lines[2].endswith("excellent") and lines[-1].split() == ["this", "run", "80.0"]
     assert "GovernmentReports" in lines[1] and "80.0" in lines[1] and "10.0" in lines[4]
 
 

@@ -16,10 +16,12 @@ KEYS = {field.name for field in dataclasses.fields(Params)}
 LEVELS = [
     {"stages", "cli", "commands"},
     {"runs", "evaluation", "mining"},
+    {"subjects", "verdicts", "differences"},
+    {"comparison", "outcomes"},
     {"recommend"},
     {"costs", "gpus"},
     {"training", "sources", "mteb_model", "benchmarks", "checks", "inventory", "adapters", "loading", "surroundings"},
-    {"doctor"},
+    {"doctor", "queries", "scores"},
     {"watch", "data", "embed", "lora", "survey", "own", "checkpoints", "bases", "machine", "weights"},
     {"trainset", "negatives"},
     {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl", "splits"},

@@ -1,0 +1,81 @@
+"""`colintern evaluate`: what the eval stage does, for any model and any of the data that was fetched."""
+
+import argparse
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from colintern.params import Params, UserError, load
+
+SUMMARY = "evaluate an adapter, a merged model or one on the hub; the rest is as in params.yaml"
+EXAMPLE = 'colintern evaluate experiments/colintern --benchmarks "ViDoRe(v2)" --batch-size 16'
+SUFFIXES = (".safetensors", ".json", ".txt", ".jinja")  # no pickles
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder of an adapter or a merged model, or hub id as ID@COMMIT")
+    parser.add_argument("--benchmarks", nargs="+", metavar="NAME", help="as in params.yaml (default: those in it)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="default: eval_batch_size of params.yaml")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: results/evaluate/<model>-<revision>")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the table; mteb's files, what each query scored and eval.json are in the out folder."""
+    params = _params(args)
+    import warnings
+
+    from colintern.manifest import arrow_cache
+
+    arrow_cache()
+    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
+    from colintern.benchmarks import from_cache, tasks_for  # `datasets` reads the environment when it is imported
+    from colintern.evaluation import evaluate
+    from colintern.hub import stay_offline
+    from colintern.jsonfile import dumps
+    from colintern.scores import report
+    from colintern.subjects import subjects
+    from colintern.verdicts import table
+
+    for _, task in tasks_for(params):  # a name that is unknown, or data that is not there, before anything is loaded
+        from_cache(task)
+    name = args.model.rstrip("/")
+    folder = Path(name) if Path(name).is_dir() else _from_hub(name)
+    stay_offline()
+    found = subjects(params, folder)
+    label = re.sub(r"[^\w.-]+", "-", Path(name.partition("@")[0]).name)
+    out = args.out or Path("results/evaluate") / f"{label}-{found['trained'].revision[:8]}"
+    if out.exists() and not (out / "run.json").is_file():
+        raise UserError(f"--out: {out} exists and is no evaluation; give a folder that may be replaced")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scores = evaluate(found, params, out)
+    (out / "eval.json").write_text(dumps(report(scores["trained"], scores.get("untrained"))))
+    print(table(scores))
+    print(f"{out}: mteb's files, what each query scored, eval.json")
+
+
+def _params(args: argparse.Namespace) -> Params:
+    params = load()
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--batch-size: {args.batch_size} is not valid; it must be 1 or more")
+    return replace(
+        params,
+        benchmarks=tuple(args.benchmarks or params.benchmarks),
+        eval_batch_size=args.batch_size or params.eval_batch_size,
+    )
+
+
+def _from_hub(name: str) -> Path:
+    """The folder in the hub's cache, fetched first where it must be."""
+    from colintern import hub
+    from colintern.hub_errors import Repo
+    from colintern.manifest import hub_files
+
+    model, _, revision = name.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise UserError(
+            f"MODEL: {name!r} is no folder here, and a hub id needs its commit: ID@<40 hex digits>, which "
+            f"huggingface_hub.HfApi().model_info(ID).sha tells"
+        )
+    repo = Repo("MODEL", model, revision, "model")
+    hub_files([(repo, SUFFIXES)])
+    return hub.folder(repo)

@@ -1,0 +1,60 @@
+"""What mteb scored each query with: rows, in a small parquet file whose bytes depend on nothing but the rows."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from mteb.abstasks.abstask import AbsTask
+
+TOP = 5  # pages of a ranking that are kept
+SCHEMA = pa.schema(
+    [
+        ("benchmark", pa.string()),
+        ("task", pa.string()),
+        ("subset", pa.string()),  # mteb's: a language, or "default"
+        ("query_id", pa.string()),
+        ("ndcg_at_5", pa.float64()),
+        ("ndcg_at_10", pa.float64()),
+        ("recall_at_100", pa.float64()),
+        ("rank", pa.int32()),  # of the first relevant page, from 1; null if mteb's 1,000 best have none
+        ("top_pages", pa.list_(pa.string())),  # ids, best first
+    ]
+)
+KEY = ("benchmark", "task", "subset", "query_id")
+NAMES = {"ndcg_at_5": "ndcg_cut_5", "ndcg_at_10": "ndcg_cut_10", "recall_at_100": "recall_100"}  # trec_eval's
+
+
+def keep(task: AbsTask, rows: list[dict[str, Any]]) -> AbsTask:
+    """A copy of a retrieval task that adds a row to `rows` for each query it scores, without its benchmark."""
+    kept: Any = copy.copy(task)  # mteb keeps one object for each task
+    own = kept.task_specific_scores
+
+    def with_rows(scores: Any, qrels: Any, results: Any, hf_split: str, hf_subset: str) -> dict[str, float]:
+        """mteb calls this with each query's scores, which it then averages and drops."""
+        for query, found in scores.items():
+            rows.append(
+                {"task": task.metadata.name, "subset": hf_subset, "query_id": query}
+                | {metric: round(found[name], 6) for metric, name in NAMES.items()}
+                | _ranking(results[query], qrels[query])
+            )
+        return own(scores, qrels, results, hf_split=hf_split, hf_subset=hf_subset)
+
+    kept.task_specific_scores = with_rows
+    return kept
+
+
+def _ranking(found: Mapping[str, float], judged: Mapping[str, int]) -> dict[str, Any]:
+    # Of equal scores the higher id goes first, as in trec_eval.
+    order = sorted(found, key=lambda page: (found[page], page), reverse=True)
+    ranks = (rank for rank, page in enumerate(order, start=1) if judged.get(page, 0) > 0)
+    return {"rank": next(ranks, None), "top_pages": order[:TOP]}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The rows in the order of `KEY`; what a row lacks is null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ordered = sorted(rows, key=lambda row: [row.get(key) or "" for key in KEY])
+    pq.write_table(pa.Table.from_pylist(ordered, schema=SCHEMA), path, compression="zstd")

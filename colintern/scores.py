@@ -1,0 +1,102 @@
+"""The scores of an evaluation: of each task, of each benchmark, of each language; the metric file and the plot."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import mteb
+from mteb.abstasks.abstask import AbsTask
+
+METRICS = ("ndcg_at_5", "ndcg_at_10", "recall_at_100")
+
+Means = dict[str, float]
+Scores = dict[str, dict[str, Any]]
+
+
+def collect(pairs: Iterable[tuple[str, AbsTask]], results: Mapping[str, mteb.TaskResult]) -> Scores:
+    """Scores of the tasks of each benchmark, and their means.
+
+    Args:
+        pairs: (label of a benchmark, task), see `benchmarks.tasks_for`.
+        results: mteb's results by the task's name.
+
+    Returns:
+        {benchmark: {metric: mean over its tasks, "tasks": {task: {metric: score}}}}, each 0 to 1 and rounded to 6
+        digits. A task's score is mteb's: the mean over its splits and language subsets. Where a task has several
+        languages, "languages": {ISO 639-3 code: {metric: score}} stands in it, and in its benchmark the means over
+        those tasks that have the language (so ViDoRe v2's English is of 4 tasks, its French of 3).
+    """
+    by_benchmark: dict[str, dict[str, dict[str, Means]]] = {}
+    for benchmark, task in pairs:
+        by_benchmark.setdefault(benchmark, {})[task.metadata.name] = _by_language(results[task.metadata.name])
+    return {benchmark: _benchmark(tasks) for benchmark, tasks in by_benchmark.items()}
+
+
+def checked(result: mteb.TaskResult) -> mteb.TaskResult:
+    """Raises RuntimeError where a score is no number from 0 to 1."""
+    for metric, score in _by_language(result)[""].items():
+        if not 0 <= score <= 1:
+            raise RuntimeError(f"{result.task_name}: {metric} is {score}")
+    return result
+
+
+def _by_language(result: mteb.TaskResult) -> dict[str, Means]:
+    """Scores by language; that of all is under ""."""
+    entries = [entry for split in result.scores.values() for entry in split]
+    languages = {code.partition("-")[0] for entry in entries for code in entry["languages"]}
+    groups = {"": entries} | {
+        language: [e for e in entries if language in {code.partition("-")[0] for code in e["languages"]}]
+        for language in sorted(languages)
+    }
+    return {name: mean(found) for name, found in groups.items()}
+
+
+def _benchmark(tasks: dict[str, dict[str, Means]]) -> dict[str, Any]:
+    languages = sorted({language for task in tasks.values() for language in task if language})
+    scores: dict[str, Any] = rounded(mean([task[""] for task in tasks.values()]))
+    if len(languages) > 1:
+        scores["languages"] = {
+            language: rounded(mean([task[language] for task in tasks.values() if language in task]))
+            for language in languages
+        }
+    scores["tasks"] = {name: _task(found) for name, found in tasks.items()}
+    return scores
+
+
+def _task(found: dict[str, Means]) -> dict[str, Any]:
+    several = {language: rounded(means) for language, means in found.items() if language}
+    return rounded(found[""]) | ({"languages": several} if len(several) > 1 else {})
+
+
+def mean(of: list[Any]) -> Means:
+    """The mean of each metric."""
+    return {metric: sum(float(one[metric]) for one in of) / len(of) for metric in METRICS}
+
+
+def rounded(means: Means) -> Means:
+    return {metric: round(value, 6) for metric, value in means.items()}
+
+
+def short(task: str) -> str:
+    """A task's name for tables: VidoreDocVQARetrieval is DocVQA, those of ViDoRe v2 keep their Vidore2."""
+    return re.sub(r"^Vidore(?=\D)|Retrieval$", "", task)
+
+
+def report(trained: Scores, untrained: Scores | None) -> Scores:
+    """What metrics/eval.json holds: the trained model's scores and, under "untrained", the means before training."""
+    if untrained is None:
+        return trained
+    return {
+        name: scores | {"untrained": {metric: untrained[name][metric] for metric in METRICS}}
+        for name, scores in trained.items()
+    }
+
+
+def score_rows(by_model: dict[str, Scores]) -> list[dict[str, Any]]:
+    """One row for each benchmark, task and model, for plots: the keys are benchmark, task, model and `METRICS`."""
+    return [
+        {"benchmark": benchmark, "task": task, "model": model} | {metric: scores[metric] for metric in METRICS}
+        for model, benchmarks in by_model.items()
+        for benchmark, found in benchmarks.items()
+        for task, scores in found["tasks"].items()
+    ]

@@ -1,0 +1,231 @@
+"""The statistics of `colintern compare`, on scores whose truth is known, and its report."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from colintern import queries
+from colintern.cli import main
+from colintern.comparison import RESAMPLES, Row, compare, holm
+from colintern.differences import difference, markdown, text
+from colintern.outcomes import outcome
+from colintern.params import UserError
+from colintern.scores import METRICS
+
+GAINS = [1 / math.log2(rank + 1) if rank <= 5 else 0.0 for rank in range(1, 31)]
+
+
+def ranks(rng: np.random.Generator, skill: np.ndarray) -> np.ndarray:
+    """A rank of 1 to 30 for each query: the easier a query (skill), the better."""
+    return np.minimum(rng.geometric(skill), 30)
+
+
+def pairs(before, after, task: str = "Task", subset: str = "default", benchmark: str = "bench") -> list[dict]:
+    shared = {"benchmark": benchmark, "task": task, "subset": subset}
+    return [shared | {"before": float(a), "after": float(b)} for a, b in zip(before, after, strict=True)]
+
+
+def scored(of: np.ndarray) -> np.ndarray:
+    return np.array(GAINS)[of - 1]
+
+
+def test_under_the_null_the_test_fires_as_often_as_it_says():
+    rng = np.random.default_rng(5)
+    fired = 0
+    for number in range(200):
+        skill = rng.uniform(0.2, 0.9, 150)  # some queries are easier than others, for both models alike
+        [row] = compare(pairs(scored(ranks(rng, skill)), scored(ranks(rng, skill)), f"Task{number}"))
+        fired += row.p < 0.05
+    assert 0.02 <= fired / 200 <= 0.08, fired
+
+
+def test_intervals_hold_the_true_difference_as_often_as_they_say():
+    rng = np.random.default_rng(6)
+    held = 0
+    for number in range(200):
+        truth = rng.uniform(0.2, 0.8, 150)
+        before = truth + rng.normal(0, 0.1, 150)
+        [row] = compare(pairs(before, truth + 0.03 + rng.normal(0, 0.1, 150), f"Task{number}"))
+        held += row.low <= 0.03 <= row.high
+    assert 0.91 <= held / 200 <= 0.99, held
+
+
+def test_identical_inputs_give_p_1_and_no_verdict():
+    scores = scored(ranks(np.random.default_rng(1), np.full(100, 0.5)))
+    [row] = compare(pairs(scores, scores))
+    assert (row.p, row.adjusted, row.low, row.high, row.verdict) == (1, 1, 0, 0, "")
+    assert (row.wins, row.losses, row.ties) == (0, 0, 100)
+
+
+def test_a_real_difference_is_found_and_its_sign_told():
+    rng = np.random.default_rng(2)
+    bad, good = scored(ranks(rng, np.full(200, 0.3))), scored(ranks(rng, np.full(200, 0.6)))
+    [up], [down] = compare(pairs(bad, good)), compare(pairs(good, bad))
+    assert up.p == down.p == 1 / (RESAMPLES + 1)
+    assert (up.verdict, down.verdict) == ("better", "worse")
+    assert up.low == pytest.approx(-down.high) and up.wins == down.losses
+
+
+def test_the_p_value_is_that_of_all_sign_flips():
+    """Ten queries have 1,024 ways to swap, which can be counted."""
+    change = np.array([0.5, 0.3, -0.1, 0.2, 0.4, -0.2, 0.1, 0.6, -0.3, 0.25])
+    signs = 1 - 2 * (np.arange(1024)[:, None] >> np.arange(10) & 1)
+    exact = (np.abs((signs * change).mean(axis=1)) >= abs(change.mean()) - 1e-12).mean()
+    [row] = compare(pairs(np.zeros(10), change))
+    assert row.p == pytest.approx(exact, abs=0.01) and 0.02 < exact < 0.2
+
+
+def test_a_benchmark_is_the_mean_of_its_tasks_and_a_task_that_of_its_languages():
+    rows = compare(
+        pairs([0.0] * 10, [1.0] * 10, "A", "english")
+        + pairs([0.0] * 90, [0.5] * 90, "A", "french")
+        + pairs([0.2] * 50, [0.2] * 50, "B")
+    )
+    assert [(row.name, row.benchmark) for row in rows] == [("bench", True), ("A", False), ("B", False)]
+    assert [row.after - row.before for row in rows] == pytest.approx([0.375, 0.75, 0.0])
+    assert (rows[0].wins, rows[0].losses, rows[0].ties) == (100, 0, 50)
+
+
+def test_holm_by_hand():
+    rows = [Row(str(p), False, 0, 1, 0, 1, p, p, 1, 0, 0) for p in (0.01, 0.04, 0.03, 0.005)]
+    assert [row.adjusted for row in holm(rows)] == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_twenty_tasks_without_a_difference_give_no_verdict():
+    rng = np.random.default_rng(3)
+    every = []
+    for number in range(20):
+        skill = rng.uniform(0.2, 0.9, 100)
+        every += pairs(scored(ranks(rng, skill)), scored(ranks(rng, skill)), f"Task{number:02}")
+    rows = compare(every)
+    assert min(row.p for row in rows) < 0.05, "else Holm has nothing to do here"
+    assert not [row.name for row in rows if row.verdict]
+
+
+def write(folder: Path, found: dict[tuple[str, str, str], list[int]], lr: float = 0.1, data: str = "d" * 40) -> str:
+    """An evaluation whose queries found their page at these ranks."""
+    rows = [
+        {
+            "benchmark": benchmark, "task": task, "subset": subset, "query_id": f"query-test-{i}", "rank": rank,
+            "top_pages": [f"page-{rank}"],
+        } | dict.fromkeys(METRICS, round(GAINS[rank - 1], 6))
+        for (benchmark, task, subset), places in found.items()
+        for i, rank in enumerate(places)
+    ]  # fmt: skip
+    queries.write(folder / "queries" / "trained.parquet", rows)
+    run = {"revision": "a" * 40, "params": {"lr": lr}, "data": dict.fromkeys({task for _, task, _ in found}, data)}
+    (folder / "run.json").write_text(json.dumps(run))
+    return str(folder)
+
+
+PLACES = {
+    ("ViDoRe(v1)", "VidoreSyntheticDocQAGovernmentReportsRetrieval", "default"): [1, 2, 3, 4, 9] * 20,
+    ("ViDoRe(v1)", "VidoreDocVQARetrieval", "default"): [1, 1, 1, 2, 30] * 20,
+    ("ViDoRe(v2)", "Vidore2ESGReportsRetrieval", "english"): [1, 2, 1, 2, 12] * 20,
+}
+BETTER = {key: [1 if i % 2 else rank for i, rank in enumerate(places)] for key, places in PLACES.items()}
+
+
+@pytest.fixture
+def two(tmp_path) -> tuple[str, str]:
+    return write(tmp_path / "a", PLACES), write(tmp_path / "b", BETTER, lr=0.2)
+
+
+def test_the_report_fits_80_columns_and_is_the_same_twice(two, capsys):
+    main(["compare", *two])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines[2:]) <= 80, lines
+    assert lines[-1] == "lr: 0.1 -> 0.2"
+    assert "10 most changed queries" in "\n".join(lines)
+    assert "0.0 100.0  30 -> 1" in "\n".join(lines)
+    main(["compare", *two])
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_identical_evaluations_differ_in_nothing(tmp_path, capsys):
+    same = write(tmp_path / "a", PLACES), write(tmp_path / "b", PLACES)
+    main(["compare", *same])
+    out = capsys.readouterr().out
+    assert "b is better in 0, worse in 0 of 4 rows" in out and "no setting differs" in out
+    assert "most changed" not in out
+    main(["compare", *same, "--json"])
+    [found] = json.loads(capsys.readouterr().out)
+    assert {row["p"] for row in found["rows"]} == {1.0} and {row["verdict"] for row in found["rows"]} == {""}
+
+
+def test_markdown_has_whole_tables(two):
+    found = markdown(difference(outcome(two[0]), outcome(two[1]), "ndcg_at_5"))
+    tables = [block.splitlines() for block in found.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 3
+    for lines in tables:
+        assert len({line.count("|") for line in lines}) == 1 and set(lines[1]) <= set("|-:")
+
+
+def test_several_are_each_compared_with_the_first(two, tmp_path, capsys):
+    third = write(tmp_path / "c", PLACES)
+    main(["compare", *two, third, "--json"])
+    assert [(found["a"], found["b"]) for found in json.loads(capsys.readouterr().out)] == [
+        (two[0], two[1]),
+        (two[0], third),
+    ]
+
+
+def test_what_cannot_be_compared_is_told(two, tmp_path):
+    fewer = {key: places for key, places in PLACES.items() if key[0] == "ViDoRe(v1)"}
+    found = difference(outcome(two[0]), outcome(write(tmp_path / "c", fewer)), "ndcg_at_5")
+    assert found.left_out == {"ViDoRe(v2), Vidore2ESGReports": f"only in {two[0]}"}
+    assert f"not compared: ViDoRe(v2), Vidore2ESGReports: only in {two[0]}" in text(found)
+    with pytest.raises(UserError, match=r"cannot be compared: .*other data: d{40} and e{40}"):
+        difference(outcome(two[0]), outcome(write(tmp_path / "d", PLACES, data="e" * 40)), "ndcg_at_5")
+    with pytest.raises(UserError, match=r"holds no run.json, .*dvc repro -f eval"):
+        outcome(str(tmp_path))
+    with pytest.raises(SystemExit):
+        main(["compare", two[0], two[0]])
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """Two commits and an evaluation at the second, kept by DVC."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+
+    def sh(command: str) -> None:
+        env_path = Path(sys.executable).parent
+        subprocess.run(f"PATH={env_path}:$PATH; {command}", shell=True, check=True, capture_output=True)
+
+    sh("git init -q -b main && git config user.name T && git config user.email t@localhost && dvc init -q")
+    sh("git add -A && git commit -qm none && git tag none")
+    for number, found in enumerate((PLACES, BETTER)):
+        write(Path("results/mteb_evaluation"), found, lr=0.1 + number)
+        sh("dvc add -q results/mteb_evaluation && git add -A")
+        sh(f"git commit -qm {number} && git tag run-{number}")
+    return sh
+
+
+def test_git_revisions_are_read_from_dvcs_cache(repository, capsys):
+    repository("git checkout -q none && rm -rf results")
+    main(["compare", "run-0", "run-1"])
+    out = capsys.readouterr().out
+    assert "a: run-0" in out and "lr: 0.1 -> 1.1" in out and "100.0  30 -> 1" in out
+
+
+def test_a_revision_that_is_not_there_or_not_in_the_cache_is_told(repository):
+    with pytest.raises(UserError, match=r"'nonsense' is no folder here, and no git revision or DVC experiment"):
+        outcome("nonsense")
+    with pytest.raises(UserError, match="none: has no results/mteb_evaluation"):
+        outcome("none")
+    repository("rm -rf .dvc/cache results")
+    with pytest.raises(UserError, match=r"run-0: results/mteb_evaluation.* is not in DVC's cache here"):
+        outcome("run-0")
+
+
+def test_help_names_it():
+    done = subprocess.run([sys.executable, "-m", "colintern.cli", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert "compare" in done.stdout and "evaluate" in done.stdout

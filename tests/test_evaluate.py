@@ -1,0 +1,332 @@
+"""Fault E1, real kills of the eval stage, and `colintern evaluate`, on a small adapter of the demo base.
+
+Each run is a process of its own, forked from a server that has imported what takes long.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from hub import running
+from safetensors.torch import load_file, save_file
+from test_survey import PAGES, SET, row, write_rows
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["colintern.evaluation", "colintern.subjects", "test_evaluate"])
+ADAPTER = Path("experiments/colintern")
+BENCHMARKS = ("data/own/one", "data/own/two")
+WRITTEN = ("results/mteb_evaluation", "metrics/eval.json", "plots/eval.csv")
+MERGED = "someone/merged", "b" * 40
+
+
+def child(folder: Path, command: list[str] | None, fault: Callable[..., None] | None, *arguments: object) -> None:
+    """The eval stage, or a `colintern` command, in `folder`."""
+    os.chdir(folder)
+    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    from colintern import cli
+    from stages import evaluate
+
+    if fault:
+        fault(*arguments)
+    if command:
+        cli.main(command)
+    else:
+        evaluate.main()
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(number: int, do: Callable[[], None]) -> None:
+    """Do something in the middle of the encoder's nth call: queries and pages of each task take one each."""
+    from colintern import mteb_model
+
+    calls, real = [0], mteb_model.embed_queries
+
+    def embed_queries(*args):
+        calls[0] += 1
+        if calls[0] == number:
+            do()
+        return real(*args)
+
+    mteb_model.embed_queries = embed_queries
+
+
+def in_result_file(number: int) -> None:
+    """Kill when mteb has written half of its nth result file."""
+    import mteb
+
+    count, real = [0], mteb.TaskResult.to_disk
+
+    def to_disk(self, path):
+        real(self, path)
+        count[0] += 1
+        if count[0] == number:
+            os.truncate(path, path.stat().st_size // 2)
+            kill()
+
+    mteb.TaskResult.to_disk = to_disk
+
+
+def in_query_file(number: int) -> None:
+    from colintern import queries
+
+    count, real = [0], queries.write
+
+    def write(path, rows):
+        real(path, rows)
+        count[0] += 1
+        if count[0] == number:
+            os.truncate(path, path.stat().st_size // 2)
+            kill()
+
+    queries.write = write
+
+
+def leave() -> None:
+    os._exit(99)
+
+
+def never_load() -> None:
+    from colintern import subjects
+
+    subjects.load_adapter = subjects.load_merged = lambda *args: leave()
+
+
+def write_params(*benchmarks: str) -> None:
+    small = {"train_data": SET, "max_visual_tokens": 16, "eval_batch_size": 8, "feature_cache_gb": 0.1}
+    text = (ROOT / "recipes" / "demo.yaml").read_text()
+    text = text.replace("- demo\n", "".join(f"- {name}\n" for name in benchmarks))
+    for key, value in small.items():
+        text, found = re.subn(rf"(?m)^{key}: .*$", f"{key}: {value}", text)
+        assert found == 1, key
+    Path("params.yaml").write_text(text)
+
+
+def write_eval(folder: str, numbers: range) -> None:
+    from colintern.formats import CorpusPage, Qrel, Query, write_beir
+
+    write_beir(
+        Path(folder),
+        [CorpusPage(number, PAGES[number], f"{number}.png") for number in numbers],
+        [Query(number, f"page {number}") for number in numbers],
+        [Qrel(number, number) for number in numbers],
+    )
+
+
+def write_adapter() -> None:
+    """One that no one has trained, but for B, which is no longer zero."""
+    import torch
+    from test_training import TARGETS
+
+    from colintern.lora import add_lora
+    from colintern.model import ColIntern3_5
+    from colintern.processor import ColIntern3_5Processor
+
+    wrapped = add_lora(ColIntern3_5.from_pretrained("demo/base", dtype=torch.float32), TARGETS, 4, 4, 0.0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, value in wrapped.named_parameters():
+            if "lora_B" in name:
+                value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
+    wrapped.save_pretrained(ADAPTER)
+    wrapped.base_model.model.save_head(ADAPTER)
+    processor = ColIntern3_5Processor.from_pretrained("demo/base")
+    processor.save_pretrained(ADAPTER)
+    wrapped.merge_and_unload().save_pretrained("merged")
+    processor.save_pretrained("merged")
+
+
+@pytest.fixture(scope="session")
+def fetched(tmp_path_factory) -> Path:
+    """A repository whose fetch-data has run, with an adapter, merged too."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    with contextlib.chdir(folder):
+        shutil.copytree(ROOT / "demo", "demo")
+        for name in ("colintern", "stages", "dvc.yaml", "requirements.txt", "Dockerfile"):
+            Path(name).symlink_to(ROOT / name)
+        write_rows("train", [row(number) for number in range(40)], SET)
+        write_rows("test", [row(number) for number in range(40, 45)], SET)
+        for name, numbers in zip(BENCHMARKS, (range(45, 52), range(52, 60)), strict=True):
+            write_eval(name, numbers)
+        write_params(*BENCHMARKS)
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-m", "stages.fetch_data"], env=env, check=True, capture_output=True)
+        write_adapter()
+    return folder
+
+
+class Place:
+    """A copy of the repository, in which runs are started."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def run(self, fault: Callable[..., None] | None = None, *arguments: object, command: str = "") -> int:
+        """The exit code, negative for a signal."""
+        process = CONTEXT.Process(target=child, args=(self.folder, command.split(), fault, *arguments))
+        process.start()
+        process.join(180)
+        assert process.exitcode is not None, "hangs"
+        return process.exitcode
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log.txt").read_text()
+
+    def result(self) -> dict[str, bytes]:
+        """Every file a run leaves."""
+        tops = [self.folder / name for name in WRITTEN]
+        files = [file for top in tops for file in [top, *top.rglob("*")] if file.is_file()]
+        return {str(file.relative_to(self.folder)): file.read_bytes() for file in files}
+
+
+@pytest.fixture
+def place(fetched, tmp_path) -> Place:
+    shutil.copytree(fetched, tmp_path / "repo", symlinks=True, ignore=shutil.ignore_patterns(".scratch", "results"))
+    return Place(tmp_path / "repo")
+
+
+@pytest.fixture(scope="session")
+def whole(fetched, tmp_path_factory) -> dict[str, bytes]:
+    """What the undisturbed run leaves."""
+    undisturbed = Place(tmp_path_factory.mktemp("whole") / "repo")
+    shutil.copytree(fetched, undisturbed.folder, symlinks=True)
+    assert undisturbed.run() == 0, undisturbed.log
+    found = undisturbed.result()
+    assert len([name for name in found if name.endswith("Retrieval.json")]) == 4
+    return found
+
+
+@pytest.mark.parametrize(
+    ("fault", "number", "finished"),
+    [(at_call, 1, 0), (at_call, 2, 1), (at_call, 3, 2), (at_call, 4, 3), (in_result_file, 3, 1), (in_query_file, 2, 1),
+     (in_query_file, 6, 4)],  # two result files a task (mteb writes it twice); the 6th query file is in the out folder
+)  # fmt: skip
+def test_e1_killed_at_any_point_finished_tasks_are_taken_and_the_end_is_the_same(place, whole, fault, number, finished):
+    arguments = (number, kill) if fault is at_call else (number,)
+    assert place.run(fault, *arguments) == -signal.SIGKILL, place.log
+    assert not (place.folder / WRITTEN[0]).exists()
+    assert place.run() == 0, place.log
+    assert place.log.count("finished before") == finished
+    assert place.result() == whole
+
+
+def test_a_second_run_loads_nothing_and_another_setting_runs_all(place, whole):
+    assert place.run() == 0, place.log
+    assert place.run(never_load) == 0, place.log
+    assert place.result() == whole
+    with contextlib.chdir(place.folder):
+        Path("params.yaml").write_text(
+            Path("params.yaml").read_text().replace("max_query_tokens: 64", "max_query_tokens: 32")
+        )
+    assert place.run(never_load) == 99
+
+
+def test_one_task_more_one_task_less(place, whole):
+    with contextlib.chdir(place.folder):
+        write_params(BENCHMARKS[0])
+    assert place.run() == 0, place.log
+    assert "Two" not in "".join(place.result()) and len(place.log.splitlines()) > 1
+    alone = place.result()
+    with contextlib.chdir(place.folder):
+        write_params(*BENCHMARKS)
+    assert place.run(at_call, 3, leave) == 0, place.log  # two calls: the new task, trained and untrained
+    assert place.result() == whole
+    with contextlib.chdir(place.folder):
+        write_params(BENCHMARKS[0])
+    assert place.run(never_load) == 0, place.log
+    assert place.result() == alone
+
+
+def metrics(file: Path) -> dict:
+    return json.loads(file.read_text())
+
+
+def test_the_command_gives_what_the_stage_gives_and_leaves_its_out_alone(place, whole):
+    command = f"evaluate {ADAPTER} --benchmarks {BENCHMARKS[1]} --batch-size 8"
+    assert place.run(command=command) == 0, place.log
+    [out] = (place.folder / "results/evaluate").iterdir()
+    assert out.name.startswith("colintern-") and not (place.folder / WRITTEN[0]).exists()
+    assert not (place.folder / "metrics/eval.json").exists()
+    assert metrics(out / "eval.json") == {"two": json.loads(whole["metrics/eval.json"])["two"]}
+    assert "two, mean of 1" in place.log
+    assert place.run(at_call, 3, leave) == 0, "the stage takes what the command has finished, and runs the other task"
+    assert place.result() == whole
+
+
+def test_another_batch_size_is_another_run(place):
+    command = f"evaluate {ADAPTER} --benchmarks {BENCHMARKS[1]} --out results/here --batch-size"
+    assert place.run(command=f"{command} 8") == 0, place.log
+    assert place.run(never_load, command=f"{command} 3") == 99
+    assert place.run(command=f"{command} 0") == 2
+    assert "--batch-size: 0 is not valid; it must be 1 or more" in place.log
+
+
+def test_a_merged_model_scores_as_its_adapter(place, whole):
+    assert place.run(command="evaluate merged") == 0, place.log
+    [out] = (place.folder / "results/evaluate").iterdir()
+    merged, adapter = metrics(out / "eval.json"), json.loads(whole["metrics/eval.json"])
+    for name in ("one", "two"):
+        assert "untrained" in adapter[name] and "untrained" not in merged[name]
+        assert merged[name]["ndcg_at_5"] == pytest.approx(adapter[name]["ndcg_at_5"], abs=1e-3)
+
+
+def test_unknown_names_are_refused_with_the_nearest_before_anything_loads(place):
+    assert place.run(never_load, command=f"evaluate {ADAPTER} --benchmarks VidoreDocVQARetreival") == 2
+    assert "nearest names: VidoreDocVQARetrieval" in place.log
+    assert place.run(never_load, command=f"evaluate {ADAPTER} --benchmarks VidoreDocVQARetrieval") == 2
+    assert "'VidoreDocVQARetrieval' is not among the data sets in data/manifest.json" in place.log
+    assert place.run(never_load, command="evaluate experiments/colintren") == 2
+    assert "'experiments/colintren' is no folder here" in place.log
+    assert place.run(never_load, command="evaluate demo/base") == 2
+    assert "demo/base: its weights have no custom_text_proj.weight, so it is a base before training" in place.log
+
+
+@pytest.mark.parametrize("fault", ["head", "base", "nan"])
+def test_e3_an_adapter_that_cannot_be_right_is_refused_and_named(place, fault):
+    adapter = place.folder / ADAPTER
+    if fault == "head":
+        (adapter / "head.safetensors").unlink()
+    elif fault == "base":
+        config = metrics(adapter / "adapter_config.json")
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "other/base"}))
+    else:
+        weights = load_file(adapter / "adapter_model.safetensors")
+        next(iter(weights.values())).fill_(float("nan"))
+        save_file(weights, adapter / "adapter_model.safetensors")
+    said = {
+        "head": "head.safetensors: missing",
+        "base": f"{ADAPTER}: was trained on base 'other/base'",
+        "nan": r"has NaN or infinite values \(1 such",
+    }
+    assert place.run() == 2
+    assert re.search(said[fault], place.log), place.log
+
+
+def test_a_model_on_the_hub_by_its_commit(place, whole):
+    with running() as hub:
+        hub.add_folder("model", *MERGED, place.folder / "merged")
+        env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        env |= {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.url, "HF_HOME": str(place.folder / "hf")}
+        done = subprocess.run(
+            [sys.executable, "-m", "colintern.cli", "evaluate", "@".join(MERGED)],
+            env=env, cwd=place.folder, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    [out] = (place.folder / "results/evaluate").iterdir()
+    found = metrics(out / "eval.json")["two"]["ndcg_at_5"]
+    assert found == pytest.approx(json.loads(whole["metrics/eval.json"])["two"]["ndcg_at_5"], abs=1e-3)
