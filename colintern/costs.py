@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from transformers import InternVLConfig
 
@@ -68,6 +69,7 @@ class Costs:
         self, config: InternVLConfig, dtype: torch.dtype, targets: Sequence[str], rank: int, dropout: float, cuda: bool
     ):
         self.config, self.text, self.dtype, self.cuda = config, config.get_text_config(), dtype, cuda
+        self.low_precision = dtype == torch.bfloat16  # adapters are computed in it, and kept in float32
         self.lora = (targets, rank, rank, dropout)
         self.layers = self.text.num_hidden_layers
         full = self._wrapped(self.layers)
@@ -139,9 +141,10 @@ class Costs:
 
         def run(model: Any) -> None:
             with torch.set_grad_enabled(grad):
-                embeddings = model(**batch)
                 if grad:
-                    (embeddings * gradient).sum().backward()
+                    (self._embed(model, batch) * gradient).sum().backward()
+                else:
+                    self._embed(model, batch)
 
         return self._measure(run, checkpointing, gradient, *batch.values())
 
@@ -151,7 +154,7 @@ class Costs:
         query, page = (self._batch(size, *side) for side in sides)
 
         def run(model: Any) -> None:
-            _contrast(query, page, model(**query), model(**page)).backward()
+            _contrast(query, page, self._embed(model, query), self._embed(model, page)).backward()
 
         return self._measure(run, checkpointing, *query.values(), *page.values())
 
@@ -167,6 +170,13 @@ class Costs:
 
         return measure(run, [part for side in parts for part in side], self.cuda)
 
+    def _embed(self, model: Any, part: dict[str, Tensor]) -> Tensor:
+        """As `ContrastiveTrainer._embed`."""
+        if not self.low_precision:
+            return model(**part)
+        with torch.autocast(model.device.type, torch.bfloat16):  # `measure`'s
+            return model(**part)
+
     def _measure(self, run: Callable[[Any], None], checkpointing: bool, *known: Tensor) -> Phase:
         """`run` on the model, or on the shallow ones."""
         found = []
@@ -178,7 +188,8 @@ class Costs:
                 base.activation_checkpointing_disable()
             gradients = (p.grad for p in model.parameters() if p.grad is not None)
             there = (*model.parameters(), *model.buffers(), *gradients, *known)
-            found.append(measure(lambda model=model: run(model), there, self.cuda))  # type: ignore[misc]
+            with disable_input_dtype_casting(model, active=self.low_precision):
+                found.append(measure(lambda model=model: run(model), there, self.cuda))  # type: ignore[misc]
         if len(found) == 1:
             return found[0]
         few, more = found
