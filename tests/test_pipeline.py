@@ -24,8 +24,21 @@ LEVELS = [
     {"trainset", "negatives"},
     {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl", "splits"},
     {"hub"},
-    {"params", "cache", "maxsim", "loss", "tiles", "formats", "pages", "jsonfile", "collected", "pseudo", "patterns"},
-    {"images", "lock", "parallel", "digests", "hub_errors", "index", "language", "meter"},
+    {
+        "params",
+        "guide",
+        "cache",
+        "maxsim",
+        "loss",
+        "tiles",
+        "formats",
+        "pages",
+        "jsonfile",
+        "collected",
+        "pseudo",
+        "patterns",
+    },
+    {"images", "lock", "parallel", "digests", "hub_errors", "index", "language", "meter", "guide"},
 ]
 
 
