@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import InternVLConfig
 
 from colintern.lora import add_lora, meta_model
@@ -141,10 +142,12 @@ class Costs:
 
         def run(model: Any) -> None:
             with torch.set_grad_enabled(grad):
+                # Each part takes a copy of its pages' features.
+                part = batch | {key: t.clone() for key, t in batch.items() if t.is_meta}
                 if grad:
-                    (self._embed(model, batch) * gradient).sum().backward()
+                    (self._embed(model, part) * gradient).sum().backward()
                 else:
-                    self._embed(model, batch)
+                    self._embed(model, part)
 
         return self._measure(run, checkpointing, gradient, *batch.values())
 
@@ -166,7 +169,10 @@ class Costs:
         parts = [[p.requires_grad_() for p in torch.empty(s, device="meta").split(micro)] for s in shapes]
 
         def run() -> None:
-            _contrast(query, page, *map(torch.cat, parts)).backward()
+            queries, pages = (
+                pad_sequence([row for p in side for row in p.unbind()], batch_first=True) for side in parts
+            )
+            _contrast(query, page, queries, pages).backward()
 
         return measure(run, [part for side in parts for part in side], self.cuda)
 

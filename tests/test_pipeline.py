@@ -21,7 +21,7 @@ LEVELS = [
     {"training", "sources", "mteb_model", "benchmarks", "checks", "inventory", "adapters", "loading", "surroundings"},
     {"doctor"},
     {"data", "embed", "lora", "survey", "own", "checkpoints", "bases", "machine", "weights"},
-    {"trainset", "negatives"},
+    {"trainset", "negatives", "parts"},
     {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl", "splits"},
     {"hub"},
     {
