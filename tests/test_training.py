@@ -132,10 +132,8 @@ NEGATIVES = ((3, 2), (), (1,), (0, 1))
 def test_the_order_of_a_batch_in_parts_does_not_change_the_gradient(
     make, processor, pages, monkeypatch, micro, dropout
 ):
-    """Ragged pages and negatives, in float64, against parts of rows as they come, padded to the batch's longest.
-
-    Dropout draws other elements for other rows, so with it the same parts are compared, in which only the padding is
-    another: none where a part holds one length.
+    """Ragged pages and negatives, in float64 up to the embeddings, against parts of rows as they come, padded to the batch's
+    longest. Dropout draws other elements for other rows: with it, the same parts give the same bits and others do not.
     """
 
     def run(order, cut):
@@ -156,7 +154,7 @@ def test_the_order_of_a_batch_in_parts_does_not_change_the_gradient(
         assert apart(run(places, take), ordered) == 0
         assert apart(run(as_it_comes, take), ordered) > 1e-3, "there is dropout"
     else:
-        assert apart(run(as_it_comes, uncut), ordered) < 1e-12
+        assert apart(run(as_it_comes, uncut), ordered) < 1e-6
 
 
 @pytest.mark.parametrize("micro", [1, 3, 4])
