@@ -132,8 +132,8 @@ NEGATIVES = ((3, 2), (), (1,), (0, 1))
 def test_the_order_of_a_batch_in_parts_does_not_change_the_gradient(
     make, processor, pages, monkeypatch, micro, dropout
 ):
-    """Ragged pages and negatives, in float64 up to the embeddings, against parts of rows as they come, padded to the batch's
-    longest. Dropout draws other elements for other rows: with it, the same parts give the same bits and others do not.
+    """Ragged pages and negatives, in float64 up to the embeddings, against parts of rows as they come, padded to the
+    batch's longest. Dropout draws other elements for other rows: with it, the same parts give the same bits.
     """
 
     def run(order, cut):
