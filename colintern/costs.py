@@ -15,7 +15,9 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import InternVLConfig
 
 from colintern.lora import add_lora, meta_model
@@ -68,6 +70,7 @@ class Costs:
         self, config: InternVLConfig, dtype: torch.dtype, targets: Sequence[str], rank: int, dropout: float, cuda: bool
     ):
         self.config, self.text, self.dtype, self.cuda = config, config.get_text_config(), dtype, cuda
+        self.low_precision = dtype == torch.bfloat16  # adapters are computed in it, and kept in float32
         self.lora = (targets, rank, rank, dropout)
         self.layers = self.text.num_hidden_layers
         full = self._wrapped(self.layers)
@@ -139,9 +142,12 @@ class Costs:
 
         def run(model: Any) -> None:
             with torch.set_grad_enabled(grad):
-                embeddings = model(**batch)
+                # Each part takes a copy of its pages' features.
+                part = batch | {key: t.clone() for key, t in batch.items() if t.is_meta}
                 if grad:
-                    (embeddings * gradient).sum().backward()
+                    (self._embed(model, part) * gradient).sum().backward()
+                else:
+                    self._embed(model, part)
 
         return self._measure(run, checkpointing, gradient, *batch.values())
 
@@ -151,7 +157,7 @@ class Costs:
         query, page = (self._batch(size, *side) for side in sides)
 
         def run(model: Any) -> None:
-            _contrast(query, page, model(**query), model(**page)).backward()
+            _contrast(query, page, self._embed(model, query), self._embed(model, page)).backward()
 
         return self._measure(run, checkpointing, *query.values(), *page.values())
 
@@ -163,9 +169,19 @@ class Costs:
         parts = [[p.requires_grad_() for p in torch.empty(s, device="meta").split(micro)] for s in shapes]
 
         def run() -> None:
-            _contrast(query, page, *map(torch.cat, parts)).backward()
+            queries, pages = (
+                pad_sequence([row for p in side for row in p.unbind()], batch_first=True) for side in parts
+            )
+            _contrast(query, page, queries, pages).backward()
 
         return measure(run, [part for side in parts for part in side], self.cuda)
+
+    def _embed(self, model: Any, part: dict[str, Tensor]) -> Tensor:
+        """As `ContrastiveTrainer._embed`."""
+        if not self.low_precision:
+            return model(**part)
+        with torch.autocast(model.device.type, torch.bfloat16):  # `measure`'s
+            return model(**part)
 
     def _measure(self, run: Callable[[Any], None], checkpointing: bool, *known: Tensor) -> Phase:
         """`run` on the model, or on the shallow ones."""
@@ -178,7 +194,8 @@ class Costs:
                 base.activation_checkpointing_disable()
             gradients = (p.grad for p in model.parameters() if p.grad is not None)
             there = (*model.parameters(), *model.buffers(), *gradients, *known)
-            found.append(measure(lambda model=model: run(model), there, self.cuda))  # type: ignore[misc]
+            with disable_input_dtype_casting(model, active=self.low_precision):
+                found.append(measure(lambda model=model: run(model), there, self.cuda))  # type: ignore[misc]
         if len(found) == 1:
             return found[0]
         few, more = found

@@ -8,6 +8,7 @@ guide's numbers are for InternVL3.5-1B, those for the demo were measured (README
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from colintern.guide import BATCH, EPOCHS, SMALLEST, lr_bounds, optimal_lr, other_lr
 from colintern.lora import FLOAT32, examine, faults, meta_model, notes
 from colintern.machine import Machine, machine
 from colintern.params import Params, UserError
@@ -21,27 +22,25 @@ GUIDE_GPU = 16 * 2**30  # the guide's least GPU
 
 
 class Bounds(NamedTuple):
-    """What is expected of a base with fewer than `below` parameters; `lr` from the one to the other."""
+    """What is expected of a base; `lr` from the one to the other."""
 
     name: str
-    below: float
     epochs: int
     batch: int
     lr: tuple[float, float]
     lr_source: str
 
 
-# The guide names a learning rate for a size twice, and not the same: a table (1B 5e-5, 3B and more 3e-5, below 500M
-# 7e-5) and a function (below 1B 5e-5, 1-3B 3e-5, more 1e-5). The bounds take half of the lower and twice the higher of
-# the two; at 1B they reach down to the 2e-5 that it advises where training is unstable.
-BOUNDS = (
-    Bounds("demo", 1e7, 4, 32, (3e-3, 1e-2), "6e-3 gives 82.1, 5e-4 59.7, 2e-2 collapses"),
-    Bounds("below 500M", 5e8, 5, 64, (2.5e-5, 1.4e-4), "the guide: 7e-5 or 5e-5 below 500M"),
-    Bounds("1B", 1.5e9, 5, 64, (2e-5, 1e-4), "the guide: 5e-5 for 1B"),
-    Bounds("1-3B", 3e9, 5, 64, (1.5e-5, 1e-4), "the guide: 3e-5 for 1-3B, or the 5e-5 of 1B"),
-    Bounds("3B and more", float("inf"), 5, 64, (5e-6, 6e-5), "the guide: 3e-5 or 1e-5 above 3B"),
-)
-DEMO = BOUNDS[0].name
+DEMO = "demo"  # every base that the guide's rules do not reach
+
+
+def bounds_for(parameters: int) -> Bounds:
+    """What is expected of a base of so many parameters."""
+    if parameters < SMALLEST:
+        return Bounds(DEMO, 4, 32, (3e-3, 1e-2), "6e-3 gives 82.1, 5e-4 59.7, 2e-2 collapses")
+    rates = sorted({optimal_lr(parameters), other_lr(parameters)}, reverse=True)
+    source = "the guide: " + " or ".join(f"{rate:g}" for rate in rates)
+    return Bounds(f"{parameters / 1e9:.1f} B", EPOCHS, BATCH, lr_bounds(parameters), source)
 
 
 class Facts(NamedTuple):
@@ -53,7 +52,7 @@ class Facts(NamedTuple):
 
     @property
     def bounds(self) -> Bounds:
-        return next(bounds for bounds in BOUNDS if self.counts["total_parameters"] < bounds.below)
+        return bounds_for(self.counts["total_parameters"])
 
     @property
     def demo(self) -> bool:
@@ -183,7 +182,11 @@ def memory(facts: Facts) -> Answer:
     if on.gpu and on.memory_bytes < weights:
         return FAIL, f"{on.memory_bytes / GB:.1f} GB of main memory; weights of {weights / GB:.1f} GB", "more memory"
     if on.gpu and have < GUIDE_GPU * 0.95 and not facts.demo:
-        return WARN, f"{said}; the guide: 16 GB at least", "micro_batch_size: 4, gradient_checkpointing: true"
+        return (
+            WARN,
+            f"{said}; the guide: 16 GB at least",
+            "colintern recommend --write, which computes what fits this GPU",
+        )
     return PASS, said
 
 

@@ -110,7 +110,10 @@ def _shape_only(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _fused(cuda: bool) -> Iterator[None]:
-    """Attention and dropout as CPU and CUDA run them: meta tensors would take the unfused code."""
+    """Attention and dropout as CPU and CUDA run them: meta tensors would take the unfused code. And `torch.autocast`
+    as far as a bfloat16 model beside float32 adapters needs it, since the real one leaves meta tensors alone: an
+    adapter is computed in a copy of its weight, which autocast keeps until it is left and the graph until it is used.
+    """
 
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         assert attn_mask is None, "right padding needs no mask"
@@ -119,7 +122,28 @@ def _fused(cuda: bool) -> Iterator[None]:
     def dropout(input, p=0.5, training=True, inplace=False):
         return torch.native_dropout(input, p, training)[0] if training and p else input
 
+    regions: list[list[Tensor]] = []
+    exact = functional.linear
+
+    def linear(input, weight, bias=None):
+        if (input.dtype, weight.dtype) == (torch.bfloat16, torch.float32):
+            weight = weight.to(input.dtype)
+            # In the backward pass, where checkpointing computes a layer again, the graph alone keeps the copy.
+            for region in regions[-1:]:
+                region.append(weight)
+        return exact(input, weight, bias)
+
+    @contextmanager
+    def autocast(device_type, dtype):
+        regions.append([])
+        try:
+            yield
+        finally:
+            regions.pop()
+
     with ExitStack() as stack:
+        stack.enter_context(patch.object(functional, "linear", linear))
+        stack.enter_context(patch.object(torch, "autocast", autocast))
         stack.enter_context(patch.object(functional, "scaled_dot_product_attention", attention))
         if cuda:
             stack.enter_context(patch.object(functional, "dropout", dropout))

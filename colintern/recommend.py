@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from colintern.costs import Costs, Setting, Step
 from colintern.gpus import ASSUMED, GPUS, Gpu, seconds
+from colintern.guide import BATCH, EPOCHS, SMALLEST, optimal_lr, optimal_rank
 from colintern.params import UserError
 from colintern.tiles import INTERNVL_TILE, choose_grid
 
@@ -18,9 +19,8 @@ GIB = 2**30
 A4 = 1240, 1754  # pixels, at 150 dpi
 USABLE = 0.85  # of a GPU's memory; the guide's table of resources calls 80-90 % normal and more than 95 % a risk
 PROMPT_TOKENS = 12  # of a page beside its visual tokens: `ColIntern3_5Processor.visual_prompt`, in Qwen's tokens
-BATCH, EPOCHS, WARMUP, DROPOUT, DTYPE = 64, 5, 100, 0.1, "bfloat16"  # the guide's
+WARMUP, DROPOUT, DTYPE = 100, 0.1, "bfloat16"  # the guide's
 VISUAL_TOKENS = (1536, 1024, 768, 512, 256)  # the guide's, its way out when memory is short, and further down
-SMALLEST = 200_000_000  # parameters; colSmol-256M is the smallest retriever of this kind whose scores are published
 MEMORY_TABLE = {16: "8", 24: "12", 32: "16", 40: "24-32", 80: "24-32"}  # GB -> the guide's batch size
 
 
@@ -40,32 +40,6 @@ class Plan(NamedTuple):
     step: Step
     seconds: float
     other: "Plan | None" = None
-
-
-def optimal_lr(parameters: int) -> float:
-    """The guide's table: 7e-5 below 0.5 B parameters, 5e-5 up to 3 B, 3e-5 from 3 B on.
-
-    Its function get_optimal_lr agrees at 1B only, and ends at 1e-5, half the smallest rate that published
-    recipes of this kind take (2e-5, 5e-5 and 2e-4 in colpali-engine's for 2 to 3 B).
-
-    >>> [optimal_lr(int(billions * 1e9)) for billions in (0.3, 0.9, 2.4, 4.7)]
-    [7e-05, 5e-05, 5e-05, 3e-05]
-
-    Raises:
-        ValueError: a model far smaller than the guide has rules for.
-    """
-    if parameters < SMALLEST:
-        raise ValueError(f"the guide's rules are for 1B parameters and up, and do not reach {parameters / 1e6:.1f} M")
-    return 7e-5 if parameters < 0.5e9 else 5e-5 if parameters < 3e9 else 3e-5
-
-
-def optimal_rank(parameters: int) -> int:
-    """The guide's: 16 below 0.5 B, 32 for 1B, 64 above 3 B. InternVL3.5-1B has 0.9 B and is its "1B".
-
-    Raises:
-        ValueError: see `optimal_lr`.
-    """
-    return {7e-5: 16, 5e-5: 32, 3e-5: 64}[optimal_lr(parameters)]
 
 
 def optimal_micro_batch_size(gpu_memory_gb: float, costs: Costs, setting: Setting) -> int:

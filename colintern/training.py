@@ -8,7 +8,7 @@ same.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from colintern.features import PageFeatures
 from colintern.loss import contrastive_loss, false_negatives, maxsim_matrix
 from colintern.maxsim import maxsim_scores, ndcg_at_k
 from colintern.params import Params, UserError
+from colintern.parts import places, restored, take
 from colintern.processor import ColIntern3_5Processor
 from colintern.watch import Pace, Watch
 
@@ -158,20 +159,22 @@ class ContrastiveTrainer(Trainer):
         return contrastive_loss(scores, false_negatives(batch["query_ids"], batch["page_ids"]), self.params.temperature)
 
     def _cached_step(self, model: Any, batch: Batch) -> Tensor:
-        queries, pages = (list(split(batch[side], self.micro, self.processor)) for side in ("query", "page"))
-        parts = [*queries, *pages]
+        rows = {side: places(batch[side], self.micro) for side in ("query", "page")}
+        parts = [(side, part) for side, found in rows.items() for part in found]
         states, embeddings = [], []
         with torch.no_grad():
-            for part in parts:
+            for side, part in parts:
                 states.append(rng_state())
-                embeddings.append(self._embed(model, part))
+                embeddings.append(self._embed(model, take(batch[side], part, self.processor)))
         leaves: list[Any] = [e.requires_grad_() for e in embeddings]
-        loss = self._loss(batch, torch.cat(leaves[: len(queries)]), torch.cat(leaves[len(queries) :]))
+        ends = len(rows["query"])
+        loss = self._loss(batch, restored(rows["query"], leaves[:ends]), restored(rows["page"], leaves[ends:]))
         loss.backward()
         after = rng_state()
-        for part, state, leaf in zip(parts, states, leaves, strict=True):
+        for (side, part), state, leaf in zip(parts, states, leaves, strict=True):
             set_rng_state(state)  # the same dropout as when the part was embedded first
-            self.accelerator.backward((self._embed(model, part) * leaf.grad).sum())
+            inputs = take(batch[side], part, self.processor)
+            self.accelerator.backward((self._embed(model, inputs) * leaf.grad).sum())
         set_rng_state(after)
         return loss
 
@@ -207,18 +210,6 @@ def page_features(model: Any, batch: Batch) -> Tensor:
     with torch.no_grad():
         pages = [next(sides["features"]) if k else model.page_features(next(sides["tiles"])) for k in known]
     return torch.cat(pages)
-
-
-def split(inputs: dict[str, Tensor], size: int, processor: ColIntern3_5Processor) -> Iterator[dict[str, Tensor]]:
-    """Cut one side of a batch into parts of `size` rows; the flat tiles of `image_features` go with their pages."""
-    ids = inputs["input_ids"]
-    tiles = (ids == processor.image_token_id).sum(1) // processor.image_seq_length
-    ends = [0, *tiles.cumsum(0).tolist()]
-    for start in range(0, len(ids), size):
-        part = {k: v[start : start + size] for k, v in inputs.items() if k != "image_features"}
-        if "image_features" in inputs:
-            part["image_features"] = inputs["image_features"][ends[start] : ends[min(start + size, len(ids))]]
-        yield part
 
 
 def rng_state() -> list[Tensor]:

@@ -1,18 +1,23 @@
 """What a step costs: counts against hand-made ones, the real step on meta tensors, and a real peak."""
 
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import BASE, ROOT
+from peft.helpers import disable_input_dtype_casting
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import InternVLConfig
 
 from colintern import costs as module
 from colintern.costs import Costs, Setting
+from colintern.lora import add_lora
 from colintern.meter import Kernel, Meter, measure
+from colintern.model import ColIntern3_5
 from colintern.params import load
 from colintern.training import ContrastiveTrainer
 
@@ -72,23 +77,19 @@ def test_weights_adapters_and_optimizer_to_the_byte(costs, model):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("micro", [2, 8])
-def test_a_step_is_what_the_trainer_runs(costs, micro, checkpointing):
-    """The real `_cached_step` and `_loss`, whole, on meta tensors, against the phases that `step` adds up."""
-    size = 8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_is_what_the_trainer_runs(costs, micro, checkpointing, dtype):
+    """The real `_step`, whole, on meta tensors, against the phases that `step` adds up."""
+    size, costs = 8, costs if dtype is torch.float32 else demo(dtype=dtype)
     trainer = object.__new__(ContrastiveTrainer)
-    trainer.params, trainer.micro, trainer.low_precision = SimpleNamespace(temperature=0.02), micro, False
+    trainer.params, trainer.micro = SimpleNamespace(temperature=0.02), micro
+    trainer.low_precision = dtype is torch.bfloat16
     trainer.accelerator = SimpleNamespace(backward=lambda loss: loss.backward())
     trainer.processor = costs.config  # `split` asks it for image_token_id and image_seq_length
     batch = {"query": costs._batch(size, 0, 24), "page": costs._batch(size, 6, 108), "page_ids": torch.arange(size)}
     batch["query_ids"] = batch["page_ids"]
     tensors = [t for side in ("query", "page") for t in batch[side].values()]
     [model] = costs.models
-
-    def run():
-        if micro < size:
-            trainer._cached_step(model, batch)
-        else:
-            trainer._loss(batch, model(**batch["query"]), model(**batch["page"])).backward()
 
     step = costs.step(Setting(size, micro, checkpointing, 6, 108, 24))
     base = model.base_model.model
@@ -99,9 +100,54 @@ def test_a_step_is_what_the_trainer_runs(costs, micro, checkpointing):
         *(p.grad for p in model.parameters() if p.grad is not None),
         *tensors,
     ]
-    real = measure(run, known, cuda=False)
+    with disable_input_dtype_casting(model, active=trainer.low_precision):
+        real = measure(lambda: trainer._step(model, batch), known, cuda=False)
     assert step.memory["activations and loss"] == pytest.approx(real.peak, rel=0.03)
     assert step.operations == sum(k.operations * n for k, n in real.kernels.items())
+    assert {k.dtype for k in real.kernels if k.operations and k.bytes} == {torch.float32, dtype}
+
+
+class Operators(TorchDispatchMode):
+    """Which products and casts run, by the formats of what goes in and comes out."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.seen["product", *(t.dtype for t in args if isinstance(t, torch.Tensor))] += 1
+        elif func._overloadpacket is torch.ops.aten._to_copy and args[0].requires_grad and args[0].dim() == 2:
+            self.seen["cast", args[0].dtype, out.dtype] += 1
+        return out
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_autocast_on_meta_tensors_casts_what_the_real_one_does(checkpointing):
+    """The products of a step and the casts of adapters, on the CPU under torch's autocast and on meta under ours."""
+    trainer, costs = object.__new__(ContrastiveTrainer), demo(dtype=torch.bfloat16)
+    trainer.low_precision = True
+    [meta] = costs.models
+    real = add_lora(ColIntern3_5._from_config(costs.config, dtype=torch.bfloat16), *costs.lora)
+    found = []
+    for model in (real, meta):
+        base = model.base_model.model
+        (base.activation_checkpointing_enable if checkpointing else base.activation_checkpointing_disable)()
+        batch = {
+            key: torch.zeros_like(t, device=model.device) if t.is_meta else t
+            for key, t in costs._batch(2, 6, 108).items()
+        }
+
+        def run(model=model, batch=batch):
+            with Operators() as operators:
+                trainer._embed(model, batch).sum().backward()
+            found.append(operators.seen)
+
+        with disable_input_dtype_casting(model):
+            run() if model is real else measure(run, [], cuda=False)
+    assert found[0] == found[1]
+    assert found[0]["cast", torch.float32, torch.bfloat16] >= 2 * 15
 
 
 def test_operations_are_those_of_torchs_counter(costs):

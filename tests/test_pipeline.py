@@ -23,7 +23,7 @@ LEVELS = [
     {"training", "sources", "mteb_model", "benchmarks", "checks", "inventory", "adapters", "loading", "surroundings"},
     {"doctor", "queries", "scores"},
     {"watch", "data", "embed", "lora", "survey", "own", "checkpoints", "bases", "machine", "weights"},
-    {"trainset", "negatives"},
+    {"trainset", "negatives", "parts"},
     {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl", "splits"},
     {"hub"},
     {
@@ -40,7 +40,7 @@ LEVELS = [
         "pseudo",
         "patterns",
     },
-    {"images", "lock", "parallel", "digests", "hub_errors", "index", "language", "meter"},
+    {"images", "lock", "parallel", "digests", "hub_errors", "index", "language", "meter", "guide"},
 ]
 
 

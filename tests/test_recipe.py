@@ -99,10 +99,10 @@ def test_dvc_changes_one_line_of_a_recipe(path: Path, tmp_path: Path) -> None:
     assert target.read_text() == re.sub(r"(?m)^lr: .*", "lr: 3e-05", path.read_text())
 
 
-def test_the_guides_optimal_settings() -> None:
+def test_the_guides_optimal_settings_with_our_micro_batch() -> None:
     params = load(ROOT / "recipes" / "internvl3_5-1b.yaml")
     assert (params.epochs, params.lr, params.warmup_steps, params.lora_dropout) == (5, 5e-5, 100, 0.1)
-    assert (params.lora_rank, params.lora_alpha, params.batch_size, params.micro_batch_size) == (32, 32, 64, 16)
+    assert (params.lora_rank, params.lora_alpha, params.batch_size, params.micro_batch_size) == (32, 32, 64, 64)
     assert params.benchmarks == ("ViDoRe(v1)", "ViDoRe(v2)")
     # The guide writes the same modules with `*`, for 28 layers.
     names = [

@@ -1,6 +1,7 @@
 """`colintern recommend`: the rules, what it prints, what it writes, what it refuses."""
 
 import difflib
+import doctest
 import json
 import math
 import re
@@ -9,10 +10,14 @@ import shutil
 import pytest
 from conftest import BASE, ROOT
 
+from colintern import guide as guide_rules
 from colintern.cli import main
+from colintern.commands.recommend import _head, _memory_table
+from colintern.doctor import DEMO, bounds_for
 from colintern.gpus import GPUS, find
+from colintern.guide import EPOCHS, optimal_lr, optimal_rank
 from colintern.params import UserError, load
-from colintern.recommend import EPOCHS, optimal_lr, optimal_rank, steps_of, warmup_of
+from colintern.recommend import steps_of, warmup_of
 
 RECIPE = (ROOT / "recipes" / "internvl3_5-1b.yaml").read_text()
 
@@ -45,6 +50,7 @@ def guide(gpu_memory_gb):
 
 
 def test_the_rules():
+    assert doctest.testmod(guide_rules).failed == 0
     sizes = [int(billions * 1e9) for billions in (0.3, 0.905, 2.4, 4.7, 7.9)]
     assert [optimal_lr(size) for size in sizes] == [7e-5, 5e-5, 5e-5, 3e-5, 3e-5]
     assert [optimal_rank(size) for size in sizes] == [16, 32, 32, 64, 64]
@@ -53,6 +59,24 @@ def test_the_rules():
             rule(1_028_224)
     assert steps_of(118_195, 64) == 1846 * EPOCHS == 9230
     assert [warmup_of(steps) for steps in (9230, 448, 9)] == [100, 44, 0]
+
+
+@pytest.mark.parametrize("billions", [0.2, 0.4, 0.9, 1.2, 2.4, 4.7, 7.9])
+def test_what_is_recommended_passes_the_doctor(billions):
+    size = int(billions * 1e9)
+    bounds = bounds_for(size)
+    assert bounds.lr[0] < optimal_lr(size) < bounds.lr[1]
+    assert (bounds.epochs, bounds.batch) == (EPOCHS, guide_rules.BATCH) and bounds.name != DEMO
+    assert bounds_for(guide_rules.SMALLEST - 1).name == DEMO
+
+
+@pytest.mark.parametrize("base", ["internvl3_5-1b", "OpenGVLab/InternVL3_5-1B-HF", "OpenGVLab/x@" + "0" * 40])
+def test_every_title_fits_a_terminal(base):
+    head = {"base": base, "parameters": 8e9, "trained": 8e7, "gpu": "RTX-4090", "gpu_memory_gb": 24.0}
+    head |= {"rows": 118_195, "pages": 50_453, "data": "vidore/colpali_train_set"}
+    lines = [*_memory_table(base, []), *_head(head)]
+    assert base in "".join(line.strip() for line in lines)
+    assert max(map(len, lines)) <= 80
 
 
 def test_the_guides_batch_formula_is_32_for_every_card_of_its_table():
@@ -92,7 +116,7 @@ def test_what_is_written_changes_values_only_and_is_what_was_printed(checkout, c
     after = (checkout / "params.yaml").read_text()
     changed = [line for line in difflib.ndiff(before.splitlines(), after.splitlines()) if line[0] in "+-"]
     room = f"+ feature_cache_gb: {values['feature_cache_gb']}"
-    assert changed == ["- micro_batch_size: 16", "+ micro_batch_size: 64", "- feature_cache_gb: 170.0", room]
+    assert changed == ["- feature_cache_gb: 170.0", room], "the recipe is what is recommended for its card"
     assert told["predicted"]["peak_bytes"] == sum(told["predicted"]["memory"].values()) < 0.85 * 32 * 2**30
     assert told["predicted"]["steps"] == 9230
 

@@ -16,8 +16,9 @@ from colintern.features import Page, PageFeatures
 from colintern.lora import add_lora
 from colintern.params import UserError
 from colintern.params import load as load_params
+from colintern.parts import places, restored, take
 from colintern.runs import prepare
-from colintern.training import ContrastiveTrainer, DevSet, NonFiniteError, arguments, split
+from colintern.training import ContrastiveTrainer, DevSet, NonFiniteError, arguments
 from colintern.watch import pace_findings
 
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
@@ -129,6 +130,35 @@ def test_compile_without_a_compiler_is_refused_before_anything_is_loaded(monkeyp
 NEGATIVES = ((3, 2), (), (1,), (0, 1))
 
 
+@pytest.mark.parametrize(("micro", "dropout"), [(1, 0.0), (2, 0.0), (2, 0.5), (3, 0.0)])
+def test_the_order_of_a_batch_in_parts_does_not_change_the_gradient(
+    make, processor, pages, monkeypatch, micro, dropout
+):
+    """Ragged pages and negatives, in float64 up to the embeddings, against parts of rows as they come, padded to the
+    batch's longest. Dropout draws other elements for other rows: with it, the same parts give the same bits.
+    """
+
+    def run(order, cut):
+        trainer = make(micro_batch_size=micro, negatives=NEGATIVES, lora_dropout=dropout)
+        trainer.model.double()
+        monkeypatch.setattr("colintern.training.places", order)
+        monkeypatch.setattr("colintern.training.take", cut)
+        return gradients(trainer, processor, pages)
+
+    def as_it_comes(inputs, size):
+        return [part.tolist() for part in torch.arange(len(inputs["input_ids"])).split(size)]
+
+    def uncut(inputs, rows, processor):
+        return take(inputs, rows, processor) | {key: inputs[key][rows] for key in ("input_ids", "attention_mask")}
+
+    ordered = run(places, take)
+    if dropout:
+        assert apart(run(places, take), ordered) == 0
+        assert apart(run(as_it_comes, take), ordered) > 1e-3, "there is dropout"
+    else:
+        assert apart(run(as_it_comes, uncut), ordered) < 1e-6
+
+
 @pytest.mark.parametrize("micro", [1, 3, 4])
 def test_hard_negatives_change_the_gradient_and_the_micro_batch_does_not(make, processor, pages, micro):
     """Ragged pages, rows with other numbers of negatives: tiles and features go with their pages."""
@@ -176,12 +206,12 @@ def test_dropout_is_the_same_in_both_passes_of_a_micro_batch(make, processor, pa
     for first, second in zip(embeddings[:half], embeddings[half:], strict=True):
         torch.testing.assert_close(first, second)
     with torch.no_grad():
-        assert not torch.equal(embeddings[0], trainer.model(**next(split_queries(trainer)))), "there is dropout"
+        assert not torch.equal(embeddings[0], trainer.model(**first_queries(trainer))), "there is dropout"
 
 
-def split_queries(trainer):
-    batch = trainer.data_collator(list(trainer.train_dataset))
-    return split(batch["query"], 2, trainer.processor)
+def first_queries(trainer):
+    query = trainer.data_collator(list(trainer.train_dataset))["query"]
+    return take(query, places(query, 2)[0], trainer.processor)
 
 
 def test_every_lora_module_and_nothing_else_gets_a_gradient(make, processor, pages):
@@ -190,15 +220,25 @@ def test_every_lora_module_and_nothing_else_gets_a_gradient(make, processor, pag
     assert names == {n for n, p in trainer.model.named_parameters() if ".lora_" in n}
 
 
-def test_parts_of_a_batch_take_their_own_tiles(processor, pages):
+def test_parts_of_a_batch_are_rows_of_like_length_with_their_own_tiles(processor, pages):
     batch = dict(processor.process_images(pages))
     batch["image_features"] = batch.pop("pixel_values")
+    tiles = (batch["input_ids"] == processor.image_token_id).sum(1) // processor.image_seq_length
+    own = batch["image_features"].split(tiles.tolist())
+    assert len(set(tiles.tolist())) > 2, "ragged pages"
+    lengths = batch["attention_mask"].sum(1)
     for size in (1, 2, 3):
-        parts = list(split(batch, size, processor))
-        assert torch.equal(torch.cat([p["image_features"] for p in parts]), batch["image_features"])
-        for part in parts:
-            tiles = (part["input_ids"] == processor.image_token_id).sum().item() // processor.image_seq_length
-            assert len(part["image_features"]) == tiles
+        rows = places(batch, size)
+        flat = [row for part in rows for row in part]
+        assert sorted(flat) == [0, 1, 2, 3] != flat
+        assert [lengths[row] for row in flat] == sorted(lengths, reverse=True)
+        parts = [take(batch, part, processor) for part in rows]
+        for part, taken in zip(rows, parts, strict=True):
+            assert taken["input_ids"].shape == (len(part), lengths[part].max())
+            assert torch.equal(taken["image_features"], torch.cat([own[row] for row in part]))
+        for key in ("input_ids", "attention_mask"):
+            cut = restored(rows, (part[key][..., None] for part in parts))[..., 0]
+            assert torch.equal(cut * batch["attention_mask"], batch[key] * batch["attention_mask"])
 
 
 def test_a_loss_that_is_not_finite_stops_the_step(make, processor, pages):

@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     logging.disable(logging.WARNING)
     import torch
 
+    from colintern import guide
     from colintern import recommend as rules
     from colintern.bases import config
     from colintern.costs import Costs, parameters
@@ -53,20 +54,20 @@ def run(args: argparse.Namespace) -> None:
     card, memory = _card(args.gpu, memory)
     architecture = config(base, params)
     size, query = parameters(architecture), params.max_query_tokens
-    known = size >= rules.SMALLEST
+    known = size >= guide.SMALLEST
     dtype, dropout = (rules.DTYPE, rules.DROPOUT) if known else (params.dtype, params.lora_dropout)
-    rank = rules.optimal_rank(size) if known else params.lora_rank
+    rank = guide.optimal_rank(size) if known else params.lora_rank
     costs = Costs(architecture, getattr(torch, dtype), params.lora_targets, rank, dropout, cuda=True)
     head = {"base": base, "parameters": size, "trained": costs.trained, "gpu": card, "gpu_memory_gb": memory}
     if args.table:
         table = list(rules.memory_table(costs, query))
         print(json.dumps(head | {"table": table}) if args.json else "\n".join(_memory_table(base, table)))
         return
-    batch, tokens = (rules.BATCH, rules.VISUAL_TOKENS) if known else (params.batch_size, (params.max_visual_tokens,))
+    batch, tokens = (guide.BATCH, rules.VISUAL_TOKENS) if known else (params.batch_size, (params.max_visual_tokens,))
     gpu = GPUS[card] if card else rules.nearest(memory)
     found = rules.plan(costs, memory, gpu, batch, tokens, query)
     values = list(rules.recommend(costs, found, memory, rows, pages))
-    epochs = rules.EPOCHS if known else params.epochs
+    epochs = guide.EPOCHS if known else params.epochs
     forecast = rules.forecast(costs, found, gpu if card else None, rows // batch * epochs, pages)
     head |= {"data": data, "rows": rows, "pages": pages}
     if args.json:
@@ -135,8 +136,9 @@ def _card(name: str | None, memory: float | None) -> tuple[str | None, float]:
 
 def _head(head: dict[str, Any]) -> list[str]:
     gpu = head["gpu"] or "not named"
+    size = f"{head['parameters'] / 1e6:,.1f} M parameters, {head['trained'] / 1e6:,.1f} M trained"
     return [
-        f"base  {head['base']}: {head['parameters'] / 1e6:,.1f} M parameters, {head['trained'] / 1e6:,.1f} M trained",
+        *wrap(f"base  {head['base']}: {size}", 79, subsequent_indent=" " * 6),
         f"GPU   {gpu}, {head['gpu_memory_gb']:g} GB",
         f"data  {head['rows']:,} pairs, {head['pages']:,} pages ({head['data']})",
     ]
@@ -177,7 +179,7 @@ def _forecast(found: "Plan", forecast: dict[str, Any], card: str | None) -> list
 
 def _memory_table(base: str, table: list[Any]) -> list[str]:
     lines = [
-        f"Largest micro_batch_size of a batch of 64, {base}, 1536 visual tokens a page",
+        *wrap(f"Largest micro_batch_size, batch 64, {base}, 1536 visual tokens a page", 79),
         f"{'':8}{'guide':>9}   {'without checkpointing':>24}   {'with checkpointing':>24}",
     ]
     for memory, guide, row in table:

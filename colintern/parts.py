@@ -1,0 +1,44 @@
+"""One side of a batch in parts that go through the model one by one.
+
+Rows of like length are together and each part is only as long as its longest row, so that little of it is padding: the
+batch stays as random as it was, and each row's embeddings are the same wherever it stands.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from colintern.processor import ColIntern3_5Processor
+
+
+def places(inputs: dict[str, Tensor], size: int) -> list[list[int]]:
+    """The rows of each part of `size` rows, the longest rows first: what does not fit the memory fails at once."""
+    order = inputs["attention_mask"].sum(1).argsort(descending=True, stable=True)
+    return [part.tolist() for part in order.split(size)]
+
+
+def take(inputs: dict[str, Tensor], rows: Sequence[int], processor: ColIntern3_5Processor) -> dict[str, Tensor]:
+    """Inputs of the model for `rows`, padded to the longest of them; the flat tiles of `image_features` go with their
+    pages."""
+    ids, mask = (inputs[key][rows] for key in ("input_ids", "attention_mask"))
+    longest = int(mask.sum(1).max())
+    part = {"input_ids": ids[:, :longest], "attention_mask": mask[:, :longest]}
+    if "image_features" in inputs:
+        tiles = (inputs["input_ids"] == processor.image_token_id).sum(1) // processor.image_seq_length
+        pages = inputs["image_features"].split(tiles.tolist())
+        part["image_features"] = torch.cat([pages[row] for row in rows])
+    return part
+
+
+def restored(rows: Iterable[Sequence[int]], embeddings: Iterable[Tensor]) -> Tensor:
+    """The embeddings of all parts in the order of the batch, zeros after a row's own part ends.
+
+    Args:
+        rows: of each part; see `places`.
+        embeddings: of each part, (rows of the part, its longest row, dimension).
+    """
+    numbers = (row for part in rows for row in part)
+    by_row = dict(zip(numbers, (row for part in embeddings for row in part.unbind()), strict=True))
+    return pad_sequence([by_row[row] for row in range(len(by_row))], batch_first=True)
