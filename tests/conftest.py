@@ -1,6 +1,10 @@
 """Fixtures: the demo base is small enough to be loaded by any test."""
 
+import os
 from pathlib import Path
+
+# Before torch is imported, here and in the processes that tests start: a second thread slows such small models down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from PIL import Image, ImageDraw
