@@ -113,6 +113,11 @@ def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
     Raises:
         UserError: see `train`.
     """
+    args = arguments(params, scratch, 1, quiet=not sys.stderr.isatty())
+    if args.n_gpu > 1 or args.world_size > 1:  # each process or device would take a batch of its own
+        raise UserError(
+            f"{args.n_gpu} GPUs in {args.world_size} processes: training uses one; set CUDA_VISIBLE_DEVICES=0"
+        )
     parts = rows(params)
     train, dev_rows = parts["train"], parts["test"][: params.dev_queries]
     steps = len(train) // params.batch_size * params.epochs
@@ -120,11 +125,7 @@ def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
         raise UserError(f"batch_size: {params.batch_size} is more than the {len(train)} training pairs")
     if params.logging_steps > steps:
         raise UserError(f"logging_steps: {params.logging_steps} is more than the {steps} steps of this run")
-    args = arguments(params, scratch, steps // params.epochs, quiet=not sys.stderr.isatty())
-    if args.n_gpu > 1 or args.world_size > 1:  # each process or device would take a batch of its own
-        raise UserError(
-            f"{args.n_gpu} GPUs in {args.world_size} processes: training uses one; set CUDA_VISIBLE_DEVICES=0"
-        )
+    args.eval_steps = steps // params.epochs
     if params.compile and not any(map(shutil.which, COMPILERS)):
         raise UserError(f"compile: true needs a C++ compiler, {' or '.join(COMPILERS)}: install one, or write false")
     set_seed(params.seed)

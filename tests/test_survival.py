@@ -361,12 +361,16 @@ def test_t9_a_weight_that_is_not_finite_ends_the_run_within_a_step(place):
     assert not (place.folder / OUT).exists() and not [p for p in (place.folder / ".scratch").iterdir() if p.is_dir()]
 
 
-def test_t10_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(place, whole, fetched):
+def test_t10_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(place):
+    with contextlib.chdir(place.folder):
+        params(lr="2e-3", lora_dropout=0.0)  # whose draw depends on the parts
+    assert place.run() == 0, place.log
+    had = load_file(place.folder / OUT / "adapter_model.safetensors")
     assert place.run(too_big, 3) == 0, place.log
     assert re.findall(r"out of memory: micro_batch_size is now (\d)", place.log) == ["4", "2"]
     state = json.loads((place.folder / OUT / "trainer_state.json").read_text())
     assert state["global_step"] == STEPS
-    had, has = (load_file(folder / OUT / "adapter_model.safetensors") for folder in (fetched, place.folder))
+    has = load_file(place.folder / OUT / "adapter_model.safetensors")
     for name, value in had.items():  # the sums were taken in another order, ten times
         assert (value - has[name]).norm() <= 1e-3 * value.norm(), name
 
