@@ -1,5 +1,6 @@
 """Fixtures: the demo base is small enough to be loaded by any test."""
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parents[1]
+# Starts processes that have imported what takes ten seconds to import.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["colintern.runs", "colintern.adapters", "colintern.evaluation", "colintern.subjects"])
 BASE = ROOT / "demo" / "base"
 
 

@@ -6,12 +6,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, ROOT
+from conftest import BASE, FORKS, ROOT
 from safetensors.torch import load_file, save_file
 from test_model import TARGETS, load
 
@@ -66,13 +65,21 @@ def top(two_steps, tmp_path):
 
 
 def check(top: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "colintern.cli", "check-adapter", "adapter", *arguments],
-        cwd=top,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    process = FORKS.Process(target=command, args=(top, *arguments))
+    process.start()
+    process.join(180)
+    out, err = ((top / name).read_text() for name in ("out.txt", "err.txt"))
+    return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
+
+
+def command(top: Path, *arguments: str) -> None:
+    """`colintern check-adapter adapter`, in a process of its own."""
+    os.chdir(top)
+    for number, name in ((1, "out.txt"), (2, "err.txt")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    from colintern.cli import main
+
+    main(["check-adapter", "adapter", *arguments])
 
 
 def refused(done: "subprocess.CompletedProcess[str]", code: int, *words: str) -> None:

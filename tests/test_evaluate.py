@@ -5,7 +5,6 @@ Each run is a process of its own, forked from a server that has imported what ta
 
 import contextlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -16,13 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import FORKS, ROOT
 from hub import running
 from safetensors.torch import load_file, save_file
 from test_survey import PAGES, SET, row, write_rows
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["colintern.evaluation", "colintern.subjects", "test_evaluate"])
 ADAPTER = Path("experiments/colintern")
 BENCHMARKS = ("data/own/one", "data/own/two")
 WRITTEN = ("results/mteb_evaluation", "metrics/eval.json", "plots/eval.csv")
@@ -177,7 +174,7 @@ class Place:
 
     def run(self, fault: Callable[..., None] | None = None, *arguments: object, command: str = "") -> int:
         """The exit code, negative for a signal."""
-        process = CONTEXT.Process(target=child, args=(self.folder, command.split(), fault, *arguments))
+        process = FORKS.Process(target=child, args=(self.folder, command.split(), fault, *arguments))
         process.start()
         process.join(180)
         assert process.exitcode is not None, "hangs"

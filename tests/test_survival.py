@@ -7,7 +7,6 @@ the process calls before it trains; those that kill do it with SIGKILL, in the m
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -20,13 +19,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import FORKS, ROOT
 from safetensors.torch import load_file
 from test_survey import BEIR, SET, row, write_eval, write_rows
 
 STEPS = 10  # 40 rows in batches of 8, twice; checkpoints after 3, 6, 9 and 10
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["colintern.runs", "test_survival"])
 OUT = Path("experiments/colintern")
 
 
@@ -184,7 +181,7 @@ class Place:
         self.folder = folder
 
     def start(self, fault: Callable[..., None] | None = None, *arguments: object):
-        process = CONTEXT.Process(target=child, args=(self.folder, fault, *arguments))
+        process = FORKS.Process(target=child, args=(self.folder, fault, *arguments))
         process.start()
         return process
 
