@@ -87,7 +87,8 @@ def record(setting: str, seed: int, params: Params, base: Path) -> dict[str, Any
     features = PageFeatures(wrapped, processor, Path(".scratch/curves"), 1.0)
     features.fill([pair.page for pair in (*train, *dev, *test)], workers=0)
     with tempfile.TemporaryDirectory() as scratch:
-        args = arguments(params, Path(scratch), len(train) // params.batch_size, quiet=True)
+        args = arguments(params, Path(scratch), quiet=True)
+        args.eval_steps = len(train) // params.batch_size
         trainer = ContrastiveTrainer(
             params, processor, DevSet(dev, features), model=wrapped, args=args, train_dataset=Pairs(train, features)
         )

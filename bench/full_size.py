@@ -151,7 +151,7 @@ def train(model: Any, params: Params, scratch: Path, scale: int) -> tuple[Contra
     pairs, dev = Pairs(train_rows, features), DevSet(dev_rows, features)
     tokens = len(pairs[0]["pages"][0]["features"]) * processor.image_seq_length
     print(f"{len(pairs)} pairs in {STEPS} steps, {tokens} visual tokens a page; {len(dev.pages)} dev pages", flush=True)
-    args, watch = arguments(params, scratch, steps=STEPS, quiet=True), Watch()
+    args, watch = arguments(params, scratch, quiet=True), Watch()
     trainer = ContrastiveTrainer(params, processor, dev, model=model, args=args, train_dataset=pairs, callbacks=[watch])
     trainer.train()
     return trainer, watch

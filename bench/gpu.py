@@ -80,7 +80,7 @@ class Engine:
                 if "lora_B" in name:
                     weight.normal_(std=0.01)
         dev = DevSet([Pair("never asked", Page("0", Path))], None)  # type: ignore[arg-type]
-        args = arguments(self.params, Path(scratch), steps=1, quiet=True)
+        args = arguments(self.params, Path(scratch), quiet=True)
         self.trainer = ContrastiveTrainer(self.params, self.processor, dev, model=self.model, args=args)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-5)
 

@@ -81,7 +81,7 @@ def measure(row: tuple[str, int, int, bool, float], device: str) -> dict[str, fl
 
     watch = Watch()
     with tempfile.TemporaryDirectory() as scratch:
-        args = arguments(params, Path(scratch), steps=2, quiet=True)
+        args = arguments(params, Path(scratch), quiet=True)
         args.use_cpu = device == "cpu"
         dev = DevSet([Pair(QUERY, Page("0", Path))], lambda page: features)  # type: ignore[arg-type]
         trainer = ContrastiveTrainer(

@@ -109,7 +109,7 @@ class Bench:
         with torch.no_grad():
             self.features = [self.base.page_features(page) for page in self.tiles]
         self.texts = [QUERIES[i % len(QUERIES)] for i in range(batch)]
-        args = arguments(self.params, Path(scratch), steps=1, quiet=True)
+        args = arguments(self.params, Path(scratch), quiet=True)
         dev = DevSet([Pair("never asked", Page("0", Path))], None)  # type: ignore[arg-type]
         self.ours = Ours(self.params, self.processor, dev, model=self.model, args=args)
         self.stock = StockTrainer(

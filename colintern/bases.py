@@ -7,7 +7,6 @@ Qwen/Qwen3-0.6B, 1.7B, 4B and 8B); the rest is the config.json of OpenGVLab/Inte
 
 import contextlib
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import InternVLConfig
 from colintern import hub
 from colintern.hub_errors import OfflineError, Repo
 from colintern.manifest import digests
-from colintern.params import Params, UserError, on_hub, root
+from colintern.params import Params, UserError, at_commit, on_hub, root
 
 # name -> hidden size, MLP size, layers and attention heads of its language model
 SIZES = {
@@ -59,15 +58,10 @@ def config(base: str, params: Params) -> InternVLConfig:
     """
     if base in SIZES:
         return preset(base)
-    name, _, revision = base.partition("@")
-    if not on_hub(name):
+    if not on_hub(base.partition("@")[0]):
         return _read(root() / base / "config.json", base)
-    revision = revision or (params.base_revision if name == params.base else "")
-    if not re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise UserError(
-            f"base: {base!r} is a hub id and needs its commit: write {name}@<40 hex digits>, which "
-            f"huggingface_hub.HfApi().model_info({name!r}).sha tells; or take one of {', '.join(SIZES)}"
-        )
+    known_commit = f"{base}@{params.base_revision}" if base == params.base else base
+    name, revision = at_commit("base", known_commit, f"; or take one of {', '.join(SIZES)}")
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what is fetched is told there, beside a report for machines
             return _read(hub.fetch_one(Repo("base", name, revision, "model"), "config.json", digests()), base)

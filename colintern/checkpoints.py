@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback
 
 from colintern.identity import content_hash
@@ -48,15 +47,16 @@ class Signals(TrainerCallback):
     """SIGTERM and Ctrl-C: a checkpoint after the step under way, then the end; a second one ends at once."""
 
     def __init__(self) -> None:
-        self.received, self.stepping = 0, False
+        self.received, self.stepping, self.owner = 0, False, os.getpid()
 
     def __call__(self, number: int, frame: Any) -> None:
+        if os.getpid() != self.owner:  # a process that loads data: it is still needed, and ends with its trainer
+            return
+        name = signal.Signals(number).name
         if self.received or not self.stepping:
-            raise Interrupted(
-                f"ended by {signal.Signals(number).name}; the same command goes on from the last checkpoint"
-            )
+            raise Interrupted(f"ended by {name}; the same command goes on from the last checkpoint, if there is one")
         self.received = number
-        print(f"{signal.Signals(number).name}: a checkpoint after this step, then the end; again to end at once")
+        print(f"{name}: a checkpoint after this step, then the end; again to end at once", flush=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stepping = True
@@ -130,12 +130,15 @@ def _by_step(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name.partition("-")[2]))
 
 
-def size(model: nn.Module) -> int:
-    """Bytes of one checkpoint: the trained weights, and AdamW's two moments of each; a little for the rest."""
-    return (
-        sum(p.numel() * (p.element_size() + 2 * p.element_size()) for p in model.parameters() if p.requires_grad)
-        + 2**20
-    )
+def size(trained: int) -> int:
+    """Bytes of one checkpoint of so many trained parameters: each in float32 with AdamW's two moments; a little for
+    the rest."""
+    return 3 * 4 * trained + 2**20
+
+
+def room(trained: int) -> int:
+    """Bytes that a run needs at most: the checkpoints that are kept, the one that is being written, the adapter."""
+    return (KEEP + 2) * size(trained)
 
 
 def check_room(folder: Path, need: int, what: str) -> None:

@@ -95,7 +95,7 @@ def _from_column(
         return {}
     known = {(e.file, e.row): pages[e.page] for e in entries if e.source == data.corpus.name}
     in_order = [(file, row) for file in data.corpus.files for row in range(_length(data.corpus, file))]
-    found = {}
+    found, lost = {}, 0
     for one in data.sets:
         for file in one.files if one.by_number else ():
             if NEGATIVES not in read_schema(one.folder / file).names:
@@ -103,8 +103,11 @@ def _from_column(
             table = read_table(one.folder / file, columns=[POSITIVES, NEGATIVES], use_threads=False)
             for row, (right, wrong) in enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True)):
                 right = right if isinstance(right, list) else [right]
-                numbers = [number for number in wrong or () if number not in right and number < len(in_order)]
-                found[one.name, file, row] = [known[in_order[n]] for n in numbers if in_order[n] in known]
+                numbers = [number for number in wrong or () if number not in right]
+                there = [known[in_order[n]] for n in numbers if 0 <= n < len(in_order) and in_order[n] in known]
+                found[one.name, file, row], lost = there, lost + len(numbers) - len(there)
+    if lost:
+        print(f"{lost} numbers in {NEGATIVES} are no rows of {data.corpus.name}, or of pages in quarantine")
     return found
 
 

@@ -8,6 +8,7 @@ guide's numbers are for InternVL3.5-1B, those for the demo were measured (README
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from colintern.checkpoints import room
 from colintern.guide import BATCH, EPOCHS, SMALLEST, lr_bounds, optimal_lr, other_lr
 from colintern.lora import FLOAT32, examine, faults, meta_model, notes
 from colintern.machine import Machine, machine
@@ -15,7 +16,6 @@ from colintern.params import Params, UserError
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 GB = 1e9
-CHECKPOINTS = 3  # two are kept, and the next one is written before the older goes
 RESERVE = 2 * 2**30  # left free by the feature cache
 DRIVERS = {"12": "525.60.13", "13": "580.65.06"}  # oldest Linux driver of a CUDA series: NVIDIA, CUDA release notes
 GUIDE_GPU = 16 * 2**30  # the guide's least GPU
@@ -155,19 +155,19 @@ def attention(facts: Facts) -> Answer:
 
 def disk(facts: Facts) -> Answer:
     trained, have = facts.counts["trainable_parameters"], facts.machine.disk_bytes
-    must = CHECKPOINTS * 3 * FLOAT32 * trained + facts.counts["adapter_bytes"]
+    must = room(trained)
     features = max(0.0, facts.params.feature_cache_gb * GB - facts.machine.features_bytes)
-    room = f"{have / GB:.1f} GB free"
+    free = f"{have / GB:.1f} GB free"
     if have < must:
-        return FAIL, f"{room}; checkpoints and adapter need {must / GB:.1f} GB", "make room on this disk"
+        return FAIL, f"{free}; checkpoints and adapter need {must / GB:.1f} GB", "make room on this disk"
     if have < must + features + RESERVE:
         fits = max(0.0, have - must - RESERVE + facts.machine.features_bytes) / GB
         return (
             WARN,
-            f"{room}; not for all of feature_cache_gb {facts.params.feature_cache_gb:g}: more pages are computed anew",
+            f"{free}; not for all of feature_cache_gb {facts.params.feature_cache_gb:g}: more pages are computed anew",
             f"make room on this disk, or feature_cache_gb: {fits:.0f}",
         )
-    return PASS, f"{room}; at most {(must + features) / GB:.1f} GB needed for checkpoints and page features"
+    return PASS, f"{free}; at most {(must + features) / GB:.1f} GB needed for checkpoints and page features"
 
 
 def memory(facts: Facts) -> Answer:

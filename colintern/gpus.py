@@ -19,8 +19,9 @@ class Gpu(NamedTuple):
     source: str
 
 
-# NVIDIA's data sheets and, for GeForce, the architecture white papers; where a sheet gives the rate with sparsity, half
-# of it. float32 is the rate without TF32, which torch leaves off for matrix products.
+# NVIDIA's data sheets and, for GeForce, the architecture white papers, as public pages quote them: the sheets were not
+# at hand. Where the rate is given with sparsity, half of it. float32 is the rate without TF32, which torch leaves off
+# for matrix products.
 GPUS = {
     "RTX-4080": Gpu(16, 97.5, 48.7, 0.717, "Ada white paper"),
     "RTX-4090": Gpu(24, 165.2, 82.6, 1.008, "Ada white paper"),

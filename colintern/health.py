@@ -108,8 +108,9 @@ class Answer(NamedTuple):
     remedy: str
 
 
-def lower(c: Curve) -> str:
-    return f"lr: {c.params.lr / 3:.2g}, or more warmup_steps than {c.params.warmup_steps}"
+def calmer(params: Params) -> str:
+    """What to do about a training that is thrown off."""
+    return f"lr: {params.lr / 3:.2g}, or more warmup_steps than {params.warmup_steps}"
 
 
 def dead(c: Curve) -> bool:
@@ -122,14 +123,14 @@ def cure(c: Curve) -> str:
     """What to do about a loss that does not fall."""
     fell = dead(c) or mean(c.tail) > 1.1 * min(c.losses)  # it was lower before
     larger = "" if c.params.batch_size >= SMALL else f"; batch_size: {SMALL}"
-    return f"{lower(c) if fell else f'lr: {3 * c.params.lr:.2g}'}{larger}; else {MATCH}"
+    return f"{calmer(c.params) if fell else f'lr: {3 * c.params.lr:.2g}'}{larger}; else {MATCH}"
 
 
 def finite(c: Curve) -> Answer | None:
     numbers = [row[key] for row in c.rows for key in ("loss", "grad_norm") if key in row]
     wrong = sum(not math.isfinite(number) for number in numbers)
     seen = f"{wrong} of {len(numbers)} losses and norms are NaN or infinite"
-    return Answer(False, wrong > 0, wrong, seen, lower(c))
+    return Answer(False, wrong > 0, wrong, seen, calmer(c.params))
 
 
 def known(c: Curve) -> Answer | None:
@@ -175,7 +176,7 @@ def gradient(c: Curve) -> Answer | None:
     usual = median(norms)
     spikes = sum(norm > JUMP * usual for norm in norms) / len(norms)
     seen = f"{usual:.2g} (guide: 1-3), highest {max(norms):.2g}, {spikes:.0%} spikes"
-    return Answer(spikes > 0.05, dead(c) or spikes > 0.2, usual, seen, lower(c))
+    return Answer(spikes > 0.05, dead(c) or spikes > 0.2, usual, seen, calmer(c.params))
 
 
 def learning_rate(c: Curve) -> Answer | None:

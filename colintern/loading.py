@@ -1,5 +1,6 @@
 """A trained adapter as a model, or its base with the same head before training."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,17 @@ def require_adapter(adapter: Path) -> None:
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         if not (adapter / name).is_file():
             raise UserError(f"{adapter}: holds no {name}; run the stage that makes it: dvc repro train")
+
+
+def require_base(params: Params, folder: Path) -> None:
+    """Raises UserError where an adapter was trained on another base than `params.base`."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    name, revision = config["base_model_name_or_path"], config.get("revision") or ""
+    if (name, revision) != (params.base, params.base_revision):
+        raise UserError(
+            f"{folder}: was trained on base {name!r} at {revision!r}, but params.yaml has {params.base!r} at "
+            f"{params.base_revision!r}"
+        )
 
 
 def load_adapter(params: Params, base: str, adapter: Path, trained: bool = True) -> nn.Module:

@@ -32,9 +32,8 @@ METRICS = (  # of `count`, those that metrics/verify.json keeps
     "adapter_bytes",
     "optimizer_bytes",
 )
-FLOAT32 = (
-    4  # bytes: PEFT keeps LoRA weights in float32 whatever the base's format is; so do AdamW's moments and the head
-)
+# Bytes. PEFT keeps LoRA weights in float32 whatever the base's format is; so are AdamW's moments and the head's file.
+FLOAT32 = 4
 
 
 def add_lora(

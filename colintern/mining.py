@@ -18,7 +18,7 @@ from colintern.data import Pair, candidates
 from colintern.embed import embed_features, embed_queries
 from colintern.features import FEATURES, Page, PageFeatures
 from colintern.identity import content_hash, versions
-from colintern.loading import load_adapter, load_processor, require_adapter
+from colintern.loading import load_adapter, load_processor, require_adapter, require_base
 from colintern.manifest import check_base
 from colintern.maxsim import maxsim_scores
 from colintern.negatives import Mined
@@ -53,6 +53,7 @@ def mine(params: Params, adapter: Path, limits: Limits) -> Found:
     """
     require_adapter(adapter)
     base = check_base(params)
+    require_base(params, adapter)
     torch.set_num_threads(params.threads)
     train, pages, unfit = candidates(params)
     model, processor = load_adapter(params, base, adapter), load_processor(params, adapter)

@@ -273,6 +273,21 @@ def on_hub(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not (root() / name).is_dir()
 
 
+def at_commit(key: str, text: str, hint: str = "") -> tuple[str, str]:
+    """Hub id and commit of `ID@COMMIT`, which a user wrote as `key`.
+
+    Raises:
+        UserError: it is something else; `hint`: what else would be valid.
+    """
+    name, _, revision = text.partition("@")
+    if not on_hub(name) or not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise UserError(
+            f"{key}: {text!r} is no folder here, and a hub id needs its commit: write {name}@<40 hex digits>, which "
+            f"huggingface_hub.HfApi().model_info({name!r}).sha tells{hint}"
+        )
+    return name, revision
+
+
 def _kind_and_rules(key: str) -> tuple[Any, list[Rule]]:
     kind, *rules = get_args(HINTS[key]) or (HINTS[key],)
     return kind, rules

@@ -20,7 +20,7 @@ from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import TrainerState, set_seed
 
-from colintern.checkpoints import KEEP, SAVING, Interrupted, Signals, check_room, newest, size
+from colintern.checkpoints import SAVING, Interrupted, Signals, check_room, newest, room, size
 from colintern.data import Pairs, rows
 from colintern.features import FEATURES, PageFeatures
 from colintern.health import health, line, report, stored
@@ -77,7 +77,7 @@ def run(trainer: ContrastiveTrainer, scratch: Path, checkpoint: Path | None) -> 
         NonFiniteError: see `train`.
     """
     model: Any = trainer.model
-    need = size(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     scratch.mkdir(parents=True, exist_ok=True)
     if checkpoint:
         print(f"resuming from {checkpoint}")
@@ -88,7 +88,7 @@ def run(trainer: ContrastiveTrainer, scratch: Path, checkpoint: Path | None) -> 
             trainer.tally.on_train_begin(None, state, None)
             return
     else:
-        check_room(scratch, (KEEP + 2) * need, "checkpoints and adapter")
+        check_room(scratch, room(trained), "checkpoints and adapter")
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except NonFiniteError:
@@ -96,7 +96,7 @@ def run(trainer: ContrastiveTrainer, scratch: Path, checkpoint: Path | None) -> 
         raise
     except (OSError, RuntimeError, SafetensorError):  # what a full disk makes of torch's and safetensors' writers
         shutil.rmtree(scratch / SAVING, ignore_errors=True)
-        check_room(scratch, need, f"the checkpoint of step {trainer.state.global_step} would")
+        check_room(scratch, size(trained), f"the checkpoint of step {trainer.state.global_step} would")
         raise
 
 
@@ -113,7 +113,7 @@ def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
     Raises:
         UserError: see `train`.
     """
-    args = arguments(params, scratch, 1, quiet=not sys.stderr.isatty())
+    args = arguments(params, scratch, quiet=not sys.stderr.isatty())
     if args.n_gpu > 1 or args.world_size > 1:  # each process or device would take a batch of its own
         raise UserError(
             f"{args.n_gpu} GPUs in {args.world_size} processes: training uses one; set CUDA_VISIBLE_DEVICES=0"
@@ -125,6 +125,7 @@ def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
         raise UserError(f"batch_size: {params.batch_size} is more than the {len(train)} training pairs")
     if params.logging_steps > steps:
         raise UserError(f"logging_steps: {params.logging_steps} is more than the {steps} steps of this run")
+    # At the end of an epoch, but by steps: "epoch" comes after the step's checkpoint, which then lacks the score.
     args.eval_steps = steps // params.epochs
     if params.compile and not any(map(shutil.which, COMPILERS)):
         raise UserError(f"compile: true needs a C++ compiler, {' or '.join(COMPILERS)}: install one, or write false")

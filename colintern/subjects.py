@@ -12,7 +12,7 @@ from torch import nn
 
 from colintern.features import FEATURES, PageFeatures
 from colintern.identity import content_hash, stage_code, versions
-from colintern.loading import load_adapter, load_merged, load_processor, require_adapter
+from colintern.loading import load_adapter, load_merged, load_processor, require_adapter, require_base
 from colintern.manifest import MANIFEST, check_base, read
 from colintern.mteb_model import ColIntern3_5Encoder
 from colintern.params import Params, UserError, root
@@ -46,7 +46,7 @@ def subjects(params: Params, folder: Path) -> dict[str, Subject]:
         return {"trained": _merged(params, folder)}
     require_adapter(folder)
     base = check_base(params)
-    _require_base(params, folder)
+    require_base(params, folder)
     names = [("trained", "colintern3_5")] + [("untrained", "colintern3_5-untrained")] * params.eval_untrained
     return {name: _adapter(params, base, folder, name == "trained", label) for name, label in names}
 
@@ -108,13 +108,3 @@ def _identity(params: Params, what: dict[str, Any]) -> dict[str, Any]:
         "versions": versions() | {"mteb": version("mteb")},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-
-
-def _require_base(params: Params, folder: Path) -> None:
-    config = json.loads((folder / "adapter_config.json").read_text())
-    name, revision = config["base_model_name_or_path"], config.get("revision") or ""
-    if (name, revision) != (params.base, params.base_revision):
-        raise UserError(
-            f"{folder}: was trained on base {name!r} at {revision!r}, but params.yaml has {params.base!r} at "
-            f"{params.base_revision!r}"
-        )

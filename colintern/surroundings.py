@@ -95,17 +95,19 @@ def hub_repos(params: Params) -> dict[Repo, list[str] | None]:
     try:
         manifest = json.loads(Path(MANIFEST).read_text())
     except (OSError, ValueError):
-        manifest = {"base": {}, "train": [], "train_data": "", "evaluation": {}}
+        manifest = {"base": {}, "train": [], "train_corpus": None, "evaluation": {}}
     found: dict[Repo, list[str] | None] = {}
     if on_hub(params.base):
         same = (params.base, params.base_revision) == tuple(manifest["base"].get(k) for k in ("folder", "revision"))
         repo = Repo("base", params.base, params.base_revision, "model")
         found[repo] = list(manifest["base"]["files"]) if same else None
     known = {(part["folder"], part["revision"]): list(part["files"]) for part in manifest["train"]}
-    for name, _ in mixture(params.train_data):
+    if corpus := manifest["train_corpus"]:
+        known[corpus["folder"], corpus["revision"]] = list(corpus["files"])
+    sets = [("train_data", name, params.train_revision) for name, _ in mixture(params.train_data)]
+    for key, name, revision in [*sets, ("train_corpus", params.train_corpus, params.train_corpus_revision)]:
         if on_hub(name):
-            repo = Repo("train_data", name, params.train_revision, "dataset")
-            found[repo] = known.get((name, params.train_revision))
+            found[Repo(key, name, revision, "dataset")] = known.get((name, revision))
     for task, part in manifest["evaluation"].items():
         if part["revision"]:
             found[Repo(f"benchmarks: {task}", part["folder"], part["revision"], "dataset")] = list(part["files"])

@@ -60,21 +60,21 @@ def look(parts: Sequence[Part]) -> dict[Part, list[Seen]]:
     blocks = spread(_look, tasks, "checking pages", "block")
     for (part, _, _), rows in zip(tasks, blocks, strict=True):
         seen[part] += rows
-    for part in parts:
-        if part.corpus:
-            seen[part] = _numbered(part, parts, seen[part.corpus])
+    numbered = [(part, part.corpus) for part in parts if part.corpus]
+    for part, corpus in numbered:
+        seen[part] = [_named_page(row, seen[corpus]) for row in _queries(part)]
+    for part, _ in numbered:
+        if not part.files:
+            _draw_dev([other for other, _ in numbered if other.name == part.name], seen)
     return seen
 
 
-def _numbered(part: Part, parts: Sequence[Part], pages: Sequence[Seen]) -> list[Seen]:
-    """The rows of a part that name their pages by number; `pages` are those of the corpus, in its order."""
-    both = [other for other in parts if (other.name, other.corpus) == (part.name, part.corpus)]
-    own = [_named_page(row, pages) for row in _queries(part)]
-    if all(other.files for other in both):
-        return own
-    rows = own or [_named_page(row, pages) for other in both for row in _queries(other)]
+def _draw_dev(parts: Sequence[Part], seen: dict[Part, list[Seen]]) -> None:
+    """Share the rows of a set that has no files for its dev set out among its splits."""
+    rows = [row for part in parts for row in seen[part]]
     dev = held_out(row.key for row in rows if not row.fault)
-    return [row for row in rows if (row.key in dev) == (part.split == "dev")]
+    for part in parts:
+        seen[part] = [row for row in rows if (row.key in dev) == (part.split == "dev")]
 
 
 def held_out(keys: Iterable[str]) -> set[str]:

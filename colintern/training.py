@@ -23,6 +23,7 @@ from colintern.checkpoints import SAVING, Checkpoints
 from colintern.data import Collator, Pair
 from colintern.embed import embed_features, embed_queries
 from colintern.features import PageFeatures
+from colintern.health import calmer
 from colintern.loss import contrastive_loss, false_negatives, maxsim_matrix
 from colintern.maxsim import maxsim_scores, ndcg_at_k
 from colintern.params import Params, UserError
@@ -86,7 +87,7 @@ class ContrastiveTrainer(Trainer):
         **kwargs: Any,
     ):
         self.params, self.dev, self.processor, self.tally = params, dev, processor, Tally()
-        self.remedy = f"try lr: {params.lr / 3:.2g}, or more warmup_steps than {params.warmup_steps}"
+        self.remedy = f"try {calmer(params)}"
         self.micro, self.low_precision = params.micro_batch_size, params.dtype == "bfloat16"
         self.pace = Pace()
         checkpoints = Checkpoints(Path(kwargs["args"].output_dir).parent)
@@ -247,8 +248,9 @@ class DevSet(Dataset):
         return sum(1 / math.log2(rank + 1) for rank in range(1, 6)) / len(self.pages)
 
 
-def arguments(params: Params, folder: Path, steps: int, quiet: bool) -> TrainingArguments:
-    """The Trainer's arguments; checkpoints end up in `folder`, see `Checkpoints`. `steps`: of an epoch."""
+def arguments(params: Params, folder: Path, quiet: bool) -> TrainingArguments:
+    """The Trainer's arguments; checkpoints end up in `folder`, see `Checkpoints`. The dev set is measured with each
+    logged row unless `eval_steps` is set."""
     return TrainingArguments(
         output_dir=str(folder / SAVING),
         per_device_train_batch_size=params.batch_size,
@@ -261,9 +263,7 @@ def arguments(params: Params, folder: Path, steps: int, quiet: bool) -> Training
         max_grad_norm=params.max_grad_norm,
         logging_steps=params.logging_steps,
         logging_nan_inf_filter=False,
-        # At the end of an epoch, but by steps: "epoch" comes after the step's checkpoint, which then lacks the score.
         eval_strategy="steps",
-        eval_steps=steps,
         save_strategy="steps",
         save_steps=params.save_steps,
         activation_checkpointing=params.gradient_checkpointing,

@@ -45,7 +45,7 @@ def trained(top: Path, processor, pages, **changes) -> Path:
         keyed = [Page.of(page) for page in pages]
         rows = list(map(Pair, QUERIES, keyed))
         dev, pairs = DevSet(rows, features), Pairs(rows, features)
-        args = arguments(params, top / "run", steps=1, quiet=True)
+        args = arguments(params, top / "run", quiet=True)
         trainer = ContrastiveTrainer(params, processor, dev, model=wrapped, args=args, train_dataset=pairs)
         identity |= origin(trainer)
         trainer.train()

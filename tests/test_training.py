@@ -38,7 +38,7 @@ def make(processor, pages, tmp_path):
         torch.manual_seed(0)
         base = load(BASE).to(getattr(torch, params.dtype))
         wrapped = add_lora(base, TARGETS, rank=4, alpha=4, dropout=params.lora_dropout)
-        args = arguments(params, tmp_path / "run", steps=1, quiet=True)
+        args = arguments(params, tmp_path / "run", quiet=True)
         features = PageFeatures(wrapped, processor, tmp_path / "features", cache_gb)
         keyed = [Page.of(page) for page in pages]
         features.fill(keyed, workers=0)

@@ -5,11 +5,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from colintern.params import Params, UserError, load
+from colintern.params import Params, UserError, at_commit, load
 
 SUMMARY = "evaluate an adapter, a merged model or one on the hub; the rest is as in params.yaml"
 EXAMPLE = 'colintern evaluate experiments/colintern --benchmarks "ViDoRe(v2)" --batch-size 16'
-SUFFIXES = (".safetensors", ".json", ".txt", ".jinja")  # no pickles
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,14 +67,8 @@ def _from_hub(name: str) -> Path:
     """The folder in the hub's cache, fetched first where it must be."""
     from colintern import hub
     from colintern.hub_errors import Repo
-    from colintern.manifest import hub_files
+    from colintern.manifest import BASE_SUFFIXES, hub_files
 
-    model, _, revision = name.partition("@")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or not re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise UserError(
-            f"MODEL: {name!r} is no folder here, and a hub id needs its commit: ID@<40 hex digits>, which "
-            f"huggingface_hub.HfApi().model_info(ID).sha tells"
-        )
-    repo = Repo("MODEL", model, revision, "model")
-    hub_files([(repo, SUFFIXES)])
+    repo = Repo("MODEL", *at_commit("MODEL", name), "model")
+    hub_files([(repo, BASE_SUFFIXES)])
     return hub.folder(repo)
