@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import psutil
 from PIL import Image, ImageDraw, ImageFont
 
-from colintern.formats import TrainingRow, write_training_split
+from colintern.data.formats import TrainingRow, write_training_split
 
 ROOT = Path(__file__).parents[1]
 SHARDS, DEV_PAGES, NO_OPS = 12, 200, 5
@@ -124,10 +124,10 @@ def clone(place: Path, train_data: str) -> Path:
 
 def start(batches: int) -> None:
     """In a process of its own: from params to the first batch, and `batches` more. Prints one line of JSON."""
-    from colintern import runs
-    from colintern.data import rows
-    from colintern.manifest import check_base
+    from colintern.files.manifest import check_base
     from colintern.params import load
+    from colintern.training import runs
+    from colintern.training.pairs import rows
 
     params = load()
     base = check_base(params)

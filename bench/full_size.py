@@ -27,14 +27,14 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Train
 from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
-from colintern.data import Pair, Pairs
-from colintern.demo import corpus
-from colintern.features import Page, PageFeatures
-from colintern.lora import add_lora, count, faults, meta_model, table
+from colintern.data.demo import corpus
 from colintern.model import ColIntern3_5, attention_kernel
+from colintern.modeling.features import Page, PageFeatures
+from colintern.modeling.lora import add_lora, count, faults, meta_model, table
 from colintern.params import Params, load
 from colintern.processor import ColIntern3_5Processor
-from colintern.training import ContrastiveTrainer, DevSet, arguments
+from colintern.training.pairs import Pair, Pairs
+from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
 
 CONFIG, RECIPE, TOKENIZER = Path("tests/internvl3_5-1b.json"), Path("recipes/internvl3_5-1b.yaml"), "demo/base"
 STEPS, DEV_PAGES, MOST_GIB = 2, 4, 24
@@ -141,7 +141,7 @@ def verify(model: Any, params: Params) -> dict[str, Any]:
 
 
 def train(model: Any, params: Params, scratch: Path, scale: int) -> tuple[ContrastiveTrainer, Watch]:
-    """Two steps and the dev set, as `colintern.runs.prepare` puts a trainer together."""
+    """Two steps and the dev set, as `colintern.training.runs.prepare` puts a trainer together."""
     processor = ColIntern3_5Processor.from_pretrained(
         params.base, max_visual_tokens=params.max_visual_tokens, max_query_tokens=params.max_query_tokens
     )

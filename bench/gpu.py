@@ -28,14 +28,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from transformers import InternVLConfig
 
-from colintern.data import Pair
-from colintern.features import Page
-from colintern.lora import add_lora
-from colintern.loss import maxsim_matrix
 from colintern.model import ColIntern3_5, attention_kernel
+from colintern.modeling.features import Page
+from colintern.modeling.lora import add_lora
 from colintern.params import Params, UserError, exit_on_user_error, load
 from colintern.processor import ColIntern3_5Processor
-from colintern.training import ContrastiveTrainer, DevSet, OutOfMemory, arguments
+from colintern.training.loss import maxsim_matrix
+from colintern.training.pairs import Pair
+from colintern.training.trainer import ContrastiveTrainer, DevSet, OutOfMemory, arguments
 
 RECIPE, TOKENIZER = Path("recipes/internvl3_5-1b.yaml"), Path("demo/base")
 ROOFLINE = {"H200": 0.53, "A100": 1.46}  # seconds of a step of 64 pages of 6 tiles, everything fused

@@ -25,7 +25,7 @@ from sentence_transformers.multi_vector_encoder.scoring import mean_colbert_scor
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from colintern.loss import contrastive_loss, maxsim_matrix
+from colintern.training.loss import contrastive_loss, maxsim_matrix
 
 TEMPERATURE = 0.02
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""Peak memory of a training step: predicted by colintern/costs.py against measured.
+"""Peak memory of a training step: predicted by colintern/planning/costs.py against measured.
 
     nice -n 15 python -m bench.memory [--only demo quarter]
 
@@ -46,13 +46,13 @@ def measure(row: tuple[str, int, int, bool, float], device: str) -> dict[str, fl
     import torch
     from transformers import TrainerCallback, set_seed
 
-    from colintern.costs import Costs, Setting
-    from colintern.data import Pair
-    from colintern.features import Page
-    from colintern.lora import add_lora
     from colintern.model import ColIntern3_5
+    from colintern.modeling.features import Page
+    from colintern.modeling.lora import add_lora
     from colintern.params import load
-    from colintern.training import ContrastiveTrainer, DevSet, arguments
+    from colintern.planning.costs import Costs, Setting
+    from colintern.training.pairs import Pair
+    from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
 
     name, batch, micro, checkpointing, dropout = row
     torch.set_num_threads(1)

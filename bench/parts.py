@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 
 from bench.gpu import REAL, TINY, Engine
-from colintern import parts
+from colintern.training import parts
 
 
 def as_they_come(inputs: dict[str, Any], size: int) -> list[list[int]]:
@@ -55,7 +55,7 @@ def main() -> None:
         for _ in range(1 + args.rounds):
             for name, (places, take) in WAYS.items():
                 batch = engine.batch(counts)
-                with patch("colintern.training.places", places), patch("colintern.training.take", take):
+                with patch("colintern.training.trainer.places", places), patch("colintern.training.trainer.take", take):
                     start = time.process_time()
                     engine.trainer.training_step(engine.model, batch)
                     found[name].append(time.process_time() - start)

@@ -39,13 +39,13 @@ def run(params: Params) -> tuple[float, float, str]:
     import torch
     from pyarrow.parquet import read_table
 
-    from colintern.data import Pair
-    from colintern.features import Page
-    from colintern.health import health
-    from colintern.images import decode
-    from colintern.manifest import benchmark_folder, check_base
-    from colintern.runs import prepare
-    from colintern.training import DevSet
+    from colintern.data.images import decode
+    from colintern.files.manifest import benchmark_folder, check_base
+    from colintern.modeling.features import Page
+    from colintern.training.health import health
+    from colintern.training.pairs import Pair
+    from colintern.training.runs import prepare
+    from colintern.training.trainer import DevSet
 
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

@@ -32,13 +32,13 @@ from transformers import InternVLConfig, InternVLModel, TrainingArguments
 from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
-from colintern.data import Pair
-from colintern.features import Page
-from colintern.lora import add_lora
 from colintern.model import ColIntern3_5
+from colintern.modeling.features import Page
+from colintern.modeling.lora import add_lora
 from colintern.params import Params, load
 from colintern.processor import ColIntern3_5Processor
-from colintern.training import ContrastiveTrainer, DevSet, arguments
+from colintern.training.pairs import Pair
+from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
 
 CONFIG, RECIPE, TOKENIZER = Path("tests/internvl3_5-1b.json"), Path("recipes/internvl3_5-1b.yaml"), "demo/base"
 QUERIES = ["invoice of the harbour office in Oslo from March", "who sent the milk to Rome", "total of all freight"]

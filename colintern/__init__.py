@@ -1,3 +1,21 @@
-"""Train, evaluate and compare ColIntern3.5 visual document retrievers."""
+"""Train, evaluate and compare ColIntern3.5 visual document retrievers.
+
+params       params.yaml as a checked object
+tiles        how a page is cut
+maxsim       the score
+model        the model: a page or a query in, many vectors out
+processor    pages and queries as the model's input
+files/       bytes on disk: what is fetched from a hub, hashed, listed, locked
+data/        from sources to checked rows
+modeling/    what is done to a model: LoRA and its count, bases, adapters, page features, embeddings
+mteb_model   the model as mteb's encoder
+training/    from rows to an adapter: batches, loss, the step, checkpoints, health
+evaluation/  from an adapter to numbers: mteb's tasks, per-query scores, comparisons
+planning/    before a run: what it will cost, what fits, what would go wrong
+commands/    `colintern NAME`, a module each
+cli          finds them
+
+Each imports from those above it in this list and from its own; dvc.yaml says which stage reaches what.
+"""
 
 __version__ = "0.1.0"

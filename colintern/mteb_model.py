@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from colintern.embed import embed_features, embed_pages, embed_queries
-from colintern.features import Page, PageFeatures
 from colintern.maxsim import maxsim_scores
+from colintern.modeling.embed import embed_features, embed_pages, embed_queries
+from colintern.modeling.features import Page, PageFeatures
 from colintern.params import UserError
 
 
@@ -20,7 +20,7 @@ class ColIntern3_5Encoder(AbsEncoder):
     """What `mteb.evaluate` takes as a model.
 
     Args:
-        model, processor: see `colintern.embed`.
+        model, processor: see `colintern.modeling.embed`.
         label: the model is called `colintern/<label>` in mteb's files.
         revision: tells weights apart under one label, for example a hash of them.
         features: where the pages' features come from; without it each page goes through the whole model.

@@ -21,8 +21,8 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTr
 from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
-from colintern.demo import page_words, query_words
-from colintern.pages import LAYOUTS, Page
+from colintern.data.demo import page_words, query_words
+from colintern.data.pages import LAYOUTS, Page
 from colintern.processor import ColIntern3_5Processor
 
 TILE, PATCH, CELL = 112, 14, 28

@@ -10,8 +10,8 @@ is no out. Tasks that a run of the same model has finished are taken from .scrat
 import csv
 from pathlib import Path
 
-from colintern.jsonfile import dumps
-from colintern.manifest import arrow_cache, ready
+from colintern.files.jsonfile import dumps
+from colintern.files.manifest import arrow_cache, ready
 from colintern.params import exit_on_user_error, load
 
 
@@ -20,11 +20,11 @@ def main() -> None:
     params = load()
     arrow_cache()
     ready(params, evaluation=True)
-    from colintern.benchmarks import tasks_for  # only now: `datasets` reads the environment when it is imported
-    from colintern.evaluation import evaluate
-    from colintern.scores import METRICS, report, score_rows
-    from colintern.subjects import subjects
-    from colintern.verdicts import table
+    from colintern.data.benchmarks import tasks_for  # only now: `datasets` reads the environment when it is imported
+    from colintern.evaluation.scores import METRICS, report, score_rows
+    from colintern.evaluation.subjects import subjects
+    from colintern.evaluation.tasks import evaluate
+    from colintern.evaluation.verdicts import table
 
     tasks_for(params)  # a misspelt name is refused before anything else is looked at
     scores = evaluate(subjects(params, Path("experiments/colintern")), params, Path("results/mteb_evaluation"))

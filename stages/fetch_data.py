@@ -11,13 +11,13 @@ cache lacks something.
 
 from pathlib import Path
 
-from colintern import index
-from colintern.checks import check, quarantine
-from colintern.jsonfile import dumps
-from colintern.manifest import MANIFEST, QUARANTINE, SURVEY, local
+from colintern.data import index
+from colintern.data.checks import check, quarantine
+from colintern.data.sources import fetch, parts, tokenizer
+from colintern.data.survey import look, survey, usable
+from colintern.files.jsonfile import dumps
+from colintern.files.manifest import MANIFEST, QUARANTINE, SURVEY, local
 from colintern.params import exit_on_user_error, load
-from colintern.sources import fetch, parts, tokenizer
-from colintern.survey import look, survey, usable
 
 
 @exit_on_user_error()
@@ -25,7 +25,7 @@ def main() -> None:
     params = load()
     tasks = {}
     if not all(map(local, params.benchmarks)):
-        from colintern.benchmarks import hub_data  # only now: it imports mteb, which takes seconds
+        from colintern.data.benchmarks import hub_data  # only now: it imports mteb, which takes seconds
 
         tasks = hub_data(params)
     manifest, own = fetch(params, tasks)

@@ -17,10 +17,10 @@ if not sys.stderr.isatty():
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # else the Trainer splits each batch over all of them
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from colintern.jsonfile import dumps
-from colintern.manifest import ready
+from colintern.data.trainset import training_data
+from colintern.files.jsonfile import dumps
+from colintern.files.manifest import ready
 from colintern.params import exit_on_user_error, load
-from colintern.trainset import training_data
 
 
 @exit_on_user_error()
@@ -29,10 +29,10 @@ def main() -> None:
     # A flipped bit costs seconds here, and a training run later.
     training_data(params, anew=True)
     base = ready(params, anew=True)
-    from colintern.doctor import hold
+    from colintern.planning.doctor import hold
 
     hold(params, base)
-    from colintern.runs import train  # only now: `datasets` looks at its import whether it may ask the hub
+    from colintern.training.runs import train  # only now: `datasets` looks at its import whether it may ask the hub
 
     metrics = train(params, Path("experiments/colintern"))
     path = Path("metrics/train.json")

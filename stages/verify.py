@@ -9,10 +9,10 @@ custom_text_proj, or a vision module that is hit.
 
 from pathlib import Path
 
-from colintern.inventory import inventory, metrics, write_csv
-from colintern.jsonfile import dumps
-from colintern.lora import METRICS, examine, faults, meta_model, table
-from colintern.manifest import ready
+from colintern.data.inventory import inventory, metrics, write_csv
+from colintern.files.jsonfile import dumps
+from colintern.files.manifest import ready
+from colintern.modeling.lora import METRICS, examine, faults, meta_model, table
 from colintern.params import UserError, exit_on_user_error, load
 
 

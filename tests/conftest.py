@@ -13,7 +13,14 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).parents[1]
 # Starts processes that have imported what takes ten seconds to import.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["colintern.runs", "colintern.adapters", "colintern.evaluation", "colintern.subjects"])
+FORKS.set_forkserver_preload(
+    [
+        "colintern.training.runs",
+        "colintern.modeling.adapters",
+        "colintern.evaluation.tasks",
+        "colintern.evaluation.subjects",
+    ]
+)
 BASE = ROOT / "demo" / "base"
 
 

@@ -1,9 +1,18 @@
-"""What the code itself says about the pipeline: which modules a stage reaches, which params those modules read."""
+"""What the code itself says about the pipeline: which modules a stage reaches, which params those modules read.
+
+python tests/pipeline_facts.py      writes both into dvc.yaml
+"""
 
 import ast
+import dataclasses
 from pathlib import Path
 
+from ruamel.yaml import YAML
+
+from colintern.params import Params
+
 ROOT = Path(__file__).parents[1]
+KEYS = {field.name for field in dataclasses.fields(Params)}
 
 
 def module_file(name: str) -> Path | None:
@@ -50,9 +59,27 @@ def params_read(file: Path) -> set[str]:
     }
 
 
+def facts(script: Path) -> dict[str, set[str]]:
+    """The modules among a stage's deps, and its params."""
+    files = reached(script)
+    return {
+        "deps": {f.relative_to(ROOT).as_posix() for f in files if f.name != "__init__.py"},
+        "params": set().union(*map(params_read, files)) & KEYS,
+    }
+
+
+def write() -> None:
+    """Bring the lists of dvc.yaml up to what the code says; comments and all else stay."""
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = 200, True
+    yaml.indent(mapping=2, sequence=2, offset=0)
+    declared = yaml.load(ROOT / "dvc.yaml")
+    for stage in declared["stages"].values():
+        found = facts(ROOT / (stage["cmd"].removeprefix("python -m ").replace(".", "/") + ".py"))
+        stage["deps"] = sorted({d for d in stage["deps"] if not d.endswith(".py")} | found["deps"])
+        stage["params"] = sorted(found["params"])
+    yaml.dump(declared, ROOT / "dvc.yaml")
+
+
 if __name__ == "__main__":
-    for script in sorted((ROOT / "stages").glob("[!_]*.py")):
-        files = reached(script)
-        print(script.stem)
-        print("  deps:", *sorted(f.relative_to(ROOT).as_posix() for f in files), sep="\n    - ")
-        print("  params:", *sorted(set().union(*map(params_read, files))), sep="\n    - ")
+    write()

@@ -14,14 +14,14 @@ from conftest import BASE, FORKS, ROOT
 from safetensors.torch import load_file, save_file
 from test_model import TARGETS, load
 
-from colintern.data import Pair, Pairs
-from colintern.features import Page, PageFeatures
-from colintern.jsonfile import dumps
-from colintern.lora import add_lora
-from colintern.manifest import BASE_SUFFIXES, local_files
+from colintern.files.jsonfile import dumps
+from colintern.files.manifest import BASE_SUFFIXES, local_files
+from colintern.modeling.features import Page, PageFeatures
+from colintern.modeling.lora import add_lora
 from colintern.params import load as load_params
-from colintern.runs import finish, origin
-from colintern.training import ContrastiveTrainer, DevSet, arguments
+from colintern.training.pairs import Pair, Pairs
+from colintern.training.runs import finish, origin
+from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
 
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from colintern import cache as module
-from colintern.cache import TensorCache
+from colintern.modeling import cache as module
+from colintern.modeling.cache import TensorCache
 
 MB = 10**6
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from colintern import queries
 from colintern.cli import main
-from colintern.comparison import RESAMPLES, Row, compare, holm
-from colintern.differences import difference, markdown, text
-from colintern.outcomes import outcome
+from colintern.evaluation import queries
+from colintern.evaluation.comparison import RESAMPLES, Row, compare, holm
+from colintern.evaluation.differences import difference, markdown, text
+from colintern.evaluation.outcomes import outcome
+from colintern.evaluation.scores import METRICS
 from colintern.params import UserError
-from colintern.scores import METRICS
 
 GAINS = [1 / math.log2(rank + 1) if rank <= 5 else 0.0 for rank in range(1, 31)]
 

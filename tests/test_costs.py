@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import InternVLConfig
 
-from colintern import costs as module
-from colintern.costs import Costs, Setting
-from colintern.lora import add_lora
-from colintern.meter import Kernel, Meter, measure
 from colintern.model import ColIntern3_5
+from colintern.modeling.lora import add_lora
 from colintern.params import load
-from colintern.training import ContrastiveTrainer
+from colintern.planning import costs as module
+from colintern.planning.costs import Costs, Setting
+from colintern.planning.meter import Kernel, Meter, measure
+from colintern.training.trainer import ContrastiveTrainer
 
 PARAMS = load(ROOT / "recipes" / "demo.yaml")
 DEMO = Setting(32, 8, False, tiles=6, page_tokens=108, query_tokens=24)

@@ -15,19 +15,19 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from colintern import index
-from colintern.data import row_image, rows
-from colintern.images import png_bytes
-from colintern.manifest import local_files
+from colintern.data import index
+from colintern.data.images import png_bytes
+from colintern.data.trainset import asked
+from colintern.files.manifest import local_files
 from colintern.params import UserError, load
-from colintern.trainset import asked
+from colintern.training.pairs import row_image, rows
 
 SET, GROUP = "data/own/set", 8
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 # Most memory in MB, seen after each page of the first row group and of all, and the bytes that rows() itself has read.
 READ_ALL = """
 import json
-from colintern.data import rows
+from colintern.training.pairs import rows
 from colintern.params import load
 
 def fact(file, name):

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from colintern.demo import GOODS, corpus, split_of
+from colintern.data.demo import GOODS, corpus, split_of
 
 SPLITS = {"train": (120, 2), "dev": (40, 1), "test": (80, 1)}
 

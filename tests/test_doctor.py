@@ -15,11 +15,11 @@ import torch
 from conftest import BASE, ROOT
 from hub import Fault, running
 
-from colintern.bases import preset
-from colintern.doctor import CHECKS, FAIL, PASS, WARN, Facts, examined, facts_for, hold
-from colintern.machine import Machine, _memory, cpu_bf16, machine
+from colintern.modeling.bases import preset
 from colintern.params import UserError, load
-from colintern.surroundings import AROUND, Surroundings, hub_repos, surroundings
+from colintern.planning.doctor import CHECKS, FAIL, PASS, WARN, Facts, examined, facts_for, hold
+from colintern.planning.machine import Machine, _memory, cpu_bf16, machine
+from colintern.planning.surroundings import AROUND, Surroundings, hub_repos, surroundings
 
 DEMO, RECIPE = (load(ROOT / "recipes" / f"{name}.yaml") for name in ("demo", "internvl3_5-1b"))
 GPU = Machine(1, "580.95.05", "2.13.0", "13.0", "NVIDIA A100", 80 << 30, False, True, True, 60 << 30, 10**12, 0)
@@ -113,7 +113,7 @@ def test_only_the_head_is_warned_of(counted):
         ("attention kernel", {"flash_attn": False}, {"attention": "flash_attention_2"}, FAIL, "needs flash-attn"),
         ("attention kernel", {"gpu": ""}, {"attention": "flash_attention_2"}, FAIL, "needs a GPU"),
         ("attention kernel", {}, {"attention": "flash_attention_2", "dtype": "float32"}, FAIL, "needs dtype: bfloat16"),
-        ("disk", {"disk_bytes": 10**8}, {}, FAIL, "need 0.8 GB"),
+        ("disk", {"disk_bytes": 10**8}, {}, FAIL, "need 1.0 GB"),
         ("disk", {"disk_bytes": 10**11}, {}, WARN, "not for all of feature_cache_gb 170"),
         ("disk", {"disk_bytes": 10**11, "features_bytes": 10**11}, {}, PASS, "100.0 GB free"),
         ("memory", {"gpu_bytes": 2 * 10**9}, {}, FAIL, "weights and optimizer 2.1 GB"),

@@ -79,7 +79,7 @@ def in_result_file(number: int) -> None:
 
 
 def in_query_file(number: int) -> None:
-    from colintern import queries
+    from colintern.evaluation import queries
 
     count, real = [0], queries.write
 
@@ -98,7 +98,7 @@ def leave() -> None:
 
 
 def never_load() -> None:
-    from colintern import subjects
+    from colintern.evaluation import subjects
 
     subjects.load_adapter = subjects.load_merged = lambda *args: leave()
 
@@ -114,7 +114,7 @@ def write_params(*benchmarks: str) -> None:
 
 
 def write_eval(folder: str, numbers: range) -> None:
-    from colintern.formats import CorpusPage, Qrel, Query, write_beir
+    from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 
     write_beir(
         Path(folder),
@@ -129,8 +129,8 @@ def write_adapter() -> None:
     import torch
     from test_training import TARGETS
 
-    from colintern.lora import add_lora
     from colintern.model import ColIntern3_5
+    from colintern.modeling.lora import add_lora
     from colintern.processor import ColIntern3_5Processor
 
     wrapped = add_lora(ColIntern3_5.from_pretrained("demo/base", dtype=torch.float32), TARGETS, 4, 4, 0.0)

@@ -22,19 +22,19 @@ from torch import nn
 from torch.nn.functional import normalize
 from transformers import BatchFeature
 
-from colintern import evaluation
-from colintern.benchmarks import tasks_for
-from colintern.embed import embed_pages, embed_queries
-from colintern.features import PageFeatures
-from colintern.formats import CorpusPage, Qrel, Query, write_beir
-from colintern.images import png_bytes
-from colintern.manifest import BEIR_SUFFIXES, local_files
+from colintern.data.benchmarks import tasks_for
+from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
+from colintern.data.images import png_bytes
+from colintern.evaluation import tasks as evaluation
+from colintern.evaluation.scores import METRICS, Scores, collect, report, score_rows
+from colintern.evaluation.subjects import Subject, subjects
+from colintern.evaluation.verdicts import band, table, target
+from colintern.files.manifest import BEIR_SUFFIXES, local_files
 from colintern.maxsim import maxsim_scores, ndcg_at_k
+from colintern.modeling.embed import embed_pages, embed_queries
+from colintern.modeling.features import PageFeatures
 from colintern.mteb_model import ColIntern3_5Encoder
 from colintern.params import Params, UserError, load
-from colintern.scores import METRICS, Scores, collect, report, score_rows
-from colintern.subjects import Subject, subjects
-from colintern.verdicts import band, table, target
 
 PAGES, COLOURS = 110, 512
 RECIPE = load(Path(__file__).parents[1] / "recipes" / "demo.yaml")

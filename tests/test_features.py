@@ -4,8 +4,8 @@ from conftest import BASE
 from PIL import Image
 from test_model import load
 
-from colintern.embed import embed_features, embed_pages
-from colintern.features import Page, PageFeatures, fingerprint
+from colintern.modeling.embed import embed_features, embed_pages
+from colintern.modeling.features import Page, PageFeatures, fingerprint
 from colintern.processor import ColIntern3_5Processor
 
 

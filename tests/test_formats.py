@@ -1,4 +1,4 @@
-"""The folders `colintern.formats` writes, read back by the tools that will read them: `datasets` and mteb, offline."""
+"""The folders `formats` writes, read back by the tools that will read them: `datasets` and mteb, offline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from colintern.formats import (
+from colintern.data.formats import (
     CorpusPage,
     Qrel,
     Query,
@@ -23,7 +23,7 @@ from colintern.formats import (
     write_beir,
     write_training_split,
 )
-from colintern.images import png_bytes
+from colintern.data.images import png_bytes
 
 HUB_COLUMNS = [  # of vidore/colpali_train_set
     "image", "image_filename", "query", "answer", "source", "options", "page", "model", "prompt", "answer_type",

@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT
 
 from bench.curves import EXPECTED, FOLDER, TUNED_ON, judge
-from colintern.health import BAD, OK, WARN, Curve, findings, health, line, report, stored
 from colintern.params import load
-from colintern.watch import Pace, Watch, memory_share, pace_findings
+from colintern.training.health import BAD, OK, WARN, Curve, findings, health, line, report, stored
+from colintern.training.watch import Pace, Watch, memory_share, pace_findings
 
 CURVES = sorted(FOLDER.glob("*.json"))
 PARAMS = dataclasses.replace(load(ROOT / "recipes" / "demo.yaml"), epochs=4, warmup_steps=10)

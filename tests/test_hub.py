@@ -21,10 +21,10 @@ from conftest import ROOT
 from hub import Fault, Hub, running, sha256
 from PIL import Image
 
-from colintern.digests import Digests
-from colintern.formats import CorpusPage, Qrel, Query, write_beir
-from colintern.images import png_bytes
-from colintern.lora import add_lora
+from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
+from colintern.data.images import png_bytes
+from colintern.files.digests import Digests
+from colintern.modeling.lora import add_lora
 from colintern.params import load
 
 RECIPE = load(ROOT / "recipes" / "internvl3_5-1b.yaml")
@@ -32,18 +32,18 @@ BASE, TRAIN = RECIPE.base, RECIPE.train_data
 # What fetch-data does before it looks at rows: these files hold none.
 FETCH = """
 from pathlib import Path
-from colintern.jsonfile import dumps
+from colintern.files.jsonfile import dumps
 from colintern.params import exit_on_user_error, load
-from colintern.sources import fetch
+from colintern.data.sources import fetch
 with exit_on_user_error():
     manifest = fetch(load(), {}).manifest
     Path("data").mkdir(exist_ok=True)
     Path("data/manifest.json").write_text(dumps(manifest))
 """
 READ = """
-from colintern.manifest import ready
+from colintern.files.manifest import ready
 from colintern.params import exit_on_user_error, load
-from colintern.trainset import training_data
+from colintern.data.trainset import training_data
 with exit_on_user_error():
     params = load()
     training_data(params, anew={anew})

@@ -15,9 +15,9 @@ from datasets import Dataset, Features, Image, Value
 from hub import running, sha256
 from test_dvc_commands import STAGES, Repo, bare_environment, copy_working_tree, ran, skipped
 
-from colintern.demo import corpus
-from colintern.formats import TrainingRow, write_training_split
-from colintern.images import png_bytes
+from colintern.data.demo import corpus
+from colintern.data.formats import TrainingRow, write_training_split
+from colintern.data.images import png_bytes
 from colintern.params import load
 
 RECIPE = ROOT / "recipes" / "internvl3_5-1b.yaml"

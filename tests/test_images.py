@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from colintern.images import BadImage, decode, png_bytes, standard
+from colintern.data.images import BadImage, decode, png_bytes, standard
 
 GREY = Image.fromarray((np.arange(1200).reshape(30, 40) // 5).astype(np.uint8))
 

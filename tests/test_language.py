@@ -1,5 +1,5 @@
-from colintern import language
-from colintern.language import languages
+from colintern.data import language
+from colintern.data.language import languages
 
 QUESTIONS = {
     "en": "What does the table say about the revenue of {}?",

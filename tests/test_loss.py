@@ -6,7 +6,7 @@ from colpali_engine.loss import ColbertLoss
 from sentence_transformers.multi_vector_encoder.scoring import mean_colbert_scores
 from torch.nn.functional import cross_entropy
 
-from colintern.loss import contrastive_loss, false_negatives, maxsim_matrix
+from colintern.training.loss import contrastive_loss, false_negatives, maxsim_matrix
 
 
 def nothing(size: int) -> torch.Tensor:

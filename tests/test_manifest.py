@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from colintern.manifest import benchmark_folder, check_base, local_files
+from colintern.data.trainset import asked, training_data
+from colintern.files.manifest import benchmark_folder, check_base, local_files
 from colintern.params import UserError, load
-from colintern.trainset import asked, training_data
 
 
 @pytest.fixture

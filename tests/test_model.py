@@ -10,9 +10,9 @@ from conftest import BASE, ROOT
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from colintern.embed import embed_pages, embed_queries
-from colintern.lora import add_lora, count, faults, meta_model
 from colintern.model import ColIntern3_5, attention_kernel
+from colintern.modeling.embed import embed_pages, embed_queries
+from colintern.modeling.lora import add_lora, count, faults, meta_model
 
 TARGETS = [
     *(rf"language_model\.layers\.\d+\.self_attn\.{m}_proj" for m in "qkvo"),

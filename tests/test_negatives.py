@@ -17,17 +17,17 @@ from pyarrow import parquet
 from test_survey import PAGES, fetch_data, quarantine, write_eval, write_set
 from test_training import TARGETS
 
-from colintern.data import Pair, rows
-from colintern.features import Page
-from colintern.formats import CorpusPage, Qrel, Query, write_beir
-from colintern.images import png_bytes
-from colintern.lora import add_lora
-from colintern.mining import Limits, Ranking, select
+from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
+from colintern.data.images import png_bytes
+from colintern.data.survey import held_out
 from colintern.model import ColIntern3_5
-from colintern.negatives import Mined, read, write
+from colintern.modeling.features import Page
+from colintern.modeling.lora import add_lora
 from colintern.params import UserError, load
 from colintern.processor import ColIntern3_5Processor
-from colintern.survey import held_out
+from colintern.training.mining import Limits, Ranking, select
+from colintern.training.negatives import Mined, read, write
+from colintern.training.pairs import Pair, rows
 
 QUERIES, CORPUS, MINED = "data/own/queries", "data/own/corpus", "data/mined/negatives.parquet"
 

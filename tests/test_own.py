@@ -14,11 +14,11 @@ from conftest import ROOT, page_image
 from pdf_writer import write_pdf
 from PIL import Image
 
-from colintern import jsonl, pdfs
-from colintern.images import png_bytes
-from colintern.own import make
+from colintern.data import jsonl, pdfs
+from colintern.data.images import png_bytes
+from colintern.data.own import make
+from colintern.data.trainset import asked, training_data
 from colintern.params import UserError, load
-from colintern.trainset import asked, training_data
 
 DOCS = "data/own/docs"
 
@@ -250,7 +250,7 @@ def test_pdfs_without_questions_ask_their_own_text_and_say_so(folder):
 
 
 def test_pseudo_queries_are_named_wherever_their_scores_appear(folder):
-    from colintern.benchmarks import tasks_for
+    from colintern.data.benchmarks import tasks_for
     from colintern.params import load
 
     handbook(folder)

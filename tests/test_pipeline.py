@@ -1,46 +1,28 @@
 """dvc.yaml held against the code: what a stage declares is what it reaches and reads, no more and no less."""
 
-import dataclasses
+import ast
 import itertools
 import re
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
-from pipeline_facts import ROOT, imports, params_read, reached
+from pipeline_facts import KEYS, ROOT, facts, imports
 from ruamel.yaml import YAML
 
-from colintern.params import Params
+import colintern
 
 STAGES = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
-KEYS = {field.name for field in dataclasses.fields(Params)}
-# From the top down; a module imports only from lower levels.
-LEVELS = [
+# The rooms of the house, top down: a module imports from lower ones and from its own, never in a ring.
+ROOMS = [
     {"stages", "cli", "commands"},
-    {"runs", "evaluation", "mining"},
-    {"subjects", "verdicts", "differences"},
-    {"comparison", "outcomes"},
-    {"recommend"},
-    {"costs", "gpus"},
-    {"training", "sources", "mteb_model", "benchmarks", "checks", "inventory", "adapters", "loading", "surroundings"},
-    {"doctor", "queries", "scores"},
-    {"watch", "data", "embed", "lora", "survey", "own", "checkpoints", "bases", "machine", "weights"},
-    {"trainset", "negatives", "parts"},
-    {"features", "processor", "model", "manifest", "demo", "identity", "pdfs", "jsonl", "splits"},
-    {"hub"},
-    {
-        "params",
-        "health",
-        "cache",
-        "maxsim",
-        "loss",
-        "tiles",
-        "formats",
-        "pages",
-        "jsonfile",
-        "collected",
-        "pseudo",
-        "patterns",
-    },
-    {"images", "lock", "parallel", "digests", "hub_errors", "index", "language", "meter", "guide"},
+    {"planning"},
+    {"training", "evaluation"},
+    {"mteb_model"},
+    {"data", "modeling"},
+    {"files", "model", "processor"},
+    {"tiles", "maxsim"},
+    {"params"},
 ]
 
 
@@ -61,8 +43,7 @@ def test_the_stages_are_the_guides():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_deps_are_the_modules_the_script_reaches(stage):
-    code = {d for d in declared(stage, "deps") if d.endswith(".py")}
-    assert code == {f.relative_to(ROOT).as_posix() for f in reached(script(stage)) if f.name != "__init__.py"}
+    assert {d for d in declared(stage, "deps") if d.endswith(".py")} == facts(script(stage))["deps"]
 
 
 def test_what_no_import_shows_is_among_the_deps():
@@ -74,8 +55,7 @@ def test_what_no_import_shows_is_among_the_deps():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_params_are_those_the_code_reads(stage):
-    read = set().union(*map(params_read, reached(script(stage)))) & KEYS
-    assert set(STAGES[stage]["params"]) == read
+    assert set(STAGES[stage]["params"]) == facts(script(stage))["params"]
 
 
 def test_every_key_is_read_by_a_stage():
@@ -101,15 +81,29 @@ def test_every_out_is_ignored_by_git_and_every_metric_is_not():
         assert not any(f"/{out}" in ignored for out in declared(stage, "metrics", "plots"))
 
 
+def room(file: Path) -> str:
+    """The folder of a module; of those that lie in colintern/ itself, the module."""
+    return file.stem if file.parent.name == "colintern" else file.parent.name
+
+
 def test_imports_point_one_way():
-    level = {name: depth for depth, names in enumerate(LEVELS) for name in names}
-    commands = (ROOT / "colintern" / "commands").glob("[!_]*.py")
-    for file in (*(ROOT / "colintern").glob("[!_]*.py"), *commands, *(ROOT / "stages").glob("[!_]*.py")):
-        name = file.parent.name if file.parent.name in ("stages", "commands") else file.stem
-        assert name in level, f"{file.name}: give it a place in LEVELS"
-        for target in imports(file):
-            if target.parent.name == "colintern" and target.name != "__init__.py" and target.stem != "params":
-                assert level[target.stem] > level[name], f"{file.name} imports {target.name}"
+    level = {name: depth for depth, names in enumerate(ROOMS) for name in names}
+    files = [*(ROOT / "colintern").rglob("[!_]*.py"), *(ROOT / "stages").glob("[!_]*.py")]
+    ours = {file: {target for target in imports(file) if target.name != "__init__.py"} for file in files}
+    for file, targets in ours.items():
+        assert room(file) in level, f"{file}: give {room(file)} a place in ROOMS"
+        for target in targets:
+            inside = room(file) == room(target)
+            assert inside or level[room(target)] > level[room(file)], f"{file.name} imports {target.name}"
+    list(TopologicalSorter(ours).static_order())  # raises where modules import each other in a ring
+
+
+def test_the_map_of_the_house_is_complete():
+    rooms = {file.parent.name for file in (ROOT / "colintern").glob("*/__init__.py")}
+    alone = {file.stem for file in (ROOT / "colintern").glob("[!_]*.py")}
+    assert set(re.findall(r"^(\w+)/? {2,}\S", colintern.__doc__, re.M)) == rooms | alone
+    for name in rooms:
+        assert len(ast.get_docstring(ast.parse((ROOT / "colintern" / name / "__init__.py").read_text()))) > 20
 
 
 def test_scripts_are_thin():

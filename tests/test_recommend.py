@@ -10,14 +10,14 @@ import shutil
 import pytest
 from conftest import BASE, ROOT
 
-from colintern import guide as guide_rules
 from colintern.cli import main
 from colintern.commands.recommend import _head, _memory_table
-from colintern.doctor import DEMO, bounds_for
-from colintern.gpus import GPUS, find
-from colintern.guide import EPOCHS, optimal_lr, optimal_rank
 from colintern.params import UserError, load
-from colintern.recommend import steps_of, warmup_of
+from colintern.planning import guide as guide_rules
+from colintern.planning.doctor import DEMO, bounds_for
+from colintern.planning.gpus import GPUS, find
+from colintern.planning.guide import EPOCHS, optimal_lr, optimal_rank
+from colintern.planning.recommend import steps_of, warmup_of
 
 RECIPE = (ROOT / "recipes" / "internvl3_5-1b.yaml").read_text()
 

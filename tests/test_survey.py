@@ -14,8 +14,8 @@ import pytest
 from conftest import ROOT, page_image
 from pdf_writer import write_pdf
 
-from colintern.formats import CorpusPage, Qrel, Query, write_beir
-from colintern.images import png_bytes
+from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
+from colintern.data.images import png_bytes
 from colintern.params import UserError, load
 
 SET, BEIR = "data/own/set", "data/own/beir"
@@ -91,8 +91,8 @@ CASES = [
 
 
 def test_each_bad_row_costs_one_row_and_is_named():
-    from colintern.data import rows
     from colintern.processor import ColIntern3_5Processor
+    from colintern.training.pairs import rows
 
     bad = [row(n) | change for n, (change, _) in enumerate(CASES)]
     long = {"query": "word " * 10_000} | {"image": row(0)["image"]}
@@ -157,7 +157,7 @@ def test_a_page_in_two_splits_is_refused_with_both_places(train, dev, evaluation
 
 
 def test_a_mixture_shows_the_rows_of_a_set_as_often_as_its_weight_says():
-    from colintern.data import rows
+    from colintern.training.pairs import rows
 
     write_set(range(55, 58), range(58, 59), "data/own/small")
     write_params(train_data=f"{SET} + data/own/small*3")
@@ -229,7 +229,7 @@ def test_a_folder_of_two_kinds_is_refused():
 
 
 def test_the_data_in_numbers():
-    from colintern.inventory import inventory, metrics
+    from colintern.data.inventory import inventory, metrics
     from colintern.params import load
 
     write_rows("train", [*map(row, range(40)), row(3), row(3) | {"query": "again"}, row(4) | {"query": ""}])
@@ -250,7 +250,7 @@ def test_the_data_in_numbers():
 
 
 def test_the_languages_of_the_queries_are_counted_over_distinct_queries_and_shown_as_a_guess():
-    from colintern.inventory import inventory, metrics, table
+    from colintern.data.inventory import inventory, metrics, table
 
     french, german = "Quels sont les principaux risques du projet ?", "Wer hat den Vertrag unterschrieben?"
     spoken = [row(n) | {"query": query} for n, query in enumerate((french, french, german, "4711", "question 1"))]
@@ -262,7 +262,7 @@ def test_the_languages_of_the_queries_are_counted_over_distinct_queries_and_show
 
 
 def test_the_table_says_the_same():
-    from colintern.inventory import inventory, table
+    from colintern.data.inventory import inventory, table
     from colintern.params import load
 
     write_rows("train", [row(4) | {"query": ""}, *map(row, range(40))])
@@ -274,9 +274,9 @@ def test_the_table_says_the_same():
 
 
 def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():
-    from colintern.data import rows
-    from colintern.manifest import benchmark_folder
-    from colintern.trainset import asks_pseudo_queries
+    from colintern.data.trainset import asks_pseudo_queries
+    from colintern.files.manifest import benchmark_folder
+    from colintern.training.pairs import rows
 
     folder = Path("data/own/manuals")
     for name in ("a", "b"):

@@ -34,7 +34,7 @@ def child(folder: Path, fault: Callable[..., None] | None, *arguments: object) -
     os.dup2(log, 1)
     os.dup2(log, 2)
     from colintern.params import exit_on_user_error, load
-    from colintern.runs import train
+    from colintern.training.runs import train
 
     if fault:
         fault(*arguments)
@@ -54,7 +54,7 @@ def kill() -> None:
 
 def at_step(step: int, do: Callable[[], None]) -> None:
     """Do something in the middle of a step: its gradient is there, its weights are not."""
-    from colintern.training import ContrastiveTrainer
+    from colintern.training.trainer import ContrastiveTrainer
 
     whole = ContrastiveTrainer.training_step
 
@@ -73,7 +73,7 @@ def in_write(of: str) -> None:
     from peft import peft_model
     from transformers import TrainerState
 
-    from colintern import checkpoints
+    from colintern.training import checkpoints
 
     def torn(owner, name, place):
         real = getattr(owner, name)
@@ -97,7 +97,7 @@ def in_write(of: str) -> None:
 
 
 def before_the_end() -> None:
-    from colintern import runs
+    from colintern.training import runs
 
     runs.finish = lambda *args: kill()
 
@@ -128,7 +128,7 @@ def poison() -> None:
     """A weight that becomes infinite in step 4."""
     import torch
 
-    from colintern.training import ContrastiveTrainer
+    from colintern.training.trainer import ContrastiveTrainer
 
     whole = ContrastiveTrainer.training_step
 

@@ -11,15 +11,15 @@ import torch
 from conftest import BASE, ROOT
 from test_model import TARGETS, load
 
-from colintern.data import Pair, Pairs
-from colintern.features import Page, PageFeatures
-from colintern.lora import add_lora
+from colintern.modeling.features import Page, PageFeatures
+from colintern.modeling.lora import add_lora
 from colintern.params import UserError
 from colintern.params import load as load_params
-from colintern.parts import places, restored, take
-from colintern.runs import prepare
-from colintern.training import ContrastiveTrainer, DevSet, NonFiniteError, arguments
-from colintern.watch import pace_findings
+from colintern.training.pairs import Pair, Pairs
+from colintern.training.parts import places, restored, take
+from colintern.training.runs import prepare
+from colintern.training.trainer import ContrastiveTrainer, DevSet, NonFiniteError, arguments
+from colintern.training.watch import pace_findings
 
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
 
@@ -120,7 +120,7 @@ def test_compiled_layers_give_the_same_gradient(make, processor, pages):
 
 
 def test_compile_without_a_compiler_is_refused_before_anything_is_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr("colintern.runs.rows", lambda params: {"train": [None] * 400, "test": []})
+    monkeypatch.setattr("colintern.training.runs.rows", lambda params: {"train": [None] * 400, "test": []})
     monkeypatch.setenv("PATH", str(tmp_path))
     params = dataclasses.replace(load_params(ROOT / "recipes" / "demo.yaml"), compile=True)
     with pytest.raises(UserError, match=r"compile: true needs a C\+\+ compiler, g\+\+ or clang\+\+"):
@@ -141,8 +141,8 @@ def test_the_order_of_a_batch_in_parts_does_not_change_the_gradient(
     def run(order, cut):
         trainer = make(micro_batch_size=micro, negatives=NEGATIVES, lora_dropout=dropout)
         trainer.model.double()
-        monkeypatch.setattr("colintern.training.places", order)
-        monkeypatch.setattr("colintern.training.take", cut)
+        monkeypatch.setattr("colintern.training.trainer.places", order)
+        monkeypatch.setattr("colintern.training.trainer.take", cut)
         return gradients(trainer, processor, pages)
 
     def as_it_comes(inputs, size):
@@ -269,7 +269,7 @@ def test_a_gradient_or_a_weight_that_is_not_finite_stops_the_run(make, processor
     ],
 )
 def test_a_run_that_could_not_be_reported_is_refused_before_anything_is_loaded(monkeypatch, tmp_path, changes, message):
-    monkeypatch.setattr("colintern.runs.rows", lambda params: {"train": [None] * 40, "test": []})
+    monkeypatch.setattr("colintern.training.runs.rows", lambda params: {"train": [None] * 40, "test": []})
     params = dataclasses.replace(load_params(ROOT / "recipes" / "demo.yaml"), **changes)
     with pytest.raises(UserError, match=message):
         prepare(params, "a base that does not exist", tmp_path)
@@ -280,7 +280,7 @@ def test_several_processes_are_refused_before_any_data_is_read(tmp_path):
     shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
     shutil.copytree(BASE, tmp_path / "demo" / "base")
     code = (
-        "from pathlib import Path; from colintern.params import load; from colintern.runs import prepare; "
+        "from pathlib import Path; from colintern.params import load; from colintern.training.runs import prepare; "
         "prepare(load(), 'no base', Path('scratch'))"
     )
     (tmp_path / "two.py").write_text(code)

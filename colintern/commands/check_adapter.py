@@ -19,9 +19,9 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
-    from colintern.adapters import base_folder, check, read_adapter, table
-    from colintern.hub import stay_offline
-    from colintern.weights import statistics
+    from colintern.files.hub import stay_offline
+    from colintern.modeling.adapters import base_folder, check, read_adapter, table
+    from colintern.modeling.weights import statistics
 
     adapter = read_adapter(Path(args.folder))
     stay_offline()  # the base is where the adapter says, or nowhere

@@ -22,8 +22,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import json
 
-    from colintern.differences import as_json, difference, markdown, text
-    from colintern.outcomes import outcome
+    from colintern.evaluation.differences import as_json, difference, markdown, text
+    from colintern.evaluation.outcomes import outcome
 
     if len({args.a, *args.others}) <= len(args.others):
         raise UserError(f"{args.a} {' '.join(args.others)}: an evaluation is named twice; give each once")

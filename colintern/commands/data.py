@@ -13,8 +13,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from colintern.inventory import inventory, table
-    from colintern.manifest import QUARANTINE, read
+    from colintern.data.inventory import inventory, table
+    from colintern.files.manifest import QUARANTINE, read
 
     found = inventory(load())
     print(table(found, read(QUARANTINE)["rows"]))

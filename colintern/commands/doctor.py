@@ -20,9 +20,9 @@ def run(args: argparse.Namespace) -> None:
 
     params = load()
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
-    from colintern.bases import at_hand
-    from colintern.doctor import CHECKS, examined, facts_for
-    from colintern.surroundings import AROUND, surroundings
+    from colintern.modeling.bases import at_hand
+    from colintern.planning.doctor import CHECKS, examined, facts_for
+    from colintern.planning.surroundings import AROUND, surroundings
 
     facts = facts_for(params, at_hand(params), None)
     found = [*examined(facts, CHECKS), *examined(surroundings(facts), AROUND)]

@@ -23,17 +23,17 @@ def run(args: argparse.Namespace) -> None:
     params = _params(args)
     import warnings
 
-    from colintern.manifest import arrow_cache
+    from colintern.files.manifest import arrow_cache
 
     arrow_cache()
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
-    from colintern.benchmarks import from_cache, tasks_for  # `datasets` reads the environment when it is imported
-    from colintern.evaluation import evaluate
-    from colintern.hub import stay_offline
-    from colintern.jsonfile import dumps
-    from colintern.scores import report
-    from colintern.subjects import subjects
-    from colintern.verdicts import table
+    from colintern.data.benchmarks import from_cache, tasks_for  # `datasets` reads the environment when it is imported
+    from colintern.evaluation.scores import report
+    from colintern.evaluation.subjects import subjects
+    from colintern.evaluation.tasks import evaluate
+    from colintern.evaluation.verdicts import table
+    from colintern.files.hub import stay_offline
+    from colintern.files.jsonfile import dumps
 
     for _, task in tasks_for(params):  # a name that is unknown, or data that is not there, before anything is loaded
         from_cache(task)
@@ -65,9 +65,9 @@ def _params(args: argparse.Namespace) -> Params:
 
 def _from_hub(name: str) -> Path:
     """The folder in the hub's cache, fetched first where it must be."""
-    from colintern import hub
-    from colintern.hub_errors import Repo
-    from colintern.manifest import BASE_SUFFIXES, hub_files
+    from colintern.files import hub
+    from colintern.files.hub_errors import Repo
+    from colintern.files.manifest import BASE_SUFFIXES, hub_files
 
     repo = Repo("MODEL", *at_commit("MODEL", name), "model")
     hub_files([(repo, BASE_SUFFIXES)])

@@ -43,12 +43,15 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(
                 f"{name}: {value} is not valid; it must be {'0 < x <= 1' if name == '--margin' else '1 or more'}"
             )
-    from colintern.manifest import ready
+    from colintern.files.manifest import ready
 
     params = load()
     ready(params)
-    from colintern.mining import Limits, mine  # only now: `datasets` looks at its import whether it may ask the hub
-    from colintern.negatives import write
+    from colintern.training.mining import (  # only now: `datasets` looks at its import whether it may ask the hub
+        Limits,
+        mine,
+    )
+    from colintern.training.negatives import write
 
     found = mine(params, args.adapter, Limits(args.top, args.margin, args.keep))
     write(root() / args.out, found.rows, found.provenance)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from colintern.params import Params, UserError, load, mixture
 
 if TYPE_CHECKING:
-    from colintern.recommend import Plan, Value
+    from colintern.planning.recommend import Plan, Value
 
 SUMMARY = "recommend settings for a base and a GPU, and predict memory and time"
 EXAMPLE = "colintern recommend --base internvl3_5-1b --gpu rtx-5090"
@@ -45,11 +45,11 @@ def run(args: argparse.Namespace) -> None:
     logging.disable(logging.WARNING)
     import torch
 
-    from colintern import guide
-    from colintern import recommend as rules
-    from colintern.bases import config
-    from colintern.costs import Costs, parameters
-    from colintern.gpus import GPUS
+    from colintern.modeling.bases import config
+    from colintern.planning import guide
+    from colintern.planning import recommend as rules
+    from colintern.planning.costs import Costs, parameters
+    from colintern.planning.gpus import GPUS
 
     card, memory = _card(args.gpu, memory)
     architecture = config(base, params)
@@ -120,7 +120,7 @@ def _card(name: str | None, memory: float | None) -> tuple[str | None, float]:
     """The card to predict times for, None where only its memory is known, and the memory in GB."""
     import torch
 
-    from colintern.gpus import GPUS, find
+    from colintern.planning.gpus import GPUS, find
 
     if name is None and torch.cuda.is_available():
         memory = memory or _memory("auto")

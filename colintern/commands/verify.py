@@ -25,8 +25,8 @@ def run(args: argparse.Namespace) -> None:
 
     params = load(args.params)
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
-    from colintern.bases import config
-    from colintern.lora import examine, faults, meta_model, notes, table
+    from colintern.modeling.bases import config
+    from colintern.modeling.lora import examine, faults, meta_model, notes, table
 
     base = args.base or params.base
     counts = examine(meta_model(config(base, params), None), params)

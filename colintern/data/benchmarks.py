@@ -1,0 +1,141 @@
+"""What `benchmarks` names: the demo, folders in mteb's layout, mteb's own benchmarks and tasks, all as mteb tasks."""
+
+import copy
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import mteb
+from mteb.abstasks.abstask import AbsTask
+from mteb.abstasks.retrieval import AbsTaskRetrieval
+
+from colintern.data.formats import is_pseudo
+from colintern.files.identity import content_hash
+from colintern.files.manifest import benchmark_folder, local, root
+from colintern.params import Params, UserError
+
+
+def tasks_for(params: Params) -> list[tuple[str, AbsTask]]:
+    """The tasks of `params.benchmarks` in its order, each with the label its scores are averaged under.
+
+    An entry is "demo", a folder in mteb's BEIR image layout, or the name of an mteb benchmark or task. Nothing is
+    loaded yet. Tasks whose data is not public are left out, and named on the terminal.
+
+    Raises:
+        UserError: an unknown name (with the nearest ones), a folder that is no evaluation set, a task that is not
+            text to page images, or two entries that would write to one place.
+    """
+    pairs: list[tuple[str, AbsTask]] = []
+    for entry in params.benchmarks:
+        label, tasks = _resolve(entry)
+        if label in dict(pairs):
+            raise UserError(f"benchmarks: {entry!r} has the label {label!r}, which an entry before it already has")
+        pairs += [(label, task) for task in _public(entry, tasks)]
+    sources: dict[str, str] = {}
+    for _, task in pairs:
+        name, source = task.metadata.name, task.metadata.dataset["path"]
+        if sources.setdefault(name, source) != source:
+            raise UserError(f"benchmarks: {source} and {sources[name]} would both be the task {name}; rename one")
+    return pairs
+
+
+def hub_data(params: Params) -> dict[str, dict[str, str]]:
+    """Where the data of mteb's own tasks is: task name -> {"path": hub id, "revision": the commit mteb pins}.
+
+    Local folders are not looked at.
+
+    Raises:
+        UserError: see `tasks_for`; or a task whose data mteb does not pin.
+    """
+    found = {}
+    for entry in params.benchmarks:
+        for task in [] if local(entry) else _public(entry, _resolve(entry)[1]):
+            data = task.metadata.dataset
+            if not re.fullmatch("[0-9a-f]{40}", data["revision"] or ""):
+                raise UserError(
+                    f"benchmarks: {entry!r}: mteb {mteb.__version__} reads {data['path']} at {data['revision']!r}, "
+                    f"which is no commit: {task.metadata.name} would give other scores on another day"
+                )
+            found[task.metadata.name] = {"path": data["path"], "revision": data["revision"]}
+    return found
+
+
+def from_cache(task: AbsTask) -> AbsTask:
+    """The task, reading what fetch-data fetched for it: `datasets` cannot read the hub's cache offline by hub id."""
+    if Path(task.metadata.dataset["path"]).is_dir():
+        return task
+    folder = benchmark_folder(task.metadata.name)
+    task = copy.copy(task)  # mteb keeps one object for each task of a benchmark
+    task.metadata = task.metadata.model_copy(update={"dataset": task.metadata.dataset | {"path": str(folder)}})
+    return task
+
+
+def _public(entry: str, tasks: Sequence[AbsTask]) -> list[AbsTask]:
+    """The tasks whose data is public; the others are named on the terminal."""
+    private = [task.metadata.name for task in tasks if not task.metadata.is_public]
+    if len(private) == len(tasks):
+        raise UserError(f"benchmarks: {entry!r}: its data is not public, so there is nothing to evaluate")
+    if private:
+        print(f"{entry}: left out, because their data is not public: {', '.join(private)}")
+    for task in tasks:
+        _check_task(entry, task)
+    return [task for task in tasks if task.metadata.is_public]
+
+
+def _resolve(entry: str) -> tuple[str, list[AbsTask]]:
+    if entry == "demo":
+        return entry, [_folder_task(benchmark_folder(entry), "ColInternDemoRetrieval")]
+    if local(entry):
+        folder = benchmark_folder(entry)
+        # Nobody shall take a program's questions for people's: the label stands at every number.
+        label = (root() / entry).resolve().name + (" (pseudo-queries)" if is_pseudo(folder) else "")
+        words = re.findall(r"[A-Za-z0-9]+", label)
+        return label, [_folder_task(folder, "".join(w[0].upper() + w[1:] for w in words) + "Retrieval")]
+    try:
+        benchmark = mteb.get_benchmark(entry)
+        return benchmark.name, list(benchmark.tasks)  # its name, which differs from the entry if that is an alias
+    except KeyError:
+        pass  # then it is a task, or nothing
+    try:
+        return entry, [mteb.get_task(entry)]
+    except KeyError:
+        page_tasks = mteb.get_tasks(task_types=["DocumentUnderstanding"])
+        names = ["demo", *(b.name for b in mteb.get_benchmarks()), *(task.metadata.name for task in page_tasks)]
+        by_lower = {name.lower(): name for name in names}
+        near = [by_lower[name] for name in difflib.get_close_matches(entry.lower(), by_lower, n=3, cutoff=0.3)]
+        raise UserError(
+            f"benchmarks: {entry!r} is not demo, a folder, or a benchmark or task of mteb {mteb.__version__}; "
+            f"nearest names: {', '.join(near) or 'none'}"
+        ) from None
+
+
+def _folder_task(folder: Path, name: str) -> AbsTask:
+    """A ViDoRe (v1) task that reads `folder` instead of the hub; its revision is a hash of the folder's data."""
+    lacking = [part for part in ("corpus", "queries", "qrels") if not any(folder.glob(f"{part}/*.parquet"))]
+    if lacking or not (folder / "README.md").is_file():
+        raise UserError(
+            f"{folder}: not an evaluation set; it needs README.md with a `configs:` block, and parquet files in "
+            f"corpus/, queries/ and qrels/" + (f"; none in {', '.join(lacking)}" if lacking else "")
+        )
+    vidore = type(mteb.get_task("VidoreDocVQARetrieval"))
+    metadata = vidore.metadata.model_copy(
+        update={
+            "name": name,
+            "description": "Retrieve the page that answers the query, from a local folder.",
+            "reference": None,
+            "bibtex_citation": "",
+            "dataset": {"path": str(folder), "revision": content_hash(folder)[:40]},
+        }
+    )
+    # A class of its own, because mteb falls back to the metadata of the class when it unloads the data.
+    return type(name, (vidore,), {"metadata": metadata})()
+
+
+def _check_task(entry: str, task: AbsTask) -> None:
+    meta = task.metadata
+    if not isinstance(task, AbsTaskRetrieval) or meta.category not in ("t2i", "t2it"):
+        raise UserError(
+            f"benchmarks: {entry!r}: {meta.name} is {meta.type}, category {meta.category}; only retrieval of page "
+            f"images by text (t2i, t2it) can be evaluated, such as ViDoRe(v1)"
+        )

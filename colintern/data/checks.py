@@ -1,0 +1,127 @@
+"""Which data is refused: what costs a row, and what stops the run before anything is trained or measured.
+
+A training row that cannot be used is quarantined: it costs one row. An evaluation set has to be whole, or its numbers
+would be another set's; and no page may be in two splits.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from colintern.data.collected import query_fault
+from colintern.data.own import Own
+from colintern.data.survey import Part, Seen, rows_of
+from colintern.params import UserError
+
+
+def quarantine(seen: dict[Part, list[Seen]], own: dict[str, Own]) -> tuple[list[dict[str, str]], dict[str, int]]:
+    """The rows that are left out, {source, row, reason} each, and how many rows each source has.
+
+    `own`: the folders of documents, whose bad rows were found when they were made.
+    """
+    rows = Counter({name: folder.summary["rows"] for name, folder in own.items()})
+    bad = [
+        {"source": name, "row": row["where"], "reason": row["reason"]}
+        for name, folder in own.items()
+        for row in folder.summary["bad"]
+    ]
+    for part, found in seen.items():
+        if part.name not in own:
+            rows[part.name] += len(found)
+        bad += [{"source": part.name, "row": row.where, "reason": row.fault} for row in found if row.fault]
+    return bad, dict(rows)
+
+
+def check(seen: dict[Part, list[Seen]], bad: Sequence[dict[str, str]], rows: dict[str, int], most: float) -> None:
+    """Refuse data that shall not be trained on or measured with; see the functions it calls.
+
+    Raises:
+        UserError: the first fault found.
+    """
+    for part, found in seen.items():
+        if part.split == "test":
+            check_whole(part, found)
+            check_judgements(part)
+    check_share(bad, rows, most)
+    check_leaks(seen)
+
+
+def check_whole(part: Part, found: Sequence[Seen]) -> None:
+    """Raises UserError where an evaluation set has a page that cannot be read: without it, it is another set."""
+    if bad := [row for row in found if row.fault]:
+        raise UserError(
+            f"benchmarks: {part.name}: {bad[0].where}: {bad[0].fault} ({len(bad)} such pages); an evaluation set must "
+            f"be whole"
+        )
+
+
+def check_judgements(part: Part) -> None:
+    """Hold the queries and qrels of a local evaluation set against each other and its pages.
+
+    Raises:
+        UserError: an empty query, a query that no qrel names, or a qrel whose query or page is missing.
+    """
+    pages = rows_of(part, "corpus", ["corpus-id"])
+    queries = rows_of(part, "queries", ["query-id", "query"])
+    judged = rows_of(part, "qrels", ["query-id", "corpus-id"])
+    page_ids, query_ids = {row["corpus-id"] for row in pages}, {row["query-id"] for row in queries}
+    asked = {row["query-id"] for row in judged}
+    faults = [f"query {row['query-id']}: {fault}" for row in queries if (fault := query_fault(row["query"]))]
+    faults += [
+        f"query {row['query-id']}: no qrel names a page for it" for row in queries if row["query-id"] not in asked
+    ]
+    for row in judged:
+        if row["query-id"] not in query_ids:
+            faults.append(f"qrels: query {row['query-id']} is not among the queries")
+        if row["corpus-id"] not in page_ids:
+            faults.append(f"qrels: the page {row['corpus-id']} of query {row['query-id']} is not in the corpus")
+    if faults:
+        raise UserError(
+            f"benchmarks: {part.name}: {faults[0]} ({len(faults)} such rows); an evaluation set must be whole"
+        )
+
+
+def check_share(bad: Sequence[dict[str, str]], rows: dict[str, int], most: float) -> None:
+    """Stop where more than the share `most` of a source's rows is bad; `rows`: how many each source has.
+
+    Raises:
+        UserError: with the source, the numbers and the first rows.
+    """
+    for source, count in Counter(entry["source"] for entry in bad).items():
+        if count > most * rows[source]:
+            first = "".join(f"\n  {e['row']}: {e['reason']}" for e in bad if e["source"] == source)
+            shown = "\n".join(first.split("\n")[:6])
+            raise UserError(
+                f"{source}: {count} of {rows[source]} rows cannot be used, more than max_bad_fraction: {most}; all are "
+                f"named in data/quarantine.json; the first:{shown}"
+            )
+
+
+def check_leaks(seen: dict[Part, list[Seen]]) -> None:
+    """No page, by its bytes, in two of train, dev and an evaluation set; nor in a corpus and an evaluation set.
+
+    A hub data set's own train and dev split are left as they are published.
+
+    Raises:
+        UserError: names both rows.
+    """
+    for left, right in _pairs(seen):
+        first = {row.key: row for row in seen[left] if not row.fault}
+        both = [(first[row.key], row) for row in seen[right] if not row.fault and row.key in first]
+        if both:
+            mine, other = both[0]
+            raise UserError(
+                f"the same page is in {left}, {mine.where}, and in {right}, {other.where} "
+                f"({len({row.key for _, row in both})} such pages); take them out of one of the two"
+            )
+
+
+def _pairs(parts: Iterable[Part]) -> Iterator[tuple[Part, Part]]:
+    order = {"corpus": 0, "train": 0, "dev": 1, "test": 2}
+    ranked = sorted(parts, key=lambda part: order[part.split])
+    for left in ranked:
+        for right in ranked:
+            same_hub = left.fixed and left.name == right.name
+            # Pages of a corpus are those of the rows that name them, in whichever of train and dev these are.
+            of_rows = left.split == "corpus" and right.split == "dev"
+            if order[left.split] < order[right.split] and not same_hub and not of_rows:
+                yield left, right

@@ -1,0 +1,162 @@
+"""The demo corpus: business pages that state facts, and queries that ask for a pair of facts in other words.
+
+Everything is a pure function of the seed. A pair of facts that is asked in one split is never asked in another, so
+a model that has memorised pairs gains nothing; no page and no query string occurs in two splits.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from random import Random
+
+from PIL import Image
+
+from colintern.data.pages import LAYOUTS, Page
+
+COMPANIES = (
+    "Acorn Altor Baxel Borun Brize Calyx Cedra Delio Dorma Elvan Fabro Ferox Galen Gorse Halde Helix Ibera Indra Jarvo "
+    "Kelto Koral Lumen Lyric Mavis Mirex Nexus Nimbo Ombra Orbit Pavon Pyxis Quark Ravel Rigel Sable Solis Tamar Velox "
+    "Wexor Zenda"
+).split()
+CITIES = (
+    "Basel Bern Bonn Cairo Dakar Delhi Ghent Graz Hanoi Izmir Kazan Kyoto Leeds Lima Lyon Malmo Milan Minsk Nice Osaka "
+    "Oslo Paris Perth Pisa Porto Praia Quito Rabat Riga Rome Seoul Sofia Split Tartu Tokyo Tunis Turin Turku Vaduz "
+    "Varna"
+).split()
+PEOPLE = (
+    "Adams Baker Berg Blake Boyle Brown Clark Craig Davis Dunn Ellis Evans Ford Frost Gomez Grant Green Hayes Irwin "
+    "James Kaur Kelly Klein Lopez Marsh Meyer Moore Nolan Novak Olsen Owens Patel Quinn Reyes Rossi Sato Singh Stone "
+    "Weber Young"
+).split()
+# what the page says, and what a query may say instead
+GOODS = dict(
+    pair.split("/")
+    for pair in (
+        "chairs/seats lamps/lights boots/shoes coats/jackets cups/mugs bowls/dishes books/volumes rugs/carpets "
+        "doors/gates "
+        "ropes/cords boxes/crates bikes/cycles cars/autos trucks/lorries boats/ships phones/handsets clocks/watches "
+        "knives/blades bags/sacks beds/bunks desks/benches tools/gear paint/varnish wood/timber rocks/gravel coal/fuel "
+        "soap/cleaner milk/dairy bread/loaves meat/beef fruit/apples wine/drinks sugar/sweets wool/yarn silk/fabric "
+        "hats/caps belts/straps pipes/tubes wires/cables bolts/screws"
+    ).split()
+)
+FACTS = {"company": COMPANIES, "city": CITIES, "person": PEOPLE, "goods": list(GOODS)}
+
+# A label that may stand before a fact on the page, and the ways a query may point at it.
+LABELS = {
+    "company": ("from", "seller", "firm", "by"),
+    "city": ("to", "place", "town", "in"),
+    "person": ("contact", "name", "agent", "for"),
+    "goods": ("item", "goods", "stock", "of"),
+}
+PHRASES = {
+    "company": ("from {}", "sold by {}", "of the firm {}"),
+    "city": ("sent to {}", "for the town of {}", "delivered in {}"),
+    "person": ("handled by {}", "naming {}", "with {} as contact"),
+    "goods": ("about {}", "listing {}", "concerning {}"),
+}
+KINDS = {
+    "invoice": ("invoice", "bill"),
+    "report": ("report", "review"),
+    "table": ("table", "list"),
+    "chart": ("chart", "graph"),
+    "letter": ("letter", "note"),
+}
+OPENINGS = ("the {}", "which {} is", "find the {}", "show the {}")
+FILLER = (
+    "account amount annual area audit avail balance before board budget change client close code copy cost count "
+    "credit daily dated debit detail draft due early entry error events export extra field file final form full gross "
+    "group half hours house index issue joint kind large later least level limit local lower main major margin market "
+    "mean minor model month notes number offer office open order other owner paid part past phase plan point price "
+    "print profit public quota quick range rate ready refer region rest result room rule sales scope score second "
+    "share short signed small source staff stage state status sum team terms third total trade unit upper usual valid "
+    "value view volume week whole width year zone"
+).split()
+
+
+def page_words() -> list[str]:
+    """Every word that can stand on a page: what the demo base learns to read."""
+    labels = [w for words in LABELS.values() for w in words]
+    kinds = [w for words in KINDS.values() for w in words]
+    return sorted({*COMPANIES, *CITIES, *PEOPLE, *GOODS, *labels, *kinds, *FILLER})
+
+
+def query_words() -> list[str]:
+    """Every word that can stand in a query."""
+    texts = (*OPENINGS, *(p for ps in PHRASES.values() for p in ps))
+    spoken = {w for text in texts for w in text.replace("{}", "").split()}
+    return sorted({*page_words(), *GOODS.values(), *spoken})
+
+
+@dataclass(frozen=True)
+class DemoPage:
+    """A page, the facts it states, and its queries."""
+
+    name: str
+    kind: str
+    facts: dict[str, str]
+    image: Image.Image
+    queries: tuple[str, ...]
+
+
+def split_of(pair: tuple[str, str]) -> str:
+    """The only split that asks for this pair of facts: train (60 %), dev (10 %) or test (30 %)."""
+    bucket = hashlib.sha256(" ".join(sorted(pair)).encode()).digest()[0] / 256
+    return "train" if bucket < 0.6 else "dev" if bucket < 0.7 else "test"
+
+
+def corpus(split: str, pages: int, queries_per_page: int, seed: int, align: float = 0.0) -> list[DemoPage]:
+    """Draw `pages` pages whose queries ask only for pairs of facts that belong to `split`.
+
+    A pair that is asked stands on exactly one page of the split, so every query has one right answer.
+    """
+    rng = Random(f"{seed}/{split}")
+    made: list[DemoPage] = []
+    stated: set[frozenset[str]] = set()  # pairs of facts on any page so far
+    asked: set[frozenset[str]] = set()
+    while len(made) < pages:
+        facts = {name: rng.choice(values) for name, values in FACTS.items()}
+        pairs = [frozenset(p) for p in combinations(facts.values(), 2)]
+        own = [p for p in pairs if split_of(tuple(p)) == split and p not in stated]  # type: ignore[arg-type]
+        if len(own) < queries_per_page or any(p in asked for p in pairs):
+            continue
+        chosen = rng.sample(sorted(own, key=sorted), queries_per_page)
+        kind = rng.choice(sorted(LAYOUTS))
+        image = _draw(kind, facts, rng, align)
+        queries = tuple(_ask(kind, [n for n in facts if facts[n] in pair], facts, rng) for pair in chosen)
+        stated.update(pairs)
+        asked.update(chosen)
+        made.append(DemoPage(f"{split}-{len(made):05d}.png", kind, facts, image, queries))
+    return made
+
+
+def _draw(kind: str, facts: dict[str, str], rng: Random, align: float) -> Image.Image:
+    """Draw until every fact has found both its places on the page."""
+    while True:
+        page = Page(Random(rng.random()), align=align)
+        LAYOUTS[kind](page, _lines(kind, facts, rng))
+        placed = [word.text for word in page.words]
+        if all(placed.count(value) == 2 for value in facts.values()):
+            return page.image
+
+
+def _lines(kind: str, facts: dict[str, str], rng: Random) -> Iterator[list[str]]:
+    # Business pages repeat themselves, and a word that a tile's edge cuts in two can be read in its other place.
+    lines = [[label, value] for name, value in facts.items() for label in rng.sample(LABELS[name], 2)]
+    lines += [rng.sample(FILLER, rng.choice((2, 3, 4))) for _ in range(4)]
+    rng.shuffle(lines)
+    heading = [rng.choice(KINDS[kind]), *rng.sample(FILLER, 2)]
+    return iter([heading, *lines])
+
+
+def _ask(kind: str, names: list[str], facts: dict[str, str], rng: Random) -> str:
+    """A query for the facts called `names`, in words of its own: another order, other labels, synonyms."""
+    rng.shuffle(names)
+    parts = [rng.choice(OPENINGS).format(rng.choice(KINDS[kind]))]
+    for name in names:
+        value = facts[name]
+        if name == "goods" and rng.random() < 0.5:
+            value = GOODS[value]
+        parts.append(rng.choice(PHRASES[name]).format(value))
+    return " ".join(parts)

@@ -1,0 +1,104 @@
+"""What the data is, in numbers: rows, pages, queries a page, tiles, tokens, duplicates, bytes; set by set."""
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from colintern.files.manifest import MANIFEST, SURVEY, Files, folder_of, read
+from colintern.params import Params
+from colintern.tiles import base_tile, choose_grid
+
+COLUMNS = ("set", "measure", "value", "count")
+MEASURES = {  # histogram -> what the table calls its mean
+    "queries of a page": "queries/page",
+    "tiles of a page": "tiles/page",
+    "tokens of a page": "tokens/page",
+    "tokens of a query": "tokens/query",
+}
+Survey = dict[str, dict[str, Any]]
+
+
+def inventory(params: Params) -> Survey:
+    """The survey, with the tiles and visual tokens that params give its pages.
+
+    Raises:
+        UserError: there is no survey.
+    """
+    found: Survey = read(SURVEY)
+    side, tokens = base_tile(folder_of(Files(**read(MANIFEST)["base"]), "model"))
+    for facts in found.values():
+        tiles: Counter[int] = Counter()
+        for size, count in facts.pop("page sizes").items():
+            width, height = map(int, size.split("x"))
+            tiles[choose_grid(width, height, params.max_visual_tokens // tokens, side).tiles] += count
+        facts["tiles of a page"] = {str(n): count for n, count in sorted(tiles.items())}
+        facts["tokens of a page"] = {str(n * tokens): count for n, count in sorted(tiles.items())}
+    return found
+
+
+def metrics(found: Survey) -> dict[str, dict[str, float]]:
+    """The counts, and the mean of each histogram."""
+    return {
+        name: {key: value for key, value in facts.items() if key not in MEASURES}
+        | {label: _mean(facts[measure]) for measure, label in MEASURES.items()}
+        for name, facts in found.items()
+    }
+
+
+def _mean(histogram: dict[str, int]) -> float:
+    total = sum(histogram.values())
+    return round(sum(int(value) * count for value, count in histogram.items()) / total, 3) if total else 0.0
+
+
+def write_csv(path: Path, found: Survey) -> None:
+    """The histograms, one row a bar."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for name, facts in found.items():
+            for measure in MEASURES:
+                writer.writerows((name, measure, value, count) for value, count in facts[measure].items())
+
+
+def table(found: Survey, quarantined: Sequence[dict[str, str]]) -> str:
+    """All of it as text."""
+    lines = []
+    for name, facts in found.items():
+        lines.append(
+            f"{name}: {facts['rows']} rows, {facts['pages']} pages, {facts['queries']} queries, "
+            f"{facts['duplicates']} duplicates, {facts['quarantined']} quarantined, {facts['bytes'] / 1e6:.1f} MB"
+        )
+        for measure, label in MEASURES.items():
+            lines.append(f"  {label:<13} mean {_mean(facts[measure]):<8g} {_bars(facts[measure])}")
+        lines.append(f"  languages     {_languages(facts['languages, guessed'])}")
+    counts = Counter((entry["source"], entry["reason"].split(":")[0]) for entry in quarantined)
+    lines += [f"quarantined: {source}: {count} x {reason}" for (source, reason), count in sorted(counts.items())]
+    return "\n".join(lines)
+
+
+def _languages(guessed: dict[str, int], most: int = 6) -> str:
+    """The most frequent ones, what could not be guessed, and how many others there are."""
+    known = sorted(((count, name) for name, count in guessed.items() if name != "unknown"), reverse=True)
+    shown = [f"{name}: {count}" for count, name in known[:most]]
+    if rest := known[most:]:
+        shown.append(f"{len(rest)} others: {sum(count for count, _ in rest)}")
+    if "unknown" in guessed:
+        shown.append(f"unknown: {guessed['unknown']}")
+    return f"guessed, of {sum(guessed.values())} distinct queries: {'  '.join(shown)}"
+
+
+def _bars(histogram: dict[str, int], most: int = 6) -> str:
+    """`value: count` of each value, or of equally wide ranges where there are many."""
+    numbers = {int(value): count for value, count in histogram.items()}
+    if len(numbers) <= most:
+        return "  ".join(f"{value}: {count}" for value, count in numbers.items())
+    low, high = min(numbers), max(numbers)
+    width = -(-(high - low + 1) // most)
+    bins = Counter((value - low) // width for value in numbers for _ in range(numbers[value]))
+    return "  ".join(
+        f"{low + place * width}-{min(low + (place + 1) * width - 1, high)}: {bins[place]}"
+        for place in range(most)
+        if bins[place]
+    )

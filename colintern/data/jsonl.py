@@ -1,0 +1,58 @@
+"""Source: a folder with JSON lines and images.
+
+Each line of its `*.jsonl` files is one page: {"image": path below the folder, "query": text or "queries": [texts]};
+"split" (train, dev or test) is optional, and so are queries: such a page is only there to be confused with others.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from colintern.data.collected import Ask, Bad, Collected, Shelf, Stored, inside, json_lines, query_fault, split_fault
+from colintern.data.images import BadImage, standard
+from colintern.files.parallel import spread
+
+KEYS = {"image", "query", "queries", "split"}
+
+
+def collect(folder: Path, shelf: Shelf) -> Collected:
+    """Every line of the folder's JSONL files; the images go to the shelf."""
+    found = Collected()
+    rows = [line for file in sorted(folder.glob("*.jsonl")) for line in json_lines(file, found)]
+    named = {row["image"] for _, row in rows if isinstance(row.get("image"), str)}
+    paths = {name: path for name in sorted(named) for path, fault in [inside(folder, name)] if not fault}
+    tasks = [(path, shelf) for path in paths.values()]
+    stored = dict(zip(paths, spread(_store, tasks, "reading images", "page"), strict=True))
+    for where, row in rows:
+        _take(folder, where, row, stored, found)
+    found.bad.sort(key=lambda bad: (bad.where.rpartition(":")[0], int(bad.where.rpartition(":")[2])))
+    return found
+
+
+def _store(task: tuple[Path, Shelf]) -> Stored | str:
+    """The image on the shelf, or why there is none."""
+    path, shelf = task
+    try:
+        return shelf.put(standard(path.read_bytes()))
+    except (BadImage, OSError) as error:
+        return str(error)
+
+
+def _take(folder: Path, where: str, row: dict[str, Any], stored: dict[str, Stored | str], found: Collected) -> None:
+    """Put one row's page and queries into `found`, or its faults."""
+    found.unknown.update(row.keys() - KEYS)
+    name, split = row.get("image"), row.get("split")
+    fault = inside(folder, name)[1] or split_fault(split)
+    page = "" if fault else stored[str(name)]
+    if isinstance(page, str):
+        found.bad.append(Bad(where, fault or f"image {name!r}: {page}"))
+        return
+    found.pages.setdefault(str(name), page)
+    queries = row.get("queries", [])
+    queries = [*queries, *([row["query"]] if "query" in row else [])] if isinstance(queries, list) else [queries]
+    if split:
+        found.fixed.setdefault(str(name), []).append((str(split), where))
+    for query in queries:
+        if reason := query_fault(query):
+            found.bad.append(Bad(where, reason))
+        else:
+            found.asks.append(Ask(query, str(name), "given"))

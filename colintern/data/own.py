@@ -1,0 +1,192 @@
+"""The user's own documents, made into the two layouts that training and evaluation read.
+
+A folder of PDFs, or of JSON lines and images, becomes `data/own/.made/<folder>/<key>/train` and `beir`, split by page.
+The key is a hash of every file of the folder and of the code that reads it: the same folder is made once, a changed one
+again. Deleting `data/own/.made` costs only the time to make it.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from colintern.data.collected import SPLITS, Ask, Collected, Shelf, Stored
+from colintern.data.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
+from colintern.data.splits import assign
+from colintern.files.identity import content_hash
+from colintern.files.jsonfile import dumps
+from colintern.files.lock import locked
+from colintern.files.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, local_files, root, source_files
+from colintern.params import UserError
+
+MADE = "data/own/.made"
+CODE = ("own.py", "collected.py", "pdfs.py", "jsonl.py", "pseudo.py", "splits.py", "images.py", "formats.py")
+LIBRARIES = ("pypdfium2", "pillow", "pyarrow")
+
+
+class Own(NamedTuple):
+    """A folder as parquet: where it lies, what it was made from, and what came of its rows (see `_write`)."""
+
+    made: str
+    made_from: dict[str, Any]
+    summary: dict[str, Any]
+
+    def files(self, part: str) -> Files:
+        """The files of `part`, train or beir.
+
+        Raises:
+            UserError: the folder gave no rows for it.
+        """
+        if part not in self.summary["parts"]:
+            raise UserError(
+                f"{self.made_from['folder']}: cannot be used as {'train_data' if part == 'train' else 'benchmarks'}; "
+                f"queries by split: {self.summary['queries']}; training needs train and dev, evaluation test"
+            )
+        suffixes = TRAIN_SUFFIXES if part == "train" else BEIR_SUFFIXES
+        made_from = self.made_from | {"pseudo": set(self.summary["kinds"]) != {"given"}}
+        return local_files(f"{self.made}/{part}", suffixes)._replace(made_from=made_from)
+
+
+def make(folder: str, collect: Callable[[Path, Shelf], Collected]) -> Own:
+    """The folder as parquet, made now unless it was made before from the same files.
+
+    Raises:
+        UserError: nothing usable in it, or rows that put one page or one query into two splits.
+    """
+    made_from = {"folder": folder, "files": source_files(folder)}
+    facts = {
+        "files": made_from["files"],
+        "code": [content_hash(Path(__file__).with_name(name)) for name in CODE],
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    made = f"{MADE}/{re.sub(r'[^A-Za-z0-9.]+', '-', folder).strip('-.')}/{key}"
+    home = root() / made
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with locked(home.with_suffix(".lock")):
+        summary = _known(home)
+        if summary is None:
+            for older in home.parent.iterdir():
+                if older.is_dir():
+                    shutil.rmtree(older)
+            summary = _write(home, folder, collect)
+    print(_words(folder, summary))
+    return Own(made, made_from, summary)
+
+
+def _known(home: Path) -> dict[str, Any] | None:
+    """The summary of what is there already, None if there is nothing or not what was written."""
+    try:
+        summary = json.loads((home / "summary.json").read_text(encoding="utf-8"))
+        same = all(content_hash(home / name) == known for name, known in summary["files"].items())
+    except (OSError, ValueError):
+        return None
+    return summary if same else None
+
+
+def _write(home: Path, folder: str, collect: Callable[[Path, Shelf], Collected]) -> dict[str, Any]:
+    """Read the folder and write its parts; the result appears whole or not at all."""
+    partial = home.with_suffix(".partial")
+    shelf = Shelf(partial / "shelf")
+    shelf.folder.mkdir(parents=True)
+    found = collect(root() / folder, shelf)
+    pages, asks, names = _distinct(found)
+    split_of = assign(folder, pages, asks, found.fixed, names)
+    by_split = {split: [ask for ask in asks if split_of[ask.page] == split] for split in SPLITS}
+    parts = []
+    if by_split["train"] and by_split["dev"]:
+        for split, part in (("train", "train"), ("test", "dev")):  # the hub's training sets call the dev set test
+            _write_training(partial / "train", split, by_split[part], pages, Path(folder).name)
+        parts.append("train")
+    if by_split["test"]:
+        corpus = [name for name in pages if split_of[name] == "test"]
+        _write_beir(partial / "beir", corpus, by_split["test"], pages)
+        parts.append("beir")
+    shutil.rmtree(shelf.folder)
+    asked = {ask.page for ask in asks}
+    summary = {
+        "parts": parts,
+        "pages": dict(Counter(split_of.values())),
+        "queries": {split: len(rows) for split, rows in by_split.items()},
+        "rows": found.rows,
+        "bad": [bad._asdict() for bad in found.bad],
+        "same pages": len(found.pages) - len(pages),
+        "same queries": len(found.asks) - len(asks),
+        "pages without a query": sum(name not in asked for name in pages),
+        "kinds": dict(sorted(Counter(ask.kind for ask in asks).items())),
+        "unknown keys": sorted(found.unknown),
+        "files": {
+            p.relative_to(partial).as_posix(): content_hash(p) for p in sorted(partial.rglob("*")) if p.is_file()
+        },
+    }
+    (partial / "summary.json").write_text(dumps(summary), encoding="utf-8")
+    os.replace(partial, home)
+    return summary
+
+
+def _distinct(found: Collected) -> tuple[dict[str, Stored], list[Ask], dict[str, str]]:
+    """Pages and asks, equal ones once, under the first name; and that name for each page."""
+    first: dict[str, str] = {}
+    names = {name: first.setdefault(page.key, name) for name, page in found.pages.items()}
+    pages = {name: found.pages[name] for name in first.values()}
+    order = {name: number for number, name in enumerate(pages)}
+    asks = dict.fromkeys(ask._replace(page=names[ask.page]) for ask in found.asks)
+    return pages, sorted(asks, key=lambda ask: order[ask.page]), names
+
+
+class _Lazy(Sequence):
+    """Rows whose images are read when they are written: never more than a row group is in memory."""
+
+    def __init__(self, length: int, row: Callable[[int], Any]):
+        self.length, self.row = length, row
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.row(range(self.length)[index])
+
+
+def _write_training(folder: Path, split: str, asks: Sequence[Ask], pages: dict[str, Stored], source: str) -> None:
+    def row(index: int) -> TrainingRow:
+        ask = asks[index]
+        origin = source if ask.kind == "given" else f"{source} (pseudo-query: {ask.kind})"
+        return TrainingRow(pages[ask.page].path.read_bytes(), ask.page, ask.query, source=origin)
+
+    write_training_split(folder, split, _Lazy(len(asks), row))
+
+
+def _write_beir(folder: Path, corpus: Sequence[str], asks: Sequence[Ask], pages: dict[str, Stored]) -> None:
+    page_ids = {name: number for number, name in enumerate(corpus)}
+    query_ids = {query: number for number, query in enumerate(dict.fromkeys(ask.query for ask in asks))}
+
+    def page(index: int) -> CorpusPage:
+        return CorpusPage(index, pages[corpus[index]].path.read_bytes(), corpus[index])
+
+    write_beir(
+        folder,
+        _Lazy(len(corpus), page),
+        [Query(number, query) for query, number in query_ids.items()],
+        [Qrel(query_ids[ask.query], page_ids[ask.page]) for ask in asks],
+        pseudo=any(ask.kind != "given" for ask in asks),
+    )
+
+
+def _words(folder: str, summary: dict[str, Any]) -> str:
+    """What came of a folder, for the terminal."""
+    parts = [f"{split} {summary['pages'].get(split, 0)}/{summary['queries'][split]}" for split in SPLITS]
+    lines = [f"{folder}: pages/queries: {', '.join(parts)}; {len(summary['bad'])} bad rows of {summary['rows']}"]
+    counted = ("same pages", "same queries", "pages without a query")
+    lines += [f"  {name}: {summary[name]}" for name in counted if summary[name]]
+    pseudo = {kind: count for kind, count in summary["kinds"].items() if kind != "given"}
+    if pseudo:
+        lines.append("  pseudo-queries, made by a program: " + ", ".join(f"{n} {kind}s" for kind, n in pseudo.items()))
+    if summary["unknown keys"]:
+        lines.append(f"  keys of rows without effect: {', '.join(summary['unknown keys'])}")
+    return "\n".join(lines)

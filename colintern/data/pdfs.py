@@ -1,0 +1,165 @@
+"""Source: a folder of PDFs, each page one image.
+
+The questions stand in `queries.csv` or `queries.jsonl` in the folder: query, file (path below the folder), page (from
+1) and, if wanted, split (train, dev or test). A query with several lines is answered by several pages. Without such a
+file the PDFs' own text layer is asked: pseudo-queries, named so wherever their numbers appear.
+"""
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pypdfium2 as pdfium
+
+from colintern.data.collected import Ask, Bad, Collected, Shelf, inside, json_lines, query_fault, split_fault
+from colintern.data.images import BadImage, check_size, png_bytes
+from colintern.data.pseudo import Text, pseudo_queries
+from colintern.files.parallel import spread
+from colintern.params import UserError
+
+# Pixels an inch: an A4 page is 1,191 x 1,684, more than InternVL3.5 takes in at 12 tiles.
+DPI = 144
+CHUNK = 8  # pages a task: a document is opened again for each
+QUERY_FILES = ("queries.csv", "queries.jsonl")
+COLUMNS = ("query", "file", "page", "split")
+
+
+class Task(NamedTuple):
+    """Pages `first` to before `last` of a PDF, and where their images go."""
+
+    path: Path
+    name: str
+    first: int
+    last: int
+    shelf: Shelf
+
+
+class Rendered(NamedTuple):
+    """A page: its name, what `Shelf.put` gave for its image, its text; or why there is none."""
+
+    name: str
+    page: Any
+    text: str
+    fault: str
+
+
+def collect(folder: Path, shelf: Shelf) -> Collected:
+    """Every page of the folder's PDFs, and the queries for them."""
+    found = Collected()
+    files = {path.relative_to(folder).as_posix(): path for path in pdf_files(folder)}
+    outlines = {name: outline for name, path in files.items() if (outline := _outline(name, path, found)) is not None}
+    counts = {name: pages for name, (pages, _) in outlines.items()}
+    texts: dict[str, list[str]] = {name: [] for name in counts}
+    tasks = [
+        Task(files[name], name, first, min(first + CHUNK, pages), shelf)
+        for name, pages in counts.items()
+        for first in range(0, pages, CHUNK)
+    ]
+    for task, pages in zip(tasks, spread(_render, tasks, "rendering", f"{CHUNK} pages"), strict=True):
+        for page in pages:
+            texts[task.name].append(page.text)
+            if page.fault:
+                found.bad.append(Bad(page.name, page.fault))
+            else:
+                found.pages[page.name] = page.page
+    found.rows += sum(counts.values())
+    if given := _query_file(folder):
+        _read_queries(folder, given, counts, found)
+    else:
+        documents = [Text(texts[name], outlines[name][1]) for name in counts]
+        names = list(counts)
+        for query in pseudo_queries(documents):
+            page_name = _name(names[query.document], query.page)
+            if page_name in found.pages:
+                found.asks.append(Ask(query.query, page_name, query.kind))
+    return found
+
+
+def pdf_files(folder: Path) -> list[Path]:
+    """The PDFs below the folder, in the order of their paths; hidden files and folders are left out."""
+    paths = (p for p in folder.rglob("*") if p.suffix.lower() == ".pdf" and p.is_file())
+    return sorted(p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
+def _name(file: str, index: int) -> str:
+    return f"{file}#page={index + 1}"
+
+
+def _outline(name: str, path: Path, found: Collected) -> tuple[int, list[tuple[str, int]]] | None:
+    """Number of pages, and the outline's entries that point at one; None, and a bad row, if it is no readable PDF."""
+    try:
+        with pdfium.PdfDocument(path) as pdf:
+            entries = [(entry.get_title(), entry.get_dest()) for entry in pdf.get_toc()]
+            targets = [(title, dest.get_index()) for title, dest in entries if dest is not None]
+            return len(pdf), [(title, index) for title, index in targets if index is not None]
+    except pdfium.PdfiumError as error:  # damaged, or locked with a password
+        found.rows += 1
+        found.bad.append(Bad(name, f"not a readable PDF: {error}"))
+        return None
+
+
+def _render(task: Task) -> list[Rendered]:
+    pages = []
+    with pdfium.PdfDocument(task.path) as pdf:
+        for index in range(task.first, task.last):
+            name, text = _name(task.name, index), ""
+            try:
+                page = pdf[index]
+                text = page.get_textpage().get_text_range()
+                check_size(*(round(side * DPI / 72) for side in page.get_size()))
+                image = page.render(scale=DPI / 72).to_pil()
+                pages.append(Rendered(name, task.shelf.put(png_bytes(image)), text, ""))
+            except (pdfium.PdfiumError, BadImage) as error:
+                pages.append(Rendered(name, None, text, str(error)))
+    return pages
+
+
+def _query_file(folder: Path) -> Path | None:
+    found = [folder / name for name in QUERY_FILES if (folder / name).is_file()]
+    if len(found) > 1:
+        raise UserError(f"{folder}: has {' and '.join(QUERY_FILES)}; keep one")
+    return found[0] if found else None
+
+
+def _read_queries(folder: Path, file: Path, counts: dict[str, int], found: Collected) -> None:
+    rows = json_lines(file, found) if file.suffix == ".jsonl" else _csv_rows(file, found)
+    for where, row in rows:
+        if unknown := row.keys() - set(COLUMNS):
+            found.unknown.update(map(str, unknown))
+        fault = query_fault(row.get("query")) or _page_fault(folder, row, counts) or split_fault(row.get("split", ""))
+        name = "" if fault else _name(row["file"], int(row["page"]) - 1)
+        if not fault and name not in found.pages:
+            fault = f"page {name} could not be rendered"
+        if fault:
+            found.bad.append(Bad(where, fault))
+            continue
+        found.asks.append(Ask(row["query"], name, "given"))
+        if row.get("split"):
+            found.fixed.setdefault(name, []).append((row["split"], where))
+
+
+def _csv_rows(file: Path, found: Collected) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is not UTF-8: {error}") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="more cells than columns")
+    if lacking := [name for name in COLUMNS[:3] if name not in (reader.fieldnames or [])]:
+        raise UserError(f"{file}: has no column {', '.join(lacking)}; its first line must name {', '.join(COLUMNS)}")
+    for row in reader:
+        found.rows += 1
+        yield f"{file.name}:{reader.line_num}", row
+
+
+def _page_fault(folder: Path, row: dict[str, Any], counts: dict[str, int]) -> str:
+    name, page = row.get("file"), str(row.get("page"))
+    _, fault = inside(folder, name)
+    if fault:
+        return fault
+    if name not in counts:
+        return f"{name} is not a readable PDF of this folder"
+    if not page.isdecimal() or not 1 <= int(page) <= counts[name]:
+        return f"page {page!r}: {name} has pages 1 to {counts[name]}"
+    return ""

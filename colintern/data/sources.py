@@ -1,0 +1,191 @@
+"""Where data comes from: each source puts files on disk and says which they are. Nothing here reads a row."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from colintern.data import jsonl, pdfs
+from colintern.data.collected import Collected, Shelf
+from colintern.data.demo import DemoPage, corpus
+from colintern.data.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
+from colintern.data.images import png_bytes
+from colintern.data.own import Own, make
+from colintern.data.survey import SPLITS, Part
+from colintern.data.trainset import POSITIVES, asked, by_number
+from colintern.files.hub_errors import Repo
+from colintern.files.manifest import (
+    BASE_SUFFIXES,
+    BEIR_SUFFIXES,
+    TASK_SUFFIXES,
+    TRAIN_SUFFIXES,
+    Files,
+    folder_of,
+    hub_files,
+    local,
+    local_file,
+    local_files,
+)
+from colintern.params import Params, UserError, mixture, on_hub, root
+
+DEMO = "demo"
+DEMO_SEED = 0  # of the corpus; the training seed is params.seed, so that seeds are compared on the same pages
+DEMO_TRAIN_PAGES, DEMO_DEV_PAGES, DEMO_TEST_PAGES = 1800, 100, 200
+DEMO_QUERIES = 2  # a training page
+
+
+class Fetched(NamedTuple):
+    """The manifest (base, train, evaluation by benchmark or task), and the folders of documents behind it, by name."""
+
+    manifest: dict[str, Any]
+    own: dict[str, Own]
+
+
+def fetch(params: Params, tasks: Mapping[str, Mapping[str, str]]) -> Fetched:
+    """Put all that params names on disk.
+
+    Args:
+        tasks: the tasks of mteb's that are to be evaluated, by name: {"path": hub id, "revision": 40 hex digits}.
+
+    Raises:
+        UserError: a folder that holds nothing; see also `hub.fetch`.
+    """
+    sets, benchmarks = mixture(params.train_data), [name for name in params.benchmarks if local(name)]
+    wanted: dict[tuple[str, str], tuple[Repo, tuple[str, ...]]] = {}
+    if params.base_revision:
+        wanted["base", params.base] = (Repo("base", params.base, params.base_revision, "model"), BASE_SUFFIXES)
+    for name in filter(on_hub, dict(sets)):
+        repo = Repo("train_data", name, params.train_revision, "dataset")
+        wanted["train", name] = (repo, TRAIN_SUFFIXES)
+    if params.train_corpus_revision:
+        repo = Repo("train_corpus", params.train_corpus, params.train_corpus_revision, "dataset")
+        wanted["corpus", params.train_corpus] = (repo, TRAIN_SUFFIXES)
+    for name, data in tasks.items():
+        repo = Repo(f"benchmarks: {name}", data["path"], data["revision"], "dataset")
+        wanted["evaluation", name] = (repo, TASK_SUFFIXES)
+    # All at once, and before anything is made here: one question of room, one bar.
+    found = dict(zip(wanted, hub_files(list(wanted.values())), strict=True))
+    kinds = {name: _kind(name) for name in (*dict(sets), *benchmarks)}
+    own = {name: make(name, collect) for name, collect in kinds.items() if collect}
+    train = [found.get(("train", name)) or _training(name, own) for name, _ in sets]
+    corpus = found.get(("corpus", params.train_corpus))
+    if params.train_corpus and not corpus:
+        corpus = local_files(params.train_corpus, TRAIN_SUFFIXES)
+    evaluation = {name: _evaluation(name, own) for name in benchmarks}
+    evaluation |= {name: found["evaluation", name] for name in tasks}
+    manifest = {
+        "base": (found.get(("base", params.base)) or local_files(params.base, BASE_SUFFIXES))._asdict(),
+        "made_for": asked(params),
+        "train": [files._replace(weight=w)._asdict() for files, (_, w) in zip(train, sets, strict=True)],
+        "train_corpus": corpus._asdict() if corpus else None,
+        "negatives": local_file(params.negatives_file)._asdict() if params.negatives_file else None,
+        "evaluation": {name: files._asdict() for name, files in evaluation.items()},
+    }
+    return Fetched(manifest, own)
+
+
+def parts(params: Params, manifest: dict[str, Any]) -> list[Part]:
+    """The training sets and local benchmarks of a manifest, split by split, under the names that params give them.
+
+    Raises:
+        UserError: a corpus is missing or has no effect; see also `by_number`.
+    """
+    train = [Files(**entry) for entry in manifest["train"]]
+    numbered = [by_number(folder_of(files, "dataset") / min(files.files)) for files in train]
+    corpus = _corpus(params, manifest["train_corpus"], any(numbered))
+    found = [corpus] if corpus else []
+    for (name, _), files, without_pages in zip(mixture(params.train_data), train, numbered, strict=True):
+        for split, prefix in SPLITS.items():
+            names = [file for file in sorted(files.files) if Path(file).name.startswith(f"{prefix}-")]
+            of = corpus if without_pages else None
+            found.append(Part(name, split, folder_of(files, "dataset"), tuple(names), on_hub(name), of))
+    for name, entry in manifest["evaluation"].items():
+        if entry["revision"]:  # a task of mteb's: not ours to judge
+            continue
+        names = [file for file in sorted(entry["files"]) if file.startswith("corpus/") and file.endswith(".parquet")]
+        found.append(Part(name, "test", root() / entry["folder"], tuple(names)))
+    return found
+
+
+def _corpus(params: Params, entry: dict[str, Any] | None, needed: bool) -> Part | None:
+    if needed and not entry:
+        raise UserError(
+            f"train_corpus: '' is not valid: rows of {params.train_data} name their pages by number ({POSITIVES}); it "
+            f"must be the set those numbers count in, such as manu/colpali-corpus for manu/colpali-queries"
+        )
+    if entry and not needed:
+        raise UserError(
+            f"train_corpus: {params.train_corpus!r} has no effect, all rows of {params.train_data} hold their pages; "
+            f"it must be ''"
+        )
+    if not entry:
+        return None
+    files = Files(**entry)
+    return Part(params.train_corpus, "corpus", folder_of(files, "dataset"), tuple(sorted(files.files)))
+
+
+def tokenizer(manifest: dict[str, Any]) -> Path:
+    """The file of the base's tokenizer."""
+    return folder_of(Files(**manifest["base"]), "model") / "tokenizer.json"
+
+
+def _training(name: str, own: dict[str, Own]) -> Files:
+    if name == DEMO:
+        return demo_training()
+    return own[name].files("train") if name in own else local_files(name, TRAIN_SUFFIXES)
+
+
+def _evaluation(name: str, own: dict[str, Own]) -> Files:
+    if name == DEMO:
+        return demo_evaluation()
+    return own[name].files("beir") if name in own else local_files(name, BEIR_SUFFIXES)
+
+
+def _kind(name: str) -> Callable[[Path, Shelf], Collected] | None:
+    """What reads a folder of documents; None for the demo, a folder of parquet files, and what is no folder.
+
+    Raises:
+        UserError: a folder of two kinds, or of none.
+    """
+    folder = root() / name
+    if name == DEMO or not folder.is_dir():
+        return None
+    has_pdfs, lines = bool(pdfs.pdf_files(folder)), {path.name for path in folder.glob("*.jsonl")}
+    kinds = {
+        "parquet files": any(folder.glob("*.parquet")) or any(folder.glob("[!.]*/**/*.parquet")),
+        "PDFs": has_pdfs,
+        "JSON lines": bool(lines - set(pdfs.QUERY_FILES if has_pdfs else ())),
+    }
+    found = [kind for kind, there in kinds.items() if there]
+    if len(found) != 1:
+        raise UserError(f"{name}: holds {' and '.join(found) or 'none'} of {', '.join(kinds)}; it must be one of them")
+    return {"parquet files": None, "PDFs": pdfs.collect, "JSON lines": jsonl.collect}[found[0]]
+
+
+def demo_training() -> Files:
+    """Draw the demo's training pages: two queries a page; the split `test` is the dev set, as on the hub."""
+    folder = "data/demo/train"
+    for split, drawn, pages, queries in (
+        ("train", "train", DEMO_TRAIN_PAGES, DEMO_QUERIES),
+        ("test", "dev", DEMO_DEV_PAGES, 1),
+    ):
+        rows = [row for page in corpus(drawn, pages, queries, DEMO_SEED) for row in _rows(page)]
+        write_training_split(root() / folder, split, rows)
+    return local_files(folder, TRAIN_SUFFIXES)
+
+
+def _rows(page: DemoPage) -> list[TrainingRow]:
+    png = png_bytes(page.image)
+    return [TrainingRow(png, page.name, query, source=f"colintern-demo-{page.kind}") for query in page.queries]
+
+
+def demo_evaluation() -> Files:
+    """Draw the demo's test pages, one query each, in mteb's layout."""
+    folder = "data/demo/beir"
+    pages = corpus("test", DEMO_TEST_PAGES, 1, DEMO_SEED)
+    write_beir(
+        root() / folder,
+        [CorpusPage(i, png_bytes(page.image), page.name) for i, page in enumerate(pages)],
+        [Query(i, page.queries[0]) for i, page in enumerate(pages)],
+        [Qrel(i, i) for i in range(len(pages))],
+    )
+    return local_files(folder, BEIR_SUFFIXES)

@@ -1,0 +1,228 @@
+"""Every row of the data, looked at once before anything is trained on it: each page is decoded, on all cores."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+from tokenizers import Tokenizer
+
+from colintern.data.collected import query_fault
+from colintern.data.images import BadImage, decode
+from colintern.data.index import Row
+from colintern.data.language import languages
+from colintern.data.trainset import POSITIVES
+from colintern.files.parallel import spread
+from colintern.params import UserError
+
+SPLITS = {"train": "train", "dev": "test"}  # how the hub's training sets call them
+
+
+class Part(NamedTuple):
+    """Parquet files of one split of one data set; `name` is what params call it, `fixed` if it is the hub's own.
+
+    `corpus`: where rows find the pages they name by number. Such a set may lack files for the dev set, which is then
+    drawn from its training rows.
+    """
+
+    name: str
+    split: str  # train, dev, test, or corpus
+    folder: Path
+    files: Sequence[str]
+    fixed: bool = False
+    corpus: "Part | None" = None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.split})"
+
+
+class Seen(NamedTuple):
+    """One row. `where` is its file and number, `key` the sha256 of its page's bytes, `fault` why it cannot be used."""
+
+    where: str
+    key: str
+    size: tuple[int, int] | None
+    query: str
+    fault: str
+
+
+def look(parts: Sequence[Part]) -> dict[Part, list[Seen]]:
+    """Every row of every part; of an evaluation set the pages, which have no query.
+
+    Raises:
+        UserError: a file is no parquet file, or lacks a column.
+    """
+    whole = [part for part in parts if part.corpus is None]
+    tasks = [(part, name, group) for part in whole for name in part.files for group in _groups(part, name)]
+    seen: dict[Part, list[Seen]] = {part: [] for part in parts}
+    blocks = spread(_look, tasks, "checking pages", "block")
+    for (part, _, _), rows in zip(tasks, blocks, strict=True):
+        seen[part] += rows
+    numbered = [(part, part.corpus) for part in parts if part.corpus]
+    for part, corpus in numbered:
+        seen[part] = [_named_page(row, seen[corpus]) for row in _queries(part)]
+    for part, _ in numbered:
+        if not part.files:
+            _draw_dev([other for other, _ in numbered if other.name == part.name], seen)
+    return seen
+
+
+def _draw_dev(parts: Sequence[Part], seen: dict[Part, list[Seen]]) -> None:
+    """Share the rows of a set that has no files for its dev set out among its splits."""
+    rows = [row for part in parts for row in seen[part]]
+    dev = held_out(row.key for row in rows if not row.fault)
+    for part in parts:
+        seen[part] = [row for row in rows if (row.key in dev) == (part.split == "dev")]
+
+
+def held_out(keys: Iterable[str]) -> set[str]:
+    """The pages whose rows are the dev set of a data set that has none: a fiftieth of them, at least one.
+
+    A page's place among all of them is that of its hash, so the choice depends on nothing but the pages.
+    """
+    ranked = sorted(set(keys))
+    return set(ranked[: max(1, len(ranked) // 50)])
+
+
+def _queries(part: Part) -> Iterator[tuple[str, Any, Any]]:
+    """(place, query, numbers of its pages) of each row."""
+    for name in part.files:
+        table = _open(part, name, {"query", POSITIVES}).read(columns=["query", POSITIVES])
+        for number, row in enumerate(table.to_pylist()):
+            yield f"{name}:{number}", row["query"], row[POSITIVES]
+
+
+def _named_page(row: tuple[str, Any, Any], pages: Sequence[Seen]) -> Seen:
+    where, query, numbers = row
+    text, fault = query if isinstance(query, str) else "", query_fault(query)
+    number = numbers[0] if isinstance(numbers, list) and numbers else numbers
+    if not isinstance(number, int) or not 0 <= number < len(pages):
+        return Seen(where, "", None, text, fault or f"{POSITIVES}: {numbers!r:.80} is no row of the corpus")
+    page = pages[number]
+    return Seen(where, page.key, page.size, text, fault or (page.fault and f"its page, row {number}: {page.fault}"))
+
+
+def _groups(part: Part, name: str) -> Iterator[tuple[int, int]]:
+    """(row group, number of its first row) of a file."""
+    file = _open(part, name, set(_columns(part)))
+    first = 0
+    for group in range(file.num_row_groups):
+        yield group, first
+        first += file.metadata.row_group(group).num_rows
+
+
+def _columns(part: Part) -> list[str]:
+    return ["image"] if part.split in ("test", "corpus") else ["image", "query"]
+
+
+def _open(part: Part, name: str, columns: set[str]) -> pq.ParquetFile:
+    path = part.folder / name
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is not a parquet file: {error}") from error
+    if lacking := columns - set(file.schema_arrow.names):
+        raise UserError(f"{path}: has no column {' and '.join(sorted(lacking))}; it has {file.schema_arrow.names}")
+    return file
+
+
+def _look(task: tuple[Part, str, tuple[int, int]]) -> list[Seen]:
+    part, name, (group, first) = task
+    # A few rows at a time: as Python objects, pages asked for by several queries take memory several times.
+    batches = pq.ParquetFile(part.folder / name).iter_batches(8, [group], _columns(part))
+    known: dict[str, tuple[tuple[int, int] | None, str]] = {}
+    rows = []
+    for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=first):
+        data, fault = _bytes(row["image"])
+        key = hashlib.sha256(data).hexdigest() if data else ""
+        if key not in known:
+            known[key] = (None, fault) if fault else _size(data)
+        size, fault = known[key] if data else (None, fault)
+        query = row.get("query", "")
+        if "query" in row:
+            fault = fault or query_fault(query)
+        rows.append(Seen(f"{name}:{number}", key, size, query if isinstance(query, str) else "", fault))
+    return rows
+
+
+def _bytes(image: Any) -> tuple[bytes, str]:
+    """The bytes of a row's image, or why it has none. What a row only points at is never fetched."""
+    data = image.get("bytes") if isinstance(image, dict) else image
+    if isinstance(data, bytes):
+        return data, "" if data else "image: empty: 0 bytes"
+    place = image.get("path") if isinstance(image, dict) else image
+    return b"", f"image: refused: the row holds no bytes, only {place!r:.80}" if place else "image: missing"
+
+
+def _size(data: bytes) -> tuple[tuple[int, int] | None, str]:
+    try:
+        return decode(data).size, ""
+    except BadImage as error:
+        return None, f"image: {error}"
+
+
+def usable(seen: dict[Part, list[Seen]]) -> Iterator[Row]:
+    """The rows without a fault of the training sets, and the pages of a corpus, for the index."""
+    for part, found in seen.items():
+        for row in found if part.split != "test" else ():
+            if not row.fault:
+                file, _, number = row.where.rpartition(":")
+                yield Row(part.name, part.split, file, int(number), row.key, row.query)
+
+
+def rows_of(part: Part, table: str, columns: list[str]) -> list[dict[str, Any]]:
+    """The rows of a table (corpus, queries or qrels) of an evaluation set.
+
+    Raises:
+        UserError: a file lacks a column.
+    """
+    rows = []
+    for path in sorted(part.folder.glob(f"{table}/*.parquet")):
+        file = pq.ParquetFile(path)
+        if lacking := set(columns) - set(file.schema_arrow.names):
+            raise UserError(f"{path}: has no column {' and '.join(sorted(lacking))}; it has {file.schema_arrow.names}")
+        rows += file.read(columns=columns).to_pylist()
+    return rows
+
+
+def survey(seen: dict[Part, list[Seen]], tokenizer: Path) -> dict[str, dict[str, Any]]:
+    """{"name (split)": counts and histograms}, all that is known without params. A query's tokens are its text's."""
+    words = Tokenizer.from_file(str(tokenizer))
+    found = {}
+    for part, rows in seen.items():
+        good = [row for row in rows if not row.fault]
+        sizes = {row.key: row.size for row in good if row.size}
+        if part.split == "test":
+            queries = [row["query"] for row in rows_of(part, "queries", ["query"])]
+            asked = Counter(row["corpus-id"] for row in rows_of(part, "qrels", ["corpus-id"]))
+            copies = len(good) - len(sizes)
+        elif part.split == "corpus":
+            queries, asked, copies = [], Counter(), len(good) - len(sizes)
+        else:
+            queries = [row.query for row in good]
+            asked = Counter(row.key for row in good)
+            copies = len(good) - len({(row.key, row.query) for row in good})
+        tokens = (
+            len(each.ids)
+            for start in range(0, len(queries), 1000)  # an encoding takes kilobytes
+            for each in words.encode_batch(queries[start : start + 1000], add_special_tokens=False)
+        )
+        found[str(part)] = {
+            "rows": len(rows),
+            "pages": len(sizes),
+            "queries": len(queries),
+            "duplicates": copies,
+            "quarantined": len(rows) - len(good),
+            "bytes": sum((part.folder / name).stat().st_size for name in part.files),
+            "page sizes": _histogram(f"{width}x{height}" for width, height in sizes.values()),
+            "queries of a page": _histogram(asked.values()),
+            "tokens of a query": _histogram(tokens),
+            "languages, guessed": languages(queries),
+        }
+    return found
+
+
+def _histogram(values: Any) -> dict[str, int]:
+    return {str(value): count for value, count in sorted(Counter(values).items())}

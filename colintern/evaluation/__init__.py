@@ -1,0 +1,1 @@
+"""From an adapter to numbers: mteb's tasks, per-query scores, verdicts, comparisons."""

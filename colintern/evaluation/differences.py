@@ -1,0 +1,179 @@
+"""Two evaluations side by side: rows with intervals and tests, the queries that changed most, other settings."""
+
+from typing import Any, NamedTuple
+
+from colintern.evaluation.comparison import LEVEL, RESAMPLES, Row, compare
+from colintern.evaluation.outcomes import Outcome
+from colintern.evaluation.queries import KEY
+from colintern.evaluation.scores import short
+from colintern.params import UserError
+
+CHANGED = 10  # queries shown
+BEYOND = 1001  # a rank for pages that are not among mteb's 1,000 best
+
+
+class Difference(NamedTuple):
+    """`params`: key -> values in a and in b, None where there is none. `left_out`: task -> why it is not compared."""
+
+    a: str
+    b: str
+    metric: str
+    rows: list[Row]
+    changed: list[dict[str, Any]]
+    params: dict[str, tuple[Any, Any]]
+    left_out: dict[str, str]
+
+
+def difference(a: Outcome, b: Outcome, metric: str) -> Difference:
+    """What changed from `a` to `b`.
+
+    Raises:
+        UserError: they have no task in common.
+    """
+    left_out, pairs = {}, []
+    sides = [_by_task(a), _by_task(b)]
+    for key in sorted(sides[0].keys() | sides[1].keys()):
+        before, after = (side.get(key, {}) for side in sides)
+        benchmark, task = key
+        revisions = [one.run["data"].get(task) for one in (a, b)]
+        if reason := _why_not(before, after, revisions, (a.name, b.name)):
+            left_out[f"{benchmark}, {short(task)}"] = reason
+            continue
+        pairs += [_pair(before[query], after[query], metric) for query in sorted(before)]
+    if not pairs:
+        reasons = "; ".join(f"{task}: {reason}" for task, reason in left_out.items())
+        raise UserError(f"{a.name} and {b.name} cannot be compared: {reasons or 'neither has results'}")
+    distinct = {(pair["task"], pair["subset"], pair["query_id"]): pair for pair in pairs}  # of several benchmarks
+    ordered = sorted(distinct.items(), key=lambda item: (*_change(item[1]), item[0]))
+    changed = [pair for _, pair in ordered[:CHANGED] if pair["after"] != pair["before"]]
+    settings = [one.run["params"] for one in (a, b)]
+    keys = sorted(settings[0].keys() | settings[1].keys())
+    params = {key: (settings[0].get(key), settings[1].get(key)) for key in keys}
+    differing = {key: values for key, values in params.items() if values[0] != values[1]}
+    return Difference(a.name, b.name, metric, compare(pairs), changed, differing, left_out)
+
+
+def _by_task(one: Outcome) -> dict[tuple[str, str], dict[tuple[str, str], dict[str, Any]]]:
+    """(benchmark, task) -> (subset, query) -> row."""
+    tasks: dict[tuple[str, str], dict[tuple[str, str], dict[str, Any]]] = {}
+    for row in one.queries:
+        benchmark, task, subset, query = (row[key] for key in KEY)
+        tasks.setdefault((benchmark, task), {})[subset, query] = row
+    return tasks
+
+
+def _why_not(before: dict, after: dict, revisions: list[str | None], names: tuple[str, str]) -> str:
+    if not before or not after:
+        return f"only in {names[0] if before else names[1]}"
+    if revisions[0] != revisions[1]:
+        return f"other data: {revisions[0]} and {revisions[1]}"
+    if before.keys() != after.keys():
+        return f"other queries: {len(before.keys() ^ after.keys())} are in one of them only"
+    return ""
+
+
+def _pair(before: dict[str, Any], after: dict[str, Any], metric: str) -> dict[str, Any]:
+    shared = {key: before[key] for key in KEY}
+    return shared | {
+        "before": before[metric],
+        "after": after[metric],
+        "rank_before": before["rank"],
+        "rank_after": after["rank"],
+        "page_before": before["top_pages"][0],
+        "page_after": after["top_pages"][0],
+    }
+
+
+def _change(pair: dict[str, Any]) -> tuple[float, int]:
+    """Sorts the largest change of score first, then of rank."""
+    before, after = (pair[key] or BEYOND for key in ("rank_before", "rank_after"))
+    return -abs(pair["after"] - pair["before"]), -abs(after - before)
+
+
+def as_json(found: Difference) -> dict[str, Any]:
+    """All of it, for programs; scores 0 to 1."""
+    rows = [row._asdict() | {"difference": row.after - row.before, "verdict": row.verdict} for row in found.rows]
+    return found._asdict() | {"rows": rows, "resamples": RESAMPLES, "level": LEVEL}
+
+
+def text(found: Difference) -> str:
+    """At most 80 columns, but for the names of queries and the values of settings."""
+    lines = [
+        f"a: {found.a}",
+        f"b: {found.b}",
+        f"{found.metric + ' x100':<22}{'a':>6}{'b':>6}{'b - a':>7}  {'95 % interval':<14}{'p':>7}{'w/l/ties':>14}",
+    ]
+    for row in found.rows:
+        name = row.name if row.benchmark else f"  {short(row.name)}"
+        mark = {"better": "+", "worse": "-", "": ""}[row.verdict]
+        lines.append(
+            f"{name[:21]:<22}{100 * row.before:>6.1f}{100 * row.after:>6.1f}{100 * (row.after - row.before):>+7.1f}"
+            f"  {_interval(row):<14}{row.p:>7.4f}{_counts(row):>14}{mark and ' ' + mark}"
+        )
+    lines += [summary(found), ""]
+    if found.changed:
+        lines.append(f"{f'{len(found.changed)} most changed queries':<54}{'a':>6}{'b':>6}  rank")
+    for pair in found.changed:
+        name = f"  {_query(pair)}"
+        scores = f"{100 * pair['before']:>6.1f}{100 * pair['after']:>6.1f}"
+        lines.append(f"{name:<54}{scores}  {_ranks(pair)}")
+    lines += [f"not compared: {task}: {reason}" for task, reason in found.left_out.items()]
+    if not found.params:
+        lines.append("no setting differs")
+    return "\n".join([*lines, *(f"{key}: {a} -> {b}" for key, (a, b) in _settings(found))])
+
+
+def markdown(found: Difference) -> str:
+    """For a pull request."""
+    lines = [
+        f"`{found.a}` (a) against `{found.b}` (b), {found.metric} x100",
+        "",
+        "| | a | b | b - a | 95 % interval | p | wins / losses / ties | |",
+        "|---|---:|---:|---:|---|---:|---|---|",
+    ]
+    for row in found.rows:
+        name = f"**{row.name}**" if row.benchmark else short(row.name)
+        change = f"{100 * row.before:.1f} | {100 * row.after:.1f} | {100 * (row.after - row.before):+.1f}"
+        lines.append(f"| {name} | {change} | {_interval(row)} | {row.p:.4f} | {_counts(row)} | {row.verdict} |")
+    lines += ["", summary(found)]
+    if found.changed:
+        lines += ["", f"| {len(found.changed)} most changed queries | a | b | rank |", "|---|---:|---:|---|"]
+    for pair in found.changed:
+        lines.append(f"| {_query(pair)} | {100 * pair['before']:.1f} | {100 * pair['after']:.1f} | {_ranks(pair)} |")
+    if found.params:
+        lines += ["", "| setting | a | b |", "|---|---|---|"]
+    lines += [f"| {key} | {a} | {b} |" for key, (a, b) in _settings(found)]
+    return "\n".join([*lines, *(f"\nNot compared: {task}: {reason}" for task, reason in found.left_out.items())])
+
+
+def summary(found: Difference) -> str:
+    """The verdict in a sentence."""
+    counts = {word: sum(row.verdict == word for row in found.rows) for word in ("better", "worse", "")}
+    return (
+        f"b is better in {counts['better']}, worse in {counts['worse']} of {len(found.rows)} rows, "
+        f"no difference shown in {counts['']} (5 %, Holm)"
+    )
+
+
+def _interval(row: Row) -> str:
+    return f"{100 * row.low:+.1f} to {100 * row.high:+.1f}"
+
+
+def _counts(row: Row) -> str:
+    return f"{row.wins}/{row.losses}/{row.ties}"
+
+
+def _query(pair: dict[str, Any]) -> str:
+    subset = "" if pair["subset"] == "default" else f", {pair['subset']}"
+    return f"{short(pair['task'])}{subset}, {pair['query_id']}"
+
+
+def _ranks(pair: dict[str, Any]) -> str:
+    return " -> ".join(str(rank or "none") for rank in (pair["rank_before"], pair["rank_after"]))
+
+
+def _settings(found: Difference) -> list[tuple[str, tuple[Any, Any]]]:
+    def show(value: Any) -> Any:
+        return "none" if value is None else value
+
+    return [(key, (show(a), show(b))) for key, (a, b) in found.params.items()]

@@ -1,0 +1,110 @@
+"""What can be evaluated: a trained adapter, its base before training, a merged model; none loaded before it must be."""
+
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from colintern.files.identity import content_hash, stage_code, versions
+from colintern.files.manifest import MANIFEST, check_base, read
+from colintern.modeling.features import FEATURES, PageFeatures
+from colintern.modeling.loading import load_adapter, load_merged, load_processor, require_adapter, require_base
+from colintern.mteb_model import ColIntern3_5Encoder
+from colintern.params import Params, UserError, root
+
+
+class Subject(NamedTuple):
+    """A model to evaluate.
+
+    `label` and `revision`: its name in mteb's files, colintern/<label>. `identity`: all that decides its scores but the
+    data. `params`: what it was trained with, as far as is known. `encoder()` loads it.
+    """
+
+    label: str
+    revision: str
+    identity: dict[str, Any]
+    params: dict[str, Any]
+    encoder: Callable[[], Any]
+
+
+def subjects(params: Params, folder: Path) -> dict[str, Subject]:
+    """What the folder of an adapter or of a merged model gives: "trained" and, of an adapter if
+    `params.eval_untrained`, "untrained": its base with the same head before training.
+
+    mteb's files of both carry the hash of the adapter's weights as the revision, because the head of the untrained
+    model is the adapter's.
+
+    Raises:
+        UserError: a folder without weights or without a head, or an adapter of another base than `params.base`.
+    """
+    if not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
+        return {"trained": _merged(params, folder)}
+    require_adapter(folder)
+    base = check_base(params)
+    require_base(params, folder)
+    names = [("trained", "colintern3_5")] + [("untrained", "colintern3_5-untrained")] * params.eval_untrained
+    return {name: _adapter(params, base, folder, name == "trained", label) for name, label in names}
+
+
+def _adapter(params: Params, base: str, folder: Path, trained: bool, label: str) -> Subject:
+    revision = content_hash(folder / "adapter_model.safetensors")[:40]
+    what = {"adapter": content_hash(folder), "base": read(MANIFEST)["base"], "trained": trained}
+    file = folder / "identity.json"
+    known = json.loads(file.read_text())["params"] if file.is_file() else {}
+
+    def encoder() -> ColIntern3_5Encoder:
+        return _encoder(params, load_adapter(params, base, folder, trained), folder, label, revision)
+
+    return Subject(label, revision, _identity(params, what), known, encoder)
+
+
+def _merged(params: Params, folder: Path) -> Subject:
+    files = sorted(folder.glob("*.safetensors"))
+    if not any("custom_text_proj.weight" in names for names in map(_weights, files)):
+        raise UserError(
+            f"{folder}: its weights have no custom_text_proj.weight, so it is a base before training; give an "
+            f"adapter's folder, or one that was merged"
+        )
+    what = {"merged": content_hash(folder)}
+
+    def encoder() -> ColIntern3_5Encoder:
+        return _encoder(params, load_merged(params, folder), folder, "colintern3_5", what["merged"][:40])
+
+    return Subject("colintern3_5", what["merged"][:40], _identity(params, what), {}, encoder)
+
+
+def _weights(file: Path) -> list[str]:
+    with safe_open(file, "pt") as content:
+        return list(content.keys())
+
+
+def _encoder(params: Params, model: nn.Module, folder: Path, label: str, revision: str) -> ColIntern3_5Encoder:
+    broken = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+    if broken:
+        raise UserError(f"{folder}: {broken[0]} has NaN or infinite values ({len(broken)} such weights)")
+    processor = load_processor(params, folder)
+    features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb)
+    return ColIntern3_5Encoder(model, processor, label, revision, features)
+
+
+def _identity(params: Params, what: dict[str, Any]) -> dict[str, Any]:
+    """`feature_cache_gb` is not in it, because it changes no result."""
+    settings = {
+        "attention": params.attention,
+        "dtype": params.dtype,
+        "eval_batch_size": params.eval_batch_size,
+        "max_query_tokens": params.max_query_tokens,
+        "max_visual_tokens": params.max_visual_tokens,
+        "threads": params.threads,
+    }
+    return what | {
+        "params": settings,
+        "code": stage_code("eval"),
+        "versions": versions() | {"mteb": version("mteb")},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }

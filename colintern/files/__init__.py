@@ -1,0 +1,1 @@
+"""Bytes on disk: what is fetched from a hub, hashed, listed, locked."""

@@ -1,0 +1,217 @@
+"""The manifest: fetch-data's out, which names every file of a run with its size and sha256.
+
+Whoever reads one of those files asks here for its folder, so that a file that is missing or was changed is found
+before it is trained on.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from colintern.files import hub
+from colintern.files.digests import Digests, digests_at
+from colintern.files.hub import HubFile
+from colintern.files.hub_errors import Repo
+from colintern.params import Params, UserError, root
+
+MANIFEST = "data/manifest.json"
+QUARANTINE = "data/quarantine.json"  # rows that are left out, with their reasons
+SURVEY = "data/survey.json"  # the data in numbers
+BASE_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja")  # no pickles
+TRAIN_SUFFIXES = (".parquet",)
+BEIR_SUFFIXES = (".parquet", ".md")
+TASK_SUFFIXES = (*BEIR_SUFFIXES, ".yaml", ".json", ".jsonl", ".csv", ".tsv")  # where mteb's data sets are read from
+
+
+class Files(NamedTuple):
+    """`folder` holds `files` (path below the folder -> {size, sha256}); it is a hub repository if `revision`.
+
+    `made_from`: {"folder", "files", "pseudo"} of the documents they were made from, if they were; `weight`: how often
+    an epoch shows each training row.
+    """
+
+    folder: str
+    revision: str
+    files: dict[str, dict[str, Any]]
+    made_from: dict[str, Any] | None = None
+    weight: int = 1
+
+
+def local(benchmark: str) -> bool:
+    """Whether an entry of `benchmarks` is the demo or a folder, not a name of mteb's."""
+    return benchmark == "demo" or (root() / benchmark).is_dir()
+
+
+def digests() -> Digests:
+    """The hashes this repository's stages have taken of files."""
+    return digests_at(root().absolute())
+
+
+def local_files(folder: str, suffixes: tuple[str, ...]) -> Files:
+    """Every file with one of the `suffixes` below `folder` of the repository.
+
+    Raises:
+        UserError: the folder does not exist or holds no such file.
+    """
+    return Files(folder, "", _below(root() / folder, folder, suffixes))
+
+
+def local_file(name: str) -> Files:
+    """One file of the repository.
+
+    Raises:
+        UserError: it does not exist.
+    """
+    if not (root() / name).is_file():
+        raise UserError(f"negatives_file: {name!r} does not exist; `colintern mine --out {name}` makes one")
+    return Files(".", "", _named(root(), [name]))
+
+
+def source_files(folder: str) -> dict[str, dict[str, Any]]:
+    """Every file below a folder of documents, hidden ones left out."""
+    top = root() / folder
+    names = sorted(p.relative_to(top) for p in top.rglob("*") if p.is_file())
+    return _named(top, [n.as_posix() for n in names if not any(part.startswith(".") for part in n.parts)])
+
+
+def hub_files(wanted: Sequence[tuple[Repo, tuple[str, ...]]]) -> list[Files]:
+    """The files with one of the suffixes of each repository, whole in the hub's own cache.
+
+    Raises:
+        UserError: see `hub.fetch`.
+    """
+    found = hub.fetch(wanted, digests())
+    return [
+        Files(repo.name, repo.revision, _named(hub.folder(repo), [file.path for file in files]))
+        for (repo, _), files in zip(wanted, found, strict=True)
+    ]
+
+
+def _below(top: Path, name: str, suffixes: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    paths = sorted(p for p in top.rglob("*") if p.suffix in suffixes and p.is_file())
+    if not paths:
+        state = "holds no " + " or ".join(f"*{s}" for s in suffixes) if top.is_dir() else "does not exist"
+        raise UserError(f"{name}: the folder {state}; give `demo`, a folder, or a hub id with its revision")
+    return _named(top, [p.relative_to(top).as_posix() for p in paths])
+
+
+def _named(top: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    return dict(zip(names, digests().many([top / name for name in names]), strict=True))
+
+
+def folder_of(files: Files, kind: str) -> Path:
+    """Where the files lie on this disk."""
+    return hub.folder(Repo("", files.folder, files.revision, kind)) if files.revision else root() / files.folder
+
+
+def arrow_cache() -> None:
+    """Have `datasets` keep its arrow files in the repository, and no bars; to be called before it is imported."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ["HF_DATASETS_CACHE"] = str(root() / "data" / ".arrow")
+
+
+def ready(params: Params, *, evaluation: bool = False, anew: bool = False) -> str:
+    """Fetch and check the base's files, and those of the evaluation; after that, this process stays off the hub.
+
+    Returns where the base is loaded from, see `check_base`.
+
+    Args:
+        anew: hash every file, whatever is known of it, to find what the disk itself has changed.
+
+    Raises:
+        UserError: no manifest, or a file is missing and cannot be fetched, or is not the one that was fetched.
+    """
+    base = check_base(params, anew)
+    for name in read(MANIFEST)["evaluation"] if evaluation else ():
+        benchmark_folder(name, anew)
+    hub.stay_offline()
+    return base
+
+
+def check_base(params: Params, anew: bool = False) -> str:
+    """Where the base is loaded from, a hub id or a folder, whose files are there and are those that were fetched.
+
+    Raises:
+        UserError: the manifest was made for another base, or a file is missing or changed.
+    """
+    entry = read(MANIFEST)["base"]
+    if (entry["folder"], entry["revision"]) != (params.base, params.base_revision):
+        raise UserError(
+            f"base: {params.base!r} is not the one in {MANIFEST}, {entry['folder']!r}; run: dvc repro fetch-data"
+        )
+    folder = checked_folder(entry, "base", "model", anew)
+    return params.base if params.base_revision else str(folder)
+
+
+def benchmark_folder(name: str, anew: bool = False) -> Path:
+    """The checked folder, in mteb's layout, of a local benchmark, or of the task of mteb's that is called `name`.
+
+    Raises:
+        UserError: fetch-data has not seen it, or its files are missing or changed.
+    """
+    entries = read(MANIFEST)["evaluation"]
+    if name not in entries:
+        raise UserError(
+            f"benchmarks: {name!r} is not among the data sets in {MANIFEST}, which are "
+            f"{', '.join(entries) or 'none'}; check the name, then run: dvc repro fetch-data"
+        )
+    return checked_folder(entries[name], f"benchmarks: {name}", "dataset", anew)
+
+
+def read(name: str) -> dict[str, Any]:
+    """One of fetch-data's JSON files.
+
+    Raises:
+        UserError: it is missing.
+    """
+    try:
+        return json.loads(Path(name).read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{name}: missing; run the stage that makes it: dvc repro fetch-data") from error
+
+
+def checked_folder(entry: dict[str, Any], key: str, kind: str, anew: bool = False) -> Path:
+    """The folder of an entry, all of whose files are there and are the ones that were fetched.
+
+    Raises:
+        UserError: a file is missing and cannot be fetched, or was changed.
+    """
+    files = Files(**entry)
+    for name in files.files:
+        if hub.outside(name):
+            raise UserError(f"{MANIFEST}: {name!r} points outside {files.folder}")
+    folder = root() / files.folder
+    if files.revision:
+        repo = Repo(key, files.folder, files.revision, kind)
+        folder = hub.folder(repo)
+        lacking = {name: want for name, want in files.files.items() if not (folder / name).is_file()}
+        if lacking:  # the manifest came from elsewhere, or the cache was emptied
+            hub.get([HubFile(repo, name, want["size"], want["sha256"]) for name, want in lacking.items()], digests())
+    for name in files.files:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: missing, but {MANIFEST} names it; run: dvc repro -f fetch-data")
+    paths = [folder / name for name in files.files]
+    for path, want, have in zip(paths, files.files.values(), digests().many(paths, anew), strict=True):
+        if have != want:
+            digests().forget(path)  # so that fetch-data, too, sees what is in it now
+            raise UserError(
+                f"{path}: {have['size']} bytes with sha256 {have['sha256'][:12]}, but {MANIFEST} says {want['size']} "
+                f"bytes with {want['sha256'][:12]}; it was changed after it was fetched: dvc repro -f fetch-data"
+            )
+    if files.made_from:
+        _check_sources(files.made_from)
+    return folder
+
+
+def _check_sources(made_from: dict[str, Any]) -> None:
+    have, want = source_files(made_from["folder"]), made_from["files"]
+    changed = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+    if changed:
+        name = changed[0]
+        state = "new" if name not in want else "missing" if name not in have else "changed"
+        raise UserError(
+            f"{made_from['folder']}/{name}: {state} since the pages were made ({len(changed)} such files); "
+            f"run: dvc repro -f fetch-data"
+        )

@@ -1,0 +1,252 @@
+"""What a training step costs in memory and operations, known before it runs.
+
+The real code, ColIntern3_5 wrapped in LoRA with its forward and backward, and the loss, runs on meta tensors under
+`meter.measure`. Only the order of a step's phases is written down here (`Costs.step`), as `ContrastiveTrainer` runs
+them; a test holds the two against each other, and `python -m bench.memory` the peak against a real one.
+
+Not counted, because they are the device's and not the program's: the CUDA context, the allocator's fragmentation, the
+libraries' workspaces.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from peft.helpers import disable_input_dtype_casting
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import InternVLConfig
+
+from colintern.model import EMBEDDING_DIM
+from colintern.modeling.lora import add_lora, meta_model
+from colintern.planning.meter import Kernel, Phase, measure
+from colintern.training.loss import contrastive_loss, maxsim_matrix
+
+ADAM_BYTES = 8  # two float32 moments a trained parameter
+SHALLOW, DEEPER = 2, 3  # layers that are run; a layer more costs the same each time
+
+
+class Setting(NamedTuple):
+    """What a step's cost depends on besides the model; every page is taken to be as long as the longest."""
+
+    batch_size: int
+    micro_batch_size: int
+    checkpointing: bool
+    tiles: int
+    page_tokens: int  # the visual ones and the prompt around them
+    query_tokens: int
+    cached: bool = True  # page features come from the cache, and no pixels
+
+
+class Step(NamedTuple):
+    """`memory`: bytes by what they hold, their sum being the peak; `kernels`: how often each runs in a step."""
+
+    memory: dict[str, int]
+    kernels: dict[Kernel, float]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def operations(self) -> float:
+        return sum(kernel.operations * times for kernel, times in self.kernels.items())
+
+
+class Costs:
+    """The costs of training one architecture.
+
+    Args:
+        config: of the base.
+        dtype: of the base's weights.
+        targets, rank, dropout: as for `add_lora`.
+        cuda: see `measure`.
+    """
+
+    def __init__(
+        self, config: InternVLConfig, dtype: torch.dtype, targets: Sequence[str], rank: int, dropout: float, cuda: bool
+    ):
+        self.config, self.text, self.dtype, self.cuda = config, config.get_text_config(), dtype, cuda
+        self.low_precision = dtype == torch.bfloat16  # adapters are computed in it, and kept in float32
+        self.lora = (targets, rank, rank, dropout)
+        self.layers = self.text.num_hidden_layers
+        full = self._wrapped(self.layers)
+        self.trained, self.adapter_bytes, self.base_bytes, self.parameters = _counts(full)
+        # Where all layers are alike, two shallow models tell what the deep one costs, in a tenth of the time.
+        few = [self._wrapped(n) for n in (SHALLOW, DEEPER)] if self.layers > DEEPER else []
+        alike = few and self._carried(*(_counts(model)[0] for model in few)) == self.trained
+        self.models = few if alike else [full]
+
+    def feature_bytes(self, tiles: int) -> int:
+        """What the feature cache keeps of a page of so many tiles."""
+        return tiles * self.config.image_seq_length * self.text.hidden_size * self.dtype.itemsize
+
+    def static(self) -> dict[str, int]:
+        """Bytes that are there in every step, whatever the batch."""
+        return {
+            "base weights": self.base_bytes,
+            "adapters": self.adapter_bytes,
+            "gradients": self.adapter_bytes,
+            "optimizer": ADAM_BYTES * self.trained,
+        }
+
+    def step(self, setting: Setting) -> Step:
+        """The peak of a training step and what it runs, as `ContrastiveTrainer.training_step` goes."""
+        size, micro = setting.batch_size, min(setting.micro_batch_size, setting.batch_size)
+        sides = (0, setting.query_tokens), (setting.tiles, setting.page_tokens)  # tiles, tokens
+        embeddings = size * sum(tokens for _, tokens in sides) * EMBEDDING_DIM * 4
+        features = size * self.feature_bytes(setting.tiles)
+        kernels: Counter[Kernel] = Counter()
+        peaks = [features]  # page_features makes one tensor of the pages
+        pages = 2 * features  # the batch's, and that one
+        if not setting.cached:
+            tower = self.features(setting.tiles)
+            peaks.append(tower.peak)
+            kernels += _scaled(tower.kernels, size)
+            pages = features + size * self._tiles(setting.tiles).nbytes
+        if micro == size:
+            whole = self._whole(size, sides, setting.checkpointing)
+            peaks.append(whole.peak)
+            kernels += whole.kernels
+        else:
+            loss = self._loss(size, micro, sides)
+            peaks.append(embeddings + loss.peak)
+            kernels += loss.kernels
+            for side in sides:
+                for grad in (False, True):
+                    part = self._part(micro, side, grad, setting.checkpointing)
+                    peaks.append(embeddings * (1 + grad) + part.peak)
+                    kernels += _scaled(part.kernels, size / micro)
+        memory = self.static() | {"pages": pages, "activations and loss": max(peaks)}
+        return Step(memory, dict(kernels))
+
+    @cache  # noqa: B019
+    def features(self, tiles: int) -> Phase:
+        """Tower and projector on one page of so many tiles: once for all epochs, where features are cached."""
+        pixels = self._tiles(tiles).to(self.dtype)
+
+        def run(model: Any) -> None:
+            with torch.no_grad():
+                model.page_features(pixels)
+
+        return self._measure(run, False, pixels)
+
+    @cache  # noqa: B019
+    def _part(self, rows: int, side: tuple[int, int], grad: bool, checkpointing: bool) -> Phase:
+        """One part of a side through the model, without a graph or back to the adapters."""
+        batch = self._batch(rows, *side)
+        gradient = torch.empty(rows, side[1], EMBEDDING_DIM, device="meta")
+
+        def run(model: Any) -> None:
+            with torch.set_grad_enabled(grad):
+                # Each part takes a copy of its pages' features.
+                part = batch | {key: t.clone() for key, t in batch.items() if t.is_meta}
+                if grad:
+                    (self._embed(model, part) * gradient).sum().backward()
+                else:
+                    self._embed(model, part)
+
+        return self._measure(run, checkpointing, gradient, *batch.values())
+
+    @cache  # noqa: B019
+    def _whole(self, size: int, sides: tuple[tuple[int, int], ...], checkpointing: bool) -> Phase:
+        """The whole batch in one graph."""
+        query, page = (self._batch(size, *side) for side in sides)
+
+        def run(model: Any) -> None:
+            _contrast(query, page, self._embed(model, query), self._embed(model, page)).backward()
+
+        return self._measure(run, checkpointing, *query.values(), *page.values())
+
+    @cache  # noqa: B019
+    def _loss(self, size: int, micro: int, sides: tuple[tuple[int, int], ...]) -> Phase:
+        """The loss over embeddings that were made in parts, and their gradient."""
+        query, page = (self._batch(size, *side) for side in sides)
+        shapes = ((size, tokens, EMBEDDING_DIM) for _, tokens in sides)
+        parts = [[p.requires_grad_() for p in torch.empty(s, device="meta").split(micro)] for s in shapes]
+
+        def run() -> None:
+            queries, pages = (
+                pad_sequence([row for p in side for row in p.unbind()], batch_first=True) for side in parts
+            )
+            _contrast(query, page, queries, pages).backward()
+
+        return measure(run, [part for side in parts for part in side], self.cuda)
+
+    def _embed(self, model: Any, part: dict[str, Tensor]) -> Tensor:
+        """As `ContrastiveTrainer._embed`."""
+        if not self.low_precision:
+            return model(**part)
+        with torch.autocast(model.device.type, torch.bfloat16):  # `measure`'s
+            return model(**part)
+
+    def _measure(self, run: Callable[[Any], None], checkpointing: bool, *known: Tensor) -> Phase:
+        """`run` on the model, or on the shallow ones."""
+        found = []
+        for model in self.models:
+            base = model.base_model.model
+            if checkpointing:
+                base.activation_checkpointing_enable()
+            elif base.is_activation_checkpointing:
+                base.activation_checkpointing_disable()
+            gradients = (p.grad for p in model.parameters() if p.grad is not None)
+            there = (*model.parameters(), *model.buffers(), *gradients, *known)
+            with disable_input_dtype_casting(model, active=self.low_precision):
+                found.append(measure(lambda model=model: run(model), there, self.cuda))  # type: ignore[misc]
+        if len(found) == 1:
+            return found[0]
+        few, more = found
+        kinds = few.kernels.keys() | more.kernels.keys()
+        kernels = {kind: self._carried(few.kernels[kind], more.kernels[kind]) for kind in kinds}
+        return Phase(self._carried(few.peak, more.peak), Counter(kernels))
+
+    def _carried(self, few: int, more: int) -> int:
+        """What grows by as much with each layer, at full depth."""
+        return few + (self.layers - SHALLOW) * (more - few)
+
+    def _wrapped(self, layers: int) -> Any:
+        config = deepcopy(self.config)
+        text = config.get_text_config()
+        text.num_hidden_layers, text.layer_types = layers, text.layer_types[:layers]
+        model = add_lora(meta_model(config, None).to(self.dtype), *self.lora)  # type: ignore[arg-type]
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)  # from the second part of a step on they are there
+        return model.train()
+
+    def _batch(self, rows: int, tiles: int, tokens: int) -> dict[str, Tensor]:
+        """One side of a batch, no padding: ids and mask are real, the features on meta."""
+        ids = torch.full((rows, tokens), (self.config.image_token_id + 1) % self.text.vocab_size)
+        ids[:, : tiles * self.config.image_seq_length] = self.config.image_token_id
+        shape = (rows * tiles, self.config.image_seq_length, self.text.hidden_size)
+        features = {"image_features": torch.empty(shape, dtype=self.dtype, device="meta")} if tiles else {}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | features
+
+    def _tiles(self, tiles: int) -> Tensor:
+        vision: Any = self.config.vision_config
+        return torch.empty(tiles, vision.num_channels, *vision.image_size, device="meta")
+
+
+def _contrast(query: dict[str, Tensor], page: dict[str, Tensor], queries: Tensor, pages: Tensor) -> Tensor:
+    scores = maxsim_matrix(queries, query["attention_mask"], pages, page["attention_mask"])
+    return contrastive_loss(scores, torch.zeros(scores.shape, dtype=torch.bool, device=scores.device), temperature=1.0)
+
+
+def _scaled(kernels: Counter[Kernel], factor: float) -> Counter[Kernel]:
+    return Counter({kernel: times * factor for kernel, times in kernels.items()})  # type: ignore[arg-type]
+
+
+def _counts(model: Any) -> tuple[int, int, int, int]:
+    """Trained parameters, their bytes, the base's bytes, the base's parameters, its head among them."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    number, size = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
+    everything = [*model.parameters(), *model.buffers()]
+    return number, size, sum(t.nbytes for t in everything) - size, sum(p.numel() for p in model.parameters()) - number
+
+
+def parameters(config: InternVLConfig) -> int:
+    """Of the base with its head."""
+    return sum(p.numel() for p in meta_model(config, None).parameters())

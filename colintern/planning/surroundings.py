@@ -1,0 +1,183 @@
+"""What lies around a run, as facts and as rules in the manner of doctor.py: git, DVC's remote, hub, W&B.
+
+None of it stops a training run; no token, key or address of a remote leaves this module.
+"""
+
+import atexit
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_token, is_offline_mode
+from huggingface_hub.errors import HFValidationError, HTTPError
+
+from colintern.files import hub
+from colintern.files.hub_errors import Repo, explained, offline
+from colintern.files.manifest import MANIFEST
+from colintern.params import Params, mixture, on_hub
+from colintern.planning.doctor import DEMO, FAIL, PASS, WARN, Answer, Facts
+
+TIMEOUT = 10  # seconds for an answer of the hub
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """`git`: "" or what git says is wrong; `changed`: tracked files that differ from the commit; `committer`: whether
+    git knows one; `remotes`: names of DVC's remotes; `default_remote`: one of them, or "". `repos`: hub repositories of
+    this run, `lacking`: those of which the cache lacks files; `hub`: "" or what stands between here and them; `token`:
+    whether there is one; `wandb`: names of the W&B variables that are set."""
+
+    demo: bool
+    git: str
+    commit: str
+    changed: int
+    committer: bool
+    remotes: tuple[str, ...]
+    default_remote: str
+    repos: tuple[str, ...]
+    lacking: tuple[str, ...]
+    hub: str
+    token: bool
+    wandb: tuple[str, ...]
+
+
+def surroundings(facts: Facts) -> Surroundings:
+    """Look around; the hub is asked only for repositories that the cache lacks files of."""
+    commit, problem = _git("rev-parse", "--short", "HEAD")
+    remotes, default = _dvc_remotes()
+    repos = hub_repos(facts.params)
+    lacking = [repo for repo, files in repos.items() if not _cached(repo, files)]
+    return Surroundings(
+        demo=facts.bounds.name == DEMO,
+        git=problem,
+        commit=commit,
+        changed=len(_git("status", "--porcelain", "--untracked-files=no")[0].splitlines()),
+        committer=not _git("var", "GIT_COMMITTER_IDENT")[1],
+        remotes=remotes,
+        default_remote=default,
+        repos=tuple(repo.name for repo in repos),
+        lacking=tuple(repo.name for repo in lacking),
+        hub=next((said for repo in lacking if (said := _asked(repo))), ""),
+        token=get_token() is not None,
+        wandb=tuple(sorted(name for name in os.environ if name.startswith("WANDB_"))),
+    )
+
+
+def _git(*arguments: str) -> tuple[str, str]:
+    """What git answers, and "" or the first line of what is wrong."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    except FileNotFoundError:
+        return "", "git is not installed"
+    if done.returncode:
+        return "", done.stderr.strip().partition("\n")[0] or f"git {arguments[0]} failed"
+    return done.stdout.rstrip("\n"), ""
+
+
+def _dvc_remotes() -> tuple[tuple[str, ...], str]:
+    """The names of DVC's remotes, and of the default one."""
+    from colorama.initialise import reset_all
+    from dvc.config import Config, ConfigError  # here: it takes a while to import
+
+    atexit.unregister(reset_all)  # DVC's import leaves an escape sequence to be printed at the end, colour or none
+    try:
+        config = Config.from_cwd()
+    except ConfigError:
+        return (), ""
+    return tuple(config["remote"]), config["core"].get("remote", "")
+
+
+def hub_repos(params: Params) -> dict[Repo, list[str] | None]:
+    """The run's hub repositories with their files, as the manifest names them; None where it does not yet."""
+    try:
+        manifest = json.loads(Path(MANIFEST).read_text())
+    except (OSError, ValueError):
+        manifest = {"base": {}, "train": [], "evaluation": {}}
+    found: dict[Repo, list[str] | None] = {}
+    if on_hub(params.base):
+        same = (params.base, params.base_revision) == tuple(manifest["base"].get(k) for k in ("folder", "revision"))
+        repo = Repo("base", params.base, params.base_revision, "model")
+        found[repo] = list(manifest["base"]["files"]) if same else None
+    known = {(part["folder"], part["revision"]): list(part["files"]) for part in manifest["train"]}
+    if corpus := manifest.get("train_corpus"):  # there is none in what an older version wrote
+        known[corpus["folder"], corpus["revision"]] = list(corpus["files"])
+    sets = [("train_data", name, params.train_revision) for name, _ in mixture(params.train_data)]
+    for key, name, revision in [*sets, ("train_corpus", params.train_corpus, params.train_corpus_revision)]:
+        if on_hub(name):
+            found[Repo(key, name, revision, "dataset")] = known.get((name, revision))
+    for task, part in manifest["evaluation"].items():
+        if part["revision"]:
+            found[Repo(f"benchmarks: {task}", part["folder"], part["revision"], "dataset")] = list(part["files"])
+    return found
+
+
+def _cached(repo: Repo, files: list[str] | None) -> bool:
+    return files is not None and all((hub.folder(repo) / name).is_file() for name in files)
+
+
+def _asked(repo: Repo) -> str:
+    """ "" if the hub would hand out `repo` at its commit, else what is wrong and what to do."""
+    if is_offline_mode():
+        return str(offline([repo], "HF_HUB_OFFLINE is set"))
+    ask: Callable = HfApi().model_info if repo.kind == "model" else HfApi().dataset_info
+    try:
+        ask(repo.name, revision=repo.revision, timeout=TIMEOUT)
+    except (HTTPError, OSError, HFValidationError) as error:
+        return str(explained(error, repo))
+    return ""
+
+
+def git_state(around: Surroundings) -> Answer:
+    if around.git:
+        remedy = "git clone the repository: DVC works in a git repository only"
+        if "dubious ownership" in around.git:
+            remedy = 'git config --global --add safe.directory "$PWD"'
+        return FAIL, around.git, remedy
+    if around.changed:
+        return WARN, f"{around.commit} and {around.changed} changed files: no commit names this state", "git commit -a"
+    if not around.committer:
+        remedy = 'git config user.name "Your Name" && git config user.email you@example.com'
+        return WARN, f"{around.commit}, but no committer: dvc exp run on edited files fails", remedy
+    return PASS, f"commit {around.commit}, nothing changed"
+
+
+def dvc_remote(around: Surroundings) -> Answer:
+    if around.default_remote:
+        return PASS, f"{around.default_remote}"
+    if around.remotes:
+        return WARN, f"{', '.join(around.remotes)}, none the default", f"dvc remote default {around.remotes[0]}"
+    if around.demo:
+        return PASS, "none; the demo can be made again anywhere"
+    return WARN, "none: nobody else can fetch the adapter", "dvc remote add --default NAME URL"
+
+
+def hub_access(around: Surroundings) -> Answer:
+    token = "a token is set" if around.token else "no token"
+    if not around.repos:
+        return PASS, "nothing of this run comes from the hub"
+    if not around.lacking:
+        return PASS, f"all files of {len(around.repos)} repositories are in the cache"
+    if around.hub:
+        return FAIL, f"the cache lacks files of {', '.join(around.lacking)}; {token}", around.hub
+    return PASS, f"{constants.ENDPOINT} will give what the cache lacks ({len(around.lacking)} repositories); {token}"
+
+
+def wandb(around: Surroundings) -> Answer:
+    if around.wandb:
+        return (
+            WARN,
+            f"{', '.join(around.wandb)} set, but training sends nothing to W&B",
+            "curves are in plots/train.csv and plots/dev.csv: dvc plots show",
+        )
+    return PASS, "not used: curves are in plots/, figures in metrics/, both in git"
+
+
+AROUND: dict[str, Callable[[Surroundings], Answer]] = {
+    "git": git_state,
+    "DVC remote": dvc_remote,
+    "hub access": hub_access,
+    "W&B": wandb,
+}

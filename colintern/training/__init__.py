@@ -1,0 +1,1 @@
+"""From rows to an adapter: batches, loss, the contrastive step, checkpoints, health."""

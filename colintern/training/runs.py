@@ -1,0 +1,240 @@
+"""A training run from params to the adapter folder: resumes where it was cut off, leaves nothing half-written.
+
+Checkpoints live in `.scratch/`, in a folder named by the run's fingerprint, so that a run never resumes from another
+run's files; the folder goes away once the adapter is in place.
+"""
+
+import csv
+import fcntl
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from safetensors import SafetensorError
+from transformers import TrainerState, set_seed
+
+from colintern.data.trainset import asks_pseudo_queries
+from colintern.files.identity import fingerprint, stage_identity
+from colintern.files.jsonfile import dumps
+from colintern.files.manifest import MANIFEST, check_base, read
+from colintern.model import ColIntern3_5, attention_kernel
+from colintern.modeling.features import FEATURES, PageFeatures
+from colintern.modeling.lora import add_lora, count, faults
+from colintern.modeling.weights import statistics
+from colintern.params import Params, UserError, root
+from colintern.processor import ColIntern3_5Processor
+from colintern.training.checkpoints import SAVING, Interrupted, Signals, check_room, newest, room, size
+from colintern.training.health import health, line, report, stored
+from colintern.training.pairs import Pairs, rows
+from colintern.training.trainer import ContrastiveTrainer, DevSet, NonFiniteError, arguments
+from colintern.training.watch import pace_findings
+
+ORPHANS = 30  # seconds after which a killed trainer's data loader should have ended; it looks every 5
+CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+COMPILERS = ("g++", "clang++")  # what torch looks for
+
+
+def train(params: Params, out: Path) -> dict[str, Any]:
+    """Train and write the adapter to `out`, its curves to plots/; returns the metrics.
+
+    Raises:
+        UserError: data or base are missing or changed, the LoRA targets are wrong, another process trains this very
+            run, the training set is smaller than a batch, or there are several GPUs or processes.
+        NonFiniteError: the loss is not finite.
+        OutOfMemory: one page does not fit the memory.
+        Interrupted: SIGTERM or SIGINT; a checkpoint is there.
+    """
+    torch.set_num_threads(params.threads)
+    base = check_base(params)
+    identity = stage_identity("train", params)
+    scratch = root() / ".scratch" / f"train-{fingerprint(identity)[:16]}"
+    signals = Signals()
+    with locked_or_refused(scratch), signals.watch():
+        trainer = prepare(params, base, scratch)
+        identity |= origin(trainer)
+        trainer.add_callback(signals)
+        run(trainer, scratch, newest(scratch))
+        step, last = trainer.state.global_step, trainer.state.max_steps
+        if step < last:
+            raise Interrupted(f"stopped at step {step} of {last}, with a checkpoint; the same command goes on from it")
+        metrics = finish(trainer, params, identity, out)
+        shutil.rmtree(scratch)
+    return metrics
+
+
+def run(trainer: ContrastiveTrainer, scratch: Path, checkpoint: Path | None) -> None:
+    """Train to the end, or until a signal.
+
+    Raises:
+        UserError: the disk is full; the last good checkpoint is kept.
+        NonFiniteError: see `train`.
+    """
+    model: Any = trainer.model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    scratch.mkdir(parents=True, exist_ok=True)
+    if checkpoint:
+        print(f"resuming from {checkpoint}")
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= state.max_steps:  # killed after its last step: transformers would make one more
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = state
+            trainer.tally.on_train_begin(None, state, None)
+            return
+    else:
+        check_room(scratch, room(trained), "checkpoints and adapter")
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except NonFiniteError:
+        shutil.rmtree(scratch)  # a rerun would go on to the same end
+        raise
+    except (OSError, RuntimeError, SafetensorError):  # what a full disk makes of torch's and safetensors' writers
+        shutil.rmtree(scratch / SAVING, ignore_errors=True)
+        check_room(scratch, size(trained), f"the checkpoint of step {trainer.state.global_step} would")
+        raise
+
+
+def origin(trainer: ContrastiveTrainer) -> dict[str, Any]:
+    """What a trained adapter is held against later: the base's files by hash, and the weights training starts from."""
+    model: Any = trainer.model
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {"base": read(MANIFEST)["base"], "start": statistics(weights, model.base_model.model.head_state())}
+
+
+def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
+    """The model, wrapped and counted, and the data, in a trainer; `place` is where `check_base` found the base.
+
+    Raises:
+        UserError: see `train`.
+    """
+    args = arguments(params, scratch, quiet=not sys.stderr.isatty())
+    if args.n_gpu > 1 or args.world_size > 1:  # each process or device would take a batch of its own
+        raise UserError(
+            f"{args.n_gpu} GPUs in {args.world_size} processes: training uses one; set CUDA_VISIBLE_DEVICES=0"
+        )
+    parts = rows(params)
+    train, dev_rows = parts["train"], parts["test"][: params.dev_queries]
+    steps = len(train) // params.batch_size * params.epochs
+    if not steps:
+        raise UserError(f"batch_size: {params.batch_size} is more than the {len(train)} training pairs")
+    if params.logging_steps > steps:
+        raise UserError(f"logging_steps: {params.logging_steps} is more than the {steps} steps of this run")
+    # At the end of an epoch, but by steps: "epoch" comes after the step's checkpoint, which then lacks the score.
+    args.eval_steps = steps // params.epochs
+    if params.compile and not any(map(shutil.which, COMPILERS)):
+        raise UserError(f"compile: true needs a C++ compiler, {' or '.join(COMPILERS)}: install one, or write false")
+    set_seed(params.seed)
+    revision = params.base_revision or None
+    kernel = attention_kernel(params.attention, params.dtype)
+    base = ColIntern3_5.from_pretrained(
+        place,
+        revision=revision,
+        seed=params.seed,
+        dtype=getattr(torch, params.dtype),
+        attn_implementation=kernel,
+    )
+    # What the adapter and its card will name, wherever this copy of the base lies.
+    base.name_or_path = base.config._name_or_path = params.base
+    processor = ColIntern3_5Processor.from_pretrained(
+        place,
+        revision=revision or "main",
+        max_visual_tokens=params.max_visual_tokens,
+        max_query_tokens=params.max_query_tokens,
+    )
+    model = add_lora(base, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout, revision)
+    if wrong := faults(count(model, params.lora_targets)):
+        raise UserError("\n  ".join(wrong))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb)
+    shown = [page for row in train for page in (row.page, *row.negatives)]
+    features.fill([*shown, *(row.page for row in dev_rows)], params.workers)
+    pairs, dev = Pairs(train, features), DevSet(dev_rows, features)
+    print(f"{len(pairs)} training pairs; dev: {len(dev)} queries on {len(dev.pages)} pages; attention: {kernel}")
+    if cut := processor.count_cut([row.query for row in (*train, *dev_rows)]):
+        print(f"{cut} of {len(train) + len(dev_rows)} queries are longer than max_query_tokens and are cut")
+    return ContrastiveTrainer(params, processor, dev, model=model, args=args, train_dataset=pairs)
+
+
+def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Write everything the run leaves behind; `out` appears whole or not at all."""
+    log = trainer.state.log_history
+    pace = trainer.pace.values()
+    paced = pace_findings(pace, params)
+    timing = {key: value for row in log for key, value in row.items() if key in CLOCK} | pace
+    steps = [row for row in log if "loss" in row]
+    dev = [row for row in log if "eval_ndcg_at_5" in row]
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    wrapped: Any = trainer.model
+    wrapped.save_pretrained(partial)
+    wrapped.base_model.model.save_head(partial)
+    trainer.processor.save_pretrained(partial)
+    (partial / "identity.json").write_text(dumps(identity))
+    # No train_loss or total_flos: the first differs after a resume, and both are of no use to a reader of this file.
+    state = {
+        "global_step": trainer.state.global_step,
+        "max_steps": trainer.state.max_steps,
+        "num_train_epochs": params.epochs,
+        "log_history": steps + dev,
+    }
+    (partial / "trainer_state.json").write_text(dumps(state))
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(partial, out)
+    write_csv(Path("plots/train.csv"), steps, ("step", "epoch", "loss", "grad_norm", "learning_rate", "masked_pairs"))
+    write_csv(Path("plots/dev.csv"), dev, ("step", "epoch", "eval_ndcg_at_5"))
+    (root() / "logs").mkdir(exist_ok=True)
+    (root() / "logs" / "train-timing.json").write_text(dumps(timing | {"health": stored(paced)}))
+    judged = health(log, params, trainer.dev.chance)
+    print("\n".join([*map(line, paced), report(judged)]))
+    # Stands beside the dev score, which is of the same kind as the queries.
+    pseudo = {"queries": "pseudo-queries, made by a program"} if asks_pseudo_queries() else {}
+    return pseudo | {
+        "steps": trainer.state.global_step,
+        "loss": round(steps[-1]["loss"], 6),
+        "masked_pairs": trainer.tally.total,
+        "dev_ndcg_at_5": round(dev[-1]["eval_ndcg_at_5"], 6),
+        "verdict": judged.verdict,
+        "health": stored(judged.findings),
+    }
+
+
+def write_csv(path: Path, records: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+
+
+@contextmanager
+def locked_or_refused(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone, without waiting for another one that holds it.
+
+    Raises:
+        UserError: another process holds it; its PID is named.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_suffix(".lock")
+    with lock.open("a+") as file:
+        for _ in range(ORPHANS):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                file.seek(0)
+                owner = file.read().strip()
+                if Path("/proc", owner).exists():
+                    raise UserError(f"{lock}: process {owner} is training this very run") from error
+                time.sleep(1)  # the owner was killed; its data loader's processes hold the lock until they notice
+        else:
+            raise UserError(f"{lock}: is held by what process {owner}, now gone, has started; end that first")
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

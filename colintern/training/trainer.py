@@ -1,0 +1,277 @@
+"""Training: transformers' Trainer with a contrastive step of our own.
+
+Each query is compared with the pages of all `batch_size` rows and with the hard negatives of all of them.
+`micro_batch_size` only says how many pages or queries are in the model at once: with a smaller one each part is
+embedded without a graph, the loss and the gradient of every embedding are computed over the whole batch, and each part
+is embedded again to send its gradient on (gradient caching, Gao et al. 2021, arXiv 2101.06983). The gradient is the
+same.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.helpers import disable_input_dtype_casting
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from colintern.maxsim import maxsim_scores, ndcg_at_k
+from colintern.modeling.embed import embed_features, embed_queries
+from colintern.modeling.features import PageFeatures
+from colintern.params import Params, UserError
+from colintern.processor import ColIntern3_5Processor
+from colintern.training.checkpoints import SAVING, Checkpoints
+from colintern.training.health import calmer
+from colintern.training.loss import contrastive_loss, false_negatives, maxsim_matrix
+from colintern.training.pairs import Collator, Pair
+from colintern.training.parts import places, restored, take
+from colintern.training.watch import Pace, Watch
+
+Batch = dict[str, Any]
+
+
+class NonFiniteError(UserError):
+    """The loss, a gradient or a weight is NaN or infinite; nothing of that run is kept. The process exits with 5."""
+
+    exit_code = 5
+
+
+class OutOfMemory(UserError):
+    """One page does not fit the memory. The process exits with 6."""
+
+    exit_code = 6
+
+
+class Tally(TrainerCallback, ExportableState):
+    """What a logged row sums up since the row before it; kept in the checkpoints, so that a resumed run logs the same.
+
+    `total`: false negatives of the whole run.
+    """
+
+    FIELDS = ("loss", "steps", "masked", "total")
+
+    def __init__(self) -> None:
+        self.loss, self.steps, self.masked, self.total = 0.0, 0, 0, 0
+
+    def add(self, loss: float, masked: int) -> None:
+        self.loss, self.steps = self.loss + loss, self.steps + 1
+        self.masked, self.total = self.masked + masked, self.total + masked
+
+    def row(self) -> dict[str, float]:
+        """The mean loss of the steps since the last row, and how many pairs they left out."""
+        row = {"loss": self.loss / self.steps, "masked_pairs": self.masked}
+        self.loss, self.steps, self.masked = 0.0, 0, 0
+        return row
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in self.FIELDS}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, value in state.stateful_callbacks[type(self).__name__]["attributes"].items():
+            setattr(self, name, value)
+
+
+class ContrastiveTrainer(Trainer):
+    """transformers' Trainer; a batch is what `Collator` makes, the dev set is measured as retrieval."""
+
+    def __init__(
+        self,
+        params: Params,
+        processor: ColIntern3_5Processor,
+        dev: "DevSet",
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ):
+        self.params, self.dev, self.processor, self.tally = params, dev, processor, Tally()
+        self.remedy = f"try {calmer(params)}"
+        self.micro, self.low_precision = params.micro_batch_size, params.dtype == "bfloat16"
+        self.pace = Pace()
+        checkpoints = Checkpoints(Path(kwargs["args"].output_dir).parent)
+        own = [self.tally, checkpoints, Watch(params, dev.chance), self.pace, *callbacks]
+        super().__init__(data_collator=Collator(processor), eval_dataset=dev, callbacks=own, **kwargs)
+        if params.compile:
+            for layer in kwargs["model"].base_model.model.language_model.layers:  # alike: compiled once for all
+                layer.compile()
+
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        """One forward and backward pass over a whole batch; returns its loss, a detached scalar.
+
+        Raises:
+            NonFiniteError: the loss or the gradient is not finite.
+            OutOfMemory: not even one page at a time fits.
+        """
+        model.train()
+        batch: Batch = self._prepare_inputs(inputs)
+        batch["page"]["image_features"] = page_features(model, batch)
+        # PEFT would cast every adapter's input to float32, only for `_embed` to cast it back.
+        with disable_input_dtype_casting(model, active=self.low_precision):
+            loss = self._fitting_step(model, batch)
+        norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not value.isfinite():
+                step = self.state.global_step + 1
+                raise NonFiniteError(f"{name} is {value.item()} at step {step}; {self.remedy}")
+        self.tally.add(loss.item(), int(false_negatives(batch["query_ids"], batch["page_ids"]).sum()))
+        return loss.detach()
+
+    def _fitting_step(self, model: Any, batch: Batch) -> Tensor:
+        """The loss, with its gradient in the model; where the memory does not hold it, with half the micro-batch."""
+        while True:
+            before = rng_state()
+            try:
+                return self._step(model, batch)
+            except RuntimeError as error:
+                if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+                    raise
+                size = min(self.micro, len(batch["page_ids"]))
+                if size == 1:
+                    raise OutOfMemory(
+                        f"out of memory with one page at a time, at step {self.state.global_step + 1}; set "
+                        f"gradient_checkpointing: true, or lower max_visual_tokens, {self.params.max_visual_tokens}"
+                    ) from error
+                self.micro = (size + 1) // 2
+            # The error, gone here, held what the step had made. The same dropout again, from an empty gradient.
+            model.zero_grad(set_to_none=True)
+            set_rng_state(before)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            print(f"out of memory: micro_batch_size is now {self.micro}; batch and gradient stay as they are")
+
+    def _step(self, model: Any, batch: Batch) -> Tensor:
+        if self.micro < len(batch["page_ids"]):
+            return self._cached_step(model, batch)
+        loss = self._loss(batch, self._embed(model, batch["query"]), self._embed(model, batch["page"]))
+        self.accelerator.backward(loss)
+        return loss
+
+    def _embed(self, model: Any, part: Batch) -> Tensor:
+        if not self.low_precision:
+            return model(**part)
+        # The adapters' weights are float32, and without this they would be computed in it beside a bfloat16 base.
+        with torch.autocast(model.device.type, torch.bfloat16):
+            return model(**part)
+
+    def _loss(self, batch: Batch, queries: Tensor, pages: Tensor) -> Tensor:
+        scores = maxsim_matrix(queries, batch["query"]["attention_mask"], pages, batch["page"]["attention_mask"])
+        return contrastive_loss(scores, false_negatives(batch["query_ids"], batch["page_ids"]), self.params.temperature)
+
+    def _cached_step(self, model: Any, batch: Batch) -> Tensor:
+        rows = {side: places(batch[side], self.micro) for side in ("query", "page")}
+        parts = [(side, part) for side, found in rows.items() for part in found]
+        states, embeddings = [], []
+        with torch.no_grad():
+            for side, part in parts:
+                states.append(rng_state())
+                embeddings.append(self._embed(model, take(batch[side], part, self.processor)))
+        leaves: list[Any] = [e.requires_grad_() for e in embeddings]
+        ends = len(rows["query"])
+        loss = self._loss(batch, restored(rows["query"], leaves[:ends]), restored(rows["page"], leaves[ends:]))
+        loss.backward()
+        after = rng_state()
+        for (side, part), state, leaf in zip(parts, states, leaves, strict=True):
+            set_rng_state(state)  # the same dropout as when the part was embedded first
+            inputs = take(batch[side], part, self.processor)
+            self.accelerator.backward((self._embed(model, inputs) * leaf.grad).sum())
+        set_rng_state(after)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A row of the training curve takes loss and masked pairs from the tally."""
+        super().log(logs | self.tally.row() if "loss" in logs else logs, start_time)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        """NDCG@5 on the dev set.
+
+        Raises:
+            NonFiniteError: a trained weight is not finite.
+        """
+        model: Any = self.model
+        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        if broken := [name for name, p in trained if not p.isfinite().all()]:
+            raise NonFiniteError(f"{broken[0]} is not finite after step {self.state.global_step}; {self.remedy}")
+        metrics = {f"{metric_key_prefix}_ndcg_at_5": self.dev.ndcg(self.model, self.processor, self.params)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def page_features(model: Any, batch: Batch) -> Tensor:
+    """The features of a batch's pages, (tiles, tokens of a tile, hidden size): once a step and without a graph, also
+    where the pages go through the language model twice."""
+    counts, known = batch["counts"], batch["known"].tolist()
+    sides = {
+        kind: iter(batch[kind].split(counts[batch["known"] == (kind == "features")].tolist()))
+        for kind in ("features", "tiles")
+        if kind in batch
+    }
+    with torch.no_grad():
+        pages = [next(sides["features"]) if k else model.page_features(next(sides["tiles"])) for k in known]
+    return torch.cat(pages)
+
+
+def rng_state() -> list[Tensor]:
+    """The state of torch's random generators, CPU first."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def set_rng_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state_all(state[1:])
+
+
+class DevSet(Dataset):
+    """Dev queries and the pages they ask for, each page once however many rows show it."""
+
+    def __init__(self, rows: Sequence[Pair], features: PageFeatures):
+        distinct = {row.page.key: row.page for row in rows}
+        places = {key: place for place, key in enumerate(distinct)}
+        self.queries, self.pages, self.features = [row.query for row in rows], list(distinct.values()), features
+        self.relevant = [{places[row.page.key]} for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def ndcg(self, model: Any, processor: ColIntern3_5Processor, params: Params) -> float:
+        """NDCG@5 of the dev queries over the dev pages."""
+        size = params.eval_batch_size
+        pages = embed_features(model, processor, map(self.features, self.pages), size)
+        return ndcg_at_k(maxsim_scores(embed_queries(model, processor, self.queries, size), pages), self.relevant, 5)
+
+    @property
+    def chance(self) -> float:
+        """NDCG@5 of a random ranking: one right page among all."""
+        return sum(1 / math.log2(rank + 1) for rank in range(1, 6)) / len(self.pages)
+
+
+def arguments(params: Params, folder: Path, quiet: bool) -> TrainingArguments:
+    """The Trainer's arguments; checkpoints end up in `folder`, see `Checkpoints`. The dev set is measured with each
+    logged row unless `eval_steps` is set."""
+    return TrainingArguments(
+        output_dir=str(folder / SAVING),
+        per_device_train_batch_size=params.batch_size,
+        dataloader_drop_last=True,  # each step compares with batch_size pages, the last one too
+        num_train_epochs=params.epochs,
+        learning_rate=params.lr,
+        lr_scheduler_type=params.lr_scheduler,
+        warmup_steps=params.warmup_steps,
+        weight_decay=params.weight_decay,
+        max_grad_norm=params.max_grad_norm,
+        logging_steps=params.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        save_strategy="steps",
+        save_steps=params.save_steps,
+        activation_checkpointing=params.gradient_checkpointing,
+        seed=params.seed,
+        data_seed=params.seed,
+        dataloader_num_workers=params.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        disable_tqdm=quiet,
+        report_to="none",
+    )
