@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from colintern.files.identity import content_hash
 from colintern.files.lock import locked
 from colintern.modeling.cache import TensorCache
 
 FEATURES = "data/.features"  # below the repository's root
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow")
-CODE = ("features.py", "images.py", "model.py", "processor.py", "tiles.py")
+CODE = ("data/images.py", "modeling/features.py", "model.py", "processor.py", "tiles.py")
 
 
 class Page(NamedTuple):
@@ -134,6 +135,6 @@ def fingerprint(model: Any, processor: Any) -> str:
         "machine": f"{device.type} {machine}",
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,  # they decide in which order sums are taken
         "versions": {name: version(name) for name in LIBRARIES},
-        "code": [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in CODE],
+        "code": [content_hash(Path(__file__).parents[1] / name) for name in CODE],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
