@@ -1,6 +1,5 @@
 """Fixtures: the demo base is small enough to be loaded by any test."""
 
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -11,16 +10,6 @@ import pytest
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parents[1]
-# Starts processes that have imported what takes ten seconds to import.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        "colintern.training.runs",
-        "colintern.modeling.adapters",
-        "colintern.evaluation.tasks",
-        "colintern.evaluation.subjects",
-    ]
-)
 BASE = ROOT / "demo" / "base"
 
 

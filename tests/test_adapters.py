@@ -3,14 +3,14 @@
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, FORKS, ROOT
+from conftest import BASE, ROOT
+from processes import Place
 from safetensors.torch import load_file, save_file
 from test_model import TARGETS, load
 
@@ -64,22 +64,15 @@ def top(two_steps, tmp_path):
     return shutil.copytree(two_steps, tmp_path / "top", ignore=shutil.ignore_patterns("run", "features"))
 
 
-def check(top: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    process = FORKS.Process(target=command, args=(top, *arguments))
-    process.start()
-    process.join(180)
-    out, err = ((top / name).read_text() for name in ("out.txt", "err.txt"))
-    return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
-
-
-def command(top: Path, *arguments: str) -> None:
-    """`colintern check-adapter adapter`, in a process of its own."""
-    os.chdir(top)
-    for number, name in ((1, "out.txt"), (2, "err.txt")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+def work(*arguments: str) -> None:
     from colintern.cli import main
 
     main(["check-adapter", "adapter", *arguments])
+
+
+def check(top: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    place = Place(top, work)
+    return subprocess.CompletedProcess(arguments, place.run(command=" ".join(arguments)), place.out, place.err)
 
 
 def refused(done: "subprocess.CompletedProcess[str]", code: int, *words: str) -> None:

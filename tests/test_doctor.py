@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import pty
-import re
 import shutil
 import subprocess
 import sys
@@ -295,8 +294,3 @@ def test_training_stops_before_it_loads_a_model_where_a_check_fails(tmp_path, mo
     assert stopped.value.exit_code == 2
     with pytest.raises(UserError, match="flash_attention_2 needs a GPU"):
         hold(dataclasses.replace(DEMO, attention="flash_attention_2"), "base")
-
-
-def test_the_train_stage_asks_the_doctor():
-    text = (ROOT / "stages" / "train.py").read_text()
-    assert re.search(r"hold\(params, base\)\n.*import train", text), "before the code that loads a model is imported"

@@ -1,6 +1,6 @@
 """Fault E1, real kills of the eval stage, and `colintern evaluate`, on a small adapter of the demo base.
 
-Each run is a process of its own, forked from a server that has imported what takes long.
+Each run is a process of its own, see processes.py.
 """
 
 import contextlib
@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FORKS, ROOT
+from conftest import ROOT
 from hub import running
+from processes import Place, kill, leave
 from safetensors.torch import load_file, save_file
 from test_survey import PAGES, SET, row, write_rows
 
@@ -26,25 +27,15 @@ WRITTEN = ("results/mteb_evaluation", "metrics/eval.json", "plots/eval.csv")
 MERGED = "someone/merged", "b" * 40
 
 
-def child(folder: Path, command: list[str] | None, fault: Callable[..., None] | None, *arguments: object) -> None:
-    """The eval stage, or a `colintern` command, in `folder`."""
-    os.chdir(folder)
-    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+def work(*command: str) -> None:
+    """A `colintern` command, or the eval stage."""
     from colintern import cli
     from stages import evaluate
 
-    if fault:
-        fault(*arguments)
     if command:
-        cli.main(command)
+        cli.main(list(command))
     else:
         evaluate.main()
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def at_call(number: int, do: Callable[[], None]) -> None:
@@ -91,10 +82,6 @@ def in_query_file(number: int) -> None:
             kill()
 
     queries.write = write
-
-
-def leave() -> None:
-    os._exit(99)
 
 
 def never_load() -> None:
@@ -166,23 +153,8 @@ def fetched(tmp_path_factory) -> Path:
     return folder
 
 
-class Place:
-    """A copy of the repository, in which runs are started."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def run(self, fault: Callable[..., None] | None = None, *arguments: object, command: str = "") -> int:
-        """The exit code, negative for a signal."""
-        process = FORKS.Process(target=child, args=(self.folder, command.split(), fault, *arguments))
-        process.start()
-        process.join(180)
-        assert process.exitcode is not None, "hangs"
-        return process.exitcode
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "log.txt").read_text()
+class Run(Place):
+    """A copy of the repository, in which the eval stage and commands are started."""
 
     def result(self) -> dict[str, bytes]:
         """Every file a run leaves."""
@@ -192,15 +164,15 @@ class Place:
 
 
 @pytest.fixture
-def place(fetched, tmp_path) -> Place:
+def place(fetched, tmp_path) -> Run:
     shutil.copytree(fetched, tmp_path / "repo", symlinks=True, ignore=shutil.ignore_patterns(".scratch", "results"))
-    return Place(tmp_path / "repo")
+    return Run(tmp_path / "repo", work)
 
 
 @pytest.fixture(scope="session")
 def whole(fetched, tmp_path_factory) -> dict[str, bytes]:
     """What the undisturbed run leaves."""
-    undisturbed = Place(tmp_path_factory.mktemp("whole") / "repo")
+    undisturbed = Run(tmp_path_factory.mktemp("whole") / "repo", work)
     shutil.copytree(fetched, undisturbed.folder, symlinks=True)
     assert undisturbed.run() == 0, undisturbed.log
     found = undisturbed.result()

@@ -1,7 +1,6 @@
 """Faults T1-T11 and T14: real kills, signals, torn files and full disks; the run ends on the same bytes, or says why.
 
-Each run is a process of its own, forked from a server that has imported what takes long. A fault is a function that
-the process calls before it trains; those that kill do it with SIGKILL, in the middle of what they are named after.
+Each run is a process of its own, see processes.py.
 """
 
 import contextlib
@@ -19,7 +18,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import FORKS, ROOT
+from conftest import ROOT
+from processes import Place, kill, leave, signal_self
 from safetensors.torch import load_file
 from test_survey import BEIR, SET, row, write_eval, write_rows
 
@@ -27,29 +27,11 @@ STEPS = 10  # 40 rows in batches of 8, twice; checkpoints after 3, 6, 9 and 10
 OUT = Path("experiments/colintern")
 
 
-def child(folder: Path, fault: Callable[..., None] | None, *arguments: object) -> None:
-    """What the train stage does, from the files that fetch-data and verify have left in `folder`."""
-    os.chdir(folder)
-    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    from colintern.params import exit_on_user_error, load
-    from colintern.training.runs import train
+def work() -> None:
+    """The train stage, from the files that fetch-data and verify have left."""
+    from stages import train
 
-    if fault:
-        fault(*arguments)
-    with exit_on_user_error():
-        metrics = train(load(), OUT)
-        Path("metrics.json").write_text(json.dumps(metrics))
-
-
-def signal_self(*numbers: int) -> None:
-    for number in numbers:
-        os.kill(os.getpid(), number)
-
-
-def kill() -> None:
-    signal_self(signal.SIGKILL)
+    train.main()
 
 
 def at_step(step: int, do: Callable[[], None]) -> None:
@@ -103,9 +85,9 @@ def before_the_end() -> None:
 
 
 def no_step() -> None:
-    at_step(STEPS + 1, lambda: os._exit(99))
+    at_step(STEPS + 1, leave)
     for step in range(STEPS + 1):
-        at_step(step, lambda: os._exit(99))
+        at_step(step, leave)
 
 
 def too_big(rows: int) -> None:
@@ -174,27 +156,8 @@ def params(**changes: object) -> None:
     Path("params.yaml").write_text("\n".join(lines) + "\n")
 
 
-class Place:
-    """A copy of the repository, in which runs are started."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def start(self, fault: Callable[..., None] | None = None, *arguments: object):
-        process = FORKS.Process(target=child, args=(self.folder, fault, *arguments))
-        process.start()
-        return process
-
-    def run(self, fault: Callable[..., None] | None = None, *arguments: object) -> int:
-        """The exit code, negative for a signal."""
-        process = self.start(fault, *arguments)
-        process.join(180)
-        assert process.exitcode is not None, "hangs"
-        return process.exitcode
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "log.txt").read_text()
+class Run(Place):
+    """A copy of the repository, in which the train stage's work is started."""
 
     @property
     def scratch(self) -> Path:
@@ -203,20 +166,24 @@ class Place:
 
     def result(self) -> dict[str, str]:
         """Hashes of what a run leaves: adapter, state, curves, and the metrics with the judgement of its health."""
-        files = [*(self.folder / OUT).iterdir(), *(self.folder / "plots").glob("*.csv"), self.folder / "metrics.json"]
+        files = [
+            *(self.folder / OUT).iterdir(),
+            *(self.folder / "plots").glob("*.csv"),
+            self.folder / "metrics" / "train.json",
+        ]
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture
 def place(fetched, tmp_path):
     shutil.copytree(fetched, tmp_path / "repo", symlinks=True, ignore=shutil.ignore_patterns(".scratch", "experiments"))
-    return Place(tmp_path / "repo")
+    return Run(tmp_path / "repo", work)
 
 
 @pytest.fixture(scope="session")
 def whole(fetched):
     """What the undisturbed run leaves."""
-    undisturbed = Place(fetched)
+    undisturbed = Run(fetched, work)
     assert undisturbed.run() == 0, undisturbed.log
     assert json.loads((fetched / OUT / "trainer_state.json").read_text())["global_step"] == STEPS
     assert not [path for path in (fetched / ".scratch").iterdir() if path.is_dir()]
@@ -261,7 +228,9 @@ def test_t4_a_rotten_checkpoint_is_named_and_the_one_before_is_used(place, whole
         data[len(data) // 2] ^= 1
         file.write_bytes({"cut": data[: len(data) // 2], "empty": b""}.get(fault, bytes(data)))
     assert place.run() == 0, place.log
-    assert re.search(rf"warning: .*checkpoint-6/({file.name}|\S+): ", place.log)
+    # A list with a wrong byte is no JSON, or says of another file that it is not what was saved.
+    named = r"\S+" if fault == "list" else re.escape(file.name)
+    assert re.search(rf"warning: \S+/checkpoint-6/{named}: (missing|cannot be read|\d+ bytes that are not)", place.log)
     assert "resuming from" in place.log and "checkpoint-3\n" in place.log
     assert place.result() == whole
 
@@ -285,6 +254,22 @@ def test_t6_a_signal_leaves_a_checkpoint_exit_75_and_no_result(place, whole, num
     assert place.result() == whole
 
 
+def in_a_group(step: int) -> None:
+    """As at a terminal: Ctrl-C goes to the trainer and to the processes that load its data."""
+    os.setpgrp()
+    at_step(step, lambda: os.killpg(0, signal.SIGINT))
+
+
+def test_t6_ctrl_c_reaches_the_processes_that_load_data_too(place, whole):
+    with contextlib.chdir(place.folder):
+        params(lr="2e-3", workers=2)
+    assert place.run(in_a_group, 2) == 75, place.log  # of five in an epoch: its last has no such processes any more
+    assert place.log.count("SIGINT: a checkpoint after this step, then the end") == 1
+    assert "Traceback" not in place.log and (place.scratch / "checkpoint-2").is_dir()
+    assert place.run() == 0, place.log
+    assert place.result()["adapter_model.safetensors"] == whole["adapter_model.safetensors"]
+
+
 def test_t6_a_second_signal_ends_at_once(place):
     assert place.run(at_step, 5, partial(signal_self, signal.SIGTERM, signal.SIGTERM)) == 75, place.log
     assert "ended by SIGTERM" in place.log and (place.scratch / "checkpoint-3").is_dir()
@@ -295,8 +280,8 @@ def test_t7_two_at_once_are_refused_by_the_owners_pid(place, whole):
     while not stopped(first.pid):
         assert first.is_alive(), place.log
         time.sleep(0.05)
-    log = place.folder / "log.txt"
-    log.rename(place.folder / "first.txt")
+    for name in ("out.txt", "err.txt"):
+        (place.folder / name).rename(place.folder / f"first-{name}")
     assert place.run() == 2
     assert f"process {first.pid} is training this very run" in place.log
     os.kill(first.pid, signal.SIGCONT)
@@ -385,3 +370,16 @@ def test_t14_and_t1_with_processes_that_load_data(place, whole):
     assert "resuming from" in place.log
     names = ("adapter_model.safetensors", "train.csv", "dev.csv")
     assert {name: place.result()[name] for name in names} == {name: whole[name] for name in names}
+
+
+def test_the_train_stage_asks_the_doctor_before_a_model_is_loaded(place):
+    with contextlib.chdir(place.folder):
+        params(lr="2e-3", dtype="bfloat16", attention="flash_attention_2")
+    assert place.run(never_load) == 2, place.log
+    assert "flash_attention_2 needs a GPU" in place.log
+
+
+def never_load() -> None:
+    from colintern.model import ColIntern3_5
+
+    ColIntern3_5.from_pretrained = leave
