@@ -251,6 +251,8 @@ def test_colour_only_on_a_terminal_that_wants_it(repo):
 
 def test_the_hub_is_asked_only_for_what_the_cache_lacks(tmp_path, monkeypatch, counted):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text('{"base": {}, "train": {"files": {}}}')  # of an older version
     assert [(repo.name, files) for repo, files in hub_repos(RECIPE).items()] == [
         (RECIPE.base, None),
         (RECIPE.train_data, None),
@@ -275,9 +277,8 @@ def test_the_hub_is_asked_only_for_what_the_cache_lacks(tmp_path, monkeypatch, c
             (folder / "config.json").write_text("{}")
         entry = {"folder": RECIPE.base, "revision": RECIPE.base_revision, "files": {"config.json": {}}}
         train = {"folder": RECIPE.train_data, "revision": RECIPE.train_revision, "files": {"config.json": {}}}
-        (tmp_path / "data").mkdir()
         (tmp_path / "data" / "manifest.json").write_text(
-            json.dumps({"base": entry, "train": [train], "evaluation": {}})
+            json.dumps({"base": entry, "train": [train], "train_corpus": None, "evaluation": {}})
         )
         hub.requests.clear()
         assert surroundings(facts).lacking == () and hub.requests == []
@@ -294,3 +295,9 @@ def test_training_stops_before_it_loads_a_model_where_a_check_fails(tmp_path, mo
     assert stopped.value.exit_code == 2
     with pytest.raises(UserError, match="flash_attention_2 needs a GPU"):
         hold(dataclasses.replace(DEMO, attention="flash_attention_2"), "base")
+
+
+def test_pages_by_number_come_from_a_repository_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = dataclasses.replace(RECIPE, train_corpus="someone/pages", train_corpus_revision="c" * 40)
+    assert [repo.key for repo in hub_repos(params)] == ["base", "train_data", "train_corpus"]

@@ -92,26 +92,27 @@ def _dvc_remotes() -> tuple[tuple[str, ...], str]:
 
 def hub_repos(params: Params) -> dict[Repo, list[str] | None]:
     """The run's hub repositories with their files, as the manifest names them; None where it does not yet."""
+    repos = [Repo("base", params.base, params.base_revision, "model")]
+    repos += [Repo("train_data", name, params.train_revision, "dataset") for name, _ in mixture(params.train_data)]
+    repos += [Repo("train_corpus", params.train_corpus, params.train_corpus_revision, "dataset")]
     try:
-        manifest = json.loads(Path(MANIFEST).read_text())
-    except (OSError, ValueError):
-        manifest = {"base": {}, "train": [], "evaluation": {}}
-    found: dict[Repo, list[str] | None] = {}
-    if on_hub(params.base):
-        same = (params.base, params.base_revision) == tuple(manifest["base"].get(k) for k in ("folder", "revision"))
-        repo = Repo("base", params.base, params.base_revision, "model")
-        found[repo] = list(manifest["base"]["files"]) if same else None
-    known = {(part["folder"], part["revision"]): list(part["files"]) for part in manifest["train"]}
-    if corpus := manifest.get("train_corpus"):  # there is none in what an older version wrote
-        known[corpus["folder"], corpus["revision"]] = list(corpus["files"])
-    sets = [("train_data", name, params.train_revision) for name, _ in mixture(params.train_data)]
-    for key, name, revision in [*sets, ("train_corpus", params.train_corpus, params.train_corpus_revision)]:
-        if on_hub(name):
-            found[Repo(key, name, revision, "dataset")] = known.get((name, revision))
-    for task, part in manifest["evaluation"].items():
-        if part["revision"]:
-            found[Repo(f"benchmarks: {task}", part["folder"], part["revision"], "dataset")] = list(part["files"])
-    return found
+        known, tasks = _listed()
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or one of an older version: it is made anew
+        known, tasks = {}, {}
+    return {repo: known.get((repo.name, repo.revision)) for repo in repos if on_hub(repo.name)} | tasks
+
+
+def _listed() -> tuple[dict[tuple[str, str], list[str]], dict[Repo, list[str] | None]]:
+    """The manifest's files of base and training data by folder and revision; its tasks that come from a hub."""
+    manifest = json.loads(Path(MANIFEST).read_text())
+    corpus = manifest["train_corpus"]
+    entries = [manifest["base"], *manifest["train"], *([corpus] if corpus else [])]
+    tasks: dict[Repo, list[str] | None] = {
+        Repo(f"benchmarks: {task}", part["folder"], part["revision"], "dataset"): list(part["files"])
+        for task, part in manifest["evaluation"].items()
+        if part["revision"]
+    }
+    return {(entry["folder"], entry["revision"]): list(entry["files"]) for entry in entries}, tasks
 
 
 def _cached(repo: Repo, files: list[str] | None) -> bool:
