@@ -97,6 +97,11 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
         visual = [self.image_token_id] * self.image_seq_length
         return self._pad([self._before_tiles + visual * n + self._after_tiles for n in tiles])
 
+    @property
+    def text_before(self) -> int:
+        """Tokens of a page that stand before its visual ones."""
+        return len(self._before_tiles)
+
     def page_tiles(self, image: Image.Image) -> torch.Tensor:
         """One page's tiles, normalised, (n, 3, tile, tile) float32: row by row, the thumbnail last."""
         p = self.image_processor

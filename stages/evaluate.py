@@ -21,7 +21,7 @@ def main() -> None:
     arrow_cache()
     ready(params, evaluation=True)
     from colintern.data.benchmarks import tasks_for  # only now: `datasets` reads the environment when it is imported
-    from colintern.evaluation.scores import METRICS, report, score_rows
+    from colintern.evaluation.scores import METRICS, SIZES, report, score_rows
     from colintern.evaluation.subjects import subjects
     from colintern.evaluation.tasks import evaluate
     from colintern.evaluation.verdicts import table
@@ -32,7 +32,7 @@ def main() -> None:
         Path(folder).mkdir(exist_ok=True)
     Path("metrics/eval.json").write_text(dumps(report(scores["trained"], scores.get("untrained"))))
     with open("plots/eval.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ("benchmark", "task", "model", *METRICS), lineterminator="\n")
+        writer = csv.DictWriter(file, ("benchmark", "task", "model", *METRICS, *SIZES), lineterminator="\n")
         writer.writeheader()
         writer.writerows(score_rows(scores))
     print(table(scores))

@@ -4,6 +4,7 @@ Each run is a process of its own, see processes.py.
 """
 
 import contextlib
+import csv
 import json
 import os
 import re
@@ -91,7 +92,13 @@ def never_load() -> None:
 
 
 def write_params(*benchmarks: str) -> None:
-    small = {"train_data": SET, "max_visual_tokens": 16, "eval_batch_size": 8, "feature_cache_gb": 0.1}
+    small = {
+        "train_data": SET,
+        "max_visual_tokens": 16,
+        "eval_batch_size": 8,
+        "feature_cache_gb": 0.1,
+        "embedding_cache_gb": 0.1,
+    }
     text = (ROOT / "recipes" / "demo.yaml").read_text()
     text = text.replace("- demo\n", "".join(f"- {name}\n" for name in benchmarks))
     for key, value in small.items():
@@ -219,6 +226,30 @@ def test_one_task_more_one_task_less(place, whole):
         write_params(BENCHMARKS[0])
     assert place.run(never_load) == 0, place.log
     assert place.result() == alone
+
+
+def no_page_embedded() -> None:
+    from colintern import mteb_model
+
+    mteb_model.embed_features = lambda *args: leave()
+
+
+def test_page_embeddings_are_kept_and_smaller_pages_are_made_of_them(place, whole):
+    assert place.run() == 0, place.log
+    shutil.rmtree(place.folder / ".scratch")
+    assert place.run(no_page_embedded) == 0, place.log
+    assert place.result() == whole
+    command = f"evaluate {ADAPTER} --pool-factor 1 2 --dim 128 32 --out results/sizes"
+    assert place.run(no_page_embedded, command=command) == 0, place.log
+    rows = list(csv.DictReader((place.folder / "results/sizes/sizes.csv").open()))
+    found = {(row["pool_factor"], row["dim"]): float(row["bytes_per_page"]) for row in rows if row["benchmark"] == "two"}
+    assert len(rows) == 2 * 4 and found["1", "32"] == found["1", "128"] / 4 and found["2", "128"] < found["1", "128"]
+    full = json.loads(whole["metrics/eval.json"])["two"]
+    assert found["1", "128"] == full["bytes_per_page"] == full["vectors_per_page"] * 128 * 2
+    assert (place.folder / "results/sizes/sizes.svg").read_text().count("<text") == 0, "letters are drawn, not named"
+    assert place.run(never_load, command=command) == 0, place.log
+    assert place.run(command=f"evaluate {ADAPTER} --pool-factor 0") == 2
+    assert "--pool-factor: 0 is not valid; it must be 1 to 64" in place.log
 
 
 def metrics(file: Path) -> dict:

@@ -26,7 +26,7 @@ from colintern.data.benchmarks import tasks_for
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import png_bytes
 from colintern.evaluation import tasks as evaluation
-from colintern.evaluation.scores import METRICS, Scores, collect, report, score_rows
+from colintern.evaluation.scores import METRICS, SIZES, Scores, collect, report, score_rows, size
 from colintern.evaluation.subjects import Subject, subjects
 from colintern.evaluation.verdicts import band, table, target
 from colintern.files.manifest import BEIR_SUFFIXES, local_files
@@ -155,7 +155,7 @@ def test_equals_a_direct_computation_and_leaves_the_same_bytes_twice(params, wor
     assert scores["ndcg_at_10"] == pytest.approx(ndcg_at_k(found, relevant, 10), abs=1e-5)
     assert scores["recall_at_100"] == pytest.approx((ranks <= 100).float().mean().item(), abs=1e-5)
     assert 0.2 < scores["ndcg_at_5"] < 0.95 and scores["recall_at_100"] < 1, "neither trivial nor hopeless"
-    assert scores["tasks"] == {"SomeDocsRetrieval": {m: scores[m] for m in METRICS}}
+    assert scores["tasks"] == {"SomeDocsRetrieval": {key: scores[key] for key in (*METRICS, *SIZES)}}
 
     assert first == second
     one = files_of("out/one")
@@ -340,7 +340,7 @@ def test_a_folder_that_is_no_adapter_is_named(params, workspace):
         subjects(params, adapter)
 
 
-def several_languages() -> tuple[list, dict]:
+def several_languages() -> tuple[list, dict, dict]:
     """ViDoRe v2 with a score of 0.1 for every language and task but those of English, 0.5 and 0.9."""
     pairs = tasks_for(replace(RECIPE, benchmarks=("ViDoRe(v2)",)))
     results = {}
@@ -352,7 +352,7 @@ def several_languages() -> tuple[list, dict]:
             for subset in task.hf_subsets
         }
         results[name] = mteb.TaskResult.from_task_results(task, {"test": found}, evaluation_time=0)
-    return pairs, results
+    return pairs, results, {name: size(1000, 10, 64) for name in results}
 
 
 def test_english_and_all_languages_of_vidore_v2_are_averaged_apart():
@@ -364,6 +364,10 @@ def test_english_and_all_languages_of_vidore_v2_are_averaged_apart():
     }  # fmt: skip
     assert scores["tasks"]["Vidore2ESGReportsRetrieval"]["languages"]["eng"]["ndcg_at_5"] == 0.5
     assert "languages" not in scores["tasks"]["Vidore2ESGReportsHLRetrieval"]
+    assert (
+        scores["bytes_per_page"] == 100 * 64 * 2
+        and scores["tasks"]["Vidore2ESGReportsRetrieval"]["vectors_per_page"] == 100
+    )
     lines = table({"trained": {"ViDoRe(v2)": scores}}).splitlines()
     assert max(map(len, lines)) <= 80
     assert next(line for line in lines if line.startswith("ViDoRe(v2), English")).endswith("good")
@@ -387,7 +391,7 @@ def test_the_guides_words_have_no_gaps():
 
 def test_report_rows_and_table():
     def scores(value: float) -> Scores:
-        metrics = dict.fromkeys(METRICS, value)
+        metrics = dict.fromkeys(METRICS, value) | size(1000, 10, 128)
         return {"ViDoRe(v1)": metrics | {"tasks": {"VidoreSyntheticDocQAGovernmentReportsRetrieval": metrics}}}
 
     after, before = scores(0.8), scores(0.1)

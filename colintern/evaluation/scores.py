@@ -7,18 +7,29 @@ from typing import Any
 import mteb
 from mteb.abstasks.abstask import AbsTask
 
+from colintern.modeling.pooling import BYTES
+
 METRICS = ("ndcg_at_5", "ndcg_at_10", "recall_at_100")
+SIZES = ("vectors_per_page", "bytes_per_page")
 
 Means = dict[str, float]
 Scores = dict[str, dict[str, Any]]
 
 
-def collect(pairs: Iterable[tuple[str, AbsTask]], results: Mapping[str, mteb.TaskResult]) -> Scores:
+def size(vectors: int, pages: int, dim: int) -> Means:
+    """What a page takes on average, its numbers kept as float16."""
+    return {"vectors_per_page": round(vectors / pages, 2), "bytes_per_page": round(vectors * dim * BYTES / pages)}
+
+
+def collect(
+    pairs: Iterable[tuple[str, AbsTask]], results: Mapping[str, mteb.TaskResult], sizes: Mapping[str, Means]
+) -> Scores:
     """Scores of the tasks of each benchmark, and their means.
 
     Args:
         pairs: (label of a benchmark, task), see `benchmarks.tasks_for`.
         results: mteb's results by the task's name.
+        sizes: what `size` says, by the task's name; stands beside the task's scores, its mean beside the benchmark's.
 
     Returns:
         {benchmark: {metric: mean over its tasks, "tasks": {task: {metric: score}}}}, each 0 to 1 and rounded to 6
@@ -29,7 +40,7 @@ def collect(pairs: Iterable[tuple[str, AbsTask]], results: Mapping[str, mteb.Tas
     by_benchmark: dict[str, dict[str, dict[str, Means]]] = {}
     for benchmark, task in pairs:
         by_benchmark.setdefault(benchmark, {})[task.metadata.name] = _by_language(results[task.metadata.name])
-    return {benchmark: _benchmark(tasks) for benchmark, tasks in by_benchmark.items()}
+    return {benchmark: _benchmark(tasks, sizes) for benchmark, tasks in by_benchmark.items()}
 
 
 def checked(result: mteb.TaskResult) -> mteb.TaskResult:
@@ -51,7 +62,7 @@ def _by_language(result: mteb.TaskResult) -> dict[str, Means]:
     return {name: mean(found) for name, found in groups.items()}
 
 
-def _benchmark(tasks: dict[str, dict[str, Means]]) -> dict[str, Any]:
+def _benchmark(tasks: dict[str, dict[str, Means]], sizes: Mapping[str, Means]) -> dict[str, Any]:
     languages = sorted({language for task in tasks.values() for language in task if language})
     scores: dict[str, Any] = rounded(mean([task[""] for task in tasks.values()]))
     if len(languages) > 1:
@@ -59,7 +70,8 @@ def _benchmark(tasks: dict[str, dict[str, Means]]) -> dict[str, Any]:
             language: rounded(mean([task[language] for task in tasks.values() if language in task]))
             for language in languages
         }
-    scores["tasks"] = {name: _task(found) for name, found in tasks.items()}
+    scores |= {key: round(sum(sizes[name][key] for name in tasks) / len(tasks), 2) for key in SIZES}
+    scores["tasks"] = {name: _task(found) | sizes[name] for name, found in tasks.items()}
     return scores
 
 
@@ -93,9 +105,9 @@ def report(trained: Scores, untrained: Scores | None) -> Scores:
 
 
 def score_rows(by_model: dict[str, Scores]) -> list[dict[str, Any]]:
-    """One row for each benchmark, task and model, for plots: the keys are benchmark, task, model and `METRICS`."""
+    """One row for each benchmark, task and model, for plots: benchmark, task, model, `METRICS` and `SIZES`."""
     return [
-        {"benchmark": benchmark, "task": task, "model": model} | {metric: scores[metric] for metric in METRICS}
+        {"benchmark": benchmark, "task": task, "model": model} | {key: scores[key] for key in (*METRICS, *SIZES)}
         for model, benchmarks in by_model.items()
         for benchmark, found in benchmarks.items()
         for task, scores in found["tasks"].items()

@@ -10,12 +10,15 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from colintern.files.identity import content_hash, stage_code, versions
+from colintern.files.identity import content_hash, fingerprint, stage_code, versions
 from colintern.files.manifest import MANIFEST, check_base, read
+from colintern.modeling.cache import TensorCache
 from colintern.modeling.features import FEATURES, PageFeatures
 from colintern.modeling.loading import load_adapter, load_merged, load_processor, require_adapter, require_base
 from colintern.mteb_model import ColIntern3_5Encoder
 from colintern.params import Params, UserError, root
+
+EMBEDDINGS = Path("data/.embeddings")  # deleting it costs only time
 
 
 class Subject(NamedTuple):
@@ -58,9 +61,10 @@ def _adapter(params: Params, base: str, folder: Path, trained: bool, label: str)
     known = json.loads(file.read_text())["params"] if file.is_file() else {}
 
     def encoder() -> ColIntern3_5Encoder:
-        return _encoder(params, load_adapter(params, base, folder, trained), folder, label, revision)
+        return _encoder(params, load_adapter(params, base, folder, trained), folder, label, revision, identity)
 
-    return Subject(label, revision, _identity(params, what), known, encoder)
+    identity = _identity(params, what)
+    return Subject(label, revision, identity, known, encoder)
 
 
 def _merged(params: Params, folder: Path) -> Subject:
@@ -73,9 +77,10 @@ def _merged(params: Params, folder: Path) -> Subject:
     what = {"merged": content_hash(folder)}
 
     def encoder() -> ColIntern3_5Encoder:
-        return _encoder(params, load_merged(params, folder), folder, "colintern3_5", what["merged"][:40])
+        return _encoder(params, load_merged(params, folder), folder, "colintern3_5", what["merged"][:40], identity)
 
-    return Subject("colintern3_5", what["merged"][:40], _identity(params, what), {}, encoder)
+    identity = _identity(params, what)
+    return Subject("colintern3_5", what["merged"][:40], identity, {}, encoder)
 
 
 def _weights(file: Path) -> list[str]:
@@ -83,18 +88,25 @@ def _weights(file: Path) -> list[str]:
         return list(content.keys())
 
 
-def _encoder(params: Params, model: nn.Module, folder: Path, label: str, revision: str) -> ColIntern3_5Encoder:
+def _encoder(
+    params: Params, model: nn.Module, folder: Path, label: str, revision: str, identity: dict[str, Any]
+) -> ColIntern3_5Encoder:
     broken = [name for name, value in model.named_parameters() if not value.isfinite().all()]
     if broken:
         raise UserError(f"{folder}: {broken[0]} has NaN or infinite values ({len(broken)} such weights)")
     processor = load_processor(params, folder)
     features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb)
-    return ColIntern3_5Encoder(model, processor, label, revision, features)
+    settings = {key: value for key, value in identity["params"].items() if key not in ("pool_factor", "dim")}
+    kept = fingerprint(identity | {"params": settings})  # what is kept is neither pooled nor cut
+    embeddings = TensorCache(root() / EMBEDDINGS, kept, int(params.embedding_cache_gb * 1e9))
+    return ColIntern3_5Encoder(model, processor, label, revision, features, embeddings, params.pool_factor, params.dim)
 
 
 def _identity(params: Params, what: dict[str, Any]) -> dict[str, Any]:
-    """`feature_cache_gb` is not in it, because it changes no result."""
+    """The sizes of the caches are not in it, because they change no result."""
     settings = {
+        "pool_factor": params.pool_factor,
+        "dim": params.dim,
         "attention": params.attention,
         "dtype": params.dtype,
         "eval_batch_size": params.eval_batch_size,

@@ -18,7 +18,7 @@ from mteb.abstasks.abstask import AbsTask
 
 from colintern.data.benchmarks import from_cache, tasks_for
 from colintern.evaluation import queries
-from colintern.evaluation.scores import Scores, checked, collect
+from colintern.evaluation.scores import Scores, checked, collect, size
 from colintern.evaluation.subjects import Subject
 from colintern.files.identity import fingerprint
 from colintern.files.jsonfile import dumps
@@ -28,7 +28,7 @@ from colintern.params import Params, root
 CLOCK = ("evaluation_time", "date", "evaluation_phases", "kg_co2_emissions")  # of mteb's result files; all may be null
 TIMING_FILE = "logs/eval-timing.json"  # not an out of any stage
 KEPT = 20  # models whose finished tasks are kept; the least recently evaluated go first
-QUERIES = "queries.parquet"
+QUERIES, SIZE = "queries.parquet", "size.json"
 
 
 def evaluate(subjects: Mapping[str, Subject], params: Params, out: Path) -> dict[str, Scores]:
@@ -53,7 +53,9 @@ def evaluate(subjects: Mapping[str, Subject], params: Params, out: Path) -> dict
     scores = {}
     for name, subject in subjects.items():
         folders = finished(subject, params, [task for _, task in pairs])
-        scores[name] = collect(pairs, {task: _result(folder, subject, task) for task, folder in folders.items()})
+        results = {task: _result(folder, subject, task) for task, folder in folders.items()}
+        sizes = {task: json.loads((folder / SIZE).read_text()) for task, folder in folders.items()}
+        scores[name] = collect(pairs, results, sizes)
         _gather(partial, name, pairs, folders)
     trained = subjects["trained"]
     data = {task.metadata.name: task.metadata.dataset["revision"] for _, task in pairs}
@@ -93,6 +95,7 @@ def _run(encoder: Any, task: AbsTask, params: Params, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     cache = mteb.ResultCache(partial)
     rows: list[dict[str, Any]] = []
+    encoder.pages = encoder.vectors = 0
     found = mteb.evaluate(
         encoder,
         queries.keep(from_cache(task), rows),
@@ -106,12 +109,14 @@ def _run(encoder: Any, task: AbsTask, params: Params, folder: Path) -> None:
         checked(result)
     _move_clock_values(cache.get_task_result_path("any", encoder.mteb_model_meta).parent)
     queries.write(partial / QUERIES, rows)
+    (partial / SIZE).write_text(dumps(size(encoder.vectors, encoder.pages, params.dim)))
     partial.replace(folder)
 
 
 def _whole(folder: Path, subject: Subject, task: str) -> bool:
     try:
         _result(folder, subject, task)
+        json.loads((folder / SIZE).read_text())
         pq.read_table(folder / QUERIES)
     except (OSError, ValueError, KeyError) as error:
         print(f"warning: {folder}: {str(error).partition(chr(10))[0]}; the task is run again")

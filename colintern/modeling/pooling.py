@@ -1,0 +1,38 @@
+"""Smaller pages: fewer vectors by pooling those that are alike, shorter vectors by cutting them off.
+
+Pooling is colpali-engine's hierarchical clustering (Clavié et al. 2024, "Reducing the footprint of multi-vector
+retrieval with minimal performance impact via token pooling", arXiv 2409.14683), but tile by tile: clustering takes time
+and memory with the square of the number of vectors. Cutting off is of use where a model was trained for it
+("Matryoshka", Kusupati et al. 2022, arXiv 2205.13147); elsewhere it shows what the first dimensions hold.
+"""
+
+from collections.abc import Sequence
+
+from colpali_engine.compression.token_pooling import HierarchicalTokenPooler
+from torch import Tensor, cat
+from torch.nn.functional import normalize
+
+BYTES = 2  # of a number, as vector stores keep them: float16
+
+
+def pool(page: Tensor, factor: int, tile: int, before: int) -> Tensor:
+    """A page's vectors with each tile's clustered into 1/factor of them, each the normalised mean of its cluster.
+
+    Example: of a page of 2 tiles of 256 vectors between 10 and 5 of text, factor 4 leaves 10 + 2 x 64 + 5.
+
+    Args:
+        page: (vectors, dim): `before` of text, then the tiles, then less than a tile of text.
+        factor: 1 leaves the page as it is.
+        tile: vectors of a tile.
+    """
+    if factor == 1:
+        return page
+    count = (len(page) - before) // tile
+    head, visual, tail = page.split([before, count * tile, len(page) - before - count * tile])
+    pooled = HierarchicalTokenPooler().pool_embeddings(list(visual.split(tile)), pool_factor=factor)
+    return cat([head, *pooled, tail])
+
+
+def cut(rows: Sequence[Tensor], dim: int) -> list[Tensor]:
+    """The first `dim` numbers of each vector, normalised again; (n, dim) a row."""
+    return [row if row.shape[1] == dim else normalize(row[:, :dim], dim=-1) for row in rows]
