@@ -75,14 +75,15 @@ class ColIntern3_5Encoder(AbsEncoder):
                 for page, image in zip(batch["id"], batch["image"], strict=True):
                     if image is None:
                         raise UserError(f"page {page} of the evaluation corpus has no image; remove or repair its row")
-                rows += self._pages(batch["image"])
+                rows += self.pages(batch["image"])
             else:
                 raise ValueError(f"{prompt_type}: expected queries as text or pages as images, got {sorted(batch)}")
         if self.features:
             self.features.cache.flush()
         return rows
 
-    def _pages(self, images: list[Any]) -> list[Tensor]:
+    def pages(self, images: list[Any]) -> list[Tensor]:
+        """One (tokens, 128) float32 tensor for each page image, on the CPU."""
         if self.features is None:
             return embed_pages(self.model, self.processor, images, len(images))
         return embed_features(self.model, self.processor, map(self.features, map(Page.of, images)), len(images))

@@ -13,13 +13,11 @@ class Word(NamedTuple):
 def query_words(processor: Any, query: str) -> list[Word]:
     """One for each token that `process_queries` makes of a query, in its order."""
     ids = processor.process_queries([query])["input_ids"][0].tolist()
-    whole = processor.tokenizer(processor.query_prefix + query, add_special_tokens=False, return_offsets_mapping=True)
-    # A byte-level token has the space before its word in it, which may be the prefix's: its end tells whose it is.
-    ends = [end for _, end in whole["offset_mapping"]]
+    text = processor.query_prefix + query
+    whole = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     tail = len(processor.tokenizer(processor.query_augmentation_token * 10, add_special_tokens=False)["input_ids"])
-    last = len(ids) - tail
+    # A token's text is a slice of the query's, since part of a letter cannot be decoded. The space before a word may be
+    # the prefix's: the end tells whose a token is.
     prefix = len(processor.query_prefix)
-    return [
-        Word(processor.tokenizer.decode([token]).strip(), place < last and ends[place] > prefix)
-        for place, token in enumerate(ids)
-    ]
+    said = [Word(text[start:end].strip(), end > prefix) for start, end in whole["offset_mapping"][: len(ids) - tail]]
+    return [*said, *(Word(processor.tokenizer.decode([token]), False) for token in ids[len(ids) - tail :])]
