@@ -1,14 +1,14 @@
-"""The geometry of heatmaps: exact, against the real tower; and on the demo's pages (bench/heatmap.py measures those)."""
+"""The geometry of heatmaps: exact, against the real tower; bench/heatmap.py measures the demo's."""
 
 import pytest
 import torch
+from conftest import BASE
 from PIL import Image, ImageDraw
 
 from colintern.modeling.embed import embed_pages
 from colintern.processor import ColIntern3_5Processor
 from colintern.reporting.heatmaps import Layout, hottest, layout, similarity_map
 from colintern.tiles import Grid
-from conftest import BASE
 
 CELL = 28  # pixels of the demo base's tiles that one visual token sees
 

@@ -11,9 +11,15 @@ EXAMPLE = "colintern report experiments/colintern"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of an adapter or a merged model")
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="its evaluation (default: found by its revision)")
     parser.add_argument(
-        "--worst", type=int, default=30, metavar="N", help="queries shown with pages and heatmaps (default: %(default)s)"
+        "--results", type=Path, metavar="FOLDER", help="its evaluation (default: found by its revision)"
+    )
+    parser.add_argument(
+        "--worst",
+        type=int,
+        default=30,
+        metavar="N",
+        help="queries shown with pages and heatmaps (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: results/report/<model>-<revision>.html")
 
@@ -46,4 +52,5 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or Path("results/report") / f"{args.model.resolve().name}-{subject.revision[:8]}.html"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(report(args.model, subject, found, cases), encoding="utf-8")
-    print(f"{out}: {len(cases)} queries with {sum(len(one.sheets) for one in cases)} pages, {out.stat().st_size / 1e6:.1f} MB")
+    pages = sum(len(one.sheets) for one in cases)
+    print(f"{out}: {len(cases)} queries with {pages} pages, {out.stat().st_size / 1e6:.1f} MB")

@@ -67,39 +67,24 @@ def case(processor: Any, query: str, vectors: Tensor, pages: Sequence[Seen], fac
     words = query_words(processor, query)
     own = [i for i, word in enumerate(words) if word.own] or list(range(len(words)))
     maps = [similarity_map(vectors, page.tokens, layout(processor, page.image.size)) for page in pages]
-    every = torch.cat([part.flatten(1) for found in maps for part in _parts(found)], dim=1)
-    low, high = every.mean(dim=1), every.amax(dim=1)
-    top = max(standing_out(part[own]).max() for found in maps for part in _parts(found))
-    sheets = []
-    for page, found in zip(pages, maps, strict=True):
-        hot = [
-            heat(torch.cat([standing_out(part[own])[None] / top.clamp(min=1e-6), _scaled(part, low, high)]))
-            for part in _parts(found)
-        ]
-        elsewhere = int((~found.on_page).sum())
-        score = round(found.best.sum().item(), 3)
-        sheets.append(
-            Sheet(
-                page.name,
-                page.caption,
-                page.kind,
-                score,
-                picture(page.image),
-                page.image.size,
-                hot[0],
-                hot[1] if len(hot) > 1 else "",
-                elsewhere,
-            )
-        )
+    # First a map of the query's own words together, then one for each token.
+    parts = [[torch.cat([standing_out(part[own])[None], part]) for part in _parts(found)] for found in maps]
+    every = torch.cat([part.flatten(1) for page_parts in parts for part in page_parts], dim=1)
+    low, span = every.mean(dim=1)[:, None, None], (every.amax(dim=1) - every.mean(dim=1)).clamp(min=1e-6)[:, None, None]
+    heats = [[heat((part - low) / span) for part in page_parts] for page_parts in parts]
+    sheets = [_sheet(page, found, hot) for page, found, hot in zip(pages, maps, heats, strict=True)]
     lead = [None] * len(words) if len(maps) < 2 else (maps[0].best - maps[1].best).tolist()
     tokens = [Token(word.text, word.own, one) for word, one in zip(words, lead, strict=True)]
     return Case(query, facts, tokens, sheets)
 
 
+def _sheet(page: Seen, found: SimilarityMap, heats: list[str]) -> Sheet:
+    score, elsewhere = round(found.best.sum().item(), 3), int((~found.on_page).sum())
+    small = heats[1] if len(heats) > 1 else ""
+    return Sheet(
+        page.name, page.caption, page.kind, score, picture(page.image), page.image.size, heats[0], small, elsewhere
+    )
+
+
 def _parts(found: SimilarityMap) -> list[Tensor]:
     return [found.page] if found.thumbnail is None else [found.page, found.thumbnail]
-
-
-def _scaled(part: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    span = (high - low).clamp(min=1e-6)
-    return (part - low[:, None, None]) / span[:, None, None]

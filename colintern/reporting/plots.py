@@ -54,6 +54,7 @@ def curve(rows: Sequence[tuple[float, float]], what: str, marked: bool = False) 
         axes.set_xlabel("step")
         axes.set_ylim(bottom=0, top=1 if marked else None)
         if marked:
+            axes.margins(x=0.08)
             for place, value in rows:
                 axes.annotate(f"{value:.3f}", (place, value), (0, -14), textcoords="offset points", ha="center")
 
@@ -77,7 +78,7 @@ def bars(rows: Sequence[Bar], what: str) -> str:
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("NDCG@5 x100")
 
-    return svg(draw, what, wide=7.4, high=0.75 + 0.5 * len(rows))
+    return svg(draw, what, high=0.7 + 0.4 * len(rows))
 
 
 def two_histograms(right: Sequence[float], wrong: Sequence[float], what: str) -> str:
@@ -113,9 +114,9 @@ def margins(values: Sequence[float], what: str) -> str:
     return svg(draw, what)
 
 
-def svg(draw: Callable[[Axes], None], what: str, wide: float = 4.6, high: float = 2.9) -> str:
+def svg(draw: Callable[[Axes], None], what: str, wide: float = 5.4, high: float = 3.3) -> str:
     """What `draw` draws; `what` is its name, also for those who do not see it. The same data gives the same bytes."""
-    style: dict[str, Any] = STYLE | {"svg.hashsalt": what}
+    style: Any = STYLE | {"svg.hashsalt": what}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(wide, high), layout="constrained")
         draw(figure.subplots())

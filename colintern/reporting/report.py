@@ -77,6 +77,8 @@ def _table(found: Evaluation) -> list[dict[str, Any]]:
         every = {name: scores} | {f"{name}, {key}": value for key, value in scores.get("languages", {}).items()}
         for label, values in every.items():
             verdict = band(name, values["ndcg_at_5"])
+            if len(scores["tasks"]) == 1 and label == name:
+                continue  # its one task says the same
             made.append({"name": label, "mean": True, "values": [100 * values[m] for m in METRICS], "verdict": verdict})
         for task, values in scores["tasks"].items():
             verdict = target(task, values["ndcg_at_5"])
@@ -137,8 +139,9 @@ def _training(model: Path) -> dict[str, Any] | None:
         "verdict": metrics["verdict"] if same else "",
         "good": same and metrics["verdict"] == GOOD,
         "rules": [
-            (name, value, RULES[name][0] if name in RULES else "", health["wrong"].get(name, ""))
-            for name, value in health.get("values", {}).items()
+            (name, health["values"][name], words, health["wrong"].get(name, ""))
+            for name, (words, _) in RULES.items()
+            if name in health.get("values", {})
         ],
     }
 
@@ -166,11 +169,15 @@ def _environment(model: Path, subject: Subject, found: Evaluation) -> Sequence[t
             (f"base {name}", file["sha256"]) for name, file in base["files"].items() if name.endswith(".safetensors")
         ]
     rows += [(f"data of {task}", revision) for task, revision in sorted(found.run["data"].items())]
-    rows += [(f"trained with {name}", number) for name, number in sorted(identity.get("versions", {}).items())]
-    rows.append(("evaluated with mteb", found.mteb_version))
-    here = versions()
-    other = {name: number for name, number in here.items() if identity.get("versions", here).get(name) != number}
-    return [*rows, *((f"this report with {name}", number) for name, number in sorted(other.items()))]
+    if "versions" in identity:
+        rows.append(("trained with", _listed(identity["versions"])))
+    rows.append(("evaluated with", f"mteb {found.mteb_version}"))
+    other = {name: number for name, number in versions().items() if identity.get("versions", {}).get(name) != number}
+    return [*rows, ("heatmaps made with", _listed(other) if other else "the same")]
+
+
+def _listed(numbers: dict[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in sorted(numbers.items()))
 
 
 def _identity(model: Path) -> dict[str, Any]:
