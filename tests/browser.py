@@ -101,8 +101,8 @@ def tab(profile: Path) -> Iterator[Tab]:
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
     flags += ["--disable-dev-shm-usage", "--disable-background-networking", "--remote-debugging-pipe"]
     flags += ["--proxy-server=127.0.0.1:9", f"--user-data-dir={profile}", "about:blank"]
-    # The protocol speaks on descriptors 3 and 4.
-    command = ["sh", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', name, *flags]
+    # The protocol speaks on descriptors 3 and 4; sh cannot name those above 9.
+    command = ["bash", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', name, *flags]
     with (profile.parent / "browser.log").open("wb") as log:
         process = subprocess.Popen(command, pass_fds=(theirs_in, theirs_out), stdout=log, stderr=log)
     os.close(theirs_in)

@@ -39,9 +39,8 @@ def run(args: argparse.Namespace) -> None:
     stay_offline()
     evaluated = export(load(), args.model, args.out, args.name or args.out.resolve().name)
     size = sum(file.stat().st_size for file in args.out.iterdir())
-    print(
-        f"{args.out}: {size / 1e6:.1f} MB, {'with its results' if evaluated else 'not evaluated, and its card says so'}"
-    )
+    card = "its results are in its card" if evaluated else "it was not evaluated, and its card says so"
+    print(f"{args.out}: {size / 1e6:.1f} MB; {card}")
     if args.push:
         constants.HF_HUB_OFFLINE = offline
         print(f"pushed: {push(args.out, args.push)}")

@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("QUERY: is empty; it needs at least one word")
     import time
     import warnings
+    from textwrap import fill
 
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.search.sources import sources
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     new = index.fill(pages, model, processor, params.eval_batch_size, bad)
     seconds = time.monotonic() - start
     for one in bad:
-        print(f"left out: {one.where}: {one.reason}")
+        print(fill(f"left out: {one.where}: {one.reason}", 80, subsequent_indent="  ", break_long_words=False))
     rate = f", {new / seconds:.1f} pages/s" if new else ""
     print(f"{len(pages)} pages, {new} of them new: {seconds:.1f} s{rate}")
     start = time.monotonic()

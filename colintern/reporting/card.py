@@ -43,8 +43,8 @@ def card(name: str, revision: str, identity: dict[str, Any], found: Evaluation |
             (key, _cell(", ".join(value) if isinstance(value, list) else str(value)))
             for key, value in sorted(identity["params"].items())
         ],
-        fingerprint=fingerprint({key: identity[key] for key in ("params", "deps", "versions")}),
-        versions=identity["versions"],
+        fingerprint=fingerprint({key: identity.get(key) for key in ("params", "deps", "versions")}),
+        versions=identity.get("versions", {}),
         here=versions(),
     )
     return f"---\n{data.to_yaml().strip()}\n---\n{body}"
