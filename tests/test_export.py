@@ -1,4 +1,4 @@
-"""`colintern export`: the folder is the model, its card says what it is, and nothing leaves the machine unless asked."""
+"""`colintern export`: the folder is the model, its card says what it is, and nothing is sent unless asked."""
 
 import base64
 import hashlib
@@ -6,18 +6,16 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import hub
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FORKS
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from test_report import evaluated, fork  # noqa: F401
+from test_report import evaluated, fork, run  # noqa: F401
 
 from colintern.model import ColIntern3_5
 from colintern.modeling.embed import embed_pages, embed_queries
@@ -42,8 +40,8 @@ def test_it_scores_as_its_adapter_and_its_card_holds_the_results(top, pages):
     assert (processor.max_visual_tokens, processor.max_query_tokens) == (96, 64)
     found = []
     for model in (
-        ColIntern3_5.from_pretrained(out),
-        ColIntern3_5.from_pretrained(top / "adapter", base=str(top / "demo" / "base")),
+        ColIntern3_5.from_pretrained(out, dtype=torch.float32),
+        ColIntern3_5.from_pretrained(top / "adapter", base=str(top / "demo" / "base"), dtype=torch.float32),
     ):
         found.append(
             torch.cat([*embed_pages(model, processor, pages, 2), *embed_queries(model, processor, ["Oslo"], 1)])
@@ -103,26 +101,16 @@ class Writable(hub.Handler):
             store["created"] = json.loads(body)
             answer = {"url": f"{self.server.url}/someone/demo", "name": "someone/demo"}
         elif "/preupload/" in self.path:
-            files = json.loads(body)["files"]
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = {name: "lfs" if name.endswith(hub.LFS) else "regular" for name in names}
             answer = {
-                "files": [
-                    {
-                        "path": f["path"],
-                        "uploadMode": "lfs" if f["path"].endswith(hub.LFS) else "regular",
-                        "shouldIgnore": False,
-                        "oid": None,
-                    }
-                    for f in files
-                ]
+                "files": [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in modes.items()]
             }
         elif self.path.endswith("/info/lfs/objects/batch"):
             objects = json.loads(body)["objects"]
-            answer = {
-                "transfer": "basic",
-                "objects": [
-                    o | {"actions": {"upload": {"href": f"{self.server.url}/put/{o['oid']}"}}} for o in objects
-                ],
-            }
+            for one in objects:
+                one["actions"] = {"upload": {"href": f"{self.server.url}/put/{one['oid']}"}}
+            answer = {"transfer": "basic", "objects": objects}
         elif "/commit/" in self.path:
             store["commit"] = [json.loads(line) for line in body.splitlines()]
             answer = {"success": True, "commitOid": "c" * 40, "commitUrl": f"{self.server.url}/someone/demo/commit/c"}
@@ -150,23 +138,30 @@ def writable():
     thread.join()
 
 
-def push(top: Path, url: str, *arguments: str, token: str = "hf_right") -> "subprocess.CompletedProcess[str]":
-    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    env |= {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": url, "HF_TOKEN": token, "HF_HOME": str(top / "hf")}
-    env |= {"HF_HUB_DISABLE_XET": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "colintern.cli", "export", "adapter", "--out", "exported", *arguments],
-        env=env, cwd=top, capture_output=True, text=True,
-    )  # fmt: skip
+def push(top: Path, url: str, *arguments: str, token: str = "hf_right") -> tuple[int, str]:
+    """`colintern export` where the hub is at `url`; the exit code and what it printed."""
+    process = FORKS.Process(target=pushing, args=(top, url, token, ("export", "adapter", *arguments)))
+    process.start()
+    process.join(180)
+    assert process.exitcode is not None, "hangs"
+    return process.exitcode, (top / "log.txt").read_text()
+
+
+def pushing(top: Path, url: str, token: str, command: tuple[str, ...]) -> None:
+    from huggingface_hub import constants
+
+    # What the client reads from its environment when it is imported, which it has been here.
+    constants.ENDPOINT, constants.HF_HUB_DISABLE_XET = url, True
+    os.environ["HF_TOKEN"] = token
+    run(top, command)
 
 
 def test_it_is_pushed_when_asked_and_only_then(top, writable):
-    done = push(top, writable.url)
-    assert done.returncode == 0 and writable.requests == [], done.stdout + done.stderr
-    shutil.rmtree(top / "exported")
-    done = push(top, writable.url, "--push", "someone/demo")
-    assert done.returncode == 0 and "pushed: " in done.stdout, done.stdout + done.stderr
-    assert writable.store["created"]["private"] is True
+    code, log = push(top, writable.url, "--out", "kept")
+    assert code == 0 and writable.requests == [], log
+    code, log = push(top, writable.url, "--out", "exported", "--push", "someone/demo")
+    assert code == 0 and "pushed: " in log, log
+    assert writable.store["created"]["visibility"] == "private"
     sent = {line["value"]["path"]: line["value"] for line in writable.store["commit"] if line["key"] != "header"}
     assert sent.keys() == FILES
     for name, value in sent.items():
@@ -175,8 +170,8 @@ def test_it_is_pushed_when_asked_and_only_then(top, writable):
 
 
 def test_a_token_that_may_not_write_is_an_error_in_words(top, writable):
-    done = push(top, writable.url, "--push", "someone/demo", token="hf_wrong")
-    assert done.returncode == 2 and "HTTP 401" in done.stderr and "Traceback" not in done.stderr
+    code, log = push(top, writable.url, "--out", "exported", "--push", "someone/demo", token="hf_wrong")
+    assert code == 2 and "HTTP 401" in log and "Traceback" not in log, log
     assert (top / "exported" / "README.md").is_file(), "what was made stays"
-    done = push(top, writable.url, "--push", "nonsense name")
-    assert done.returncode == 2
+    code, log = push(top, writable.url, "--out", "other", "--push", "nonsense name")
+    assert code == 2 and "--push: 'nonsense name' is no repository" in log
