@@ -1,8 +1,10 @@
 """The geometry of heatmaps: exact, against the real tower; bench/heatmap.py measures the demo's."""
 
+import json
+
 import pytest
 import torch
-from conftest import BASE
+from conftest import BASE, ROOT
 from PIL import Image, ImageDraw
 
 from colintern.modeling.embed import embed_pages
@@ -82,3 +84,18 @@ def test_what_each_token_adds_is_the_score(model, processor, pages):
 def test_a_page_that_is_too_short_is_refused():
     with pytest.raises(ValueError, match="8 visual tokens from token 3 on"):
         similarity_map(torch.ones(1, 4), torch.ones(10, 4), Layout(Grid(2, 1, False), 2, 3))
+
+
+def test_after_training_the_hottest_cell_lies_on_the_answer(processor):
+    """The adapter of `make repro`, where there is one: 9 of 10 demo pages; `python -m bench.heatmap` has all 200."""
+    from bench.heatmap import BOUND, measure
+    from colintern.data.demo import corpus
+    from colintern.model import ColIntern3_5
+
+    adapter = ROOT / "experiments" / "colintern"
+    config = adapter / "adapter_config.json"
+    if not config.is_file() or json.loads(config.read_text())["base_model_name_or_path"] != "demo/base":
+        pytest.skip("experiments/colintern holds no adapter of the demo; make repro trains one")
+    model = ColIntern3_5.from_pretrained(adapter, base=str(BASE), dtype=torch.float32)
+    found = measure(model, processor, corpus("test", 60, 1, seed=0))
+    assert found.cases >= BOUND > 2 * found.cells

@@ -66,7 +66,7 @@ def bars(rows: Sequence[Bar], what: str) -> str:
 
     def draw(axes: Axes) -> None:
         places = np.arange(len(rows))[::-1]
-        axes.barh(places, [row.value for row in rows], color=FIRST, height=0.5)
+        axes.barh(places, [row.value for row in rows], color=FIRST, height=0.5, alpha=0.5)
         for place, row in zip(places, rows, strict=True):
             axes.plot([row.low, row.high], [place, place], color=INK, linewidth=1.4, marker="|", markersize=9)
             if row.before is not None:
