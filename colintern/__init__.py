@@ -11,6 +11,8 @@ modeling/    what is done to a model: LoRA and its count, bases, adapters, page 
 mteb_model   the model as mteb's encoder
 training/    from rows to an adapter: batches, loss, the step, checkpoints, health
 evaluation/  from an adapter to numbers: mteb's tasks, per-query scores, comparisons
+search/      the pages of a folder, indexed once, ranked for a query
+reporting/   what people look at: a report with heatmaps, what was found, a model's card
 planning/    before a run: what it will cost, what fits, what would go wrong
 commands/    `colintern NAME`, a module each
 cli          finds them

@@ -33,7 +33,7 @@ class ColIntern3_5Encoder(AbsEncoder):
         embeddings: where those of pages are kept; a batch is taken from it if it was embedded as the same batch before.
         pool_factor, dim: see `colintern.modeling.pooling`; 1 and 128 leave the embeddings as they are.
 
-    `pages` and `vectors` count what was encoded.
+    `page_count` and `vector_count` say what was encoded.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ColIntern3_5Encoder(AbsEncoder):
         self.features = features
         self.embeddings = embeddings
         self.pool_factor, self.dim = pool_factor, dim
-        self.pages = self.vectors = 0
+        self.page_count = self.vector_count = 0
         self.mteb_model_meta = ModelMeta(
             loader=None,
             name=f"colintern/{label}",
@@ -97,7 +97,7 @@ class ColIntern3_5Encoder(AbsEncoder):
                 for page, image in zip(batch["id"], batch["image"], strict=True):
                     if image is None:
                         raise UserError(f"page {page} of the evaluation corpus has no image; remove or repair its row")
-                rows += self._pages(batch["image"])
+                rows += self._smaller(self.pages(batch["image"]))
             else:
                 raise ValueError(f"{prompt_type}: expected queries as text or pages as images, got {sorted(batch)}")
         for cache in (self.features and self.features.cache, self.embeddings):
@@ -105,23 +105,26 @@ class ColIntern3_5Encoder(AbsEncoder):
                 cache.flush()
         return rows
 
-    def _pages(self, images: list[Any]) -> list[Tensor]:
+    def _smaller(self, pages: list[Tensor]) -> list[Tensor]:
         tile, before = self.processor.image_seq_length, self.processor.text_before
-        rows = cut([pool(row, self.pool_factor, tile, before) for row in self._embedded(images)], self.dim)
-        self.pages, self.vectors = self.pages + len(rows), self.vectors + sum(map(len, rows))
+        rows = cut([pool(page, self.pool_factor, tile, before) for page in pages], self.dim)
+        self.page_count, self.vector_count = self.page_count + len(rows), self.vector_count + sum(map(len, rows))
         return rows
 
-    def _embedded(self, images: list[Any]) -> list[Tensor]:
-        """The pages' embeddings, computed or kept: a batch as a whole, because its size decides the last bits."""
+    def pages(self, images: list[Any]) -> list[Tensor]:
+        """One (tokens, 128) float32 tensor for each page image, on the CPU, neither pooled nor cut.
+
+        Computed or kept: a batch as a whole, because its size decides the last bits.
+        """
         if self.features is None:
             return embed_pages(self.model, self.processor, images, len(images))
-        pages = [Page.of(image) for image in images]
-        key = sha256(" ".join(page.key for page in pages).encode()).hexdigest()
+        keyed = [Page.of(image) for image in images]
+        key = sha256(" ".join(page.key for page in keyed).encode()).hexdigest()
         if self.embeddings:
             rows, lengths = self.embeddings.get(key), self.embeddings.get(key + LENGTHS)
             if rows is not None and lengths is not None:
                 return list(rows.split(lengths.tolist()))
-        found = embed_features(self.model, self.processor, map(self.features, pages), len(pages))
+        found = embed_features(self.model, self.processor, map(self.features, keyed), len(keyed))
         if self.embeddings:
             self.embeddings.put(key, torch.cat(found))
             self.embeddings.put(key + LENGTHS, torch.tensor([len(row) for row in found]))

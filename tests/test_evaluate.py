@@ -242,7 +242,9 @@ def test_page_embeddings_are_kept_and_smaller_pages_are_made_of_them(place, whol
     command = f"evaluate {ADAPTER} --pool-factor 1 2 --dim 128 32 --out results/sizes"
     assert place.run(no_page_embedded, command=command) == 0, place.log
     rows = list(csv.DictReader((place.folder / "results/sizes/sizes.csv").open()))
-    found = {(row["pool_factor"], row["dim"]): float(row["bytes_per_page"]) for row in rows if row["benchmark"] == "two"}
+    found = {
+        (row["pool_factor"], row["dim"]): float(row["bytes_per_page"]) for row in rows if row["benchmark"] == "two"
+    }
     assert len(rows) == 2 * 4 and found["1", "32"] == found["1", "128"] / 4 and found["2", "128"] < found["1", "128"]
     full = json.loads(whole["metrics/eval.json"])["two"]
     assert found["1", "128"] == full["bytes_per_page"] == full["vectors_per_page"] * 128 * 2

@@ -276,6 +276,8 @@ def test_each_query_is_kept_with_what_mteb_scored_it_with(params):
         top = [int(page.rpartition("-")[2]) for page in row["top_pages"]]
         torch.testing.assert_close(found[i, top], found[i].topk(5).values)
         assert len(set(top)) == 5
+        wrong = max(score for page, score in enumerate(found[i].tolist()) if page != i)
+        assert (row["right_score"], row["wrong_score"]) == pytest.approx((found[i, i].item(), wrong), abs=1e-4)
         assert row["ndcg_at_5"] == (round(1 / math.log2(row["rank"] + 1), 6) if row["rank"] <= 5 else 0)
     run = json.loads(Path("out/run.json").read_text())
     assert run["params"] == {"benchmarks": [FOLDER], "lr": 0.1, "threads": 1}

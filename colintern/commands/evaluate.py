@@ -15,7 +15,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of an adapter or a merged model, or hub id as ID@COMMIT")
     parser.add_argument("--benchmarks", nargs="+", metavar="NAME", help="as in params.yaml (default: those in it)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="default: eval_batch_size of params.yaml")
-    for name, text in (("pool-factor", "vectors of a tile that are made into one"), ("dim", "numbers of a vector kept")):
+    for name, text in (
+        ("pool-factor", "vectors of a tile that are made into one"),
+        ("dim", "numbers of a vector kept"),
+    ):
         help_ = f"{text}; of several, all are evaluated (default: params.yaml's)"
         parser.add_argument(f"--{name}", type=int, nargs="+", metavar="N", help=help_)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: results/evaluate/<model>-<revision>")

@@ -12,7 +12,7 @@ from random import Random
 
 from PIL import Image
 
-from colintern.data.pages import LAYOUTS, Page
+from colintern.data.pages import LAYOUTS, Page, Word
 
 COMPANIES = (
     "Acorn Altor Baxel Borun Brize Calyx Cedra Delio Dorma Elvan Fabro Ferox Galen Gorse Halde Helix Ibera Indra Jarvo "
@@ -91,13 +91,14 @@ def query_words() -> list[str]:
 
 @dataclass(frozen=True)
 class DemoPage:
-    """A page, the facts it states, and its queries."""
+    """A page, the facts it states, its queries, and where each word stands."""
 
     name: str
     kind: str
     facts: dict[str, str]
     image: Image.Image
     queries: tuple[str, ...]
+    words: tuple[Word, ...]
 
 
 def split_of(pair: tuple[str, str]) -> str:
@@ -123,22 +124,22 @@ def corpus(split: str, pages: int, queries_per_page: int, seed: int, align: floa
             continue
         chosen = rng.sample(sorted(own, key=sorted), queries_per_page)
         kind = rng.choice(sorted(LAYOUTS))
-        image = _draw(kind, facts, rng, align)
+        drawn = _draw(kind, facts, rng, align)
         queries = tuple(_ask(kind, [n for n in facts if facts[n] in pair], facts, rng) for pair in chosen)
         stated.update(pairs)
         asked.update(chosen)
-        made.append(DemoPage(f"{split}-{len(made):05d}.png", kind, facts, image, queries))
+        made.append(DemoPage(f"{split}-{len(made):05d}.png", kind, facts, drawn.image, queries, tuple(drawn.words)))
     return made
 
 
-def _draw(kind: str, facts: dict[str, str], rng: Random, align: float) -> Image.Image:
+def _draw(kind: str, facts: dict[str, str], rng: Random, align: float) -> Page:
     """Draw until every fact has found both its places on the page."""
     while True:
         page = Page(Random(rng.random()), align=align)
         LAYOUTS[kind](page, _lines(kind, facts, rng))
         placed = [word.text for word in page.words]
         if all(placed.count(value) == 2 for value in facts.values()):
-            return page.image
+            return page
 
 
 def _lines(kind: str, facts: dict[str, str], rng: Random) -> Iterator[list[str]]:

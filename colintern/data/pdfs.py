@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pypdfium2 as pdfium
+from PIL import Image
 
 from colintern.data.collected import Ask, Bad, Collected, Shelf, inside, json_lines, query_fault, split_fault
 from colintern.data.images import BadImage, check_size, png_bytes
@@ -108,12 +109,21 @@ def _render(task: Task) -> list[Rendered]:
             try:
                 page = pdf[index]
                 text = page.get_textpage().get_text_range()
-                check_size(*(round(side * DPI / 72) for side in page.get_size()))
-                image = page.render(scale=DPI / 72).to_pil()
-                pages.append(Rendered(name, task.shelf.put(png_bytes(image)), text, ""))
+                pages.append(Rendered(name, task.shelf.put(png_bytes(page_image(page))), text, ""))
             except (pdfium.PdfiumError, BadImage) as error:
                 pages.append(Rendered(name, None, text, str(error)))
     return pages
+
+
+def page_image(page: pdfium.PdfPage) -> Image.Image:
+    """A page at `DPI`.
+
+    Raises:
+        BadImage: it would be too large.
+        pdfium.PdfiumError: it cannot be rendered.
+    """
+    check_size(*(round(side * DPI / 72) for side in page.get_size()))
+    return page.render(scale=DPI / 72).to_pil()
 
 
 def _query_file(folder: Path) -> Path | None:

@@ -21,6 +21,8 @@ SCHEMA = pa.schema(
         ("recall_at_100", pa.float64()),
         ("rank", pa.int32()),  # of the first relevant page, from 1; null if mteb's 1,000 best have none
         ("top_pages", pa.list_(pa.string())),  # ids, best first
+        ("right_score", pa.float64()),  # MaxSim of the best relevant page among those 1,000; null if there is none
+        ("wrong_score", pa.float64()),  # ... of the best other page
     ]
 )
 KEY = ("benchmark", "task", "subset", "query_id")
@@ -49,8 +51,14 @@ def keep(task: AbsTask, rows: list[dict[str, Any]]) -> AbsTask:
 def _ranking(found: Mapping[str, float], judged: Mapping[str, int]) -> dict[str, Any]:
     # Of equal scores the higher id goes first, as in trec_eval.
     order = sorted(found, key=lambda page: (found[page], page), reverse=True)
-    ranks = (rank for rank, page in enumerate(order, start=1) if judged.get(page, 0) > 0)
-    return {"rank": next(ranks, None), "top_pages": order[:TOP]}
+    right = [judged.get(page, 0) > 0 for page in order]
+    scores = [round(float(found[page]), 6) for page in order]
+    return {
+        "rank": right.index(True) + 1 if True in right else None,
+        "top_pages": order[:TOP],
+        "right_score": scores[right.index(True)] if True in right else None,
+        "wrong_score": scores[right.index(False)] if False in right else None,
+    }
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

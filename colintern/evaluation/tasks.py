@@ -95,7 +95,7 @@ def _run(encoder: Any, task: AbsTask, params: Params, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     cache = mteb.ResultCache(partial)
     rows: list[dict[str, Any]] = []
-    encoder.pages = encoder.vectors = 0
+    encoder.page_count = encoder.vector_count = 0
     found = mteb.evaluate(
         encoder,
         queries.keep(from_cache(task), rows),
@@ -109,7 +109,7 @@ def _run(encoder: Any, task: AbsTask, params: Params, folder: Path) -> None:
         checked(result)
     _move_clock_values(cache.get_task_result_path("any", encoder.mteb_model_meta).parent)
     queries.write(partial / QUERIES, rows)
-    (partial / SIZE).write_text(dumps(size(encoder.vectors, encoder.pages, params.dim)))
+    (partial / SIZE).write_text(dumps(size(encoder.vector_count, encoder.page_count, params.dim)))
     partial.replace(folder)
 
 

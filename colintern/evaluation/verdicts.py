@@ -82,11 +82,11 @@ def _row(name: str, model: str, values: dict[str, float], verdict: str) -> str:
     return f"{name[:33]:<34}{model[:9]:<10}{numbers[0]:>7}{numbers[1]:>8}{numbers[2]:>8} {verdict}".rstrip()
 
 
-def _beside_published(scores: Scores) -> list[str]:
-    """This run's NDCG@5 under those of published models, where it has one of their columns; else nothing."""
+def columns(scores: Scores) -> list[float | None]:
+    """A run's NDCG@5 under each of `COLUMNS`, None where it has none."""
     tasks = {name: found for benchmark in scores.values() for name, found in benchmark["tasks"].items()}
     second = scores.get("ViDoRe(v2)", {})
-    own = [
+    return [
         found.get("ndcg_at_5")
         for found in (
             scores.get("ViDoRe(v1)", {}),
@@ -95,6 +95,11 @@ def _beside_published(scores: Scores) -> list[str]:
             *(tasks.get(name, {}) for name in TARGETS),
         )
     ]
+
+
+def _beside_published(scores: Scores) -> list[str]:
+    """This run's NDCG@5 under those of published models, where it has one of their columns; else nothing."""
+    own = columns(scores)
     if not any(value is not None for value in own):
         return []
     width = max(len(row.model) for row in PUBLISHED)

@@ -1,0 +1,101 @@
+"""Whether heatmaps point at the answer: on the demo's test pages the place of what a query asks for is known.
+
+    python -m bench.heatmap    # after `make repro`; --adapter FOLDER
+
+A case is a test query on the page that answers it. Its map is the one reports and search show, of the query's own words
+(`heatmaps.standing_out`); it points at the answer where its hottest cell touches a word that states a fact asked for.
+`words`: the same of each asked word's own map and its own fact. `untrained`: cases before training. `chance`: of a cell
+drawn at random. Exit 1 below 90 % of the cases. The last line: `RESULT cases=... words=... untrained=... chance=...`.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from colintern.data.demo import GOODS, DemoPage, corpus
+from colintern.files.manifest import check_base
+from colintern.modeling.embed import embed_pages, embed_queries
+from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
+from colintern.params import exit_on_user_error, load
+from colintern.reporting.heatmaps import hottest, layout, similarity_map, standing_out
+from colintern.reporting.words import query_words
+
+PAGES = 200
+BOUND = 0.90
+Box = tuple[float, float, float, float]
+
+
+class Pointed(NamedTuple):
+    """Shares, 0 to 1, of the cases and of the asked words whose hottest cell lies on the answer, and of all cells."""
+
+    cases: float
+    words: float
+    cells: float
+
+
+def touch(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def places(page: DemoPage, fact: str) -> list[Box]:
+    return [word.box for word in page.words if word.text == fact]
+
+
+def asked(page: DemoPage, tokens: list[str]) -> list[tuple[int, str]]:
+    """(token of the query, fact it asks for), also where it asks in another word."""
+    facts = [(name, fact) for fact in page.facts.values() for name in {fact, GOODS.get(fact, fact)}]
+    return [(tokens.index(name), fact) for name, fact in facts if name in tokens]
+
+
+def share(grid: Tensor, size: tuple[int, int], boxes: list[Box]) -> float:
+    """Of the cells of a grid over a page, those that touch a box."""
+    rows, cols = grid.shape
+    wide, high = size[0] / cols, size[1] / rows
+    cells = [(c * wide, r * high, (c + 1) * wide, (r + 1) * high) for r in range(rows) for c in range(cols)]
+    return sum(any(touch(cell, box) for box in boxes) for cell in cells) / len(cells)
+
+
+def measure(model: Any, processor: Any, pages: list[DemoPage]) -> Pointed:
+    """Of pages drawn with one query each."""
+    cases, words, cells = [], [], []
+    queries = embed_queries(model, processor, [page.queries[0] for page in pages], 32)
+    for page, query, tokens in zip(
+        pages, queries, embed_pages(model, processor, [page.image for page in pages], 16), strict=True
+    ):
+        size = page.image.size
+        found = similarity_map(query, tokens, layout(processor, size)).page
+        names = query_words(processor, page.queries[0])
+        facts = asked(page, [name.text for name in names])
+        assert len(facts) == 2, (page.queries, page.facts)
+        boxes = [box for _, fact in facts for box in places(page, fact)]
+        grid = standing_out(found[[name.own for name in names]])
+        cases.append(any(touch(hottest(grid, size), box) for box in boxes))
+        words += [any(touch(hottest(found[i], size), box) for box in places(page, fact)) for i, fact in facts]
+        cells.append(share(grid, size, boxes))
+    return Pointed(sum(cases) / len(cases), sum(words) / len(words), sum(cells) / len(cells))
+
+
+@exit_on_user_error()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--adapter", type=Path, default=Path("experiments/colintern"), metavar="FOLDER")
+    folder = parser.parse_args().adapter
+    params = load()
+    require_adapter(folder)
+    require_base(params, folder)
+    base, processor = check_base(params), load_processor(params, folder)
+    pages = corpus("test", PAGES, 1, seed=0)
+    after = measure(load_adapter(params, base, folder), processor, pages)
+    before = measure(load_adapter(params, base, folder, trained=False), processor, pages)
+    print(f"{len(pages)} pages, a query each: hottest cell on the answer")
+    print(
+        f"RESULT cases={after.cases:.3f} words={after.words:.3f} untrained={before.cases:.3f} chance={after.cells:.3f}"
+    )
+    if after.cases < BOUND:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""`colintern export`: an adapter as a model of its own."""
+
+import argparse
+from pathlib import Path
+
+from colintern.params import UserError, load, on_hub
+
+SUMMARY = "write an adapter as a merged model with processor and card; push it to the hub only if asked"
+EXAMPLE = "colintern export experiments/colintern --out exported"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="the adapter's folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="made by this; must not exist yet")
+    parser.add_argument("--name", metavar="NAME", help="of the model in its card (default: that of FOLDER)")
+    parser.add_argument("--push", metavar="ID", help="push to this repository, owner/name; made private if it is new")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the folder, whole or not at all; exit 2 where the adapter is untrained, not whole, or of another base."""
+    if args.out.exists():
+        raise UserError(f"--out: {args.out} exists; give a folder that does not")
+    if args.push is not None and not on_hub(args.push):
+        raise UserError(f"--push: {args.push!r} is no repository; write owner/name")
+    import warnings
+
+    from colintern.files.manifest import arrow_cache
+
+    arrow_cache()
+    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
+    from huggingface_hub import constants
+
+    from colintern.files.hub import stay_offline
+    from colintern.reporting.export import export, push
+
+    offline = constants.HF_HUB_OFFLINE
+    if args.push and offline:
+        raise UserError(f"--push: {args.push} cannot be reached, because HF_HUB_OFFLINE is set")
+    stay_offline()
+    evaluated = export(load(), args.model, args.out, args.name or args.out.resolve().name)
+    size = sum(file.stat().st_size for file in args.out.iterdir())
+    card = "its results are in its card" if evaluated else "it was not evaluated, and its card says so"
+    print(f"{args.out}: {size / 1e6:.1f} MB; {card}")
+    if args.push:
+        constants.HF_HUB_OFFLINE = offline
+        print(f"pushed: {push(args.out, args.push)}")

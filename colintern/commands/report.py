@@ -1,0 +1,56 @@
+"""`colintern report`: what a model does and where it fails, as one HTML file."""
+
+import argparse
+from pathlib import Path
+
+from colintern.params import UserError, load
+
+SUMMARY = "write an HTML file on an evaluated model: verdict, curves, scores, worst queries with heatmaps"
+EXAMPLE = "colintern report experiments/colintern"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of an adapter or a merged model")
+    parser.add_argument(
+        "--results", type=Path, metavar="FOLDER", help="its evaluation (default: found by its revision)"
+    )
+    parser.add_argument(
+        "--worst",
+        type=int,
+        default=30,
+        metavar="N",
+        help="queries shown with pages and heatmaps (default: %(default)s)",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: results/report/<model>-<revision>.html")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the file; nothing in it is fetched from anywhere when it is opened."""
+    if args.worst < 0:
+        raise UserError(f"--worst: {args.worst} is not valid; it must be 0 or more")
+    import warnings
+
+    from colintern.files.manifest import arrow_cache
+
+    arrow_cache()
+    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
+    from colintern.evaluation.subjects import subjects
+    from colintern.files.hub import stay_offline
+    from colintern.reporting.evaluated import as_evaluated, evaluation, find, worst
+    from colintern.reporting.failures import failures
+    from colintern.reporting.report import report
+
+    stay_offline()
+    params = load()
+    subject = subjects(params, args.model)["trained"]
+    folder = find(subject.revision, args.results)
+    params = as_evaluated(params, folder)
+    found = evaluation(params, folder)
+    rows = worst(found.rows, args.worst)
+    subject = subjects(params, args.model)["trained"]
+    cases = failures(subject.encoder(), [task for _, task in found.pairs], rows) if rows else []
+    out = args.out or Path("results/report") / f"{args.model.resolve().name}-{subject.revision[:8]}.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(report(args.model, subject, found, cases), encoding="utf-8")
+    pages = sum(len(one.sheets) for one in cases)
+    print(f"{out}: {len(cases)} queries with {pages} pages, {out.stat().st_size / 1e6:.1f} MB")

@@ -1,0 +1,87 @@
+"""`colintern search`: the pages of a folder that answer a query."""
+
+import argparse
+from pathlib import Path
+
+from colintern.params import UserError, load, root
+
+SUMMARY = "rank the pages of a folder or PDF for a query, and show where they match; indexed once"
+EXAMPLE = 'colintern search experiments/colintern ~/manuals "how is a package removed" --html found.html'
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of an adapter or a merged model")
+    parser.add_argument("place", type=Path, metavar="FOLDER_OR_PDF", help="PDFs and images, also in folders below it")
+    parser.add_argument("query", metavar="QUERY")
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="pages shown (default: %(default)s)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the pages with heatmaps, as one HTML file")
+    parser.add_argument("--index", type=Path, metavar="FOLDER", help="where embeddings are kept (default: data/.index)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the ranking; exit 2 where there is nothing to search."""
+    if args.top < 1:
+        raise UserError(f"--top: {args.top} is not valid; it must be 1 or more")
+    if not args.query.strip():
+        raise UserError("QUERY: is empty; it needs at least one word")
+    import time
+    import warnings
+    from textwrap import fill
+
+    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
+    from colintern.search.sources import sources
+
+    pages, bad = sources(args.place)  # what can be refused, before a model is loaded
+    from colintern.evaluation.subjects import subjects
+    from colintern.files.hub import stay_offline
+    from colintern.files.identity import content_hash
+    from colintern.modeling.embed import embed_queries
+    from colintern.search.index import INDEX, Index, identity
+
+    stay_offline()
+    params = load()
+    subject = subjects(params, args.model)["trained"]
+    encoder = subject.encoder()
+    model, processor = encoder.model, encoder.processor
+    of = identity(content_hash(args.model), subject.identity.get("base"), model, processor)
+    index = Index(args.index or root() / INDEX, of)
+    start = time.monotonic()
+    new = index.fill(pages, model, processor, params.eval_batch_size, bad)
+    seconds = time.monotonic() - start
+    for one in bad:
+        print(fill(f"left out: {one.where}: {one.reason}", 80, subsequent_indent="  ", break_long_words=False))
+    rate = f", {new / seconds:.1f} pages/s" if new else ""
+    print(f"{len(pages)} pages, {new} of them new: {seconds:.1f} s{rate}")
+    start = time.monotonic()
+    [vectors] = embed_queries(model, processor, [args.query], 1)
+    ranked = sorted(index.scores(vectors, pages), key=lambda found: -found[1])
+    print(f"{len(ranked)} pages scored in {time.monotonic() - start:.2f} s\n")
+    _show(args, index, processor, vectors, ranked[: args.top], len(ranked))
+
+
+def _show(args, index, processor, vectors, ranked, searched) -> None:
+    from colintern.reporting.cases import Seen, case
+    from colintern.reporting.heatmaps import layout, similarity_map, standing_out
+    from colintern.reporting.html import render
+    from colintern.reporting.words import query_words
+    from colintern.search.listing import MAPS, listing, maps
+    from colintern.search.sources import images
+
+    print(listing([(source.name, score) for source, score in ranked]))
+    shown = [source for source, _ in ranked[: len(ranked) if args.html else MAPS]]
+    drawn = dict(images(shown, []))
+    seen = [
+        Seen(source.name, f"rank {rank}", "found", drawn[source], index.tokens(source).float())
+        for rank, source in enumerate(shown, start=1)
+    ]
+    own = [word.own for word in query_words(processor, args.query)]
+    grids = [
+        standing_out(similarity_map(vectors, page.tokens, layout(processor, page.image.size)).page[own])
+        for page in seen[:MAPS]
+    ]
+    print(f"\n{maps(grids)}")
+    if args.html:
+        found = case(processor, args.query, vectors, seen, {"pages": searched, "place": str(args.place)})
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+        args.html.write_text(render("search.html", [found], model=str(args.model)), encoding="utf-8")
+        print(f"\n{args.html}: {len(seen)} pages, {args.html.stat().st_size / 1e6:.1f} MB")

@@ -1,0 +1,90 @@
+"""A query beside pages, explained: what each of its tokens found where, ready for the templates."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from colintern.reporting.heatmaps import SimilarityMap, layout, similarity_map, standing_out
+from colintern.reporting.pictures import heat, picture
+from colintern.reporting.words import query_words
+
+
+class Sheet(NamedTuple):
+    """A page that is shown: its name, what is said of it, its picture (a data URI) and size.
+
+    `heat`, `small`: its maps and its thumbnail's, see `pictures.heat`; first that of the whole query, then one for
+    each token; `small` is "" where there is no thumbnail. `score`: MaxSim. `elsewhere`: query tokens whose best place
+    is in the thumbnail or in the prompt, not in a tile.
+    """
+
+    name: str
+    caption: str
+    kind: str
+    score: float
+    picture: str
+    size: tuple[int, int]
+    heat: str
+    small: str
+    elsewhere: int
+
+
+class Token(NamedTuple):
+    """A token of the query. `lead`: what it adds to the first page's score less what it adds to the second's."""
+
+    text: str
+    own: bool
+    lead: float | None
+
+
+class Case(NamedTuple):
+    """A query and the pages beside it; `facts`: what is said of it, such as {"task": ...}."""
+
+    query: str
+    facts: dict[str, Any]
+    tokens: list[Token]
+    sheets: list[Sheet]
+
+
+class Seen(NamedTuple):
+    """A page to be shown: `kind` is right, wrong or found; `tokens` are the model's (tokens, 128)."""
+
+    name: str
+    caption: str
+    kind: str
+    image: Image.Image
+    tokens: Tensor
+
+
+def case(processor: Any, query: str, vectors: Tensor, pages: Sequence[Seen], facts: dict[str, Any]) -> Case:
+    """Explain a query; `vectors` are its tokens'.
+
+    Of a token, a place is as hot as it stands out: from the mean over all pages shown to the highest of them, so that
+    the same heat means the same similarity on each of them.
+    """
+    words = query_words(processor, query)
+    own = [i for i, word in enumerate(words) if word.own] or list(range(len(words)))
+    maps = [similarity_map(vectors, page.tokens, layout(processor, page.image.size)) for page in pages]
+    # First a map of the query's own words together, then one for each token.
+    parts = [[torch.cat([standing_out(part[own])[None], part]) for part in _parts(found)] for found in maps]
+    every = torch.cat([part.flatten(1) for page_parts in parts for part in page_parts], dim=1)
+    low, span = every.mean(dim=1)[:, None, None], (every.amax(dim=1) - every.mean(dim=1)).clamp(min=1e-6)[:, None, None]
+    heats = [[heat((part - low) / span) for part in page_parts] for page_parts in parts]
+    sheets = [_sheet(page, found, hot) for page, found, hot in zip(pages, maps, heats, strict=True)]
+    lead = [None] * len(words) if len(maps) < 2 else (maps[0].best - maps[1].best).tolist()
+    tokens = [Token(word.text, word.own, one) for word, one in zip(words, lead, strict=True)]
+    return Case(query, facts, tokens, sheets)
+
+
+def _sheet(page: Seen, found: SimilarityMap, heats: list[str]) -> Sheet:
+    score, elsewhere = round(found.best.sum().item(), 3), int((~found.on_page).sum())
+    small = heats[1] if len(heats) > 1 else ""
+    return Sheet(
+        page.name, page.caption, page.kind, score, picture(page.image), page.image.size, heats[0], small, elsewhere
+    )
+
+
+def _parts(found: SimilarityMap) -> list[Tensor]:
+    return [found.page] if found.thumbnail is None else [found.page, found.thumbnail]

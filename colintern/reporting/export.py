@@ -1,0 +1,71 @@
+"""An adapter folded into its base, as a folder that needs nothing else."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
+
+from colintern.evaluation.subjects import subjects
+from colintern.files.hub_errors import brief
+from colintern.model import ColIntern3_5, quiet
+from colintern.modeling.adapters import base_folder, check, read_adapter
+from colintern.modeling.loading import load_processor
+from colintern.params import Params, UserError
+from colintern.reporting.card import card
+from colintern.reporting.evaluated import Evaluation, as_evaluated, evaluation, find
+
+
+def export(params: Params, folder: Path, out: Path, name: str) -> bool:
+    """Write `out`: weights (safetensors), config, processor, identity.json, README.md; whether it has results.
+
+    The adapter is folded in float32, and the weights are then stored in `params.dtype`.
+
+    Raises:
+        UserError: no adapter, or one that `colintern check-adapter` refuses.
+    """
+    adapter = read_adapter(folder)
+    base = base_folder(adapter, None)
+    wrong = [finding for finding in check(adapter, base) if not finding.ok]
+    if wrong:
+        raise UserError(f"{folder}: {wrong[0].name}: {wrong[0].found}; see: colintern check-adapter {folder}")
+    revision = subjects(params, folder)["trained"].revision
+    found = _evaluation(params, revision)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model = ColIntern3_5.from_pretrained(folder, base=str(base), merge=True, dtype=torch.float32)
+    with quiet():
+        model.to(getattr(torch, params.dtype)).save_pretrained(partial)
+    load_processor(params, folder).save_pretrained(partial)
+    shutil.copy(folder / "identity.json", partial)
+    (partial / "README.md").write_text(card(name, revision, adapter.identity, found), encoding="utf-8")
+    for file in partial.iterdir():  # safetensors makes a file that is its owner's alone
+        file.chmod((partial / "README.md").stat().st_mode)
+    partial.replace(out)
+    return found is not None
+
+
+def _evaluation(params: Params, revision: str) -> Evaluation | None:
+    try:
+        folder = find(revision, None)
+    except UserError:
+        return None
+    return evaluation(as_evaluated(params, folder), folder)
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload the folder to the hub's repository `name`; the address of the commit.
+
+    Raises:
+        UserError: what the hub says, such as a token that may not write.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(name, private=True, exist_ok=True)
+        return api.upload_folder(repo_id=name, folder_path=folder, commit_message="colintern export").commit_url
+    except (HTTPError, OSError) as error:
+        raise UserError(
+            f"--push: {name}: {brief(error)}; `hf auth login` or HF_TOKEN gives the right to write"
+        ) from error

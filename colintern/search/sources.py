@@ -1,0 +1,85 @@
+"""What can be searched: the pages of PDFs and images, named, and hashed by the file they come from."""
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import pypdfium2 as pdfium
+from PIL import Image
+
+from colintern.data.collected import Bad
+from colintern.data.images import BadImage, decode
+from colintern.data.pdfs import DPI, page_image, pdf_files
+from colintern.files.identity import content_hash
+from colintern.params import UserError
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+
+
+class Source(NamedTuple):
+    """A page: its name for people, its file, its place in a PDF from 0 (None for an image).
+
+    `key` is of the file's content, the page and what renders it: where it is known the page need not be rendered.
+    """
+
+    name: str
+    path: Path
+    page: int | None
+    key: str
+
+
+def sources(place: Path) -> tuple[list[Source], list[Bad]]:
+    """Every page of a PDF, an image, or a folder of them (hidden files left out), and the files that cannot be read.
+
+    Raises:
+        UserError: there is no such place, or no page in it.
+    """
+    if not place.exists():
+        raise UserError(f"FOLDER_OR_PDF: {str(place)!r} does not exist")
+    files = _files(place) if place.is_dir() else [place]
+    found, bad = [], []
+    for path in files:
+        name = path.relative_to(place).as_posix() if place.is_dir() else path.name
+        if path.suffix.lower() != ".pdf":
+            found.append(Source(name, path, None, content_hash(path)))
+            continue
+        try:
+            with pdfium.PdfDocument(path) as pdf:
+                pages = len(pdf)
+        except pdfium.PdfiumError as error:  # damaged, or locked with a password
+            bad.append(Bad(name, f"not a readable PDF: {error}"))
+            continue
+        made = f"{content_hash(path)} {DPI} dpi pypdfium2 {version('pypdfium2')}"
+        found += [Source(f"{name}, page {page + 1}", path, page, f"{made} page {page}") for page in range(pages)]
+    if not found:
+        reasons = "".join(f"; {one.where}: {one.reason}" for one in bad[:3])
+        raise UserError(f"FOLDER_OR_PDF: {place} holds no page; PDFs and {', '.join(IMAGES)} are searched{reasons}")
+    return found, bad
+
+
+def _files(folder: Path) -> list[Path]:
+    images = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
+    seen = [p for p in images if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    return sorted([*pdf_files(folder), *seen])
+
+
+def images(wanted: list[Source], bad: list[Bad]) -> Iterator[tuple[Source, Image.Image]]:
+    """The pages rendered, in their order; those that cannot be go to `bad`."""
+    opened: tuple[Path, pdfium.PdfDocument] | None = None
+    try:
+        for source in wanted:
+            try:
+                if source.page is None:
+                    yield source, decode(source.path.read_bytes())
+                    continue
+                if opened is None or opened[0] != source.path:
+                    if opened:
+                        opened[1].close()
+                    opened = source.path, pdfium.PdfDocument(source.path)
+                yield source, page_image(opened[1][source.page])
+            except (pdfium.PdfiumError, BadImage) as error:
+                bad.append(Bad(source.name, str(error)))
+    finally:
+        if opened:
+            opened[1].close()

@@ -1,0 +1,177 @@
+"""`colintern export`: the folder is the model, its card says what it is, and nothing is sent unless asked."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import hub
+import pytest
+import torch
+from conftest import FORKS
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from test_report import evaluated, fork, run  # noqa: F401
+
+from colintern.model import ColIntern3_5
+from colintern.modeling.embed import embed_pages, embed_queries
+from colintern.processor import ColIntern3_5Processor
+
+FILES = {"README.md", "config.json", "identity.json", "model.safetensors"}
+FILES |= {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.fixture
+def top(evaluated, tmp_path):  # noqa: F811
+    return shutil.copytree(evaluated, tmp_path / "top", symlinks=True, ignore=shutil.ignore_patterns("run", "features"))
+
+
+def test_it_scores_as_its_adapter_and_its_card_holds_the_results(top, pages):
+    code, log = fork(top, "export", "adapter", "--out", "exported/demo")
+    assert code == 0 and "its results are in its card" in log, log
+    out = top / "exported" / "demo"
+    assert {file.name for file in out.iterdir()} == FILES
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1
+    processor = ColIntern3_5Processor.from_pretrained(out)
+    assert (processor.max_visual_tokens, processor.max_query_tokens) == (96, 64)
+    found = []
+    for model in (
+        ColIntern3_5.from_pretrained(out, dtype=torch.float32),
+        ColIntern3_5.from_pretrained(top / "adapter", base=str(top / "demo" / "base"), dtype=torch.float32),
+    ):
+        found.append(
+            torch.cat([*embed_pages(model, processor, pages, 2), *embed_queries(model, processor, ["Oslo"], 1)])
+        )
+    assert torch.allclose(*found, atol=1e-4)
+    code, log = fork(top, "evaluate", "exported/demo", "--out", "results/merged")
+    assert code == 0, log
+    [adapter] = [path for path in (top / "results" / "evaluate").iterdir() if path.name.startswith("adapter")]
+    scores = [json.loads((path / "eval.json").read_text())["pages"] for path in (top / "results" / "merged", adapter)]
+    assert scores[0]["ndcg_at_5"] == pytest.approx(scores[1]["ndcg_at_5"], abs=1e-3)
+    card = ModelCard.load(out / "README.md").data
+    values = {result.metric_type: result.metric_value for result in card.eval_results}
+    assert values == {m: pytest.approx(100 * scores[1][m], abs=1e-3) for m in values} and len(values) == 3
+    assert card.model_name == "demo" and card.pipeline_tag == "visual-document-retrieval"
+    text = (out / "README.md").read_text()
+    assert "| Pages |" in text and re.search(r"base, model.safetensors: sha256 `[0-9a-f]{64}`", text)
+    code, log = fork(top, "export", "adapter", "--out", "exported/demo")
+    assert code == 2 and "--out: exported/demo exists" in log
+
+
+def test_without_results_the_card_says_so(top):
+    shutil.rmtree(top / "results")
+    code, log = fork(top, "export", "adapter", "--out", "exported")
+    assert code == 0 and "it was not evaluated, and its card says so" in log, log
+    text = (top / "exported" / "README.md").read_text()
+    assert (
+        "It has not been evaluated." in text
+        and ModelCard.load(top / "exported" / "README.md").data.eval_results is None
+    )
+
+
+@pytest.mark.parametrize("fault", ["untrained", "headless"])
+def test_an_adapter_that_is_none_is_refused_and_nothing_is_left(top, fault):
+    file = top / "adapter" / "adapter_model.safetensors"
+    if fault == "headless":
+        (top / "adapter" / "head.safetensors").unlink()
+    else:
+        save_file({key: value * ("lora_B" not in key) for key, value in load_file(file).items()}, file)
+    code, log = fork(top, "export", "adapter", "--out", "exported")
+    assert code == 2, log
+    assert {"untrained": "trained: every lora_B is zero", "headless": "head.safetensors: missing"}[fault] in log
+    assert not (top / "exported").exists()
+
+
+class Writable(hub.Handler):
+    """What a client that uploads asks, besides what the hub of tests/hub.py answers."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        self.fault = hub.Fault("")
+        self.server.requests.append(hub.Request("POST", self.path, "", token))
+        if token != "hf_right":
+            return self.error(401, "", "Invalid username or password.")
+        store = self.server.store
+        if self.path == "/api/repos/create":
+            store["created"] = json.loads(body)
+            answer = {"url": f"{self.server.url}/someone/demo", "name": "someone/demo"}
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = {name: "lfs" if name.endswith(hub.LFS) else "regular" for name in names}
+            answer = {
+                "files": [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in modes.items()]
+            }
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for one in objects:
+                one["actions"] = {"upload": {"href": f"{self.server.url}/put/{one['oid']}"}}
+            answer = {"transfer": "basic", "objects": objects}
+        elif "/commit/" in self.path:
+            store["commit"] = [json.loads(line) for line in body.splitlines()]
+            answer = {"success": True, "commitOid": "c" * 40, "commitUrl": f"{self.server.url}/someone/demo/commit/c"}
+        else:
+            answer = {}
+        return self.send(200, json.dumps(answer).encode())
+
+    def do_PUT(self) -> None:
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        self.fault = hub.Fault("")
+        self.server.store[hashlib.sha256(data).hexdigest()] = data
+        self.send(200, b"")
+
+
+@pytest.fixture
+def writable():
+    server = hub.Hub()
+    server.RequestHandlerClass = Writable
+    server.store = {}
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def push(top: Path, url: str, *arguments: str, token: str = "hf_right") -> tuple[int, str]:
+    """`colintern export` where the hub is at `url`; the exit code and what it printed."""
+    process = FORKS.Process(target=pushing, args=(top, url, token, ("export", "adapter", *arguments)))
+    process.start()
+    process.join(180)
+    assert process.exitcode is not None, "hangs"
+    return process.exitcode, (top / "log.txt").read_text()
+
+
+def pushing(top: Path, url: str, token: str, command: tuple[str, ...]) -> None:
+    from huggingface_hub import constants
+
+    # What the client reads from its environment when it is imported, which it has been here.
+    constants.ENDPOINT, constants.HF_HUB_DISABLE_XET = url, True
+    os.environ["HF_TOKEN"] = token
+    run(top, command)
+
+
+def test_it_is_pushed_when_asked_and_only_then(top, writable):
+    code, log = push(top, writable.url, "--out", "kept")
+    assert code == 0 and writable.requests == [], log
+    code, log = push(top, writable.url, "--out", "exported", "--push", "someone/demo")
+    assert code == 0 and "pushed: " in log, log
+    assert writable.store["created"]["visibility"] == "private"
+    sent = {line["value"]["path"]: line["value"] for line in writable.store["commit"] if line["key"] != "header"}
+    assert sent.keys() == FILES
+    for name, value in sent.items():
+        data = writable.store[value["oid"]] if "oid" in value else base64.b64decode(value["content"])
+        assert data == (top / "exported" / name).read_bytes(), name
+
+
+def test_a_token_that_may_not_write_is_an_error_in_words(top, writable):
+    code, log = push(top, writable.url, "--out", "exported", "--push", "someone/demo", token="hf_wrong")
+    assert code == 2 and "HTTP 401" in log and "Traceback" not in log, log
+    assert (top / "exported" / "README.md").is_file(), "what was made stays"
+    code, log = push(top, writable.url, "--out", "other", "--push", "nonsense name")
+    assert code == 2 and "--push: 'nonsense name' is no repository" in log

@@ -1,0 +1,101 @@
+"""The geometry of heatmaps: exact, against the real tower; bench/heatmap.py measures the demo's."""
+
+import json
+
+import pytest
+import torch
+from conftest import BASE, ROOT
+from PIL import Image, ImageDraw
+
+from colintern.modeling.embed import embed_pages
+from colintern.processor import ColIntern3_5Processor
+from colintern.reporting.heatmaps import Layout, hottest, layout, similarity_map
+from colintern.tiles import Grid
+
+CELL = 28  # pixels of the demo base's tiles that one visual token sees
+
+
+@pytest.fixture
+def local(model):
+    """The demo base with its attention switched off: what a token becomes is decided by its own pixels alone."""
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith(("self_attn.o_proj.weight", "attention.projection_layer.weight")):
+                value.zero_()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("size", "bound", "grid"),
+    [
+        ((224, 336), 96, Grid(2, 3, False)),
+        ((336, 224), 112, Grid(3, 2, True)),
+        ((112, 112), 96, Grid(1, 1, False)),
+        ((448, 112), 96, Grid(4, 1, True)),
+    ],
+)
+def test_a_spot_is_hottest_where_it_was_put_in_every_cell(local, size, bound, grid):
+    processor = ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=bound, max_query_tokens=64)
+    assert processor.grid(size[::-1]) == grid
+    where = layout(processor, size)
+    blank = Image.new("RGB", size, "white")
+    [plain] = embed_pages(local, processor, [blank], 1)
+    corners = [(x, y) for y in range(0, size[1], CELL) for x in range(0, size[0], CELL)]
+    pages = []
+    for x, y in corners:
+        page = blank.copy()
+        ImageDraw.Draw(page).rectangle((x + 4, y + 4, x + CELL - 5, y + CELL - 5), fill="black")
+        pages.append(page)
+    assert len(pages) == grid.cols * grid.rows * 16
+    for corner, page in zip(corners, embed_pages(local, processor, pages, 16), strict=True):
+        # Where a token has changed from the blank page: with attention off, in one place of the tiles.
+        changed = (page - plain).norm(dim=1, keepdim=True)
+        found = similarity_map(torch.ones(1, 1), changed, where)
+        assert (found.page > 1e-3).sum() == 1
+        assert hottest(found.page[0], size)[:2] == corner
+        assert (found.thumbnail is not None) == grid.thumbnail
+        if found.thumbnail is not None:  # which sees the whole page small, at the same place
+            left, top, right, bottom = hottest(found.thumbnail[0], size)
+            assert left < corner[0] + CELL and corner[0] < right and top < corner[1] + CELL and corner[1] < bottom
+        assert not found.rest.any()
+
+
+def test_the_example_of_its_docstring():
+    visual = torch.arange(8.0)[:, None]
+    found = similarity_map(torch.ones(1, 1), visual, Layout(Grid(2, 1, False), 2, 0))
+    assert found.page.tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7]]]
+    assert found.thumbnail is None and found.rest.shape == (1, 0)
+
+
+def test_what_each_token_adds_is_the_score(model, processor, pages):
+    from colintern.maxsim import maxsim_scores
+    from colintern.modeling.embed import embed_queries
+
+    [query] = embed_queries(model, processor, ["which bill is from Halde"], 1)
+    for image, page in zip(pages, embed_pages(model, processor, pages, 4), strict=True):
+        where = layout(processor, image.size)
+        assert len(page) == where.first + where.visual + len(processor._after_tiles)
+        found = similarity_map(query, page, where)
+        assert found.best.sum().item() == pytest.approx(maxsim_scores([query], [page]).item(), abs=1e-4)
+        assert found.page.shape[1:] == processor.get_n_patches(image.size[::-1])[::-1]
+        assert found.on_page.dtype == torch.bool
+
+
+def test_a_page_that_is_too_short_is_refused():
+    with pytest.raises(ValueError, match="8 visual tokens from token 3 on"):
+        similarity_map(torch.ones(1, 4), torch.ones(10, 4), Layout(Grid(2, 1, False), 2, 3))
+
+
+def test_after_training_the_hottest_cell_lies_on_the_answer(processor):
+    """The adapter of `make repro`, where there is one: 9 of 10 demo pages; `python -m bench.heatmap` has all 200."""
+    from bench.heatmap import BOUND, measure
+    from colintern.data.demo import corpus
+    from colintern.model import ColIntern3_5
+
+    adapter = ROOT / "experiments" / "colintern"
+    config = adapter / "adapter_config.json"
+    if not config.is_file() or json.loads(config.read_text())["base_model_name_or_path"] != "demo/base":
+        pytest.skip("experiments/colintern holds no adapter of the demo; make repro trains one")
+    model = ColIntern3_5.from_pretrained(adapter, base=str(BASE), dtype=torch.float32)
+    found = measure(model, processor, corpus("test", 60, 1, seed=0))
+    assert found.cases >= BOUND > 2 * found.cells

@@ -1,0 +1,205 @@
+"""`colintern report`: what is in it, and what a reader sees of it in a real browser, in light and dark."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import browser
+import pytest
+from conftest import FORKS, ROOT
+from test_adapters import trained
+
+from colintern.data.demo import corpus
+from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
+from colintern.data.images import png_bytes
+from colintern.files.jsonfile import dumps
+from colintern.files.manifest import BEIR_SUFFIXES, local_files
+from colintern.params import load as load_params
+from colintern.reporting import plots
+from colintern.reporting.evaluated import margin, published, ranks, worst
+from colintern.training.health import health, stored
+
+SET = "data/own/pages"
+HOSTILE = '<script>alert(1)</script> & "Oslo" <img src=http://example.org/x onerror=alert(1)>'
+SECONDS = 3.0  # to open 90 pages; measured 0.3 on two slow cores
+
+
+def fork(folder: Path, *command: str) -> tuple[int, str]:
+    """A `colintern` command in a process of its own: the exit code and what it printed."""
+    process = FORKS.Process(target=run, args=(folder, command))
+    process.start()
+    process.join(300)
+    assert process.exitcode is not None, "hangs"
+    return process.exitcode, (folder / "log.txt").read_text()
+
+
+def run(folder: Path, command: tuple[str, ...]) -> None:
+    os.chdir(folder)
+    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    from colintern.cli import main
+
+    main(command)
+
+
+def write_set() -> None:
+    """60 pages, one of whose queries would do harm if it were not escaped."""
+    pages = corpus("test", 60, 1, seed=3)
+    images = [png_bytes(page.image.resize((600, 900))) for page in pages]
+    queries = [HOSTILE, *(page.queries[0] for page in pages[1:])]
+    write_beir(
+        Path(SET),
+        [CorpusPage(number, image, f"{number}.png") for number, image in enumerate(images)],
+        [Query(number, query) for number, query in enumerate(queries)],
+        [Qrel(number, number) for number in range(len(pages))],
+    )
+
+
+@pytest.fixture(scope="session")
+def evaluated(tmp_path_factory, processor, pages) -> Path:
+    """A repository with an adapter of two steps, evaluated on 60 pages."""
+    top = trained(tmp_path_factory.mktemp("report"), processor, pages, epochs=2, warmup_steps=0)
+    with contextlib.chdir(top):
+        for name in ("colintern", "stages", "dvc.yaml", "requirements.txt", "Dockerfile"):
+            Path(name).symlink_to(ROOT / name)
+        text = (ROOT / "recipes" / "demo.yaml").read_text().replace("- demo\n", f"- {SET}\n")
+        Path("params.yaml").write_text(text)
+        write_set()
+        manifest = json.loads(Path("data/manifest.json").read_text())
+        manifest["evaluation"] = {SET: local_files(SET, BEIR_SUFFIXES)._asdict()}
+        Path("data/manifest.json").write_text(dumps(manifest))
+        write_metrics()
+    code, log = fork(top, "evaluate", "adapter")
+    assert code == 0, log
+    return top
+
+
+def write_metrics() -> None:
+    state = json.loads(Path("adapter/trainer_state.json").read_text())
+    judged = health(state["log_history"], load_params(), chance=0.5)
+    dev = [row["eval_ndcg_at_5"] for row in state["log_history"] if "eval_ndcg_at_5" in row]
+    Path("metrics").mkdir()
+    found = {"steps": state["global_step"], "dev_ndcg_at_5": round(dev[-1], 6), "verdict": judged.verdict}
+    Path("metrics/train.json").write_text(dumps(found | {"health": stored(judged.findings)}))
+
+
+@pytest.fixture(scope="session")
+def report(evaluated) -> Path:
+    code, log = fork(evaluated, "report", "adapter", "--out", "report.html")
+    assert code == 0, log
+    assert re.search(r"report.html: 30 queries with 90 pages, \d\.\d MB", log), log
+    return evaluated / "report.html"
+
+
+@pytest.fixture(scope="session")
+def tab(tmp_path_factory):
+    if not browser.program():
+        pytest.skip(f"no browser here: none of {', '.join(browser.NAMES)} is on the PATH")
+    with browser.tab(tmp_path_factory.mktemp("browser") / "profile") as one:
+        yield one
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("size", [browser.DESKTOP, browser.PHONE])
+def test_a_reader_sees_it_fast_and_nothing_is_fetched(report, tab, tmp_path, size, dark):
+    assert tab.show(report, size, dark) < SECONDS
+    assert tab.value("document.images.length") >= 90
+    assert tab.value("document.documentElement.scrollWidth") <= size[0], "it does not scroll sideways"
+    tab.picture(tmp_path / "shot.png")
+    assert (tmp_path / "shot.png").stat().st_size > 10_000
+    red, *_ = map(int, re.findall(r"\d+", tab.value("getComputedStyle(document.body).backgroundColor")))
+    assert (red < 60) == dark
+    last = "document.querySelector('.case:last-of-type img')"
+    tab.value(f"{last}.scrollIntoView()")
+    assert tab.value(f"{last}.decode().then(() => {last}.naturalWidth)") == 600
+    assert tab.fetched() == [report.absolute().as_uri()]
+    assert tab.complaints() == []
+
+
+def test_choosing_a_word_moves_the_heatmaps_of_its_query_alone(report, tab):
+    tab.show(report)
+    places = (
+        "JSON.stringify([...document.querySelectorAll('.case i')].map(i => getComputedStyle(i).backgroundPosition))"
+    )
+    before = json.loads(tab.value(places))
+    tab.value("document.querySelectorAll('.case')[1].querySelectorAll('input')[3].click()")
+    after = json.loads(tab.value(places))
+    assert [i for i, place in enumerate(after) if place != before[i]] == [3, 4, 5]
+
+
+def test_text_from_data_stays_text(report, tab):
+    text = report.read_text()
+    assert "<script" not in text and "onerror=alert" not in re.sub(r"&lt;img[^<]*", "", text)
+    assert "http" not in re.sub(r"&lt;img[^<]*", "", text.replace('http-equiv="Content-Security-Policy"', ""))
+    tab.show(report)
+    heads = json.loads(tab.value("JSON.stringify([...document.querySelectorAll('.case h3')].map(h => h.textContent))"))
+    assert len(heads) == 30 and any(head.endswith(HOSTILE) for head in heads)
+    assert tab.value("document.querySelectorAll('script, .case h3 *').length") == 0
+
+
+def test_the_same_inputs_give_the_same_bytes(report, evaluated):
+    code, log = fork(evaluated, "report", "adapter", "--out", "again.html")
+    assert code == 0, log
+    assert (evaluated / "again.html").read_bytes() == report.read_bytes()
+
+
+def test_what_is_not_known_is_said(evaluated, tmp_path):
+    copy = shutil.copytree(evaluated, tmp_path / "repo", symlinks=True)
+    (copy / "metrics" / "train.json").unlink()
+    code, log = fork(copy, "report", "adapter", "--worst", "0")
+    assert code == 0, log
+    [file] = (copy / "results" / "report").glob("adapter-*.html")
+    text = file.read_text()
+    assert "metrics/train.json here is of another run" in text and "made with --worst 0" in text
+    assert "nobody else has been evaluated on this data" in text and "metrics/data.json here is of other data" in text
+
+
+def test_results_of_another_model_are_refused(evaluated, tmp_path):
+    [own] = (evaluated / "results" / "evaluate").iterdir()
+    other = tmp_path / "other"
+    shutil.copytree(own, other)
+    (other / "run.json").write_text((own / "run.json").read_text().replace('"revision": "', '"revision": "0'))
+    code, log = fork(evaluated, "report", "adapter", "--results", str(other))
+    assert code == 2 and f"{other} is of revision 0" in log
+    code, log = fork(evaluated, "report", "adapter", "--results", "demo")
+    assert code == 2 and "--results: demo holds no run.json" in log
+    code, log = fork(evaluated, "report", "adapter", "--worst", "-1")
+    assert code == 2 and "--worst: -1 is not valid; it must be 0 or more" in log
+
+
+def row(query: str, ndcg: float, rank: int | None, right: float | None, wrong: float | None) -> dict:
+    scores = {"ndcg_at_5": ndcg, "rank": rank, "right_score": right, "wrong_score": wrong}
+    return {"task": "t", "subset": "default", "query_id": query} | scores
+
+
+def test_the_worst_are_those_found_last_and_by_the_widest_margin():
+    rows = [row("a", 1, 1, 5, 4), row("b", 0.5, 3, 4, 5), row("c", 0, 9, 4, 5), row("d", 0, 8, 2, 5)]
+    rows += [row("e", 0, None, None, 5), row("f", 0.6, 2, 4, None)]
+    assert [one["query_id"] for one in worst(rows, 9)] == ["e", "d", "c", "b", "f"]
+    assert [one["query_id"] for one in worst(rows, 2)] == ["e", "d"]
+    assert margin(rows[5]) == 0
+    assert [count for _, count in ranks(rows)] == [1, 2, 2, 0, 0, 1]
+
+
+def test_published_scores_stand_beside_the_same_task_only():
+    assert published("VidoreDocVQARetrieval")[:2] == [56.6, 58.0] and published("ViDoRe(v1)")[-1] == 92.7
+    assert published("ColInternDemoRetrieval") == []
+
+
+def test_a_plot_names_no_colour_of_its_own_and_loads_nothing():
+    bar = plots.Bar('A & "B" <c>', 50.0, 40.0, 60.0, 10.0, [70.0, 80.0])
+    for text in (
+        plots.bars([bar], "bars <&>"),
+        plots.curve([(1, 3.0), (2, 2.0)], "loss"),
+        plots.margins([-1, 0, 2, 3], "m"),
+    ):
+        assert not re.search(r"#[0-9a-f]{6}|http|xlink|font-family", text)
+        assert "var(--first)" in text and "var(--ink)" in text
+        names = re.findall(r'\bid="([^"]+)"', text)
+        assert len(names) == len(set(names))
+        assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(names)
+    assert "&lt;c&gt;" in plots.bars([bar], "x") and "<c>" not in plots.bars([bar], "x")

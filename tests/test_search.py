@@ -1,0 +1,158 @@
+"""`colintern search`: an index that grows by content, and ranks as the model itself does."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, page_image
+from pdf_writer import write_pdf
+from test_adapters import trained
+from test_report import fork
+
+from colintern.maxsim import maxsim_scores
+from colintern.modeling.embed import embed_pages, embed_queries
+from colintern.search.index import Index, identity
+from colintern.search.listing import listing, maps
+from colintern.search.sources import images, sources
+
+WORDS = ("Oslo", "Rome", "Halde", "milk", "Calyx")
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory, processor, pages):
+    top = trained(tmp_path_factory.mktemp("search"), processor, pages, epochs=1, warmup_steps=0)
+    for name in ("colintern", "stages", "dvc.yaml", "requirements.txt", "Dockerfile"):
+        (top / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / "recipes" / "demo.yaml", top / "params.yaml")
+    return top
+
+
+@pytest.fixture
+def top(adapted, tmp_path):
+    """A repository with an adapter, and documents: a PDF of three pages, one with an outline, an image, a torn PDF."""
+    top = shutil.copytree(
+        adapted, tmp_path / "top", symlinks=True, ignore=shutil.ignore_patterns("run", "features", ".index")
+    )
+    documents = top / "documents"
+    (documents / "below").mkdir(parents=True)
+    write_pdf(documents / "three.pdf", [[word] for word in WORDS[:3]])
+    write_pdf(documents / "below" / "one.pdf", [[WORDS[3]]])
+    page_image(WORDS[4]).save(documents / "scan.png")
+    (documents / "torn.pdf").write_bytes(b"%PDF-1.4 torn")
+    return top
+
+
+def new(log: str) -> int:
+    return int(re.search(r"\d+ pages, (\d+) of them new", log)[1])
+
+
+def ranking(log: str) -> list[str]:
+    return re.findall(r"^ *\d+ +\d+\.\d{3}  (.+)$", log, re.M)
+
+
+def test_the_second_time_nothing_is_computed_and_only_what_is_new_later(top):
+    code, first = fork(top, "search", "adapter", "documents", "from Oslo", "--html", "found.html")
+    assert code == 0, first
+    assert new(first) == 5 and "left out: torn.pdf: not a readable PDF" in first
+    names = {"three.pdf, page 1", "three.pdf, page 2", "three.pdf, page 3", "below/one.pdf, page 1", "scan.png"}
+    assert set(ranking(first)) == names
+    assert all(len(line) <= 80 for line in first.splitlines())
+    assert (top / "found.html").read_text().count("<img") == 5
+    _, second = fork(top, "search", "adapter", "documents", "from Oslo")
+    assert new(second) == 0 and ranking(second) == ranking(first)
+    write_pdf(top / "documents" / "three.pdf", [[WORDS[0]], ["paid"], [WORDS[2]]])  # one page changed
+    shutil.copy(top / "documents" / "scan.png", top / "documents" / "copy.png")
+    _, third = fork(top, "search", "adapter", "documents", "from Oslo", "--top", "2")
+    assert new(third) == 1 and "6 pages scored" in third and len(ranking(third)) == 2
+    shutil.rmtree(top / "data" / ".index")
+    _, fourth = fork(top, "search", "adapter", "documents/three.pdf", "from Oslo")
+    assert new(fourth) == 3 and len(ranking(fourth)) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("adapter", "nowhere", "x"), "FOLDER_OR_PDF: 'nowhere' does not exist"),
+        (("adapter", "demo", "x"), "demo holds no page"),
+        (("adapter", "documents", " "), "QUERY: is empty"),
+        (("adapter", "documents", "x", "--top", "0"), "--top: 0 is not valid"),
+        (("documents", "documents", "x"), "holds no adapter_model.safetensors"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(top, arguments, words):
+    code, log = fork(top, "search", *arguments)
+    assert code == 2 and words in log, log
+
+
+def index(top: Path, model, processor, weights: str = "a") -> Index:
+    return Index(top / "index", identity(weights, None, model, processor))
+
+
+def test_it_ranks_as_the_model_does(top, model, processor):
+    found, bad = sources(top / "documents")
+    own = index(top, model, processor)
+    assert own.fill(found, model, processor, 2, bad) == 5
+    [query] = embed_queries(model, processor, ["sent to Rome by Halde"], 1)
+    kept = list(index(top, model, processor).scores(query, found))
+    drawn = [image for _, image in images(found, [])]
+    want = maxsim_scores([query], embed_pages(model, processor, drawn, 5))[0]
+    assert [source for source, _ in kept] == found
+    assert torch.tensor([score for _, score in kept]) == pytest.approx(want, abs=0.01)
+
+
+def test_another_model_or_a_torn_file_costs_time_only(top, model, processor):
+    found, bad = sources(top / "documents")
+    first = index(top, model, processor)
+    first.fill(found, model, processor, 2, bad)
+    assert index(top, model, processor).missing(found) == []
+    assert index(top, model, processor, weights="b").missing(found) == found
+    first.list.write_text('{"torn')
+    again = index(top, model, processor)
+    assert again.fill(found, model, processor, 2, bad) == 0, "pages are rendered, and known by their pixels"
+    [shard, *_] = first.cache.folder.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    again = index(top, model, processor)
+    assert again.fill(found, model, processor, 2, bad) >= 1
+    assert index(top, model, processor).missing(found) == []
+
+
+def test_a_run_that_is_cut_off_keeps_what_it_has(top, model, processor, monkeypatch):
+    found, bad = sources(top / "documents")
+
+    class Stopped(Exception):
+        pass
+
+    def stop(source_pages):
+        for number, (source, image) in enumerate(source_pages):
+            if number == 3:
+                raise Stopped
+            yield source, image
+
+    from colintern.search import index as module
+
+    real = module.images
+    monkeypatch.setattr(module, "images", lambda *arguments: stop(real(*arguments)))
+    with pytest.raises(Stopped):
+        index(top, model, processor).fill(found, model, processor, 1, bad)
+    assert len(index(top, model, processor).missing(found)) == len(found) - 3
+
+
+def test_what_the_disk_has_no_room_for_is_searched_all_the_same(top, model, processor):
+    found, bad = sources(top / "documents")
+    own = index(top, model, processor)
+    own.cache.full = True
+    assert own.fill(found, model, processor, 2, bad) == 5
+    [query] = embed_queries(model, processor, ["milk"], 1)
+    assert len(list(own.scores(query, found))) == 5 and not list(own.cache.folder.glob("*.safetensors"))
+
+
+def test_the_terminal_is_80_columns_wide():
+    grid = torch.zeros(4, 3)
+    grid[3, 2] = 1
+    text = maps([grid, grid, grid, grid])
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80 and lines[0].split() == ["rank", "1", "rank", "2", "rank", "3"]
+    assert lines[-1].endswith("@" * 8) and not lines[1].strip()
+    assert max(map(len, listing([("a" * 200, 1.0), ("b c " * 90, 123.456)]).splitlines())) <= 80
