@@ -29,6 +29,7 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import InternVLConfig
 
 from colintern.model import ColIntern3_5, attention_kernel
+from colintern.modeling.dropout import RowDropout
 from colintern.modeling.features import Page
 from colintern.modeling.lora import add_lora
 from colintern.params import Params, UserError, exit_on_user_error, load
@@ -101,8 +102,8 @@ class Engine:
         else:
             self.base.activation_checkpointing_disable()
             self.base.disable_input_require_grads()
-        for name, module in self.model.named_modules():
-            if name.endswith("lora_dropout.default") and isinstance(module, torch.nn.Dropout):
+        for module in self.model.modules():
+            if isinstance(module, RowDropout):
                 module.p = dropout
 
     def gradient(self, counts: Sequence[int], micro: int) -> Tensor:

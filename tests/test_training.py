@@ -26,14 +26,15 @@ QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
 
 @pytest.fixture
 def make(processor, pages, tmp_path):
-    """A trainer on four ragged pages, any key of params replaced; their features are cached if `cache_gb`.
+    """A trainer on ragged pages, any key of params replaced; their features are cached if `cache_gb`.
 
     `shown`, `negatives`: the page of each row, and its hard negatives, by number.
     """
 
     def build(cache_gb=0.0, queries=QUERIES, shown=(0, 1, 2, 3), negatives=((),) * 4, **changes):
         params = dataclasses.replace(
-            load_params(ROOT / "recipes" / "demo.yaml"), batch_size=4, logging_steps=1, epochs=1, **changes
+            load_params(ROOT / "recipes" / "demo.yaml"),
+            **{"batch_size": len(queries), "logging_steps": 1, "epochs": 1} | changes,
         )
         torch.manual_seed(0)
         base = load(BASE).to(getattr(torch, params.dtype))
@@ -53,6 +54,9 @@ def make(processor, pages, tmp_path):
     return build
 
 
+EIGHT = [*QUERIES, "to Oslo", "a long query about freight from Rome to Oslo", "milk of March", "Rome"]
+
+
 def gradients(trainer, processor, pages) -> dict[str, torch.Tensor]:
     batch = trainer.data_collator(list(trainer.train_dataset))
     torch.manual_seed(7)
@@ -66,11 +70,20 @@ def gradients(trainer, processor, pages) -> dict[str, torch.Tensor]:
     return {name: p.grad.double() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("micro", [1, 2, 3])
-def test_the_gradient_does_not_depend_on_the_micro_batch(make, processor, pages, micro):
-    whole = gradients(make(micro_batch_size=4), processor, pages)
-    parts = gradients(make(micro_batch_size=micro), processor, pages)
-    assert apart(whole, parts) < 1e-5
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_does_not_depend_on_the_micro_batch(make, processor, pages, checkpointing):
+    """With dropout: eight ragged rows in parts of 8, 4, 2 and 1, in float32. Another step draws other elements."""
+
+    def run(micro, step=0):
+        trainer = make(1.0, EIGHT, (0, 1, 2, 3) * 2, ((),) * 8, micro_batch_size=micro, batch_size=8, lora_dropout=0.1)
+        if checkpointing:
+            trainer.model.activation_checkpointing_enable()
+        trainer.state.global_step = step
+        return gradients(trainer, processor, pages)
+
+    whole = run(8)
+    assert max(apart(whole, run(micro)) for micro in (4, 2, 1)) < 1e-6
+    assert apart(whole, run(8)) == 0 and apart(whole, run(8, step=1)) > 1e-2
 
 
 def apart(one, other) -> float:
@@ -112,8 +125,8 @@ def test_the_loss_curve_in_bfloat16_stays_with_that_of_float32_adapters(make):
 
 
 def test_compiled_layers_give_the_same_gradient(make, processor, pages):
-    eager = gradients(make(micro_batch_size=4), processor, pages)
-    trainer = make(micro_batch_size=4, compile=True)
+    eager = gradients(make(micro_batch_size=4, lora_dropout=0.1), processor, pages)
+    trainer = make(micro_batch_size=4, lora_dropout=0.1, compile=True)
     layers = trainer.model.base_model.model.language_model.layers
     assert all(layer._compiled_call_impl is not None for layer in layers)
     assert apart(eager, gradients(trainer, processor, pages)) < 1e-4
@@ -130,13 +143,12 @@ def test_compile_without_a_compiler_is_refused_before_anything_is_loaded(monkeyp
 NEGATIVES = ((3, 2), (), (1,), (0, 1))
 
 
-@pytest.mark.parametrize(("micro", "dropout"), [(1, 0.0), (2, 0.0), (2, 0.5), (3, 0.0)])
+@pytest.mark.parametrize(("micro", "dropout"), [(1, 0.0), (2, 0.0), (2, 0.5), (3, 0.5)])
 def test_the_order_of_a_batch_in_parts_does_not_change_the_gradient(
     make, processor, pages, monkeypatch, micro, dropout
 ):
     """Ragged pages and negatives, in float64 up to the embeddings, against parts of rows as they come, padded to the
-    batch's longest. Dropout draws other elements for other rows: with it, the same parts give the same bits.
-    """
+    batch's longest."""
 
     def run(order, cut):
         trainer = make(micro_batch_size=micro, negatives=NEGATIVES, lora_dropout=dropout)
@@ -151,12 +163,7 @@ def test_the_order_of_a_batch_in_parts_does_not_change_the_gradient(
     def uncut(inputs, rows, processor):
         return take(inputs, rows, processor) | {key: inputs[key][rows] for key in ("input_ids", "attention_mask")}
 
-    ordered = run(places, take)
-    if dropout:
-        assert apart(run(places, take), ordered) == 0
-        assert apart(run(as_it_comes, take), ordered) > 1e-3, "there is dropout"
-    else:
-        assert apart(run(as_it_comes, uncut), ordered) < 1e-6
+    assert apart(run(as_it_comes, uncut), run(places, take)) < 1e-6
 
 
 @pytest.mark.parametrize("micro", [1, 3, 4])
@@ -206,12 +213,36 @@ def test_dropout_is_the_same_in_both_passes_of_a_micro_batch(make, processor, pa
     for first, second in zip(embeddings[:half], embeddings[half:], strict=True):
         torch.testing.assert_close(first, second)
     with torch.no_grad():
+        trainer.model.eval()
         assert not torch.equal(embeddings[0], trainer.model(**first_queries(trainer))), "there is dropout"
 
 
 def first_queries(trainer):
     query = trainer.data_collator(list(trainer.train_dataset))["query"]
     return take(query, places(query, 2)[0], trainer.processor)
+
+
+def test_dropout_is_that_of_its_share_and_other_for_each_row_module_step_and_side(make):
+    trainer = make(lora_dropout=0.25)
+    layer = trainer.model.base_model.model.language_model.layers[1]
+    up, gate = (getattr(layer.mlp, name).lora_dropout["default"] for name in ("up_proj", "gate_proj"))
+    ones = torch.ones(4, 50, 128)
+
+    def draw(module, side="page", step=3):
+        trainer.masks.draw(step, torch.device("cpu"))
+        with trainer.masks.rows(side, torch.arange(4), 50):
+            return module(ones)
+
+    trainer.model.train()
+    first = draw(up)
+    assert torch.equal(first, draw(up)) and set(first.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert (first == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    others = [draw(gate), draw(up, "query"), draw(up, step=4), first.flip(0), first.roll(1, 1)]
+    for other in others:  # independent ones agree in 0.25^2 + 0.75^2 of their elements
+        assert (first == other).float().mean().item() == pytest.approx(0.625, abs=0.03)
+    with trainer.masks.rows("page", torch.arange(4), 49), pytest.raises(ValueError, match="49"):
+        up(ones)
+    assert not [name for name in trainer.model.state_dict() if "dropout" in name], "PEFT would save it"
 
 
 def test_every_lora_module_and_nothing_else_gets_a_gradient(make, processor, pages):

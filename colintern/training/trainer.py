@@ -9,6 +9,7 @@ same.
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from colintern.maxsim import maxsim_scores, ndcg_at_k
+from colintern.modeling.dropout import Masks
 from colintern.modeling.embed import embed_features, embed_queries
 from colintern.modeling.features import PageFeatures
 from colintern.params import Params, UserError
@@ -89,6 +91,7 @@ class ContrastiveTrainer(Trainer):
         self.params, self.dev, self.processor, self.tally = params, dev, processor, Tally()
         self.remedy = f"try {calmer(params)}"
         self.micro, self.low_precision = params.micro_batch_size, params.dtype == "bfloat16"
+        self.masks = Masks(kwargs["model"], params.seed, torch.bfloat16 if self.low_precision else torch.float32)
         self.pace = Pace()
         checkpoints = Checkpoints(Path(kwargs["args"].output_dir).parent)
         own = [self.tally, checkpoints, Watch(params, dev.chance), self.pace, *callbacks]
@@ -107,6 +110,7 @@ class ContrastiveTrainer(Trainer):
         model.train()
         batch: Batch = self._prepare_inputs(inputs)
         batch["page"]["image_features"] = page_features(model, batch)
+        self.masks.draw(self.state.global_step, model.device)
         # PEFT would cast every adapter's input to float32, only for `_embed` to cast it back.
         with disable_input_dtype_casting(model, active=self.low_precision):
             loss = self._fitting_step(model, batch)
@@ -121,7 +125,6 @@ class ContrastiveTrainer(Trainer):
     def _fitting_step(self, model: Any, batch: Batch) -> Tensor:
         """The loss, with its gradient in the model; where the memory does not hold it, with half the micro-batch."""
         while True:
-            before = rng_state()
             try:
                 return self._step(model, batch)
             except RuntimeError as error:
@@ -134,50 +137,50 @@ class ContrastiveTrainer(Trainer):
                         f"gradient_checkpointing: true, or lower max_visual_tokens, {self.params.max_visual_tokens}"
                     ) from error
                 self.micro = (size + 1) // 2
-            # The error, gone here, held what the step had made. The same dropout again, from an empty gradient.
+            # The error, gone here, held what the step had made. Again, from an empty gradient.
             model.zero_grad(set_to_none=True)
-            set_rng_state(before)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             print(f"out of memory: micro_batch_size is now {self.micro}; batch and gradient stay as they are")
 
     def _step(self, model: Any, batch: Batch) -> Tensor:
-        if self.micro < len(batch["page_ids"]):
-            return self._cached_step(model, batch)
-        loss = self._loss(batch, self._embed(model, batch["query"]), self._embed(model, batch["page"]))
-        self.accelerator.backward(loss)
+        """Embeddings, the loss of all of them with the gradient of each, and that gradient sent on, part by part. Only
+        where the whole batch is one part does its graph wait for the gradient; else parts are embedded again."""
+        rows = {side: places(batch[side], self.micro) for side in ("query", "page")}
+        parts = [(side, part) for side, found in rows.items() for part in found]
+        whole = self.micro >= len(batch["page_ids"])
+        with torch.set_grad_enabled(whole):
+            made = [self._embed(model, batch, *part) for part in parts]
+        leaves = [embedded.detach().requires_grad_() for embedded in made]
+        ends = len(rows["query"])
+        loss = self._loss(batch, restored(rows["query"], leaves[:ends]), restored(rows["page"], leaves[ends:]))
+        loss.backward()
+        for part, embedded, leaf in zip(parts, made, leaves, strict=True):
+            self._embed(model, batch, *part, embedded if whole else None, leaf.grad)
         return loss
 
-    def _embed(self, model: Any, part: Batch) -> Tensor:
-        if not self.low_precision:
-            return model(**part)
-        # The adapters' weights are float32, and without this they would be computed in it beside a bfloat16 base.
-        with torch.autocast(model.device.type, torch.bfloat16):
-            return model(**part)
+    def _embed(
+        self, model: Any, batch: Batch, side: str, rows: list[int], made: Tensor | None = None, grad: Any = None
+    ) -> Tensor:
+        """Embeddings of a part; with `grad`, which is theirs, that goes back to the adapters, through the graph of
+        `made` if given."""
+        inputs = take(batch[side], rows, self.processor)
+        length = inputs["input_ids"].shape[1]
+        # The adapters' weights are float32, and would else be computed in it beside a bfloat16 base.
+        cast = torch.autocast(model.device.type, torch.bfloat16) if self.low_precision else nullcontext()
+        # Around the backward pass too: checkpointing computes anew in it, and must draw the same dropout.
+        with self.masks.rows(side, torch.tensor(rows, device=inputs["input_ids"].device), length):
+            if made is None:
+                with cast:
+                    made = model(**inputs)
+            if grad is not None:
+                made = (made * grad).sum()  # what backward needs, without the embeddings
+                made.backward()
+        return made
 
     def _loss(self, batch: Batch, queries: Tensor, pages: Tensor) -> Tensor:
         scores = maxsim_matrix(queries, batch["query"]["attention_mask"], pages, batch["page"]["attention_mask"])
         return contrastive_loss(scores, false_negatives(batch["query_ids"], batch["page_ids"]), self.params.temperature)
-
-    def _cached_step(self, model: Any, batch: Batch) -> Tensor:
-        rows = {side: places(batch[side], self.micro) for side in ("query", "page")}
-        parts = [(side, part) for side, found in rows.items() for part in found]
-        states, embeddings = [], []
-        with torch.no_grad():
-            for side, part in parts:
-                states.append(rng_state())
-                embeddings.append(self._embed(model, take(batch[side], part, self.processor)))
-        leaves: list[Any] = [e.requires_grad_() for e in embeddings]
-        ends = len(rows["query"])
-        loss = self._loss(batch, restored(rows["query"], leaves[:ends]), restored(rows["page"], leaves[ends:]))
-        loss.backward()
-        after = rng_state()
-        for (side, part), state, leaf in zip(parts, states, leaves, strict=True):
-            set_rng_state(state)  # the same dropout as when the part was embedded first
-            inputs = take(batch[side], part, self.processor)
-            self.accelerator.backward((self._embed(model, inputs) * leaf.grad).sum())
-        set_rng_state(after)
-        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A row of the training curve takes loss and masked pairs from the tally."""
@@ -211,17 +214,6 @@ def page_features(model: Any, batch: Batch) -> Tensor:
     with torch.no_grad():
         pages = [next(sides["features"]) if k else model.page_features(next(sides["tiles"])) for k in known]
     return torch.cat(pages)
-
-
-def rng_state() -> list[Tensor]:
-    """The state of torch's random generators, CPU first."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-
-
-def set_rng_state(state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    if len(state) > 1:
-        torch.cuda.set_rng_state_all(state[1:])
 
 
 class DevSet(Dataset):
