@@ -118,6 +118,7 @@ class Params:
     eval_batch_size: Annotated[int, at_least(1)]
     feature_cache_gb: Annotated[float, at_least(0)]
     seed: Annotated[int, between(0, 2**32 - 1)]
+    deterministic: bool
     threads: Annotated[int, at_least(1)]
     workers: Annotated[int, at_least(0)]
 

@@ -137,6 +137,7 @@ BAD_VALUES = [
     ("feature_cache_gb", "-1.0", "0"),
     ("seed", "-1", "0 to 4294967295"),
     ("seed", "4294967296", "0 to 4294967295"),
+    ("deterministic", "1", "true or false"),
     ("threads", "0", "at least 1"),
     ("workers", "-1", "at least 0"),
 ]

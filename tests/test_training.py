@@ -15,6 +15,7 @@ from colintern.modeling.features import Page, PageFeatures
 from colintern.modeling.lora import add_lora
 from colintern.params import UserError
 from colintern.params import load as load_params
+from colintern.training.determinism import set_deterministic
 from colintern.training.pairs import Pair, Pairs
 from colintern.training.parts import places, restored, take
 from colintern.training.runs import prepare
@@ -220,6 +221,19 @@ def test_dropout_is_the_same_in_both_passes_of_a_micro_batch(make, processor, pa
 def first_queries(trainer):
     query = trainer.data_collator(list(trainer.train_dataset))["query"]
     return take(query, places(query, 2)[0], trainer.processor)
+
+
+def test_a_deterministic_step_refuses_kernels_that_are_not_and_changes_no_bit_on_a_cpu(make, processor, pages):
+    plain = gradients(make(micro_batch_size=2, lora_dropout=0.1), processor, pages)
+    try:
+        set_deterministic(True)
+        assert apart(plain, gradients(make(micro_batch_size=2, lora_dropout=0.1), processor, pages)) == 0
+        with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+            torch.nn.functional.max_unpool1d(torch.ones(1, 1, 2), torch.tensor([[[0, 2]]]), 2)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and torch.backends.cudnn.deterministic
+    finally:
+        set_deterministic(False)
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ and not torch.are_deterministic_algorithms_enabled()
 
 
 def test_dropout_is_that_of_its_share_and_other_for_each_row_module_step_and_side(make):

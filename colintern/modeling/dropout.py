@@ -3,7 +3,7 @@
 Each token of each adapted module takes one of `MASKS` random masks, which are drawn anew at each step. Which one is a
 hash of the run's seed, the step, the side of the batch, the row, the token's place in it and the module. So parts of
 any size, a second pass over the same rows and the shares of several processes draw the same; and it is cheaper than a
-random number for every element (`python -m bench.dropout`).
+random number for every element (`python -m bench.options`).
 """
 
 import hashlib

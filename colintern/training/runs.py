@@ -31,6 +31,7 @@ from colintern.modeling.weights import statistics
 from colintern.params import Params, UserError, root
 from colintern.processor import ColIntern3_5Processor
 from colintern.training.checkpoints import SAVING, Interrupted, Signals, check_room, newest, room, size
+from colintern.training.determinism import set_deterministic
 from colintern.training.health import health, line, report, stored
 from colintern.training.pairs import Pairs, rows
 from colintern.training.trainer import ContrastiveTrainer, DevSet, NonFiniteError, arguments
@@ -52,6 +53,7 @@ def train(params: Params, out: Path) -> dict[str, Any]:
         Interrupted: SIGTERM or SIGINT; a checkpoint is there.
     """
     torch.set_num_threads(params.threads)
+    set_deterministic(params.deterministic)
     base = check_base(params)
     identity = stage_identity("train", params)
     scratch = root() / ".scratch" / f"train-{fingerprint(identity)[:16]}"
