@@ -20,6 +20,7 @@ from colintern.params import load
 from colintern.planning import costs as module
 from colintern.planning.costs import Costs, Setting
 from colintern.planning.meter import Kernel, Meter, measure
+from colintern.training.processes import ALONE
 from colintern.training.trainer import ContrastiveTrainer
 
 PARAMS = load(ROOT / "recipes" / "demo.yaml")
@@ -88,7 +89,8 @@ def test_a_step_is_what_the_trainer_runs(costs, micro, checkpointing, dtype):
     trainer.low_precision = dtype is torch.bfloat16
     trainer.processor = costs.config  # `split` asks it for image_token_id and image_seq_length
     batch = {"query": costs._batch(size, 0, 24), "page": costs._batch(size, 6, 108), "page_ids": torch.arange(size)}
-    batch["query_ids"] = batch["page_ids"]
+    batch["query_ids"], trainer.processes = batch["page_ids"], ALONE
+    batch["share"] = ALONE.shares(batch)
     tensors = [t for side in ("query", "page") for t in batch[side].values()]
     [model] = costs.models
     trainer.masks = model.masks
@@ -132,7 +134,7 @@ def test_autocast_on_meta_tensors_casts_what_the_real_one_does(checkpointing):
     trainer.low_precision, trainer.processor = True, None
     [meta] = costs.models
     real = add_lora(ColIntern3_5._from_config(costs.config, dtype=torch.bfloat16), *costs.lora)
-    found = []
+    found, share = [], SimpleNamespace(numbers={"page": [0, 1]})
     for model in (real, meta):
         base = model.base_model.model
         (base.activation_checkpointing_enable if checkpointing else base.activation_checkpointing_disable)()
@@ -144,7 +146,7 @@ def test_autocast_on_meta_tensors_casts_what_the_real_one_does(checkpointing):
         def run(model=model, batch=batch):
             trainer.masks = Masks(model, 0, torch.bfloat16)
             with Operators() as operators:
-                trainer._embed(model, {"page": batch}, "page", [0, 1]).sum().backward()
+                trainer._embed(model, {"page": batch, "share": share}, "page", [0, 1]).sum().backward()
             found.append(operators.seen)
 
         with disable_input_dtype_casting(model):

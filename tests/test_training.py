@@ -2,8 +2,6 @@ import dataclasses
 import math
 import os
 import shutil
-import subprocess
-import sys
 import time
 
 import pytest
@@ -318,26 +316,6 @@ def test_a_run_that_could_not_be_reported_is_refused_before_anything_is_loaded(m
     params = dataclasses.replace(load_params(ROOT / "recipes" / "demo.yaml"), **changes)
     with pytest.raises(UserError, match=message):
         prepare(params, "a base that does not exist", tmp_path)
-
-
-def test_several_processes_are_refused_before_any_data_is_read(tmp_path):
-    """In a folder without data: a run that got as far as that would name the missing manifest."""
-    shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
-    shutil.copytree(BASE, tmp_path / "demo" / "base")
-    code = (
-        "from pathlib import Path; from colintern.params import load; from colintern.training.runs import prepare; "
-        "prepare(load(), 'no base', Path('scratch'))"
-    )
-    (tmp_path / "two.py").write_text(code)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "two.py"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode != 0
-    assert "in 2 processes: training uses one" in done.stderr, done.stderr[-3000:]
 
 
 def test_a_run_that_was_cut_off_ends_on_the_same_weights(make, tmp_path):

@@ -31,6 +31,7 @@ from colintern.training.health import calmer
 from colintern.training.loss import contrastive_loss, false_negatives, maxsim_matrix
 from colintern.training.pairs import Collator, Pair
 from colintern.training.parts import places, restored, take
+from colintern.training.processes import ALONE, Processes, share
 from colintern.training.watch import Pace, Watch
 
 Batch = dict[str, Any]
@@ -86,14 +87,17 @@ class ContrastiveTrainer(Trainer):
         processor: ColIntern3_5Processor,
         dev: "DevSet",
         callbacks: Sequence[TrainerCallback] = (),
+        processes: Processes = ALONE,
         **kwargs: Any,
     ):
+        self.processes = processes
         self.params, self.dev, self.processor, self.tally = params, dev, processor, Tally()
         self.remedy = f"try {calmer(params)}"
         self.micro, self.low_precision = params.micro_batch_size, params.dtype == "bfloat16"
         self.masks = Masks(kwargs["model"], params.seed, torch.bfloat16 if self.low_precision else torch.float32)
         self.pace = Pace()
-        checkpoints = Checkpoints(Path(kwargs["args"].output_dir).parent)
+        checkpoints = Checkpoints(Path(kwargs["args"].output_dir).parent, self.processes)
+        kwargs["model"]._is_accelerate_prepared = True  # `Processes` sums gradients; accelerate would take their mean
         own = [self.tally, checkpoints, Watch(params, dev.chance), self.pace, *callbacks]
         super().__init__(data_collator=Collator(processor), eval_dataset=dev, callbacks=own, **kwargs)
         if params.compile:
@@ -119,17 +123,17 @@ class ContrastiveTrainer(Trainer):
             if not value.isfinite():
                 step = self.state.global_step + 1
                 raise NonFiniteError(f"{name} is {value.item()} at step {step}; {self.remedy}")
-        self.tally.add(loss.item(), int(false_negatives(batch["query_ids"], batch["page_ids"]).sum()))
+        ids = batch["share"].query_ids, batch["share"].page_ids
+        self.tally.add(loss.item(), int(false_negatives(*ids).sum()))
         return loss.detach()
 
     def _fitting_step(self, model: Any, batch: Batch) -> Tensor:
         """The loss, with its gradient in the model; where the memory does not hold it, with half the micro-batch."""
+        batch["share"] = self.processes.shares(batch)
         while True:
             try:
                 return self._step(model, batch)
-            except RuntimeError as error:
-                if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
-                    raise
+            except torch.OutOfMemoryError as error:
                 size = min(self.micro, len(batch["page_ids"]))
                 if size == 1:
                     raise OutOfMemory(
@@ -149,14 +153,22 @@ class ContrastiveTrainer(Trainer):
         rows = {side: places(batch[side], self.micro) for side in ("query", "page")}
         parts = [(side, part) for side, found in rows.items() for part in found]
         whole = self.micro >= len(batch["page_ids"])
-        with torch.set_grad_enabled(whole):
-            made = [self._embed(model, batch, *part) for part in parts]
+
+        def embed() -> list[Tensor]:
+            with torch.set_grad_enabled(whole):
+                return [self._embed(model, batch, *part) for part in parts]
+
+        def backward() -> None:
+            loss.backward()
+            for part, embedded, leaf in zip(parts, made, leaves, strict=True):
+                self._embed(model, batch, *part, embedded if whole else None, leaf.grad)
+
+        made = self.processes.together(embed)
         leaves = [embedded.detach().requires_grad_() for embedded in made]
         ends = len(rows["query"])
         loss = self._loss(batch, restored(rows["query"], leaves[:ends]), restored(rows["page"], leaves[ends:]))
-        loss.backward()
-        for part, embedded, leaf in zip(parts, made, leaves, strict=True):
-            self._embed(model, batch, *part, embedded if whole else None, leaf.grad)
+        self.processes.together(backward)
+        self.processes.sum_gradients(model)
         return loss
 
     def _embed(
@@ -169,7 +181,8 @@ class ContrastiveTrainer(Trainer):
         # The adapters' weights are float32, and would else be computed in it beside a bfloat16 base.
         cast = torch.autocast(model.device.type, torch.bfloat16) if self.low_precision else nullcontext()
         # Around the backward pass too: checkpointing computes anew in it, and must draw the same dropout.
-        with self.masks.rows(side, torch.tensor(rows, device=inputs["input_ids"].device), length):
+        numbers = torch.tensor([batch["share"].numbers[side][row] for row in rows])
+        with self.masks.rows(side, numbers.to(inputs["input_ids"].device), length):
             if made is None:
                 with cast:
                     made = model(**inputs)
@@ -179,8 +192,12 @@ class ContrastiveTrainer(Trainer):
         return made
 
     def _loss(self, batch: Batch, queries: Tensor, pages: Tensor) -> Tensor:
-        scores = maxsim_matrix(queries, batch["query"]["attention_mask"], pages, batch["page"]["attention_mask"])
-        return contrastive_loss(scores, false_negatives(batch["query_ids"], batch["page_ids"]), self.params.temperature)
+        """Of all queries against all pages, those of other processes too."""
+        own, sides = batch["share"], list[Tensor]()
+        for side, made in (("query", queries), ("page", pages)):
+            sides += self.processes.gathered(own, side, made, batch[side]["attention_mask"])
+        left_out = false_negatives(own.query_ids, own.page_ids)
+        return contrastive_loss(maxsim_matrix(*sides), left_out, self.params.temperature)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A row of the training curve takes loss and masked pairs from the tally."""
@@ -240,12 +257,13 @@ class DevSet(Dataset):
         return sum(1 / math.log2(rank + 1) for rank in range(1, 6)) / len(self.pages)
 
 
-def arguments(params: Params, folder: Path, quiet: bool) -> TrainingArguments:
-    """The Trainer's arguments; checkpoints end up in `folder`, see `Checkpoints`. The dev set is measured with each
-    logged row unless `eval_steps` is set."""
+def arguments(params: Params, folder: Path, quiet: bool, size: int = 1) -> TrainingArguments:
+    """The Trainer's arguments in each of `size` processes; checkpoints end up in `folder`, see `Checkpoints`. The dev
+    set is measured with each logged row unless `eval_steps` is set."""
     return TrainingArguments(
         output_dir=str(folder / SAVING),
-        per_device_train_batch_size=params.batch_size,
+        per_device_train_batch_size=share(params, size),
+        use_cpu=not torch.cuda.is_available(),
         dataloader_drop_last=True,  # each step compares with batch_size pages, the last one too
         num_train_epochs=params.epochs,
         learning_rate=params.lr,
