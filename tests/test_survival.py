@@ -1,4 +1,4 @@
-"""Faults T1-T11 and T14: real kills, signals, torn files and full disks; the run ends on the same bytes, or says why.
+"""Faults T1-T12 and T14: real kills, signals, torn files and full disks; the run ends on the same bytes, or says why.
 
 Each run is a process of its own, forked from a server that has imported what takes long. A fault is a function that
 the process calls before it trains; those that kill do it with SIGKILL, in the middle of what they are named after.
@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 from conftest import FORKS, ROOT
 from safetensors.torch import load_file
+from test_processes import free_port, rank_of
 from test_survey import BEIR, SET, row, write_eval, write_rows
 
 STEPS = 10  # 40 rows in batches of 8, twice; checkpoints after 3, 6, 9 and 10
@@ -34,13 +35,15 @@ def child(folder: Path, fault: Callable[..., None] | None, *arguments: object) -
     os.dup2(log, 1)
     os.dup2(log, 2)
     from colintern.params import exit_on_user_error, load
+    from colintern.training.processes import joined
     from colintern.training.runs import train
 
     if fault:
         fault(*arguments)
-    with exit_on_user_error():
-        metrics = train(load(), OUT)
-        Path("metrics.json").write_text(json.dumps(metrics))
+    with exit_on_user_error(), joined(1) as processes:
+        metrics = train(load(), OUT, processes)
+        if processes.main:
+            Path("metrics.json").write_text(json.dumps(metrics))
 
 
 def signal_self(*numbers: int) -> None:
@@ -384,3 +387,47 @@ def test_t14_and_t1_with_processes_that_load_data(place, whole):
     assert "resuming from" in place.log
     names = ("adapter_model.safetensors", "train.csv", "dev.csv")
     assert {name: place.result()[name] for name in names} == {name: whole[name] for name in names}
+
+
+def in_two(place: Place) -> None:
+    """A run in two processes, joined as under any launcher."""
+    port = free_port()
+    ranks = [place.start(rank_of, 2, rank, port) for rank in range(2)]
+    for process in ranks:
+        process.join(180)
+    assert [process.exitcode for process in ranks] == [0, 0], place.log
+
+
+def test_t12_where_one_rank_dies_all_stop_and_the_next_launch_ends_on_the_same_bytes(place, fetched, whole):
+    """`launch: 2` of the real stage, whose rank 1 is killed after a checkpoint; against two that are left alone."""
+    with contextlib.chdir(place.folder):
+        params(lr="2e-3", launch=2)
+    undisturbed = Place(place.folder.parent / "undisturbed")
+    shutil.copytree(place.folder, undisturbed.folder, symlinks=True)
+    in_two(undisturbed)
+    with (place.folder / "log.txt").open("w") as log:
+        stage = subprocess.Popen(
+            [sys.executable, "-m", "stages.train"], cwd=place.folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    while not list((place.folder / ".scratch").glob("train-*/checkpoint-*")):
+        assert stage.poll() is None, place.log
+        time.sleep(0.05)
+    os.kill(rank_one(stage.pid), signal.SIGKILL)
+    killed = time.monotonic()
+    assert stage.wait(60) == 1, place.log
+    assert time.monotonic() - killed < 60 and "1: -9" in place.log
+    assert not (place.folder / OUT).exists()
+    in_two(place)
+    assert "resuming from" in place.log
+    assert place.result() == undisturbed.result()
+    one, two = (load_file(p.folder / OUT / "adapter_model.safetensors") for p in (Place(fetched), undisturbed))
+    for name, value in one.items():  # the sums were taken in another order, ten times
+        assert (value - two[name]).norm() <= 1e-3 * value.norm(), name
+
+
+def rank_one(parent: int) -> int:
+    """The PID of the second process that `parent` has started to train."""
+    children = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    [found] = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    return found
