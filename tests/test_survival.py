@@ -405,14 +405,7 @@ def test_t12_where_one_rank_dies_all_stop_and_the_next_launch_ends_on_the_same_b
     undisturbed = Place(place.folder.parent / "undisturbed")
     shutil.copytree(place.folder, undisturbed.folder, symlinks=True)
     in_two(undisturbed)
-    with (place.folder / "log.txt").open("w") as log:
-        stage = subprocess.Popen(
-            [sys.executable, "-m", "stages.train"], cwd=place.folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    while not list((place.folder / ".scratch").glob("train-*/checkpoint-*")):
-        assert stage.poll() is None, place.log
-        time.sleep(0.05)
+    stage = launched(place)
     os.kill(rank_one(stage.pid), signal.SIGKILL)
     killed = time.monotonic()
     assert stage.wait(60) == 1, place.log
@@ -424,6 +417,30 @@ def test_t12_where_one_rank_dies_all_stop_and_the_next_launch_ends_on_the_same_b
     one, two = (load_file(p.folder / OUT / "adapter_model.safetensors") for p in (Place(fetched), undisturbed))
     for name, value in one.items():  # the sums were taken in another order, ten times
         assert (value - two[name]).norm() <= 1e-3 * value.norm(), name
+
+
+def launched(place: Place) -> subprocess.Popen[bytes]:
+    """The real stage, with a checkpoint behind it."""
+    with (place.folder / "log.txt").open("w") as log:
+        stage = subprocess.Popen(
+            [sys.executable, "-m", "stages.train"], cwd=place.folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    while not list((place.folder / ".scratch").glob("train-*/checkpoint-*")):
+        assert stage.poll() is None, place.log
+        time.sleep(0.05)
+    return stage
+
+
+def test_t6_a_signal_to_the_stage_stops_all_processes_with_a_checkpoint(place):
+    with contextlib.chdir(place.folder):
+        params(lr="2e-3", launch=2, epochs=40)
+    stage = launched(place)
+    stage.terminate()
+    assert stage.wait(60) == 75, place.log
+    [step] = set(re.findall(r"stopped at step (\d+) of 200, with a checkpoint", place.log))  # each says so
+    assert (place.scratch / f"checkpoint-{step}" / "rng_state_1.pth").is_file()
+    assert not (place.folder / OUT).exists()
 
 
 def rank_one(parent: int) -> int:
