@@ -29,6 +29,7 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import InternVLConfig
 
 from colintern.model import ColIntern3_5, attention_kernel
+from colintern.modeling.dropout import RowDropout
 from colintern.modeling.features import Page
 from colintern.modeling.lora import add_lora
 from colintern.params import Params, UserError, exit_on_user_error, load
@@ -84,7 +85,7 @@ class Engine:
         self.trainer = ContrastiveTrainer(self.params, self.processor, dev, model=self.model, args=args)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-5)
 
-    def batch(self, counts: Sequence[int]) -> dict[str, Any]:
+    def batch(self, counts: Sequence[int], rows: slice = slice(None)) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(0)
         shape = self.processor.image_seq_length, self.base.config.get_text_config().hidden_size
         items = []
@@ -92,7 +93,7 @@ class Engine:
             features = torch.randn(tiles, *shape, generator=generator).to(self.base.dtype)
             query = f"page {i} of the report on freight in March"
             items.append({"query": query, "pages": [{"key": f"{i:014x}", "features": features}]})
-        return self.trainer.data_collator(items)
+        return self.trainer.data_collator(items[rows])
 
     def set(self, micro: int, checkpointing: bool, dropout: float) -> None:
         self.trainer.micro = micro
@@ -101,8 +102,8 @@ class Engine:
         else:
             self.base.activation_checkpointing_disable()
             self.base.disable_input_require_grads()
-        for name, module in self.model.named_modules():
-            if name.endswith("lora_dropout.default") and isinstance(module, torch.nn.Dropout):
+        for module in self.model.modules():
+            if isinstance(module, RowDropout):
                 module.p = dropout
 
     def gradient(self, counts: Sequence[int], micro: int) -> Tensor:

@@ -92,7 +92,7 @@ def measure(row: tuple[str, int, int, bool, float], device: str) -> dict[str, fl
     meta = Costs(config, dtype, params.lora_targets, params.lora_rank, dropout, device == "cuda")
     lengths = (one[side]["input_ids"].shape[1] for side in ("page", "query"))
     step = meta.step(Setting(batch, micro, checkpointing, 6, *lengths))
-    there = step.memory["base weights"] + step.memory["adapters"] + step.memory["optimizer"]
+    there = sum(step.memory[name] for name in ("base weights", "adapters", "optimizer", "dropout"))
     predicted = step.peak - there - batch * meta.feature_bytes(6)
     return {"predicted": predicted, "measured": watch.grown, "static": there, "seconds": watch.seconds}
 

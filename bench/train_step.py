@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from colpali_engine.loss import ColbertLoss
 from colpali_engine.trainer import ContrastiveTrainer as StockTrainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.data import TensorDataset
 from transformers import InternVLConfig, InternVLModel, TrainingArguments
@@ -33,6 +33,7 @@ from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageP
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
 from colintern.model import ColIntern3_5
+from colintern.modeling.dropout import RowDropout
 from colintern.modeling.features import Page
 from colintern.modeling.lora import add_lora
 from colintern.params import Params, load
@@ -135,8 +136,8 @@ class Bench:
     def step(self, on: Levers) -> tuple[float, float]:
         """CPU seconds of one forward and backward, and the loss."""
         self.base.stock, self.ours.argmax, self.ours.low_precision = not on.graph, on.argmax, on.bf16_adapters
-        for name, module in self.model.named_modules():
-            if "lora_dropout" in name and isinstance(module, nn.Dropout):
+        for module in self.model.modules():
+            if isinstance(module, RowDropout):
                 module.p = 0.0 if on.no_dropout else 0.1
         if on.no_checkpointing:
             self.base.activation_checkpointing_disable()

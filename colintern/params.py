@@ -75,6 +75,7 @@ POSITIVE = Rule("above 0", lambda value: value > 0)
 FILLED = Rule("not empty", lambda value: bool(value.strip()))
 REVISION = Rule('40 hex digits, or ""', lambda value: re.fullmatch(r"([0-9a-f]{40})?", value) is not None)
 MIXTURE = Rule("a data set, or several different ones as `a*2 + b`, weights from 1", lambda text: bool(mixture(text)))
+LAUNCH = Rule("auto, or 1 or more", lambda value: value == "auto" if isinstance(value, str) else value > 0)
 PATTERN = Rule("a regular expression that compiles (any text is .* in it, not *)", _compiles)
 
 
@@ -99,6 +100,7 @@ class Params:
     attention: Annotated[str, one_of("auto", "sdpa", "eager", "flash_attention_2")]
     gradient_checkpointing: bool
     compile: bool
+    launch: Annotated[int | str, LAUNCH]
     lora_targets: Annotated[tuple[str, ...], PATTERN]
     lora_rank: Annotated[int, between(1, 1024)]
     lora_alpha: Annotated[int, at_least(1)]
@@ -121,6 +123,7 @@ class Params:
     feature_cache_gb: Annotated[float, at_least(0)]
     embedding_cache_gb: Annotated[float, at_least(0)]
     seed: Annotated[int, between(0, 2**32 - 1)]
+    deterministic: bool
     threads: Annotated[int, at_least(1)]
     workers: Annotated[int, at_least(0)]
 
@@ -132,6 +135,7 @@ KINDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     str: "text",
+    int | str: "a whole number or auto",
     LIST: "a list of one or more texts",
 }
 
@@ -224,6 +228,8 @@ def _misfit(name: str, kind: Any, rules: list[Rule], value: Any) -> list[str]:
 def _is_a(kind: Any, value: Any) -> bool:
     if kind is float:  # compared, not converted: nan, inf and whole numbers too large for a float all fail here
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if kind == int | str:
+        return type(value) in (int, str)
     return type(value) is kind  # `is`, because True is an instance of int
 
 

@@ -4,8 +4,9 @@
 
 Input: params.yaml, data/manifest.json and what it names. Output: experiments/colintern (the adapter, its head,
 processor, trainer_state.json, identity.json), metrics/train.json, plots/train.csv and plots/dev.csv. An interrupted
-run goes on from its last checkpoint. Exit 2 where a check of `colintern doctor` on model or machine fails, 5 when the
-loss is not finite, 6 when one page does not fit the memory, 75 after SIGTERM or Ctrl-C, with a checkpoint.
+run goes on from its last checkpoint. `launch` says in how many processes; under a launcher its own are joined. Exit 2
+where a check of `colintern doctor` on model or machine fails, 5 when the loss is not finite, 6 when one page does not
+fit the memory, 75 after SIGTERM or Ctrl-C, with a checkpoint.
 """
 
 import os
@@ -14,7 +15,6 @@ from pathlib import Path
 
 if not sys.stderr.isatty():
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # else the Trainer splits each batch over all of them
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from colintern.data.trainset import training_data
@@ -26,19 +26,24 @@ from colintern.params import exit_on_user_error, load
 @exit_on_user_error()
 def main() -> None:
     params = load()
-    # A flipped bit costs seconds here, and a training run later.
-    training_data(params, anew=True)
-    base = ready(params, anew=True)
-    from colintern.planning.doctor import hold
+    from colintern.training.processes import joined, start
 
-    hold(params, base)
-    from colintern.training.runs import train  # only now: `datasets` looks at its import whether it may ask the hub
+    start(params, "stages.train")
+    with joined(params.threads) as processes:
+        # A flipped bit costs seconds here, and a training run later.
+        processes.first(lambda: bool(training_data(params, anew=True)))
+        base = processes.first(lambda: ready(params, anew=True))
+        from colintern.planning.doctor import hold
 
-    metrics = train(params, Path("experiments/colintern"))
-    path = Path("metrics/train.json")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(dumps(metrics))
-    print(" ".join(f"{key}={value}" for key, value in metrics.items() if key != "health"))
+        hold(params, base)
+        from colintern.training.runs import train  # only now: `datasets` looks at its import whether it may ask the hub
+
+        metrics = train(params, Path("experiments/colintern"), processes)
+        if processes.main:
+            path = Path("metrics/train.json")
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(dumps(metrics))
+            print(" ".join(f"{key}={value}" for key, value in metrics.items() if key != "health"))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Place:
 def _child(folder: Path, work: Callable[..., None], command: list[str], fault: Fault, *arguments: object) -> None:
     os.chdir(folder)
     for number, name in ((1, "out.txt"), (2, "err.txt")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
     multiprocessing.set_start_method(None, force=True)  # what a process has that was started from a shell
     if fault:
         fault(*arguments)

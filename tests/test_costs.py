@@ -14,11 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import InternVLConfig
 
 from colintern.model import ColIntern3_5
+from colintern.modeling.dropout import Masks
 from colintern.modeling.lora import add_lora
 from colintern.params import load
 from colintern.planning import costs as module
 from colintern.planning.costs import Costs, Setting
 from colintern.planning.meter import Kernel, Meter, measure
+from colintern.training.processes import ALONE
 from colintern.training.trainer import ContrastiveTrainer
 
 PARAMS = load(ROOT / "recipes" / "demo.yaml")
@@ -70,6 +72,7 @@ def test_weights_adapters_and_optimizer_to_the_byte(costs, model):
         "adapters": 4 * trained,
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
+        "dropout": 0,
     }
     assert costs.feature_bytes(6) == 6 * 16 * 128 * 4
     assert costs.parameters == sum(p.numel() for p in model.parameters()) == module.parameters(costs.config)
@@ -84,12 +87,13 @@ def test_a_step_is_what_the_trainer_runs(costs, micro, checkpointing, dtype):
     trainer = object.__new__(ContrastiveTrainer)
     trainer.params, trainer.micro = SimpleNamespace(temperature=0.02), micro
     trainer.low_precision = dtype is torch.bfloat16
-    trainer.accelerator = SimpleNamespace(backward=lambda loss: loss.backward())
     trainer.processor = costs.config  # `split` asks it for image_token_id and image_seq_length
     batch = {"query": costs._batch(size, 0, 24), "page": costs._batch(size, 6, 108), "page_ids": torch.arange(size)}
-    batch["query_ids"] = batch["page_ids"]
+    batch["query_ids"], trainer.processes = batch["page_ids"], ALONE
+    batch["share"] = ALONE.shares(batch)
     tensors = [t for side in ("query", "page") for t in batch[side].values()]
     [model] = costs.models
+    trainer.masks = model.masks
 
     step = costs.step(Setting(size, micro, checkpointing, 6, 108, 24))
     base = model.base_model.model
@@ -127,10 +131,10 @@ class Operators(TorchDispatchMode):
 def test_autocast_on_meta_tensors_casts_what_the_real_one_does(checkpointing):
     """The products of a step and the casts of adapters, on the CPU under torch's autocast and on meta under ours."""
     trainer, costs = object.__new__(ContrastiveTrainer), demo(dtype=torch.bfloat16)
-    trainer.low_precision = True
+    trainer.low_precision, trainer.processor = True, None
     [meta] = costs.models
     real = add_lora(ColIntern3_5._from_config(costs.config, dtype=torch.bfloat16), *costs.lora)
-    found = []
+    found, share = [], SimpleNamespace(numbers={"page": [0, 1]})
     for model in (real, meta):
         base = model.base_model.model
         (base.activation_checkpointing_enable if checkpointing else base.activation_checkpointing_disable)()
@@ -140,8 +144,9 @@ def test_autocast_on_meta_tensors_casts_what_the_real_one_does(checkpointing):
         }
 
         def run(model=model, batch=batch):
+            trainer.masks = Masks(model, 0, torch.bfloat16)
             with Operators() as operators:
-                trainer._embed(model, batch).sum().backward()
+                trainer._embed(model, {"page": batch, "share": share}, "page", [0, 1]).sum().backward()
             found.append(operators.seen)
 
         with disable_input_dtype_casting(model):
@@ -181,12 +186,14 @@ def test_a_part_grows_by_as_much_with_each_pair(costs):
     assert most - more == 2 * (more - few) > 0
 
 
-def test_dropout_keeps_a_byte_on_cuda_and_a_number_on_the_cpu():
-    none, cpu, cuda = (
-        demo(dropout=p, cuda=gpu).step(DEMO).memory["activations and loss"]
-        for p, gpu in ((0, False), (0.1, False), (0.1, True))
-    )
-    assert none < cuda < cpu
+def test_dropout_takes_its_masks_and_a_copy_of_what_an_adapter_keeps():
+    """Adapters of one input then keep an input each: queries' and pages' tokens, 4 further of 128 wide in 2 layers."""
+    none, some = demo(), demo(dropout=0.1)
+    assert some.static()["dropout"] == 4096 * (128 + 384) * 4
+    whole = DEMO._replace(micro_batch_size=32)
+    more = some.step(whole).memory["activations and loss"] - none.step(whole).memory["activations and loss"]
+    a_width = 32 * (24 + 108) * 128 * 4
+    assert 2 * 4 * a_width <= more <= 2 * 13 * a_width, "at most: q, k, v, o, gate, up, and down with three times 128"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -12,8 +12,8 @@ from pathlib import Path
 import hub
 import pytest
 import torch
-from conftest import FORKS
 from huggingface_hub import ModelCard
+from processes import FORKS
 from safetensors.torch import load_file, save_file
 from test_report import evaluated, fork, run  # noqa: F401
 

@@ -98,6 +98,9 @@ BAD_VALUES = [
     ("attention", "flash", "auto, sdpa, eager, flash_attention_2"),
     ("gradient_checkpointing", "0", "true or false"),
     ("compile", "1", "true or false"),
+    ("launch", "0", "auto, or 1 or more"),
+    ("launch", "two", "a whole number or auto"),
+    ("launch", "1.5", "a whole number or auto"),
     ("lora_rank", "0", "1 to 1024"),
     ("lora_rank", "1025", "1 to 1024"),
     ("lora_alpha", "0", "at least 1"),
@@ -140,6 +143,7 @@ BAD_VALUES = [
     ("embedding_cache_gb", "-1.0", "0"),
     ("seed", "-1", "0 to 4294967295"),
     ("seed", "4294967296", "0 to 4294967295"),
+    ("deterministic", "1", "true or false"),
     ("threads", "0", "at least 1"),
     ("workers", "-1", "at least 0"),
 ]

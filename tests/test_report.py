@@ -9,7 +9,8 @@ from pathlib import Path
 
 import browser
 import pytest
-from conftest import FORKS, ROOT
+from conftest import ROOT
+from processes import FORKS
 from test_adapters import trained
 
 from colintern.data.demo import corpus

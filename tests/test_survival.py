@@ -1,4 +1,4 @@
-"""Faults T1-T11 and T14: real kills, signals, torn files and full disks; the run ends on the same bytes, or says why.
+"""Faults T1-T12 and T14: real kills, signals, torn files and full disks; the run ends on the same bytes, or says why.
 
 Each run is a process of its own, see processes.py.
 """
@@ -21,6 +21,7 @@ import pytest
 from conftest import ROOT
 from processes import Place, kill, leave, signal_self
 from safetensors.torch import load_file
+from test_processes import free_port, rank_of
 from test_survey import BEIR, SET, row, write_eval, write_rows
 
 STEPS = 10  # 40 rows in batches of 8, twice; checkpoints after 3, 6, 9 and 10
@@ -344,8 +345,7 @@ def test_t9_a_weight_that_is_not_finite_ends_the_run_within_a_step(place):
 
 
 def test_t10_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(place):
-    with contextlib.chdir(place.folder):
-        params(lr="2e-3", lora_dropout=0.0)  # whose draw depends on the parts
+    assert "lora_dropout: 0.1\n" in (place.folder / "params.yaml").read_text()
     assert place.run() == 0, place.log
     had = load_file(place.folder / OUT / "adapter_model.safetensors")
     assert place.run(too_big, 3) == 0, place.log
@@ -383,3 +383,65 @@ def never_load() -> None:
     from colintern.model import ColIntern3_5
 
     ColIntern3_5.from_pretrained = leave
+
+
+def in_two(place: Run) -> None:
+    """A run in two processes, joined as under any launcher."""
+    port = free_port()
+    ranks = [place.start(rank_of, 2, rank, port) for rank in range(2)]
+    for process in ranks:
+        process.join(180)
+    assert [process.exitcode for process in ranks] == [0, 0], place.log
+
+
+def test_t12_where_one_rank_dies_all_stop_and_the_next_launch_ends_on_the_same_bytes(place, fetched, whole):
+    """`launch: 2` of the real stage, whose rank 1 is killed after a checkpoint; against two that are left alone."""
+    with contextlib.chdir(place.folder):
+        params(lr="2e-3", launch=2)
+    undisturbed = Run(place.folder.parent / "undisturbed", work)
+    shutil.copytree(place.folder, undisturbed.folder, symlinks=True)
+    in_two(undisturbed)
+    stage = launched(place)
+    os.kill(rank_one(stage.pid), signal.SIGKILL)
+    killed = time.monotonic()
+    assert stage.wait(60) == 1, place.log
+    assert time.monotonic() - killed < 60 and "1: -9" in place.log
+    assert not (place.folder / OUT).exists()
+    in_two(place)
+    assert "resuming from" in place.log
+    assert place.result() == undisturbed.result()
+    one, two = (load_file(p.folder / OUT / "adapter_model.safetensors") for p in (Run(fetched, work), undisturbed))
+    for name, value in one.items():  # the sums were taken in another order, ten times
+        assert (value - two[name]).norm() <= 1e-3 * value.norm(), name
+
+
+def launched(place: Run) -> subprocess.Popen[bytes]:
+    """The real stage, with a checkpoint behind it."""
+    with (place.folder / "out.txt").open("w") as log:
+        (place.folder / "err.txt").touch()
+        stage = subprocess.Popen(
+            [sys.executable, "-m", "stages.train"], cwd=place.folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    while not list((place.folder / ".scratch").glob("train-*/checkpoint-*")):
+        assert stage.poll() is None, place.log
+        time.sleep(0.05)
+    return stage
+
+
+def test_t6_a_signal_to_the_stage_stops_all_processes_with_a_checkpoint(place):
+    with contextlib.chdir(place.folder):
+        params(lr="2e-3", launch=2, epochs=40)
+    stage = launched(place)
+    stage.terminate()
+    assert stage.wait(60) == 75, place.log
+    [step] = set(re.findall(r"stopped at step (\d+) of 200, with a checkpoint", place.log))  # each says so
+    assert (place.scratch / f"checkpoint-{step}" / "rng_state_1.pth").is_file()
+    assert not (place.folder / OUT).exists()
+
+
+def rank_one(parent: int) -> int:
+    """The PID of the second process that `parent` has started to train."""
+    children = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    [found] = [pid for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    return found

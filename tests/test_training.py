@@ -2,8 +2,6 @@ import dataclasses
 import math
 import os
 import shutil
-import subprocess
-import sys
 import time
 
 import pytest
@@ -15,6 +13,7 @@ from colintern.modeling.features import Page, PageFeatures
 from colintern.modeling.lora import add_lora
 from colintern.params import UserError
 from colintern.params import load as load_params
+from colintern.training.determinism import set_deterministic
 from colintern.training.pairs import Pair, Pairs
 from colintern.training.parts import places, restored, take
 from colintern.training.runs import prepare
@@ -26,14 +25,15 @@ QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
 
 @pytest.fixture
 def make(processor, pages, tmp_path):
-    """A trainer on four ragged pages, any key of params replaced; their features are cached if `cache_gb`.
+    """A trainer on ragged pages, any key of params replaced; their features are cached if `cache_gb`.
 
     `shown`, `negatives`: the page of each row, and its hard negatives, by number.
     """
 
     def build(cache_gb=0.0, queries=QUERIES, shown=(0, 1, 2, 3), negatives=((),) * 4, **changes):
         params = dataclasses.replace(
-            load_params(ROOT / "recipes" / "demo.yaml"), batch_size=4, logging_steps=1, epochs=1, **changes
+            load_params(ROOT / "recipes" / "demo.yaml"),
+            **{"batch_size": len(queries), "logging_steps": 1, "epochs": 1} | changes,
         )
         torch.manual_seed(0)
         base = load(BASE).to(getattr(torch, params.dtype))
@@ -53,6 +53,9 @@ def make(processor, pages, tmp_path):
     return build
 
 
+EIGHT = [*QUERIES, "to Oslo", "a long query about freight from Rome to Oslo", "milk of March", "Rome"]
+
+
 def gradients(trainer, processor, pages) -> dict[str, torch.Tensor]:
     batch = trainer.data_collator(list(trainer.train_dataset))
     torch.manual_seed(7)
@@ -66,11 +69,20 @@ def gradients(trainer, processor, pages) -> dict[str, torch.Tensor]:
     return {name: p.grad.double() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("micro", [1, 2, 3])
-def test_the_gradient_does_not_depend_on_the_micro_batch(make, processor, pages, micro):
-    whole = gradients(make(micro_batch_size=4), processor, pages)
-    parts = gradients(make(micro_batch_size=micro), processor, pages)
-    assert apart(whole, parts) < 1e-5
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_does_not_depend_on_the_micro_batch(make, processor, pages, checkpointing):
+    """With dropout: eight ragged rows in parts of 8, 4, 2 and 1, in float32. Another step draws other elements."""
+
+    def run(micro, step=0):
+        trainer = make(1.0, EIGHT, (0, 1, 2, 3) * 2, ((),) * 8, micro_batch_size=micro, batch_size=8, lora_dropout=0.1)
+        if checkpointing:
+            trainer.model.activation_checkpointing_enable()
+        trainer.state.global_step = step
+        return gradients(trainer, processor, pages)
+
+    whole = run(8)
+    assert max(apart(whole, run(micro)) for micro in (4, 2, 1)) < 1e-6
+    assert apart(whole, run(8)) == 0 and apart(whole, run(8, step=1)) > 1e-2
 
 
 def apart(one, other) -> float:
@@ -112,8 +124,8 @@ def test_the_loss_curve_in_bfloat16_stays_with_that_of_float32_adapters(make):
 
 
 def test_compiled_layers_give_the_same_gradient(make, processor, pages):
-    eager = gradients(make(micro_batch_size=4), processor, pages)
-    trainer = make(micro_batch_size=4, compile=True)
+    eager = gradients(make(micro_batch_size=4, lora_dropout=0.1), processor, pages)
+    trainer = make(micro_batch_size=4, lora_dropout=0.1, compile=True)
     layers = trainer.model.base_model.model.language_model.layers
     assert all(layer._compiled_call_impl is not None for layer in layers)
     assert apart(eager, gradients(trainer, processor, pages)) < 1e-4
@@ -130,13 +142,12 @@ def test_compile_without_a_compiler_is_refused_before_anything_is_loaded(monkeyp
 NEGATIVES = ((3, 2), (), (1,), (0, 1))
 
 
-@pytest.mark.parametrize(("micro", "dropout"), [(1, 0.0), (2, 0.0), (2, 0.5), (3, 0.0)])
+@pytest.mark.parametrize(("micro", "dropout"), [(1, 0.0), (2, 0.0), (2, 0.5), (3, 0.5)])
 def test_the_order_of_a_batch_in_parts_does_not_change_the_gradient(
     make, processor, pages, monkeypatch, micro, dropout
 ):
     """Ragged pages and negatives, in float64 up to the embeddings, against parts of rows as they come, padded to the
-    batch's longest. Dropout draws other elements for other rows: with it, the same parts give the same bits.
-    """
+    batch's longest."""
 
     def run(order, cut):
         trainer = make(micro_batch_size=micro, negatives=NEGATIVES, lora_dropout=dropout)
@@ -151,12 +162,7 @@ def test_the_order_of_a_batch_in_parts_does_not_change_the_gradient(
     def uncut(inputs, rows, processor):
         return take(inputs, rows, processor) | {key: inputs[key][rows] for key in ("input_ids", "attention_mask")}
 
-    ordered = run(places, take)
-    if dropout:
-        assert apart(run(places, take), ordered) == 0
-        assert apart(run(as_it_comes, take), ordered) > 1e-3, "there is dropout"
-    else:
-        assert apart(run(as_it_comes, uncut), ordered) < 1e-6
+    assert apart(run(as_it_comes, uncut), run(places, take)) < 1e-6
 
 
 @pytest.mark.parametrize("micro", [1, 3, 4])
@@ -206,12 +212,49 @@ def test_dropout_is_the_same_in_both_passes_of_a_micro_batch(make, processor, pa
     for first, second in zip(embeddings[:half], embeddings[half:], strict=True):
         torch.testing.assert_close(first, second)
     with torch.no_grad():
+        trainer.model.eval()
         assert not torch.equal(embeddings[0], trainer.model(**first_queries(trainer))), "there is dropout"
 
 
 def first_queries(trainer):
     query = trainer.data_collator(list(trainer.train_dataset))["query"]
     return take(query, places(query, 2)[0], trainer.processor)
+
+
+def test_a_deterministic_step_refuses_kernels_that_are_not_and_changes_no_bit_on_a_cpu(make, processor, pages):
+    plain = gradients(make(micro_batch_size=2, lora_dropout=0.1), processor, pages)
+    try:
+        set_deterministic(True)
+        assert apart(plain, gradients(make(micro_batch_size=2, lora_dropout=0.1), processor, pages)) == 0
+        with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+            torch.nn.functional.max_unpool1d(torch.ones(1, 1, 2), torch.tensor([[[0, 2]]]), 2)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and torch.backends.cudnn.deterministic
+    finally:
+        set_deterministic(False)
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_dropout_is_that_of_its_share_and_other_for_each_row_module_step_and_side(make):
+    trainer = make(lora_dropout=0.25)
+    layer = trainer.model.base_model.model.language_model.layers[1]
+    up, gate = (getattr(layer.mlp, name).lora_dropout["default"] for name in ("up_proj", "gate_proj"))
+    ones = torch.ones(4, 50, 128)
+
+    def draw(module, side="page", step=3):
+        trainer.masks.draw(step, torch.device("cpu"))
+        with trainer.masks.rows(side, torch.arange(4), 50):
+            return module(ones)
+
+    trainer.model.train()
+    first = draw(up)
+    assert torch.equal(first, draw(up)) and set(first.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert (first == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    others = [draw(gate), draw(up, "query"), draw(up, step=4), first.flip(0), first.roll(1, 1)]
+    for other in others:  # independent ones agree in 0.25^2 + 0.75^2 of their elements
+        assert (first == other).float().mean().item() == pytest.approx(0.625, abs=0.03)
+    with trainer.masks.rows("page", torch.arange(4), 49), pytest.raises(ValueError, match="49"):
+        up(ones)
+    assert not [name for name in trainer.model.state_dict() if "dropout" in name], "PEFT would save it"
 
 
 def test_every_lora_module_and_nothing_else_gets_a_gradient(make, processor, pages):
@@ -273,26 +316,6 @@ def test_a_run_that_could_not_be_reported_is_refused_before_anything_is_loaded(m
     params = dataclasses.replace(load_params(ROOT / "recipes" / "demo.yaml"), **changes)
     with pytest.raises(UserError, match=message):
         prepare(params, "a base that does not exist", tmp_path)
-
-
-def test_several_processes_are_refused_before_any_data_is_read(tmp_path):
-    """In a folder without data: a run that got as far as that would name the missing manifest."""
-    shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
-    shutil.copytree(BASE, tmp_path / "demo" / "base")
-    code = (
-        "from pathlib import Path; from colintern.params import load; from colintern.training.runs import prepare; "
-        "prepare(load(), 'no base', Path('scratch'))"
-    )
-    (tmp_path / "two.py").write_text(code)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "two.py"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode != 0
-    assert "in 2 processes: training uses one" in done.stderr, done.stderr[-3000:]
 
 
 def test_a_run_that_was_cut_off_ends_on_the_same_weights(make, tmp_path):

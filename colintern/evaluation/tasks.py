@@ -50,7 +50,7 @@ def evaluate(subjects: Mapping[str, Subject], params: Params, out: Path) -> dict
     torch.set_num_threads(params.threads)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    scores = {}
+    scores, sizes = {}, {}
     for name, subject in subjects.items():
         folders = finished(subject, params, [task for _, task in pairs])
         results = {task: _result(folder, subject, task) for task, folder in folders.items()}
@@ -60,7 +60,8 @@ def evaluate(subjects: Mapping[str, Subject], params: Params, out: Path) -> dict
     trained = subjects["trained"]
     data = {task.metadata.name: task.metadata.dataset["revision"] for _, task in pairs}
     settings = trained.params | trained.identity["params"] | {"benchmarks": list(params.benchmarks)}
-    (partial / "run.json").write_text(dumps({"revision": trained.revision, "params": settings, "data": data}))
+    run = {"revision": trained.revision, "params": settings, "data": data, "size": sizes}
+    (partial / "run.json").write_text(dumps(run))
     shutil.rmtree(out, ignore_errors=True)
     partial.replace(out)
     return scores

@@ -10,6 +10,7 @@ libraries' workspaces.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import cache
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import InternVLConfig
 
 from colintern.model import EMBEDDING_DIM
+from colintern.modeling.dropout import Masks
 from colintern.modeling.lora import add_lora, meta_model
 from colintern.planning.meter import Kernel, Phase, measure
 from colintern.training.loss import contrastive_loss, maxsim_matrix
@@ -91,6 +93,7 @@ class Costs:
             "adapters": self.adapter_bytes,
             "gradients": self.adapter_bytes,
             "optimizer": ADAM_BYTES * self.trained,
+            "dropout": sum(masks.nbytes for masks in self.models[0].masks.drawn.values()),
         }
 
     def step(self, setting: Setting) -> Step:
@@ -153,11 +156,15 @@ class Costs:
 
     @cache  # noqa: B019
     def _whole(self, size: int, sides: tuple[tuple[int, int], ...], checkpointing: bool) -> Phase:
-        """The whole batch in one graph."""
+        """The whole batch, its graph waiting for the gradient of its embeddings."""
         query, page = (self._batch(size, *side) for side in sides)
 
         def run(model: Any) -> None:
-            _contrast(query, page, self._embed(model, query), self._embed(model, page)).backward()
+            made = [self._embed(model, side) for side in (query, page)]
+            leaves: list[Any] = [embedded.detach().requires_grad_() for embedded in made]
+            _contrast(query, page, *leaves).backward()
+            for embedded, leaf in zip(made, leaves, strict=True):
+                (embedded * leaf.grad).sum().backward()
 
         return self._measure(run, checkpointing, *query.values(), *page.values())
 
@@ -178,9 +185,10 @@ class Costs:
 
     def _embed(self, model: Any, part: dict[str, Tensor]) -> Tensor:
         """As `ContrastiveTrainer._embed`."""
-        if not self.low_precision:
-            return model(**part)
-        with torch.autocast(model.device.type, torch.bfloat16):  # `measure`'s
+        rows, length = part["input_ids"].shape
+        # autocast is `measure`'s
+        cast = torch.autocast(model.device.type, torch.bfloat16) if self.low_precision else nullcontext()
+        with model.masks.rows("page", torch.arange(rows, device="meta"), length), cast:
             return model(**part)
 
     def _measure(self, run: Callable[[Any], None], checkpointing: bool, *known: Tensor) -> Phase:
@@ -193,7 +201,7 @@ class Costs:
             elif base.is_activation_checkpointing:
                 base.activation_checkpointing_disable()
             gradients = (p.grad for p in model.parameters() if p.grad is not None)
-            there = (*model.parameters(), *model.buffers(), *gradients, *known)
+            there = (*model.parameters(), *model.buffers(), *model.masks.drawn.values(), *gradients, *known)
             with disable_input_dtype_casting(model, active=self.low_precision):
                 found.append(measure(lambda model=model: run(model), there, self.cuda))  # type: ignore[misc]
         if len(found) == 1:
@@ -211,7 +219,9 @@ class Costs:
         config = deepcopy(self.config)
         text = config.get_text_config()
         text.num_hidden_layers, text.layer_types = layers, text.layer_types[:layers]
-        model = add_lora(meta_model(config, None).to(self.dtype), *self.lora)  # type: ignore[arg-type]
+        model: Any = add_lora(meta_model(config, None).to(self.dtype), *self.lora)  # type: ignore[arg-type]
+        model.masks = Masks(model, 0, self.dtype)
+        model.masks.draw(0, model.device)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)  # from the second part of a step on they are there

@@ -83,7 +83,13 @@ def evaluation(params: Params, folder: Path) -> Evaluation:
     before = folder / "queries" / "untrained.parquet"
     version = next(iter(results.values())).mteb_version or "unknown"
     return Evaluation(
-        folder, run, pairs, collect(pairs, results), rows, _queries(before) if before.is_file() else [], version
+        folder,
+        run,
+        pairs,
+        collect(pairs, results, run["size"]),
+        rows,
+        _queries(before) if before.is_file() else [],
+        version,
     )
 
 

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from colintern.files.identity import content_hash
 from colintern.params import UserError
+from colintern.training.processes import Processes
 
 SAVING = "saving"
 FILES = "files.json"  # of a checkpoint: each other file's sha256
@@ -33,11 +34,14 @@ class Interrupted(UserError):
 class Checkpoints(TrainerCallback):
     """Gives what transformers has saved its name, and keeps the newest two."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, processes: Processes):
+        self.folder, self.processes = folder, processes
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        name = f"checkpoint-{state.global_step}"
+        self.processes.barrier()  # each process has written a file of it
+        self.processes.first(lambda: self._seal(f"checkpoint-{state.global_step}"))
+
+    def _seal(self, name: str) -> None:
         seal(self.folder / SAVING / name, self.folder / name)
         for old in _by_step(self.folder)[KEEP:]:
             shutil.rmtree(old)
@@ -46,7 +50,8 @@ class Checkpoints(TrainerCallback):
 class Signals(TrainerCallback):
     """SIGTERM and Ctrl-C: a checkpoint after the step under way, then the end; a second one ends at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
         self.received, self.stepping, self.owner = 0, False, os.getpid()
 
     def __call__(self, number: int, frame: Any) -> None:
@@ -62,7 +67,8 @@ class Signals(TrainerCallback):
         self.stepping = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.received and state.global_step < state.max_steps:
+        # The signal may reach the processes in different steps: one that has it stops all of them in this one.
+        if self.processes.any(bool(self.received)) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
     @contextmanager

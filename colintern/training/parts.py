@@ -14,14 +14,19 @@ from colintern.processor import ColIntern3_5Processor
 
 
 def places(inputs: dict[str, Tensor], size: int) -> list[list[int]]:
-    """The rows of each part of `size` rows, the longest rows first: what does not fit the memory fails at once."""
+    """The rows of each part of `size` rows, the longest rows first: what does not fit the memory fails at once. A whole
+    batch stays as it is."""
+    if size >= len(inputs["input_ids"]):
+        return [list(range(len(inputs["input_ids"])))]
     order = inputs["attention_mask"].sum(1).argsort(descending=True, stable=True)
     return [part.tolist() for part in order.split(size)]
 
 
 def take(inputs: dict[str, Tensor], rows: Sequence[int], processor: ColIntern3_5Processor) -> dict[str, Tensor]:
     """Inputs of the model for `rows`, padded to the longest of them; the flat tiles of `image_features` go with their
-    pages."""
+    pages. All rows are `inputs` itself, not a copy."""
+    if rows == list(range(len(inputs["input_ids"]))):
+        return inputs
     ids, mask = (inputs[key][rows] for key in ("input_ids", "attention_mask"))
     longest = int(mask.sum(1).max())
     part = {"input_ids": ids[:, :longest], "attention_mask": mask[:, :longest]}
@@ -39,6 +44,9 @@ def restored(rows: Iterable[Sequence[int]], embeddings: Iterable[Tensor]) -> Ten
         rows: of each part; see `places`.
         embeddings: of each part, (rows of the part, its longest row, dimension).
     """
+    rows, embeddings = list(rows), list(embeddings)
+    if len(rows) == 1:
+        return embeddings[0]
     numbers = (row for part in rows for row in part)
     by_row = dict(zip(numbers, (row for part in embeddings for row in part.unbind()), strict=True))
     return pad_sequence([by_row[row] for row in range(len(by_row))], batch_first=True)

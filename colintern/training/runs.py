@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,10 @@ from colintern.modeling.weights import statistics
 from colintern.params import Params, UserError, root
 from colintern.processor import ColIntern3_5Processor
 from colintern.training.checkpoints import SAVING, Interrupted, Signals, check_room, newest, room, size
+from colintern.training.determinism import set_deterministic
 from colintern.training.health import health, line, report, stored
 from colintern.training.pairs import Pairs, rows
+from colintern.training.processes import ALONE, Processes
 from colintern.training.trainer import ContrastiveTrainer, DevSet, NonFiniteError, arguments
 from colintern.training.watch import pace_findings
 
@@ -41,36 +43,38 @@ CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", 
 COMPILERS = ("g++", "clang++")  # what torch looks for
 
 
-def train(params: Params, out: Path) -> dict[str, Any]:
+def train(params: Params, out: Path, own: Processes = ALONE) -> dict[str, Any]:
     """Train and write the adapter to `out`, its curves to plots/; returns the metrics.
 
     Raises:
         UserError: data or base are missing or changed, the LoRA targets are wrong, another process trains this very
-            run, the training set is smaller than a batch, or there are several GPUs or processes.
+            run, the training set is smaller than a batch, or processes share no folder.
         NonFiniteError: the loss is not finite.
         OutOfMemory: one page does not fit the memory.
         Interrupted: SIGTERM or SIGINT; a checkpoint is there.
     """
     torch.set_num_threads(params.threads)
-    base = check_base(params)
+    set_deterministic(params.deterministic)
+    base = own.first(lambda: check_base(params))
     identity = stage_identity("train", params)
     scratch = root() / ".scratch" / f"train-{fingerprint(identity)[:16]}"
-    signals = Signals()
-    with locked_or_refused(scratch), signals.watch():
-        trainer = prepare(params, base, scratch)
-        identity |= origin(trainer)
+    signals = Signals(own)
+    with locked_or_refused(scratch) if own.main else nullcontext(), signals.watch():
+        own.first(lambda: None)  # the first process holds the lock
+        trainer = prepare(params, base, scratch, own)
+        identity |= origin(trainer) | {"processes": own.size}
         trainer.add_callback(signals)
-        run(trainer, scratch, newest(scratch))
+        run(trainer, scratch, own.first(lambda: str(newest(scratch) or "")))
         step, last = trainer.state.global_step, trainer.state.max_steps
         if step < last:
             raise Interrupted(f"stopped at step {step} of {last}, with a checkpoint; the same command goes on from it")
-        metrics = finish(trainer, params, identity, out)
-        shutil.rmtree(scratch)
+        metrics = own.first(lambda: finish(trainer, params, identity, out))
+        own.first(lambda: shutil.rmtree(scratch))
     return metrics
 
 
-def run(trainer: ContrastiveTrainer, scratch: Path, checkpoint: Path | None) -> None:
-    """Train to the end, or until a signal.
+def run(trainer: ContrastiveTrainer, scratch: Path, checkpoint: str) -> None:
+    """Train to the end, or until a signal, from `checkpoint` or, where that is "", from the start.
 
     Raises:
         UserError: the disk is full; the last good checkpoint is kept.
@@ -81,18 +85,21 @@ def run(trainer: ContrastiveTrainer, scratch: Path, checkpoint: Path | None) -> 
     scratch.mkdir(parents=True, exist_ok=True)
     if checkpoint:
         print(f"resuming from {checkpoint}")
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if not Path(checkpoint).is_dir():
+            raise UserError(f"{checkpoint}: not here; several machines need one folder that all of them see")
+        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
         if state.global_step >= state.max_steps:  # killed after its last step: transformers would make one more
-            trainer._load_from_checkpoint(str(checkpoint))
+            trainer._load_from_checkpoint(checkpoint)
             trainer.state = state
             trainer.tally.on_train_begin(None, state, None)
             return
     else:
         check_room(scratch, room(trained), "checkpoints and adapter")
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=checkpoint or None)
     except NonFiniteError:
-        shutil.rmtree(scratch)  # a rerun would go on to the same end
+        if trainer.processes.main:
+            shutil.rmtree(scratch)  # a rerun would go on to the same end
         raise
     except (OSError, RuntimeError, SafetensorError):  # what a full disk makes of torch's and safetensors' writers
         shutil.rmtree(scratch / SAVING, ignore_errors=True)
@@ -107,17 +114,13 @@ def origin(trainer: ContrastiveTrainer) -> dict[str, Any]:
     return {"base": read(MANIFEST)["base"], "start": statistics(weights, model.base_model.model.head_state())}
 
 
-def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
+def prepare(params: Params, place: str, scratch: Path, processes: Processes = ALONE) -> ContrastiveTrainer:
     """The model, wrapped and counted, and the data, in a trainer; `place` is where `check_base` found the base.
 
     Raises:
         UserError: see `train`.
     """
-    args = arguments(params, scratch, quiet=not sys.stderr.isatty())
-    if args.n_gpu > 1 or args.world_size > 1:  # each process or device would take a batch of its own
-        raise UserError(
-            f"{args.n_gpu} GPUs in {args.world_size} processes: training uses one; set CUDA_VISIBLE_DEVICES=0"
-        )
+    args = arguments(params, scratch, quiet=not sys.stderr.isatty(), size=processes.size)
     parts = rows(params)
     train, dev_rows = parts["train"], parts["test"][: params.dev_queries]
     steps = len(train) // params.batch_size * params.epochs
@@ -150,15 +153,17 @@ def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
     model = add_lora(base, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout, revision)
     if wrong := faults(count(model, params.lora_targets)):
         raise UserError("\n  ".join(wrong))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(args.device)
     features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb)
     shown = [page for row in train for page in (row.page, *row.negatives)]
-    features.fill([*shown, *(row.page for row in dev_rows)], params.workers)
+    processes.first(lambda: features.fill([*shown, *(row.page for row in dev_rows)], params.workers))
+    if not processes.main:
+        features.cache.refresh()
     pairs, dev = Pairs(train, features), DevSet(dev_rows, features)
     print(f"{len(pairs)} training pairs; dev: {len(dev)} queries on {len(dev.pages)} pages; attention: {kernel}")
     if cut := processor.count_cut([row.query for row in (*train, *dev_rows)]):
         print(f"{cut} of {len(train) + len(dev_rows)} queries are longer than max_query_tokens and are cut")
-    return ContrastiveTrainer(params, processor, dev, model=model, args=args, train_dataset=pairs)
+    return ContrastiveTrainer(params, processor, dev, processes=processes, model=model, args=args, train_dataset=pairs)
 
 
 def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any], out: Path) -> dict[str, Any]:

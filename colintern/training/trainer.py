@@ -9,6 +9,7 @@ same.
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from colintern.maxsim import maxsim_scores, ndcg_at_k
+from colintern.modeling.dropout import Masks
 from colintern.modeling.embed import embed_features, embed_queries
 from colintern.modeling.features import PageFeatures
 from colintern.params import Params, UserError
@@ -29,6 +31,7 @@ from colintern.training.health import calmer
 from colintern.training.loss import contrastive_loss, false_negatives, maxsim_matrix
 from colintern.training.pairs import Collator, Pair
 from colintern.training.parts import places, restored, take
+from colintern.training.processes import ALONE, Processes, share
 from colintern.training.watch import Pace, Watch
 
 Batch = dict[str, Any]
@@ -84,13 +87,17 @@ class ContrastiveTrainer(Trainer):
         processor: ColIntern3_5Processor,
         dev: "DevSet",
         callbacks: Sequence[TrainerCallback] = (),
+        processes: Processes = ALONE,
         **kwargs: Any,
     ):
+        self.processes = processes
         self.params, self.dev, self.processor, self.tally = params, dev, processor, Tally()
         self.remedy = f"try {calmer(params)}"
         self.micro, self.low_precision = params.micro_batch_size, params.dtype == "bfloat16"
+        self.masks = Masks(kwargs["model"], params.seed, torch.bfloat16 if self.low_precision else torch.float32)
         self.pace = Pace()
-        checkpoints = Checkpoints(Path(kwargs["args"].output_dir).parent)
+        checkpoints = Checkpoints(Path(kwargs["args"].output_dir).parent, self.processes)
+        kwargs["model"]._is_accelerate_prepared = True  # `Processes` sums gradients; accelerate would take their mean
         own = [self.tally, checkpoints, Watch(params, dev.chance), self.pace, *callbacks]
         super().__init__(data_collator=Collator(processor), eval_dataset=dev, callbacks=own, **kwargs)
         if params.compile:
@@ -107,6 +114,7 @@ class ContrastiveTrainer(Trainer):
         model.train()
         batch: Batch = self._prepare_inputs(inputs)
         batch["page"]["image_features"] = page_features(model, batch)
+        self.masks.draw(self.state.global_step, model.device)
         # PEFT would cast every adapter's input to float32, only for `_embed` to cast it back.
         with disable_input_dtype_casting(model, active=self.low_precision):
             loss = self._fitting_step(model, batch)
@@ -115,18 +123,17 @@ class ContrastiveTrainer(Trainer):
             if not value.isfinite():
                 step = self.state.global_step + 1
                 raise NonFiniteError(f"{name} is {value.item()} at step {step}; {self.remedy}")
-        self.tally.add(loss.item(), int(false_negatives(batch["query_ids"], batch["page_ids"]).sum()))
+        ids = batch["share"].query_ids, batch["share"].page_ids
+        self.tally.add(loss.item(), int(false_negatives(*ids).sum()))
         return loss.detach()
 
     def _fitting_step(self, model: Any, batch: Batch) -> Tensor:
         """The loss, with its gradient in the model; where the memory does not hold it, with half the micro-batch."""
+        batch["share"] = self.processes.shares(batch)
         while True:
-            before = rng_state()
             try:
                 return self._step(model, batch)
-            except RuntimeError as error:
-                if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
-                    raise
+            except torch.OutOfMemoryError as error:
                 size = min(self.micro, len(batch["page_ids"]))
                 if size == 1:
                     raise OutOfMemory(
@@ -134,50 +141,63 @@ class ContrastiveTrainer(Trainer):
                         f"gradient_checkpointing: true, or lower max_visual_tokens, {self.params.max_visual_tokens}"
                     ) from error
                 self.micro = (size + 1) // 2
-            # The error, gone here, held what the step had made. The same dropout again, from an empty gradient.
+            # The error, gone here, held what the step had made. Again, from an empty gradient.
             model.zero_grad(set_to_none=True)
-            set_rng_state(before)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             print(f"out of memory: micro_batch_size is now {self.micro}; batch and gradient stay as they are")
 
     def _step(self, model: Any, batch: Batch) -> Tensor:
-        if self.micro < len(batch["page_ids"]):
-            return self._cached_step(model, batch)
-        loss = self._loss(batch, self._embed(model, batch["query"]), self._embed(model, batch["page"]))
-        self.accelerator.backward(loss)
-        return loss
-
-    def _embed(self, model: Any, part: Batch) -> Tensor:
-        if not self.low_precision:
-            return model(**part)
-        # The adapters' weights are float32, and without this they would be computed in it beside a bfloat16 base.
-        with torch.autocast(model.device.type, torch.bfloat16):
-            return model(**part)
-
-    def _loss(self, batch: Batch, queries: Tensor, pages: Tensor) -> Tensor:
-        scores = maxsim_matrix(queries, batch["query"]["attention_mask"], pages, batch["page"]["attention_mask"])
-        return contrastive_loss(scores, false_negatives(batch["query_ids"], batch["page_ids"]), self.params.temperature)
-
-    def _cached_step(self, model: Any, batch: Batch) -> Tensor:
+        """Embeddings, the loss of all of them with the gradient of each, and that gradient sent on, part by part. Only
+        where the whole batch is one part does its graph wait for the gradient; else parts are embedded again."""
         rows = {side: places(batch[side], self.micro) for side in ("query", "page")}
         parts = [(side, part) for side, found in rows.items() for part in found]
-        states, embeddings = [], []
-        with torch.no_grad():
-            for side, part in parts:
-                states.append(rng_state())
-                embeddings.append(self._embed(model, take(batch[side], part, self.processor)))
-        leaves: list[Any] = [e.requires_grad_() for e in embeddings]
+        whole = self.micro >= len(batch["page_ids"])
+
+        def embed() -> list[Tensor]:
+            with torch.set_grad_enabled(whole):
+                return [self._embed(model, batch, *part) for part in parts]
+
+        def backward() -> None:
+            loss.backward()
+            for part, embedded, leaf in zip(parts, made, leaves, strict=True):
+                self._embed(model, batch, *part, embedded if whole else None, leaf.grad)
+
+        made = self.processes.together(embed)
+        leaves = [embedded.detach().requires_grad_() for embedded in made]
         ends = len(rows["query"])
         loss = self._loss(batch, restored(rows["query"], leaves[:ends]), restored(rows["page"], leaves[ends:]))
-        loss.backward()
-        after = rng_state()
-        for (side, part), state, leaf in zip(parts, states, leaves, strict=True):
-            set_rng_state(state)  # the same dropout as when the part was embedded first
-            inputs = take(batch[side], part, self.processor)
-            self.accelerator.backward((self._embed(model, inputs) * leaf.grad).sum())
-        set_rng_state(after)
+        self.processes.together(backward)
+        self.processes.sum_gradients(model)
         return loss
+
+    def _embed(
+        self, model: Any, batch: Batch, side: str, rows: list[int], made: Tensor | None = None, grad: Any = None
+    ) -> Tensor:
+        """Embeddings of a part; with `grad`, which is theirs, that goes back to the adapters, through the graph of
+        `made` if given."""
+        inputs = take(batch[side], rows, self.processor)
+        length = inputs["input_ids"].shape[1]
+        # The adapters' weights are float32, and would else be computed in it beside a bfloat16 base.
+        cast = torch.autocast(model.device.type, torch.bfloat16) if self.low_precision else nullcontext()
+        # Around the backward pass too: checkpointing computes anew in it, and must draw the same dropout.
+        numbers = torch.tensor([batch["share"].numbers[side][row] for row in rows])
+        with self.masks.rows(side, numbers.to(inputs["input_ids"].device), length):
+            if made is None:
+                with cast:
+                    made = model(**inputs)
+            if grad is not None:
+                made = (made * grad).sum()  # what backward needs, without the embeddings
+                made.backward()
+        return made
+
+    def _loss(self, batch: Batch, queries: Tensor, pages: Tensor) -> Tensor:
+        """Of all queries against all pages, those of other processes too."""
+        own, sides = batch["share"], list[Tensor]()
+        for side, made in (("query", queries), ("page", pages)):
+            sides += self.processes.gathered(own, side, made, batch[side]["attention_mask"])
+        left_out = false_negatives(own.query_ids, own.page_ids)
+        return contrastive_loss(maxsim_matrix(*sides), left_out, self.params.temperature)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A row of the training curve takes loss and masked pairs from the tally."""
@@ -213,17 +233,6 @@ def page_features(model: Any, batch: Batch) -> Tensor:
     return torch.cat(pages)
 
 
-def rng_state() -> list[Tensor]:
-    """The state of torch's random generators, CPU first."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-
-
-def set_rng_state(state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    if len(state) > 1:
-        torch.cuda.set_rng_state_all(state[1:])
-
-
 class DevSet(Dataset):
     """Dev queries and the pages they ask for, each page once however many rows show it."""
 
@@ -248,12 +257,13 @@ class DevSet(Dataset):
         return sum(1 / math.log2(rank + 1) for rank in range(1, 6)) / len(self.pages)
 
 
-def arguments(params: Params, folder: Path, quiet: bool) -> TrainingArguments:
-    """The Trainer's arguments; checkpoints end up in `folder`, see `Checkpoints`. The dev set is measured with each
-    logged row unless `eval_steps` is set."""
+def arguments(params: Params, folder: Path, quiet: bool, size: int = 1) -> TrainingArguments:
+    """The Trainer's arguments in each of `size` processes; checkpoints end up in `folder`, see `Checkpoints`. The dev
+    set is measured with each logged row unless `eval_steps` is set."""
     return TrainingArguments(
         output_dir=str(folder / SAVING),
-        per_device_train_batch_size=params.batch_size,
+        per_device_train_batch_size=share(params, size),
+        use_cpu=not torch.cuda.is_available(),
         dataloader_drop_last=True,  # each step compares with batch_size pages, the last one too
         num_train_epochs=params.epochs,
         learning_rate=params.lr,

@@ -1,0 +1,113 @@
+"""Several processes: the gradient of one, T12, and two machines."""
+
+import dataclasses
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from conftest import BASE, ROOT
+from processes import FORKS
+
+QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk", "to Oslo", "a long one, of freight in March"]
+SHOWN, NEGATIVES = (0, 1, 2, 3, 1, 0), ((3, 2), (), (1,), (0, 1), (), (2,))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_of(size: int, rank: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def gradient(folder: Path, images: list, size: int, rank: int, port: int, changes: dict) -> None:
+    """One step over six ragged pages with negatives, in `size` processes; loss, gradient and masked pairs to a file."""
+    if size > 1:
+        rank_of(size, rank, port)
+    import torch
+    from test_model import TARGETS, load
+
+    from colintern.modeling.features import Page, PageFeatures
+    from colintern.modeling.lora import add_lora
+    from colintern.params import load as load_params
+    from colintern.processor import ColIntern3_5Processor
+    from colintern.training.pairs import Pair, Pairs
+    from colintern.training.processes import joined
+    from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
+
+    fail = changes.pop("fail", None)
+    torch.set_num_threads(1)
+    params = dataclasses.replace(
+        load_params(ROOT / "recipes" / "demo.yaml"),
+        **{"batch_size": 6, "micro_batch_size": 2, "lora_dropout": 0.1} | changes,
+    )
+    with joined(1) as own:
+        processor = ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=96, max_query_tokens=64)
+        torch.manual_seed(0)
+        model = add_lora(load(BASE), TARGETS, rank=4, alpha=4, dropout=params.lora_dropout)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    p.normal_(std=0.02)
+        if params.gradient_checkpointing:
+            model.activation_checkpointing_enable()
+        features = PageFeatures(model, processor, folder / "none", 0.0)
+        pages = [Page.of(image) for image in images]
+        rows = [
+            Pair(q, pages[n], tuple(pages[w] for w in wrong))
+            for q, n, wrong in zip(QUERIES, SHOWN, NEGATIVES, strict=True)
+        ]
+        args = arguments(params, folder / f"run-{size}", quiet=True, size=own.size)
+        trainer = ContrastiveTrainer(params, processor, DevSet(rows, features), processes=own, model=model, args=args)
+        share = len(rows) // own.size
+        mine = Pairs(rows[own.rank * share : (own.rank + 1) * share], features)
+        if fail == own.rank:
+            real, calls = type(model).forward, []
+
+            def forward(self, *args, **kwargs):
+                calls.append(1)
+                if len(calls) == 9:  # after the other process has the embeddings
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return real(self, *args, **kwargs)
+
+            type(model).forward = forward
+        loss = trainer.training_step(model, trainer.data_collator(list(mine)))
+        found = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+        torch.save((loss, trainer.tally.masked, trainer.micro, found), folder / f"{size}-{rank}.pt")
+
+
+def stepped(folder: Path, pages: list, size: int, **changes) -> list:
+    """What each process of such a step has."""
+    import torch
+
+    port = free_port()
+    started = [FORKS.Process(target=gradient, args=(folder, pages, size, rank, port, changes)) for rank in range(size)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+        assert process.exitcode == 0
+    return [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)]
+
+
+def distance(one: dict, other: dict) -> float:
+    assert one.keys() == other.keys()
+    norm = lambda grads: sum((g**2).sum() for g in grads) ** 0.5  # noqa: E731
+    return float(norm(one[name] - other[name] for name in one) / norm(one.values()))
+
+
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 6}, {"gradient_checkpointing": True}, {"fail": 1}])
+def test_the_gradient_of_several_processes_is_that_of_one(tmp_path, pages, changes):
+    """With dropout, ragged pages and negatives; also where one process runs out of memory when the other does not."""
+    [(loss, masked, _, whole)] = stepped(tmp_path, pages, 1)
+    for size in (2, 3) if not changes else (2,):
+        found = stepped(tmp_path, pages, size, **changes)
+        for own_loss, own_masked, micro, own in found:
+            assert distance(whole, own) < 1e-6
+            assert own_masked == masked > 0 and float(abs(own_loss - loss)) < 1e-5
+            assert micro == (1 if "fail" in changes else changes.get("micro_batch_size", 2))
+            assert distance(found[0][3], own) == 0, "the processes go on alike"
