@@ -107,10 +107,10 @@ def cut_down(repo: Path) -> None:
         params, found = re.subn(rf"^{key}: .*$", f"{key}: {value}", params, flags=re.MULTILINE)
         assert found == 1, key
     (repo / "params.yaml").write_text(params)
-    sources = (repo / "colintern" / "sources.py").read_text()
+    sources = (repo / "colintern" / "data" / "sources.py").read_text()
     sources, found = re.subn(rf"^{PAGES}.*$", f"{PAGES}32, 10, 10", sources, flags=re.MULTILINE)
     assert found == 1, PAGES
-    (repo / "colintern" / "sources.py").write_text(sources)
+    (repo / "colintern" / "data" / "sources.py").write_text(sources)
 
 
 def ran(output: str) -> list[str]:
