@@ -115,6 +115,7 @@ class Params:
     logging_steps: Annotated[int, at_least(1)]
     dev_queries: Annotated[int, at_least(1)]
     save_steps: Annotated[int, at_least(1)]
+    tracker: Annotated[str, one_of("none", "wandb", "tensorboard", "trackio")]
     eval_batch_size: Annotated[int, at_least(1)]
     feature_cache_gb: Annotated[float, at_least(0)]
     seed: Annotated[int, between(0, 2**32 - 1)]

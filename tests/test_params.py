@@ -133,6 +133,8 @@ BAD_VALUES = [
     ("logging_steps", "0", "at least 1"),
     ("dev_queries", "0", "at least 1"),
     ("save_steps", "0", "at least 1"),
+    ("tracker", "wandbb", "none, wandb, tensorboard, trackio"),
+    ("tracker", "null", "text"),
     ("eval_batch_size", "0", "at least 1"),
     ("feature_cache_gb", "-1.0", "0"),
     ("seed", "-1", "0 to 4294967295"),

@@ -33,6 +33,7 @@ from colintern.processor import ColIntern3_5Processor
 from colintern.training.checkpoints import SAVING, Interrupted, Signals, check_room, newest, room, size
 from colintern.training.health import health, line, report, stored
 from colintern.training.pairs import Pairs, rows
+from colintern.training.tracker import Tracker, check_tracker
 from colintern.training.trainer import ContrastiveTrainer, DevSet, NonFiniteError, arguments
 from colintern.training.watch import pace_findings
 
@@ -45,12 +46,14 @@ def train(params: Params, out: Path) -> dict[str, Any]:
     """Train and write the adapter to `out`, its curves to plots/; returns the metrics.
 
     Raises:
-        UserError: data or base are missing or changed, the LoRA targets are wrong, another process trains this very
-            run, the training set is smaller than a batch, or there are several GPUs or processes.
+        UserError: data or base are missing or changed, the LoRA targets are wrong, the tracker's package is missing,
+            another process trains this very run, the training set is smaller than a batch, or there are several GPUs
+            or processes.
         NonFiniteError: the loss is not finite.
         OutOfMemory: one page does not fit the memory.
         Interrupted: SIGTERM or SIGINT; a checkpoint is there.
     """
+    check_tracker(params)
     torch.set_num_threads(params.threads)
     base = check_base(params)
     identity = stage_identity("train", params)
@@ -60,6 +63,8 @@ def train(params: Params, out: Path) -> dict[str, Any]:
         trainer = prepare(params, base, scratch)
         identity |= origin(trainer)
         trainer.add_callback(signals)
+        if params.tracker != "none":
+            trainer.add_callback(Tracker(params, scratch))
         run(trainer, scratch, newest(scratch))
         step, last = trainer.state.global_step, trainer.state.max_steps
         if step < last:

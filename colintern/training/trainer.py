@@ -273,5 +273,6 @@ def arguments(params: Params, folder: Path, quiet: bool) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=quiet,
-        report_to="none",
+        report_to="none",  # see `Tracker`
+        run_name=folder.name,
     )
