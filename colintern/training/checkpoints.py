@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from colintern.files.identity import content_hash
@@ -56,7 +57,7 @@ class Signals(TrainerCallback):
         if self.received or not self.stepping:
             raise Interrupted(f"ended by {name}; the same command goes on from the last checkpoint, if there is one")
         self.received = number
-        print(f"{name}: a checkpoint after this step, then the end; again to end at once", flush=True)
+        tqdm.write(f"{name}: a checkpoint after this step, then the end; again to end at once")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stepping = True

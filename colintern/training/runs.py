@@ -118,7 +118,7 @@ def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
     Raises:
         UserError: see `train`.
     """
-    args = arguments(params, scratch, quiet=not sys.stderr.isatty())
+    args = arguments(params, scratch, quiet=not sys.stderr.isatty() or "CI" in os.environ)
     if args.n_gpu > 1 or args.world_size > 1:  # each process or device would take a batch of its own
         raise UserError(
             f"{args.n_gpu} GPUs in {args.world_size} processes: training uses one; set CUDA_VISIBLE_DEVICES=0"

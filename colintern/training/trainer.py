@@ -16,7 +16,7 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from colintern.maxsim import maxsim_scores, ndcg_at_k
@@ -29,6 +29,7 @@ from colintern.training.health import calmer
 from colintern.training.loss import contrastive_loss, false_negatives, maxsim_matrix
 from colintern.training.pairs import Collator, Pair
 from colintern.training.parts import places, restored, take
+from colintern.training.progress import Progress
 from colintern.training.watch import Pace, Watch
 
 Batch = dict[str, Any]
@@ -93,6 +94,9 @@ class ContrastiveTrainer(Trainer):
         checkpoints = Checkpoints(Path(kwargs["args"].output_dir).parent)
         own = [self.tally, checkpoints, Watch(params, dev.chance), self.pace, *callbacks]
         super().__init__(data_collator=Collator(processor), eval_dataset=dev, callbacks=own, **kwargs)
+        for stock in (PrinterCallback, ProgressCallback):
+            self.remove_callback(stock)
+        self.add_callback(Progress(params, quiet=self.args.disable_tqdm))
         if params.compile:
             for layer in kwargs["model"].base_model.model.language_model.layers:  # alike: compiled once for all
                 layer.compile()
