@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from colintern.files.identity import content_hash
-from colintern.params import UserError
+from colintern.params import UserError, root
 
 SAVING = "saving"
 FILES = "files.json"  # of a checkpoint: each other file's sha256
+STATE = "trainer_state.json"
 KEEP = 2
 
 
@@ -32,14 +33,19 @@ class Interrupted(UserError):
 
 
 class Checkpoints(TrainerCallback):
-    """Gives what transformers has saved its name, and keeps the newest two."""
+    """Makes a whole adapter of what transformers has saved, gives it its name, and keeps the newest two."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, processor: Any):
+        self.folder, self.processor = folder, processor
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         name = f"checkpoint-{state.global_step}"
-        seal(self.folder / SAVING / name, self.folder / name)
+        made = self.folder / SAVING / name
+        model.base_model.model.save_head(made)
+        self.processor.save_pretrained(made)
+        seal(made, self.folder / name)
+        shutil.copyfile(self.folder / name / STATE, self.folder / SAVING / STATE)
+        os.replace(self.folder / SAVING / STATE, self.folder / STATE)
         for old in _by_step(self.folder)[KEEP:]:
             shutil.rmtree(old)
 
@@ -79,6 +85,25 @@ class Signals(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def shown(folder: Path) -> Iterator[None]:
+    """Link a run's checkpoints and `trainer_state.json` into experiments/, where the guide's readers look for them,
+    as long as they are kept. A link whose run is gone goes too."""
+    link = root() / "experiments" / folder.name
+    folder.mkdir(parents=True, exist_ok=True)
+    link.parent.mkdir(exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(os.path.relpath(folder, link.parent))
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # where nothing was kept
+        for old in link.parent.glob("train-*"):
+            if old.is_symlink() and not old.exists():
+                old.unlink()
 
 
 def seal(made: Path, place: Path) -> None:

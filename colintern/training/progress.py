@@ -17,7 +17,8 @@ from colintern.params import Params
 
 EVERY = 30  # seconds between two rows in a log, at least; a dev score and the last step are always shown
 RECENT = 20  # steps whose rate is shown
-BAR = "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"  # 79 characters at most, after days and thousands of steps
+# With days and 9,000 steps this is 79 characters.
+BAR = "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 
 
 class Progress(TrainerCallback):

@@ -30,7 +30,7 @@ from colintern.modeling.lora import add_lora, count, faults
 from colintern.modeling.weights import statistics
 from colintern.params import Params, UserError, root
 from colintern.processor import ColIntern3_5Processor
-from colintern.training.checkpoints import SAVING, Interrupted, Signals, check_room, newest, room, size
+from colintern.training.checkpoints import SAVING, Interrupted, Signals, check_room, newest, room, shown, size
 from colintern.training.health import health, line, report, stored
 from colintern.training.pairs import Pairs, rows
 from colintern.training.tracker import Tracker, check_tracker
@@ -59,7 +59,7 @@ def train(params: Params, out: Path) -> dict[str, Any]:
     identity = stage_identity("train", params)
     scratch = root() / ".scratch" / f"train-{fingerprint(identity)[:16]}"
     signals = Signals()
-    with locked_or_refused(scratch), signals.watch():
+    with locked_or_refused(scratch), shown(scratch), signals.watch():
         trainer = prepare(params, base, scratch)
         identity |= origin(trainer)
         trainer.add_callback(signals)

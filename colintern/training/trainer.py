@@ -91,12 +91,12 @@ class ContrastiveTrainer(Trainer):
         self.remedy = f"try {calmer(params)}"
         self.micro, self.low_precision = params.micro_batch_size, params.dtype == "bfloat16"
         self.pace = Pace()
-        checkpoints = Checkpoints(Path(kwargs["args"].output_dir).parent)
+        checkpoints = Checkpoints(Path(kwargs["args"].output_dir).parent, processor)
         own = [self.tally, checkpoints, Watch(params, dev.chance), self.pace, *callbacks]
         super().__init__(data_collator=Collator(processor), eval_dataset=dev, callbacks=own, **kwargs)
         for stock in (PrinterCallback, ProgressCallback):
             self.remove_callback(stock)
-        self.add_callback(Progress(params, quiet=self.args.disable_tqdm))
+        self.add_callback(Progress(params, quiet=bool(self.args.disable_tqdm)))
         if params.compile:
             for layer in kwargs["model"].base_model.model.language_model.layers:  # alike: compiled once for all
                 layer.compile()
