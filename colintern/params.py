@@ -118,6 +118,7 @@ class Params:
     tracker: Annotated[str, one_of("none", "wandb", "tensorboard", "trackio")]
     eval_batch_size: Annotated[int, at_least(1)]
     feature_cache_gb: Annotated[float, at_least(0)]
+    feature_cache_format: Annotated[str, one_of("exact", "fp8")]
     seed: Annotated[int, between(0, 2**32 - 1)]
     threads: Annotated[int, at_least(1)]
     workers: Annotated[int, at_least(0)]

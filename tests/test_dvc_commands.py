@@ -261,6 +261,7 @@ def test_a_queued_experiment_runs_to_success(repo, experiment):
     logs = repo.output(f"dvc queue logs {name[1]}")
     assert re.search(rf"{name[1]}.*Success", status), f"{status}\n{logs[-6000:]}"
     assert ran(logs) == ["train", "eval"]
+    assert "page features: 0 computed, 42 of 42 pages in the cache" in logs, "the cache is found through DVC_ROOT too"
     rows = csv.DictReader(repo.output("dvc exp show --csv").splitlines())
     assert [float(row["lr"]) for row in rows if row["Experiment"] == name[1]] == [1e-4]
     assert load(repo.path / "params.yaml").lr == 0.006, "a queued run leaves the workspace alone"

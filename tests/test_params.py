@@ -137,6 +137,7 @@ BAD_VALUES = [
     ("tracker", "null", "text"),
     ("eval_batch_size", "0", "at least 1"),
     ("feature_cache_gb", "-1.0", "0"),
+    ("feature_cache_format", "bfloat16", "exact, fp8"),
     ("seed", "-1", "0 to 4294967295"),
     ("seed", "4294967296", "0 to 4294967295"),
     ("threads", "0", "at least 1"),

@@ -39,7 +39,7 @@ def make(processor, pages, tmp_path):
         base = load(BASE).to(getattr(torch, params.dtype))
         wrapped = add_lora(base, TARGETS, rank=4, alpha=4, dropout=params.lora_dropout)
         args = arguments(params, tmp_path / "run", quiet=True)
-        features = PageFeatures(wrapped, processor, tmp_path / "features", cache_gb)
+        features = PageFeatures(wrapped, processor, tmp_path / "features", cache_gb, params.feature_cache_format)
         keyed = [Page.of(page) for page in pages]
         features.fill(keyed, workers=0)
         rows = [

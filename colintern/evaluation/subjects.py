@@ -88,7 +88,7 @@ def _encoder(params: Params, model: nn.Module, folder: Path, label: str, revisio
     if broken:
         raise UserError(f"{folder}: {broken[0]} has NaN or infinite values ({len(broken)} such weights)")
     processor = load_processor(params, folder)
-    features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb)
+    features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)
     return ColIntern3_5Encoder(model, processor, label, revision, features)
 
 
@@ -98,6 +98,7 @@ def _identity(params: Params, what: dict[str, Any]) -> dict[str, Any]:
         "attention": params.attention,
         "dtype": params.dtype,
         "eval_batch_size": params.eval_batch_size,
+        "feature_cache_format": params.feature_cache_format,
         "max_query_tokens": params.max_query_tokens,
         "max_visual_tokens": params.max_visual_tokens,
         "threads": params.threads,

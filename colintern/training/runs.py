@@ -156,7 +156,7 @@ def prepare(params: Params, place: str, scratch: Path) -> ContrastiveTrainer:
     if wrong := faults(count(model, params.lora_targets)):
         raise UserError("\n  ".join(wrong))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb)
+    features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)
     shown = [page for row in train for page in (row.page, *row.negatives)]
     features.fill([*shown, *(row.page for row in dev_rows)], params.workers)
     pairs, dev = Pairs(train, features), DevSet(dev_rows, features)
@@ -199,14 +199,19 @@ def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any]
     print("\n".join([*map(line, paced), report(judged)]))
     # Stands beside the dev score, which is of the same kind as the queries.
     pseudo = {"queries": "pseudo-queries, made by a program"} if asks_pseudo_queries() else {}
-    return pseudo | {
-        "steps": trainer.state.global_step,
-        "loss": round(steps[-1]["loss"], 6),
-        "masked_pairs": trainer.tally.total,
-        "dev_ndcg_at_5": round(dev[-1]["eval_ndcg_at_5"], 6),
-        "verdict": judged.verdict,
-        "health": stored(judged.findings),
-    }
+    rounding = {} if (error := trainer.dev.features.error) is None else {"feature_error": round(error, 6)}
+    return (
+        pseudo
+        | rounding
+        | {
+            "steps": trainer.state.global_step,
+            "loss": round(steps[-1]["loss"], 6),
+            "masked_pairs": trainer.tally.total,
+            "dev_ndcg_at_5": round(dev[-1]["eval_ndcg_at_5"], 6),
+            "verdict": judged.verdict,
+            "health": stored(judged.findings),
+        }
+    )
 
 
 def write_csv(path: Path, records: list[dict[str, Any]], columns: tuple[str, ...]) -> None:

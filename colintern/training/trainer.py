@@ -22,6 +22,7 @@ from transformers.trainer_callback import ExportableState
 from colintern.maxsim import maxsim_scores, ndcg_at_k
 from colintern.modeling.embed import embed_features, embed_queries
 from colintern.modeling.features import PageFeatures
+from colintern.modeling.fp8 import rounded
 from colintern.params import Params, UserError
 from colintern.processor import ColIntern3_5Processor
 from colintern.training.checkpoints import SAVING, Checkpoints
@@ -110,7 +111,7 @@ class ContrastiveTrainer(Trainer):
         """
         model.train()
         batch: Batch = self._prepare_inputs(inputs)
-        batch["page"]["image_features"] = page_features(model, batch)
+        batch["page"]["image_features"] = page_features(model, batch, self.params.feature_cache_format == "fp8")
         # PEFT would cast every adapter's input to float32, only for `_embed` to cast it back.
         with disable_input_dtype_casting(model, active=self.low_precision):
             loss = self._fitting_step(model, batch)
@@ -203,9 +204,9 @@ class ContrastiveTrainer(Trainer):
         return metrics
 
 
-def page_features(model: Any, batch: Batch) -> Tensor:
+def page_features(model: Any, batch: Batch, rounds: bool) -> Tensor:
     """The features of a batch's pages, (tiles, tokens of a tile, hidden size): once a step and without a graph, also
-    where the pages go through the language model twice."""
+    where the pages go through the language model twice. `rounds`: those that no cache has rounded are rounded here."""
     counts, known = batch["counts"], batch["known"].tolist()
     sides = {
         kind: iter(batch[kind].split(counts[batch["known"] == (kind == "features")].tolist()))
@@ -213,7 +214,8 @@ def page_features(model: Any, batch: Batch) -> Tensor:
         if kind in batch
     }
     with torch.no_grad():
-        pages = [next(sides["features"]) if k else model.page_features(next(sides["tiles"])) for k in known]
+        form = rounded if rounds else torch.Tensor.detach
+        pages = [next(sides["features"]) if k else form(model.page_features(next(sides["tiles"]))) for k in known]
     return torch.cat(pages)
 
 
