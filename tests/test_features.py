@@ -1,3 +1,5 @@
+import contextlib
+import json
 import re
 
 import pytest
@@ -5,6 +7,7 @@ import torch
 from conftest import BASE
 from PIL import Image
 from test_model import load
+from test_survival import fetched, params, place  # noqa: F401
 
 from colintern.modeling import fp8
 from colintern.modeling.embed import embed_features, embed_pages
@@ -128,3 +131,16 @@ def test_fp8_gives_one_result_cold_warm_and_without_a_cache_and_tells_one_error(
     sizes = {cache: sum(f.stat().st_size for f in (tmp_path / cache).iterdir())
              for cache in (exact.cache.folder.name, exact.cache.folder.name + "-fp8")}  # fmt: skip
     assert sizes[exact.cache.folder.name + "-fp8"] < 0.3 * sizes[exact.cache.folder.name]
+
+
+def test_a_run_tells_the_error_of_fp8_in_its_metrics_and_its_log(place):  # noqa: F811
+    told = []
+    for limit in (0.1, 0.0):
+        with contextlib.chdir(place.folder):
+            params(feature_cache_format="fp8", feature_cache_gb=limit)
+        assert place.run() == 0, place.log
+        [file] = [*place.folder.glob("metrics.json"), *place.folder.glob("metrics/train.json")]
+        metrics = json.loads(file.read_text())
+        assert f"in fp8: relative error {metrics['feature_error']:.2%} over 45 pages" in place.log
+        told.append((metrics["feature_error"], metrics["loss"], metrics["dev_ndcg_at_5"]))
+    assert told[0] == told[1] and 0.01 < told[0][0] < 0.04

@@ -75,7 +75,7 @@ class PageFeatures:
         return fp8.unpack(stored, self.model.dtype) if self.rounds else stored
 
     def _put(self, key: str, tiles: Tensor) -> Tensor:
-        """Compute the features of a page's normalised tiles, (n, 3, tile, tile), and keep them; returns what is kept."""
+        """Compute the features of a page's normalised tiles, (n, 3, tile, tile), and keep them as they are returned."""
         with torch.no_grad():
             features = self.model.page_features(tiles.to(self.model.device)).cpu()
         stored = fp8.pack(features) if self.rounds else features
