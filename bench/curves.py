@@ -84,7 +84,7 @@ def record(setting: str, seed: int, params: Params, base: Path) -> dict[str, Any
         queries = [pair.query for pair in train]
         random.Random(seed).shuffle(queries)
         train = [pair._replace(query=query) for pair, query in zip(train, queries, strict=True)]
-    features = PageFeatures(wrapped, processor, Path(".scratch/curves"), 1.0)
+    features = PageFeatures(wrapped, processor, Path(".scratch/curves"), 1.0, "exact")
     features.fill([pair.page for pair in (*train, *dev, *test)], workers=0)
     with tempfile.TemporaryDirectory() as scratch:
         args = arguments(params, Path(scratch), quiet=True)

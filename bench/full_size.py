@@ -145,7 +145,9 @@ def train(model: Any, params: Params, scratch: Path, scale: int) -> tuple[Contra
     processor = ColIntern3_5Processor.from_pretrained(
         params.base, max_visual_tokens=params.max_visual_tokens, max_query_tokens=params.max_query_tokens
     )
-    features = PageFeatures(model, processor, scratch / "features", params.feature_cache_gb)
+    features = PageFeatures(
+        model, processor, scratch / "features", params.feature_cache_gb, params.feature_cache_format
+    )
     train_rows, dev_rows = pages("train", STEPS * params.batch_size, scale), pages("dev", DEV_PAGES, scale)
     features.fill([pair.page for pair in (*train_rows, *dev_rows)], params.workers)
     pairs, dev = Pairs(train_rows, features), DevSet(dev_rows, features)

@@ -32,7 +32,7 @@ def copy(folder: Path) -> None:
     for name in filter(None, names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
-    sources = folder / "colintern" / "sources.py"
+    sources = folder / "colintern" / "data" / "sources.py"
     text, changed = re.subn(r"= 1800, 100, 200", "= 80, 20, 20", sources.read_text())
     assert changed == 1
     sources.write_text(text)

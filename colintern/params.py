@@ -117,10 +117,12 @@ class Params:
     logging_steps: Annotated[int, at_least(1)]
     dev_queries: Annotated[int, at_least(1)]
     save_steps: Annotated[int, at_least(1)]
+    tracker: Annotated[str, one_of("none", "wandb", "tensorboard", "trackio")]
     eval_batch_size: Annotated[int, at_least(1)]
     pool_factor: Annotated[int, between(1, 64)]
     dim: Annotated[int, between(1, 128)]
     feature_cache_gb: Annotated[float, at_least(0)]
+    feature_cache_format: Annotated[str, one_of("exact", "fp8")]
     embedding_cache_gb: Annotated[float, at_least(0)]
     seed: Annotated[int, between(0, 2**32 - 1)]
     deterministic: bool

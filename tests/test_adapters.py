@@ -41,7 +41,7 @@ def trained(top: Path, processor, pages, **changes) -> Path:
         base = load(top / "demo" / "base")
         base.name_or_path = base.config._name_or_path = "demo/base"
         wrapped = add_lora(base, TARGETS, rank=4, alpha=4, dropout=0.0)
-        features = PageFeatures(wrapped, processor, top / "features", 0.0)
+        features = PageFeatures(wrapped, processor, top / "features", 0.0, "exact")
         keyed = [Page.of(page) for page in pages]
         rows = list(map(Pair, QUERIES, keyed))
         dev, pairs = DevSet(rows, features), Pairs(rows, features)

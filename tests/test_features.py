@@ -1,9 +1,15 @@
+import contextlib
+import json
+import re
+
 import pytest
 import torch
 from conftest import BASE
 from PIL import Image
 from test_model import load
+from test_survival import fetched, params, place  # noqa: F401
 
+from colintern.modeling import fp8
 from colintern.modeling.embed import embed_features, embed_pages
 from colintern.modeling.features import Page, PageFeatures, fingerprint
 from colintern.processor import ColIntern3_5Processor
@@ -15,7 +21,7 @@ def counted(page: Page) -> tuple[Page, list[int]]:
 
 
 def test_features_give_the_embeddings_of_the_pages_to_the_bit(model, processor, pages, tmp_path):
-    features = PageFeatures(model, processor, tmp_path, 1.0)
+    features = PageFeatures(model, processor, tmp_path, 1.0, "exact")
     want = embed_pages(model, processor, pages, 4)
     for _ in ("cold", "warm"):
         have = embed_features(model, processor, map(features, map(Page.of, pages)), 3)
@@ -25,9 +31,9 @@ def test_features_give_the_embeddings_of_the_pages_to_the_bit(model, processor, 
 
 def test_a_known_page_is_not_decoded(model, processor, pages, tmp_path, capsys):
     keyed = [Page.of(page) for page in pages]
-    PageFeatures(model, processor, tmp_path, 1.0).fill([*keyed, keyed[0]], workers=0)
+    PageFeatures(model, processor, tmp_path, 1.0, "exact").fill([*keyed, keyed[0]], workers=0)
     assert "4 computed, 4 of 4 pages in the cache" in capsys.readouterr().out
-    again = PageFeatures(model, processor, tmp_path, 1.0)
+    again = PageFeatures(model, processor, tmp_path, 1.0, "exact")
     page, decoded = counted(keyed[1])
     again.fill([page], workers=0)
     again(page)
@@ -40,7 +46,7 @@ def test_filling_draws_no_random_numbers_of_the_training(model, processor, pages
     torch.manual_seed(3)
     want = torch.rand(1)
     torch.manual_seed(3)
-    PageFeatures(model, processor, tmp_path, 1.0).fill([Page.of(page) for page in pages], workers=1)
+    PageFeatures(model, processor, tmp_path, 1.0, "exact").fill([Page.of(page) for page in pages], workers=1)
     assert torch.equal(torch.rand(1), want)
 
 
@@ -76,9 +82,65 @@ def test_whatever_decides_a_feature_is_in_the_fingerprint(model, processor, monk
 
 @pytest.mark.parametrize("limit_gb", [0.0, 1e-5])
 def test_a_cache_that_is_too_small_computes_the_rest_each_time(model, processor, pages, tmp_path, limit_gb, capsys):
-    features = PageFeatures(model, processor, tmp_path, limit_gb)
+    features = PageFeatures(model, processor, tmp_path, limit_gb, "exact")
     features.fill([Page.of(page) for page in pages], workers=0)
     assert ("0 of 4 pages in the cache" in capsys.readouterr().out) == bool(limit_gb)
     want = embed_pages(model, processor, pages, 4)
     have = embed_features(model, processor, map(features, map(Page.of, pages)), 4)
     assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_takes_66_bytes_for_64_values_and_its_error_is_bounded_and_told(dtype):
+    draw = torch.Generator().manual_seed(0)
+    value = (torch.randn(3, 16, 128, generator=draw) * torch.logspace(-6, 4, 128)).to(dtype)
+    value[0, 0, :64] = 0
+    packed = fp8.pack(value)
+    assert packed.dtype == torch.uint8 and packed.nbytes == value.numel() * 66 // 64 + 20
+    back = fp8.unpack(packed, dtype)
+    assert back.dtype == dtype and back.shape == value.shape and not back[0, 0, :64].any()
+    groups, have = value.double().view(-1, 64), back.double().view(-1, 64)
+    # Half a step of three bits of mantissa; below the smallest normal number, half of a fixed step; bfloat16 itself.
+    bound = groups.abs() * (2**-4 + 2**-8) + groups.abs().amax(1, keepdim=True) / 448 * 2**-10 * 1.01
+    assert ((groups - have).abs() <= bound).all()
+    told = fp8.error(packed)
+    assert told.changed == pytest.approx((groups - have).square().sum().item(), rel=1e-4)
+    assert told.values == pytest.approx(groups.square().sum().item(), rel=1e-4)
+    assert 0.01 < (told.changed / told.values) ** 0.5 < 0.04
+    assert torch.equal(fp8.rounded(value), back)
+
+
+def test_fp8_gives_one_result_cold_warm_and_without_a_cache_and_tells_one_error(
+    model, processor, pages, tmp_path, capsys
+):
+    keyed, seen = [Page.of(page) for page in pages], []
+    for limit in (1.0, 1.0, 0.0):
+        features = PageFeatures(model, processor, tmp_path, limit, "fp8")
+        features.fill(keyed, workers=0)
+        seen.append([*map(features, keyed), torch.tensor(features.error)])
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+    told = re.findall(r"in fp8: relative error (\d\.\d\d)% over 4 pages", capsys.readouterr().out)
+    assert len(told) == 3 and 1 < float(told[0]) < 4
+    exact = PageFeatures(model, processor, tmp_path, 1.0, "exact")
+    exact.fill(keyed, workers=0)
+    assert exact.error is None and exact.cache.folder != features.cache.folder
+    want = torch.cat([exact(page).flatten() for page in keyed])
+    have = torch.cat([value.flatten() for value in seen[0][:-1]])
+    assert ((want - have).norm() / want.norm()).item() == pytest.approx(seen[0][-1].item(), rel=1e-3)
+    sizes = {cache: sum(f.stat().st_size for f in (tmp_path / cache).iterdir())
+             for cache in (exact.cache.folder.name, exact.cache.folder.name + "-fp8")}  # fmt: skip
+    assert sizes[exact.cache.folder.name + "-fp8"] < 0.3 * sizes[exact.cache.folder.name]
+
+
+def test_a_run_tells_the_error_of_fp8_in_its_metrics_and_its_log(place):  # noqa: F811
+    told = []
+    for limit in (0.1, 0.0):
+        with contextlib.chdir(place.folder):
+            params(feature_cache_format="fp8", feature_cache_gb=limit)
+        assert place.run() == 0, place.log
+        [file] = [*place.folder.glob("metrics.json"), *place.folder.glob("metrics/train.json")]
+        metrics = json.loads(file.read_text())
+        assert f"in fp8: relative error {metrics['feature_error']:.2%} over 45 pages" in place.log
+        told.append((metrics["feature_error"], metrics["loss"], metrics["dev_ndcg_at_5"]))
+    assert told[0] == told[1] and 0.01 < told[0][0] < 0.04

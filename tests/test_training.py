@@ -39,7 +39,7 @@ def make(processor, pages, tmp_path):
         base = load(BASE).to(getattr(torch, params.dtype))
         wrapped = add_lora(base, TARGETS, rank=4, alpha=4, dropout=params.lora_dropout)
         args = arguments(params, tmp_path / "run", quiet=True)
-        features = PageFeatures(wrapped, processor, tmp_path / "features", cache_gb)
+        features = PageFeatures(wrapped, processor, tmp_path / "features", cache_gb, params.feature_cache_format)
         keyed = [Page.of(page) for page in pages]
         features.fill(keyed, workers=0)
         rows = [
@@ -337,10 +337,11 @@ def test_a_run_that_was_cut_off_ends_on_the_same_weights(make, tmp_path):
         assert torch.equal(value, want[name]), name
 
 
-@pytest.mark.parametrize("micro", [2, 4])
-def test_losses_and_weights_are_the_same_to_the_bit_with_and_without_the_cache(make, micro):
+@pytest.mark.parametrize(("micro", "form"), [(4, "exact"), (2, "exact"), (4, "fp8")])
+def test_losses_and_weights_are_the_same_to_the_bit_with_and_without_the_cache(make, micro, form):
     def run(cache_gb, workers):
-        trainer = make(cache_gb, micro_batch_size=micro, lora_dropout=0.1, warmup_steps=0, workers=workers)
+        trainer = make(cache_gb, micro_batch_size=micro, lora_dropout=0.1, warmup_steps=0, workers=workers,
+                       feature_cache_format=form)  # fmt: skip
         assert len(trainer.train_dataset.cache.places) == (4 if cache_gb else 0)
         trainer.args.num_train_epochs = 3
         trainer.train()

@@ -2,12 +2,15 @@
 
 import argparse
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from colintern.params import Params, UserError, at_commit, load
 
 SUMMARY = "evaluate an adapter, a merged model or one on the hub; the rest is as in params.yaml"
+SIZES = "sizes.csv"
 EXAMPLE = 'colintern evaluate experiments/colintern --benchmarks "ViDoRe(v2)" --batch-size 16'
 
 
@@ -15,18 +18,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of an adapter or a merged model, or hub id as ID@COMMIT")
     parser.add_argument("--benchmarks", nargs="+", metavar="NAME", help="as in params.yaml (default: those in it)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="default: eval_batch_size of params.yaml")
+    several = "of several, all are evaluated (default: params.yaml's)"
     for name, text in (
         ("pool-factor", "vectors of a tile that are made into one"),
-        ("dim", "numbers of a vector kept"),
+        ("dim", "numbers kept of a vector"),
     ):
-        help_ = f"{text}; of several, all are evaluated (default: params.yaml's)"
-        parser.add_argument(f"--{name}", type=int, nargs="+", metavar="N", help=help_)
+        parser.add_argument(f"--{name}", type=int, nargs="+", metavar="N", help=f"{text}; {several}")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: results/evaluate/<model>-<revision>")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the table; mteb's files, what each query scored and eval.json are in the out folder."""
-    params = _params(args)
+    """Print the table; mteb's files, what each query scored and eval.json are in the out folder.
+
+    Of several sizes each has a folder in it, and sizes.csv and sizes.svg set them side by side.
+    """
+    settings = _settings(args)
+    import csv
     import warnings
 
     from colintern.files.manifest import arrow_cache
@@ -34,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
     arrow_cache()
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.data.benchmarks import from_cache, tasks_for  # `datasets` reads the environment when it is imported
+    from colintern.evaluation import sizes
     from colintern.evaluation.scores import report
     from colintern.evaluation.subjects import subjects
     from colintern.evaluation.tasks import evaluate
@@ -41,32 +49,55 @@ def run(args: argparse.Namespace) -> None:
     from colintern.files.hub import stay_offline
     from colintern.files.jsonfile import dumps
 
-    for _, task in tasks_for(params):  # a name that is unknown, or data that is not there, before anything is loaded
+    for _, task in tasks_for(
+        settings[0]
+    ):  # a name that is unknown, or data that is not there, before anything is loaded
         from_cache(task)
     name = args.model.rstrip("/")
     folder = Path(name) if Path(name).is_dir() else _from_hub(name)
     stay_offline()
-    found = subjects(params, folder)
     label = re.sub(r"[^\w.-]+", "-", Path(name.partition("@")[0]).name)
-    out = args.out or Path("results/evaluate") / f"{label}-{found['trained'].revision[:8]}"
-    if out.exists() and not (out / "run.json").is_file():
+    models = [subjects(params, folder) for params in settings]
+    out = args.out or Path("results/evaluate") / f"{label}-{models[0]['trained'].revision[:8]}"
+    if out.exists() and not ((out / "run.json").is_file() or (out / SIZES).is_file()):
         raise UserError(f"--out: {out} exists and is no evaluation; give a folder that may be replaced")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scores = evaluate(found, params, out)
-    (out / "eval.json").write_text(dumps(report(scores["trained"], scores.get("untrained"))))
-    print(table(scores))
-    print(f"{out}: mteb's files, what each query scored, eval.json")
+    if out.exists() and (out / SIZES).is_file() != (len(settings) > 1):
+        shutil.rmtree(out)
+    rows: list[dict[str, Any]] = []
+    for params, found in zip(settings, models, strict=True):
+        place = out / f"pool{params.pool_factor}-dim{params.dim}" if len(settings) > 1 else out
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scores = evaluate(found, params, place)
+        (place / "eval.json").write_text(dumps(report(scores["trained"], scores.get("untrained"))))
+        rows += sizes.rows(scores["trained"], params.pool_factor, params.dim)
+    if len(settings) == 1:
+        print(table(scores))
+        print(f"{out}: mteb's files, what each query scored, eval.json")
+        return
+    with (out / SIZES).open("w", newline="") as file:
+        writer = csv.DictWriter(file, sizes.FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    sizes.plot(rows, out / "sizes.svg")
+    print(sizes.table(rows))
+    print(f"{out}: {SIZES}, sizes.svg, and a folder of each setting")
 
 
-def _params(args: argparse.Namespace) -> Params:
+def _settings(args: argparse.Namespace) -> list[Params]:
+    """params.yaml with what the command line says, once for each size that is asked for."""
     params = load()
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size: {args.batch_size} is not valid; it must be 1 or more")
-    return replace(
+    for option, numbers, most in (("--pool-factor", args.pool_factor, 64), ("--dim", args.dim, 128)):
+        if wrong := [number for number in numbers or () if not 1 <= number <= most]:
+            raise UserError(f"{option}: {wrong[0]} is not valid; it must be 1 to {most}")
+    params = replace(
         params,
         benchmarks=tuple(args.benchmarks or params.benchmarks),
         eval_batch_size=args.batch_size or params.eval_batch_size,
     )
+    factors, dims = args.pool_factor or [params.pool_factor], args.dim or [params.dim]
+    return [replace(params, pool_factor=factor, dim=dim) for dim in dims for factor in factors]
 
 
 def _from_hub(name: str) -> Path:

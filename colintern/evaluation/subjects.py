@@ -95,7 +95,7 @@ def _encoder(
     if broken:
         raise UserError(f"{folder}: {broken[0]} has NaN or infinite values ({len(broken)} such weights)")
     processor = load_processor(params, folder)
-    features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb)
+    features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)
     settings = {key: value for key, value in identity["params"].items() if key not in ("pool_factor", "dim")}
     kept = fingerprint(identity | {"params": settings})  # what is kept is neither pooled nor cut
     embeddings = TensorCache(root() / EMBEDDINGS, kept, int(params.embedding_cache_gb * 1e9))
@@ -110,6 +110,7 @@ def _identity(params: Params, what: dict[str, Any]) -> dict[str, Any]:
         "attention": params.attention,
         "dtype": params.dtype,
         "eval_batch_size": params.eval_batch_size,
+        "feature_cache_format": params.feature_cache_format,
         "max_query_tokens": params.max_query_tokens,
         "max_visual_tokens": params.max_visual_tokens,
         "threads": params.threads,

@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 
 from colintern.params import Params
 
+BESIDE = ("tracker",)  # params that watch a run and leave its bytes alone: a run may go on under another value of them
 LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "accelerate", "datasets", "pillow", "numpy")
 
 
@@ -22,7 +23,7 @@ def stage_identity(stage: str, params: Params) -> dict[str, Any]:
     """The identity of a dvc.yaml stage: {"params": its values, "deps": {path: sha256}, "versions": {...}}."""
     declared = YAML(typ="safe", pure=True).load(Path("dvc.yaml"))["stages"][stage]
     return {
-        "params": {key: getattr(params, key) for key in declared["params"]},
+        "params": {key: getattr(params, key) for key in declared["params"] if key not in BESIDE},
         "deps": {dep: content_hash(Path(dep)) for dep in declared["deps"]},
         "versions": versions(),
     }

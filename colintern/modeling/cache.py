@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ class TensorCache:
         name: tells apart tensors that were made in different ways under one key.
         limit: bytes below `top`. Where it is reached, shards that this process has not read or written go, those
             used longest ago first, as long as that makes room; then nothing more is kept. 0 keeps nothing.
+        unpack: makes of what is stored what `get` returns; None: they are the same.
     """
 
-    def __init__(self, top: Path, name: str, limit: int):
+    def __init__(self, top: Path, name: str, limit: int, unpack: Callable[[torch.Tensor], torch.Tensor] | None = None):
+        self.unpack = unpack
         self.top, self.folder, self.limit = top, top / name, limit
         self.pending: dict[str, torch.Tensor] = {}
         self.full = limit == 0
@@ -65,6 +67,11 @@ class TensorCache:
                     self._leave(shard, error)
 
     def get(self, key: str) -> torch.Tensor | None:
+        """What was stored as `key`, unpacked; None where `stored` is."""
+        value = self.stored(key)
+        return value if value is None or self.unpack is None else self.unpack(value)
+
+    def stored(self, key: str) -> torch.Tensor | None:
         """The tensor of `key`, None where it is not stored (any more) or its checksum does not fit."""
         if key in self.pending:
             return self.pending[key]

@@ -21,11 +21,13 @@ from tqdm.auto import tqdm
 
 from colintern.files.identity import content_hash
 from colintern.files.lock import locked
+from colintern.modeling import fp8
 from colintern.modeling.cache import TensorCache
 
+SAMPLE = 64  # pages over which the error of fp8 is told: always the same, whatever the cache holds
 FEATURES = "data/.features"  # below the repository's root
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow")
-CODE = ("data/images.py", "modeling/features.py", "model.py", "processor.py", "tiles.py")
+CODE = ("data/images.py", "modeling/features.py", "modeling/fp8.py", "model.py", "processor.py", "tiles.py")
 
 
 class Page(NamedTuple):
@@ -55,31 +57,52 @@ class PageFeatures:
         processor: its `ColIntern3_5Processor`.
         top: folder of the cache; see `TensorCache`.
         limit_gb: size of the cache in GB (1e9 bytes); 0 keeps nothing.
+        form: "exact", or "fp8": then every feature is rounded, kept or not, so that the cache changes no result.
     """
 
-    def __init__(self, model: Any, processor: Any, top: Path, limit_gb: float):
-        self.model, self.processor = model, processor
-        name = fingerprint(model, processor)[:16] if limit_gb else "none"
-        self.cache = TensorCache(top, name, int(limit_gb * 1e9))
+    def __init__(self, model: Any, processor: Any, top: Path, limit_gb: float, form: str):
+        self.model, self.processor, self.rounds = model, processor, form == "fp8"
+        self.error: float | None = None  # relative, of fp8, once the cache is filled
+        name = f"{fingerprint(model, processor)[:16]}{'-fp8' * self.rounds}" if limit_gb else "none"
+        unpack = partial(fp8.unpack, dtype=model.dtype) if self.rounds else None
+        self.cache = TensorCache(top, name, int(limit_gb * 1e9), unpack)
 
     def __call__(self, page: Page) -> Tensor:
         known = self.cache.get(page.key)
         if known is not None:
             return known
-        features = self.compute(self.processor.page_tiles(page.image()))
-        self.cache.put(page.key, features)
-        return features
+        stored = self._put(page.key, self.processor.page_tiles(page.image()))
+        return fp8.unpack(stored, self.model.dtype) if self.rounds else stored
 
-    def compute(self, tiles: Tensor) -> Tensor:
-        """Features of one page's normalised tiles, (n, 3, tile, tile)."""
+    def _put(self, key: str, tiles: Tensor) -> Tensor:
+        """Compute the features of a page's normalised tiles, (n, 3, tile, tile), and keep them as they are returned."""
         with torch.no_grad():
-            return self.model.page_features(tiles.to(self.model.device)).cpu()
+            features = self.model.page_features(tiles.to(self.model.device)).cpu()
+        stored = fp8.pack(features) if self.rounds else features
+        self.cache.put(key, stored)
+        return stored
+
+    def _measure(self, pages: Sequence[Page]) -> None:
+        """Tell the error of fp8 on some pages, as it was when each was rounded."""
+        changed = values = 0.0
+        for page in pages:
+            stored = self.cache.stored(page.key)
+            found = fp8.error(
+                self._put(page.key, self.processor.page_tiles(page.image())) if stored is None else stored
+            )
+            changed, values = changed + found.changed, values + found.values
+        self.error = (changed / values) ** 0.5 if values else 0.0
+        print(f"page features in fp8: relative error {self.error:.2%} over {len(pages)} pages")
 
     def fill(self, pages: Sequence[Page], workers: int) -> None:
         """Compute what the cache lacks, in one pass with a progress bar, until its limit is reached."""
-        if self.cache.full:
-            return
         distinct = {page.key: page for page in pages}
+        if not self.cache.full:
+            self._fill(distinct, workers)
+        if self.rounds:
+            self._measure(list(distinct.values())[:SAMPLE])
+
+    def _fill(self, distinct: dict[str, Page], workers: int) -> None:
         computed = 0
         # A second process waits, and finds the first one's work.
         lock = self.cache.top / f"{self.cache.folder.name}.lock"
@@ -96,7 +119,7 @@ class PageFeatures:
             )
             bar = tqdm(loader, desc="page features", unit="page", disable=None if missing else True)
             for key, tiles in zip(missing, bar, strict=True):
-                self.cache.put(key, self.compute(tiles))
+                self._put(key, tiles)
                 computed += 1
                 if self.cache.full:
                     break

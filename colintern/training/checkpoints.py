@@ -10,18 +10,20 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from colintern.files.identity import content_hash
-from colintern.params import UserError
+from colintern.params import UserError, root
 from colintern.training.processes import Processes
 
 SAVING = "saving"
 FILES = "files.json"  # of a checkpoint: each other file's sha256
+STATE = "trainer_state.json"
 KEEP = 2
 
 
@@ -32,17 +34,22 @@ class Interrupted(UserError):
 
 
 class Checkpoints(TrainerCallback):
-    """Gives what transformers has saved its name, and keeps the newest two."""
+    """Makes a whole adapter of what transformers has saved, gives it its name, and keeps the newest two."""
 
-    def __init__(self, folder: Path, processes: Processes):
-        self.folder, self.processes = folder, processes
+    def __init__(self, folder: Path, processor: Any, processes: Processes):
+        self.folder, self.processor, self.processes = folder, processor, processes
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.processes.barrier()  # each process has written a file of it
-        self.processes.first(lambda: self._seal(f"checkpoint-{state.global_step}"))
+        self.processes.first(lambda: self._seal(f"checkpoint-{state.global_step}", model))
 
-    def _seal(self, name: str) -> None:
-        seal(self.folder / SAVING / name, self.folder / name)
+    def _seal(self, name: str, model: Any) -> None:
+        made = self.folder / SAVING / name
+        model.base_model.model.save_head(made)
+        self.processor.save_pretrained(made)
+        seal(made, self.folder / name)
+        shutil.copyfile(self.folder / name / STATE, self.folder / SAVING / STATE)
+        os.replace(self.folder / SAVING / STATE, self.folder / STATE)
         for old in _by_step(self.folder)[KEEP:]:
             shutil.rmtree(old)
 
@@ -61,7 +68,7 @@ class Signals(TrainerCallback):
         if self.received or not self.stepping:
             raise Interrupted(f"ended by {name}; the same command goes on from the last checkpoint, if there is one")
         self.received = number
-        print(f"{name}: a checkpoint after this step, then the end; again to end at once", flush=True)
+        tqdm.write(f"{name}: a checkpoint after this step, then the end; again to end at once")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stepping = True
@@ -84,6 +91,25 @@ class Signals(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def shown(folder: Path) -> Iterator[None]:
+    """Link a run's checkpoints and `trainer_state.json` into experiments/, where the guide's readers look for them,
+    as long as they are kept. A link whose run is gone goes too."""
+    link = root() / "experiments" / folder.name
+    folder.mkdir(parents=True, exist_ok=True)
+    link.parent.mkdir(exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(os.path.relpath(folder, link.parent))
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # where nothing was kept
+        for old in link.parent.glob("train-*"):
+            if old.is_symlink() and not old.exists():
+                old.unlink()
 
 
 def seal(made: Path, place: Path) -> None:

@@ -57,7 +57,7 @@ def mine(params: Params, adapter: Path, limits: Limits) -> Found:
     torch.set_num_threads(params.threads)
     train, pages, unfit = candidates(params)
     model, processor = load_adapter(params, base, adapter), load_processor(params, adapter)
-    features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb)
+    features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)
     features.fill(pages, params.workers)
     queries = list(dict.fromkeys(row.query for row in train))
     tokens = embed_queries(model, processor, queries, params.eval_batch_size)

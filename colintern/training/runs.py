@@ -30,11 +30,12 @@ from colintern.modeling.lora import add_lora, count, faults
 from colintern.modeling.weights import statistics
 from colintern.params import Params, UserError, root
 from colintern.processor import ColIntern3_5Processor
-from colintern.training.checkpoints import SAVING, Interrupted, Signals, check_room, newest, room, size
+from colintern.training.checkpoints import SAVING, Interrupted, Signals, check_room, newest, room, shown, size
 from colintern.training.determinism import set_deterministic
 from colintern.training.health import health, line, report, stored
 from colintern.training.pairs import Pairs, rows
 from colintern.training.processes import ALONE, Processes
+from colintern.training.tracker import Tracker, check_tracker
 from colintern.training.trainer import ContrastiveTrainer, DevSet, NonFiniteError, arguments
 from colintern.training.watch import pace_findings
 
@@ -47,23 +48,27 @@ def train(params: Params, out: Path, own: Processes = ALONE) -> dict[str, Any]:
     """Train and write the adapter to `out`, its curves to plots/; returns the metrics.
 
     Raises:
-        UserError: data or base are missing or changed, the LoRA targets are wrong, another process trains this very
-            run, the training set is smaller than a batch, or processes share no folder.
+        UserError: data or base are missing or changed, the LoRA targets are wrong, the tracker's package is missing,
+            another process trains this very run, the training set is smaller than a batch, or the processes share no
+            folder.
         NonFiniteError: the loss is not finite.
         OutOfMemory: one page does not fit the memory.
         Interrupted: SIGTERM or SIGINT; a checkpoint is there.
     """
+    check_tracker(params)
     torch.set_num_threads(params.threads)
     set_deterministic(params.deterministic)
     base = own.first(lambda: check_base(params))
     identity = stage_identity("train", params)
     scratch = root() / ".scratch" / f"train-{fingerprint(identity)[:16]}"
     signals = Signals(own)
-    with locked_or_refused(scratch) if own.main else nullcontext(), signals.watch():
+    with held(scratch) if own.main else nullcontext(), signals.watch():
         own.first(lambda: None)  # the first process holds the lock
         trainer = prepare(params, base, scratch, own)
         identity |= origin(trainer) | {"processes": own.size}
         trainer.add_callback(signals)
+        if params.tracker != "none" and own.main:
+            trainer.add_callback(Tracker(params, scratch))
         run(trainer, scratch, own.first(lambda: str(newest(scratch) or "")))
         step, last = trainer.state.global_step, trainer.state.max_steps
         if step < last:
@@ -120,7 +125,9 @@ def prepare(params: Params, place: str, scratch: Path, processes: Processes = AL
     Raises:
         UserError: see `train`.
     """
-    args = arguments(params, scratch, quiet=not sys.stderr.isatty(), size=processes.size)
+    args = arguments(
+        params, scratch, quiet=not sys.stderr.isatty() or "CI" in os.environ or not processes.main, size=processes.size
+    )
     parts = rows(params)
     train, dev_rows = parts["train"], parts["test"][: params.dev_queries]
     steps = len(train) // params.batch_size * params.epochs
@@ -154,7 +161,7 @@ def prepare(params: Params, place: str, scratch: Path, processes: Processes = AL
     if wrong := faults(count(model, params.lora_targets)):
         raise UserError("\n  ".join(wrong))
     model.to(args.device)
-    features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb)
+    features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)
     shown = [page for row in train for page in (row.page, *row.negatives)]
     processes.first(lambda: features.fill([*shown, *(row.page for row in dev_rows)], params.workers))
     if not processes.main:
@@ -199,14 +206,19 @@ def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any]
     print("\n".join([*map(line, paced), report(judged)]))
     # Stands beside the dev score, which is of the same kind as the queries.
     pseudo = {"queries": "pseudo-queries, made by a program"} if asks_pseudo_queries() else {}
-    return pseudo | {
-        "steps": trainer.state.global_step,
-        "loss": round(steps[-1]["loss"], 6),
-        "masked_pairs": trainer.tally.total,
-        "dev_ndcg_at_5": round(dev[-1]["eval_ndcg_at_5"], 6),
-        "verdict": judged.verdict,
-        "health": stored(judged.findings),
-    }
+    rounding = {} if (error := trainer.dev.features.error) is None else {"feature_error": round(error, 6)}
+    return (
+        pseudo
+        | rounding
+        | {
+            "steps": trainer.state.global_step,
+            "loss": round(steps[-1]["loss"], 6),
+            "masked_pairs": trainer.tally.total,
+            "dev_ndcg_at_5": round(dev[-1]["eval_ndcg_at_5"], 6),
+            "verdict": judged.verdict,
+            "health": stored(judged.findings),
+        }
+    )
 
 
 def write_csv(path: Path, records: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
@@ -215,6 +227,13 @@ def write_csv(path: Path, records: list[dict[str, Any]], columns: tuple[str, ...
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
+
+
+@contextmanager
+def held(scratch: Path) -> Iterator[None]:
+    """What the first process alone does: hold the run, and show its checkpoints in experiments/."""
+    with locked_or_refused(scratch), shown(scratch):
+        yield
 
 
 @contextmanager

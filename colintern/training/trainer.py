@@ -17,13 +17,14 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from colintern.maxsim import maxsim_scores, ndcg_at_k
 from colintern.modeling.dropout import Masks
 from colintern.modeling.embed import embed_features, embed_queries
 from colintern.modeling.features import PageFeatures
+from colintern.modeling.fp8 import rounded
 from colintern.params import Params, UserError
 from colintern.processor import ColIntern3_5Processor
 from colintern.training.checkpoints import SAVING, Checkpoints
@@ -32,6 +33,7 @@ from colintern.training.loss import contrastive_loss, false_negatives, maxsim_ma
 from colintern.training.pairs import Collator, Pair
 from colintern.training.parts import places, restored, take
 from colintern.training.processes import ALONE, Processes, share
+from colintern.training.progress import Progress
 from colintern.training.watch import Pace, Watch
 
 Batch = dict[str, Any]
@@ -96,10 +98,13 @@ class ContrastiveTrainer(Trainer):
         self.micro, self.low_precision = params.micro_batch_size, params.dtype == "bfloat16"
         self.masks = Masks(kwargs["model"], params.seed, torch.bfloat16 if self.low_precision else torch.float32)
         self.pace = Pace()
-        checkpoints = Checkpoints(Path(kwargs["args"].output_dir).parent, self.processes)
+        checkpoints = Checkpoints(Path(kwargs["args"].output_dir).parent, processor, self.processes)
         kwargs["model"]._is_accelerate_prepared = True  # `Processes` sums gradients; accelerate would take their mean
         own = [self.tally, checkpoints, Watch(params, dev.chance), self.pace, *callbacks]
         super().__init__(data_collator=Collator(processor), eval_dataset=dev, callbacks=own, **kwargs)
+        for stock in (PrinterCallback, ProgressCallback):
+            self.remove_callback(stock)
+        self.add_callback(Progress(params, quiet=bool(self.args.disable_tqdm)))
         if params.compile:
             for layer in kwargs["model"].base_model.model.language_model.layers:  # alike: compiled once for all
                 layer.compile()
@@ -113,7 +118,7 @@ class ContrastiveTrainer(Trainer):
         """
         model.train()
         batch: Batch = self._prepare_inputs(inputs)
-        batch["page"]["image_features"] = page_features(model, batch)
+        batch["page"]["image_features"] = page_features(model, batch, self.params.feature_cache_format == "fp8")
         self.masks.draw(self.state.global_step, model.device)
         # PEFT would cast every adapter's input to float32, only for `_embed` to cast it back.
         with disable_input_dtype_casting(model, active=self.low_precision):
@@ -219,9 +224,9 @@ class ContrastiveTrainer(Trainer):
         return metrics
 
 
-def page_features(model: Any, batch: Batch) -> Tensor:
+def page_features(model: Any, batch: Batch, rounds: bool) -> Tensor:
     """The features of a batch's pages, (tiles, tokens of a tile, hidden size): once a step and without a graph, also
-    where the pages go through the language model twice."""
+    where the pages go through the language model twice. `rounds`: those that no cache has rounded are rounded here."""
     counts, known = batch["counts"], batch["known"].tolist()
     sides = {
         kind: iter(batch[kind].split(counts[batch["known"] == (kind == "features")].tolist()))
@@ -229,7 +234,8 @@ def page_features(model: Any, batch: Batch) -> Tensor:
         if kind in batch
     }
     with torch.no_grad():
-        pages = [next(sides["features"]) if k else model.page_features(next(sides["tiles"])) for k in known]
+        form = rounded if rounds else torch.Tensor.detach
+        pages = [next(sides["features"]) if k else form(model.page_features(next(sides["tiles"]))) for k in known]
     return torch.cat(pages)
 
 
@@ -283,5 +289,6 @@ def arguments(params: Params, folder: Path, quiet: bool, size: int = 1) -> Train
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=quiet,
-        report_to="none",
+        report_to="none",  # see `Tracker`
+        run_name=folder.name,
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from colintern.params import Params
@@ -37,7 +38,7 @@ class Watch(TrainerCallback):
         for finding in self._found(state):
             rank = WORSE.index(finding.verdict)
             if rank > self.known.get(finding.name, 0):
-                print(f"step {state.global_step}:\n{line(finding)}")
+                tqdm.write(f"step {state.global_step}:\n{line(finding)}")  # above the bar, where there is one
                 self.known[finding.name] = rank
 
     def _found(self, state: Any) -> list[Finding]:

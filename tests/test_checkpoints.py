@@ -1,0 +1,69 @@
+"""Checkpoints are where the guide and PEFT's users look for them, and are adapters that can be loaded and scored."""
+
+import contextlib
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from test_survival import at_step, fetched, kill, place  # noqa: F401
+
+from colintern.files.manifest import check_base
+from colintern.model import ColIntern3_5
+from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
+from colintern.params import load
+from colintern.training.checkpoints import shown
+
+PEFT = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def test_an_interrupted_runs_checkpoints_stand_in_experiments_and_leave_when_it_is_done(place):  # noqa: F811
+    assert place.run(at_step, 8, kill) == -signal.SIGKILL
+    [run] = (place.folder / "experiments").glob("train-*")
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    for step in (3, 6):
+        assert all((run / f"checkpoint-{step}" / name).is_file() for name in (*PEFT, "optimizer.pt"))
+        state = json.loads((run / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert state["global_step"] == step
+        assert [row["step"] for row in state["log_history"] if "loss" in row] == [2, 4, 6][: step // 2]
+    # The guide's `tail -f experiments/*/trainer_state.json`
+    assert json.loads((run / "trainer_state.json").read_text()) == state
+    assert place.run() == 0, place.log
+    assert [path.name for path in (place.folder / "experiments").iterdir()] == ["colintern"]
+    done = place.folder / "experiments" / "colintern"
+    assert all((done / name).is_file() for name in (*PEFT, "trainer_state.json"))
+
+
+def test_a_checkpoint_is_an_adapter_like_the_final_one(place):  # noqa: F811
+    assert place.run(at_step, 10, kill) == -signal.SIGKILL
+    [run] = (place.folder / "experiments").glob("train-*")
+    with contextlib.chdir(place.folder):
+        params, newest = load(), run / "checkpoint-9"
+        require_adapter(newest)
+        require_base(params, newest)
+        load_processor(params, newest)
+        model = load_adapter(params, check_base(params), newest)
+        bare = ColIntern3_5.from_pretrained(check_base(params), seed=params.seed, dtype=torch.float32)
+        theirs = PeftModel.from_pretrained(bare, str(newest)).base_model.model
+        ours, same = dict(model.named_parameters()), dict(theirs.named_parameters())
+        assert ours.keys() == same.keys() and all(torch.equal(ours[name], same[name]) for name in ours)
+        assert any("lora_B" in name and value.any() for name, value in ours.items())
+
+
+def test_a_run_that_keeps_nothing_leaves_no_link(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(".scratch/train-0123")
+    with pytest.raises(ValueError), shown(folder):
+        assert Path("experiments/train-0123").resolve() == folder.resolve()
+        raise ValueError
+    assert not folder.exists() and not list(Path("experiments").iterdir())
+    with shown(folder):
+        (folder / "checkpoint-1").mkdir()
+    assert Path("experiments/train-0123/checkpoint-1").is_dir()
+    (folder / "checkpoint-1").rmdir()
+    folder.rmdir()
+    with shown(Path(".scratch/train-4567")):
+        pass
+    assert not list(Path("experiments").iterdir()), "the link of a run that was deleted by hand"
