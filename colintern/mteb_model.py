@@ -106,8 +106,10 @@ class ColIntern3_5Encoder(AbsEncoder):
         return rows
 
     def _smaller(self, pages: list[Tensor]) -> list[Tensor]:
-        tile, before = self.processor.image_seq_length, self.processor.text_before
-        rows = cut([pool(page, self.pool_factor, tile, before) for page in pages], self.dim)
+        if self.pool_factor > 1:
+            tile, before = self.processor.image_seq_length, self.processor.text_before
+            pages = [pool(page, self.pool_factor, tile, before) for page in pages]
+        rows = cut(pages, self.dim)
         self.page_count, self.vector_count = self.page_count + len(rows), self.vector_count + sum(map(len, rows))
         return rows
 

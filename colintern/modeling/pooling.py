@@ -22,11 +22,9 @@ def pool(page: Tensor, factor: int, tile: int, before: int) -> Tensor:
 
     Args:
         page: (vectors, dim): `before` of text, then the tiles, then less than a tile of text.
-        factor: 1 leaves the page as it is.
+        factor: 2 or more.
         tile: vectors of a tile.
     """
-    if factor == 1:
-        return page
     count = (len(page) - before) // tile
     head, visual, tail = page.split([before, count * tile, len(page) - before - count * tile])
     pooled = HierarchicalTokenPooler().pool_embeddings(list(visual.split(tile)), pool_factor=factor)
@@ -34,5 +32,5 @@ def pool(page: Tensor, factor: int, tile: int, before: int) -> Tensor:
 
 
 def cut(rows: Sequence[Tensor], dim: int) -> list[Tensor]:
-    """The first `dim` numbers of each vector, normalised again; (n, dim) a row."""
-    return [row if row.shape[1] == dim else normalize(row[:, :dim], dim=-1) for row in rows]
+    """The first `dim` numbers of each vector, normalised again where that leaves some out; (n, dim) a row."""
+    return [row if row.shape[1] <= dim else normalize(row[:, :dim], dim=-1) for row in rows]
