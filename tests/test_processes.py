@@ -55,7 +55,7 @@ def gradient(folder: Path, images: list, size: int, rank: int, port: int, change
                     p.normal_(std=0.02)
         if params.gradient_checkpointing:
             model.activation_checkpointing_enable()
-        features = PageFeatures(model, processor, folder / "none", 0.0)
+        features = PageFeatures(model, processor, folder / "none", 0.0, "exact")
         pages = [Page.of(image) for image in images]
         rows = [
             Pair(q, pages[n], tuple(pages[w] for w in wrong))

@@ -6,6 +6,7 @@ guide's numbers are for InternVL3.5-1B, those for the demo were measured (README
 """
 
 from collections.abc import Callable
+from textwrap import fill
 from typing import Any, NamedTuple
 
 from colintern.modeling.lora import FLOAT32, examine, faults, meta_model, notes
@@ -247,6 +248,6 @@ def hold(params: Params, base: str) -> None:
     found = examined(facts_for(params, base, params.base_revision or None), CHECKS)
     for finding in found:
         if finding.status == WARN:
-            print(f"warning: {finding.name}: {finding.found} -> {finding.remedy}")
+            print(fill(f"warning: {finding.name}: {finding.found} -> {finding.remedy}", 80, subsequent_indent="  "))
     if failed := [f"{f.name}: {f.found} -> {f.remedy}" for f in found if f.status == FAIL]:
         raise UserError("this run cannot do what params.yaml says\n  " + "\n  ".join(failed))
