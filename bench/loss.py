@@ -37,7 +37,7 @@ def ones(tokens: Tensor) -> Tensor:
 
 def ours(q: Tensor, p: Tensor) -> Tensor:
     scores = maxsim_matrix(q, ones(q), p, ones(p))
-    return contrastive_loss(scores, torch.zeros(scores.shape, dtype=torch.bool), TEMPERATURE)
+    return contrastive_loss(scores, torch.zeros(scores.shape, dtype=torch.bool), TEMPERATURE, symmetric=False)
 
 
 def colpali(q: Tensor, p: Tensor) -> Tensor:

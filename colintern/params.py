@@ -114,6 +114,7 @@ class Params:
     batch_size: Annotated[int, at_least(2)]
     micro_batch_size: Annotated[int, at_least(1)]
     temperature: Annotated[float, POSITIVE]
+    symmetric_loss: bool
     logging_steps: Annotated[int, at_least(1)]
     dev_queries: Annotated[int, at_least(1)]
     save_steps: Annotated[int, at_least(1)]

@@ -155,26 +155,43 @@ def test_bf16_embeddings_are_scored_in_float32(batch):
 
 @pytest.mark.parametrize("size", [2, 64])
 def test_knowing_nothing_costs_log_batch(size):
-    loss = contrastive_loss(torch.zeros(size, size), nothing(size), 0.02)
+    loss = contrastive_loss(torch.zeros(size, size), nothing(size), 0.02, False)
     assert loss.item() == pytest.approx(math.log(size))
 
 
 def test_two_pairs_by_hand():
     scores = torch.tensor([[0.5, 0.3], [0.1, 0.5]])
     want = (math.log(1 + math.exp(-0.2 / 0.1)) + math.log(1 + math.exp(-0.4 / 0.1))) / 2
-    assert contrastive_loss(scores, nothing(2), 0.1).item() == pytest.approx(want, rel=1e-5)
+    assert contrastive_loss(scores, nothing(2), 0.1, False).item() == pytest.approx(want, rel=1e-5)
 
 
 def test_a_hard_negative_is_a_negative_of_every_query():
     scores = torch.tensor([[0.5, 0.3, 0.4], [0.1, 0.5, 0.2]])
     want = sum(math.log(1 + sum(math.exp((x - 0.5) / 0.1) for x in row)) for row in ((0.3, 0.4), (0.1, 0.2))) / 2
-    assert contrastive_loss(scores, torch.zeros(2, 3, dtype=torch.bool), 0.1).item() == pytest.approx(want, rel=1e-5)
+    assert contrastive_loss(scores, torch.zeros(2, 3, dtype=torch.bool), 0.1, False).item() == pytest.approx(
+        want, rel=1e-5
+    )
+
+
+def test_the_symmetric_loss_is_the_mean_of_both_directions():
+    # The mined page, the last column, is a negative of both queries, and asks for none itself.
+    scores = torch.tensor([[0.5, 0.3, 0.4], [0.1, 0.5, 0.2]])
+    rows = sum(math.log(1 + sum(math.exp((x - 0.5) / 0.1) for x in row)) for row in ((0.3, 0.4), (0.1, 0.2))) / 2
+    columns = sum(math.log(1 + math.exp((x - 0.5) / 0.1)) for x in (0.1, 0.3)) / 2
+    loss = contrastive_loss(scores, torch.zeros(2, 3, dtype=torch.bool), 0.1, True)
+    assert loss.item() == pytest.approx((rows + columns) / 2, rel=1e-5)
+
+
+def test_what_a_page_answers_is_no_negative_of_it_either():
+    scores = torch.tensor([[0.9, 0.9, 0.1], [0.9, 0.9, 0.1], [0.1, 0.2, 0.8]])
+    copies = false_negatives(torch.tensor([1, 2, 3]), torch.tensor([5, 5, 7]))
+    assert contrastive_loss(scores, copies, 0.02, True) < 0.01 < contrastive_loss(scores, nothing(3), 0.02, True)
 
 
 def test_what_is_left_out_is_no_negative():
     scores = torch.tensor([[0.9, 0.9, 0.1], [0.9, 0.9, 0.1], [0.1, 0.2, 0.8]])
-    twin = contrastive_loss(scores, false_negatives(torch.tensor([1, 2, 3]), torch.tensor([5, 5, 7])), 0.02)
-    assert twin < 0.01 < contrastive_loss(scores, nothing(3), 0.02)
+    twin = contrastive_loss(scores, false_negatives(torch.tensor([1, 2, 3]), torch.tensor([5, 5, 7])), 0.02, False)
+    assert twin < 0.01 < contrastive_loss(scores, nothing(3), 0.02, False)
 
 
 def test_copies_of_a_page_and_other_pages_of_the_same_query_are_no_negatives():
@@ -194,7 +211,7 @@ def test_loss_and_gradient_are_colpali_engines_where_that_is_right():
     q, p = unit(6, 5, 16).requires_grad_(), unit(6, 8, 16).requires_grad_()
     theirs = ColbertLoss(temperature=0.02, normalize_scores=True)(q, p)
     want = torch.autograd.grad(theirs, (q, p))
-    ours = contrastive_loss(maxsim_matrix(q, torch.ones(6, 5), p, torch.ones(6, 8)), nothing(6), 0.02)
+    ours = contrastive_loss(maxsim_matrix(q, torch.ones(6, 5), p, torch.ones(6, 8)), nothing(6), 0.02, False)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     for mine, other in zip(torch.autograd.grad(ours, (q, p)), want, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
@@ -217,7 +234,7 @@ def test_colpali_engine_loses_digits_in_bf16_and_we_do_not():
     torch.manual_seed(3)
     q, p = unit(16, 30, 128).bfloat16(), unit(16, 200, 128).bfloat16()
     batch = q.double(), torch.ones(16, 30), p.double(), torch.ones(16, 200)
-    true = contrastive_loss(plain(*batch), nothing(16), 0.02).item()
-    ours = contrastive_loss(maxsim_matrix(q, batch[1], p, batch[3]), nothing(16), 0.02).item()
+    true = contrastive_loss(plain(*batch), nothing(16), 0.02, False).item()
+    ours = contrastive_loss(maxsim_matrix(q, batch[1], p, batch[3]), nothing(16), 0.02, False).item()
     assert ours == pytest.approx(true, abs=1e-5)
     assert abs(ColbertLoss(temperature=0.02)(q, p).item() - true) > 1e-3

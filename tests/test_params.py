@@ -133,6 +133,7 @@ BAD_VALUES = [
     ("micro_batch_size", "0", "at least 1"),
     ("temperature", "0", "above 0"),
     ("temperature", ".nan", "a number"),
+    ("symmetric_loss", "1", "true or false"),
     ("logging_steps", "0", "at least 1"),
     ("dev_queries", "0", "at least 1"),
     ("save_steps", "0", "at least 1"),

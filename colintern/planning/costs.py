@@ -242,7 +242,7 @@ class Costs:
 
 def _contrast(query: dict[str, Tensor], page: dict[str, Tensor], queries: Tensor, pages: Tensor) -> Tensor:
     scores = maxsim_matrix(queries, query["attention_mask"], pages, page["attention_mask"])
-    return contrastive_loss(scores, torch.zeros(scores.shape, dtype=torch.bool, device=scores.device), temperature=1.0)
+    return contrastive_loss(scores, torch.zeros(scores.shape, dtype=torch.bool, device=scores.device), 1.0, False)
 
 
 def _scaled(kernels: Counter[Kernel], factor: float) -> Counter[Kernel]:

@@ -1,4 +1,4 @@
-"""The contrastive loss: each query must find its own page among the pages of the batch."""
+"""The contrastive loss: each query must find its own page among the pages of the batch, and, if wanted, the reverse."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -112,7 +112,7 @@ def false_negatives(query_ids: Tensor, page_ids: Tensor) -> Tensor:
     return answers & ~torch.eye(*answers.shape, dtype=torch.bool, device=answers.device)
 
 
-def contrastive_loss(scores: Tensor, left_out: Tensor, temperature: float) -> Tensor:
+def contrastive_loss(scores: Tensor, left_out: Tensor, temperature: float, symmetric: bool) -> Tensor:
     """InfoNCE over the pages of the batch (ColBERT in-batch negatives; mined ones are further pages of the batch).
 
     Embeddings that are all alike give log(P): with 64 pairs a model that knows nothing starts near 4.16.
@@ -121,9 +121,13 @@ def contrastive_loss(scores: Tensor, left_out: Tensor, temperature: float) -> Te
         scores: (B, P), query i against page j, P >= B; page i is the right one for query i.
         left_out: (B, P) bool, see `false_negatives`.
         temperature: scores are divided by it.
+        symmetric: the mean of that and of its mirror, page j against all queries, in which query j is the right one
+            (as in CLIP, Radford et al. 2021, arXiv 2103.00020); a mined page has no query and is not asked.
 
     Returns:
         Scalar float32.
     """
     logits = (scores / temperature).masked_fill(left_out, -torch.inf)
-    return cross_entropy(logits, torch.arange(len(scores), device=scores.device))
+    right = torch.arange(len(scores), device=scores.device)
+    loss = cross_entropy(logits, right)
+    return (loss + cross_entropy(logits[:, : len(scores)].T, right)) / 2 if symmetric else loss

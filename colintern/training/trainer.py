@@ -202,7 +202,8 @@ class ContrastiveTrainer(Trainer):
         for side, made in (("query", queries), ("page", pages)):
             sides += self.processes.gathered(own, side, made, batch[side]["attention_mask"])
         left_out = false_negatives(own.query_ids, own.page_ids)
-        return contrastive_loss(maxsim_matrix(*sides), left_out, self.params.temperature)
+        scores = maxsim_matrix(*sides)
+        return contrastive_loss(scores, left_out, self.params.temperature, self.params.symmetric_loss)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A row of the training curve takes loss and masked pairs from the tally."""
