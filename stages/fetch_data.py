@@ -41,7 +41,7 @@ def main() -> None:
     named = [("base", manifest["base"]), *(("train", part) for part in manifest["train"])]
     for name, part in [*named, *manifest["evaluation"].items()]:
         size = sum(file["size"] for file in part["files"].values())
-        print(f"{name:<50} {part['folder']:<60} {len(part['files']):>4} files {size / 1e6:>10.1f} MB")
+        print(f"{name:<31.31} {part['folder']:<27.27} {len(part['files']):>3} files {size / 1e6:>7.1f} MB")
 
 
 if __name__ == "__main__":
