@@ -89,7 +89,7 @@ def measure(row: tuple[str, int, int, bool, float], device: str) -> dict[str, fl
         )
         one = trainer.data_collator(pairs[:1])
         trainer.train()
-    meta = Costs(config, dtype, params.lora_targets, params.lora_rank, dropout, device == "cuda")
+    meta = Costs(config, dtype, params.lora_targets, params.lora_rank, dropout)
     lengths = (one[side]["input_ids"].shape[1] for side in ("page", "query"))
     step = meta.step(Setting(batch, micro, checkpointing, 6, *lengths))
     there = sum(step.memory[name] for name in ("base weights", "adapters", "optimizer", "dropout"))

@@ -27,10 +27,10 @@ PARAMS = load(ROOT / "recipes" / "demo.yaml")
 DEMO = Setting(32, 8, False, tiles=6, page_tokens=108, query_tokens=24)
 
 
-def demo(layers=2, targets=PARAMS.lora_targets, dropout=0.0, cuda=False, dtype=torch.float32):
+def demo(layers=2, targets=PARAMS.lora_targets, dropout=0.0, dtype=torch.float32):
     config = InternVLConfig.from_pretrained(BASE)
     config.text_config.num_hidden_layers, config.text_config.layer_types = layers, ["full_attention"] * layers
-    return Costs(config, dtype, targets, rank=32, dropout=dropout, cuda=cuda)
+    return Costs(config, dtype, targets, rank=32, dropout=dropout)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_a_linear_layer_by_hand():
     """(8, 16) through 16 -> 32: the output is new, weight and bias gradients are made, the input is not counted."""
     with torch.device("meta"):
         layer, rows = nn.Linear(16, 32), torch.empty(8, 16)
-    phase = measure(lambda: layer(rows).sum().backward(), [*layer.parameters(), rows], cuda=False)
+    phase = measure(lambda: layer(rows).sum().backward(), [*layer.parameters(), rows])
     assert phase.kernels[Kernel(torch.float32, 2 * 8 * 16 * 32, 4 * (32 + 8 * 16 + 16 * 32 + 8 * 32))] == 1  # forward
     assert sum(k.operations * n for k, n in phase.kernels.items()) == 2 * (2 * 8 * 16 * 32)  # and the weight's gradient
     held = 4 * 8 * 32 + 4 + 4  # output, sum, the sum's gradient (expanding it takes nothing)
@@ -85,7 +85,7 @@ def test_a_step_is_what_the_trainer_runs(costs, micro, checkpointing, dtype):
     """The real `_step`, whole, on meta tensors, against the phases that `step` adds up."""
     size, costs = 8, costs if dtype is torch.float32 else demo(dtype=dtype)
     trainer = object.__new__(ContrastiveTrainer)
-    trainer.params, trainer.micro = SimpleNamespace(temperature=0.02), micro
+    trainer.params, trainer.micro = SimpleNamespace(temperature=0.02, symmetric_loss=False), micro
     trainer.low_precision = dtype is torch.bfloat16
     trainer.processor = costs.config  # `split` asks it for image_token_id and image_seq_length
     batch = {"query": costs._batch(size, 0, 24), "page": costs._batch(size, 6, 108), "page_ids": torch.arange(size)}
@@ -105,7 +105,7 @@ def test_a_step_is_what_the_trainer_runs(costs, micro, checkpointing, dtype):
         *tensors,
     ]
     with disable_input_dtype_casting(model, active=trainer.low_precision):
-        real = measure(lambda: trainer._step(model, batch), known, cuda=False)
+        real = measure(lambda: trainer._step(model, batch), known)
     assert step.memory["activations and loss"] == pytest.approx(real.peak, rel=0.03)
     assert step.operations == sum(k.operations * n for k, n in real.kernels.items())
     assert {k.dtype for k in real.kernels if k.operations and k.bytes} == {torch.float32, dtype}
@@ -150,7 +150,7 @@ def test_autocast_on_meta_tensors_casts_what_the_real_one_does(checkpointing):
             found.append(operators.seen)
 
         with disable_input_dtype_casting(model):
-            run() if model is real else measure(run, [], cuda=False)
+            run() if model is real else measure(run, [])
     assert found[0] == found[1]
     assert found[0]["cast", torch.float32, torch.bfloat16] >= 2 * 15
 
@@ -167,7 +167,7 @@ def test_causal_attention_costs_half():
     counts = []
     for causal in (False, True):
         run = lambda causal=causal: nn.functional.scaled_dot_product_attention(query, query, query, is_causal=causal)  # noqa: E731
-        counts.append(sum(k.operations * n for k, n in measure(run, [query], cuda=True).kernels.items()))
+        counts.append(sum(k.operations * n for k, n in measure(run, [query]).kernels.items()))
     assert counts == [4 * 4 * 64 * 64 * 32, 2 * 4 * 64 * 64 * 32]
 
 

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     known = size >= guide.SMALLEST
     dtype, dropout = (rules.DTYPE, rules.DROPOUT) if known else (params.dtype, params.lora_dropout)
     rank = guide.optimal_rank(size) if known else params.lora_rank
-    costs = Costs(architecture, getattr(torch, dtype), params.lora_targets, rank, dropout, cuda=True)
+    costs = Costs(architecture, getattr(torch, dtype), params.lora_targets, rank, dropout)
     head = {"base": base, "parameters": size, "trained": costs.trained, "gpu": card, "gpu_memory_gb": memory}
     if args.table:
         table = list(rules.memory_table(costs, query))

@@ -65,13 +65,10 @@ class Costs:
         config: of the base.
         dtype: of the base's weights.
         targets, rank, dropout: as for `add_lora`.
-        cuda: see `measure`.
     """
 
-    def __init__(
-        self, config: InternVLConfig, dtype: torch.dtype, targets: Sequence[str], rank: int, dropout: float, cuda: bool
-    ):
-        self.config, self.text, self.dtype, self.cuda = config, config.get_text_config(), dtype, cuda
+    def __init__(self, config: InternVLConfig, dtype: torch.dtype, targets: Sequence[str], rank: int, dropout: float):
+        self.config, self.text, self.dtype = config, config.get_text_config(), dtype
         self.low_precision = dtype == torch.bfloat16  # adapters are computed in it, and kept in float32
         self.lora = (targets, rank, rank, dropout)
         self.layers = self.text.num_hidden_layers
@@ -147,10 +144,7 @@ class Costs:
             with torch.set_grad_enabled(grad):
                 # Each part takes a copy of its pages' features.
                 part = batch | {key: t.clone() for key, t in batch.items() if t.is_meta}
-                if grad:
-                    (self._embed(model, part) * gradient).sum().backward()
-                else:
-                    self._embed(model, part)
+                self._embed(model, part, grad=gradient if grad else None)
 
         return self._measure(run, checkpointing, gradient, *batch.values())
 
@@ -163,8 +157,8 @@ class Costs:
             made = [self._embed(model, side) for side in (query, page)]
             leaves: list[Any] = [embedded.detach().requires_grad_() for embedded in made]
             _contrast(query, page, *leaves).backward()
-            for embedded, leaf in zip(made, leaves, strict=True):
-                (embedded * leaf.grad).sum().backward()
+            for side, embedded, leaf in zip((query, page), made, leaves, strict=True):
+                self._embed(model, side, embedded, leaf.grad)
 
         return self._measure(run, checkpointing, *query.values(), *page.values())
 
@@ -181,15 +175,21 @@ class Costs:
             )
             _contrast(query, page, queries, pages).backward()
 
-        return measure(run, [part for side in parts for part in side], self.cuda)
+        return measure(run, [part for side in parts for part in side])
 
-    def _embed(self, model: Any, part: dict[str, Tensor]) -> Tensor:
+    def _embed(self, model: Any, part: dict[str, Tensor], made: Tensor | None = None, grad: Any = None) -> Tensor:
         """As `ContrastiveTrainer._embed`."""
         rows, length = part["input_ids"].shape
         # autocast is `measure`'s
         cast = torch.autocast(model.device.type, torch.bfloat16) if self.low_precision else nullcontext()
-        with model.masks.rows("page", torch.arange(rows, device="meta"), length), cast:
-            return model(**part)
+        with model.masks.rows("page", torch.arange(rows, device="meta"), length):
+            if made is None:
+                with cast:
+                    made = model(**part)
+            if grad is not None:
+                made = (made * grad).sum()
+                made.backward()
+        return made
 
     def _measure(self, run: Callable[[Any], None], checkpointing: bool, *known: Tensor) -> Phase:
         """`run` on the model, or on the shallow ones."""
@@ -203,7 +203,7 @@ class Costs:
             gradients = (p.grad for p in model.parameters() if p.grad is not None)
             there = (*model.parameters(), *model.buffers(), *model.masks.drawn.values(), *gradients, *known)
             with disable_input_dtype_casting(model, active=self.low_precision):
-                found.append(measure(lambda model=model: run(model), there, self.cuda))  # type: ignore[misc]
+                found.append(measure(lambda model=model: run(model), there))  # type: ignore[misc]
         if len(found) == 1:
             return found[0]
         few, more = found

@@ -39,16 +39,15 @@ class Phase(NamedTuple):
     kernels: Counter[Kernel]
 
 
-def measure(run: Callable[[], None], known: Sequence[Tensor], cuda: bool) -> Phase:
+def measure(run: Callable[[], None], known: Sequence[Tensor]) -> Phase:
     """What `run` costs.
 
     Args:
         run: works on meta tensors; real ones may be among its inputs, where the code branches on their values.
         known: tensors that were there before and are not counted.
-        cuda: count CUDA's dropout, which keeps a mask of bytes; else the CPU's, which keeps one of numbers.
     """
     meter = Meter(known)
-    with _fused(cuda), meter:
+    with _fused(), meter:
         run()
     return Phase(meter.peak, meter.kernels)
 
@@ -109,8 +108,8 @@ def _shape_only(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _fused(cuda: bool) -> Iterator[None]:
-    """Attention and dropout as CPU and CUDA run them: meta tensors would take the unfused code. And `torch.autocast`
+def _fused() -> Iterator[None]:
+    """Attention as CPU and CUDA run it: meta tensors would take the unfused code. And `torch.autocast`
     as far as a bfloat16 model beside float32 adapters needs it, since the real one leaves meta tensors alone: an
     adapter is computed in a copy of its weight, which autocast keeps until it is left and the graph until it is used.
     """
@@ -118,9 +117,6 @@ def _fused(cuda: bool) -> Iterator[None]:
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         assert attn_mask is None, "right padding needs no mask"
         return ATEN._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
-
-    def dropout(input, p=0.5, training=True, inplace=False):
-        return torch.native_dropout(input, p, training)[0] if training and p else input
 
     regions: list[list[Tensor]] = []
     exact = functional.linear
@@ -145,6 +141,4 @@ def _fused(cuda: bool) -> Iterator[None]:
         stack.enter_context(patch.object(functional, "linear", linear))
         stack.enter_context(patch.object(torch, "autocast", autocast))
         stack.enter_context(patch.object(functional, "scaled_dot_product_attention", attention))
-        if cuda:
-            stack.enter_context(patch.object(functional, "dropout", dropout))
         yield
