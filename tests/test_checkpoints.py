@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from test_survival import at_step, fetched, kill, place  # noqa: F401
+from processes import kill
+from small_run import at_step
 
 from colintern.files.manifest import check_base
 from colintern.model import ColIntern3_5
@@ -19,7 +20,7 @@ from colintern.training.checkpoints import shown
 PEFT = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def test_an_interrupted_runs_checkpoints_stand_in_experiments_and_leave_when_it_is_done(place):  # noqa: F811
+def test_an_interrupted_runs_checkpoints_stand_in_experiments_and_leave_when_it_is_done(place):
     assert place.run(at_step, 8, kill) == -signal.SIGKILL
     [run] = (place.folder / "experiments").glob("train-*")
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
@@ -36,7 +37,7 @@ def test_an_interrupted_runs_checkpoints_stand_in_experiments_and_leave_when_it_
     assert all((done / name).is_file() for name in (*PEFT, "trainer_state.json"))
 
 
-def test_a_checkpoint_is_an_adapter_like_the_final_one(place):  # noqa: F811
+def test_a_checkpoint_is_an_adapter_like_the_final_one(place):
     assert place.run(at_step, 10, kill) == -signal.SIGKILL
     [run] = (place.folder / "experiments").glob("train-*")
     with contextlib.chdir(place.folder):

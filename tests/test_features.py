@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import BASE
 from PIL import Image
+from small_run import params
 from test_model import load
-from test_survival import fetched, params, place  # noqa: F401
 
 from colintern.modeling import fp8
 from colintern.modeling.embed import embed_features, embed_pages
@@ -133,7 +133,7 @@ def test_fp8_gives_one_result_cold_warm_and_without_a_cache_and_tells_one_error(
     assert sizes[exact.cache.folder.name + "-fp8"] < 0.3 * sizes[exact.cache.folder.name]
 
 
-def test_a_run_tells_the_error_of_fp8_in_its_metrics_and_its_log(place):  # noqa: F811
+def test_a_run_tells_the_error_of_fp8_in_its_metrics_and_its_log(place):
     told = []
     for limit in (0.1, 0.0):
         with contextlib.chdir(place.folder):

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-from test_survival import STEPS, at_step, fetched, kill, place  # noqa: F401
+from processes import kill
+from small_run import STEPS, at_step
 
 from colintern.params import load
 from colintern.training import progress
@@ -28,7 +29,7 @@ def at_terminal(name: str) -> None:
         os.dup2(terminal, number)
 
 
-def shown_at_80_columns(place) -> str:  # noqa: F811
+def shown_at_80_columns(place) -> str:
     """What a run prints to a terminal of 80 columns."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
@@ -50,7 +51,7 @@ def shown_at_80_columns(place) -> str:  # noqa: F811
     return found.decode()
 
 
-def test_a_terminal_of_80_columns_shows_one_line_with_all_facts(place):  # noqa: F811
+def test_a_terminal_of_80_columns_shows_one_line_with_all_facts(place):
     text = shown_at_80_columns(place)
     lines = [re.sub(r"\x1b\[\w+", "", line) for line in re.split(r"[\r\n]+", text)]
     assert max(map(len, lines)) <= 80, max(lines, key=len)
@@ -62,7 +63,7 @@ def test_a_terminal_of_80_columns_shows_one_line_with_all_facts(place):  # noqa:
     assert re.search(r"\rstep \d+:", text) or re.search(r"\nstep \d+:", text), "health's words have lines of their own"
 
 
-def test_a_log_gets_few_rows_and_one_that_goes_on_knows_its_last_scores(place):  # noqa: F811
+def test_a_log_gets_few_rows_and_one_that_goes_on_knows_its_last_scores(place):
     assert place.run(at_step, 7, kill) < 0
     assert place.run() == 0, place.log
     rows = re.findall(r"^step .*/10 .*$", place.log, re.M)
