@@ -5,6 +5,7 @@ Each run is a process of its own, see processes.py.
 
 import contextlib
 import csv
+import hashlib
 import json
 import os
 import re
@@ -285,6 +286,50 @@ def test_a_merged_model_scores_as_its_adapter(place, whole):
     for name in ("one", "two"):
         assert "untrained" in adapter[name] and "untrained" not in merged[name]
         assert merged[name]["ndcg_at_5"] == pytest.approx(adapter[name]["ndcg_at_5"], abs=1e-3)
+
+
+PROGRAM = """
+import json, sys
+import mteb
+from colintern.mteb_model import load, register
+
+adapter, pages = sys.argv[1:]
+vidore = type(mteb.get_task("VidoreDocVQARetrieval"))
+data = {"name": "TwoRetrieval", "dataset": {"path": pages, "revision": "1"}}
+task = type("TwoRetrieval", (vidore,), {"metadata": vidore.metadata.model_copy(update=data)})()
+settings = {"dtype": "float32", "max_visual_tokens": 16, "max_query_tokens": 64}
+meta = register(adapter, "colintern/mine", **settings)
+models = {"loaded": load(adapter, **settings), "merged": load(adapter, merge=True, **settings),
+          "by name": mteb.get_model("colintern/mine"), "meta": meta}
+for name, model in models.items():
+    cache = mteb.ResultCache("cache")
+    found = mteb.evaluate(model, task, cache=cache, encode_kwargs={"batch_size": 8}, overwrite_strategy="always")
+    [scores] = found[0].scores["test"]
+    print("FOUND", json.dumps([name, found.model_name, found.model_revision, scores]))
+"""
+
+
+def test_in_a_program_of_ones_own_mteb_scores_an_adapter_as_here(place, whole, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "arrow"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", PROGRAM, place.folder / ADAPTER, place.folder / BENCHMARKS[1]]
+    done = subprocess.run(command, env=env, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    names = {"loaded": "colintern", "merged": "colintern", "by name": "mine", "meta": "mine"}
+    assert [(name, model) for name, model, _, _ in found] == [(n, f"colintern/{m}") for n, m in names.items()]
+    weights = hashlib.sha256((place.folder / ADAPTER / "adapter_model.safetensors").read_bytes()).hexdigest()
+    want = json.loads(whole["metrics/eval.json"])["two"]
+    assert 0 < want["ndcg_at_5"] < 1, "neither trivial nor hopeless"
+    for name, _, revision, scores in found:
+        assert revision == weights[:40]
+        bound = 1e-3 if name == "merged" else 1e-6
+        for metric in ("ndcg_at_5", "ndcg_at_10", "recall_at_100"):
+            assert scores[metric] == pytest.approx(want[metric], abs=bound), (name, metric)
+    assert [file.name for file in (tmp_path / "elsewhere").iterdir()] == ["cache"], "nothing else is left behind"
+    settings = [json.loads(file.read_text()) for file in (tmp_path / "elsewhere").rglob("model_meta.json")]
+    assert {one["name"] for one in settings} == {"colintern/colintern", "colintern/mine"}
+    assert str(tmp_path) not in json.dumps(settings)
 
 
 def test_unknown_names_are_refused_with_the_nearest_before_anything_loads(place):

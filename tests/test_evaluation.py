@@ -125,7 +125,7 @@ def subject(model: nn.Module, processor: object, identity: str = "", features: P
     """A model as `evaluate` takes it; another `identity` takes no results of this one's."""
 
     def encoder() -> ColIntern3_5Encoder:
-        return ColIntern3_5Encoder(model, processor, "stub", "a" * 40, features)
+        return ColIntern3_5Encoder(model, processor, "colintern/stub", "a" * 40, features)
 
     return Subject("stub", "a" * 40, {"model": identity, "params": {"threads": 1}}, {"lr": 0.1}, encoder)
 

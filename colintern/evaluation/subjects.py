@@ -7,16 +7,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from colintern.files.identity import content_hash, fingerprint, stage_code, versions
 from colintern.files.manifest import MANIFEST, check_base, read
 from colintern.modeling.cache import TensorCache
 from colintern.modeling.features import FEATURES, PageFeatures
-from colintern.modeling.loading import load_adapter, load_merged, load_processor, require_adapter, require_base
+from colintern.modeling.loading import (
+    load_adapter,
+    load_merged,
+    load_processor,
+    require_adapter,
+    require_base,
+    require_finite,
+    require_merged,
+)
 from colintern.mteb_model import ColIntern3_5Encoder
-from colintern.params import Params, UserError, root
+from colintern.params import Params, root
 
 EMBEDDINGS = Path("data/.embeddings")  # deleting it costs only time
 
@@ -68,12 +75,7 @@ def _adapter(params: Params, base: str, folder: Path, trained: bool, label: str)
 
 
 def _merged(params: Params, folder: Path) -> Subject:
-    files = sorted(folder.glob("*.safetensors"))
-    if not any("custom_text_proj.weight" in names for names in map(_weights, files)):
-        raise UserError(
-            f"{folder}: its weights have no custom_text_proj.weight, so it is a base before training; give an "
-            f"adapter's folder, or one that was merged"
-        )
+    require_merged(folder)
     what = {"merged": content_hash(folder)}
 
     def encoder() -> ColIntern3_5Encoder:
@@ -83,23 +85,17 @@ def _merged(params: Params, folder: Path) -> Subject:
     return Subject("colintern3_5", what["merged"][:40], identity, {}, encoder)
 
 
-def _weights(file: Path) -> list[str]:
-    with safe_open(file, "pt") as content:
-        return list(content.keys())
-
-
 def _encoder(
     params: Params, model: nn.Module, folder: Path, label: str, revision: str, identity: dict[str, Any]
 ) -> ColIntern3_5Encoder:
-    broken = [name for name, value in model.named_parameters() if not value.isfinite().all()]
-    if broken:
-        raise UserError(f"{folder}: {broken[0]} has NaN or infinite values ({len(broken)} such weights)")
+    require_finite(model, folder)
     processor = load_processor(params, folder)
     features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)
     settings = {key: value for key, value in identity["params"].items() if key not in ("pool_factor", "dim")}
     kept = fingerprint(identity | {"params": settings})  # what is kept is neither pooled nor cut
     embeddings = TensorCache(root() / EMBEDDINGS, kept, int(params.embedding_cache_gb * 1e9))
-    return ColIntern3_5Encoder(model, processor, label, revision, features, embeddings, params.pool_factor, params.dim)
+    name = f"colintern/{label}"
+    return ColIntern3_5Encoder(model, processor, name, revision, features, embeddings, params.pool_factor, params.dim)
 
 
 def _identity(params: Params, what: dict[str, Any]) -> dict[str, Any]:
