@@ -27,6 +27,7 @@ ADAPTER = Path("experiments/colintern")
 BENCHMARKS = ("data/own/one", "data/own/two")
 WRITTEN = ("results/mteb_evaluation", "metrics/eval.json", "plots/eval.csv")
 MERGED = "someone/merged", "b" * 40
+SHARED = "someone/adapter", "c" * 40
 
 
 def work(*command: str) -> None:
@@ -364,6 +365,20 @@ def test_e3_an_adapter_that_cannot_be_right_is_refused_and_named(place, fault):
     assert re.search(said[fault], place.log), place.log
 
 
+LOAD = """
+import sys
+from colintern.mteb_model import load
+from colintern.params import UserError
+
+meta = load(sys.argv[1], base=sys.argv[2]).mteb_model_meta
+print(meta.name, meta.revision)
+try:
+    load(sys.argv[3])
+except UserError as error:
+    print(error)
+"""
+
+
 def test_a_model_on_the_hub_by_its_commit(place, whole):
     with running() as hub:
         hub.add_folder("model", *MERGED, place.folder / "merged")
@@ -374,6 +389,14 @@ def test_a_model_on_the_hub_by_its_commit(place, whole):
             env=env, cwd=place.folder, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
+        hub.add_folder("model", *SHARED, place.folder / ADAPTER)
+        loaded = subprocess.run(
+            [sys.executable, "-c", LOAD, "@".join(SHARED), place.folder / "demo/base", f"{SHARED[0]}@{'d' * 40}"],
+            env=env, cwd=place.folder / "hf", capture_output=True, text=True,
+        )  # fmt: skip
+        assert loaded.returncode == 0, loaded.stdout + loaded.stderr
+    assert loaded.stdout.splitlines()[0] == " ".join(SHARED)
+    assert f"model: '{SHARED[0]}@{'d' * 40}' cannot be fetched: " in loaded.stdout
     [out] = (place.folder / "results/evaluate").iterdir()
     found = metrics(out / "eval.json")["two"]["ndcg_at_5"]
     assert found == pytest.approx(json.loads(whole["metrics/eval.json"])["two"]["ndcg_at_5"], abs=1e-3)
