@@ -127,7 +127,7 @@ def subject(model: nn.Module, processor: object, identity: str = "", features: P
     def encoder() -> ColIntern3_5Encoder:
         return ColIntern3_5Encoder(model, processor, "colintern/stub", "a" * 40, features)
 
-    return Subject("stub", "a" * 40, {"model": identity, "params": {"threads": 1}}, {"lr": 0.1}, encoder)
+    return Subject("colintern/stub", "a" * 40, {"model": identity, "params": {"threads": 1}}, {"lr": 0.1}, encoder)
 
 
 def evaluate(one: Subject, params: Params, out: str) -> Scores:

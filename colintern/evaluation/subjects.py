@@ -25,17 +25,18 @@ from colintern.modeling.loading import (
 from colintern.mteb_model import ColIntern3_5Encoder
 from colintern.params import Params, root
 
+NAME = "colintern/colintern3_5"
 EMBEDDINGS = Path("data/.embeddings")  # deleting it costs only time
 
 
 class Subject(NamedTuple):
     """A model to evaluate.
 
-    `label` and `revision`: its name in mteb's files, colintern/<label>. `identity`: all that decides its scores but the
-    data. `params`: what it was trained with, as far as is known. `encoder()` loads it.
+    `name`, "organisation/model", and `revision`: its own in mteb's files. `identity`: all that decides its scores but
+    the data. `params`: what it was trained with, as far as is known. `encoder()` loads it.
     """
 
-    label: str
+    name: str
     revision: str
     identity: dict[str, Any]
     params: dict[str, Any]
@@ -57,21 +58,21 @@ def subjects(params: Params, folder: Path) -> dict[str, Subject]:
     require_adapter(folder)
     base = check_base(params)
     require_base(params, folder)
-    names = [("trained", "colintern3_5")] + [("untrained", "colintern3_5-untrained")] * params.eval_untrained
-    return {name: _adapter(params, base, folder, name == "trained", label) for name, label in names}
+    names = [("trained", NAME)] + [("untrained", f"{NAME}-untrained")] * params.eval_untrained
+    return {which: _adapter(params, base, folder, which == "trained", name) for which, name in names}
 
 
-def _adapter(params: Params, base: str, folder: Path, trained: bool, label: str) -> Subject:
+def _adapter(params: Params, base: str, folder: Path, trained: bool, name: str) -> Subject:
     revision = content_hash(folder / "adapter_model.safetensors")[:40]
     what = {"adapter": content_hash(folder), "base": read(MANIFEST)["base"], "trained": trained}
     file = folder / "identity.json"
     known = json.loads(file.read_text())["params"] if file.is_file() else {}
 
     def encoder() -> ColIntern3_5Encoder:
-        return _encoder(params, load_adapter(params, base, folder, trained), folder, label, revision, identity)
+        return _encoder(params, load_adapter(params, base, folder, trained), folder, name, revision, identity)
 
     identity = _identity(params, what)
-    return Subject(label, revision, identity, known, encoder)
+    return Subject(name, revision, identity, known, encoder)
 
 
 def _merged(params: Params, folder: Path) -> Subject:
@@ -79,14 +80,14 @@ def _merged(params: Params, folder: Path) -> Subject:
     what = {"merged": content_hash(folder)}
 
     def encoder() -> ColIntern3_5Encoder:
-        return _encoder(params, load_merged(params, folder), folder, "colintern3_5", what["merged"][:40], identity)
+        return _encoder(params, load_merged(params, folder), folder, NAME, what["merged"][:40], identity)
 
     identity = _identity(params, what)
-    return Subject("colintern3_5", what["merged"][:40], identity, {}, encoder)
+    return Subject(NAME, what["merged"][:40], identity, {}, encoder)
 
 
 def _encoder(
-    params: Params, model: nn.Module, folder: Path, label: str, revision: str, identity: dict[str, Any]
+    params: Params, model: nn.Module, folder: Path, name: str, revision: str, identity: dict[str, Any]
 ) -> ColIntern3_5Encoder:
     require_finite(model, folder)
     processor = load_processor(params, folder)
@@ -94,7 +95,6 @@ def _encoder(
     settings = {key: value for key, value in identity["params"].items() if key not in ("pool_factor", "dim")}
     kept = fingerprint(identity | {"params": settings})  # what is kept is neither pooled nor cut
     embeddings = TensorCache(root() / EMBEDDINGS, kept, int(params.embedding_cache_gb * 1e9))
-    name = f"colintern/{label}"
     return ColIntern3_5Encoder(model, processor, name, revision, features, embeddings, params.pool_factor, params.dim)
 
 
@@ -111,8 +111,12 @@ def _identity(params: Params, what: dict[str, Any]) -> dict[str, Any]:
         "max_visual_tokens": params.max_visual_tokens,
         "threads": params.threads,
     }
-    return what | {
-        "params": settings,
+    return what | {"params": settings} | surroundings()
+
+
+def surroundings() -> dict[str, Any]:
+    """What decides scores beside the model and its settings: code, libraries, device."""
+    return {
         "code": stage_code("eval"),
         "versions": versions() | {"mteb": version("mteb")},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
