@@ -344,6 +344,83 @@ def test_unknown_names_are_refused_with_the_nearest_before_anything_loads(place)
     assert "demo/base: its weights have no custom_text_proj.weight, so it is a base before training" in place.log
 
 
+PEER = "someone/colpeer", "e" * 40
+
+
+class Peer:
+    """What mteb makes of its registry's entry: pages and queries of three vectors, drawn by their content."""
+
+    def __init__(self, name: str, revision: str, device: str | None = None):
+        print("loaded", name, revision)
+
+    def encode(self, inputs, *, prompt_type, **kwargs):
+        import torch
+
+        key = "text" if prompt_type == "query" else "image"
+        items = [item.encode() if key == "text" else item.tobytes() for batch in inputs for item in batch[key]]
+        draw = [torch.Generator().manual_seed(sum(item)) for item in items]
+        return torch.stack([torch.randn(3, 16, generator=one) for one in draw])
+
+    def similarity(self, queries, pages):
+        from mteb.similarity_functions import max_sim
+
+        return max_sim(queries, pages)
+
+    def similarity_pairwise(self, queries, pages):
+        raise NotImplementedError
+
+
+def register_peer() -> None:
+    import mteb
+    from mteb.models.model_implementations import MODEL_REGISTRY
+
+    like, (name, revision) = mteb.get_model_meta("vidore/colpali-v1.3"), PEER
+    changes = {"name": name, "revision": revision, "loader": Peer, "loader_kwargs": {}, "extra_requirements_groups": []}
+    MODEL_REGISTRY[name] = like.model_copy(update=changes)
+
+
+def test_a_peer_that_mteb_knows_stands_in_the_same_table(place, whole):
+    command = f"evaluate {PEER[0]} --benchmarks {BENCHMARKS[1]} --out results/peer"
+    assert place.run(register_peer, command=command) == 0, place.log
+    assert f"loaded {PEER[0]} {PEER[1]}" in place.out and "two, mean of 1" in place.out
+    out, ours = place.folder / "results/peer", json.loads(whole["metrics/eval.json"])["two"]
+    found = metrics(out / "eval.json")["two"]
+    assert found.keys() == ours.keys() - {"untrained", "vectors_per_page", "bytes_per_page"}
+    place_of = out / "results" / PEER[0].replace("/", "__") / PEER[1]
+    meta = metrics(place_of / "model_meta.json")
+    assert (meta["name"], meta["revision"], meta["loader"]) == (*PEER, "Peer")
+    [scores] = metrics(place_of / "TwoRetrieval.json")["scores"]["test"]
+    assert scores["ndcg_at_5"] == pytest.approx(found["ndcg_at_5"], abs=1e-5)
+    assert metrics(out / "run.json")["revision"] == PEER[1]
+    assert place.run(register_peer, command=f"{command} --batch-size 8") == 0, "8 is what params.yaml has"
+    assert "loaded" not in place.out and "someone/colpeer: TwoRetrieval: finished before" in place.out
+    assert place.run(command=f"evaluate mteb/baseline-random-colbert --benchmarks {BENCHMARKS[1]}") == 0, place.log
+    assert "two, mean of 1" in place.out, "mteb's own, which searches itself"
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("vidore/colpali-v1.4", "nor does mteb know it, the nearest of those: vidore/colpali-v1.3"),
+        ("intfloat/e5-small", "is no late-interaction model of page images in mteb"),
+        ("colbert-ir/colbertv2.0", "(late-interaction; text); the nearest of those: "),
+        (f"{PEER[0]}@{'f' * 40}", f"loads {PEER[0]} at {PEER[1]}, and at no other"),
+        (f"{PEER[0]} --dim 64", "pool_factor, dim: 1, 64 are sizes of our own embeddings"),
+        ("vidore/colpali-v1.3", "MODEL: mteb cannot load 'vidore/colpali-v1.3': "),
+    ],
+)
+def test_what_is_no_peer_is_refused_and_named(place, model, said):
+    assert place.run(offline_with_peer, command=f"evaluate {model}") == 2, place.log
+    assert said in " ".join(place.err.split()), place.log
+
+
+def offline_with_peer() -> None:
+    from colintern.files.hub import stay_offline
+
+    stay_offline()
+    register_peer()
+
+
 @pytest.mark.parametrize("fault", ["head", "base", "nan"])
 def test_e3_an_adapter_that_cannot_be_right_is_refused_and_named(place, fault):
     adapter = place.folder / ADAPTER
