@@ -98,8 +98,18 @@ def clone(two_commits, tmp_path) -> Repo:
     return repo
 
 
-def test_the_report_has_metrics_params_and_the_comparison_where_the_outs_are(two_commits):
-    text = two_commits.output(f"{RUN}/pr_report.py main")
+def test_the_report_has_metrics_params_and_the_comparison_where_the_outs_are(two_commits, tmp_path):
+    repo = Repo(tmp_path / "copy", two_commits.env)
+    shutil.copytree(two_commits.path, repo.path, symlinks=True)
+    shutil.copy(ROOT / "Makefile", repo.path)
+    (repo.path / "requirements.txt").touch()
+    (repo.path / ".github").symlink_to(ROOT / ".github")
+    for folder, file in ((".tools/bin", "uv"), (".venv", ".installed")):  # set up already
+        (repo.path / folder).mkdir(parents=True)
+        (repo.path / folder / file).touch()
+    done = repo.run("make --silent pr-report BASE='nowhere$$(touch x)'")
+    assert "is no revision here" in done.stdout and not (repo.path / "x").exists()
+    text = repo.output("make --silent pr-report BASE=main")
     assert re.match(r"## [0-9a-f]{8} against [0-9a-f]{8}\n", text)
     assert re.search(r"\| metrics.json \| docs.ndcg_at_5 +\| 0\.2 +\| 0\.6 +\| 0\.4 +\|", text), text
     assert re.search(r"\| params.yaml \| lr +\| 0.01 +\| 0.03 +\|", text), text
@@ -121,20 +131,6 @@ def test_a_base_that_is_none_is_refused(clone):
     for base in ("nowhere", "--help"):
         done = clone.run(f"{RUN}/pr_report.py {base}")
         assert done.returncode == 2 and f"error: BASE: '{base}' is no revision here" in done.stdout
-
-
-def test_make_pr_report_is_that_script(two_commits, tmp_path):
-    repo = Repo(tmp_path / "copy", two_commits.env)
-    shutil.copytree(two_commits.path, repo.path)
-    shutil.copy(ROOT / "Makefile", repo.path)
-    (repo.path / "requirements.txt").touch()
-    (repo.path / ".github").symlink_to(ROOT / ".github")
-    for folder, file in ((".tools/bin", "uv"), (".venv", ".installed")):  # set up already
-        (repo.path / folder).mkdir(parents=True)
-        (repo.path / folder / file).touch()
-    assert repo.output("make --silent pr-report BASE=main") == two_commits.output(f"{RUN}/pr_report.py main")
-    done = repo.run("make --silent pr-report BASE='$$(touch x)'")
-    assert "is no revision here" in done.stdout and not (repo.path / "x").exists()
 
 
 def edit_lock(repo: Repo, change) -> None:

@@ -1,14 +1,16 @@
 """The scores of an evaluation: of each task, of each benchmark, of each language; the metric file and the plot."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mteb
-from mteb.abstasks.abstask import AbsTask
+if TYPE_CHECKING:  # ten seconds that `colintern compare` has no use for
+    import mteb
+    from mteb.abstasks.abstask import AbsTask
 
-from colintern.modeling.pooling import BYTES
-
+BYTES = 2  # of a number, as vector stores keep them: float16
 METRICS = ("ndcg_at_5", "ndcg_at_10", "recall_at_100")
 SIZES = ("vectors_per_page", "bytes_per_page")
 
