@@ -110,21 +110,21 @@ def test_the_report_has_metrics_params_and_the_comparison_where_the_outs_are(two
     done = repo.run("make --silent pr-report BASE='nowhere$$(touch x)'")
     assert "is no revision here" in done.stdout and not (repo.path / "x").exists()
     text = repo.output("make --silent pr-report BASE=main")
-    assert re.match(r"## [0-9a-f]{8} against [0-9a-f]{8}\n", text)
+    assert re.match(r"## [0-9a-f]{10} against [0-9a-f]{10}\n", text)
     assert re.search(r"\| metrics.json \| docs.ndcg_at_5 +\| 0\.2 +\| 0\.6 +\| 0\.4 +\|", text), text
     assert re.search(r"\| params.yaml \| lr +\| 0.01 +\| 0.03 +\|", text), text
     assert re.search(r"\| Docs \| 20.0 \| 60.0 \| \+40.0 \|.*\| 30/0/0 \| better \|", text), text
-    assert "- dvc.lock is up to date: train, eval" in text and "not committed" not in text
+    assert text.endswith("### dvc.lock\n\ndvc.lock is up to date: train, eval\n") and "not committed" not in text
 
 
 def test_without_cache_or_remote_the_report_says_what_could_not_be_compared_and_why(clone):
     (clone.path / "folder" / "one.txt").write_text("two\n")
     text = clone.output(f"{RUN}/pr_report.py main")
     assert "docs.ndcg_at_5" in text and "| lr" in text
-    assert re.search(r"### Query by query\n\nNot compared: [0-9a-f]{40}: results/mteb_evaluation", text), text
+    assert re.search(r"### Query by query\n\nNot compared: [0-9a-f]{10}: results/mteb_evaluation", text), text
     assert "is not in DVC's cache here, nor in a remote" in text and "dvc pull" in text
     assert "Changes that are not committed are not in this." in text
-    assert "- train: changed deps: folder modified" in text and "- dvc.lock is stale (1 differences)" in text
+    assert text.endswith("- train: changed deps: folder modified\n") and "dvc.lock is stale (1 differences)" in text
 
 
 def test_a_base_that_is_none_is_refused(clone):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+SHOWN = 10  # differences of dvc.lock
 STALE = Path(__file__).with_name("stale.py")
 
 
@@ -18,8 +19,10 @@ def run(*command: str) -> tuple[int, str, str]:
 
 
 def commit(revision: str) -> str:
-    """Its full hash; exit 2 where there is none."""
-    code, out, _ = run("git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    """Its hash, as short as is unique; exit 2 where there is none."""
+    code, out, _ = run(
+        "git", "rev-parse", "--verify", "--quiet", "--short=10", "--end-of-options", f"{revision}^{{commit}}"
+    )
     if code:
         refuse(f"BASE: {revision!r} is no revision here; a shallow clone needs: git fetch origin {revision}")
     return out.splitlines()[-1]
@@ -39,17 +42,24 @@ def section(title: str, nothing: str, *command: str) -> str:
     return f"### {title}\n\n{out or nothing}"
 
 
+def lock() -> str:
+    """What stale.py says, its verdict first."""
+    _, out, err = run(sys.executable, str(STALE))
+    *lines, verdict = (out or err or "could not be checked").splitlines()
+    more = [f"and {len(lines) - SHOWN} more: `make stale`"] if len(lines) > SHOWN else []
+    return "\n".join([f"### dvc.lock\n\n{verdict}\n", *(f"- {line}" for line in [*lines[:SHOWN], *more])]).rstrip()
+
+
 def report(revision: str) -> str:
     base, head = commit(revision), commit("HEAD")
-    stale = run(sys.executable, str(STALE))[1].splitlines()
     dirty = run("git", "status", "--porcelain", "--untracked-files=no")[1]
     parts = [
-        f"## {head[:8]} against {base[:8]}",
+        f"## {head} against {base}",
         "Changes that are not committed are not in this." if dirty else "",
         section("Metrics", "No metric differs.", "dvc", "metrics", "diff", "--md", "--precision", "4", base, head),
         section("Params", "No param differs.", "dvc", "params", "diff", "--md", base, head),
         section("Query by query", "Nothing to compare.", "colintern", "compare", "--md", base, head),
-        "### dvc.lock\n\n" + "\n".join(f"- {line}" for line in stale or ["could not be checked"]),
+        lock(),
     ]
     return "\n\n".join(part for part in parts if part)
 
