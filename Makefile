@@ -9,7 +9,7 @@ UV := .tools/bin/uv
 ENV := .venv/.installed
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONUNBUFFERED=1
 
-.PHONY: repro test check lock sensitivity soak image image-proof
+.PHONY: repro test check lock stale pr-report sensitivity soak image image-proof
 
 repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
 	@$(RUN) dvc repro
@@ -17,14 +17,24 @@ repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
 test: check  ## all tests
 	@$(RUN) python -m pytest
 
-check: $(ENV)  ## style and types
+check: $(ENV)  ## style, types and workflows
 	@$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+	$(RUN) check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(RUN) zizmor --quiet --offline --no-progress --persona=pedantic .github/workflows
 
 lock: $(UV)  ## renew requirements.txt from pyproject.toml
 	@$(UV) pip compile -q --upgrade --universal --python-version 3.11 --extra dev --generate-hashes \
 	  --no-emit-index-url --custom-compile-command "make lock" -o requirements.txt pyproject.toml
+
+stale: $(ENV)  ## does dvc.lock say what the files in git say; needs no data
+	@$(RUN) python .github/scripts/stale.py
+
+BASE ?= main
+pr-report: export BASE := $(BASE)
+pr-report: $(ENV)  ## what HEAD changes against BASE=main, as Markdown: metrics, params, query by query, dvc.lock
+	@$(RUN) python .github/scripts/pr_report.py "$$BASE"
 
 sensitivity: $(ENV)  ## how the demo answers to lr, epochs, batch and rank, three seeds (27 runs)
 	@$(RUN) python -m bench.sensitivity

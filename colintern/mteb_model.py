@@ -1,11 +1,22 @@
-"""ColIntern3.5 as mteb sees it: an encoder of queries and page images whose similarity is MaxSim."""
+"""ColIntern3.5 as mteb sees it: an encoder of queries and page images whose similarity is MaxSim.
 
+In a program of one's own, in any working folder, without a params.yaml:
+
+    from colintern.mteb_model import load, register
+    mteb.evaluate(load("experiments/colintern"), mteb.get_tasks(["VidoreDocVQARetrieval"]))
+    register("experiments/colintern", "colintern/mine")      # from now on mteb knows it:
+    model = mteb.get_model("colintern/mine", pool_factor=3)
+"""
+
+from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_implementations import MODEL_REGISTRY
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 from torch import Tensor, nn
@@ -13,11 +24,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from colintern.maxsim import maxsim_scores
+from colintern.modeling.alone import Alone
 from colintern.modeling.cache import TensorCache
 from colintern.modeling.embed import embed_features, embed_pages, embed_queries
 from colintern.modeling.features import Page, PageFeatures
 from colintern.modeling.pooling import cut, pool
 from colintern.params import UserError
+from colintern.processor import ColIntern3_5Processor
 
 LENGTHS = "-lengths"  # of the key under which a batch keeps how many vectors each page has
 
@@ -27,8 +40,8 @@ class ColIntern3_5Encoder(AbsEncoder):
 
     Args:
         model, processor: see `colintern.modeling.embed`.
-        label: the model is called `colintern/<label>` in mteb's files.
-        revision: tells weights apart under one label, for example a hash of them.
+        name: what the model is called in mteb's files: "organisation/model".
+        revision: tells weights apart under one name, for example a hash of them.
         features: where the pages' features come from; without it each page goes through the whole model.
         embeddings: where those of pages are kept; a batch is taken from it if it was embedded as the same batch before.
         pool_factor, dim: see `colintern.modeling.pooling`; 1 and 128 leave the embeddings as they are.
@@ -40,7 +53,7 @@ class ColIntern3_5Encoder(AbsEncoder):
         self,
         model: nn.Module,
         processor: Any,
-        label: str,
+        name: str,
         revision: str,
         features: PageFeatures | None = None,
         embeddings: TensorCache | None = None,
@@ -53,27 +66,8 @@ class ColIntern3_5Encoder(AbsEncoder):
         self.embeddings = embeddings
         self.pool_factor, self.dim = pool_factor, dim
         self.page_count = self.vector_count = 0
-        self.mteb_model_meta = ModelMeta(
-            loader=None,
-            name=f"colintern/{label}",
-            revision=revision,
-            release_date=None,
-            languages=None,
-            n_parameters=sum(p.numel() for p in model.parameters()),
-            memory_usage_mb=None,
-            max_tokens=None,
-            embed_dim=None,
-            license=None,
-            open_weights=True,
-            public_training_code=None,
-            public_training_data=None,
-            framework=["PyTorch"],
-            similarity_fn_name=ScoringFunction.MAX_SIM,
-            use_instructions=False,
-            training_datasets=None,
-            modalities=["text", "image"],
-            model_type=["late-interaction"],
-        )
+        parameters = sum(p.numel() for p in model.parameters())
+        self.mteb_model_meta = _meta(name, revision, parameters)
 
     def encode(  # type: ignore[override]  # a list: one padded tensor would take the longest page's memory for each page
         self, inputs: DataLoader, *, task_metadata: TaskMetadata, prompt_type: PromptType | None = None, **kwargs: Any
@@ -135,3 +129,111 @@ class ColIntern3_5Encoder(AbsEncoder):
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """MaxSim of queries with pages, (queries, pages) float32; each argument is as `encode` returns it."""
         return maxsim_scores(list(embeddings1), list(embeddings2), next(self.model.parameters()).device)
+
+
+def _meta(name: str, revision: str, parameters: int | None, loader: Any = None) -> ModelMeta:
+    return ModelMeta(
+        loader=loader,
+        name=name,
+        revision=revision,
+        release_date=None,
+        languages=None,
+        n_parameters=parameters,
+        memory_usage_mb=None,
+        max_tokens=None,
+        embed_dim=None,
+        license=None,
+        open_weights=True,
+        public_training_code=None,
+        public_training_data=None,
+        framework=["PyTorch"],
+        similarity_fn_name=ScoringFunction.MAX_SIM,
+        use_instructions=False,
+        training_datasets=None,
+        modalities=["text", "image"],
+        model_type=["late-interaction"],
+    )
+
+
+def load(
+    model: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+    merge: bool = False,
+    device: str | None = None,
+    max_visual_tokens: int | None = None,
+    max_query_tokens: int | None = None,
+    pool_factor: int = 1,
+    dim: int = 128,
+) -> ColIntern3_5Encoder:
+    """What `mteb.evaluate` takes, of a model's own folder alone; reads no params.yaml and keeps nothing on disk.
+
+    Args:
+        model: folder of an adapter or of a merged model, or ID@COMMIT on the hub.
+        base, dtype, merge, device: see `colintern.modeling.alone.Alone.load`.
+        max_visual_tokens, max_query_tokens: see `ColIntern3_5Processor`; None: the bounds it was trained with.
+        pool_factor, dim: see `ColIntern3_5Encoder`; 1 to 64, and 1 to 128.
+
+    mteb's files call it colintern/<folder's name>, at a hash of its weights; one on the hub by its id and commit.
+
+    Raises:
+        UserError: a setting that is not valid; see `Alone.at` and `Alone.load`.
+    """
+    for key, value, most in (("pool_factor", pool_factor, 64), ("dim", dim, 128)):
+        if not 1 <= value <= most:
+            raise UserError(f"{key}: {value} is not valid; it must be 1 to {most}")
+    found = Alone.at(model)
+    bounds: dict[str, Any] = {"max_visual_tokens": max_visual_tokens, "max_query_tokens": max_query_tokens}
+    try:
+        processor = ColIntern3_5Processor.from_pretrained(
+            found.folder, **{key: value for key, value in bounds.items() if value is not None}
+        )
+    except (ValueError, OSError) as error:
+        raise UserError(f"{found.folder}: {error}") from error
+    loaded = found.load(base, dtype, merge, device)
+    return ColIntern3_5Encoder(loaded, processor, _name(model), found.revision, pool_factor=pool_factor, dim=dim)
+
+
+def register(model: str | Path, name: str | None = None, **settings: Any) -> ModelMeta:
+    """Make a model known to mteb, for this process: `mteb.get_model(name)` then loads it.
+
+    mteb has no function for it: its registry, which `get_model` and `get_model_metas` read, is the dictionary that
+    its own models are collected in.
+
+    Args:
+        model: as in `load`.
+        name: in mteb's form, "organisation/model"; None: as in `load`.
+        settings: of `load`; those that are given to `mteb.get_model` come before them, and mteb writes these into
+            its files, as `experiment_kwargs`. mteb's own `embed_dim` is our `dim`.
+
+    Raises:
+        UserError: see `Alone.at`; a name that is none, or that another model has.
+    """
+    name = name or _name(model)
+    if name.count("/") != 1:
+        raise UserError(f"name: {name!r} is not valid; it must be organisation/model, such as colintern/mine")
+    known = MODEL_REGISTRY.get(name)
+    if known is not None and getattr(known.loader, "func", None) is not _load_registered:
+        raise UserError(f"name: {name!r} is a model of mteb's own; choose another")
+    if Path(model).is_dir():
+        model = Path(model).resolve()
+    MODEL_REGISTRY[name] = _meta(name, Alone.at(model).revision, None, partial(_load_registered, model, settings))
+    return MODEL_REGISTRY[name]
+
+
+def _load_registered(
+    model: str | Path, settings: dict[str, Any], name: str, revision: str, embed_dim: int | None = None, **asked: Any
+) -> ColIntern3_5Encoder:
+    """mteb calls it with the last three; an unknown setting is a TypeError of `load`."""
+    if embed_dim is not None:
+        asked["dim"] = embed_dim
+    encoder = load(model, **settings | asked)
+    meta = encoder.mteb_model_meta
+    if meta and meta.revision != revision:
+        raise UserError(f"{model}: its weights have changed since it was registered as {name}; register it again")
+    return encoder
+
+
+def _name(model: str | Path) -> str:
+    return f"colintern/{Path(model).resolve().name}" if Path(model).is_dir() else str(model).partition("@")[0]

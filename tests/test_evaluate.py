@@ -5,6 +5,7 @@ Each run is a process of its own, see processes.py.
 
 import contextlib
 import csv
+import hashlib
 import json
 import os
 import re
@@ -26,6 +27,7 @@ ADAPTER = Path("experiments/colintern")
 BENCHMARKS = ("data/own/one", "data/own/two")
 WRITTEN = ("results/mteb_evaluation", "metrics/eval.json", "plots/eval.csv")
 MERGED = "someone/merged", "b" * 40
+SHARED = "someone/adapter", "c" * 40
 
 
 def work(*command: str) -> None:
@@ -287,6 +289,50 @@ def test_a_merged_model_scores_as_its_adapter(place, whole):
         assert merged[name]["ndcg_at_5"] == pytest.approx(adapter[name]["ndcg_at_5"], abs=1e-3)
 
 
+PROGRAM = """
+import json, sys
+import mteb
+from colintern.mteb_model import load, register
+
+adapter, pages = sys.argv[1:]
+vidore = type(mteb.get_task("VidoreDocVQARetrieval"))
+data = {"name": "TwoRetrieval", "dataset": {"path": pages, "revision": "1"}}
+task = type("TwoRetrieval", (vidore,), {"metadata": vidore.metadata.model_copy(update=data)})()
+settings = {"dtype": "float32", "max_visual_tokens": 16, "max_query_tokens": 64}
+meta = register(adapter, "colintern/mine", **settings)
+models = {"loaded": load(adapter, **settings), "merged": load(adapter, merge=True, **settings),
+          "by name": mteb.get_model("colintern/mine"), "meta": meta}
+for name, model in models.items():
+    cache = mteb.ResultCache("cache")
+    found = mteb.evaluate(model, task, cache=cache, encode_kwargs={"batch_size": 8}, overwrite_strategy="always")
+    [scores] = found[0].scores["test"]
+    print("FOUND", json.dumps([name, found.model_name, found.model_revision, scores]))
+"""
+
+
+def test_in_a_program_of_ones_own_mteb_scores_an_adapter_as_here(place, whole, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "arrow"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", PROGRAM, place.folder / ADAPTER, place.folder / BENCHMARKS[1]]
+    done = subprocess.run(command, env=env, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    names = {"loaded": "colintern", "merged": "colintern", "by name": "mine", "meta": "mine"}
+    assert [(name, model) for name, model, _, _ in found] == [(n, f"colintern/{m}") for n, m in names.items()]
+    weights = hashlib.sha256((place.folder / ADAPTER / "adapter_model.safetensors").read_bytes()).hexdigest()
+    want = json.loads(whole["metrics/eval.json"])["two"]
+    assert 0 < want["ndcg_at_5"] < 1, "neither trivial nor hopeless"
+    for name, _, revision, scores in found:
+        assert revision == weights[:40]
+        bound = 1e-3 if name == "merged" else 1e-6
+        for metric in ("ndcg_at_5", "ndcg_at_10", "recall_at_100"):
+            assert scores[metric] == pytest.approx(want[metric], abs=bound), (name, metric)
+    assert [file.name for file in (tmp_path / "elsewhere").iterdir()] == ["cache"], "nothing else is left behind"
+    settings = [json.loads(file.read_text()) for file in (tmp_path / "elsewhere").rglob("model_meta.json")]
+    assert {one["name"] for one in settings} == {"colintern/colintern", "colintern/mine"}
+    assert str(tmp_path) not in json.dumps(settings)
+
+
 def test_unknown_names_are_refused_with_the_nearest_before_anything_loads(place):
     assert place.run(never_load, command=f"evaluate {ADAPTER} --benchmarks VidoreDocVQARetreival") == 2
     assert "nearest names: VidoreDocVQARetrieval" in place.log
@@ -296,6 +342,83 @@ def test_unknown_names_are_refused_with_the_nearest_before_anything_loads(place)
     assert "'experiments/colintren' is no folder here" in place.log
     assert place.run(never_load, command="evaluate demo/base") == 2
     assert "demo/base: its weights have no custom_text_proj.weight, so it is a base before training" in place.log
+
+
+PEER = "someone/colpeer", "e" * 40
+
+
+class Peer:
+    """What mteb makes of its registry's entry: pages and queries of three vectors, drawn by their content."""
+
+    def __init__(self, name: str, revision: str, device: str | None = None):
+        print("loaded", name, revision)
+
+    def encode(self, inputs, *, prompt_type, **kwargs):
+        import torch
+
+        key = "text" if prompt_type == "query" else "image"
+        items = [item.encode() if key == "text" else item.tobytes() for batch in inputs for item in batch[key]]
+        draw = [torch.Generator().manual_seed(sum(item)) for item in items]
+        return torch.stack([torch.randn(3, 16, generator=one) for one in draw])
+
+    def similarity(self, queries, pages):
+        from mteb.similarity_functions import max_sim
+
+        return max_sim(queries, pages)
+
+    def similarity_pairwise(self, queries, pages):
+        raise NotImplementedError
+
+
+def register_peer() -> None:
+    import mteb
+    from mteb.models.model_implementations import MODEL_REGISTRY
+
+    like, (name, revision) = mteb.get_model_meta("vidore/colpali-v1.3"), PEER
+    changes = {"name": name, "revision": revision, "loader": Peer, "loader_kwargs": {}, "extra_requirements_groups": []}
+    MODEL_REGISTRY[name] = like.model_copy(update=changes)
+
+
+def test_a_peer_that_mteb_knows_stands_in_the_same_table(place, whole):
+    command = f"evaluate {PEER[0]} --benchmarks {BENCHMARKS[1]} --out results/peer"
+    assert place.run(register_peer, command=command) == 0, place.log
+    assert f"loaded {PEER[0]} {PEER[1]}" in place.out and "two, mean of 1" in place.out
+    out, ours = place.folder / "results/peer", json.loads(whole["metrics/eval.json"])["two"]
+    found = metrics(out / "eval.json")["two"]
+    assert found.keys() == ours.keys() - {"untrained", "vectors_per_page", "bytes_per_page"}
+    place_of = out / "results" / PEER[0].replace("/", "__") / PEER[1]
+    meta = metrics(place_of / "model_meta.json")
+    assert (meta["name"], meta["revision"], meta["loader"]) == (*PEER, "Peer")
+    [scores] = metrics(place_of / "TwoRetrieval.json")["scores"]["test"]
+    assert scores["ndcg_at_5"] == pytest.approx(found["ndcg_at_5"], abs=1e-5)
+    assert metrics(out / "run.json")["revision"] == PEER[1]
+    assert place.run(register_peer, command=f"{command} --batch-size 8") == 0, "8 is what params.yaml has"
+    assert "loaded" not in place.out and "someone/colpeer: TwoRetrieval: finished before" in place.out
+    assert place.run(command=f"evaluate mteb/baseline-random-colbert --benchmarks {BENCHMARKS[1]}") == 0, place.log
+    assert "two, mean of 1" in place.out, "mteb's own, which searches itself"
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("vidore/colpali-v1.4", "nor does mteb know it, the nearest of those: vidore/colpali-v1.3"),
+        ("intfloat/e5-small", "is no late-interaction model of page images in mteb"),
+        ("colbert-ir/colbertv2.0", "(late-interaction; text); the nearest of those: "),
+        (f"{PEER[0]}@{'f' * 40}", f"loads {PEER[0]} at {PEER[1]}, and at no other"),
+        (f"{PEER[0]} --dim 64", "pool_factor, dim: 1, 64 are sizes of our own embeddings"),
+        ("vidore/colpali-v1.3", "MODEL: mteb cannot load 'vidore/colpali-v1.3': "),
+    ],
+)
+def test_what_is_no_peer_is_refused_and_named(place, model, said):
+    assert place.run(offline_with_peer, command=f"evaluate {model}") == 2, place.log
+    assert said in " ".join(place.err.split()), place.log
+
+
+def offline_with_peer() -> None:
+    from colintern.files.hub import stay_offline
+
+    stay_offline()
+    register_peer()
 
 
 @pytest.mark.parametrize("fault", ["head", "base", "nan"])
@@ -319,6 +442,20 @@ def test_e3_an_adapter_that_cannot_be_right_is_refused_and_named(place, fault):
     assert re.search(said[fault], place.log), place.log
 
 
+LOAD = """
+import sys
+from colintern.mteb_model import load
+from colintern.params import UserError
+
+meta = load(sys.argv[1], base=sys.argv[2]).mteb_model_meta
+print(meta.name, meta.revision)
+try:
+    load(sys.argv[3])
+except UserError as error:
+    print(error)
+"""
+
+
 def test_a_model_on_the_hub_by_its_commit(place, whole):
     with running() as hub:
         hub.add_folder("model", *MERGED, place.folder / "merged")
@@ -329,6 +466,14 @@ def test_a_model_on_the_hub_by_its_commit(place, whole):
             env=env, cwd=place.folder, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
+        hub.add_folder("model", *SHARED, place.folder / ADAPTER)
+        loaded = subprocess.run(
+            [sys.executable, "-c", LOAD, "@".join(SHARED), place.folder / "demo/base", f"{SHARED[0]}@{'d' * 40}"],
+            env=env, cwd=place.folder / "hf", capture_output=True, text=True,
+        )  # fmt: skip
+        assert loaded.returncode == 0, loaded.stdout + loaded.stderr
+    assert loaded.stdout.splitlines()[0] == " ".join(SHARED)
+    assert f"model: '{SHARED[0]}@{'d' * 40}' cannot be fetched: " in loaded.stdout
     [out] = (place.folder / "results/evaluate").iterdir()
     found = metrics(out / "eval.json")["two"]["ndcg_at_5"]
     assert found == pytest.approx(json.loads(whole["metrics/eval.json"])["two"]["ndcg_at_5"], abs=1e-3)

@@ -6,6 +6,7 @@ names colours, and each colour has a fixed embedding. Pages and queries differ i
 
 import json
 import math
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -125,9 +126,9 @@ def subject(model: nn.Module, processor: object, identity: str = "", features: P
     """A model as `evaluate` takes it; another `identity` takes no results of this one's."""
 
     def encoder() -> ColIntern3_5Encoder:
-        return ColIntern3_5Encoder(model, processor, "stub", "a" * 40, features)
+        return ColIntern3_5Encoder(model, processor, "colintern/stub", "a" * 40, features)
 
-    return Subject("stub", "a" * 40, {"model": identity, "params": {"threads": 1}}, {"lr": 0.1}, encoder)
+    return Subject("colintern/stub", "a" * 40, {"model": identity, "params": {"threads": 1}}, {"lr": 0.1}, encoder)
 
 
 def evaluate(one: Subject, params: Params, out: str) -> Scores:
@@ -170,6 +171,46 @@ def test_equals_a_direct_computation_and_leaves_the_same_bytes_twice(params, wor
     timing = json.loads(Path("logs/eval-timing.json").read_text())
     kept = timing[f"colintern__stub/{'a' * 40}/SomeDocsRetrieval"]
     assert kept["evaluation_time"] > 0 and kept["date"] > 0 and kept["evaluation_phases"]
+
+
+def git(*command: str) -> str:
+    return subprocess.run(["git", *command], check=True, capture_output=True, text=True).stdout
+
+
+def test_results_can_be_submitted_to_mteb_as_they_are(params, monkeypatch):
+    """By mteb's own `submit_results`, into a clone of the results repository in which nothing is yet."""
+    evaluate(subject(ColourModel(), ColourProcessor()), params, "out")
+    task = tasks_for(params)[0][1]
+    cache = mteb.ResultCache("out")
+    found = cache.load_results(tasks=[task], include_remote=False, validate_and_filter=True)
+    [model] = found.model_results
+    assert (model.model_name, model.model_revision) == ("colintern/stub", "a" * 40)
+    [result] = model.task_results
+    assert result.mteb_version == mteb.__version__ and result.dataset_revision == task.metadata.dataset["revision"]
+    assert set(result.scores) == {"test"} and result.scores["test"][0]["languages"] == ["eng-Latn"]
+    meta = model.model_meta
+    assert (meta.name, meta.revision, meta.framework) == ("colintern/stub", "a" * 40, ["PyTorch"])
+    assert (meta.similarity_fn_name, meta.model_type) == ("MaxSim", ["late-interaction"])
+    assert meta.n_parameters == COLOURS * 128 and meta.modalities == ["text", "image"] and meta.open_weights
+
+    for name in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{name}_NAME", "someone")
+        monkeypatch.setenv(f"GIT_{name}_EMAIL", "someone@example.com")
+    git("init", "-q", "-b", "main", "theirs")
+    Path("theirs/results").mkdir()
+    Path("theirs/results/README.md").touch()
+    git("-C", "theirs", "add", "--all")
+    git("-C", "theirs", "commit", "-q", "-m", "empty")
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")  # git takes that folder for the address mteb clones
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.{Path('theirs').absolute()}.insteadOf")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "https://github.com/embeddings-benchmark/results")
+    submitted = cache.submit_results()
+    assert submitted["status"] == "ready_for_submission" and submitted["result_count"] == 1
+    folder = f"results/colintern__stub/{'a' * 40}"
+    listed = git("-C", "out/remote", "ls-files").split()
+    assert {f"{folder}/SomeDocsRetrieval.json", f"{folder}/model_meta.json"} <= set(listed), listed
+    for file in set(listed) - {"results/README.md"}:
+        assert Path("out/remote", file).read_bytes() == Path("out", file).read_bytes()
 
 
 def test_other_data_is_another_revision(params):

@@ -10,12 +10,13 @@ from typing import Any
 from colintern.params import Params, UserError, at_commit, load
 
 SUMMARY = "evaluate an adapter, a merged model or one on the hub; the rest is as in params.yaml"
+MODEL = "folder of an adapter or a merged model, a hub id as ID@COMMIT, or a late-interaction model that mteb knows"
 SIZES = "sizes.csv"
 EXAMPLE = 'colintern evaluate experiments/colintern --benchmarks "ViDoRe(v2)" --batch-size 16'
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder of an adapter or a merged model, or hub id as ID@COMMIT")
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--benchmarks", nargs="+", metavar="NAME", help="as in params.yaml (default: those in it)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="default: eval_batch_size of params.yaml")
     several = "of several, all are evaluated (default: params.yaml's)"
@@ -54,10 +55,12 @@ def run(args: argparse.Namespace) -> None:
     ):  # a name that is unknown, or data that is not there, before anything is loaded
         from_cache(task)
     name = args.model.rstrip("/")
-    folder = Path(name) if Path(name).is_dir() else _from_hub(name)
-    stay_offline()
+    models = _peers(settings, name)
+    if not models:
+        folder = Path(name) if Path(name).is_dir() else _from_hub(name)
+        stay_offline()
+        models = [subjects(params, folder) for params in settings]
     label = re.sub(r"[^\w.-]+", "-", Path(name.partition("@")[0]).name)
-    models = [subjects(params, folder) for params in settings]
     out = args.out or Path("results/evaluate") / f"{label}-{models[0]['trained'].revision[:8]}"
     if out.exists() and not ((out / "run.json").is_file() or (out / SIZES).is_file()):
         raise UserError(f"--out: {out} exists and is no evaluation; give a folder that may be replaced")
@@ -69,7 +72,8 @@ def run(args: argparse.Namespace) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         scores = evaluate(found, params, place)
         (place / "eval.json").write_text(dumps(report(scores["trained"], scores.get("untrained"))))
-        rows += sizes.rows(scores["trained"], params.pool_factor, params.dim)
+        if len(settings) > 1:
+            rows += sizes.rows(scores["trained"], params.pool_factor, params.dim)
     if len(settings) == 1:
         print(table(scores))
         print(f"{out}: mteb's files, what each query scored, eval.json")
@@ -100,12 +104,21 @@ def _settings(args: argparse.Namespace) -> list[Params]:
     return [replace(params, pool_factor=factor, dim=dim) for dim in dims for factor in factors]
 
 
+def _peers(settings: list[Params], name: str) -> list[dict[str, Any]]:
+    """The model as mteb knows it, once for each setting; [] if it is a folder here, or mteb does not know it."""
+    from colintern.evaluation.peers import peer
+
+    found = [] if Path(name).is_dir() else [peer(params, name) for params in settings]
+    return [{"trained": one} for one in found if one is not None]
+
+
 def _from_hub(name: str) -> Path:
     """The folder in the hub's cache, fetched first where it must be."""
+    from colintern.evaluation.peers import nearest
     from colintern.files import hub
     from colintern.files.hub_errors import Repo
     from colintern.files.manifest import BASE_SUFFIXES, hub_files
 
-    repo = Repo("MODEL", *at_commit("MODEL", name), "model")
+    repo = Repo("MODEL", *at_commit("MODEL", name, f"; nor does mteb know it, {nearest(name)}"), "model")
     hub_files([(repo, BASE_SUFFIXES)])
     return hub.folder(repo)

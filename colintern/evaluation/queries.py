@@ -1,13 +1,17 @@
 """What mteb scored each query with: rows, in a small parquet file whose bytes depend on nothing but the rows."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from mteb.abstasks.abstask import AbsTask
+
+if TYPE_CHECKING:
+    from mteb.abstasks.abstask import AbsTask
 
 TOP = 5  # pages of a ranking that are kept
 SCHEMA = pa.schema(

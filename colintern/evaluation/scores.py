@@ -1,14 +1,16 @@
 """The scores of an evaluation: of each task, of each benchmark, of each language; the metric file and the plot."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mteb
-from mteb.abstasks.abstask import AbsTask
+if TYPE_CHECKING:  # ten seconds that `colintern compare` has no use for
+    import mteb
+    from mteb.abstasks.abstask import AbsTask
 
-from colintern.modeling.pooling import BYTES
-
+BYTES = 2  # of a number, as vector stores keep them: float16
 METRICS = ("ndcg_at_5", "ndcg_at_10", "recall_at_100")
 SIZES = ("vectors_per_page", "bytes_per_page")
 
@@ -29,7 +31,8 @@ def collect(
     Args:
         pairs: (label of a benchmark, task), see `benchmarks.tasks_for`.
         results: mteb's results by the task's name.
-        sizes: what `size` says, by the task's name; stands beside the task's scores, its mean beside the benchmark's.
+        sizes: what `size` says, by the task's name; stands beside the task's scores, its mean beside the benchmark's;
+            empty where it is not known.
 
     Returns:
         {benchmark: {metric: mean over its tasks, "tasks": {task: {metric: score}}}}, each 0 to 1 and rounded to 6
@@ -70,7 +73,8 @@ def _benchmark(tasks: dict[str, dict[str, Means]], sizes: Mapping[str, Means]) -
             language: rounded(mean([task[language] for task in tasks.values() if language in task]))
             for language in languages
         }
-    scores |= {key: round(sum(sizes[name][key] for name in tasks) / len(tasks), 2) for key in SIZES}
+    known = [key for key in SIZES if all(key in sizes[name] for name in tasks)]
+    scores |= {key: round(sum(sizes[name][key] for name in tasks) / len(tasks), 2) for key in known}
     scores["tasks"] = {name: _task(found) | sizes[name] for name, found in tasks.items()}
     return scores
 

@@ -7,28 +7,36 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from colintern.files.identity import content_hash, fingerprint, stage_code, versions
 from colintern.files.manifest import MANIFEST, check_base, read
 from colintern.modeling.cache import TensorCache
 from colintern.modeling.features import FEATURES, PageFeatures
-from colintern.modeling.loading import load_adapter, load_merged, load_processor, require_adapter, require_base
+from colintern.modeling.loading import (
+    load_adapter,
+    load_merged,
+    load_processor,
+    require_adapter,
+    require_base,
+    require_finite,
+    require_merged,
+)
 from colintern.mteb_model import ColIntern3_5Encoder
-from colintern.params import Params, UserError, root
+from colintern.params import Params, root
 
+NAME = "colintern/colintern3_5"
 EMBEDDINGS = Path("data/.embeddings")  # deleting it costs only time
 
 
 class Subject(NamedTuple):
     """A model to evaluate.
 
-    `label` and `revision`: its name in mteb's files, colintern/<label>. `identity`: all that decides its scores but the
-    data. `params`: what it was trained with, as far as is known. `encoder()` loads it.
+    `name`, "organisation/model", and `revision`: its own in mteb's files. `identity`: all that decides its scores but
+    the data. `params`: what it was trained with, as far as is known. `encoder()` loads it.
     """
 
-    label: str
+    name: str
     revision: str
     identity: dict[str, Any]
     params: dict[str, Any]
@@ -50,56 +58,44 @@ def subjects(params: Params, folder: Path) -> dict[str, Subject]:
     require_adapter(folder)
     base = check_base(params)
     require_base(params, folder)
-    names = [("trained", "colintern3_5")] + [("untrained", "colintern3_5-untrained")] * params.eval_untrained
-    return {name: _adapter(params, base, folder, name == "trained", label) for name, label in names}
+    names = [("trained", NAME)] + [("untrained", f"{NAME}-untrained")] * params.eval_untrained
+    return {which: _adapter(params, base, folder, which == "trained", name) for which, name in names}
 
 
-def _adapter(params: Params, base: str, folder: Path, trained: bool, label: str) -> Subject:
+def _adapter(params: Params, base: str, folder: Path, trained: bool, name: str) -> Subject:
     revision = content_hash(folder / "adapter_model.safetensors")[:40]
     what = {"adapter": content_hash(folder), "base": read(MANIFEST)["base"], "trained": trained}
     file = folder / "identity.json"
     known = json.loads(file.read_text())["params"] if file.is_file() else {}
 
     def encoder() -> ColIntern3_5Encoder:
-        return _encoder(params, load_adapter(params, base, folder, trained), folder, label, revision, identity)
+        return _encoder(params, load_adapter(params, base, folder, trained), folder, name, revision, identity)
 
     identity = _identity(params, what)
-    return Subject(label, revision, identity, known, encoder)
+    return Subject(name, revision, identity, known, encoder)
 
 
 def _merged(params: Params, folder: Path) -> Subject:
-    files = sorted(folder.glob("*.safetensors"))
-    if not any("custom_text_proj.weight" in names for names in map(_weights, files)):
-        raise UserError(
-            f"{folder}: its weights have no custom_text_proj.weight, so it is a base before training; give an "
-            f"adapter's folder, or one that was merged"
-        )
+    require_merged(folder)
     what = {"merged": content_hash(folder)}
 
     def encoder() -> ColIntern3_5Encoder:
-        return _encoder(params, load_merged(params, folder), folder, "colintern3_5", what["merged"][:40], identity)
+        return _encoder(params, load_merged(params, folder), folder, NAME, what["merged"][:40], identity)
 
     identity = _identity(params, what)
-    return Subject("colintern3_5", what["merged"][:40], identity, {}, encoder)
-
-
-def _weights(file: Path) -> list[str]:
-    with safe_open(file, "pt") as content:
-        return list(content.keys())
+    return Subject(NAME, what["merged"][:40], identity, {}, encoder)
 
 
 def _encoder(
-    params: Params, model: nn.Module, folder: Path, label: str, revision: str, identity: dict[str, Any]
+    params: Params, model: nn.Module, folder: Path, name: str, revision: str, identity: dict[str, Any]
 ) -> ColIntern3_5Encoder:
-    broken = [name for name, value in model.named_parameters() if not value.isfinite().all()]
-    if broken:
-        raise UserError(f"{folder}: {broken[0]} has NaN or infinite values ({len(broken)} such weights)")
+    require_finite(model, folder)
     processor = load_processor(params, folder)
     features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)
     settings = {key: value for key, value in identity["params"].items() if key not in ("pool_factor", "dim")}
     kept = fingerprint(identity | {"params": settings})  # what is kept is neither pooled nor cut
     embeddings = TensorCache(root() / EMBEDDINGS, kept, int(params.embedding_cache_gb * 1e9))
-    return ColIntern3_5Encoder(model, processor, label, revision, features, embeddings, params.pool_factor, params.dim)
+    return ColIntern3_5Encoder(model, processor, name, revision, features, embeddings, params.pool_factor, params.dim)
 
 
 def _identity(params: Params, what: dict[str, Any]) -> dict[str, Any]:
@@ -115,8 +111,12 @@ def _identity(params: Params, what: dict[str, Any]) -> dict[str, Any]:
         "max_visual_tokens": params.max_visual_tokens,
         "threads": params.threads,
     }
-    return what | {
-        "params": settings,
+    return what | {"params": settings} | surroundings()
+
+
+def surroundings() -> dict[str, Any]:
+    """What decides scores beside the model and its settings: code, libraries, device."""
+    return {
         "code": stage_code("eval"),
         "versions": versions() | {"mteb": version("mteb")},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

@@ -23,6 +23,7 @@ from colintern.evaluation.subjects import Subject
 from colintern.files.identity import fingerprint
 from colintern.files.jsonfile import dumps
 from colintern.files.lock import locked
+from colintern.mteb_model import ColIntern3_5Encoder
 from colintern.params import Params, root
 
 CLOCK = ("evaluation_time", "date", "evaluation_phases", "kg_co2_emissions")  # of mteb's result files; all may be null
@@ -36,8 +37,8 @@ def evaluate(subjects: Mapping[str, Subject], params: Params, out: Path) -> dict
 
     Args:
         subjects: "trained" and, if wanted, "untrained".
-        out: replaced by a folder with mteb's files, results/colintern__<label>/<revision>/<task>.json, what each query
-            scored, queries/<trained or untrained>.parquet, and run.json, the settings; whole or not at all.
+        out: replaced by a folder with mteb's files, results/<organisation>__<model>/<revision>/<task>.json, what each
+            query scored, queries/<trained or untrained>.parquet, and run.json, the settings; whole or not at all.
 
     Returns:
         {"trained": scores, "untrained": scores}, see `scores.collect`.
@@ -81,7 +82,7 @@ def finished(subject: Subject, params: Params, tasks: list[AbsTask]) -> dict[str
             data = {"revision": task.metadata.dataset["revision"], "subsets": list(task.hf_subsets)}
             folders[name] = store / f"{name}-{fingerprint(data)[:16]}"
             if folders[name].is_dir() and _whole(folders[name], subject, name):
-                print(f"{subject.label}: {name}: finished before, its results are taken")
+                print(f"{subject.name}: {name}: finished before, its results are taken")
                 continue
             encoder = encoder or subject.encoder()  # loaded only where there is something to do
             _run(encoder, task, params, folders[name])
@@ -96,7 +97,9 @@ def _run(encoder: Any, task: AbsTask, params: Params, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     cache = mteb.ResultCache(partial)
     rows: list[dict[str, Any]] = []
-    encoder.page_count = encoder.vector_count = 0
+    ours = isinstance(encoder, ColIntern3_5Encoder)
+    if ours:
+        encoder.page_count = encoder.vector_count = 0
     found = mteb.evaluate(
         encoder,
         queries.keep(from_cache(task), rows),
@@ -110,7 +113,8 @@ def _run(encoder: Any, task: AbsTask, params: Params, folder: Path) -> None:
         checked(result)
     _move_clock_values(cache.get_task_result_path("any", encoder.mteb_model_meta).parent)
     queries.write(partial / QUERIES, rows)
-    (partial / SIZE).write_text(dumps(size(encoder.vector_count, encoder.page_count, params.dim)))
+    taken = size(encoder.vector_count, encoder.page_count, params.dim) if ours else {}  # mteb does not tell a peer's
+    (partial / SIZE).write_text(dumps(taken))
     partial.replace(folder)
 
 
@@ -126,9 +130,8 @@ def _whole(folder: Path, subject: Subject, task: str) -> bool:
 
 
 def _result(folder: Path, subject: Subject, task: str) -> mteb.TaskResult:
-    return mteb.TaskResult.from_disk(
-        folder / "results" / f"colintern__{subject.label}" / subject.revision / f"{task}.json"
-    )
+    place = folder / "results" / subject.name.replace("/", "__") / subject.revision
+    return mteb.TaskResult.from_disk(place / f"{task}.json")
 
 
 def _forget(store: Path) -> None:

@@ -20,6 +20,7 @@ from colintern.files.hub_errors import Repo
 from colintern.files.manifest import digests
 from colintern.model import ColIntern3_5, read_head
 from colintern.modeling.embed import embed_pages, embed_queries
+from colintern.modeling.loading import untrained
 from colintern.modeling.weights import State, statistics
 from colintern.params import UserError, root
 from colintern.processor import ColIntern3_5Processor
@@ -111,12 +112,9 @@ def _whole(adapter: Adapter) -> Finding:
 
 
 def _trained(adapter: Adapter) -> Finding:
-    """B starts at zero, so a B that is zero was not trained."""
-    up = {name: value for name, value in adapter.weights.items() if ".lora_B" in name}
-    still = [name for name, value in up.items() if not value.any()]
-    if still:
-        which = "every lora_B" if len(still) == len(up) else f"{len(still)} of {len(up)} lora_B, such as {still[0]},"
-        return Finding("trained", False, f"{which} is zero, as before the first step: nothing was learned there")
+    if still := untrained(adapter.weights):
+        return Finding("trained", False, still)
+    up = [name for name in adapter.weights if ".lora_B" in name]
     return Finding("trained", True, f"all {len(up)} lora_B have left the zero they start at")
 
 

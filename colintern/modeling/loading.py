@@ -1,11 +1,13 @@
-"""A trained adapter as a model, or its base with the same head before training."""
+"""A trained adapter as a model, its base with the same head before training, or a merged model, as params.yaml says."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from colintern.model import ColIntern3_5, attention_kernel
 from colintern.params import Params, UserError
@@ -17,6 +19,41 @@ def require_adapter(adapter: Path) -> None:
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         if not (adapter / name).is_file():
             raise UserError(f"{adapter}: holds no {name}; run the stage that makes it: dvc repro train")
+
+
+def require_merged(folder: Path) -> None:
+    """Raises UserError where the weights in a folder cannot be read or have no head."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not any("custom_text_proj.weight" in _names(file) for file in files):
+        raise UserError(
+            f"{folder}: its weights have no custom_text_proj.weight, so it is a base before training; give an "
+            f"adapter's folder, or one that was merged"
+        )
+
+
+def _names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, "pt") as content:
+            return list(content.keys())
+    except SafetensorError as error:
+        raise UserError(f"{file}: cannot be read: {error}") from error
+
+
+def untrained(weights: Mapping[str, Tensor]) -> str:
+    """Which of an adapter's lora_B no step has moved, in words, "" if none: B starts at zero."""
+    up = {name: value for name, value in weights.items() if ".lora_B" in name}
+    still = [name for name, value in up.items() if not value.any()]
+    if not still:
+        return ""
+    which = "every lora_B" if len(still) == len(up) else f"{len(still)} of {len(up)} lora_B, such as {still[0]},"
+    return f"{which} is zero, as before the first step: nothing was learned there"
+
+
+def require_finite(model: nn.Module, folder: Path) -> None:
+    """Raises UserError where a weight is not a number."""
+    broken = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+    if broken:
+        raise UserError(f"{folder}: {broken[0]} has NaN or infinite values ({len(broken)} such weights)")
 
 
 def require_base(params: Params, folder: Path) -> None:

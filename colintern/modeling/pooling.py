@@ -12,8 +12,6 @@ from colpali_engine.compression.token_pooling import HierarchicalTokenPooler
 from torch import Tensor, cat
 from torch.nn.functional import normalize
 
-BYTES = 2  # of a number, as vector stores keep them: float16
-
 
 def pool(page: Tensor, factor: int, tile: int, before: int) -> Tensor:
     """A page's vectors with each tile's clustered into 1/factor of them, each the normalised mean of its cluster.
