@@ -114,6 +114,14 @@ def pruner(settings: dict[str, Any]) -> Any:
 
 def _end_with(owner: int) -> None:
     """SIGTERM to this process once the tuner is gone: a checkpoint, from which the trial's second try goes on."""
-    while Path("/proc", str(owner)).exists():
+    while alive(owner):
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this machine runs; one that was killed and whose parent has not looked yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
