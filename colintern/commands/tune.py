@@ -26,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--storage",
         default=os.environ.get(STORAGE, ""),
         metavar="URL",
-        help=f"where it is kept (default: sqlite, studies/NAME.db); {STORAGE} in the environment shows no password to `ps`",
+        help=f"where it is kept (default: ${STORAGE}, which `ps` does not show, else sqlite, studies/NAME.db)",
     )
     add(
         "--heartbeat",
@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
     import warnings
 
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", "Heartbeat of storage")  # `Store.alive` gives it, without Study.optimize
     from colintern.tuning.store import Store
     from colintern.tuning.studies import open_study, warm_start
 

@@ -119,8 +119,12 @@ def table(found: list[Row], weights: dict[str, float], search: Search) -> list[s
     ranked = sorted(found, key=lambda row: (order.get(id(row), len(found)), row.state, row.number))
     head = ["trial", "dev NDCG@5", "state", "computed"]
     lines = [
-        [f"{row.number:03}{' again' if row.again else ''}", "" if row.score is None else f"{row.score:.4f}", row.state]
-        + ["" if row.computed is None else f"{row.computed:,}"]
+        [
+            f"{row.number:03}{' again' if row.again else ''}",
+            "" if row.score is None else f"{row.score:.4f}",
+            row.state,
+            "" if row.computed is None else f"{row.computed:,}",
+        ]
         for row in ranked
     ]
     shown = []

@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.ticker import MaxNLocator
 
 from colintern.reporting.plots import FAINT, FIRST, INK, SECOND, svg
 from colintern.tuning.space import Range
@@ -27,7 +28,7 @@ def history(rows: Sequence[Any]) -> str:
             axes.plot(*places, "o", color=FIRST, markerfacecolor="none", markersize=6, label="stopped early")
         axes.set_xlabel("trial")
         axes.set_ylabel("dev NDCG@5")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(0, 1)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3)
 
@@ -60,7 +61,7 @@ def curves(rows: Sequence[Any]) -> str:
             axes.plot(epochs, row.curve, color=colour, linewidth=width, marker="o", markersize=3, alpha=0.85)
         axes.set_xlabel("epoch")
         axes.set_ylabel("dev NDCG@5")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(0, 1)
 
     return svg(draw, "Curves")

@@ -14,11 +14,11 @@ from colintern.params import HINTS, LIST, UserError, problems_of
 FILE = Path("tune.yaml")
 SCORED = ("fetch-data", "verify", "train")  # the stages that decide the dev score
 # They decide on what it is measured, so that scores under two values of one of them say nothing beside each other.
-MEASURE = ("benchmarks", "dev_queries", "max_bad_fraction", "train_corpus", "train_corpus_revision", "train_data")
-MEASURE += ("train_revision",)
+MEASURE = {"benchmarks", "dev_queries", "max_bad_fraction", "train_corpus", "train_corpus_revision", "train_data"}
+MEASURE |= {"train_revision"}
 # They cost time or memory, and change the score by rounding at most.
-STILL = ("attention", "compile", "deterministic", "eval_batch_size", "feature_cache_gb", "gradient_checkpointing")
-STILL += ("launch", "logging_steps", "micro_batch_size", "save_steps", "threads", "tracker", "workers")
+STILL = {"attention", "compile", "deterministic", "eval_batch_size", "feature_cache_gb", "gradient_checkpointing"}
+STILL |= {"launch", "logging_steps", "micro_batch_size", "save_steps", "threads", "tracker", "workers"}
 KIND = {key: hint if hint == LIST else (get_args(hint) or (hint,))[0] for key, hint in HINTS.items()}
 RULES = {
     "seed": ("a whole number from 0", lambda v: type(v) is int and v >= 0),
@@ -123,7 +123,7 @@ def _read_by() -> dict[str, set[str]]:
 def _key_fault(key: str, read_by: dict[str, set[str]]) -> str:
     """Why a key cannot be searched, or ""."""
     decide = set().union(*(read_by[stage] for stage in SCORED))
-    can = sorted(key for key in decide - {*MEASURE, *STILL} if KIND[key] != LIST)
+    can = sorted(key for key in decide - MEASURE - STILL if KIND[key] != LIST)
     if key not in HINTS:
         [near] = difflib.get_close_matches(key, can, n=1, cutoff=0.0)
         return f"unknown key; nearest key: {near}"
@@ -168,7 +168,7 @@ def _range(key: str, value: dict[str, Any]) -> Range:
 
 def _combined(params: dict[str, Any], space: list[Range]) -> Iterator[str]:
     """What params.yaml's rules say of the ends of each range, and of the ends of each two, with the rest as it is."""
-    told, wrong = set(), set()
+    told, wrong = set[str](), set[str]()
     pairs = [(one, one) for one in space] + list(combinations(space, 2))
     for one, other in pairs:
         for a, b in product(one.ends, other.ends):

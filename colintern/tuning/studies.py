@@ -96,7 +96,8 @@ def _difference(name: str, key: str, was: Any, now: Any) -> str:
             for k in sorted(was.keys() | now.keys())
             if was.get(k) != now.get(k)
         )
-    return f"{name!r} was made with other values of {WORDS[key]}{words[:400]}; its scores would not compare: give --study another name"
+    made = f"{name!r} was made with other values of {WORDS[key]}{words[:400]}"
+    return f"{made}; scores would not compare: give --study another name"
 
 
 def warm_start(study: Any, search: Search, params: Params) -> tuple[int, dict[str, int]]:

@@ -29,11 +29,13 @@ SCORE = "dev_ndcg_at_5"  # in metrics/train.json
 
 
 class Taken(NamedTuple):
-    """A trial that this worker runs; `id` is the storage's, `values` its settings."""
+    """A trial that this worker runs; `id` is the storage's, `values` its settings, `before` the numbers of its killed
+    tries."""
 
     number: int
     id: int
     values: dict[str, Any]
+    before: list[int]
 
 
 def sampler(search: Search, number: int) -> Any:
@@ -68,7 +70,13 @@ def take(study: Any, store: Store, search: Search, total: int) -> Taken | int:
             if key in trial.user_attrs:
                 trial.set_user_attr(key, None)
         trial.set_user_attr(SLOT, trial.user_attrs.get(SLOT, trial.number))
-        return Taken(trial.number, trial._trial_id, {key: trial.params[key] for key in search.distributions()})
+        values = {key: trial.params[key] for key in search.distributions()}
+        return Taken(
+            trial.number,
+            trial._trial_id,
+            values,
+            storages.RetryHeartbeatStaleTrialCallback.retry_history(study.get_trials(deepcopy=False)[trial.number]),
+        )
 
 
 def slots(trials: Any) -> set[int]:
@@ -101,6 +109,9 @@ def run(study: Any, store: Store, trial: Taken, log: Path) -> str:
     """
     name = f"{study.study_name}-{trial.number:03}"
     start = time.monotonic()
+    for number in trial.before:  # its worker was killed when the experiment was there and the study not told
+        if (old := f"{study.study_name}-{number:03}") in experiments():
+            return f"{name}  {finish(study, store, trial, old)}  was finished by the worker that was killed"
     code = experiment(store, trial, name, log)
     text = store.redacted(log.read_text(errors="replace"))
     log.write_text(text)
@@ -122,10 +133,7 @@ def tell(study: Any, store: Store, trial: Taken, name: str, code: int, text: str
     if found := re.search(r"page features: (\d+) computed", text):
         store.optuna.set_trial_user_attr(trial.id, COMPUTED, int(found[1]))
     if code == 0:
-        score = json.loads(git("show", f"{ref(name)}:metrics/train.json"))[SCORE]
-        store.optuna.set_trial_user_attr(trial.id, EXPERIMENT, name)
-        study.tell(trial.number, score)
-        return f"complete  {score:.4f}"
+        return finish(study, store, trial, name)
     if attributes.get(STOPPED):
         study.tell(trial.number, state=TrialState.PRUNED)
         return f"pruned    after epoch {attributes[STOPPED]}"
@@ -135,6 +143,14 @@ def tell(study: Any, store: Store, trial: Taken, name: str, code: int, text: str
     store.optuna.set_trial_user_attr(trial.id, CAUSE, cause(text))
     study.tell(trial.number, state=TrialState.FAIL)
     return f"failed    {cause(text)[:200]}"
+
+
+def finish(study: Any, store: Store, trial: Taken, name: str) -> str:
+    """Tell the score that is in the metrics of an experiment."""
+    score = json.loads(git("show", f"{experiments()[name]}:metrics/train.json"))[SCORE]
+    store.optuna.set_trial_user_attr(trial.id, EXPERIMENT, name)
+    study.tell(trial.number, score)
+    return f"complete  {score:.4f}"
 
 
 def cause(text: str) -> str:
@@ -217,7 +233,3 @@ def experiments() -> dict[str, str]:
     refs = git("for-each-ref", "--format=%(refname)", "refs/exps/").splitlines()
     found = (re.fullmatch(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)", one) for one in refs)
     return {one[1]: one[0] for one in found if one}
-
-
-def ref(name: str) -> str:
-    return experiments()[name]
