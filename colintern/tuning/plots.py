@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.ticker import MaxNLocator
 
-from colintern.reporting.plots import FAINT, FIRST, INK, SECOND, svg
+from colintern.reporting.plots import FAINT, FIRST, SECOND, svg
 from colintern.tuning.space import Range
 
 
@@ -73,11 +73,12 @@ def parallel(rows: Sequence[Any], space: Sequence[Range]) -> str:
     def draw(axes: Axes) -> None:
         scores = [row.score for row in rows]
         low, high = min(scores), max(scores)
+        first = max(rows, key=lambda row: (row.state == "complete", row.score))
         ends = [*(one.ends for one in space), [low, high]]
         for row in sorted(rows, key=lambda row: row.score):
             strength = (row.score - low) / (high - low) if high > low else 1.0
             heights = [*(_height(one, row.values[one.key]) for one in space), strength]
-            best = row.score == high
+            best = row is first
             line = LineCollection([list(enumerate(heights))], colors=[SECOND if best else FIRST])
             line.set(linewidth=2.4 if best else 1.4, alpha=1.0 if best else 0.15 + 0.65 * strength)
             line.set_linestyle("--" if row.state == "pruned" else "-")
@@ -85,15 +86,15 @@ def parallel(rows: Sequence[Any], space: Sequence[Range]) -> str:
         for place, values in enumerate(ends):
             axes.axvline(place, color=FAINT, linewidth=1)
             for height, label in _ticks(space[place] if place < len(space) else None, values):
-                axes.annotate(label, (place, height), (4, -4), textcoords="offset points", color=INK, fontsize=9)
+                axes.annotate(label, (place, height), (4, -4), textcoords="offset points", fontsize=10)
         axes.set_xticks(range(len(ends)), [*(one.key for one in space), "dev NDCG@5"])
-        axes.set_xlim(-0.15, len(ends) - 0.5)
+        axes.set_xlim(-0.15, len(ends) - 0.7)
         axes.set_ylim(-0.06, 1.06)
         axes.set_yticks([])
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
 
-    return svg(draw, "Parallel coordinates", wide=max(5.4, 1.9 * (len(space) + 1)), high=4.0)
+    return svg(draw, "Parallel coordinates", wide=11.0, high=3.6)
 
 
 def _height(one: Range, value: Any) -> float:
