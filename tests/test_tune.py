@@ -5,8 +5,11 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -118,8 +121,9 @@ def test_the_winner_is_written_between_the_comments(tmp_path):
 # --- Who takes which trial ---
 
 
-def made(folder: Path, search: Search, heartbeat: int = 30) -> tuple[Store, optuna.Study]:
-    store = Store(f"sqlite:///{folder}/a.db", "a", heartbeat)
+def made(where: Path | str, search: Search, heartbeat: int = 30) -> tuple[Store, optuna.Study]:
+    """The study in a folder, or at an address."""
+    store = Store(where if isinstance(where, str) else f"sqlite:///{where}/a.db", "a", heartbeat)
     with store.alone():
         study = optuna.create_study(
             storage=store.optuna, study_name="a", direction="maximize", load_if_exists=True, pruner=pruner(SETTINGS)
@@ -128,17 +132,17 @@ def made(folder: Path, search: Search, heartbeat: int = 30) -> tuple[Store, optu
     return store, study
 
 
-def worker(folder: Path, search: Search, total: int) -> None:
+def worker(folder: Path | str, search: Search, total: int) -> None:
     store, study = made(folder, search)
     while isinstance(taken := take(study, store, search, total), Taken):
         study.tell(taken.number, 1 - abs(taken.values["lr"] - 0.006))
     os._exit(0)
 
 
-def taker(folder: Path, search: Search) -> None:
+def taker(folder: Path | str, search: Search, total: int = 2) -> None:
     """Takes a trial and is killed."""
     store, study = made(folder, search, 1)
-    assert isinstance(take(study, store, search, 2), Taken)
+    assert isinstance(take(study, store, search, total), Taken)
     kill()
 
 
@@ -332,3 +336,53 @@ def test_the_page_is_whole_in_a_browser(finished, search, tmp_path, monkeypatch)
 )
 def test_the_cause_of_a_failed_trial(text, found):
     assert cause(text).startswith(found)
+
+
+# --- PostgreSQL, for several machines ---
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The address of a server of our own, with a password in it."""
+    pytest.importorskip("psycopg", reason="needs psycopg")
+    initdb = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
+    if initdb is None or (os.getuid() == 0 and shutil.which("runuser") is None):
+        pytest.skip("needs Debian's package postgresql")
+    home = Path(tempfile.mkdtemp(prefix="pg-"))  # a socket's path must be short, and the server's user must see it
+    (home / "password").write_text("marked@word\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    user = ["runuser", "-u", "nobody", "--"] if os.getuid() == 0 else []  # PostgreSQL refuses to be root
+    if user:
+        subprocess.run(["chown", "-R", "nobody", str(home)], check=True)
+    data, options = f"{home}/data", f"-p {port} -c listen_addresses=127.0.0.1 -k {home}"
+
+    def run(name: str, *arguments: str) -> None:
+        subprocess.run([*user, str(initdb.with_name(name)), "-D", data, *arguments], check=True, capture_output=True)
+
+    run("initdb", "-U", "me", f"--pwfile={home}/password", "-A", "scram-sha-256")
+    run("pg_ctl", "-o", options, "-l", f"{home}/log", "-w", "start")
+    yield f"postgresql+psycopg://me:marked%40word@127.0.0.1:{port}/postgres"
+    run("pg_ctl", "-m", "immediate", "stop")
+    shutil.rmtree(home)
+
+
+def test_workers_on_a_postgresql_server(server, tmp_path, search):
+    workers = [FORKS.Process(target=worker, args=(server, search, 8)) for _ in range(2)]
+    for one in workers:
+        one.start()
+    for one in workers:
+        one.join(120)
+    store, study = made(server, search, 1)
+    assert Counter(t.state.name for t in study.trials) == {"COMPLETE": 8} and "marked" not in store.shown
+    killed = FORKS.Process(target=taker, args=(server, search, 9))
+    killed.start()
+    killed.join(60)
+    time.sleep(2.5)
+    again = take(study, store, search, 9)
+    assert isinstance(again, Taken) and study.trials[8].params == again.values and again.before == [8]
+    with pytest.raises(UserError) as refused:
+        Store(server.replace("marked", "markedwrong"), "a", 1)
+    assert "marked" not in str(refused.value) and "authentication" in str(refused.value)
+    assert refused.value.__cause__ is None and refused.value.__suppress_context__

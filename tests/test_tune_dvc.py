@@ -10,6 +10,7 @@ import time
 import optuna
 import pytest
 from ruamel.yaml import YAML
+from sqlalchemy.exc import SQLAlchemyError
 from test_dvc_commands import Repo, bare_environment, copy_working_tree, cut_down
 
 from colintern.params import load
@@ -58,7 +59,7 @@ def start(repo: Repo, name: str) -> subprocess.Popen:
 def trials(repo: Repo) -> list[optuna.trial.FrozenTrial]:
     try:
         return optuna.load_study(study_name="s", storage=f"sqlite:///{repo.path}/studies/s.db").trials
-    except (KeyError, Exception):  # not made yet
+    except (KeyError, SQLAlchemyError):  # not made yet
         return []
 
 
