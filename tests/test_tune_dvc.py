@@ -43,7 +43,7 @@ def repo(tmp_path_factory) -> Repo:
     repo = Repo(path, bare_environment(home) | {"PYTHONPATH": ""})
     repo.output("git init -q -b main")
     repo.commit()
-    repo.output("dvc repro -q verify")
+    repo.output("dvc repro -q")
     repo.commit()
     repo.output("git config user.name Test && git config user.email test@localhost")
     return repo

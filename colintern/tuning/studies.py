@@ -30,12 +30,16 @@ def facts(search: Search, params: Params) -> dict[str, Any]:
     """What decides a study's scores beside the trial's own settings.
 
     Raises:
-        UserError: the data are not there yet.
+        UserError: the pipeline has not run yet.
     """
+    lock = Path("dvc.lock")
+    known = (YAML(typ="safe", pure=True).load(lock) or {}).get("stages", {}) if lock.is_file() else {}
+    if "eval" not in known:
+        raise UserError("dvc.lock: has no eval; run `dvc repro` once, or `dvc exp apply` cannot take a trial")
     try:
         identity = stage_identity("train", params)
     except OSError as error:
-        raise UserError(f"{error.filename}: missing; run `dvc repro verify` first") from error
+        raise UserError(f"{error.filename}: missing; run `dvc repro` first") from error
     deps = {dep: value for dep, value in identity["deps"].items() if dep not in LEFT_OUT}
     data = {dep: value for dep, value in deps.items() if dep.startswith(DATA)}
     return {
