@@ -14,6 +14,7 @@ evaluation/  from an adapter to numbers: mteb's tasks, per-query scores, compari
 search/      the pages of a folder, indexed once, ranked for a query
 reporting/   what people look at: a report with heatmaps, what was found, a model's card
 planning/    before a run: what it will cost, what fits, what would go wrong
+tuning/      a search over settings: its space, its study, its trials, what it found
 commands/    `colintern NAME`, a module each
 cli          finds them
 

@@ -151,7 +151,42 @@ def load(path: str | Path = "params.yaml") -> Params:
             type or out of range; every problem of the file is in the one message.
     """
     raw, problems = _read(Path(path))
-    problems += _key_problems(raw)
+    found, more = _checked(raw)
+    problems += more
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"{path}: {count}" + "".join(f"\n  {problem}" for problem in problems))
+    return Params(**found)
+
+
+def problems_of(values: dict[str, Any]) -> list[str]:
+    """What is wrong with the values of a params.yaml, a message each; [] where it is valid."""
+    return _checked(values)[1]
+
+
+def write(path: str | Path, values: dict[str, Any]) -> list[str]:
+    """Write values into a params.yaml as `dvc exp run -S` does, so that comments stay; the keys whose value changed."""
+    from dvc.utils.hydra import apply_overrides
+
+    before = load(path)
+    apply_overrides(Path(path), [override(key, value) for key, value in values.items()])
+    after = load(path)
+    return [key for key in values if getattr(before, key) != getattr(after, key)]
+
+
+def override(key: str, value: Any) -> str:
+    """KEY=VALUE as `dvc exp run -S` takes it."""
+    if isinstance(value, bool):
+        return f"{key}={str(value).lower()}"
+    if isinstance(value, str):  # in quotes, or "4" would become a number
+        quoted = value.replace("'", "\\'")
+        return f"{key}='{quoted}'"
+    return f"{key}={value}"
+
+
+def _checked(raw: dict[Any, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The valid values of a file, converted, and its problems."""
+    problems = _key_problems(raw)
     good: dict[str, Any] = {}
     for key in HINTS:
         if key in raw:
@@ -159,11 +194,7 @@ def load(path: str | Path = "params.yaml") -> Params:
             problems += faults
             if not faults:
                 good[key] = _converted(key, raw[key])
-    problems += _cross_problems(good)
-    if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(f"{path}: {count}" + "".join(f"\n  {problem}" for problem in problems))
-    return Params(**good)
+    return good, problems + _cross_problems(good)
 
 
 def _read(path: Path) -> tuple[dict[Any, Any], list[str]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from colintern.params import Params, UserError, load, mixture
+from colintern.params import Params, UserError, load, mixture, write
 
 if TYPE_CHECKING:
     from colintern.planning.recommend import Plan, Value
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         print("\n".join([*_head(head), "", *_table(values), "", *_forecast(found, forecast, card)]))
     if args.write:
-        changed = _write(values)
+        changed = write(PARAMS, {value.key: value.value for value in values if value.value is not None})
         if not args.json:
             print(f"\n{PARAMS}: " + (", ".join(changed) + " written" if changed else "has these values already"))
 
@@ -186,16 +186,6 @@ def _memory_table(base: str, table: list[Any]) -> list[str]:
         cells = (f"{m:>9} at {peak:>6.1f} GiB" if m else f"{'none fits':>9}" for m, peak in row)
         lines.append(f"{memory:>5} GB{guide:>9}" + "".join(f"   {cell:>24}" for cell in cells))
     return [*lines, "predicted, not measured; 85 % of the card is used"]
-
-
-def _write(values: "list[Value]") -> list[str]:
-    """Into params.yaml as `dvc exp run -S` writes; the keys whose value changed."""
-    from dvc.utils.hydra import apply_overrides
-
-    before = load(PARAMS)
-    apply_overrides(PARAMS, [f"{value.key}={_yaml(value.value)}" for value in values if value.value is not None])
-    after = load(PARAMS)
-    return [value.key for value in values if getattr(before, value.key) != getattr(after, value.key)]
 
 
 def _whole(text: str) -> int:

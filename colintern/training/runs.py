@@ -35,6 +35,7 @@ from colintern.training.determinism import set_deterministic
 from colintern.training.health import health, line, report, stored
 from colintern.training.pairs import Pairs, rows
 from colintern.training.processes import ALONE, Processes
+from colintern.training.study import Pruned, reporter
 from colintern.training.tracker import Tracker, check_tracker
 from colintern.training.trainer import ContrastiveTrainer, DevSet, NonFiniteError, arguments
 from colintern.training.watch import pace_findings
@@ -54,6 +55,7 @@ def train(params: Params, out: Path, own: Processes = ALONE) -> dict[str, Any]:
         NonFiniteError: the loss is not finite.
         OutOfMemory: one page does not fit the memory.
         Interrupted: SIGTERM or SIGINT; a checkpoint is there.
+        Pruned: the study that this run is a trial of stopped it.
     """
     check_tracker(params)
     torch.set_num_threads(params.threads)
@@ -64,13 +66,19 @@ def train(params: Params, out: Path, own: Processes = ALONE) -> dict[str, Any]:
     signals = Signals(own)
     with held(scratch) if own.main else nullcontext(), signals.watch():
         own.first(lambda: None)  # the first process holds the lock
+        told = reporter(own)
         trainer = prepare(params, base, scratch, own)
         identity |= origin(trainer) | {"processes": own.size}
         trainer.add_callback(signals)
         if params.tracker != "none" and own.main:
             trainer.add_callback(Tracker(params, scratch))
+        if told:
+            trainer.add_callback(told)
         run(trainer, scratch, own.first(lambda: str(newest(scratch) or "")))
         step, last = trainer.state.global_step, trainer.state.max_steps
+        if told and told.stopped and not signals.received:
+            own.first(lambda: shutil.rmtree(scratch))
+            raise Pruned(f"stopped at step {step} of {last}: the study found its dev score too low")
         if step < last:
             raise Interrupted(f"stopped at step {step} of {last}, with a checkpoint; the same command goes on from it")
         metrics = own.first(lambda: finish(trainer, params, identity, out))

@@ -1,0 +1,182 @@
+"""tune.yaml: what is searched, and how; checked whole against params.yaml before anything runs."""
+
+import difflib
+from collections.abc import Iterator
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from colintern.params import HINTS, LIST, UserError, problems_of
+
+FILE = Path("tune.yaml")
+SCORED = ("fetch-data", "verify", "train")  # the stages that decide the dev score
+# They decide on what it is measured, so that scores under two values of one of them say nothing beside each other.
+MEASURE = {"benchmarks", "dev_queries", "max_bad_fraction", "train_corpus", "train_corpus_revision", "train_data"}
+MEASURE |= {"train_revision"}
+# They cost time or memory, and change the score by rounding at most.
+STILL = {"attention", "compile", "deterministic", "eval_batch_size", "feature_cache_gb", "gradient_checkpointing"}
+STILL |= {"launch", "logging_steps", "micro_batch_size", "save_steps", "threads", "tracker", "workers"}
+KIND = {key: hint if hint == LIST else (get_args(hint) or (hint,))[0] for key, hint in HINTS.items()}
+RULES = {
+    "seed": ("a whole number from 0", lambda v: type(v) is int and v >= 0),
+    "sampler": ("tpe or random", lambda v: v in ("tpe", "random")),
+    "startup_trials": ("a whole number from 1", lambda v: type(v) is int and v >= 1),
+    "pruner": ("median, hyperband or none", lambda v: v in ("median", "hyperband", "none")),
+    "warmup_epochs": ("a whole number from 0", lambda v: type(v) is int and v >= 0),
+}
+
+
+class Range(NamedTuple):
+    """The values a key may take: `choices`, or all from `low` to `high`, evenly in their logarithm if `log`."""
+
+    key: str
+    choices: list[Any]
+    low: float
+    high: float
+    log: bool
+    whole: bool
+
+    @property
+    def ends(self) -> list[Any]:
+        return self.choices or [self.low, self.high]
+
+    def distribution(self) -> Any:
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+        if self.choices:
+            return CategoricalDistribution(self.choices)
+        if self.whole:
+            return IntDistribution(int(self.low), int(self.high), log=self.log)
+        return FloatDistribution(self.low, self.high, log=self.log)
+
+
+class Search(NamedTuple):
+    """tune.yaml: `settings` are seed, sampler, pruner and what they take."""
+
+    settings: dict[str, Any]
+    space: list[Range]
+
+    def distributions(self) -> dict[str, Any]:
+        return {one.key: one.distribution() for one in self.space}
+
+    def facts(self) -> dict[str, Any]:
+        """The space as the study keeps it, to be compared when it is resumed."""
+        return {r.key: {"choices": r.choices} if r.choices else [r.low, r.high, r.log] for r in self.space}
+
+
+def read(params: dict[str, Any], path: Path = FILE) -> Search:
+    """tune.yaml, held against the values of params.yaml and the params of dvc.yaml's stages.
+
+    Raises:
+        UserError: it cannot be read, or some of its keys or values cannot be searched; all problems are in the message.
+    """
+    raw = _raw(path)
+    problems = [f"{key}: missing; it must be {words}" for key, (words, _) in RULES.items() if key not in raw]
+    problems += [
+        f"{key}: {raw[key]!r} is not valid; it must be {words}"
+        for key, (words, holds) in RULES.items()
+        if key in raw and not holds(raw[key])
+    ]
+    for key in raw.keys() - RULES.keys() - {"space"}:
+        [near] = difflib.get_close_matches(str(key), [*RULES, "space"], n=1, cutoff=0.0)
+        problems.append(f"{key}: unknown key; nearest key: {near}")
+    space = raw.get("space")
+    if not isinstance(space, dict) or not space:
+        problems.append("space: it must be a mapping with at least one key of params.yaml")
+        space = {}
+    read_by = _read_by()
+    found = []
+    for key, value in space.items():
+        wrong = _key_fault(str(key), read_by) or _range_fault(str(key), value)
+        if wrong:
+            problems.append(f"space.{key}: {wrong}")
+        else:
+            found.append(_range(key, value))
+    problems += _combined(params, found)
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"{path}: {count}" + "".join(f"\n  {problem}" for problem in problems))
+    return Search({key: raw[key] for key in RULES}, found)
+
+
+def _raw(path: Path) -> dict[Any, Any]:
+    try:
+        raw = YAML(typ="safe", pure=True).load(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; the repository has one to begin with") from error
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: must be a mapping; it holds {str(raw)[:80]!r}")
+    return raw
+
+
+def _read_by() -> dict[str, set[str]]:
+    """The params of each stage of dvc.yaml."""
+    stages = YAML(typ="safe", pure=True).load(Path("dvc.yaml"))["stages"]
+    return {name: set(stage["params"]) for name, stage in stages.items()}
+
+
+def _key_fault(key: str, read_by: dict[str, set[str]]) -> str:
+    """Why a key cannot be searched, or ""."""
+    decide = set().union(*(read_by[stage] for stage in SCORED))
+    can = sorted(key for key in decide - MEASURE - STILL if KIND[key] != LIST)
+    if key not in HINTS:
+        [near] = difflib.get_close_matches(key, can, n=1, cutoff=0.0)
+        return f"unknown key; nearest key: {near}"
+    if key not in decide:
+        readers = ", ".join(stage for stage, keys in read_by.items() if key in keys)
+        return f"no stage that decides the dev score reads it, only {readers}; these are read: {', '.join(can)}"
+    if key in MEASURE:
+        return "it decides on what the dev score is measured, so trials could not be compared"
+    if key in STILL:
+        return "it does not change the dev score, but for rounding"
+    return "lists cannot be searched" if KIND[key] == LIST else ""
+
+
+def _range_fault(key: str, value: Any) -> str:
+    """What is wrong with the values of a key, or ""."""
+    words = "it must be {low: A, high: B}, with log: true if wanted, or {choices: [A, B]}"
+    if not isinstance(value, dict) or set(value) not in ({"choices"}, {"low", "high"}, {"low", "high", "log"}):
+        return f"{value!r} is not valid; {words}"
+    if "choices" in value:
+        choices = value["choices"]
+        distinct = isinstance(choices, list) and len({(type(c), str(c)) for c in choices}) == len(choices) > 1
+        return "" if distinct else f"choices: {choices!r} is not valid; two or more different values"
+    low, high, log = value["low"], value["high"], value.get("log", False)
+    kind = KIND[key]
+    numbers = (int,) if kind is int else (int, float) if kind is float else ()
+    if type(low) not in numbers or type(high) not in numbers:
+        what = {int: "whole numbers", float: "numbers"}.get(kind, "no range: this key takes choices")
+        return f"low and high, {low!r} and {high!r}, are not valid; they must be {what}"
+    if not low < high or type(log) is not bool or (log and low <= 0):
+        return f"{value!r} is not valid; low < high, log true or false, and above 0 with log: true"
+    return ""
+
+
+def _range(key: str, value: dict[str, Any]) -> Range:
+    kind = KIND[key]
+    if "choices" in value:
+        choices = [float(one) if kind is float and type(one) is int else one for one in value["choices"]]
+        return Range(key, choices, 0, 0, False, kind is int)
+    low, high = kind(value["low"]), kind(value["high"])
+    return Range(key, [], low, high, value.get("log", False), kind is int)
+
+
+def _combined(params: dict[str, Any], space: list[Range]) -> Iterator[str]:
+    """What params.yaml's rules say of the ends of each range, and of the ends of each two, with the rest as it is."""
+    told, wrong = set[str](), set[str]()
+    pairs = [(one, one) for one in space] + list(combinations(space, 2))
+    for one, other in pairs:
+        for a, b in product(one.ends, other.ends):
+            changed = {one.key: a, other.key: b} if other is not one else {one.key: a}
+            if wrong & changed.keys() and len(changed) > 1:
+                continue
+            for problem in problems_of(params | changed):
+                if problem not in told:
+                    told.add(problem)
+                    wrong.update(changed)
+                    yield f"space: {problem} (with {', '.join(f'{key}: {value}' for key, value in changed.items())})"

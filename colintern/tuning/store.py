@@ -1,0 +1,88 @@
+"""Where a study is kept: an SQLite file beside what it found, or a database server that several machines see."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from colintern.files.lock import locked
+from colintern.params import UserError, root
+from colintern.training.study import storage
+
+FOLDER = Path("studies")
+LOCK = 0x636F6C696E7465  # of PostgreSQL's advisory locks: "colinte"
+EXAMPLE = "sqlite:///studies/NAME.db or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
+
+
+class Store:
+    """Studies at an SQLAlchemy address; `url` holds the password and is never printed, `shown` is what may be.
+
+    Args:
+        heartbeat: seconds between two signs of life of a worker; after twice that its trial counts as killed.
+
+    Raises:
+        UserError: the address is none of SQLite or PostgreSQL, its driver is missing, or nothing answers there.
+    """
+
+    def __init__(self, url: str, study: str, heartbeat: int):
+        from optuna.storages import RetryHeartbeatStaleTrialCallback
+        from sqlalchemy.engine import make_url
+
+        self.heartbeat, self.study, self.url = heartbeat, study, url or f"sqlite:///{root() / FOLDER / study}.db"
+        kind = self.url.partition(":")[0].partition("+")[0]
+        if kind not in ("sqlite", "postgresql"):
+            raise UserError(f"--storage: {kind!r} is not valid; such as {EXAMPLE}")
+        try:
+            address = make_url(self.url)
+            if address.database and kind == "sqlite":  # trials run in another folder
+                file = Path(address.database).absolute()
+                file.parent.mkdir(parents=True, exist_ok=True)
+                address = address.set(database=str(file))
+            self.password = address.password or ""
+            self.url, self.shown = address.render_as_string(hide_password=False), address.render_as_string()
+            self.file = Path(address.database) if kind == "sqlite" and address.database else None
+            with self.alone(made=False):  # two at once would both make its tables
+                retry = RetryHeartbeatStaleTrialCallback(max_retry=1)
+                self.optuna: Any = storage(self.url, heartbeat_interval=heartbeat, heartbeat_stale_trial_callback=retry)
+        except ImportError as error:
+            driver = "psycopg2" if self.url.startswith("postgresql:") else "psycopg"
+            raise UserError(
+                f"--storage: {kind} needs a driver that is not installed here: `.tools/bin/uv pip install --python "
+                f".venv/bin/python '{driver if driver == 'psycopg2' else 'psycopg[binary]'}'`"
+            ) from error
+        except Exception as error:
+            words = self.redacted(str(error)).splitlines() or [""]
+            raise UserError(f"--storage: cannot be used: {type(error).__name__}: {words[0][:200]}") from None
+
+    def redacted(self, text: str) -> str:
+        """Without the address, and without the password, as it is written in the address or as it is."""
+        password = getattr(self, "password", "") or _password(self.url)
+        for secret in filter(None, (self.url, password, unquote(password))):
+            text = text.replace(secret, "***")
+        return text
+
+    @contextmanager
+    def alone(self, made: bool = True) -> Iterator[None]:
+        """One worker at a time, on all machines; a worker that dies lets go of it."""
+        if self.url.startswith("sqlite"):
+            with locked(self.file.with_suffix(".lock") if self.file else root() / ".scratch" / f"{self.study}.lock"):
+                yield
+        elif not made:
+            yield  # PostgreSQL makes a table once, whoever asks
+        else:
+            from sqlalchemy import text
+
+            with self.optuna.engine.begin() as connection:
+                connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": LOCK})
+                yield
+
+    def alive(self, trial: int) -> None:
+        """A sign of life of the trial with this id."""
+        self.optuna.record_heartbeat(trial)
+
+
+def _password(url: str) -> str:
+    found = re.match(r"[^/]*//[^:/@]*:(.*)@", url)
+    return found[1] if found else ""

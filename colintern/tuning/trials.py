@@ -1,0 +1,235 @@
+"""One trial: settings are taken from the study, run as a DVC experiment, and its end is told to the study.
+
+A trial of the study has a number and an experiment `STUDY-NNN`. Tries of one trial share its `slot`, so that a killed
+trial and its second try count once.
+"""
+
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from colintern.params import override, root
+from colintern.training.study import OWNER, STARTED, STOPPED, STORAGE, STUDY, TRIAL
+from colintern.tuning.space import Search
+from colintern.tuning.store import Store
+
+SLOT, CAUSE, EXPERIMENT, COMPUTED = "slot", "cause", "experiment", "pages computed"
+AGAIN = re.compile(
+    r"exited with 75|Unable to acquire (?:\w+ )?lock|is busy, it is being blocked"
+)  # not the settings' fault
+SCORE = "dev_ndcg_at_5"  # in metrics/train.json
+
+
+class Taken(NamedTuple):
+    """A trial that this worker runs; `id` is the storage's, `values` its settings, `before` the numbers of its killed
+    tries."""
+
+    number: int
+    id: int
+    values: dict[str, Any]
+    before: list[int]
+
+
+def sampler(search: Search, number: int) -> Any:
+    """The sampler of one trial. Its seed is the trial's own: a resumed study would else draw its first trials again."""
+    from optuna import samplers
+
+    seed = int(np.random.SeedSequence([search.settings["seed"], number]).generate_state(1)[0])
+    if search.settings["sampler"] == "random":
+        return samplers.RandomSampler(seed)
+    # A running trial counts as a bad one, so that workers at the same time look at different places.
+    return samplers.TPESampler(n_startup_trials=search.settings["startup_trials"], seed=seed, constant_liar=True)
+
+
+def take(study: Any, store: Store, search: Search, total: int) -> Taken | int:
+    """The next trial, or how many trials of other workers run where no other is left to be taken."""
+    from optuna import storages
+    from optuna.trial import TrialState
+
+    with store.alone():
+        storages.fail_stale_trials(study)
+        trials = study.get_trials(deepcopy=False)
+        for trial in trials:  # its worker died where it held the lock, before it had settings
+            if trial.state == TrialState.RUNNING and SLOT not in trial.user_attrs:
+                study.tell(trial.number, state=TrialState.FAIL)
+        waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+        if not waiting and len(slots(trials)) >= total:
+            return sum(trial.state == TrialState.RUNNING and SLOT in trial.user_attrs for trial in trials)
+        study.sampler = sampler(search, len(trials))
+        trial = study.ask(search.distributions())
+        store.alive(trial._trial_id)
+        for key in (STARTED, STOPPED, EXPERIMENT):  # of the try before
+            if key in trial.user_attrs:
+                trial.set_user_attr(key, None)
+        trial.set_user_attr(SLOT, trial.user_attrs.get(SLOT, trial.number))
+        values = {key: trial.params[key] for key in search.distributions()}
+        return Taken(
+            trial.number,
+            trial._trial_id,
+            values,
+            storages.RetryHeartbeatStaleTrialCallback.retry_history(study.get_trials(deepcopy=False)[trial.number]),
+        )
+
+
+def slots(trials: Any) -> set[int]:
+    """The trials that were begun, each once however often it was tried."""
+    return {trial.user_attrs[SLOT] for trial in trials if SLOT in trial.user_attrs}
+
+
+def put_back(study: Any, number: int) -> None:
+    """A trial that was stopped from outside: the same settings wait for the next worker."""
+    import optuna
+    from optuna.trial import TrialState
+
+    [trial] = [one for one in study.get_trials(deepcopy=False) if one.number == number]
+    again = optuna.create_trial(
+        state=TrialState.WAITING,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs={SLOT: trial.user_attrs[SLOT]},
+        system_attrs=trial.system_attrs,
+    )
+    study.tell(number, state=TrialState.FAIL)
+    study.add_trial(again)
+
+
+def run(study: Any, store: Store, trial: Taken, log: Path) -> str:
+    """Run it, and tell the study how it ended; returns a line about that.
+
+    The study may have given the trial to another worker meanwhile, if this machine was suspended: then the experiment
+    made here is removed.
+    """
+    name = f"{study.study_name}-{trial.number:03}"
+    start = time.monotonic()
+    for number in trial.before:  # its worker was killed when the experiment was there and the study not told
+        if (old := f"{study.study_name}-{number:03}") in experiments():
+            return f"{name}  {finish(study, store, trial, old)}  was finished by the worker that was killed"
+    code = experiment(store, trial, name, log)
+    text = store.redacted(log.read_text(errors="replace"))
+    log.write_text(text)
+    try:
+        words = tell(study, store, trial, name, code, text)
+    except (ValueError, RuntimeError) as error:  # optuna's: the trial is over already
+        if "finish" not in str(error).lower() and "state" not in str(error).lower():
+            raise
+        dvc("exp", "remove", "-q", name)
+        return f"{name}  was given to another worker, because nothing was heard of this one; its result is dropped"
+    return f"{name}  {words}  {time.monotonic() - start:.0f} s"
+
+
+def tell(study: Any, store: Store, trial: Taken, name: str, code: int, text: str) -> str:
+    """How it ended, in the study and in words."""
+    from optuna.trial import TrialState
+
+    attributes = store.optuna.get_trial(trial.id).user_attrs
+    if found := re.search(r"page features: (\d+) computed", text):
+        store.optuna.set_trial_user_attr(trial.id, COMPUTED, int(found[1]))
+    if code == 0:
+        return finish(study, store, trial, name)
+    if attributes.get(STOPPED):
+        study.tell(trial.number, state=TrialState.PRUNED)
+        return f"pruned    after epoch {attributes[STOPPED]}"
+    if AGAIN.search(text):
+        put_back(study, trial.number)
+        return "put back: stopped from outside"
+    store.optuna.set_trial_user_attr(trial.id, CAUSE, cause(text))
+    study.tell(trial.number, state=TrialState.FAIL)
+    return f"failed    {cause(text)[:200]}"
+
+
+def finish(study: Any, store: Store, trial: Taken, name: str) -> str:
+    """Tell the score that is in the metrics of an experiment."""
+    score = json.loads(git("show", f"{experiments()[name]}:metrics/train.json"))[SCORE]
+    store.optuna.set_trial_user_attr(trial.id, EXPERIMENT, name)
+    study.tell(trial.number, score)
+    return f"complete  {score:.4f}"
+
+
+def cause(text: str) -> str:
+    """The line of a failed trial's output that says why: a stage's own error, an exception's, or DVC's."""
+    lines = text.splitlines()
+    for pattern in (r"error: \S", r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b", r"ERROR: \S"):
+        if found := [line.strip() for line in lines if re.match(pattern, line)]:
+            return found[-1] if pattern != r"ERROR: \S" else found[0]
+    return lines[-1].strip() if lines else "it said nothing"
+
+
+def experiment(store: Store, trial: Taken, name: str, log: Path) -> int:
+    """`dvc exp run --temp` of the train stage with the trial's settings; its exit code. What it prints goes to `log`.
+
+    While it runs the storage gets signs of life. Of this repository's workers one at a time starts an experiment: DVC
+    stashes in the workspace, and takes the first stash it finds. DVC holds that lock too, so that it outlives a worker
+    that is killed; DVC itself is left alone then, and the train stage notices (`training.study`).
+    """
+    told = {STORAGE: store.url, STUDY: store.study, TRIAL: str(trial.number), OWNER: str(os.getpid())}
+    changes = [part for key, value in trial.values.items() for part in ("-S", override(key, value))]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    lock = root() / ".scratch" / "tune-start.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as held, log.open("wb") as output:
+        while not _locked(held):
+            wait(0.5, store, trial)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dvc", "exp", "run", "--temp", "-q", *changes, "--name", name, "train"],
+            env=environment() | told,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is this process's affair
+            pass_fds=[held.fileno()],
+        )
+        started = False
+        while process.poll() is None:
+            wait(0.5, store, trial)
+            if not started and STARTED in store.optuna.get_trial(trial.id).user_attrs:
+                started = True
+                fcntl.flock(held, fcntl.LOCK_UN)
+        fcntl.flock(held, fcntl.LOCK_UN)
+    return process.returncode
+
+
+LAST = {"beat": 0.0}
+
+
+def wait(seconds: float, store: Store, trial: Taken) -> None:
+    """Sleep; a sign of life where one is due."""
+    if time.monotonic() - LAST["beat"] > store.heartbeat / 2:
+        store.alive(trial.id)
+        LAST["beat"] = time.monotonic()
+    time.sleep(seconds)
+
+
+def _locked(file: Any) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def environment() -> dict[str, str]:
+    """With this interpreter first in PATH: a stage's command is `python -m ...`."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def dvc(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", *arguments], env=environment(), capture_output=True)
+
+
+def experiments() -> dict[str, str]:
+    """{name: ref} of the repository's DVC experiments."""
+    refs = git("for-each-ref", "--format=%(refname)", "refs/exps/").splitlines()
+    found = (re.fullmatch(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)", one) for one in refs)
+    return {one[1]: one[0] for one in found if one}

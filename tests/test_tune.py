@@ -1,0 +1,388 @@
+"""`colintern tune`: what is refused, who takes which trial, what a trial reports, what is shown; U1 and U2 for real."""
+
+import csv
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+from browser import PHONE, program, tab
+from conftest import ROOT
+from processes import FORKS, kill
+from test_survival import OUT, Run, at_step, fetched, place, whole, work  # noqa: F401  # fixtures
+
+from colintern.params import UserError, load, write
+from colintern.training import study as told
+from colintern.training.study import pruner
+from colintern.tuning import outcome
+from colintern.tuning.space import Search, read
+from colintern.tuning.store import Store
+from colintern.tuning.trials import SLOT, Taken, cause, put_back, take
+
+SETTINGS = {"seed": 0, "sampler": "tpe", "startup_trials": 3, "pruner": "median", "warmup_epochs": 0}
+HEAD = "".join(f"{key}: {value}\n" for key, value in SETTINGS.items())
+SPACE = HEAD + "space:\n  lr: {low: 0.001, high: 0.02, log: true}\n  lora_rank: {choices: [8, 16]}\n"
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage", "ignore::optuna.exceptions.ExperimentalWarning")
+
+
+def values(path: Path = ROOT / "params.yaml") -> dict:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(load(path)).items()}
+
+
+@pytest.fixture
+def search(tmp_path, monkeypatch) -> Search:
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "tune.yaml").write_text(SPACE)
+    return read(values(), tmp_path / "tune.yaml")
+
+
+# --- The space ---
+
+
+def test_the_repositorys_own_space_fits_its_params(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert {one.key for one in read(values()).space} >= {"lr", "lora_rank", "temperature"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning_rates: {low: 1, high: 2}", "space.learning_rates: unknown key; nearest key: "),
+        ("lora_rnk: {low: 1, high: 2}", "nearest key: lora_rank"),
+        (
+            "pool_factor: {choices: [1, 2]}",
+            "space.pool_factor: no stage that decides the dev score reads it, only eval",
+        ),
+        ("dim: {choices: [64, 128]}", "space.dim: no stage that decides the dev score reads it"),
+        ("dev_queries: {low: 1, high: 9}", "it decides on what the dev score is measured"),
+        ("workers: {low: 0, high: 2}", "it does not change the dev score"),
+        ("lora_targets: {choices: [a, b]}", "lists cannot be searched"),
+        ("lr: 0.1", "it must be {low: A, high: B}"),
+        ("lr: {low: 0.1, high: 0.01}", "low < high"),
+        ("lr: {low: 0, high: 0.01, log: true}", "above 0 with log: true"),
+        ("lr: {low: 0.01, high: 1.5}", "0 < lr <= 1"),
+        ("lora_rank: {low: 4.0, high: 8}", "they must be whole numbers"),
+        ("lora_rank: {choices: [8, 8]}", "two or more different values"),
+        ("lora_rank: {choices: [8, big]}", "lora_rank: 'big' (str) is not valid"),
+        ("batch_size: {choices: [16, 32]}", "micro_batch_size: 32 is not valid; it must be at most batch_size, 16"),
+        ("lr_scheduler: {low: 0, high: 1}", "this key takes choices"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(tmp_path, monkeypatch, text, words):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "tune.yaml").write_text(f"{HEAD}space:\n  {text}\n")
+    with pytest.raises(UserError, match=re.escape(words)):
+        read(values(), tmp_path / "tune.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (SPACE.replace("tpe", "tpr"), "sampler: 'tpr' is not valid; it must be tpe or random"),
+        (SPACE.replace("pruner: median", "pruner: mean"), "pruner: 'mean' is not valid"),
+        (SPACE.replace("seed: 0\n", ""), "seed: missing; it must be a whole number from 0"),
+        (SPACE + "trials: 3\n", "trials: unknown key; nearest key: startup_trials"),
+        (HEAD, "space: it must be a mapping"),
+        ("[1, 2]", "must be a mapping"),
+        ("a: [", "is not valid YAML"),
+    ],
+)
+def test_a_bad_tune_yaml_is_refused(tmp_path, monkeypatch, text, words):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "tune.yaml").write_text(text)
+    with pytest.raises(UserError, match=re.escape(words)):
+        read(values(), tmp_path / "tune.yaml")
+
+
+def test_the_winner_is_written_between_the_comments(tmp_path):
+    file = tmp_path / "params.yaml"
+    before = (ROOT / "params.yaml").read_text()
+    file.write_text(before)
+    assert write(file, {"lr": 0.00123456789, "lora_rank": 8, "lr_scheduler": "cosine", "compile": False}) == [
+        "lr", "lora_rank", "lr_scheduler",
+    ]  # fmt: skip
+    assert (load(file).lr, load(file).lora_rank, load(file).lr_scheduler) == (0.00123456789, 8, "cosine")
+    comments = [line for line in before.splitlines() if line.startswith("#")]
+    assert [line for line in file.read_text().splitlines() if line.startswith("#")] == comments
+
+
+# --- Who takes which trial ---
+
+
+def made(where: Path | str, search: Search, heartbeat: int = 30) -> tuple[Store, optuna.Study]:
+    """The study in a folder, or at an address."""
+    store = Store(where if isinstance(where, str) else f"sqlite:///{where}/a.db", "a", heartbeat)
+    with store.alone():
+        study = optuna.create_study(
+            storage=store.optuna, study_name="a", direction="maximize", load_if_exists=True, pruner=pruner(SETTINGS)
+        )
+        study.set_user_attr(told.SETTINGS, SETTINGS)
+    return store, study
+
+
+def worker(folder: Path | str, search: Search, total: int) -> None:
+    store, study = made(folder, search)
+    while isinstance(taken := take(study, store, search, total), Taken):
+        study.tell(taken.number, 1 - abs(taken.values["lr"] - 0.006))
+    os._exit(0)
+
+
+def taker(folder: Path | str, search: Search, total: int = 2) -> None:
+    """Takes a trial and is killed."""
+    store, study = made(folder, search, 1)
+    assert isinstance(take(study, store, search, total), Taken)
+    kill()
+
+
+def test_three_workers_make_no_trial_twice_and_none_too_many(tmp_path, search):
+    workers = [FORKS.Process(target=worker, args=(tmp_path, search, 12)) for _ in range(3)]
+    for one in workers:
+        one.start()
+    for one in workers:
+        one.join(120)
+    trials = made(tmp_path, search)[1].trials
+    assert [one.exitcode for one in workers] == [0, 0, 0]
+    assert Counter(t.state.name for t in trials) == {"COMPLETE": 12} and {t.number for t in trials} == set(range(12))
+
+
+def test_u1_a_killed_workers_trial_is_tried_once_more_with_the_same_settings(tmp_path, search):
+    store, study = made(tmp_path, search, 1)
+
+    def killed() -> None:
+        one = FORKS.Process(target=taker, args=(tmp_path, search))
+        one.start()
+        one.join(60)
+        assert one.exitcode == -signal.SIGKILL
+        time.sleep(3.5)  # SQLite's clock shows whole seconds
+
+    killed()
+    killed()  # its second try
+    second = take(study, store, search, 2)
+    assert isinstance(second, Taken)
+    study.tell(second.number, 0.5)
+    assert take(study, store, search, 2) == 0
+    first, again, other = study.trials
+    assert first.params == again.params != other.params
+    assert [t.state.name for t in study.trials] == ["FAIL", "FAIL", "COMPLETE"]
+    assert [t.user_attrs[SLOT] for t in study.trials] == [0, 0, 2]
+
+
+def test_a_resumed_study_goes_on_as_if_never_stopped(tmp_path, search):
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    for folder, totals in ((straight, [8]), (parts, [3, 8])):
+        for total in totals:
+            store, study = made(folder, search)
+            while isinstance(taken := take(study, store, search, total), Taken):
+                if len(study.trials) == 2 and folder == parts:
+                    put_back(study, taken.number)  # Ctrl-C
+                    taken = take(study, store, search, total)
+                study.tell(taken.number, 1 - abs(taken.values["lr"] - 0.006))
+    done = [[t.params for t in made(f, search)[1].trials if t.state.name == "COMPLETE"] for f in (straight, parts)]
+    assert len(done[0]) == len(done[1]) == 8
+    assert done[0][:2] == done[1][:2], "put back with the same settings"
+    assert len({json.dumps(one) for one in done[1]}) == 8, "a resumed study does not draw its first trials again"
+
+
+# --- The password ---
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql+psycopg2://me:marked%40word@127.0.0.1:9/x", "mysql://me:marked%40word@h/x"]
+)
+def test_a_storage_that_cannot_be_used_is_named_without_its_password(url):
+    with pytest.raises(UserError, match="--storage: ") as refused:
+        Store(url, "a", 30)
+    assert "marked" not in "".join(traceback.format_exception(refused.value))
+
+
+def test_the_password_is_taken_out_of_whatever_is_shown():
+    store = object.__new__(Store)
+    store.url = "postgresql://me:marked%40word@host/x"
+    text = store.redacted(f"cannot reach {store.url}; password marked@word, or marked%40word")
+    assert "marked" not in text
+
+
+# --- A trial's training ---
+
+
+def as_trial(url: str, number: int, owner: int, step: int = 0, do: object = None) -> None:
+    os.environ |= {told.STORAGE: url, told.STUDY: "a", told.TRIAL: str(number), told.OWNER: str(owner)}
+    if do:
+        at_step(step, do)
+
+
+def dev_scores(folder: Path) -> list[float]:
+    with (folder / "plots" / "dev.csv").open() as file:
+        return [float(row["eval_ndcg_at_5"]) for row in csv.DictReader(file)]
+
+
+def test_a_trial_reports_each_dev_score_and_ends_on_the_same_bytes(place, whole, tmp_path, search):  # noqa: F811
+    store, study = made(tmp_path, search)
+    trial = take(study, store, search, 9)
+    assert place.run(as_trial, store.url, trial.number, os.getpid()) == 0, place.log
+    assert place.result() == whole
+    reported = study.trials[0].intermediate_values
+    assert list(reported) == [1, 2] and list(reported.values()) == dev_scores(place.folder)
+
+
+def test_a_trial_stops_when_told_and_leaves_nothing(place, tmp_path, search):  # noqa: F811
+    store, study = made(tmp_path, search)
+    for _ in range(3):  # as good as can be, so that the fourth is below their median
+        good = study.ask(search.distributions())
+        good.report(1.1, 1)
+        study.tell(good, 1.1)
+    trial = take(study, store, search, 9)
+    assert place.run(as_trial, store.url, trial.number, os.getpid()) == 3, place.log
+    assert "stopped at step 5 of 10: the study found its dev score too low" in place.err
+    assert not (place.folder / OUT).exists() and not (place.folder / "metrics" / "train.json").exists()
+    assert not [path for path in (place.folder / ".scratch").iterdir() if path.is_dir()]
+    attributes = study.trials[-1].user_attrs
+    assert attributes[told.STOPPED] == 1 and list(study.trials[-1].intermediate_values) == [1]
+
+
+def test_a_trial_whose_tuner_is_gone_leaves_a_checkpoint_for_the_second_try(place, whole, tmp_path, search):  # noqa: F811
+    store, study = made(tmp_path, search)
+    trial, again = take(study, store, search, 9), take(study, store, search, 9)
+    tuner = subprocess.Popen(["sleep", "300"])
+
+    def gone() -> None:
+        os.kill(tuner.pid, signal.SIGKILL)
+        time.sleep(2)
+
+    assert place.run(as_trial, store.url, trial.number, tuner.pid, 7, gone) == 75, place.log
+    tuner.wait()
+    assert (place.scratch / "checkpoint-7").is_dir()
+    assert place.run(as_trial, store.url, again.number, os.getpid()) == 0, place.log
+    assert "resuming from" in place.log and place.result() == whole
+    assert list(study.trials[1].intermediate_values) == [1, 2], "also what was measured before the kill"
+
+
+# --- What is shown ---
+
+
+@pytest.fixture
+def finished(tmp_path, search):
+    store, study = made(tmp_path, search)
+    for number in range(10):
+        taken = take(study, store, search, 10)
+        trial = optuna.trial.Trial(study, taken.id)
+        score = 0.9 - 40 * abs(taken.values["lr"] - 0.006)
+        for epoch in (1, 2):
+            trial.report(score * epoch / 2, epoch)
+        if number in (4, 7):
+            study.tell(taken.number, state=optuna.trial.TrialState.PRUNED)
+        else:
+            study.tell(taken.number, score)
+    return study
+
+
+def test_the_table_fits_80_columns_and_shows_the_best_first(finished, search):
+    lines = outcome.table(outcome.rows(finished), outcome.importance(finished, search), search)
+    assert max(map(len, lines)) <= 80 and len(lines) == 11
+    assert f"{finished.best_trial.number:03}" == lines[1].split()[0]
+    assert sum("pruned" in line for line in lines) == 2
+
+
+def test_importance_finds_the_key_that_matters(finished, search):
+    weights = outcome.importance(finished, search)
+    assert weights["lr"] > 0.8 and abs(sum(weights.values()) - 1) < 1e-9
+
+
+def test_the_files_are_the_same_each_time(finished, search, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = [path.read_bytes() for path in outcome.write(finished, search, Path("studies"))]
+    assert [path.read_bytes() for path in outcome.write(finished, search, Path("studies"))] == first
+    best = json.loads(Path("optuna_best_params.json").read_text())
+    assert best["params"] == finished.best_trial.params and best["dev_ndcg_at_5"] == finished.best_value
+    assert best["trials"] == {"complete": 8, "pruned": 2}
+
+
+@pytest.mark.skipif(program() is None, reason="needs a Chromium")
+def test_the_page_is_whole_in_a_browser(finished, search, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = outcome.write(finished, search, Path("studies"))[1]
+    with tab(tmp_path / "profile") as one:
+        for name, size, dark in (("desktop", (1280, 1500), False), ("phone", PHONE, True)):
+            one.show(page, size, dark)
+            assert not one.complaints() and len(one.fetched()) == 1
+            assert one.value("document.querySelectorAll('svg').length") == 4
+            assert one.value("document.documentElement.scrollWidth <= innerWidth")
+            one.picture(tmp_path / f"{name}.png")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (
+            "loading\nerror: batch_size: 99 is more than the 64 training pairs\nERROR: failed to reproduce 'train'",
+            "error: batch",
+        ),
+        ("Traceback\n  File x\nValueError: no\nERROR: failed to reproduce", "ValueError: no"),
+        ("ERROR: Git user name\nERROR: second", "ERROR: Git user name"),
+        ("", "it said nothing"),
+    ],
+)
+def test_the_cause_of_a_failed_trial(text, found):
+    assert cause(text).startswith(found)
+
+
+# --- PostgreSQL, for several machines ---
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The address of a server of our own, with a password in it."""
+    pytest.importorskip("psycopg", reason="needs psycopg")
+    initdb = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
+    if initdb is None or (os.getuid() == 0 and shutil.which("runuser") is None):
+        pytest.skip("needs Debian's package postgresql")
+    home = Path(tempfile.mkdtemp(prefix="pg-"))  # a socket's path must be short, and the server's user must see it
+    (home / "password").write_text("marked@word\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    user = ["runuser", "-u", "nobody", "--"] if os.getuid() == 0 else []  # PostgreSQL refuses to be root
+    if user:
+        subprocess.run(["chown", "-R", "nobody", str(home)], check=True)
+    data, options = f"{home}/data", f"-p {port} -c listen_addresses=127.0.0.1 -k {home}"
+
+    def run(name: str, *arguments: str) -> None:
+        subprocess.run([*user, str(initdb.with_name(name)), "-D", data, *arguments], check=True, capture_output=True)
+
+    run("initdb", "-U", "me", f"--pwfile={home}/password", "-A", "scram-sha-256")
+    run("pg_ctl", "-o", options, "-l", f"{home}/log", "-w", "start")
+    yield f"postgresql+psycopg://me:marked%40word@127.0.0.1:{port}/postgres"
+    run("pg_ctl", "-m", "immediate", "stop")
+    shutil.rmtree(home)
+
+
+def test_workers_on_a_postgresql_server(server, tmp_path, search):
+    workers = [FORKS.Process(target=worker, args=(server, search, 8)) for _ in range(2)]
+    for one in workers:
+        one.start()
+    for one in workers:
+        one.join(120)
+    store, study = made(server, search, 1)
+    assert Counter(t.state.name for t in study.trials) == {"COMPLETE": 8} and "marked" not in store.shown
+    killed = FORKS.Process(target=taker, args=(server, search, 9))
+    killed.start()
+    killed.join(60)
+    time.sleep(2.5)
+    again = take(study, store, search, 9)
+    assert isinstance(again, Taken) and study.trials[8].params == again.values and again.before == [8]
+    with pytest.raises(UserError) as refused:
+        Store(server.replace("marked", "markedwrong"), "a", 1)
+    assert "marked" not in str(refused.value) and "authentication" in str(refused.value)
+    assert refused.value.__cause__ is None and refused.value.__suppress_context__

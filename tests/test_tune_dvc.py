@@ -1,0 +1,149 @@
+"""`colintern tune` in a real repository, cut down to seconds: two workers of which one is killed (U1), and U2."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import optuna
+import pytest
+from ruamel.yaml import YAML
+from sqlalchemy.exc import SQLAlchemyError
+from test_dvc_commands import Repo, bare_environment, copy_working_tree, cut_down
+
+from colintern.params import load
+from colintern.training.study import STARTED
+from colintern.tuning.trials import SLOT
+
+SPACE = """seed: 0
+sampler: tpe
+startup_trials: 1
+pruner: none
+warmup_epochs: 0
+space:
+  lr: {low: 0.001, high: 0.02, log: true}
+  lora_rank: {choices: [4, 8]}
+"""
+TUNE = f"{sys.executable} -m colintern.cli tune --heartbeat 3"
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory) -> Repo:
+    """The copy, trained once, committed."""
+    path, home = tmp_path_factory.mktemp("repo"), tmp_path_factory.mktemp("home")
+    copy_working_tree(path)
+    cut_down(path)
+    for name, old, new in (("params.yaml", "\nepochs: 1\n", "\nepochs: 8\n"),):
+        text = (path / name).read_text()
+        assert old in text
+        (path / name).write_text(text.replace(old, new))
+    (path / "tune.yaml").write_text(SPACE)
+    repo = Repo(path, bare_environment(home) | {"PYTHONPATH": ""})
+    repo.output("git init -q -b main")
+    repo.commit()
+    repo.output("dvc repro -q")
+    repo.commit()
+    repo.output("git config user.name Test && git config user.email test@localhost")
+    return repo
+
+
+def start(repo: Repo, name: str) -> subprocess.Popen:
+    with (repo.path / "logs" / name).open("w") as log:
+        return subprocess.Popen(
+            [*TUNE.split(), "--trials", "2", "--study", "s"], cwd=repo.path, env=repo.env, stdout=log, stderr=log
+        )
+
+
+def trials(repo: Repo) -> list[optuna.trial.FrozenTrial]:
+    try:
+        return optuna.load_study(study_name="s", storage=f"sqlite:///{repo.path}/studies/s.db").trials
+    except (KeyError, SQLAlchemyError):  # not made yet
+        return []
+
+
+def test_u1_two_workers_one_killed_nothing_lost_and_nothing_twice(repo):
+    (repo.path / "logs").mkdir(exist_ok=True)
+    (repo.path / "studies").mkdir(exist_ok=True)
+    params = (repo.path / "params.yaml").read_text()
+    first = start(repo, "first")
+    until(lambda: any(STARTED in t.user_attrs for t in trials(repo)), "the first trial trains")
+    second = start(repo, "second")
+    log = repo.path / "logs" / "tune" / "s-000.log"
+    until(lambda: "step 4/" in log.read_text(), "it has made four steps")
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert second.wait(300) == 0, (repo.path / "logs" / "second").read_text()
+    found = trials(repo)
+    assert [t.state.name for t in found].count("COMPLETE") == 2, found
+    killed, *others = found
+    [again] = [t for t in others if t.user_attrs[SLOT] == 0]
+    assert killed.state.name == "FAIL" and killed.params == again.params and len(others) == 2
+    assert [t.user_attrs["pages computed"] for t in others if "pages computed" in t.user_attrs] in ([0], [0, 0])
+    assert (
+        "stopped at step" in log.read_text()
+        and "resuming from" in (log.parent / f"s-{again.number:03}.log").read_text()
+    )
+    assert (repo.path / "params.yaml").read_text() == params and not repo.output("git status --short")
+
+
+def test_every_trial_is_an_experiment_that_repro_reproduces(repo):
+    done = {t.user_attrs["experiment"]: t for t in trials(repo) if t.state.name == "COMPLETE"}
+    rows = {row["Experiment"]: row for row in csv.DictReader(repo.output("dvc exp show --csv").splitlines())}
+    for name, trial in done.items():
+        assert float(rows[name]["dev_ndcg_at_5"]) == trial.value and float(rows[name]["lr"]) == trial.params["lr"]
+    assert set(rows) - {"", "main"} == set(done), "nothing of the killed try"
+    name, trial = next(iter(done.items()))
+    repo.output(f"dvc exp apply {name}")
+    lock = lambda: YAML(typ="safe").load(repo.path / "dvc.lock")["stages"]["train"]["outs"]  # noqa: E731
+    before = lock()
+    repo.output("dvc repro -f -s train")
+    assert lock() == before and repo.metric("train")["dev_ndcg_at_5"] == trial.value
+    repo.output("git checkout -q . && dvc checkout -q")
+
+
+def test_a_finished_study_runs_nothing_more_and_applies_its_best(repo):
+    output = repo.output(f"{TUNE} --trials 2 --study s --apply")
+    best = max((t for t in trials(repo) if t.state.name == "COMPLETE"), key=lambda t: t.value)
+    assert "lr, lora_rank written" in output and max(map(len, output.splitlines())) < 200
+    assert load(repo.path / "params.yaml").lr == best.params["lr"]
+    repo.output("git checkout -q params.yaml")
+
+
+def test_another_space_is_refused_and_experiments_warm_up_a_new_study(repo):
+    (repo.path / "tune.yaml").write_text(SPACE.replace("0.02", "0.03"))
+    refused = repo.run(f"{TUNE} --trials 3 --study s")
+    assert refused.returncode == 2 and "other values of the space of tune.yaml" in refused.stdout
+    (repo.path / "tune.yaml").write_text(SPACE)
+    text = (repo.path / "params.yaml").read_text()
+    (repo.path / "params.yaml").write_text(text.replace("temperature: 0.02", "temperature: 0.03"))
+    refused = repo.run(f"{TUNE} --trials 3 --study s")
+    assert refused.returncode == 2 and "params.yaml: temperature was 0.02, is 0.03" in refused.stdout
+    repo.output("git checkout -q .")
+
+
+def test_u2_where_every_trial_fails_the_cause_is_told_and_params_stay(repo):
+    params = (repo.path / "params.yaml").read_text()
+    (repo.path / "tune.yaml").write_text(
+        SPACE.replace("lr: {low: 0.001, high: 0.02, log: true}", "batch_size: {choices: [98, 99]}")
+    )
+    failed = repo.run(f"{TUNE} --trials 1 --study bad --apply --warm-start")
+    assert failed.returncode == 4, failed.stdout
+    assert "no trial of 'bad' came to its end; 1 of 1 failed with:\n  error: batch_size: 9" in failed.stdout
+    assert "warm start: 0 experiments added; 2 not, outside the space" in failed.stdout
+    assert (repo.path / "params.yaml").read_text() == params
+    repo.output("git checkout -q .")
+
+
+def test_no_identity_and_no_password_in_what_is_said(repo):
+    refused = repo.run(f"{TUNE} --trials 1", COLINTERN_STORAGE="postgresql+psycopg2://me:marked%40word@127.0.0.1:9/x")
+    assert refused.returncode == 2 and "--storage: " in refused.stdout and "marked" not in refused.stdout
+    assert refused.stdout.count("\n") == 1, refused.stdout
+
+
+def until(over, what: str) -> None:
+    end = time.monotonic() + 200
+    while not over():
+        assert time.monotonic() < end, what
+        time.sleep(0.1)
