@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -20,7 +21,7 @@ import pytest
 from browser import PHONE, program, tab
 from conftest import ROOT
 from processes import FORKS, kill
-from test_survival import OUT, Run, at_step, fetched, place, whole, work  # noqa: F401  # fixtures
+from small_run import OUT, at_step
 
 from colintern.params import UserError, load, write
 from colintern.training import study as told
@@ -223,12 +224,17 @@ def as_trial(url: str, number: int, owner: int, step: int = 0, do: object = None
         at_step(step, do)
 
 
+def gone(tuner: int) -> None:
+    os.kill(tuner, signal.SIGKILL)
+    time.sleep(2)
+
+
 def dev_scores(folder: Path) -> list[float]:
     with (folder / "plots" / "dev.csv").open() as file:
         return [float(row["eval_ndcg_at_5"]) for row in csv.DictReader(file)]
 
 
-def test_a_trial_reports_each_dev_score_and_ends_on_the_same_bytes(place, whole, tmp_path, search):  # noqa: F811
+def test_a_trial_reports_each_dev_score_and_ends_on_the_same_bytes(place, whole, tmp_path, search):
     store, study = made(tmp_path, search)
     trial = take(study, store, search, 9)
     assert place.run(as_trial, store.url, trial.number, os.getpid()) == 0, place.log
@@ -237,13 +243,14 @@ def test_a_trial_reports_each_dev_score_and_ends_on_the_same_bytes(place, whole,
     assert list(reported) == [1, 2] and list(reported.values()) == dev_scores(place.folder)
 
 
-def test_a_trial_stops_when_told_and_leaves_nothing(place, tmp_path, search):  # noqa: F811
+def test_a_trial_stops_when_told_and_leaves_nothing(place, tmp_path, search):
     store, study = made(tmp_path, search)
     for _ in range(3):  # as good as can be, so that the fourth is below their median
         good = study.ask(search.distributions())
         good.report(1.1, 1)
         study.tell(good, 1.1)
     trial = take(study, store, search, 9)
+    (place.folder / "metrics" / "train.json").unlink(missing_ok=True)  # of the run that the fixture may have made
     assert place.run(as_trial, store.url, trial.number, os.getpid()) == 3, place.log
     assert "stopped at step 5 of 10: the study found its dev score too low" in place.err
     assert not (place.folder / OUT).exists() and not (place.folder / "metrics" / "train.json").exists()
@@ -252,16 +259,11 @@ def test_a_trial_stops_when_told_and_leaves_nothing(place, tmp_path, search):  #
     assert attributes[told.STOPPED] == 1 and list(study.trials[-1].intermediate_values) == [1]
 
 
-def test_a_trial_whose_tuner_is_gone_leaves_a_checkpoint_for_the_second_try(place, whole, tmp_path, search):  # noqa: F811
+def test_a_trial_whose_tuner_is_gone_leaves_a_checkpoint_for_the_second_try(place, whole, tmp_path, search):
     store, study = made(tmp_path, search)
     trial, again = take(study, store, search, 9), take(study, store, search, 9)
     tuner = subprocess.Popen(["sleep", "300"])
-
-    def gone() -> None:
-        os.kill(tuner.pid, signal.SIGKILL)
-        time.sleep(2)
-
-    assert place.run(as_trial, store.url, trial.number, tuner.pid, 7, gone) == 75, place.log
+    assert place.run(as_trial, store.url, trial.number, tuner.pid, 7, partial(gone, tuner.pid)) == 75, place.log
     tuner.wait()
     assert (place.scratch / "checkpoint-7").is_dir()
     assert place.run(as_trial, store.url, again.number, os.getpid()) == 0, place.log
