@@ -147,10 +147,7 @@ class Costs:
             with torch.set_grad_enabled(grad):
                 # Each part takes a copy of its pages' features.
                 part = batch | {key: t.clone() for key, t in batch.items() if t.is_meta}
-                if grad:
-                    (self._embed(model, part) * gradient).sum().backward()
-                else:
-                    self._embed(model, part)
+                self._embed(model, part, grad=gradient if grad else None)
 
         return self._measure(run, checkpointing, gradient, *batch.values())
 
@@ -163,8 +160,8 @@ class Costs:
             made = [self._embed(model, side) for side in (query, page)]
             leaves: list[Any] = [embedded.detach().requires_grad_() for embedded in made]
             _contrast(query, page, *leaves).backward()
-            for embedded, leaf in zip(made, leaves, strict=True):
-                (embedded * leaf.grad).sum().backward()
+            for side, embedded, leaf in zip((query, page), made, leaves, strict=True):
+                self._embed(model, side, embedded, leaf.grad)
 
         return self._measure(run, checkpointing, *query.values(), *page.values())
 
@@ -183,13 +180,20 @@ class Costs:
 
         return measure(run, [part for side in parts for part in side], self.cuda)
 
-    def _embed(self, model: Any, part: dict[str, Tensor]) -> Tensor:
-        """As `ContrastiveTrainer._embed`."""
+    def _embed(self, model: Any, part: dict[str, Tensor], made: Any = None, grad: Tensor | None = None) -> Tensor:
+        """As `ContrastiveTrainer._embed`, around the backward pass too: a checkpointed layer is computed anew in it,
+        and must take the same dropout."""
         rows, length = part["input_ids"].shape
         # autocast is `measure`'s
         cast = torch.autocast(model.device.type, torch.bfloat16) if self.low_precision else nullcontext()
-        with model.masks.rows("page", torch.arange(rows, device="meta"), length), cast:
-            return model(**part)
+        with model.masks.rows("page", torch.arange(rows, device="meta"), length):
+            if made is None:
+                with cast:
+                    made = model(**part)
+            if grad is not None:
+                made = (made * grad).sum()
+                made.backward()
+        return made
 
     def _measure(self, run: Callable[[Any], None], checkpointing: bool, *known: Tensor) -> Phase:
         """`run` on the model, or on the shallow ones."""
