@@ -20,8 +20,9 @@ from typing import NamedTuple
 import pytest
 from conftest import ROOT
 from test_dvc_commands import bare_environment, copy_working_tree
+from test_survival import fetched  # noqa: F401
 
-from colintern.cli import _parser
+from colintern.cli import _parser, main
 
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "demo" / "base" / "README.md"])
 # Programs that are no part of this project and are not looked into; what they are given stands in the page.
@@ -34,6 +35,7 @@ RUN = (  # as they stand, in a copy where nothing was run yet
     "colintern verify --base internvl3_5-1b",
     "colintern recipe own-pdfs",
 )
+AFTER_FETCH = ("colintern data", "colintern verify")  # after fetch-data on a small set
 NOT_RUN = {  # program of all others, and why they are parsed only
     "make": "sets up an environment over the network, or takes minutes",
     "dvc": "trains; tests/test_dvc_commands.py runs them on a smaller demo",
@@ -269,3 +271,14 @@ def test_cheap_commands_run_as_they_stand(tmp_path):
     for line in ("2 x 3 of 448 px", "197 modules get LoRA: 20,221,952 trainable parameters", "recipe own-pdfs"):
         assert line in outputs
     assert shutil.which("colintern", path=env["PATH"]) == str(shim)
+
+
+def test_commands_on_fetched_data_run_as_they_stand(fetched, capsys):  # noqa: F811
+    said = {}
+    for command in AFTER_FETCH:
+        assert any(" ".join(c.words) == command for c in commands()), f"{command} is in no page any more"
+        with contextlib.chdir(fetched):
+            assert main(command.split()[1:]) == 0
+        said[command] = capsys.readouterr().out
+    assert "40 rows, 40 pages" in said["colintern data"]
+    assert "15 modules get LoRA: 163,840 trainable parameters" in said["colintern verify"]
