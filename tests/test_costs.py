@@ -196,6 +196,13 @@ def test_dropout_takes_its_masks_and_a_copy_of_what_an_adapter_keeps():
     assert 2 * 4 * a_width <= more <= 2 * 13 * a_width, "at most: q, k, v, o, gate, up, and down with three times 128"
 
 
+@pytest.mark.parametrize("micro", [8, 32])
+def test_a_checkpointed_layer_takes_the_same_dropout_again(micro):
+    """As the 1B recipe has it; torch refuses a backward pass that computes something else anew."""
+    setting = DEMO._replace(micro_batch_size=micro, checkpointing=True)
+    assert demo(dropout=0.1).step(setting).peak > demo().step(setting).peak
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_shallow_models_tell_what_the_deep_one_costs(monkeypatch, checkpointing):
     setting = DEMO._replace(checkpointing=checkpointing)

@@ -177,8 +177,9 @@ class Costs:
 
         return measure(run, [part for side in parts for part in side])
 
-    def _embed(self, model: Any, part: dict[str, Tensor], made: Tensor | None = None, grad: Any = None) -> Tensor:
-        """As `ContrastiveTrainer._embed`."""
+    def _embed(self, model: Any, part: dict[str, Tensor], made: Any = None, grad: Tensor | None = None) -> Tensor:
+        """As `ContrastiveTrainer._embed`, around the backward pass too: a checkpointed layer is computed anew in it,
+        and must take the same dropout."""
         rows, length = part["input_ids"].shape
         # autocast is `measure`'s
         cast = torch.autocast(model.device.type, torch.bfloat16) if self.low_precision else nullcontext()

@@ -1,7 +1,7 @@
 """Settings for a base, a GPU and a data set: the guide's hyperparameter optimizer, each value with its reason.
 
 What memory and time decide is computed (costs.py, gpus.py). What only experiments decide is the guide's, and
-where the guide says two things, one of them: the README lists which ("Where the guide is wrong").
+where the guide says two things, one of them: docs/guide-to-commands.md lists which.
 """
 
 import math
