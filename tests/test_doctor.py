@@ -23,7 +23,7 @@ from colintern.planning.surroundings import AROUND, Surroundings, hub_repos, sur
 DEMO, RECIPE = (load(ROOT / "recipes" / f"{name}.yaml") for name in ("demo", "internvl3_5-1b"))
 GPU = Machine(1, "580.95.05", "2.13.0", "13.0", "NVIDIA A100", 80 << 30, False, True, True, 60 << 30, 10**12, 0)
 CPU = dataclasses.replace(GPU, cards=0, driver="", gpu="", gpu_bytes=0, flash_attn=False)
-AROUND_1B = Surroundings(False, "", "abc1234", 0, True, ("store",), "store", ("a/b",), (), "", True, ())
+AROUND_1B = Surroundings(False, "", "abc1234", 0, True, ("store",), "store", ("a/b",), (), "", True, (), False)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +155,7 @@ def test_the_demo_trains_on_the_cpu_of_a_machine_whose_gpu_torch_cannot_use(coun
         ("hub access", {"lacking": ("a/b",), "hub": "is gated: open"}, FAIL, "lacks files of a/b; a token is set"),
         ("W&B", {}, PASS, "not used"),
         ("W&B", {"wandb": ("WANDB_PROJECT",)}, WARN, "sends nothing"),
+        ("W&B", {"wandb": ("WANDB_PROJECT",), "tracked": True}, PASS, "tracker: wandb"),
     ],
 )
 def test_what_is_around_a_run(name, changes, status, words):

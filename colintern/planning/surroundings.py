@@ -28,7 +28,8 @@ class Surroundings:
     """`git`: "" or what git says is wrong; `changed`: tracked files that differ from the commit; `committer`: whether
     git knows one; `remotes`: names of DVC's remotes; `default_remote`: one of them, or "". `repos`: hub repositories of
     this run, `lacking`: those of which the cache lacks files; `hub`: "" or what stands between here and them; `token`:
-    whether there is one; `wandb`: names of the W&B variables that are set."""
+    whether there is one; `wandb`: names of the W&B variables that are set; `tracked`: whether
+    training reports to W&B."""
 
     demo: bool
     git: str
@@ -42,6 +43,7 @@ class Surroundings:
     hub: str
     token: bool
     wandb: tuple[str, ...]
+    tracked: bool
 
 
 def surroundings(facts: Facts) -> Surroundings:
@@ -63,6 +65,7 @@ def surroundings(facts: Facts) -> Surroundings:
         hub=next((said for repo in lacking if (said := _asked(repo))), ""),
         token=get_token() is not None,
         wandb=tuple(sorted(name for name in os.environ if name.startswith("WANDB_"))),
+        tracked=facts.params.tracker == "wandb",
     )
 
 
@@ -167,12 +170,14 @@ def hub_access(around: Surroundings) -> Answer:
 
 
 def wandb(around: Surroundings) -> Answer:
-    if around.wandb:
+    if around.wandb and not around.tracked:
         return (
             WARN,
             f"{', '.join(around.wandb)} set, but training sends nothing to W&B",
-            "curves are in plots/train.csv and plots/dev.csv: dvc plots show",
+            "tracker: wandb; or look at the curves in plots/: dvc plots show",
         )
+    if around.tracked:
+        return PASS, "tracker: wandb; where W&B cannot be reached the run is kept in wandb/"
     return PASS, "not used: curves are in plots/, figures in metrics/, both in git"
 
 
