@@ -211,7 +211,7 @@ def test_mined_negatives_train(tmp_path):
     write_set(range(0, 40), range(40, 45))
     write_params(train_data="data/own/set")
     assert fetch_data().returncode == 0
-    wrapped = add_lora(ColIntern3_5.from_pretrained(BASE, dtype=torch.float32), TARGETS, 4, 4, 0.0)
+    wrapped = add_lora(ColIntern3_5.from_pretrained("demo/base", dtype=torch.float32), TARGETS, 4, 4, 0.0)
     wrapped.save_pretrained("experiments/colintern")
     wrapped.base_model.model.save_head("experiments/colintern")
     ColIntern3_5Processor.from_pretrained(BASE).save_pretrained("experiments/colintern")
