@@ -17,12 +17,18 @@ repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
 test: check  ## all tests
 	@$(RUN) python -m pytest
 
-check: $(ENV)  ## style, types and workflows
+check: $(ENV)  ## style, types, workflows, unsafe code, secrets
 	@$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 	$(RUN) check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(RUN) zizmor --quiet --offline --no-progress --persona=pedantic .github/workflows
+	$(RUN) bandit --quiet --configfile pyproject.toml --recursive colintern stages bench .github/scripts
+	git ls-files -z $(SCANNED) | $(RUN) xargs -0 detect-secrets-hook --no-verify \
+	  --exclude-lines '_revision: [0-9a-f]{40}\b' --exclude-secrets '^(PASSWORD|secret|s3cret|marked%40word)$$'
+
+# Not those that are hashes from end to end.
+SCANNED := -- ':!*.lock' ':!requirements.txt' ':!docker/*.txt' ':!plots' ':!tests/curves' ':!demo/base'
 
 lock: $(UV)  ## renew requirements.txt from pyproject.toml
 	@$(UV) pip compile -q --upgrade --universal --python-version 3.11 --extra dev --generate-hashes \

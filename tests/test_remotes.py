@@ -21,12 +21,12 @@ from test_outs import flip
 
 PAGE = ROOT / "docs" / "remotes.md"
 MARK = "mArKeD"
-KEY, SECRET = "AKIAMARKEDNOT", f"{MARK}5ecret/key+of/aws"
+KEY, SECRET = "AKIAMARKEDNOT", f"{MARK}5ecret/key+of/aws"  # pragma: allowlist secret
 SECRETS = {
     "HF_TOKEN": f"hf_{MARK}0123456789abcdefghijkl",
     "WANDB_API_KEY": f"{MARK}0123456789012345678901234567890123",  # 40 characters, else W&B refuses it
     "AWS_SECRET_ACCESS_KEY": SECRET,
-    "COLINTERN_STORAGE": f"postgresql+psycopg://me:{MARK}word@127.0.0.1:9/x",
+    "COLINTERN_STORAGE": f"postgresql+psycopg://me:{MARK}word@127.0.0.1:9/x",  # pragma: allowlist secret
     "OPENAI_API_KEY": f"sk-{MARK}",
 }
 ROWS = "data/rows.parquet"

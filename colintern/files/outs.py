@@ -38,7 +38,8 @@ def check_outs() -> None:
         rotten = shlex.join([*(str(path) for path, _ in wrong), *(str(_cached(md5)) for _, md5 in wrong)])
         raise UserError(
             f"{files}\n  somebody changed it, or a byte of DVC's cache or remote is another; "
-            f"delete what is here: rm -rf {rotten}\n  then dvc pull, or dvc repro; where it comes back, see docs/remotes.md"
+            f"delete what is here: rm -rf {rotten}\n"
+            "  then dvc pull, or dvc repro; where it comes back, see docs/remotes.md"
         )
 
 
