@@ -6,7 +6,7 @@ from colintern.params import load
 
 SUMMARY = "check settings, model and machine before training; exit 1 if a check fails"
 EXAMPLE = "colintern doctor"
-COLOURS = {"pass": "32", "warn": "33", "fail": "31"}  # nosec B105: no password
+COLOURS = {"pass": "32", "warn": "33", "fail": "31"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
