@@ -9,7 +9,7 @@ UV := .tools/bin/uv
 ENV := .venv/.installed
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONUNBUFFERED=1
 
-.PHONY: repro test check lock stale pr-report sensitivity soak image image-proof
+.PHONY: repro test check env lock stale pr-report sensitivity soak image image-proof
 
 repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
 	@$(RUN) dvc repro
@@ -29,6 +29,8 @@ check: $(ENV)  ## style, types, workflows, unsafe code, secrets
 
 # Not those that are hashes from end to end.
 SCANNED := -- ':!*.lock' ':!requirements.txt' ':!docker/*.txt' ':!plots' ':!tests/curves' ':!demo/base'
+
+env: $(ENV)  ## the environment in .venv alone
 
 lock: $(UV)  ## renew requirements.txt from pyproject.toml
 	@$(UV) pip compile -q --upgrade --universal --python-version 3.11 --extra dev --generate-hashes \

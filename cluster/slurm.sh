@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The pipeline as a Slurm job that may be preempted or run out of time: it goes back into the queue, and goes on.
 #
-#   sbatch cluster/slurm.sh        in the repository, on a file system that the nodes share, after `make .venv/.installed`
+#   sbatch cluster/slurm.sh        in the repository, on a file system that the nodes share, after `make env`
 #
 #SBATCH --job-name=colintern
 #SBATCH --nodes=1

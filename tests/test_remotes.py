@@ -4,6 +4,7 @@ The pipeline runs once, with marked secrets in its environment, and nothing it l
 """
 
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -184,6 +185,23 @@ def test_other_recipes_are_taken_by_dvc_and_keep_credentials_out_of_git(kind, tm
     repo.output("python -c 'from dvc.repo import Repo; Repo().cloud.get_remote()'")
     repo.output("git add --all")
     assert ".dvc/config.local" not in repo.output("git ls-files")
+
+
+def pickles(folder: Path) -> list[Path]:
+    """Files that unpickling would run: by their first bytes (a pickle's, or the zip that torch.save makes), or name."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    names = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+    return [
+        f for f in files if f.suffix in names or f.read_bytes()[:2] in (b"PK", *(bytes([128, n]) for n in range(6)))
+    ]
+
+
+def test_no_pickle_is_in_what_is_published(repo, store, tmp_path):
+    assert list((repo.path / "experiments" / "colintern").glob("*.safetensors"))
+    for folder in (repo.path / "experiments" / "colintern", repo.path / "results", store.folder):
+        assert not pickles(folder)
+    (tmp_path / "planted").write_bytes(pickle.dumps({"a": 1}))
+    assert pickles(tmp_path) == [tmp_path / "planted"]
 
 
 def marked(folder: Path) -> list[Path]:
