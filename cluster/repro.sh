@@ -26,21 +26,41 @@ run() {
   return "$code"
 }
 
-# Finished checkpoints and evaluation tasks, to the bucket. Copies cut short harm nobody: a checkpoint's files.json has
-# the hash of each of its files, and training goes on from the newest that is whole. The two newest stay there.
+# Finished checkpoints and evaluation tasks, to the bucket. An empty file NAME.whole beside a copy says that it is whole:
+# an object store has no renaming of folders. The two newest checkpoints stay there.
 keep() {
-  local folder old
+  local folder entry there old
   for folder in .scratch/train-*/ .scratch/eval-*/; do
     mkdir -p "$kept/$folder"
-    for file in "$folder"*; do
-      [ "$(basename "$file")" = saving ] || cp -ru "$file" "$kept/$folder" || echo "warning: $file is not whole in $kept"
+    for entry in "$folder"*; do
+      there=$kept/$entry
+      case $entry in */saving | *.partial) continue ;; esac
+      if [ -f "$entry" ]; then
+        cmp -s "$entry" "$there" || cp "$entry" "$there" || true
+      elif [ ! -e "$there.whole" ]; then
+        rm -rf "$there"
+        if cp -r "$entry" "$there"; then
+          : >"$there.whole"
+        elif [ -e "$entry" ]; then # else a newer checkpoint has taken its place meanwhile
+          echo "warning: $entry could not be copied to $kept"
+        fi
+      fi
     done
-    for old in $(printf '%s\n' "$kept/$folder"checkpoint-* | sort -V | head -n -2); do rm -rf "$old"; done
+    while read -r old; do rm -rf "$old" "$old.whole"; done < <(
+      find "$kept/$folder" -maxdepth 1 -type d -name 'checkpoint-*' | sort -V | head -n -2
+    )
   done
 }
 
 take() {
-  if [ -d "$kept/.scratch" ]; then cp -r "$kept/.scratch" .; fi
+  local there entry
+  for there in "$kept"/.scratch/*/*; do
+    entry=.scratch/${there#"$kept"/.scratch/}
+    mkdir -p "$(dirname "$entry")"
+    if [ ! -e "$entry" ] && [[ $entry != *.whole ]] && { [ -f "$there" ] || [ -e "$there.whole" ]; }; then
+      cp -r "$there" "$entry"
+    fi
+  done
 }
 
 ended() {

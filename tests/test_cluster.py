@@ -64,10 +64,10 @@ class Machine(NamedTuple):
     def kept(self, step: int) -> Path:
         """A checkpoint in the bucket, once it is there."""
         end = time.monotonic() + 60
-        while not (found := list(self.bucket.glob(f".scratch/train-*/checkpoint-{step}/files.json"))):
+        while not (found := list(self.bucket.glob(f".scratch/train-*/checkpoint-{step}.whole"))):
             assert time.monotonic() < end, self.log.read_text()
             time.sleep(0.05)
-        return found[0].parent
+        return found[0].with_suffix("")
 
     def take_away(self) -> None:
         """The whole machine, with its disk."""
@@ -113,12 +113,13 @@ def test_a_machine_that_is_taken_away_costs_no_more_than_the_steps_since_its_che
     torn = one.kept(6)
     one.kept(3)
     one.take_away()
-    (torn / "adapter_model.safetensors").write_bytes(b"cut")  # its copy was under way
+    (torn / "adapter_model.safetensors").write_bytes(b"rotten")
+    shutil.copytree(torn, torn.with_name("checkpoint-8"))  # not whole: the machine went while it was copied
 
     two = boot("two", 9)
     two.wait(two.folder / "held")
     assert "bytes that are not those that were saved; going on from an older checkpoint" in two.log.read_text()
-    assert "checkpoint-3\n" in two.log.read_text()
+    assert "checkpoint-3\n" in two.log.read_text() and "checkpoint-8" not in two.log.read_text()
     two.process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     (two.folder / "go").touch()
