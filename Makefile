@@ -9,7 +9,7 @@ UV := .tools/bin/uv
 ENV := .venv/.installed
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONUNBUFFERED=1
 
-.PHONY: repro test check lock stale pr-report sensitivity soak image image-proof
+.PHONY: repro test check env lock stale pr-report sensitivity soak image image-proof
 
 repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
 	@$(RUN) dvc repro
@@ -17,12 +17,20 @@ repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
 test: check  ## all tests, a process for each core up to four
 	@$(RUN) python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-check: $(ENV)  ## style, types and workflows
+check: $(ENV)  ## style, types, workflows, unsafe code, secrets
 	@$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 	$(RUN) check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(RUN) zizmor --quiet --offline --no-progress --persona=pedantic .github/workflows
+	$(RUN) bandit --quiet --configfile pyproject.toml --recursive colintern stages bench .github/scripts
+	git ls-files -z $(SCANNED) | $(RUN) xargs -0 detect-secrets-hook --no-verify \
+	  --exclude-lines '_revision: "?[0-9a-f]{40}\b' --exclude-secrets '^(PASSWORD|secret|s3cret|marked%40word)$$'
+
+# Not those that are hashes from end to end.
+SCANNED := -- ':!*.lock' ':!requirements.txt' ':!docker/*.txt' ':!plots' ':!tests/curves' ':!demo/base'
+
+env: $(ENV)  ## the environment in .venv alone
 
 lock: $(UV)  ## renew requirements.txt from pyproject.toml
 	@$(UV) pip compile -q --upgrade --universal --python-version 3.11 --extra dev --generate-hashes \

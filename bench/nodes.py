@@ -1,4 +1,5 @@
-"""A training step on two machines against the same step in one process: torchrun, gloo, dropout on, the demo's sizes.
+"""A training step on two machines against the same step in one process: `cluster/torchrun.sh`, gloo, dropout on, the
+demo's sizes.
 
     sudo .venv/bin/python -m bench.nodes      # in the repository root; needs the right to make network namespaces
 
@@ -31,10 +32,11 @@ def connect() -> None:
 
 
 def machine(number: int, folder: str) -> subprocess.Popen[str]:
-    run = ["-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(number), "--nproc-per-node", "1"]
-    where = ["--master-addr", ADDRESSES[0], "--master-port", PORT, "-m", "bench.nodes", folder]
+    run = ["ip", "netns", "exec", NAMES[number], "cluster/torchrun.sh", "-m", "bench.nodes", folder]
     env = os.environ | {"GLOO_SOCKET_IFNAME": "cable", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(["ip", "netns", "exec", NAMES[number], sys.executable, *run, *where], env=env, text=True)
+    env |= {"NODES": "2", "NODE": str(number), "HEAD": ADDRESSES[0], "PORT": PORT}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    return subprocess.Popen(run, env=env, text=True)
 
 
 def step(folder: str) -> None:

@@ -12,12 +12,14 @@ from pathlib import Path
 
 from colintern.files.jsonfile import dumps
 from colintern.files.manifest import arrow_cache, ready
+from colintern.files.outs import check_outs
 from colintern.params import exit_on_user_error, load
 
 
 @exit_on_user_error()
 def main() -> None:
     params = load()
+    check_outs()
     arrow_cache()
     ready(params, evaluation=True)
     from colintern.data.benchmarks import tasks_for  # only now: `datasets` reads the environment when it is imported

@@ -20,6 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from colintern.data.trainset import training_data
 from colintern.files.jsonfile import dumps
 from colintern.files.manifest import ready
+from colintern.files.outs import check_outs
 from colintern.params import exit_on_user_error, load
 
 
@@ -30,6 +31,7 @@ def main() -> None:
 
     start(params, "stages.train")
     with joined(params.threads) as processes:
+        processes.first(check_outs)
         # A flipped bit costs seconds here, and a training run later.
         processes.first(lambda: bool(training_data(params, anew=True)))
         base = processes.first(lambda: ready(params, anew=True))

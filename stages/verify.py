@@ -12,6 +12,7 @@ from pathlib import Path
 from colintern.data.inventory import inventory, metrics, write_csv
 from colintern.files.jsonfile import dumps
 from colintern.files.manifest import ready
+from colintern.files.outs import check_outs
 from colintern.modeling.lora import METRICS, examine, faults, meta_model, table
 from colintern.params import UserError, exit_on_user_error, load
 
@@ -19,6 +20,7 @@ from colintern.params import UserError, exit_on_user_error, load
 @exit_on_user_error()
 def main() -> None:
     params = load()
+    check_outs()
     base = ready(params)
     counts = examine(meta_model(base, params.base_revision or None), params)
     print(table(params.base, counts))

@@ -25,7 +25,7 @@ from colintern.cli import _parser, main
 
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "demo" / "base" / "README.md"])
 # Programs that are no part of this project and are not looked into; what they are given stands in the page.
-FOREIGN = {"git", "docker", "mkdir", "source", "export", "cd", "pip"}
+FOREIGN = {"git", "docker", "mkdir", "source", "export", "cd", "pip", "aws", "sky", "sbatch"}
 RUN = (  # as they stand, in a copy where nothing was run yet
     "colintern recipe",
     "colintern tiles 1240 1754",
@@ -43,6 +43,7 @@ NOT_RUN = {  # program of all others, and why they are parsed only
     "wandb": "needs W&B",
     "hf": "needs the hub",
     "nvidia-smi": "needs a GPU",
+    "cluster/torchrun.sh": "needs two machines; bench/nodes.py and tests/test_cluster.py run it",
 }
 VALUES = r"\.\.\.|\d+|\blearning_rate|\blr\b|\bloss is nan\b"  # of a message, as the page gives them
 OTHERS = {  # git's, DVC's
@@ -214,7 +215,7 @@ def test_links_and_files_are_there(page):
             assert not anchor or anchor in anchors(there), target
     if page.name == "lab-notes.md":  # dated: it may name what was there then
         return
-    tops = "colintern|stages|bench|tests|docs|recipes|demo|docker"
+    tops = "cluster|colintern|stages|bench|tests|docs|recipes|demo|docker"
     guide = page.name == "guide-to-commands.md"
     for name in re.findall(rf"`((?:{tops})/[\w./*-]+)`", text):
         assert list(ROOT.glob(name.rstrip("/"))) or (guide and name.startswith("scripts/")), name

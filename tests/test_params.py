@@ -14,7 +14,7 @@ from colintern.params import Params, UserError, load, mixture
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = (ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8")
-SHA = "0123456789abcdef0123456789abcdef01234567"
+SHA = "0123456789abcdef0123456789abcdef01234567"  # pragma: allowlist secret
 
 
 @pytest.fixture(autouse=True)

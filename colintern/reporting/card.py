@@ -25,7 +25,7 @@ def card(name: str, revision: str, identity: dict[str, Any], found: Evaluation |
         tags=["colpali", "late-interaction", "multi-vector", TASK],
         eval_results=_results(found) if found else None,
     )
-    environment = Environment(
+    environment = Environment(  # Markdown # nosec B701
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     rows = []
