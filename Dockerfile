@@ -25,7 +25,8 @@ FROM base AS dev
 RUN apt-get update \
     && apt-get install -y --no-install-recommends make \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --uid 1000 --shell /bin/bash dev
+    && useradd --create-home --uid 1000 --shell /bin/bash dev \
+    && install -d -o dev -g dev /home/dev/.cache /home/dev/.cache/huggingface /var/tmp/dvc
 USER 1000:1000
 
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Proves the Dockerfile where there is no container engine and no image registry: runs every line of it with buildah in
-# a chroot, on a Debian made here with the same minor version of Python, and then runs the image as a user without name.
+# a chroot, on a Debian made here with the same minor version of Python, and then runs the image as a user without name:
+# entry point, compiler, size, SBOM, experiments, and this repository's own training, stopped and gone on with.
 #
 #   docker/prove.sh [options for `buildah bud`, such as --build-arg FLASH_ATTN=2.8.3.post2]
 #
 # Needs root, buildah and debootstrap (`apt-get install buildah debootstrap`), a Debian mirror and PyPI, 45 GB free
-# under ${TMPDIR:-/var/tmp} and about 15 minutes on 2 cores. Leaves nothing behind. Exit code 0: every check held.
+# under ${TMPDIR:-/var/tmp} and about 20 minutes on 2 cores. Leaves nothing behind. Exit code 0: every check held.
 # Not proved by it: the pinned base image itself, and anything that needs a GPU.
 set -euo pipefail
 
@@ -50,12 +51,15 @@ make_base() {
     rm -rf "$work/rootfs"
 }
 
-# in_image FOLDER COMMAND...: as `docker run --user 12345:12345 -v repo:repo:ro -v demo:demo -w FOLDER` would.
-in_image() {
-    local folder=$1
-    shift
-    "${buildah[@]}" run --isolation chroot --user "$stranger:$stranger" --workingdir "$folder" \
-        --volume "$repo:$repo:ro" --volume "$work/demo:$work/demo" "$image" -- "$@"
+# in_image FOLDER COMMAND...: as `docker run --user 12345:12345 -v repo:repo:ro -v demo:demo -w FOLDER` would. buildah
+# leaves the entry point out, so it is named: the one that stands in the image.
+in_image() { as_user "$stranger:$stranger" "$@"; }
+as_user() {
+    local user=$1 folder=$2
+    shift 2
+    "${buildah[@]}" run --isolation chroot --user "$user" --workingdir "$folder" \
+        --volume "$repo:$repo:ro" --volume "$work/demo:$work/demo" --volume "$work/own:$work/own" \
+        "$image" -- "$entry" "$@"
 }
 
 # The pipeline in miniature, laid out as ours is: a library, a script in stages/, a parameter, a metric.
@@ -80,6 +84,14 @@ write_demo() {
 	YAML
     chown -R "$stranger:$stranger" "$work/demo"
     cd "$repo"
+}
+
+# This repository's tracked files as they are here, as a repository of the stranger: its training is stopped there.
+copy_own() {
+    mkdir "$work/own"
+    git -c safe.directory="$repo" ls-files -z | xargs -0 cp --parents -t "$work/own"
+    chown -R "$stranger:$stranger" "$work/own"
+    in_image "$work/own" sh -ec 'git init -q -b main && git add -A && git commit -qm start'
 }
 
 # expect NAME SCORE LR: the experiment or branch stands in DVC's table with these two figures.
@@ -108,6 +120,76 @@ for folder in (pathlib.Path.home(), os.environ['HF_HOME'], os.environ['DVC_SITE_
         log "the mounted repository's own command"
         in_image "$repo" colintern --help | head -2
     fi
+    log "torch.compile with the image's g++, and a C module as Triton builds them for a GPU"
+    in_image /tmp python -c "
+import torch
+from triton.runtime.build import compile_module_from_src
+print('compiled on a CPU:', torch.compile(lambda x: (x * 2 + 1).sin().sum())(torch.zeros(8)).item())
+source = '''#include <Python.h>
+static struct PyModuleDef probe = {PyModuleDef_HEAD_INIT, \"probe\", 0, -1, 0};
+PyMODINIT_FUNC PyInit_probe(void) { return PyModule_Create(&probe); }'''
+print('compiled for Triton:', compile_module_from_src(source, 'probe').__name__)
+"
+}
+
+# What docker/entrypoint is there for; training is stopped in check_signals.
+check_entry_point() {
+    log "root in a repository of uid $stranger: refused; root in its own: not"
+    local code=0
+    as_user 0:0 "$work/demo" touch refused 2>"$work/refused" || code=$?
+    cat "$work/refused"
+    { [ "$code" = 2 ] && grep -q 'run it with --user' "$work/refused" && [ ! -e "$work/demo/refused" ]; } ||
+        die "root was let into another's repository (exit code $code)"
+    as_user 0:0 / true || die "root was refused where there is no repository"
+    log "no home and no name given: a home that can be written, a name"
+    in_image / env -u USER HOME=/nonexistent "$entry" python -c "
+import getpass, os, pathlib
+(pathlib.Path.home() / 'probe').touch()
+print('user', getpass.getuser(), 'home', pathlib.Path.home())"
+    log "another's repository is trusted, and no other one"
+    in_image "$repo" git config --global --get-all safe.directory
+    in_image / sh -c "! git -C '$repo' status" 2>&1 | grep -m1 dubious || die "git trusts any repository"
+    code=0
+    in_image / sh -c 'exit 7' || code=$?
+    [ "$code" = 7 ] || die "exit code 7 came back as $code"
+}
+
+# stop_at LINE: `dvc repro train` in the copy of this repository, and SIGTERM to the entry point once it prints LINE.
+stop_at() {
+    local line=$1 code=0 pid waited=0
+    rm -f "$work/own/pid"
+    in_image "$work/own" sh -c "echo \$\$ >pid; exec '$entry' dvc repro train" >"$work/own.log" 2>&1 &
+    until grep -q "^$line" "$work/own.log"; do
+        { kill -0 $! 2>/dev/null && [ $((waited += 1)) -lt 1200 ]; } || { tail -20 "$work/own.log" >&2; die "no line $line"; }
+        sleep 1
+    done
+    pid=$(cat "$work/own/pid")
+    kill -TERM "$pid"
+    wait $! || code=$?
+    grep -E "^($line|SIG|error|ERROR)" "$work/own.log" | tail -5
+    grep -q 'exited with 75' "$work/own.log" || die "training did not end with 75 (dvc: $code)"
+    echo "dvc ended with $code; kept: $(cd "$work/own/.scratch" && ls -d train-*/checkpoint-*)"
+}
+
+check_signals() {
+    log "SIGTERM to the entry point of a real training, as docker stop sends it, and the same command again"
+    stop_at 'step '
+    stop_at 'resuming from '
+}
+
+check_parts() {
+    log "SBOM of /opt/venv"
+    in_image / cyclonedx-py environment --output-reproducible -o - /opt/venv/bin/python >"$work/sbom.json"
+    in_image / python -c "
+import json, sys
+from importlib.metadata import distributions
+bom = json.load(sys.stdin)
+listed = {(part['name'], part['version']) for part in bom['components']}
+missing = {(one.name, one.version) for one in distributions()} - listed
+assert not missing and len(listed) > 100, missing
+print(bom['bomFormat'], bom['specVersion'], 'valid:', len(listed), 'packages, torch', dict(listed)['torch'])" <"$work/sbom.json"
+    log "size"
+    "${buildah[@]}" run --isolation chroot --user 0:0 "$image" -- python - <docker/size.py
 }
 
 check_experiments() {
@@ -132,13 +214,26 @@ make_base_and_build() {
     log "building the Dockerfile"
     "${buildah[@]}" bud --isolation chroot --build-arg PYTHON_IMAGE=localhost/stand-in-base \
         --tag localhost/colintern-proof "$@" "$repo"
+    log "stage dev, which the devcontainer opens"
+    "${buildah[@]}" bud --isolation chroot --build-arg PYTHON_IMAGE=localhost/stand-in-base --target dev \
+        --tag localhost/colintern-dev "$repo" | tail -1
+    local dev
+    dev=$("${buildah[@]}" from localhost/colintern-dev)
+    "${buildah[@]}" run --isolation chroot --volume "$repo:$repo:ro" --workingdir "$repo" "$dev" -- \
+        sh -ec 'id; git --version; make --version | head -1; g++ --version | head -1; python -m venv /tmp/v; make -n check | head -3'
+    "${buildah[@]}" rm "$dev" >/dev/null
 }
 
 cd "$repo"
 make_base_and_build "$@"
 image=$("${buildah[@]}" from localhost/colintern-proof)
+entry=$("${buildah[@]}" inspect --type image --format '{{join .OCIv1.Config.Entrypoint " "}}' localhost/colintern-proof)
+[ "$entry" = /usr/local/bin/entrypoint ] || die "the image's entry point is '$entry'"
 write_demo
-log "image size: $(du -sh "$("${buildah[@]}" mount "$image")" | cut -f1)"
+copy_own
+check_parts
 check_environment
+check_entry_point
 check_experiments
+check_signals
 log "all checks held"
