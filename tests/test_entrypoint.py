@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY = str(ROOT / "docker" / "entrypoint")
 STRANGER = 12345
-# Counts what reaches it, as a stage does that goes on to its checkpoint; a default handler says that Ctrl-C works at all.
+# Counts what reaches it, as a stage that goes on to its checkpoint; a default handler says that Ctrl-C works at all.
 COUNTS = """
 import signal, sys, time
 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -29,7 +29,8 @@ sys.exit(75)
 LIKE_DVC = f"""
 import signal, subprocess, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-c", {COUNTS!r}], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+child = subprocess.Popen([sys.executable, "-c", {COUNTS!r}], preexec_fn=heed)
 sys.exit(child.wait() + 1)
 """
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user's; docker/prove.sh is")
@@ -104,7 +105,7 @@ def test_a_uid_without_passwd_entry_gets_a_home_a_name_and_its_repository_alone(
         os.setuid(STRANGER + 1)
 
     env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "USER": ""}
-    script = "echo $USER && touch $HOME/probe && git status --short --branch && cat $HOME/.gitconfig && cd / && git -C $0 log"
+    script = "echo $USER && touch $HOME/probe && git status -sb && cat $HOME/.gitconfig && cd / && git -C $0 log"
     done = run("sh", "-c", script, str(ROOT), cwd=repository, env=env, preexec_fn=become)
     user, status, *config = done.stdout.splitlines()
     assert user == "colintern" and status.startswith("## No commits yet on"), done.stderr
