@@ -178,9 +178,9 @@ check_all() {
     write_demo
     copy_own
     check_parts
-    check_environment
     check_entry_point
-    check_experiments
     check_signals
+    check_environment
+    check_experiments
     check_dev_stage
 }
