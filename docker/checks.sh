@@ -2,6 +2,7 @@
 # What docker/prove.sh holds against the image it has built.
 
 entry=$("${buildah[@]}" inspect --type image --format '{{index .OCIv1.Config.Entrypoint 0}}' localhost/colintern-proof)
+history=$(git -c safe.directory="$repo" rev-parse --path-format=absolute --git-common-dir) # a worktree's lies elsewhere
 
 # in_image FOLDER COMMAND...: as `docker run --user 12345:12345 -v repo:repo:ro -v demo:demo -w FOLDER` would. buildah
 # leaves the entry point out, so it is named: the one that stands in the image.
@@ -10,7 +11,7 @@ as_user() {
     local user=$1 folder=$2
     shift 2
     "${buildah[@]}" run --isolation chroot --user "$user" --workingdir "$folder" \
-        --volume "$repo:$repo:ro" --volume "$work/demo:$work/demo" --volume "$work/own:$work/own" \
+        --volume "$repo:$repo:ro" --volume "$history:$history:ro" --volume "$work/demo:$work/demo" --volume "$work/own:$work/own" \
         "$image" -- "$entry" "$@"
 }
 
