@@ -11,8 +11,8 @@ as_user() {
     local user=$1 folder=$2
     shift 2
     "${buildah[@]}" run --isolation chroot --user "$user" --workingdir "$folder" \
-        --volume "$repo:$repo:ro" --volume "$history:$history:ro" --volume "$work/demo:$work/demo" --volume "$work/own:$work/own" \
-        "$image" -- "$entry" "$@"
+        --volume "$repo:$repo:ro" --volume "$history:$history:ro" \
+        --volume "$work/demo:$work/demo" --volume "$work/own:$work/own" "$image" -- "$entry" "$@"
 }
 
 # The pipeline in miniature, laid out as ours is: a library, a script in stages/, a parameter, a metric.
@@ -115,7 +115,7 @@ stop_at() {
     # In a session of its own, as an engine starts it: what it sends to all must not reach buildah.
     in_image "$work/own" setsid -w sh -c "echo \$\$ >pid; exec '$entry' dvc repro train" >"$work/own.log" 2>&1 &
     until grep -q "^$line" "$work/own.log"; do
-        { kill -0 $! 2>/dev/null && [ $((waited += 1)) -lt 1200 ]; } || { tail -20 "$work/own.log" >&2; die "no line $line"; }
+        { kill -0 $! 2>/dev/null && [ $((waited += 1)) -lt 1200 ]; } || die "no line $line: $(tail -20 "$work/own.log")"
         sleep 1
     done
     pid=$(cat "$work/own/pid")
@@ -142,7 +142,8 @@ bom = json.load(sys.stdin)
 listed = {(part['name'], part['version']) for part in bom['components']}
 missing = {(one.name, one.version) for one in distributions()} - listed
 assert not missing and len(listed) > 100, missing
-print(bom['bomFormat'], bom['specVersion'], 'valid:', len(listed), 'packages, torch', dict(listed)['torch'])" <"$work/sbom.json"
+print(bom['bomFormat'], bom['specVersion'], 'valid:', len(listed), 'packages, torch', dict(listed)['torch'])
+" <"$work/sbom.json"
     log "size"
     "${buildah[@]}" run --isolation chroot --user 0:0 "$image" -- python - <docker/size.py
 }
@@ -171,7 +172,7 @@ check_dev_stage() {
     local dev
     dev=$("${buildah[@]}" from localhost/colintern-dev)
     "${buildah[@]}" run --isolation chroot --volume "$repo:$repo:ro" --workingdir "$repo" "$dev" -- \
-        sh -ec 'id; git --version; make --version | head -1; g++ --version | head -1; python -m venv /tmp/v; make -n check | head -3'
+        sh -ec 'id; git --version; make --version | head -1; g++ --version | head -1; make -n check | head -3'
     "${buildah[@]}" rm "$dev" >/dev/null
 }
 

@@ -130,7 +130,13 @@ def test_build_context_is_exactly_what_is_copied() -> None:
 
 
 def test_shell_scripts_pass_shellcheck() -> None:
-    scripts = [ROOT / "docker/prove.sh", ROOT / "docker/colintern", ROOT / "docker/entrypoint", ROOT / ".ci/run"]
+    scripts = [
+        ROOT / "docker/prove.sh",
+        ROOT / "docker/checks.sh",
+        ROOT / "docker/colintern",
+        ROOT / "docker/entrypoint",
+        ROOT / ".ci/run",
+    ]
     found = subprocess.run([linter("shellcheck"), *scripts], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
