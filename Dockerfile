@@ -1,5 +1,5 @@
-# The environment that runs `dvc repro` on a GPU machine: hash-locked packages in /opt/venv, git, nothing else.
-#   make image                              builds it as `colintern`
+# The environment that runs `dvc repro` on a GPU machine: hash-locked packages in /opt/venv, git, a C++ compiler.
+#   make image                              builds it as `colintern`; `make docker-repro` runs it, see docs/container.md
 #   make image FLASH_ATTN=2.8.3.post2       the same with flash-attn compiled in (an hour or more)
 # No project code is inside: the repository is mounted at its own path, so DVC sees the same paths as on the host.
 # torch's wheels carry CUDA, cuDNN and NCCL, so a plain Python base is enough; the driver comes with `--gpus all`.
@@ -11,6 +11,23 @@ ARG PYTHON_IMAGE=python:3.11.15-slim-bookworm@sha256:d29f48a31a8b408ed19272ca1e7
 ARG FLASH_ATTN=
 
 FROM ${PYTHON_IMAGE} AS base
+# g++: Triton compiles a C stub for each kernel, torch.compile (`compile: true`) C++ on a CPU, flash-attn its kernels.
+# Debian keeps only the newest build of a package on its mirrors: a pinned version stops building within weeks.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ git \
+    && rm -rf /var/lib/apt/lists/*
+
+
+# ---- dev: what .devcontainer/devcontainer.json opens; `make check` there installs the same lock into .venv.
+FROM base AS dev
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends make \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 1000 --shell /bin/bash dev \
+    && install -d -o dev -g dev /home/dev/.cache /home/dev/.cache/huggingface /var/tmp/dvc
+USER 1000:1000
 
 
 # ---- env: the locked environment. uv and its cache stay behind in this stage.
@@ -37,11 +54,6 @@ ARG FLASH_ATTN
 # 80 A100, 90 H100 and H200, 100 B200, 120 RTX 50; cards of series 8.6 and 8.9 run the code for 80. Fewer compile faster.
 ARG FLASH_ATTN_CUDA_ARCHS="80;90;100;120"
 COPY docker/flash-build.txt docker/flash-attn-${FLASH_ATTN}.txt /build/
-# Debian keeps only the newest build of a package on its mirrors: a pinned version stops building within weeks.
-# hadolint ignore=DL3008
-RUN apt-get update \
-    && apt-get install -y --no-install-recommends g++ \
-    && rm -rf /var/lib/apt/lists/*
 # FORCE_BUILD: otherwise its setup.py downloads a prebuilt wheel that no hash covers. No cache: uv would hand out a wheel
 # compiled against an older torch. The wheels have libcudart.so.13 only, the linker looks for libcudart.so.
 RUN CUDA_HOME="$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu13" \
@@ -50,7 +62,8 @@ RUN CUDA_HOME="$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"
     && ln -s libcudart.so.13 "$CUDA_HOME/lib/libcudart.so" \
     && uv pip install --require-hashes --no-deps --no-build-isolation -r "/build/flash-attn-${FLASH_ATTN}.txt" \
     && uv pip uninstall -r /build/flash-build.txt \
-    && rm "$CUDA_HOME/lib/libcudart.so"
+    && rm "$CUDA_HOME/lib/libcudart.so" \
+    && python -c 'from flash_attn import flash_attn_func, flash_attn_varlen_func'
 
 
 # Takes env or env-flash; a builder that prunes unused stages (BuildKit, buildah) never runs the other one.
@@ -60,21 +73,15 @@ FROM env${FLASH_ATTN:+-flash} AS env-chosen
 
 # ---- the image
 FROM base
-# hadolint ignore=DL3008
-RUN apt-get update \
-    && apt-get install -y --no-install-recommends git \
-    && rm -rf /var/lib/apt/lists/*
-# The mounted repository belongs to a host user whom this image does not know: git calls that "dubious ownership".
-# The identity is the last resort: DVC commits each experiment and fails without one. The repository's own
-# user.name and the GIT_AUTHOR_* and GIT_COMMITTER_* variables go before it.
-RUN git config --system --add safe.directory '*' \
-    && git config --system user.name colintern \
+# The last resort: DVC commits each experiment and fails without an identity. The repository's own user.name and the
+# GIT_AUTHOR_* and GIT_COMMITTER_* variables go before it.
+RUN git config --system user.name colintern \
     && git config --system user.email colintern@localhost
 # Any uid may run the image (`--user "$(id -u):$(id -g)"`), so these two belong to everyone, like /tmp.
 RUN install -d -m 1777 /home/colintern /cache /cache/huggingface /cache/dvc
 COPY --from=env-chosen /opt/venv /opt/venv
-COPY --chmod=755 docker/colintern /usr/local/bin/colintern
-# HOME and USER: a uid without a passwd entry has neither, and DVC and torch ask for them.
+COPY --chmod=755 docker/colintern docker/entrypoint /usr/local/bin/
+# HOME and USER: a uid without a passwd entry has neither, and DVC and torch ask for them, under `docker exec` too.
 # /cache is there to be mounted: what is downloaded, and the file hashes DVC keeps outside the repository.
 # No PYTHONPATH and no installed package: `python -m stages.train` takes the library from the folder it is started in,
 # and for a queued experiment that is DVC's copy, not the main checkout.
@@ -85,4 +92,5 @@ ENV PATH=/opt/venv/bin:$PATH \
     DVC_SITE_CACHE_DIR=/cache/dvc \
     PYTHONUNBUFFERED=1
 USER 1000:1000
+ENTRYPOINT ["/usr/local/bin/entrypoint"]
 CMD ["dvc", "repro"]

@@ -5,11 +5,12 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
+CMD ?= dvc repro
 UV := .tools/bin/uv
 ENV := .venv/.installed
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONUNBUFFERED=1
 
-.PHONY: repro test check env lock stale pr-report sensitivity soak image image-proof
+.PHONY: repro test check env lock stale pr-report sensitivity soak image docker-repro sbom image-proof
 
 repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
 	@$(RUN) dvc repro
@@ -22,6 +23,7 @@ check: $(ENV)  ## style, types, workflows, unsafe code, secrets
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 	$(RUN) check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(RUN) check-jsonschema --quiet --builtin-schema vendor.compose-spec compose.yaml
 	$(RUN) zizmor --quiet --offline --no-progress --persona=pedantic .github/workflows
 	$(RUN) bandit --quiet --configfile pyproject.toml --recursive colintern stages bench .github/scripts
 	git ls-files -z $(SCANNED) | $(RUN) xargs -0 detect-secrets-hook --no-verify \
@@ -50,14 +52,34 @@ sensitivity: $(ENV)  ## how the demo answers to lr, epochs, batch and rank, thre
 soak: $(ENV)  ## kill the pipeline at 100 random moments; the adapter must be that of an undisturbed run each time
 	@$(RUN) python -m bench.soak
 
+define FIND_ENGINE
+for engine in docker podman ""; do
+  if [ -z "$$engine" ] || "$$engine" info >/dev/null 2>&1; then break; fi
+done
+if [ -z "$$engine" ]; then
+  echo "make $@: no running docker or podman here; docker/prove.sh builds and runs the image in a chroot" >&2; exit 2
+fi
+endef
+
 image:  ## the CUDA image that runs the same pipeline; FLASH_ATTN=2.8.3.post2 compiles flash-attn in
-	@for engine in docker podman ""; do
-	  if [ -z "$$engine" ] || "$$engine" info >/dev/null 2>&1; then break; fi
-	done
-	if [ -z "$$engine" ]; then
-	  echo "make image: no running docker or podman here; docker/prove.sh builds it in a chroot instead" >&2; exit 2
-	fi
+	@$(FIND_ENGINE)
 	"$$engine" build --build-arg FLASH_ATTN=$(FLASH_ATTN) -t colintern .
+	"$$engine" run --rm -i --user 0 --entrypoint python colintern - <docker/size.py
+
+docker-repro:  ## the same as repro in that image, on the GPU where there is one; CMD="dvc exp run" for another command
+	@$(FIND_ENGINE)
+	"$$engine" compose version >/dev/null 2>&1 || {
+	  echo "make $@: $$engine has no compose here: install docker-compose-plugin, or podman-compose" >&2; exit 2; }
+	export COLINTERN_USER="$$(id -u):$$(id -g)" PWD="$(CURDIR)" FLASH_ATTN="$(FLASH_ATTN)"
+	export HF_HOME="$${HF_HOME:-$$HOME/.cache/huggingface}" DVC_SITE_CACHE_DIR="$${DVC_SITE_CACHE_DIR:-$$HOME/.cache/colintern-dvc}"
+	mkdir -p "$$HF_HOME" "$$DVC_SITE_CACHE_DIR"
+	if [ "$$engine" = podman ] && [ "$$(id -u)" != 0 ]; then export PODMAN_USERNS=keep-id; fi
+	service=cpu; if nvidia-smi -L >/dev/null 2>&1; then service=gpu; fi
+	tty=; [ -t 0 ] || tty=-T
+	"$$engine" compose run --rm $$tty "$$service" $(CMD)
+
+sbom: $(ENV)  ## sbom.json: every package of .venv as CycloneDX 1.6, validated against its schema
+	@$(RUN) cyclonedx-py environment --output-reproducible --pyproject pyproject.toml -o sbom.json .venv/bin/python
 
 image-proof:  ## run every line of the Dockerfile in a chroot (root, 45 GB, about 15 minutes)
 	@docker/prove.sh

@@ -1,12 +1,17 @@
-"""What can be held against the Dockerfile without a container engine; `docker/prove.sh` runs its lines for real."""
+"""What can be held against the image's files without a container engine; `docker/prove.sh` runs its lines for real."""
 
+import importlib.util
+import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = sorted(ROOT.glob("docker/*.txt"))
@@ -125,6 +130,127 @@ def test_build_context_is_exactly_what_is_copied() -> None:
 
 
 def test_shell_scripts_pass_shellcheck() -> None:
-    scripts = [ROOT / "docker/prove.sh", ROOT / "docker/colintern", ROOT / ".ci/run"]
-    found = subprocess.run([linter("shellcheck"), *scripts], capture_output=True, text=True)
+    scripts = [
+        ROOT / "docker/prove.sh",
+        ROOT / "docker/checks.sh",
+        ROOT / "docker/colintern",
+        ROOT / "docker/entrypoint",
+        ROOT / ".ci/run",
+    ]
+    found = subprocess.run([linter("shellcheck"), "-x", *scripts], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
+
+
+def compose() -> dict:
+    return yaml.safe_load((ROOT / "compose.yaml").read_text())
+
+
+def makefile(target: str) -> str:
+    """The lines that make runs for a target, as a shell gets them."""
+    found = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
+    assert found
+    return found[1].replace("$$", "$")
+
+
+def environment() -> dict[str, str]:
+    return dict(re.findall(r"(\w+)=(\S+)", all_of("ENV")[-1]))
+
+
+def test_entry_point_is_in_the_image_and_executable() -> None:
+    assert json.loads(all_of("ENTRYPOINT")[0]) == ["/usr/local/bin/entrypoint"]
+    assert "docker/entrypoint" in copied_from_context()
+    assert (ROOT / "docker" / "entrypoint").stat().st_mode & 0o111 == 0o111
+
+
+def test_compose_has_one_image_with_and_without_a_gpu() -> None:
+    cpu, gpu = (compose()["services"][name] for name in ("cpu", "gpu"))
+    asked = gpu.pop("deploy")["resources"]["reservations"]["devices"]
+    assert asked == [{"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}]
+    assert cpu == gpu and cpu["init"] is True and cpu["user"].startswith("${COLINTERN_USER:?")
+    assert cpu["build"]["args"].keys() <= {rest.partition("=")[0] for rest in all_of("ARG")}
+
+
+def test_compose_mounts_the_repository_at_its_own_path_and_the_image_s_caches() -> None:
+    service, image = compose()["services"]["cpu"], environment()
+    places = {mount["target"]: mount["source"] for mount in service["volumes"]}
+    assert places.pop("${PWD}") == "." and service["working_dir"] == "${PWD}"
+    assert list(places) == [image["HF_HOME"], image["DVC_SITE_CACHE_DIR"]]
+    # What `make docker-repro` makes where nothing is set is what compose mounts there.
+    made = dict(re.findall(r'(\w+)="\$\{\w+:-([^}]+)\}"', makefile("docker-repro")))
+    assert [source.replace("${HOME}", "$HOME") for source in places.values()] == [
+        f"${{{name}:-{made[name]}}}" for name in ("HF_HOME", "DVC_SITE_CACHE_DIR")
+    ]
+
+
+def test_compose_passes_variables_by_name_only() -> None:
+    for name in compose()["services"]["cpu"]["environment"]:
+        assert re.fullmatch(r"[A-Z_]+", name), f"{name} has a value"
+
+
+@pytest.mark.parametrize("target", ["image", "docker-repro"])
+def test_make_refuses_without_an_engine(target: str, tmp_path: Path) -> None:
+    make = shutil.which("make")
+    assert make
+    done = subprocess.run([make, "-C", ROOT, target], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"make {target}: no running docker or podman here" in done.stderr
+
+
+def size_script():
+    spec = importlib.util.spec_from_file_location("size", ROOT / "docker" / "size.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_size_counts_what_lies_on_the_disk_once(tmp_path: Path, capsys, monkeypatch) -> None:
+    size = size_script()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "file").write_bytes(bytes(range(256)) * 12_000)
+    (tmp_path / "again").hardlink_to(tmp_path / "sub" / "file")
+    (tmp_path / "link").symlink_to(tmp_path / "sub")
+    assert size.on_disk(str(tmp_path)) == pytest.approx(3_072_000, abs=20_000)
+    assert size.packages()["torch"] > 10e6
+    assert size.main(str(tmp_path)) == 0
+    assert "3 MB, within the budget of" in capsys.readouterr().out
+    monkeypatch.setattr(size, "BUDGET", 2)
+    assert size.main(str(tmp_path)) == 1
+    assert "error: the image takes 3 MB, its budget is 2 MB" in capsys.readouterr().err
+
+
+def test_budget_in_the_docs_is_the_one_that_is_held() -> None:
+    assert f"{size_script().BUDGET:,} MB" in (ROOT / "docs" / "container.md").read_text()
+
+
+def test_make_sbom_names_every_package_and_is_valid(tmp_path: Path) -> None:
+    """The Makefile's own line, on an environment with what three packages of this one say of themselves (all of them
+    take a minute; `docker/prove.sh` does that)."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    place = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
+    said = {name: distribution(name).locate_file(".") for name in ("dvc", "numpy", "torch")}
+    for name, folder in said.items():
+        about = Path(str(folder)) / f"{name}-{version(name)}.dist-info"
+        shutil.copytree(about, place / about.name)
+    line = makefile("sbom").strip().removeprefix("@$(RUN) ")
+    program, *options = shlex.split(line.replace("sbom.json", str(tmp_path / "bom.json")))
+    assert "--no-validate" not in options and options.pop() == ".venv/bin/python"
+    subprocess.run(
+        [linter(program), *options, tmp_path / "env" / "bin" / "python"], cwd=ROOT, check=True, capture_output=True
+    )
+    bom = json.loads((tmp_path / "bom.json").read_text())
+    assert (bom["bomFormat"], bom["specVersion"], bom["metadata"]["component"]["name"]) == (
+        "CycloneDX", "1.6", "colintern",
+    )  # fmt: skip
+    assert {part["name"]: part["version"] for part in bom["components"]} == {name: version(name) for name in said}
+
+
+def test_devcontainer_opens_a_stage_of_the_dockerfile_and_checks() -> None:
+    opened = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    build = opened["build"]
+    assert (ROOT / ".devcontainer" / build["dockerfile"]).resolve() == ROOT / "Dockerfile"
+    assert f"base AS {build['target']}" in all_of("FROM")
+    assert any(
+        f"useradd --create-home --uid 1000 --shell /bin/bash {opened['remoteUser']}" in run for run in all_of("RUN")
+    )
+    assert opened["postCreateCommand"] == "make check" and makefile("check")
