@@ -35,7 +35,7 @@ from colintern.training.determinism import set_deterministic
 from colintern.training.health import health, line, report, stored
 from colintern.training.pairs import Pairs, rows
 from colintern.training.processes import ALONE, Processes
-from colintern.training.study import Pruned, reporter
+from colintern.training.reporter import Pruned, reporter
 from colintern.training.tracker import Tracker, check_tracker
 from colintern.training.trainer import ContrastiveTrainer, DevSet, NonFiniteError, arguments
 from colintern.training.watch import pace_findings

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from colintern.training.study import OWNER, STARTED, STOPPED, STORAGE, STUDY, TR
 from colintern.tuning.space import Search
 from colintern.tuning.store import Store
 
-SLOT, CAUSE, EXPERIMENT, COMPUTED = "slot", "cause", "experiment", "pages computed"
+SLOT, CAUSE, EXPERIMENT, COMPUTED, CPU = "slot", "cause", "experiment", "pages computed", "CPU seconds"
 AGAIN = re.compile(
     r"exited with 75|Unable to acquire (?:\w+ )?lock|is busy, it is being blocked"
 )  # not the settings' fault
@@ -112,7 +113,9 @@ def run(study: Any, store: Store, trial: Taken, log: Path) -> str:
     for number in trial.before:  # its worker was killed when the experiment was there and the study not told
         if (old := f"{study.study_name}-{number:03}") in experiments():
             return f"{name}  {finish(study, store, trial, old)}  was finished by the worker that was killed"
+    used = children()
     code = experiment(store, trial, name, log)
+    store.optuna.set_trial_user_attr(trial.id, CPU, round(children() - used, 1))
     text = store.redacted(log.read_text(errors="replace"))
     log.write_text(text)
     try:
@@ -123,6 +126,12 @@ def run(study: Any, store: Store, trial: Taken, log: Path) -> str:
         dvc("exp", "remove", "-q", name)
         return f"{name}  was given to another worker, because nothing was heard of this one; its result is dropped"
     return f"{name}  {words}  {time.monotonic() - start:.0f} s"
+
+
+def children() -> float:
+    """CPU-seconds of the processes that this one has waited for, and of theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def tell(study: Any, store: Store, trial: Taken, name: str, code: int, text: str) -> str:
