@@ -2,10 +2,10 @@
 
     python -m bench.study [--trials 20] [--workers 2] [--study guide]
 
-Input: tune.yaml, params.yaml, a pipeline that has run once (dvc repro). The first two trials have the guide's values and
-those of params.yaml; where the guide gives none of a key, that of params.yaml. The others are `colintern tune`'s, by as
-many workers as asked for. Printed: the table and the importance of `colintern tune`, then for each key the values of
-the best quarter of the trials and whether the guide's is among them, and the CPU-seconds of the trials. A study that
+Input: tune.yaml, params.yaml, a pipeline that has run once (dvc repro). The first two trials have the guide's values
+and those of params.yaml; where the guide gives none of a key, that of params.yaml. The others are `colintern tune`'s,
+by as many workers as asked for. Printed: the table and the importance of `colintern tune`, then for each key the values
+of the best quarter of the trials and whether the guide's is among them, and the CPU-seconds of the trials. A study that
 was stopped goes on. Ends with a line RESULT.
 """
 
