@@ -27,13 +27,18 @@ from colintern.params import UserError, load, write
 from colintern.training import study as told
 from colintern.training.study import pruner
 from colintern.tuning import outcome
-from colintern.tuning.space import Search, read
+from colintern.tuning.space import BYTES, Search, read
 from colintern.tuning.store import Store
-from colintern.tuning.trials import SLOT, Taken, cause, put_back, take
+from colintern.tuning.trials import FULL, SLOT, Taken, cause, put_back, take
 
 SETTINGS = {"seed": 0, "sampler": "tpe", "startup_trials": 3, "pruner": "median", "warmup_epochs": 0}
+SETTINGS["against"] = "none"
 HEAD = "".join(f"{key}: {value}\n" for key, value in SETTINGS.items())
 SPACE = HEAD + "space:\n  lr: {low: 0.001, high: 0.02, log: true}\n  lora_rank: {choices: [8, 16]}\n"
+TWO = HEAD.replace("median", "none").replace("against: none", "against: bytes_per_page")
+TWO += (
+    "space:\n  lr: {low: 0.001, high: 0.02, log: true}\n  pool_factor: {low: 1, high: 4}\n  dim: {choices: [32, 128]}\n"
+)
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage", "ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -61,6 +66,10 @@ def test_the_repositorys_own_space_fits_its_params(monkeypatch):
     ("text", "words"),
     [
         ("learning_rates: {low: 1, high: 2}", "space.learning_rates: unknown key; nearest key: "),
+        (
+            "pool_factor: {choices: [1, 2]}",
+            "with against: bytes_per_page it can be searched",
+        ),
         ("lora_rnk: {low: 1, high: 2}", "nearest key: lora_rank"),
         (
             "pool_factor: {choices: [1, 2]}",
@@ -94,6 +103,13 @@ def test_what_cannot_be_searched_is_refused(tmp_path, monkeypatch, text, words):
         (SPACE.replace("tpe", "tpr"), "sampler: 'tpr' is not valid; it must be tpe or random"),
         (SPACE.replace("pruner: median", "pruner: mean"), "pruner: 'mean' is not valid"),
         (SPACE.replace("seed: 0\n", ""), "seed: missing; it must be a whole number from 0"),
+        (SPACE.replace("none", "bytes"), "against: 'bytes' is not valid; it must be none, bytes_per_page or training_"),
+        (TWO.replace("pruner: none", "pruner: median"), "pruner: 'median' is not valid with against: bytes_per_page"),
+        (
+            TWO[: TWO.index("  pool")],
+            "against: bytes_per_page needs pool_factor, dim or max_visual_tokens in the space",
+        ),
+        (TWO.replace("  lr: {low: 0.001, high: 0.02, log: true}\n", ""), "space: it needs a key that training reads"),
         (SPACE + "trials: 3\n", "trials: unknown key; nearest key: startup_trials"),
         (HEAD, "space: it must be a mapping"),
         ("[1, 2]", "must be a mapping"),
@@ -127,9 +143,14 @@ def made(where: Path | str, search: Search, heartbeat: int = 30) -> tuple[Store,
     store = Store(where if isinstance(where, str) else f"sqlite:///{where}/a.db", "a", heartbeat)
     with store.alone():
         study = optuna.create_study(
-            storage=store.optuna, study_name="a", direction="maximize", load_if_exists=True, pruner=pruner(SETTINGS)
+            storage=store.optuna,
+            study_name="a",
+            directions=search.directions,
+            load_if_exists=True,
+            pruner=pruner(search.settings),
         )
-        study.set_user_attr(told.SETTINGS, SETTINGS)
+        study.set_user_attr(told.SETTINGS, search.settings)
+        study.set_user_attr(FULL, {"pool_factor": 1, "dim": 128} if search.against == BYTES else {})
     return store, study
 
 
@@ -237,10 +258,15 @@ def dev_scores(folder: Path) -> list[float]:
 def test_a_trial_reports_each_dev_score_and_ends_on_the_same_bytes(place, whole, tmp_path, search):
     store, study = made(tmp_path, search)
     trial = take(study, store, search, 9)
+    store.optuna.set_trial_user_attr(trial.id, told.SIZE, [1, 128])
     assert place.run(as_trial, store.url, trial.number, os.getpid()) == 0, place.log
     assert place.result() == whole
     reported = study.trials[0].intermediate_values
     assert list(reported) == [1, 2] and list(reported.values()) == dev_scores(place.folder)
+    measured = study.trials[0].user_attrs[told.MEASURED]
+    assert measured["dev_ndcg_at_5"] == round(reported[2], 6), "at full size the same score"
+    print("HERE", measured)
+    assert measured["training_seconds"] > 0 and measured["vectors_per_page"] > 3
 
 
 def test_a_trial_stops_when_told_and_leaves_nothing(place, tmp_path, search):
@@ -262,6 +288,7 @@ def test_a_trial_stops_when_told_and_leaves_nothing(place, tmp_path, search):
 def test_a_trial_whose_tuner_is_gone_leaves_a_checkpoint_for_the_second_try(place, whole, tmp_path, search):
     store, study = made(tmp_path, search)
     trial, again = take(study, store, search, 9), take(study, store, search, 9)
+    store.optuna.set_trial_user_attr(again.id, told.SIZE, [4, 16])
     tuner = subprocess.Popen(["sleep", "300"])
     assert place.run(as_trial, store.url, trial.number, tuner.pid, 7, partial(gone, tuner.pid)) == 75, place.log
     tuner.wait()
@@ -269,6 +296,7 @@ def test_a_trial_whose_tuner_is_gone_leaves_a_checkpoint_for_the_second_try(plac
     assert place.run(as_trial, store.url, again.number, os.getpid()) == 0, place.log
     assert "resuming from" in place.log and place.result() == whole
     assert list(study.trials[1].intermediate_values) == [1, 2], "also what was measured before the kill"
+    print("HERE", study.trials[1].user_attrs[told.MEASURED])
 
 
 # --- What is shown ---
@@ -322,6 +350,36 @@ def test_the_page_is_whole_in_a_browser(finished, search, tmp_path, monkeypatch)
             assert one.value("document.querySelectorAll('svg').length") == 4
             assert one.value("document.documentElement.scrollWidth <= innerWidth")
             one.picture(tmp_path / f"{name}.png")
+
+
+@pytest.fixture
+def weighed(tmp_path, search):
+    """A study of two objectives: small pages cost score, and lr decides the rest."""
+    (tmp_path / "tune.yaml").write_text(TWO)
+    two = read(values(), tmp_path / "tune.yaml")
+    store, study = made(tmp_path, two)
+    for _ in range(12):
+        taken = take(study, store, two, 12)
+        factor, dim = study.trials[taken.number].user_attrs[told.SIZE]
+        assert (factor, dim) == (taken.values["pool_factor"], taken.values["dim"])
+        score = 0.9 - 0.05 * factor - 0.1 * (dim < 128) - 10 * abs(taken.values["lr"] - 0.006)
+        study.tell(taken.number, [score, 96 / factor * dim * 2])
+    return study, two
+
+
+def test_the_front_is_optunas_and_stands_in_table_file_and_page(weighed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study, two = weighed
+    found = outcome.rows(study)
+    front = [row.number for row in outcome.front(found)]
+    assert sorted(front) == sorted(trial.number for trial in study.best_trials) and 1 < len(front) < 12
+    lines = outcome.table(found, outcome.importance(study, two), two)
+    assert max(map(len, lines)) <= 80 and {int(line[:3]) for line in lines[1:13] if " * " in line} == set(front)
+    page = outcome.write(study, two, Path("studies"))[1].read_text()
+    best = json.loads(Path("optuna_best_params.json").read_text())["front"]
+    assert [row["experiment"] for row in best] == [f"a-{number:03}" for number in front]
+    assert [row["bytes_per_page"] for row in best] == sorted(row["bytes_per_page"] for row in best)
+    assert 'aria-label="Front"' in page and page.count("<td>yes</td>") == len(front)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ sampler: tpe
 startup_trials: 1
 pruner: none
 warmup_epochs: 0
+against: none
 space:
   lr: {low: 0.001, high: 0.02, log: true}
   lora_rank: {choices: [4, 8]}

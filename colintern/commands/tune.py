@@ -45,6 +45,10 @@ def run(args: argparse.Namespace) -> None:
 
     values = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(params).items()}
     search = read(values)
+    if search.against and args.apply:
+        raise UserError(
+            f"--apply: dev NDCG@5 against {search.against} has a front and no best trial; `dvc exp apply` one"
+        )
     _check(args.study)
     import logging
 
@@ -123,6 +127,9 @@ def _tell(study: Any, search: Any, params: Params, apply: bool) -> None:
     print("written: " + ", ".join(map(str, files)))
     best = outcome.complete(found)
     if not best:
+        return
+    if search.against:
+        print("front: " + ", ".join(row.name for row in outcome.front(found)) + "; `dvc exp apply` takes one")
         return
     print(f"best: {best[0].name}, dev NDCG@5 {best[0].score:.4f}; `dvc exp apply {best[0].name} && dvc repro` takes it")
     if apply:

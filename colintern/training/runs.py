@@ -81,6 +81,8 @@ def train(params: Params, out: Path, own: Processes = ALONE) -> dict[str, Any]:
             raise Pruned(f"stopped at step {step} of {last}: the study found its dev score too low")
         if step < last:
             raise Interrupted(f"stopped at step {step} of {last}, with a checkpoint; the same command goes on from it")
+        if told:
+            own.first(lambda: told.finish(trainer))
         metrics = own.first(lambda: finish(trainer, params, identity, out))
         own.first(lambda: shutil.rmtree(scratch))
     return metrics

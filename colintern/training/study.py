@@ -9,6 +9,8 @@ from typing import Any
 
 STORAGE, STUDY, TRIAL, OWNER = (f"COLINTERN_{name}" for name in ("STUDY_STORAGE", "STUDY", "TRIAL", "TUNER"))
 SETTINGS, STARTED, STOPPED = "settings", "started", "stopped"  # attributes of the study, and of its trials
+SIZE = "size"  # of a trial: [pool_factor, dim] at which its dev score is to be measured as well
+MEASURED = "measured"  # of a trial: {training_seconds, and at that size dev_ndcg_at_5, vectors_per_page}
 
 
 def storage(url: str, **options: Any) -> Any:

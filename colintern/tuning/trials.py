@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from colintern.evaluation.scores import BYTES as NUMBER
 from colintern.params import override, root
-from colintern.training.study import OWNER, STARTED, STOPPED, STORAGE, STUDY, TRIAL
-from colintern.tuning.space import Search
+from colintern.training.study import MEASURED, OWNER, SETTINGS, SIZE, STARTED, STOPPED, STORAGE, STUDY, TRIAL
+from colintern.tuning.space import BYTES, Search
 from colintern.tuning.store import Store
 
 SLOT, CAUSE, EXPERIMENT, COMPUTED, CPU = "slot", "cause", "experiment", "pages computed", "CPU seconds"
+FULL = "size"  # of a study: {pool_factor, dim} of params.yaml
 AGAIN = re.compile(
     r"exited with 75|Unable to acquire (?:\w+ )?lock|is busy, it is being blocked"
 )  # not the settings' fault
@@ -67,10 +69,12 @@ def take(study: Any, store: Store, search: Search, total: int) -> Taken | int:
         study.sampler = sampler(search, len(trials))
         trial = study.ask(search.distributions())
         store.alive(trial._trial_id)
-        for key in (STARTED, STOPPED, EXPERIMENT):  # of the try before
+        for key in (STARTED, STOPPED, EXPERIMENT, MEASURED):  # of the try before
             if key in trial.user_attrs:
                 trial.set_user_attr(key, None)
         trial.set_user_attr(SLOT, trial.user_attrs.get(SLOT, trial.number))
+        if search.against == BYTES:
+            trial.set_user_attr(SIZE, [trial.params.get(key, value) for key, value in study.user_attrs[FULL].items()])
         values = {key: trial.params[key] for key in search.distributions()}
         return Taken(
             trial.number,
@@ -115,6 +119,10 @@ def run(study: Any, store: Store, trial: Taken, log: Path) -> str:
             return f"{name}  {finish(study, store, trial, old)}  was finished by the worker that was killed"
     used = children()
     code = experiment(store, trial, name, log)
+    if code == 0 and study.user_attrs[SETTINGS]["against"] != "none" and not measured(store, trial):
+        # DVC knew this training, of a trial that differs in the size of its pages alone: it is done again to measure.
+        dvc("exp", "remove", "-q", name)
+        code = experiment(store, trial, name, log, "--force")
     store.optuna.set_trial_user_attr(trial.id, CPU, round(children() - used, 1))
     text = store.redacted(log.read_text(errors="replace"))
     log.write_text(text)
@@ -126,6 +134,11 @@ def run(study: Any, store: Store, trial: Taken, log: Path) -> str:
         dvc("exp", "remove", "-q", name)
         return f"{name}  was given to another worker, because nothing was heard of this one; its result is dropped"
     return f"{name}  {words}  {time.monotonic() - start:.0f} s"
+
+
+def measured(store: Store, trial: Taken) -> dict[str, float]:
+    """What the run of a trial told of time and size; {} where there was no run."""
+    return store.optuna.get_trial(trial.id).user_attrs.get(MEASURED) or {}
 
 
 def children() -> float:
@@ -149,17 +162,35 @@ def tell(study: Any, store: Store, trial: Taken, name: str, code: int, text: str
     if AGAIN.search(text):
         put_back(study, trial.number)
         return "put back: stopped from outside"
-    store.optuna.set_trial_user_attr(trial.id, CAUSE, cause(text))
+    return fail(study, store, trial, cause(text))
+
+
+def fail(study: Any, store: Store, trial: Taken, why: str) -> str:
+    from optuna.trial import TrialState
+
+    store.optuna.set_trial_user_attr(trial.id, CAUSE, why)
     study.tell(trial.number, state=TrialState.FAIL)
-    return f"failed    {cause(text)[:200]}"
+    return f"failed    {why[:200]}"
 
 
 def finish(study: Any, store: Store, trial: Taken, name: str) -> str:
-    """Tell the score that is in the metrics of an experiment."""
+    """Tell the score that is in the metrics of an experiment, or both objectives, as its run measured them."""
     score = json.loads(git("show", f"{experiments()[name]}:metrics/train.json"))[SCORE]
     store.optuna.set_trial_user_attr(trial.id, EXPERIMENT, name)
-    study.tell(trial.number, score)
-    return f"complete  {score:.4f}"
+    against = study.user_attrs[SETTINGS]["against"]
+    if against == "none":
+        study.tell(trial.number, score)
+        return f"complete  {score:.4f}"
+    [ran] = [one for one in study.get_trials(deepcopy=False) if one.number == int(name.rpartition("-")[2])]
+    found = ran.user_attrs.get(MEASURED) or {}
+    if against == BYTES and "vectors_per_page" in found:
+        score, second = found[SCORE], found["vectors_per_page"] * ran.user_attrs[SIZE][1] * NUMBER
+    elif against in found:
+        second = found[against]
+    else:  # the storage did not answer, or all steps were made by a try that was killed
+        return fail(study, store, trial, f"{against} was not measured")
+    study.tell(trial.number, [score, second])
+    return f"complete  {score:.4f} at {second:,.0f} {against.replace('_', ' ')}"
 
 
 def cause(text: str) -> str:
@@ -171,7 +202,7 @@ def cause(text: str) -> str:
     return lines[-1].strip() if lines else "it said nothing"
 
 
-def experiment(store: Store, trial: Taken, name: str, log: Path) -> int:
+def experiment(store: Store, trial: Taken, name: str, log: Path, *options: str) -> int:
     """`dvc exp run --temp` of the train stage with the trial's settings; its exit code. What it prints goes to `log`.
 
     While it runs the storage gets signs of life. Of this repository's workers one at a time starts an experiment: DVC
@@ -187,7 +218,7 @@ def experiment(store: Store, trial: Taken, name: str, log: Path) -> int:
         while not _locked(held):
             wait(0.5, store, trial)
         process = subprocess.Popen(
-            [sys.executable, "-m", "dvc", "exp", "run", "--temp", "-q", *changes, "--name", name, "train"],
+            [sys.executable, "-m", "dvc", "exp", "run", "--temp", "-q", *options, *changes, "--name", name, "train"],
             env=environment() | told,
             stdin=subprocess.DEVNULL,
             stdout=output,
