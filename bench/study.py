@@ -2,10 +2,10 @@
 
     python -m bench.study [--trials 20] [--workers 2] [--study guide]
 
-Input: tune.yaml, params.yaml, a pipeline that has run once (dvc repro). The first two trials have the guide's values
-and those of params.yaml; where the guide gives none of a key, that of params.yaml. The others are `colintern tune`'s,
-by as many workers as asked for. Printed: the table and the importance of `colintern tune`, then for each key the values
-of the best quarter of the trials and whether the guide's is among them, and the CPU-seconds of the trials. A study that
+Input: bench/study.yaml, params.yaml, a pipeline that has run once (dvc repro). The first two trials have the guide's
+values and those of params.yaml; where the guide gives none of a key, that of params.yaml. The others are those of
+`colintern tune`, by as many workers as asked for. Printed: its table and importance, then for each key the values of
+the best quarter of the trials and whether the guide's is among them, and the CPU-seconds of the trials. A study that
 was stopped goes on. Ends with a line RESULT.
 """
 
@@ -13,25 +13,27 @@ import argparse
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from colintern.params import exit_on_user_error, load
 from colintern.planning.guide import BATCH
 
+SPACE = Path(__file__).with_suffix(".yaml")
 # Its "Critical Training Parameters" and LoraConfig, for 1B: the smallest base that its rules are for. Epochs, its 5,
 # are not searched: more of them are better here whatever else is set, and would only be paid for (see the README).
 GUIDE = {"lr": 5e-5, "lora_rank": 32, "lora_dropout": 0.1, "warmup_steps": 100, "batch_size": BATCH}
 
 
 def prepare(name: str) -> tuple[Any, Any, dict[str, Any]]:
-    """The study with its first two trials asked for, tune.yaml, and the guide's settings."""
+    """The study with its first two trials asked for, what it searches, and the guide's settings."""
     from colintern.tuning.space import read
     from colintern.tuning.store import Store
     from colintern.tuning.studies import open_study
 
     params = load()
     values = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(params).items()}
-    search = read(values)
+    search = read(values, SPACE)
     study = open_study(Store("", name, 30), search, params)
     own = {one.key: values[one.key] for one in search.space}
     guide = {key: GUIDE.get(key, value) for key, value in own.items()}
@@ -87,7 +89,8 @@ def main() -> None:
     parser.add_argument("--study", default="guide")
     args = parser.parse_args()
     study, search, guide = prepare(args.study)
-    command = [sys.executable, "-m", "colintern.cli", "tune", "--trials", str(args.trials), "--study", args.study]
+    command = [sys.executable, "-m", "colintern.cli", "tune", "--space", str(SPACE)]
+    command += ["--trials", str(args.trials), "--study", args.study]
     others = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(args.workers - 1)]
     codes = [subprocess.run(command).returncode, *(one.wait() for one in others)]
     if any(codes):

@@ -5,11 +5,8 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
-import tempfile
 import time
 import traceback
 from collections import Counter
@@ -20,19 +17,18 @@ import optuna
 import pytest
 from browser import PHONE, program, tab
 from conftest import ROOT
-from processes import FORKS, kill
+from processes import FORKS
 from small_run import OUT, at_step
+from studies import SETTINGS, made, taker, worker
 
+from bench import study as judged
 from colintern.params import UserError, load, write
 from colintern.training import study as told
-from colintern.training.study import pruner
 from colintern.tuning import outcome
-from colintern.tuning.space import BYTES, Search, read
+from colintern.tuning.space import Search, read
 from colintern.tuning.store import Store
-from colintern.tuning.trials import FULL, SLOT, Taken, cause, put_back, take
+from colintern.tuning.trials import SLOT, Taken, cause, put_back, take
 
-SETTINGS = {"seed": 0, "sampler": "tpe", "startup_trials": 3, "pruner": "median", "warmup_epochs": 0}
-SETTINGS["against"] = "none"
 HEAD = "".join(f"{key}: {value}\n" for key, value in SETTINGS.items())
 SPACE = HEAD + "space:\n  lr: {low: 0.001, high: 0.02, log: true}\n  lora_rank: {choices: [8, 16]}\n"
 TWO = HEAD.replace("median", "none").replace("against: none", "against: bytes_per_page")
@@ -59,7 +55,9 @@ def search(tmp_path, monkeypatch) -> Search:
 
 def test_the_repositorys_own_space_fits_its_params(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert {one.key for one in read(values()).space} >= {"lr", "lora_rank", "temperature"}
+    assert {one.key for one in read(values(), Path("tune.yaml")).space} >= {"lr", "lora_rank", "temperature"}
+    wide = {one.key: one for one in read(values(), judged.SPACE).space}
+    assert all(judged.within(wide[key], wide[key].ends, value) for key, value in judged.GUIDE.items())
 
 
 @pytest.mark.parametrize(
@@ -138,36 +136,6 @@ def test_the_winner_is_written_between_the_comments(tmp_path):
 # --- Who takes which trial ---
 
 
-def made(where: Path | str, search: Search, heartbeat: int = 30) -> tuple[Store, optuna.Study]:
-    """The study in a folder, or at an address."""
-    store = Store(where if isinstance(where, str) else f"sqlite:///{where}/a.db", "a", heartbeat)
-    with store.alone():
-        study = optuna.create_study(
-            storage=store.optuna,
-            study_name="a",
-            directions=search.directions,
-            load_if_exists=True,
-            pruner=pruner(search.settings),
-        )
-        study.set_user_attr(told.SETTINGS, search.settings)
-        study.set_user_attr(FULL, {"pool_factor": 1, "dim": 128} if search.against == BYTES else {})
-    return store, study
-
-
-def worker(folder: Path | str, search: Search, total: int) -> None:
-    store, study = made(folder, search)
-    while isinstance(taken := take(study, store, search, total), Taken):
-        study.tell(taken.number, 1 - abs(taken.values["lr"] - 0.006))
-    os._exit(0)
-
-
-def taker(folder: Path | str, search: Search, total: int = 2) -> None:
-    """Takes a trial and is killed."""
-    store, study = made(folder, search, 1)
-    assert isinstance(take(study, store, search, total), Taken)
-    kill()
-
-
 def test_three_workers_make_no_trial_twice_and_none_too_many(tmp_path, search):
     workers = [FORKS.Process(target=worker, args=(tmp_path, search, 12)) for _ in range(3)]
     for one in workers:
@@ -221,10 +189,18 @@ def test_a_resumed_study_goes_on_as_if_never_stopped(tmp_path, search):
 
 
 @pytest.mark.parametrize(
-    "url", ["postgresql+psycopg2://me:marked%40word@127.0.0.1:9/x", "mysql://me:marked%40word@h/x"]
+    ("url", "words"),
+    [
+        (
+            "postgresql+psycopg2://me:marked%40word@127.0.0.1:9/x",
+            "postgresql+psycopg2: write postgresql://..., the driver",
+        ),
+        ("postgresql://me:marked%40word@127.0.0.1:9/x", "cannot be used: OperationalError"),
+        ("mysql://me:marked%40word@h/x", "'mysql' is not valid; such as sqlite:///studies/NAME.db or postgresql://"),
+    ],
 )
-def test_a_storage_that_cannot_be_used_is_named_without_its_password(url):
-    with pytest.raises(UserError, match="--storage: ") as refused:
+def test_a_storage_that_cannot_be_used_is_named_without_its_password(url, words):
+    with pytest.raises(UserError, match=re.escape(f"--storage: {words}")) as refused:
         Store(url, "a", 30)
     assert "marked" not in "".join(traceback.format_exception(refused.value))
 
@@ -402,33 +378,6 @@ def test_the_cause_of_a_failed_trial(text, found):
 # --- PostgreSQL, for several machines ---
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """The address of a server of our own, with a password in it."""
-    pytest.importorskip("psycopg", reason="needs psycopg")
-    initdb = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
-    if initdb is None or (os.getuid() == 0 and shutil.which("runuser") is None):
-        pytest.skip("needs Debian's package postgresql")
-    home = Path(tempfile.mkdtemp(prefix="pg-"))  # a socket's path must be short, and the server's user must see it
-    (home / "password").write_text("marked@word\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    user = ["runuser", "-u", "nobody", "--"] if os.getuid() == 0 else []  # PostgreSQL refuses to be root
-    if user:
-        subprocess.run(["chown", "-R", "nobody", str(home)], check=True)
-    data, options = f"{home}/data", f"-p {port} -c listen_addresses=127.0.0.1 -k {home}"
-
-    def run(name: str, *arguments: str) -> None:
-        subprocess.run([*user, str(initdb.with_name(name)), "-D", data, *arguments], check=True, capture_output=True)
-
-    run("initdb", "-U", "me", f"--pwfile={home}/password", "-A", "scram-sha-256")
-    run("pg_ctl", "-o", options, "-l", f"{home}/log", "-w", "start")
-    yield f"postgresql+psycopg://me:marked%40word@127.0.0.1:{port}/postgres"
-    run("pg_ctl", "-m", "immediate", "stop")
-    shutil.rmtree(home)
-
-
 def test_workers_on_a_postgresql_server(server, tmp_path, search):
     workers = [FORKS.Process(target=worker, args=(server, search, 8)) for _ in range(2)]
     for one in workers:
@@ -437,12 +386,16 @@ def test_workers_on_a_postgresql_server(server, tmp_path, search):
         one.join(120)
     store, study = made(server, search, 1)
     assert Counter(t.state.name for t in study.trials) == {"COMPLETE": 8} and "marked" not in store.shown
-    killed = FORKS.Process(target=taker, args=(server, search, 9))
-    killed.start()
-    killed.join(60)
-    time.sleep(2.5)
-    again = take(study, store, search, 9)
-    assert isinstance(again, Taken) and study.trials[8].params == again.values and again.before == [8]
+    for _ in range(2):  # and its second try
+        killed = FORKS.Process(target=taker, args=(server, search, 9))
+        killed.start()
+        killed.join(60)
+        assert killed.exitcode == -signal.SIGKILL
+        time.sleep(2.5)
+    assert take(study, store, search, 9) == 0, "no third try"
+    first, again = study.trials[8:]
+    assert first.params == again.params and (first.state.name, again.state.name) == ("FAIL", "FAIL")
+    assert [t.user_attrs[SLOT] for t in (first, again)] == [8, 8]
     with pytest.raises(UserError) as refused:
         Store(server.replace("marked", "markedwrong"), "a", 1)
     assert "marked" not in str(refused.value) and "authentication" in str(refused.value)

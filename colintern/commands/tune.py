@@ -21,6 +21,7 @@ STORAGE = "COLINTERN_STORAGE"
 def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--trials", type=_whole, required=True, metavar="N", help="trials of the study, over all its workers and runs")
+    add("--space", type=Path, default=Path("tune.yaml"), metavar="FILE", help="what is searched (default: tune.yaml)")
     add("--study", default="study", metavar="NAME", help="its name: a study of this name goes on (default: study)")
     add(
         "--storage",
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     from colintern.tuning.space import read
 
     values = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(params).items()}
-    search = read(values)
+    search = read(values, args.space)
     if search.against and args.apply:
         raise UserError(
             f"--apply: dev NDCG@5 against {search.against} has a front and no best trial; `dvc exp apply` one"

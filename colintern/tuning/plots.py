@@ -105,10 +105,14 @@ def parallel(rows: Sequence[Any], space: Sequence[Range]) -> str:
         for place, values in enumerate(ends):
             axes.axvline(place, color=FAINT, linewidth=1)
             for height, label in _ticks(space[place] if place < len(space) else None, values):
-                axes.annotate(label, (place, height), (4, -4), textcoords="offset points", fontsize=10)
+                # Clear of the lines: above the axis, below it, and beside it only where a choice is between both.
+                at, words = {1.0: ((0, 5), "bottom"), 0.0: ((0, -5), "top")}.get(height, ((5, 0), "center"))
+                side = "center" if height in (0.0, 1.0) else "left"
+                where: Any = {"textcoords": "offset points", "ha": side, "va": words, "fontsize": 10}
+                axes.annotate(label, (place, height), at, **where)
         axes.set_xticks(range(len(ends)), [*(one.key for one in space), "dev NDCG@5"])
-        axes.set_xlim(-0.15, len(ends) - 0.7)
-        axes.set_ylim(-0.06, 1.06)
+        axes.set_xlim(-0.3, len(ends) - 0.7)
+        axes.set_ylim(-0.1, 1.1)
         axes.set_yticks([])
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)

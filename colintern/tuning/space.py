@@ -11,7 +11,6 @@ from ruamel.yaml.error import YAMLError
 
 from colintern.params import HINTS, LIST, UserError, problems_of
 
-FILE = Path("tune.yaml")
 SCORED = ("fetch-data", "verify", "train")  # the stages that decide the dev score
 # They decide on what it is measured, so that scores under two values of one of them say nothing beside each other.
 MEASURE = {"benchmarks", "dev_queries", "max_bad_fraction", "train_corpus", "train_corpus_revision", "train_data"}
@@ -79,7 +78,7 @@ class Search(NamedTuple):
         return {r.key: {"choices": r.choices} if r.choices else [r.low, r.high, r.log] for r in self.space}
 
 
-def read(params: dict[str, Any], path: Path = FILE) -> Search:
+def read(params: dict[str, Any], path: Path) -> Search:
     """tune.yaml, held against the values of params.yaml and the params of dvc.yaml's stages.
 
     Raises:

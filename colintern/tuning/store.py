@@ -39,7 +39,9 @@ class Store:
         if driver and driver != DRIVERS[kind]:
             raise UserError(f"--storage: {kind}+{driver}: write {kind}://..., the driver here is {DRIVERS[kind]}")
         try:
-            address = make_url(self.url).set(drivername=f"{kind}+{DRIVERS[kind]}")
+            address = make_url(self.url)
+            if kind == "postgresql":  # SQLAlchemy's own choice is psycopg2
+                address = address.set(drivername=f"{kind}+{DRIVERS[kind]}")
             if address.database and kind == "sqlite":  # trials run in another folder
                 file = Path(address.database).absolute()
                 file.parent.mkdir(parents=True, exist_ok=True)
