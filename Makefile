@@ -14,8 +14,8 @@ RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONUNBUFFERED=1
 repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
 	@$(RUN) dvc repro
 
-test: check  ## all tests
-	@$(RUN) python -m pytest
+test: check  ## all tests, a process for each core up to four
+	@$(RUN) python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(ENV)  ## style, types and workflows
 	@$(RUN) ruff check .

@@ -12,6 +12,12 @@ from small_run import fetched, place, whole  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "demo" / "base"
+# Minutes each: several processes share the files between them, and should not end on one of these.
+LONG = ["test_dvc_commands", "test_tune_dvc", "test_hub", "test_evaluate", "test_hub_pipeline", "test_survival"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")
