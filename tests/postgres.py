@@ -19,13 +19,13 @@ INITDB = _initdb()
 
 
 @pytest.fixture
-def server_or_none(request):
+def postgresql_or_none(request):
     """The address of a server, or "" where none is installed: then a study lives in its file."""
-    return request.getfixturevalue("server") if INITDB else ""
+    return request.getfixturevalue("postgresql") if INITDB else ""
 
 
 @pytest.fixture
-def server():
+def postgresql():
     """The address of a PostgreSQL server of our own; its password, `marked@word`, is in it as `marked%40word`."""
     if INITDB is None:
         pytest.skip("needs Debian's package postgresql")

@@ -378,16 +378,16 @@ def test_the_cause_of_a_failed_trial(text, found):
 # --- PostgreSQL, for several machines ---
 
 
-def test_workers_on_a_postgresql_server(server, tmp_path, search):
-    workers = [FORKS.Process(target=worker, args=(server, search, 8)) for _ in range(2)]
+def test_workers_on_a_postgresql_server(postgresql, tmp_path, search):
+    workers = [FORKS.Process(target=worker, args=(postgresql, search, 8)) for _ in range(2)]
     for one in workers:
         one.start()
     for one in workers:
         one.join(120)
-    store, study = made(server, search, 1)
+    store, study = made(postgresql, search, 1)
     assert Counter(t.state.name for t in study.trials) == {"COMPLETE": 8} and "marked" not in store.shown
     for _ in range(2):  # and its second try
-        killed = FORKS.Process(target=taker, args=(server, search, 9))
+        killed = FORKS.Process(target=taker, args=(postgresql, search, 9))
         killed.start()
         killed.join(60)
         assert killed.exitcode == -signal.SIGKILL
@@ -397,6 +397,6 @@ def test_workers_on_a_postgresql_server(server, tmp_path, search):
     assert first.params == again.params and (first.state.name, again.state.name) == ("FAIL", "FAIL")
     assert [t.user_attrs[SLOT] for t in (first, again)] == [8, 8]
     with pytest.raises(UserError) as refused:
-        Store(server.replace("marked", "markedwrong"), "a", 1)
+        Store(postgresql.replace("marked", "markedwrong"), "a", 1)
     assert "marked" not in str(refused.value) and "authentication" in str(refused.value)
     assert refused.value.__cause__ is None and refused.value.__suppress_context__
