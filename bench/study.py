@@ -28,9 +28,10 @@ GUIDE = {"lr": 5e-5, "lora_rank": 32, "lora_dropout": 0.1, "warmup_steps": 100, 
 def prepare(name: str) -> tuple[Any, Any, dict[str, Any]]:
     """The study with its first two trials asked for, what it searches, and the guide's settings."""
     from colintern.tuning.space import read
-    from colintern.tuning.store import Store
+    from colintern.tuning.store import Store, quiet
     from colintern.tuning.studies import open_study
 
+    quiet()
     params = load()
     values = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(params).items()}
     search = read(values, SPACE)

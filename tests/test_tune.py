@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 import traceback
 from collections import Counter
@@ -131,6 +132,12 @@ def test_the_winner_is_written_between_the_comments(tmp_path):
     assert (load(file).lr, load(file).lora_rank, load(file).lr_scheduler) == (0.00123456789, 8, "cosine")
     comments = [line for line in before.splitlines() if line.startswith("#")]
     assert [line for line in file.read_text().splitlines() if line.startswith("#")] == comments
+
+
+def test_the_tuner_imports_no_torch():
+    names = [f"colintern.{name}" for name in ("commands.tune", "tuning.outcome", "tuning.studies", "tuning.trials")]
+    code = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 # --- Who takes which trial ---

@@ -51,19 +51,10 @@ def run(args: argparse.Namespace) -> None:
             f"--apply: dev NDCG@5 against {search.against} has a front and no best trial; `dvc exp apply` one"
         )
     _check(args.study)
-    import logging
-
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    import warnings
-
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    warnings.filterwarnings("ignore", "Heartbeat of storage")  # `Store.alive` gives it, without Study.optimize
-    from colintern.tuning.store import Store
+    from colintern.tuning.store import Store, quiet
     from colintern.tuning.studies import open_study, warm_start
 
+    quiet()
     store = Store(args.storage, args.study, args.heartbeat)
     study = open_study(store, search, params)
     print(f"study {args.study} in {store.shown}")

@@ -1,6 +1,8 @@
 """Where a study is kept: an SQLite file beside what it found, or a database server that several machines see."""
 
+import logging
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,16 @@ FOLDER = Path("studies")
 DRIVERS = {"sqlite": "pysqlite", "postgresql": "psycopg"}  # that come with the environment
 LOCK = 0x636F6C696E7465  # of PostgreSQL's advisory locks: "colinte"
 EXAMPLE = "sqlite:///studies/NAME.db or postgresql://USER:PASSWORD@HOST/DATABASE"
+
+
+def quiet() -> None:
+    """Optuna says nothing of its own: what there is to say is said here."""
+    import optuna
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", "Heartbeat of storage")  # `Store.alive` gives it, without Study.optimize
 
 
 class Store:
