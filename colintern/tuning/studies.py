@@ -11,9 +11,10 @@ from ruamel.yaml import YAML
 from colintern.files.identity import fingerprint, stage_identity
 from colintern.params import Params, UserError
 from colintern.training.study import SETTINGS, pruner
+from colintern.tuning.experiments import experiments, git
 from colintern.tuning.space import BYTES, SCORED, STILL, Search
 from colintern.tuning.store import Store
-from colintern.tuning.trials import EXPERIMENT, FULL, SCORE, experiments, git
+from colintern.tuning.trials import EXPERIMENT, FULL, SCORE
 
 DATA = ("data/",)
 LEFT_OUT = ("metrics/verify.json",)  # a count of what LoRA trains: a searched key may change it
