@@ -280,7 +280,6 @@ def test_a_trial_whose_tuner_is_gone_leaves_a_checkpoint_for_the_second_try(plac
     assert list(study.trials[1].intermediate_values) == [1, 2], "also what was measured before the kill"
     small = study.trials[1].user_attrs[told.MEASURED]
     assert small["vectors_per_page"] == 12 + 16 / 4, "text, and what is left of 16 tokens of a tile"
-    assert 0 < small["dev_ndcg_at_5"] < dev_scores(place.folder)[-1]
 
 
 # --- What is shown ---
