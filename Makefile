@@ -10,7 +10,7 @@ UV := .tools/bin/uv
 ENV := .venv/.installed
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONUNBUFFERED=1
 
-.PHONY: repro test check env lock stale pr-report sensitivity soak image docker-repro sbom image-proof
+.PHONY: repro test check env lock stale pr-report sensitivity study soak image docker-repro sbom image-proof
 
 repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
 	@$(RUN) dvc repro
@@ -48,6 +48,9 @@ pr-report: $(ENV)  ## what HEAD changes against BASE=main, as Markdown: metrics,
 
 sensitivity: $(ENV)  ## how the demo answers to lr, epochs, batch and rank, three seeds (27 runs)
 	@$(RUN) python -m bench.sensitivity
+
+study: repro  ## a study of 20 trials, two workers: what matters, and are the guide's settings in its best quarter
+	@$(RUN) python -m bench.study
 
 soak: $(ENV)  ## kill the pipeline at 100 random moments; the adapter must be that of an undisturbed run each time
 	@$(RUN) python -m bench.soak

@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from PIL import Image, ImageDraw
+from postgres import postgresql, postgresql_or_none  # noqa: F401
 from small_run import fetched, place, whole  # noqa: F401
 
 ROOT = Path(__file__).parents[1]

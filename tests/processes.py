@@ -12,7 +12,10 @@ from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    [f"colintern.{name}" for name in ("training.runs", "modeling.adapters", "evaluation.tasks", "evaluation.subjects")]
+    [
+        *(f"colintern.{name}" for name in ("training.runs", "modeling.adapters", "evaluation.tasks")),
+        *("colintern.evaluation.subjects", "colintern.tuning.studies", "optuna", "sqlalchemy"),
+    ]
 )
 
 Fault = Callable[..., None] | None

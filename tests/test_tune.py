@@ -5,11 +5,9 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
-import tempfile
+import sys
 import time
 import traceback
 from collections import Counter
@@ -20,20 +18,24 @@ import optuna
 import pytest
 from browser import PHONE, program, tab
 from conftest import ROOT
-from processes import FORKS, kill
+from processes import FORKS
 from small_run import OUT, at_step
+from studies import SETTINGS, made, taker, worker
 
+from bench import study as judged
 from colintern.params import UserError, load, write
 from colintern.training import study as told
-from colintern.training.study import pruner
 from colintern.tuning import outcome
 from colintern.tuning.space import Search, read
 from colintern.tuning.store import Store
 from colintern.tuning.trials import SLOT, Taken, cause, put_back, take
 
-SETTINGS = {"seed": 0, "sampler": "tpe", "startup_trials": 3, "pruner": "median", "warmup_epochs": 0}
 HEAD = "".join(f"{key}: {value}\n" for key, value in SETTINGS.items())
 SPACE = HEAD + "space:\n  lr: {low: 0.001, high: 0.02, log: true}\n  lora_rank: {choices: [8, 16]}\n"
+TWO = HEAD.replace("median", "none").replace("against: none", "against: bytes_per_page")
+TWO += (
+    "space:\n  lr: {low: 0.001, high: 0.02, log: true}\n  pool_factor: {low: 1, high: 4}\n  dim: {choices: [32, 128]}\n"
+)
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage", "ignore::optuna.exceptions.ExperimentalWarning")
 
@@ -54,13 +56,19 @@ def search(tmp_path, monkeypatch) -> Search:
 
 def test_the_repositorys_own_space_fits_its_params(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert {one.key for one in read(values()).space} >= {"lr", "lora_rank", "temperature"}
+    assert {one.key for one in read(values(), Path("tune.yaml")).space} >= {"lr", "lora_rank", "temperature"}
+    wide = {one.key: one for one in read(values(), judged.SPACE).space}
+    assert all(judged.within(wide[key], wide[key].ends, value) for key, value in judged.GUIDE.items())
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("learning_rates: {low: 1, high: 2}", "space.learning_rates: unknown key; nearest key: "),
+        (
+            "pool_factor: {choices: [1, 2]}",
+            "with against: bytes_per_page it can be searched",
+        ),
         ("lora_rnk: {low: 1, high: 2}", "nearest key: lora_rank"),
         (
             "pool_factor: {choices: [1, 2]}",
@@ -94,6 +102,13 @@ def test_what_cannot_be_searched_is_refused(tmp_path, monkeypatch, text, words):
         (SPACE.replace("tpe", "tpr"), "sampler: 'tpr' is not valid; it must be tpe or random"),
         (SPACE.replace("pruner: median", "pruner: mean"), "pruner: 'mean' is not valid"),
         (SPACE.replace("seed: 0\n", ""), "seed: missing; it must be a whole number from 0"),
+        (SPACE.replace("none", "bytes"), "against: 'bytes' is not valid; it must be none, bytes_per_page or training_"),
+        (TWO.replace("pruner: none", "pruner: median"), "pruner: 'median' is not valid with against: bytes_per_page"),
+        (
+            TWO[: TWO.index("  pool")],
+            "against: bytes_per_page needs pool_factor, dim or max_visual_tokens in the space",
+        ),
+        (TWO.replace("  lr: {low: 0.001, high: 0.02, log: true}\n", ""), "space: it needs a key that training reads"),
         (SPACE + "trials: 3\n", "trials: unknown key; nearest key: startup_trials"),
         (HEAD, "space: it must be a mapping"),
         ("[1, 2]", "must be a mapping"),
@@ -119,32 +134,13 @@ def test_the_winner_is_written_between_the_comments(tmp_path):
     assert [line for line in file.read_text().splitlines() if line.startswith("#")] == comments
 
 
+def test_the_tuner_imports_no_torch():
+    names = [f"colintern.{name}" for name in ("commands.tune", "tuning.outcome", "tuning.studies", "tuning.trials")]
+    code = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 # --- Who takes which trial ---
-
-
-def made(where: Path | str, search: Search, heartbeat: int = 30) -> tuple[Store, optuna.Study]:
-    """The study in a folder, or at an address."""
-    store = Store(where if isinstance(where, str) else f"sqlite:///{where}/a.db", "a", heartbeat)
-    with store.alone():
-        study = optuna.create_study(
-            storage=store.optuna, study_name="a", direction="maximize", load_if_exists=True, pruner=pruner(SETTINGS)
-        )
-        study.set_user_attr(told.SETTINGS, SETTINGS)
-    return store, study
-
-
-def worker(folder: Path | str, search: Search, total: int) -> None:
-    store, study = made(folder, search)
-    while isinstance(taken := take(study, store, search, total), Taken):
-        study.tell(taken.number, 1 - abs(taken.values["lr"] - 0.006))
-    os._exit(0)
-
-
-def taker(folder: Path | str, search: Search, total: int = 2) -> None:
-    """Takes a trial and is killed."""
-    store, study = made(folder, search, 1)
-    assert isinstance(take(study, store, search, total), Taken)
-    kill()
 
 
 def test_three_workers_make_no_trial_twice_and_none_too_many(tmp_path, search):
@@ -200,10 +196,18 @@ def test_a_resumed_study_goes_on_as_if_never_stopped(tmp_path, search):
 
 
 @pytest.mark.parametrize(
-    "url", ["postgresql+psycopg2://me:marked%40word@127.0.0.1:9/x", "mysql://me:marked%40word@h/x"]
+    ("url", "words"),
+    [
+        (
+            "postgresql+psycopg2://me:marked%40word@127.0.0.1:9/x",
+            "postgresql+psycopg2: write postgresql://..., the driver",
+        ),
+        ("postgresql://me:marked%40word@127.0.0.1:9/x", "cannot be used: OperationalError"),
+        ("mysql://me:marked%40word@h/x", "'mysql' is not valid; such as sqlite:///studies/NAME.db or postgresql://"),
+    ],
 )
-def test_a_storage_that_cannot_be_used_is_named_without_its_password(url):
-    with pytest.raises(UserError, match="--storage: ") as refused:
+def test_a_storage_that_cannot_be_used_is_named_without_its_password(url, words):
+    with pytest.raises(UserError, match=re.escape(f"--storage: {words}")) as refused:
         Store(url, "a", 30)
     assert "marked" not in "".join(traceback.format_exception(refused.value))
 
@@ -237,10 +241,14 @@ def dev_scores(folder: Path) -> list[float]:
 def test_a_trial_reports_each_dev_score_and_ends_on_the_same_bytes(place, whole, tmp_path, search):
     store, study = made(tmp_path, search)
     trial = take(study, store, search, 9)
+    store.optuna.set_trial_user_attr(trial.id, told.SIZE, [1, 128])
     assert place.run(as_trial, store.url, trial.number, os.getpid()) == 0, place.log
     assert place.result() == whole
     reported = study.trials[0].intermediate_values
     assert list(reported) == [1, 2] and list(reported.values()) == dev_scores(place.folder)
+    measured = study.trials[0].user_attrs[told.MEASURED]
+    assert measured["dev_ndcg_at_5"] == round(reported[2], 6), "at full size the same score"
+    assert measured["training_seconds"] > 0 and measured["vectors_per_page"] == 12 + 16
 
 
 def test_a_trial_stops_when_told_and_leaves_nothing(place, tmp_path, search):
@@ -262,6 +270,7 @@ def test_a_trial_stops_when_told_and_leaves_nothing(place, tmp_path, search):
 def test_a_trial_whose_tuner_is_gone_leaves_a_checkpoint_for_the_second_try(place, whole, tmp_path, search):
     store, study = made(tmp_path, search)
     trial, again = take(study, store, search, 9), take(study, store, search, 9)
+    store.optuna.set_trial_user_attr(again.id, told.SIZE, [4, 2])
     tuner = subprocess.Popen(["sleep", "300"])
     assert place.run(as_trial, store.url, trial.number, tuner.pid, 7, partial(gone, tuner.pid)) == 75, place.log
     tuner.wait()
@@ -269,6 +278,8 @@ def test_a_trial_whose_tuner_is_gone_leaves_a_checkpoint_for_the_second_try(plac
     assert place.run(as_trial, store.url, again.number, os.getpid()) == 0, place.log
     assert "resuming from" in place.log and place.result() == whole
     assert list(study.trials[1].intermediate_values) == [1, 2], "also what was measured before the kill"
+    small = study.trials[1].user_attrs[told.MEASURED]
+    assert small["vectors_per_page"] == 12 + 16 / 4, "text, and what is left of 16 tokens of a tile"
 
 
 # --- What is shown ---
@@ -324,6 +335,36 @@ def test_the_page_is_whole_in_a_browser(finished, search, tmp_path, monkeypatch)
             one.picture(tmp_path / f"{name}.png")
 
 
+@pytest.fixture
+def weighed(tmp_path, search):
+    """A study of two objectives: small pages cost score, and lr decides the rest."""
+    (tmp_path / "tune.yaml").write_text(TWO)
+    two = read(values(), tmp_path / "tune.yaml")
+    store, study = made(tmp_path, two)
+    for _ in range(12):
+        taken = take(study, store, two, 12)
+        factor, dim = study.trials[taken.number].user_attrs[told.SIZE]
+        assert (factor, dim) == (taken.values["pool_factor"], taken.values["dim"])
+        score = 0.9 - 0.05 * factor - 0.1 * (dim < 128) - 10 * abs(taken.values["lr"] - 0.006)
+        study.tell(taken.number, [score, 96 / factor * dim * 2])
+    return study, two
+
+
+def test_the_front_is_optunas_and_stands_in_table_file_and_page(weighed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study, two = weighed
+    found = outcome.rows(study)
+    front = [row.number for row in outcome.front(found)]
+    assert sorted(front) == sorted(trial.number for trial in study.best_trials) and 1 < len(front) < 12
+    lines = outcome.table(found, outcome.importance(study, two), two)
+    assert max(map(len, lines)) <= 80 and {int(line[:3]) for line in lines[1:13] if " * " in line} == set(front)
+    page = outcome.write(study, two, Path("studies"))[1].read_text()
+    best = json.loads(Path("optuna_best_params.json").read_text())["front"]
+    assert [row["experiment"] for row in best] == [f"a-{number:03}" for number in front]
+    assert [row["bytes_per_page"] for row in best] == sorted(row["bytes_per_page"] for row in best)
+    assert 'aria-label="Front"' in page and page.count("<td>yes</td>") == len(front)
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
@@ -343,48 +384,25 @@ def test_the_cause_of_a_failed_trial(text, found):
 # --- PostgreSQL, for several machines ---
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """The address of a server of our own, with a password in it."""
-    pytest.importorskip("psycopg", reason="needs psycopg")
-    initdb = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
-    if initdb is None or (os.getuid() == 0 and shutil.which("runuser") is None):
-        pytest.skip("needs Debian's package postgresql")
-    home = Path(tempfile.mkdtemp(prefix="pg-"))  # a socket's path must be short, and the server's user must see it
-    (home / "password").write_text("marked@word\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    user = ["runuser", "-u", "nobody", "--"] if os.getuid() == 0 else []  # PostgreSQL refuses to be root
-    if user:
-        subprocess.run(["chown", "-R", "nobody", str(home)], check=True)
-    data, options = f"{home}/data", f"-p {port} -c listen_addresses=127.0.0.1 -k {home}"
-
-    def run(name: str, *arguments: str) -> None:
-        subprocess.run([*user, str(initdb.with_name(name)), "-D", data, *arguments], check=True, capture_output=True)
-
-    run("initdb", "-U", "me", f"--pwfile={home}/password", "-A", "scram-sha-256")
-    run("pg_ctl", "-o", options, "-l", f"{home}/log", "-w", "start")
-    yield f"postgresql+psycopg://me:marked%40word@127.0.0.1:{port}/postgres"
-    run("pg_ctl", "-m", "immediate", "stop")
-    shutil.rmtree(home)
-
-
-def test_workers_on_a_postgresql_server(server, tmp_path, search):
-    workers = [FORKS.Process(target=worker, args=(server, search, 8)) for _ in range(2)]
+def test_workers_on_a_postgresql_server(postgresql, tmp_path, search):
+    workers = [FORKS.Process(target=worker, args=(postgresql, search, 8)) for _ in range(2)]
     for one in workers:
         one.start()
     for one in workers:
         one.join(120)
-    store, study = made(server, search, 1)
+    store, study = made(postgresql, search, 1)
     assert Counter(t.state.name for t in study.trials) == {"COMPLETE": 8} and "marked" not in store.shown
-    killed = FORKS.Process(target=taker, args=(server, search, 9))
-    killed.start()
-    killed.join(60)
-    time.sleep(2.5)
-    again = take(study, store, search, 9)
-    assert isinstance(again, Taken) and study.trials[8].params == again.values and again.before == [8]
+    for _ in range(2):  # and its second try
+        killed = FORKS.Process(target=taker, args=(postgresql, search, 9))
+        killed.start()
+        killed.join(60)
+        assert killed.exitcode == -signal.SIGKILL
+        time.sleep(2.5)
+    assert take(study, store, search, 9) == 0, "no third try"
+    first, again = study.trials[8:]
+    assert first.params == again.params and (first.state.name, again.state.name) == ("FAIL", "FAIL")
+    assert [t.user_attrs[SLOT] for t in (first, again)] == [8, 8]
     with pytest.raises(UserError) as refused:
-        Store(server.replace("marked", "markedwrong"), "a", 1)
+        Store(postgresql.replace("marked", "markedwrong"), "a", 1)
     assert "marked" not in str(refused.value) and "authentication" in str(refused.value)
     assert refused.value.__cause__ is None and refused.value.__suppress_context__

@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from sqlalchemy.exc import SQLAlchemyError
 from test_dvc_commands import Repo, bare_environment, copy_working_tree, cut_down
 
+from colintern import cli
 from colintern.params import load
 from colintern.training.study import STARTED
 from colintern.tuning.trials import SLOT
@@ -23,6 +24,7 @@ sampler: tpe
 startup_trials: 1
 pruner: none
 warmup_epochs: 0
+against: none
 space:
   lr: {low: 0.001, high: 0.02, log: true}
   lora_rank: {choices: [4, 8]}
@@ -36,10 +38,11 @@ def repo(tmp_path_factory) -> Repo:
     path, home = tmp_path_factory.mktemp("repo"), tmp_path_factory.mktemp("home")
     copy_working_tree(path)
     cut_down(path)
-    for name, old, new in (("params.yaml", "\nepochs: 1\n", "\nepochs: 8\n"),):
-        text = (path / name).read_text()
+    text = (path / "params.yaml").read_text()
+    for old, new in (("\nepochs: 1\n", "\nepochs: 8\n"), ("eval_untrained: true", "eval_untrained: false")):
         assert old in text
-        (path / name).write_text(text.replace(old, new))
+        text = text.replace(old, new)
+    (path / "params.yaml").write_text(text)
     (path / "tune.yaml").write_text(SPACE)
     repo = Repo(path, bare_environment(home) | {"PYTHONPATH": ""})
     repo.output("git init -q -b main")
@@ -101,51 +104,78 @@ def test_every_trial_is_an_experiment_that_repro_reproduces(repo):
     before = lock()
     repo.output("dvc repro -f -s train")
     assert lock() == before and repo.metric("train")["dev_ndcg_at_5"] == trial.value
-    repo.output("git checkout -q . && dvc checkout -q")
-
-
-def test_a_finished_study_runs_nothing_more_and_applies_its_best(repo):
-    output = repo.output(f"{TUNE} --trials 2 --study s --apply")
-    best = max((t for t in trials(repo) if t.state.name == "COMPLETE"), key=lambda t: t.value)
-    assert "lr, lora_rank written" in output and max(map(len, output.splitlines())) < 200
-    assert load(repo.path / "params.yaml").lr == best.params["lr"]
-    repo.output("git checkout -q params.yaml")
-
-
-def test_another_space_is_refused_and_experiments_warm_up_a_new_study(repo):
-    (repo.path / "tune.yaml").write_text(SPACE.replace("0.02", "0.03"))
-    refused = repo.run(f"{TUNE} --trials 3 --study s")
-    assert refused.returncode == 2 and "other values of the space of tune.yaml" in refused.stdout
-    (repo.path / "tune.yaml").write_text(SPACE)
-    text = (repo.path / "params.yaml").read_text()
-    (repo.path / "params.yaml").write_text(text.replace("temperature: 0.02", "temperature: 0.03"))
-    refused = repo.run(f"{TUNE} --trials 3 --study s")
-    assert refused.returncode == 2 and "params.yaml: temperature was 0.02, is 0.03" in refused.stdout
     repo.output("git checkout -q .")
 
 
-def test_u2_where_every_trial_fails_the_cause_is_told_and_params_stay(repo):
+@pytest.fixture
+def tune(repo, monkeypatch, capsys):
+    """The command in this process, for what starts no trial; gives its exit code and what it prints."""
+    monkeypatch.chdir(repo.path)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*words: str) -> tuple[object, str]:
+        try:
+            code: object = cli.main(["tune", "--heartbeat", "3", *words])
+        except SystemExit as stop:
+            code = stop.code
+        return code, "".join(capsys.readouterr())
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+    repo.output("git checkout -q .")
+
+
+def test_a_finished_study_runs_nothing_more_and_applies_its_best(repo, tune):
+    code, output = tune("--trials", "2", "--study", "s", "--apply")
+    best = max((t for t in trials(repo) if t.state.name == "COMPLETE"), key=lambda t: t.value)
+    assert code == 0 and "lr, lora_rank written" in output and max(map(len, output.splitlines())) < 200
+    assert load(repo.path / "params.yaml").lr == best.params["lr"]
+
+
+def test_another_space_is_refused(repo, tune):
+    (repo.path / "tune.yaml").write_text(SPACE.replace("0.02", "0.03"))
+    code, said = tune("--trials", "3", "--study", "s")
+    assert code == 2 and "other values of the space of tune.yaml" in said
+    (repo.path / "tune.yaml").write_text(SPACE)
+    text = (repo.path / "params.yaml").read_text()
+    (repo.path / "params.yaml").write_text(text.replace("temperature: 0.02", "temperature: 0.03"))
+    code, said = tune("--trials", "3", "--study", "s")
+    assert code == 2 and "params.yaml: temperature was 0.02, is 0.03" in said
+
+
+def test_two_objectives_have_no_winner_and_take_no_experiments(repo, tune):
+    (repo.path / "tune.yaml").write_text(SPACE.replace("against: none", "against: training_seconds"))
+    code, said = tune("--trials", "3", "--study", "two", "--apply")
+    assert code == 2 and "--apply: dev NDCG@5 against training_seconds has a front and no best trial" in said
+    code, said = tune("--trials", "3", "--study", "two", "--warm-start")
+    assert code == 2 and "--warm-start: experiments do not tell training_seconds" in said
+
+
+def test_u2_where_every_trial_fails_the_cause_is_told_and_params_stay(repo, postgresql_or_none):
     params = (repo.path / "params.yaml").read_text()
     (repo.path / "tune.yaml").write_text(
         SPACE.replace("lr: {low: 0.001, high: 0.02, log: true}", "batch_size: {choices: [98, 99]}")
     )
-    failed = repo.run(f"{TUNE} --trials 1 --study bad --apply --warm-start")
+    failed = repo.run(f"{TUNE} --trials 1 --study bad --apply --warm-start", COLINTERN_STORAGE=postgresql_or_none)
     assert failed.returncode == 4, failed.stdout
     assert "no trial of 'bad' came to its end; 1 of 1 failed with:\n  error: batch_size: 9" in failed.stdout
     # Those of the study before: they have other values of what this space does not vary.
     assert re.search(r"warm start: 0 experiments added; 2 not, with other ", failed.stdout), failed.stdout
     assert (repo.path / "params.yaml").read_text() == params
+    said = failed.stdout + (repo.path / "logs" / "tune" / "bad-000.log").read_text()
+    assert "marked" not in said and ("postgresql+psycopg://me:***@" in said) == bool(postgresql_or_none)
     repo.output("git checkout -q .")
 
 
-def test_no_identity_and_no_password_in_what_is_said(repo):
-    refused = repo.run(f"{TUNE} --trials 1", COLINTERN_STORAGE="postgresql+psycopg2://me:marked%40word@127.0.0.1:9/x")
-    assert refused.returncode == 2 and "--storage: " in refused.stdout and "marked" not in refused.stdout
-    assert refused.stdout.count("\n") == 1, refused.stdout
+def test_a_storage_that_does_not_answer_is_refused_without_its_password(tune, monkeypatch):
+    monkeypatch.setenv("COLINTERN_STORAGE", "postgresql://me:marked%40word@127.0.0.1:9/x")
+    code, said = tune("--trials", "1")
+    assert code == 2 and "--storage: cannot be used" in said and "marked" not in said
+    assert said.count("\n") == 1, said
 
 
 def until(over, what: str) -> None:
     end = time.monotonic() + 200
     while not over():
         assert time.monotonic() < end, what
-        time.sleep(0.1)
+        time.sleep(0.4)

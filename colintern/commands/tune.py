@@ -21,6 +21,7 @@ STORAGE = "COLINTERN_STORAGE"
 def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--trials", type=_whole, required=True, metavar="N", help="trials of the study, over all its workers and runs")
+    add("--space", type=Path, default=Path("tune.yaml"), metavar="FILE", help="what is searched (default: tune.yaml)")
     add("--study", default="study", metavar="NAME", help="its name: a study of this name goes on (default: study)")
     add(
         "--storage",
@@ -44,21 +45,16 @@ def run(args: argparse.Namespace) -> None:
     from colintern.tuning.space import read
 
     values = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(params).items()}
-    search = read(values)
+    search = read(values, args.space)
+    if search.against and args.apply:
+        raise UserError(
+            f"--apply: dev NDCG@5 against {search.against} has a front and no best trial; `dvc exp apply` one"
+        )
     _check(args.study)
-    import logging
-
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    import warnings
-
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    warnings.filterwarnings("ignore", "Heartbeat of storage")  # `Store.alive` gives it, without Study.optimize
-    from colintern.tuning.store import Store
+    from colintern.tuning.store import Store, quiet
     from colintern.tuning.studies import open_study, warm_start
 
+    quiet()
     store = Store(args.storage, args.study, args.heartbeat)
     study = open_study(store, search, params)
     print(f"study {args.study} in {store.shown}")
@@ -123,6 +119,9 @@ def _tell(study: Any, search: Any, params: Params, apply: bool) -> None:
     print("written: " + ", ".join(map(str, files)))
     best = outcome.complete(found)
     if not best:
+        return
+    if search.against:
+        print("front: " + ", ".join(row.name for row in outcome.front(found)) + "; `dvc exp apply` takes one")
         return
     print(f"best: {best[0].name}, dev NDCG@5 {best[0].score:.4f}; `dvc exp apply {best[0].name} && dvc repro` takes it")
     if apply:

@@ -3,13 +3,16 @@
 Every value is escaped by the template engine, unless it was made here (`Markup`).
 """
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from colintern.reporting.cases import Case
+if TYPE_CHECKING:  # torch, for which a study has no use
+    from colintern.reporting.cases import Case
 
 TEMPLATES = Path(__file__).with_name("templates")
 

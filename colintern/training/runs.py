@@ -35,7 +35,7 @@ from colintern.training.determinism import set_deterministic
 from colintern.training.health import health, line, report, stored
 from colintern.training.pairs import Pairs, rows
 from colintern.training.processes import ALONE, Processes
-from colintern.training.study import Pruned, reporter
+from colintern.training.reporter import Pruned, reporter
 from colintern.training.tracker import Tracker, check_tracker
 from colintern.training.trainer import ContrastiveTrainer, DevSet, NonFiniteError, arguments
 from colintern.training.watch import pace_findings
@@ -81,6 +81,8 @@ def train(params: Params, out: Path, own: Processes = ALONE) -> dict[str, Any]:
             raise Pruned(f"stopped at step {step} of {last}: the study found its dev score too low")
         if step < last:
             raise Interrupted(f"stopped at step {step} of {last}, with a checkpoint; the same command goes on from it")
+        if told:
+            own.first(lambda: told.finish(trainer))
         metrics = own.first(lambda: finish(trainer, params, identity, out))
         own.first(lambda: shutil.rmtree(scratch))
     return metrics

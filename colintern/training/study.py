@@ -1,96 +1,16 @@
-"""A run that is a trial of a study: it reports its dev score to the study, and stops when told.
+"""The study that a run is a trial of, as the tuner and the run both know it: addresses, names, storage, pruner.
 
-`colintern tune` names the study in environment variables, which are no part of the run's identity: the run gives the
-same bytes as one that nobody asked, unless it is stopped.
+`colintern tune` names the study in environment variables, which are no part of the run's identity. Nothing here
+imports torch: the tuner computes nothing.
 """
 
-import os
-import signal
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
-from colintern.params import UserError
-from colintern.training.processes import Processes
-
 STORAGE, STUDY, TRIAL, OWNER = (f"COLINTERN_{name}" for name in ("STUDY_STORAGE", "STUDY", "TRIAL", "TUNER"))
 SETTINGS, STARTED, STOPPED = "settings", "started", "stopped"  # attributes of the study, and of its trials
-
-
-class Pruned(UserError):
-    """The study stopped this trial early; nothing of it is kept. The process exits with 3."""
-
-    exit_code = 3
-
-
-class Reporter(TrainerCallback):
-    """Reports each dev score under the number of the evaluation, from 1, and stops the training when told.
-
-    Only the first of several processes talks to the study; all of them stop. Where the storage cannot be reached the
-    training goes on, with one warning.
-    """
-
-    def __init__(self, processes: Processes):
-        self.processes, self.count, self.stopped, self.silent = processes, 0, False, False
-        if processes.main:
-            self._safely(self._join)
-        threading.Thread(target=_end_with, args=(int(os.environ[OWNER]),), daemon=True).start()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A resumed run reports again what it measured before: its trial may be another one's second try."""
-        for row in state.log_history:
-            if "eval_ndcg_at_5" in row:
-                self._tell(row["eval_ndcg_at_5"])
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        self._tell(metrics["eval_ndcg_at_5"])
-        last = state.global_step >= state.max_steps
-        stop = self.processes.main and not last and bool(self._safely(self._should_stop))
-        if self.processes.any(stop):
-            self.stopped = control.should_training_stop = True
-
-    def _tell(self, score: float) -> None:
-        self.count += 1
-        if self.processes.main:
-            self._safely(lambda: self.trial.report(score, self.count))
-
-    def _join(self) -> None:
-        """The trial, with the pruner that the study was made with."""
-        from optuna import load_study
-        from optuna.trial import Trial
-
-        study = load_study(study_name=os.environ[STUDY], storage=storage(os.environ[STORAGE]))
-        study.pruner = pruner(study.user_attrs[SETTINGS])
-        [found] = [t for t in study.get_trials(deepcopy=False) if t.number == int(os.environ[TRIAL])]
-        self.trial = Trial(study, found._trial_id)
-        self.trial.set_user_attr(STARTED, os.getpid())
-
-    def _should_stop(self) -> bool:
-        if not self.trial.should_prune():
-            return False
-        self.trial.set_user_attr(STOPPED, self.count)
-        return True
-
-    def _safely(self, do: Any) -> Any:
-        from optuna.exceptions import StorageInternalError
-        from sqlalchemy.exc import SQLAlchemyError
-
-        if self.silent:
-            return None
-        try:
-            return do()
-        except (StorageInternalError, SQLAlchemyError) as error:
-            self.silent = True  # the message could name the storage, and with it a password
-            print(f"warning: the study's storage does not answer ({type(error).__name__}); training goes on, unpruned")
-            return None
-
-
-def reporter(processes: Processes) -> Reporter | None:
-    """None where this run is no trial."""
-    return Reporter(processes) if STORAGE in os.environ else None
+SIZE = "size"  # of a trial: [pool_factor, dim] at which its dev score is to be measured as well
+MEASURED = "measured"  # of a trial: {training_seconds, and at that size dev_ndcg_at_5, vectors_per_page}
 
 
 def storage(url: str, **options: Any) -> Any:
@@ -110,13 +30,6 @@ def pruner(settings: dict[str, Any]) -> Any:
     if settings["pruner"] == "hyperband":
         return pruners.HyperbandPruner(min_resource=max(1, settings["warmup_epochs"]))
     return pruners.NopPruner()
-
-
-def _end_with(owner: int) -> None:
-    """SIGTERM to this process once the tuner is gone: a checkpoint, from which the trial's second try goes on."""
-    while alive(owner):
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def alive(pid: int) -> bool:

@@ -12,14 +12,14 @@ from colintern.reporting.plots import FAINT, FIRST, SECOND, svg
 from colintern.tuning.space import Range
 
 
-def history(rows: Sequence[Any]) -> str:
-    """Dev NDCG@5 by trial, and the best so far; hollow where the trial was stopped early."""
+def history(rows: Sequence[Any], one_objective: bool = True) -> str:
+    """Dev NDCG@5 by trial, and of one objective the best so far; hollow where the trial was stopped early."""
 
     def draw(axes: Axes) -> None:
         done = [row for row in rows if row.state == "complete"]
         stopped = [row for row in rows if row.state == "pruned"]
         best = [(row.number, max(r.score for r in done if r.number <= row.number)) for row in done]
-        if best:
+        if best and one_objective:
             numbers, scores = zip(*best, (max(row.number for row in rows), best[-1][1]), strict=True)
             axes.step(numbers, scores, where="post", color=SECOND, linewidth=1.6, label="best so far")
         axes.plot([r.number for r in done], [r.score for r in done], "o", color=FIRST, markersize=6, label="complete")
@@ -33,6 +33,25 @@ def history(rows: Sequence[Any]) -> str:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3)
 
     return svg(draw, "History")
+
+
+def front(rows: Sequence[Any], best: Sequence[Any], against: str) -> str:
+    """All complete trials by both objectives; those on the front are joined, and bear their numbers."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot([r.second for r in rows], [r.score for r in rows], "o", color=FIRST, markersize=6, label="complete")
+        where = [row.second for row in best], [row.score for row in best]
+        axes.step(*where, where="post", color=SECOND, linewidth=1.6, marker="o", markersize=7, label="front")
+        for row in best:
+            axes.annotate(f"{row.number:03}", (row.second, row.score), (4, 6), textcoords="offset points", fontsize=9)
+        axes.set_xlabel(against.replace("_", " ") + (", as float16" if against == "bytes_per_page" else ""))
+        axes.set_ylabel("dev NDCG@5")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.margins(x=0.08)
+        axes.set_ylim(0, 1)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=2)
+
+    return svg(draw, "Front")
 
 
 def importance(weights: dict[str, float]) -> str:
@@ -86,10 +105,14 @@ def parallel(rows: Sequence[Any], space: Sequence[Range]) -> str:
         for place, values in enumerate(ends):
             axes.axvline(place, color=FAINT, linewidth=1)
             for height, label in _ticks(space[place] if place < len(space) else None, values):
-                axes.annotate(label, (place, height), (4, -4), textcoords="offset points", fontsize=10)
+                # Clear of the lines: above the axis, below it, and beside it only where a choice is between both.
+                at, words = {1.0: ((0, 5), "bottom"), 0.0: ((0, -5), "top")}.get(height, ((5, 0), "center"))
+                side = "center" if height in (0.0, 1.0) else "left"
+                where: Any = {"textcoords": "offset points", "ha": side, "va": words, "fontsize": 10}
+                axes.annotate(label, (place, height), at, **where)
         axes.set_xticks(range(len(ends)), [*(one.key for one in space), "dev NDCG@5"])
-        axes.set_xlim(-0.15, len(ends) - 0.7)
-        axes.set_ylim(-0.06, 1.06)
+        axes.set_xlim(-0.3, len(ends) - 0.7)
+        axes.set_ylim(-0.1, 1.1)
         axes.set_yticks([])
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)

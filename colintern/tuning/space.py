@@ -11,7 +11,6 @@ from ruamel.yaml.error import YAMLError
 
 from colintern.params import HINTS, LIST, UserError, problems_of
 
-FILE = Path("tune.yaml")
 SCORED = ("fetch-data", "verify", "train")  # the stages that decide the dev score
 # They decide on what it is measured, so that scores under two values of one of them say nothing beside each other.
 MEASURE = {"benchmarks", "dev_queries", "max_bad_fraction", "train_corpus", "train_corpus_revision", "train_data"}
@@ -19,6 +18,8 @@ MEASURE |= {"train_revision"}
 # They cost time or memory, and change the score by rounding at most.
 STILL = {"attention", "compile", "deterministic", "eval_batch_size", "feature_cache_gb", "gradient_checkpointing"}
 STILL |= {"launch", "logging_steps", "micro_batch_size", "save_steps", "threads", "tracker", "workers"}
+BYTES, SECONDS = "bytes_per_page", "training_seconds"  # what the dev score may be weighed against
+SIZE = {"pool_factor", "dim"}  # keys that decide bytes per page, and on which the score is measured then
 KIND = {key: hint if hint == LIST else (get_args(hint) or (hint,))[0] for key, hint in HINTS.items()}
 RULES = {
     "seed": ("a whole number from 0", lambda v: type(v) is int and v >= 0),
@@ -26,6 +27,7 @@ RULES = {
     "startup_trials": ("a whole number from 1", lambda v: type(v) is int and v >= 1),
     "pruner": ("median, hyperband or none", lambda v: v in ("median", "hyperband", "none")),
     "warmup_epochs": ("a whole number from 0", lambda v: type(v) is int and v >= 0),
+    "against": (f"none, {BYTES} or {SECONDS}", lambda v: v in ("none", BYTES, SECONDS)),
 }
 
 
@@ -54,10 +56,19 @@ class Range(NamedTuple):
 
 
 class Search(NamedTuple):
-    """tune.yaml: `settings` are seed, sampler, pruner and what they take."""
+    """tune.yaml: `settings` are seed, sampler, pruner, what they take, and what the score is weighed against."""
 
     settings: dict[str, Any]
     space: list[Range]
+
+    @property
+    def against(self) -> str:
+        """The second objective, minimised; "" where the dev score is the only one."""
+        return "" if self.settings["against"] == "none" else self.settings["against"]
+
+    @property
+    def directions(self) -> list[Any]:
+        return ["maximize", "minimize"] if self.against else ["maximize"]
 
     def distributions(self) -> dict[str, Any]:
         return {one.key: one.distribution() for one in self.space}
@@ -67,7 +78,7 @@ class Search(NamedTuple):
         return {r.key: {"choices": r.choices} if r.choices else [r.low, r.high, r.log] for r in self.space}
 
 
-def read(params: dict[str, Any], path: Path = FILE) -> Search:
+def read(params: dict[str, Any], path: Path) -> Search:
     """tune.yaml, held against the values of params.yaml and the params of dvc.yaml's stages.
 
     Raises:
@@ -88,9 +99,12 @@ def read(params: dict[str, Any], path: Path = FILE) -> Search:
         problems.append("space: it must be a mapping with at least one key of params.yaml")
         space = {}
     read_by = _read_by()
+    problems += _objective_faults(raw, space)
+    sized = raw.get("against") == BYTES
     found = []
     for key, value in space.items():
-        wrong = _key_fault(str(key), read_by) or _range_fault(str(key), value)
+        wrong = "" if sized and key in SIZE else _key_fault(str(key), read_by)
+        wrong = wrong or _range_fault(str(key), value)
         if wrong:
             problems.append(f"space.{key}: {wrong}")
         else:
@@ -114,6 +128,17 @@ def _raw(path: Path) -> dict[Any, Any]:
     return raw
 
 
+def _objective_faults(raw: dict[Any, Any], space: dict[Any, Any]) -> Iterator[str]:
+    """Of two objectives: there is no order in which trials could be stopped, and the space must move both."""
+    against = raw.get("against")
+    if against in (BYTES, SECONDS) and raw.get("pruner") in ("median", "hyperband"):
+        yield f"pruner: {raw['pruner']!r} is not valid with against: {against}; it must be none, with two objectives"
+    if against == BYTES and space and not space.keys() - SIZE:
+        yield "space: it needs a key that training reads; `colintern evaluate --pool-factor` takes sizes alone"
+    if against == BYTES and not space.keys() & (SIZE | {"max_visual_tokens"}):
+        yield f"against: {BYTES} needs pool_factor, dim or max_visual_tokens in the space, or it is the same everywhere"
+
+
 def _read_by() -> dict[str, set[str]]:
     """The params of each stage of dvc.yaml."""
     stages = YAML(typ="safe", pure=True).load(Path("dvc.yaml"))["stages"]
@@ -129,7 +154,8 @@ def _key_fault(key: str, read_by: dict[str, set[str]]) -> str:
         return f"unknown key; nearest key: {near}"
     if key not in decide:
         readers = ", ".join(stage for stage, keys in read_by.items() if key in keys)
-        return f"no stage that decides the dev score reads it, only {readers}; these are read: {', '.join(can)}"
+        more = f", and with against: {BYTES} it can be searched" if key in SIZE else ""
+        return f"no stage that decides the dev score reads it, only {readers}{more}; these are read: {', '.join(can)}"
     if key in MEASURE:
         return "it decides on what the dev score is measured, so trials could not be compared"
     if key in STILL:

@@ -1,6 +1,8 @@
 """Where a study is kept: an SQLite file beside what it found, or a database server that several machines see."""
 
+import logging
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +14,19 @@ from colintern.params import UserError, root
 from colintern.training.study import storage
 
 FOLDER = Path("studies")
+DRIVERS = {"sqlite": "pysqlite", "postgresql": "psycopg"}  # that come with the environment
 LOCK = 0x636F6C696E7465  # of PostgreSQL's advisory locks: "colinte"
-EXAMPLE = "sqlite:///studies/NAME.db or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
+EXAMPLE = "sqlite:///studies/NAME.db or postgresql://USER:PASSWORD@HOST/DATABASE"
+
+
+def quiet() -> None:
+    """Optuna says nothing of its own: what there is to say is said here."""
+    import optuna
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", "Heartbeat of storage")  # `Store.alive` gives it, without Study.optimize
 
 
 class Store:
@@ -23,7 +36,7 @@ class Store:
         heartbeat: seconds between two signs of life of a worker; after twice that its trial counts as killed.
 
     Raises:
-        UserError: the address is none of SQLite or PostgreSQL, its driver is missing, or nothing answers there.
+        UserError: the address is none of SQLite or PostgreSQL, names another driver, or nothing answers there.
     """
 
     def __init__(self, url: str, study: str, heartbeat: int):
@@ -34,8 +47,13 @@ class Store:
         kind = self.url.partition(":")[0].partition("+")[0]
         if kind not in ("sqlite", "postgresql"):
             raise UserError(f"--storage: {kind!r} is not valid; such as {EXAMPLE}")
+        driver = self.url.partition(":")[0].partition("+")[2]
+        if driver and driver != DRIVERS[kind]:
+            raise UserError(f"--storage: {kind}+{driver}: write {kind}://..., the driver here is {DRIVERS[kind]}")
         try:
             address = make_url(self.url)
+            if kind == "postgresql":  # SQLAlchemy's own choice is psycopg2
+                address = address.set(drivername=f"{kind}+{DRIVERS[kind]}")
             if address.database and kind == "sqlite":  # trials run in another folder
                 file = Path(address.database).absolute()
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -46,12 +64,6 @@ class Store:
             with self.alone(made=False):  # two at once would both make its tables
                 retry = RetryHeartbeatStaleTrialCallback(max_retry=1)
                 self.optuna: Any = storage(self.url, heartbeat_interval=heartbeat, heartbeat_stale_trial_callback=retry)
-        except ImportError as error:
-            driver = "psycopg2" if self.url.startswith("postgresql:") else "psycopg"
-            raise UserError(
-                f"--storage: {kind} needs a driver that is not installed here: `.tools/bin/uv pip install --python "
-                f".venv/bin/python '{driver if driver == 'psycopg2' else 'psycopg[binary]'}'`"
-            ) from error
         except Exception as error:
             words = self.redacted(str(error)).splitlines() or [""]
             raise UserError(f"--storage: cannot be used: {type(error).__name__}: {words[0][:200]}") from None

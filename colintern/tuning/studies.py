@@ -11,9 +11,10 @@ from ruamel.yaml import YAML
 from colintern.files.identity import fingerprint, stage_identity
 from colintern.params import Params, UserError
 from colintern.training.study import SETTINGS, pruner
-from colintern.tuning.space import SCORED, STILL, Search
+from colintern.tuning.experiments import experiments, git
+from colintern.tuning.space import BYTES, SCORED, STILL, Search
 from colintern.tuning.store import Store
-from colintern.tuning.trials import EXPERIMENT, SCORE, experiments, git
+from colintern.tuning.trials import EXPERIMENT, FULL, SCORE
 
 DATA = ("data/",)
 LEFT_OUT = ("metrics/verify.json",)  # a count of what LoRA trains: a searched key may change it
@@ -21,6 +22,7 @@ WORDS = {
     "space": "the space of tune.yaml",
     SETTINGS: "sampler, pruner or seed in tune.yaml",
     "params": "params.yaml",
+    FULL: "params.yaml",
     "data": "the data",
     "code": "the code or its libraries",
 }
@@ -46,6 +48,7 @@ def facts(search: Search, params: Params) -> dict[str, Any]:
         "space": search.facts(),
         SETTINGS: search.settings,
         "params": _fixed({key: getattr(params, key) for key in params.__slots__}, search),
+        FULL: {key: getattr(params, key) for key in ("pool_factor", "dim")} if search.against == BYTES else {},
         "data": fingerprint(data),
         "code": fingerprint({"deps": {k: v for k, v in deps.items() if k not in data}, "of": identity["versions"]}),
     }
@@ -80,7 +83,7 @@ def open_study(store: Store, search: Search, params: Params) -> Any:
         study = optuna.create_study(
             storage=store.optuna,
             study_name=store.study,
-            direction="maximize",
+            directions=search.directions,
             load_if_exists=True,
             pruner=pruner(search.settings),
         )
@@ -109,6 +112,8 @@ def warm_start(study: Any, search: Search, params: Params) -> tuple[int, dict[st
     and for each reason how many were not."""
     import optuna
 
+    if search.against:
+        raise UserError(f"--warm-start: experiments do not tell {search.against}; it needs against: none in tune.yaml")
     here = _lock(Path("dvc.lock").read_text() if Path("dvc.lock").is_file() else "")
     fixed = _fixed({key: getattr(params, key) for key in params.__slots__}, search)
     have = {trial.user_attrs.get(EXPERIMENT) for trial in study.get_trials(deepcopy=False)}

@@ -4,38 +4,26 @@ A trial of the study has a number and an experiment `STUDY-NNN`. Tries of one tr
 trial and its second try count once.
 """
 
-import fcntl
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from colintern.params import override, root
-from colintern.training.study import OWNER, STARTED, STOPPED, STORAGE, STUDY, TRIAL
-from colintern.tuning.space import Search
+from colintern.evaluation.scores import BYTES as NUMBER
+from colintern.training.study import MEASURED, SETTINGS, SIZE, STARTED, STOPPED
+from colintern.tuning.experiments import Taken, children, dvc, experiment, experiments, git
+from colintern.tuning.space import BYTES, Search
 from colintern.tuning.store import Store
 
-SLOT, CAUSE, EXPERIMENT, COMPUTED = "slot", "cause", "experiment", "pages computed"
+SLOT, CAUSE, EXPERIMENT, COMPUTED, CPU = "slot", "cause", "experiment", "pages computed", "CPU seconds"
+FULL = "size"  # of a study: {pool_factor, dim} of params.yaml
 AGAIN = re.compile(
     r"exited with 75|Unable to acquire (?:\w+ )?lock|is busy, it is being blocked"
 )  # not the settings' fault
 SCORE = "dev_ndcg_at_5"  # in metrics/train.json
-
-
-class Taken(NamedTuple):
-    """A trial that this worker runs; `id` is the storage's, `values` its settings, `before` the numbers of its killed
-    tries."""
-
-    number: int
-    id: int
-    values: dict[str, Any]
-    before: list[int]
 
 
 def sampler(search: Search, number: int) -> Any:
@@ -66,10 +54,12 @@ def take(study: Any, store: Store, search: Search, total: int) -> Taken | int:
         study.sampler = sampler(search, len(trials))
         trial = study.ask(search.distributions())
         store.alive(trial._trial_id)
-        for key in (STARTED, STOPPED, EXPERIMENT):  # of the try before
+        for key in (STARTED, STOPPED, EXPERIMENT, MEASURED):  # of the try before
             if key in trial.user_attrs:
                 trial.set_user_attr(key, None)
         trial.set_user_attr(SLOT, trial.user_attrs.get(SLOT, trial.number))
+        if search.against == BYTES:
+            trial.set_user_attr(SIZE, [trial.params.get(key, value) for key, value in study.user_attrs[FULL].items()])
         values = {key: trial.params[key] for key in search.distributions()}
         return Taken(
             trial.number,
@@ -112,7 +102,13 @@ def run(study: Any, store: Store, trial: Taken, log: Path) -> str:
     for number in trial.before:  # its worker was killed when the experiment was there and the study not told
         if (old := f"{study.study_name}-{number:03}") in experiments():
             return f"{name}  {finish(study, store, trial, old)}  was finished by the worker that was killed"
+    used = children()
     code = experiment(store, trial, name, log)
+    if code == 0 and study.user_attrs[SETTINGS]["against"] != "none" and not measured(store, trial):
+        # DVC knew this training, of a trial that differs in the size of its pages alone: it is done again to measure.
+        dvc("exp", "remove", "-q", name)
+        code = experiment(store, trial, name, log, "--force")
+    store.optuna.set_trial_user_attr(trial.id, CPU, round(children() - used, 1))
     text = store.redacted(log.read_text(errors="replace"))
     log.write_text(text)
     try:
@@ -123,6 +119,11 @@ def run(study: Any, store: Store, trial: Taken, log: Path) -> str:
         dvc("exp", "remove", "-q", name)
         return f"{name}  was given to another worker, because nothing was heard of this one; its result is dropped"
     return f"{name}  {words}  {time.monotonic() - start:.0f} s"
+
+
+def measured(store: Store, trial: Taken) -> dict[str, float]:
+    """What the run of a trial told of time and size; {} where there was no run."""
+    return store.optuna.get_trial(trial.id).user_attrs.get(MEASURED) or {}
 
 
 def tell(study: Any, store: Store, trial: Taken, name: str, code: int, text: str) -> str:
@@ -140,17 +141,35 @@ def tell(study: Any, store: Store, trial: Taken, name: str, code: int, text: str
     if AGAIN.search(text):
         put_back(study, trial.number)
         return "put back: stopped from outside"
-    store.optuna.set_trial_user_attr(trial.id, CAUSE, cause(text))
+    return fail(study, store, trial, cause(text))
+
+
+def fail(study: Any, store: Store, trial: Taken, why: str) -> str:
+    from optuna.trial import TrialState
+
+    store.optuna.set_trial_user_attr(trial.id, CAUSE, why)
     study.tell(trial.number, state=TrialState.FAIL)
-    return f"failed    {cause(text)[:200]}"
+    return f"failed    {why[:200]}"
 
 
 def finish(study: Any, store: Store, trial: Taken, name: str) -> str:
-    """Tell the score that is in the metrics of an experiment."""
+    """Tell the score that is in the metrics of an experiment, or both objectives, as its run measured them."""
     score = json.loads(git("show", f"{experiments()[name]}:metrics/train.json"))[SCORE]
     store.optuna.set_trial_user_attr(trial.id, EXPERIMENT, name)
-    study.tell(trial.number, score)
-    return f"complete  {score:.4f}"
+    against = study.user_attrs[SETTINGS]["against"]
+    if against == "none":
+        study.tell(trial.number, score)
+        return f"complete  {score:.4f}"
+    [ran] = [one for one in study.get_trials(deepcopy=False) if one.number == int(name.rpartition("-")[2])]
+    found = ran.user_attrs.get(MEASURED) or {}
+    if against == BYTES and "vectors_per_page" in found:
+        score, second = found[SCORE], found["vectors_per_page"] * ran.user_attrs[SIZE][1] * NUMBER
+    elif against in found:
+        second = found[against]
+    else:  # the storage did not answer, or all steps were made by a try that was killed
+        return fail(study, store, trial, f"{against} was not measured")
+    study.tell(trial.number, [score, second])
+    return f"complete  {score:.4f} at {second:,.0f} {against.replace('_', ' ')}"
 
 
 def cause(text: str) -> str:
@@ -160,76 +179,3 @@ def cause(text: str) -> str:
         if found := [line.strip() for line in lines if re.match(pattern, line)]:
             return found[-1] if pattern != r"ERROR: \S" else found[0]
     return lines[-1].strip() if lines else "it said nothing"
-
-
-def experiment(store: Store, trial: Taken, name: str, log: Path) -> int:
-    """`dvc exp run --temp` of the train stage with the trial's settings; its exit code. What it prints goes to `log`.
-
-    While it runs the storage gets signs of life. Of this repository's workers one at a time starts an experiment: DVC
-    stashes in the workspace, and takes the first stash it finds. DVC holds that lock too, so that it outlives a worker
-    that is killed; DVC itself is left alone then, and the train stage notices (`training.study`).
-    """
-    told = {STORAGE: store.url, STUDY: store.study, TRIAL: str(trial.number), OWNER: str(os.getpid())}
-    changes = [part for key, value in trial.values.items() for part in ("-S", override(key, value))]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    lock = root() / ".scratch" / "tune-start.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as held, log.open("wb") as output:
-        while not _locked(held):
-            wait(0.5, store, trial)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dvc", "exp", "run", "--temp", "-q", *changes, "--name", name, "train"],
-            env=environment() | told,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is this process's affair
-            pass_fds=[held.fileno()],
-        )
-        started = False
-        while process.poll() is None:
-            wait(0.5, store, trial)
-            if not started and STARTED in store.optuna.get_trial(trial.id).user_attrs:
-                started = True
-                fcntl.flock(held, fcntl.LOCK_UN)
-        fcntl.flock(held, fcntl.LOCK_UN)
-    return process.returncode
-
-
-LAST = {"beat": 0.0}
-
-
-def wait(seconds: float, store: Store, trial: Taken) -> None:
-    """Sleep; a sign of life where one is due."""
-    if time.monotonic() - LAST["beat"] > store.heartbeat / 2:
-        store.alive(trial.id)
-        LAST["beat"] = time.monotonic()
-    time.sleep(seconds)
-
-
-def _locked(file: Any) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def environment() -> dict[str, str]:
-    """With this interpreter first in PATH: a stage's command is `python -m ...`."""
-    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-
-
-def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def dvc(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "dvc", *arguments], env=environment(), capture_output=True)
-
-
-def experiments() -> dict[str, str]:
-    """{name: ref} of the repository's DVC experiments."""
-    refs = git("for-each-ref", "--format=%(refname)", "refs/exps/").splitlines()
-    found = (re.fullmatch(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)", one) for one in refs)
-    return {one[1]: one[0] for one in found if one}

@@ -1,0 +1,104 @@
+"""DVC's part of a trial: the experiment is started, watched over, found again and removed."""
+
+import fcntl
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from colintern.params import override, root
+from colintern.training.study import OWNER, STARTED, STORAGE, STUDY, TRIAL
+from colintern.tuning.store import Store
+
+
+class Taken(NamedTuple):
+    """A trial that this worker runs; `id` is the storage's, `values` its settings, `before` the numbers of its killed
+    tries."""
+
+    number: int
+    id: int
+    values: dict[str, Any]
+    before: list[int]
+
+
+def experiment(store: Store, trial: Taken, name: str, log: Path, *options: str) -> int:
+    """`dvc exp run --temp` of the train stage with the trial's settings; its exit code. What it prints goes to `log`.
+
+    While it runs the storage gets signs of life. Of this repository's workers one at a time starts an experiment: DVC
+    stashes in the workspace, and takes the first stash it finds. DVC holds that lock too, so that it outlives a worker
+    that is killed; DVC itself is left alone then, and the train stage notices (`training.study`).
+    """
+    told = {STORAGE: store.url, STUDY: store.study, TRIAL: str(trial.number), OWNER: str(os.getpid())}
+    changes = [part for key, value in trial.values.items() for part in ("-S", override(key, value))]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    lock = root() / ".scratch" / "tune-start.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as held, log.open("wb") as output:
+        while not _locked(held):
+            wait(0.5, store, trial)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dvc", "exp", "run", "--temp", "-q", *options, *changes, "--name", name, "train"],
+            env=environment() | told,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is this process's affair
+            pass_fds=[held.fileno()],
+        )
+        started = False
+        while process.poll() is None:
+            wait(0.5, store, trial)
+            if not started and STARTED in store.optuna.get_trial(trial.id).user_attrs:
+                started = True
+                fcntl.flock(held, fcntl.LOCK_UN)
+        fcntl.flock(held, fcntl.LOCK_UN)
+    return process.returncode
+
+
+LAST = {"beat": 0.0}
+
+
+def wait(seconds: float, store: Store, trial: Taken) -> None:
+    """Sleep; a sign of life where one is due."""
+    if time.monotonic() - LAST["beat"] > store.heartbeat / 2:
+        store.alive(trial.id)
+        LAST["beat"] = time.monotonic()
+    time.sleep(seconds)
+
+
+def _locked(file: Any) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def environment() -> dict[str, str]:
+    """With this interpreter first in PATH: a stage's command is `python -m ...`."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def dvc(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", *arguments], env=environment(), capture_output=True)
+
+
+def experiments() -> dict[str, str]:
+    """{name: ref} of the repository's DVC experiments."""
+    refs = git("for-each-ref", "--format=%(refname)", "refs/exps/").splitlines()
+    found = (re.fullmatch(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)", one) for one in refs)
+    return {one[1]: one[0] for one in found if one}
+
+
+def children() -> float:
+    """CPU-seconds of the processes that this one has waited for, and of theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
