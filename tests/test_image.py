@@ -11,7 +11,7 @@ from importlib.metadata import distribution, version
 from pathlib import Path
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = sorted(ROOT.glob("docker/*.txt"))
@@ -142,7 +142,7 @@ def test_shell_scripts_pass_shellcheck() -> None:
 
 
 def compose() -> dict:
-    return yaml.safe_load((ROOT / "compose.yaml").read_text())
+    return YAML(typ="safe").load((ROOT / "compose.yaml").read_text())
 
 
 def makefile(target: str) -> str:
