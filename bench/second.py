@@ -1,11 +1,13 @@
-"""What a second experiment costs: train + eval of `dvc exp run -S lr=...` after a `dvc repro` on the demo.
+"""What a second experiment costs after a `dvc repro` on the demo, and what a search costs.
 
-    python -m bench.second
+    python -m bench.second [--trials 10]
 
 A clone of HEAD in a temporary folder, the environment of the caller, an empty feature cache. The tower's work is done
-once, by the first run; what is left of the second is what the cache cannot save. Ends with a line RESULT.
+once, by the first run; what is left of `dvc exp run -S lr=...` (train and eval) is what the cache cannot save. With
+--trials, `colintern tune` in its stead, against the whole of the first run. Ends with a line RESULT.
 """
 
+import argparse
 import json
 import os
 import re
@@ -27,9 +29,10 @@ WHO = {
 
 
 class Cost(NamedTuple):
-    """Seconds of the clock by stage, CPU-seconds of the whole command, and train's own measures."""
+    """Seconds of the clock by stage and of the whole command, its CPU-seconds, and train's own measures."""
 
     stages: dict[str, float]
+    all: float
     cpu: float
     steps: dict[str, float]
 
@@ -39,8 +42,8 @@ class Cost(NamedTuple):
 
 
 def run(command: list[str], folder: Path, env: dict[str, str]) -> Cost:
-    """Run a command of DVC's and take the time of its stages from the moments at which it names them."""
-    before, marks = resource.getrusage(resource.RUSAGE_CHILDREN), []
+    """Run a command and take the time of DVC's stages from the moments at which it names them."""
+    start, before, marks = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN), []
     print(f"$ {' '.join(command)}", flush=True)
     process = subprocess.Popen(
         command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -56,24 +59,14 @@ def run(command: list[str], folder: Path, env: dict[str, str]) -> Cost:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     timing = folder / "logs" / "train-timing.json"
     return Cost(
-        {name: end - at for (name, at), end in zip(marks, ends, strict=True)},
+        {name: end - at for (name, at), end in zip(marks, ends[: len(marks)], strict=True)},
+        time.monotonic() - start,
         after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         json.loads(timing.read_text()) if timing.is_file() else {},
     )
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as top:
-        clone = Path(top) / "clone"
-        subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
-        (clone / "dvc.lock").unlink(missing_ok=True)  # its outs are not in this clone's cache
-        env = os.environ | WHO | {"PYTHONPATH": str(clone), "PYTHONUNBUFFERED": "1"}
-        dvc = [sys.executable, "-m", "dvc"]
-        run([*dvc, "repro", "fetch-data", "verify"], clone, env)
-        first = run([*dvc, "repro"], clone, env)
-        subprocess.run(["git", "add", "--all"], cwd=clone, env=env, check=True)
-        subprocess.run(["git", "commit", "-qm", "first"], cwd=clone, env=env, check=True)
-        second = run([*dvc, "exp", "run", "-S", f"lr={LR}"], clone, env)
+def compare(first: Cost, second: Cost) -> None:
     print("\n             first   second")
     for stage in ("train", "eval"):
         print(f"{stage:9} {first.stages[stage]:7.1f} s {second.stages[stage]:6.1f} s")
@@ -85,6 +78,31 @@ def main() -> None:
         f"RESULT ratio={ratio:.3f} first_seconds={first.seconds:.1f} second_seconds={second.seconds:.1f} "
         f"cpu_ratio={second.cpu / first.cpu:.3f}"
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=0, help="of a search; 0: one more experiment")
+    trials = parser.parse_args().trials
+    with tempfile.TemporaryDirectory() as top:
+        clone = Path(top) / "clone"
+        subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+        (clone / "dvc.lock").unlink(missing_ok=True)  # its outs are not in this clone's cache
+        env = os.environ | WHO | {"PYTHONPATH": str(clone), "PYTHONUNBUFFERED": "1"}
+        dvc = [sys.executable, "-m", "dvc"]
+        begin = run([*dvc, "repro", "fetch-data", "verify"], clone, env)
+        first = run([*dvc, "repro"], clone, env)
+        subprocess.run(["git", "add", "--all"], cwd=clone, env=env, check=True)
+        subprocess.run(["git", "commit", "-qm", "first"], cwd=clone, env=env, check=True)
+        if trials:
+            search = run([sys.executable, "-m", "colintern.cli", "tune", "--trials", str(trials)], clone, env)
+            seconds, cpu = begin.all + first.all, begin.cpu + first.cpu
+            print(
+                f"RESULT trials={trials} ratio={search.all / seconds:.2f} cpu_ratio={search.cpu / cpu:.2f} "
+                f"first_seconds={seconds:.1f} search_seconds={search.all:.1f}"
+            )
+        else:
+            compare(first, run([*dvc, "exp", "run", "-S", f"lr={LR}"], clone, env))
 
 
 if __name__ == "__main__":
