@@ -8,6 +8,8 @@ PYTHON ?= python3
 CMD ?= dvc repro
 UV := .tools/bin/uv
 ENV := .venv/.installed
+# Where it is set, each process compiles torch and all else anew: 8 seconds each time.
+unexport PYTHONDONTWRITEBYTECODE
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONUNBUFFERED=1
 
 .PHONY: repro test check env lock stale pr-report sensitivity study soak image docker-repro sbom image-proof

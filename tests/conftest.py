@@ -14,7 +14,13 @@ from small_run import fetched, place, whole  # noqa: F401
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "demo" / "base"
 # Minutes each: several processes share the files between them, and should not end on one of these.
-LONG = ["test_dvc_commands", "test_tune_dvc", "test_hub", "test_evaluate", "test_hub_pipeline", "test_survival"]
+LONG = [
+    f"test_{name}"
+    for name in (
+        *("tune_dvc", "dvc_commands", "evaluate", "survival", "hub", "verify", "cluster", "hub_pipeline", "negatives"),
+        *("remotes", "costs", "doctor", "recommend", "checkpoints", "pr", "demo", "adapters", "report"),
+    )
+]
 
 
 def pytest_collection_modifyitems(items):
