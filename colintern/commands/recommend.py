@@ -38,11 +38,6 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--write: {what}; see `colintern recipe` for another base")
     data, rows, pages = _data(args, params)
     memory = _memory(args.gpu_memory)
-    import logging
-    import warnings
-
-    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
-    logging.disable(logging.WARNING)
     import torch
 
     from colintern.modeling.bases import config
