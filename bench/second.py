@@ -93,7 +93,7 @@ def main() -> None:
         begin = run([*dvc, "repro", "fetch-data", "verify"], clone, env)
         first = run([*dvc, "repro"], clone, env)
         subprocess.run(["git", "add", "--all"], cwd=clone, env=env, check=True)
-        subprocess.run(["git", "commit", "-qm", "first"], cwd=clone, env=env, check=True)
+        subprocess.run(["git", "commit", "-qm", "first", "--allow-empty"], cwd=clone, env=env, check=True)
         if trials:
             search = run([sys.executable, "-m", "colintern.cli", "tune", "--trials", str(trials)], clone, env)
             seconds, cpu = begin.all + first.all, begin.cpu + first.cpu
