@@ -17,7 +17,18 @@ BASE = ROOT / "demo" / "base"
 LONG = [
     f"test_{name}"
     for name in (
-        *("tune_dvc", "dvc_commands", "evaluate", "survival", "hub", "verify", "cluster", "hub_pipeline", "negatives"),
+        *(
+            "tune_dvc",
+            "tutorial",
+            "dvc_commands",
+            "evaluate",
+            "survival",
+            "hub",
+            "verify",
+            "cluster",
+            "hub_pipeline",
+            "negatives",
+        ),
         *("remotes", "costs", "doctor", "recommend", "checkpoints", "pr", "demo", "adapters", "report"),
     )
 ]
