@@ -14,28 +14,13 @@ from small_run import fetched, place, whole  # noqa: F401
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "demo" / "base"
 # Minutes each: several processes share the files between them, and should not end on one of these.
-LONG = [
-    f"test_{name}"
-    for name in (
-        *(
-            "tune_dvc",
-            "tutorial",
-            "dvc_commands",
-            "evaluate",
-            "survival",
-            "hub",
-            "verify",
-            "cluster",
-            "hub_pipeline",
-            "negatives",
-        ),
-        *("remotes", "costs", "doctor", "recommend", "checkpoints", "pr", "demo", "adapters", "report"),
-    )
-]
+LONG = """tune_dvc tutorial dvc_commands evaluate survival hub verify cluster hub_pipeline negatives remotes costs doctor
+recommend checkpoints pr demo adapters report""".split()
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    order = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="session")

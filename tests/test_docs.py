@@ -1,6 +1,6 @@
 """The documentation held against the code: commands, their options, links, files, tests and messages it names.
 
-Cheap commands are run, as they stand, in a copy of the tracked files, and so are the tutorial's (test_tutorial.py); every
+Cheap commands are run, as they stand, in a copy of the tracked files, and test_tutorial.py runs the tutorial's; every
 other one must at least be one that its program would take. A command outside both is in `NOT_RUN`, with the reason.
 """
 
@@ -39,7 +39,7 @@ NOT_RUN = {  # program of all others, and why they are parsed only
     "make": "sets up an environment over the network, or takes minutes",
     "dvc": "trains; tests/test_dvc_commands.py runs them on a smaller demo",
     "python": "a measurement, or a download: minutes",
-    "colintern": "tests/test_tutorial.py runs the tutorial's; others need a GPU or the hub, or are run by their own tests",
+    "colintern": "needs a run, a GPU or the hub; tests/test_tutorial.py has the tutorial's, the others their own tests",
     "wandb": "needs W&B",
     "hf": "needs the hub",
     "nvidia-smi": "needs a GPU",
