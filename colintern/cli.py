@@ -5,7 +5,9 @@ slow to import inside `run`, so that `--help` answers at once.
 """
 
 import argparse
+import os
 import pkgutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -16,10 +18,15 @@ from colintern.params import exit_on_user_error
 
 @exit_on_user_error()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; the exit code: 0, or 2 for bad input (raised as SystemExit)."""
+    """Run one subcommand; the exit code: 0, or 2 for bad input (raised as SystemExit), 141 where nobody reads on."""
     args = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], None] = args.run
-    run(args)
+    try:
+        run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has what it wanted; Python would try once more at its exit, and say so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     return 0
 
 

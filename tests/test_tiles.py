@@ -1,6 +1,10 @@
 import doctest
+import os
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 import colintern.tiles
 from colintern.tiles import Grid, choose_grid
@@ -39,3 +43,13 @@ def test_landscape_is_portrait_turned():
 def test_impossible_input_is_refused(bad):
     with pytest.raises(ValueError, match="at least"):
         choose_grid(**bad, tile=448)
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    """`colintern tiles 1240 1754 | true`, whose reader is gone."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "colintern.cli", "tiles", "1240", "1754"]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
