@@ -5,7 +5,7 @@ import re
 
 import pytest
 from pdf_writer import write_pdf
-from test_docs import ROOT, fenced
+from test_docs import AFTER_FETCH, ROOT, RUN, fenced, of
 from test_dvc_commands import Repo, bare_environment, copy_working_tree, cut_down
 
 PAGE = ROOT / "docs" / "tutorial.md"
@@ -75,3 +75,10 @@ def test_the_everyday_commands_that_need_a_run(repo):
     for command in README:
         assert re.search(rf"^{re.escape(command)} ?(\s*#|; |$)|; {re.escape(command)}\b", text, re.M), command
         assert repo.output(command)
+
+
+def test_every_subcommand_that_a_page_names_is_run():
+    run = [*RUN, *AFTER_FETCH, *README, *(line for line in lines() if line not in ELSEWHERE)]
+    subcommands = {line.split()[1] for line in run if line.startswith("colintern ")}
+    named = {command.words[1] for command in of("colintern")} - {"NAME"}
+    assert named - subcommands == {"tune"}, "test_tune_dvc.py runs it, with a small space"
