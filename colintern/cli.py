@@ -7,6 +7,7 @@ slow to import inside `run`, so that `--help` answers at once.
 import argparse
 import os
 import pkgutil
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -24,10 +25,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(args)
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has what it wanted; Python would try once more at its exit, and say so
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:
+        if not _unread():  # a pipe of its own
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would try once more at its exit, and say so
         return 128 + signal.SIGPIPE
     return 0
+
+
+def _unread() -> bool:
+    """Whether the reader of standard output is gone: `| head` has what it wanted."""
+    output = select.poll()
+    output.register(1, 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 import colintern.tiles
+from colintern.cli import main
 from colintern.tiles import Grid, choose_grid
 
 A4 = (1240, 1754)
@@ -53,3 +54,14 @@ def test_a_reader_that_has_enough_is_no_error():
     done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_of_a_commands_own_is_told(monkeypatch):
+    from colintern.commands import tiles
+
+    def run(args):
+        raise BrokenPipeError("a loader's")
+
+    monkeypatch.setattr(tiles, "run", run)
+    with pytest.raises(BrokenPipeError, match="a loader's"):
+        main(["tiles", "1240", "1754"])
