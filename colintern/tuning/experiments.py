@@ -30,7 +30,7 @@ def experiment(store: Store, trial: Taken, name: str, log: Path, *options: str) 
 
     While it runs the storage gets signs of life. Of this repository's workers one at a time starts an experiment: DVC
     stashes in the workspace, and takes the first stash it finds. DVC holds that lock too, so that it outlives a worker
-    that is killed; DVC itself is left alone then, and the train stage notices (`training.study`).
+    that is killed; DVC itself is left alone then, and the train stage notices (`training.reporter`).
     """
     told = {STORAGE: store.url, STUDY: store.study, TRIAL: str(trial.number), OWNER: str(os.getpid())}
     changes = [part for key, value in trial.values.items() for part in ("-S", override(key, value))]
