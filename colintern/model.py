@@ -208,10 +208,12 @@ def read_head(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def attention_kernel(choice: str, dtype: str) -> str:
-    """transformers' name for `choice`: `auto` is flash_attention_2 where it can be used, else sdpa.
+    """transformers' name for a `choice` that is no kernel of the hub: `auto` is flash_attention_2 where it can be used,
+    else sdpa.
 
     It can where it is installed, on CUDA, in bfloat16: its kernels know no float32.
     """
+    assert "/" not in choice, f"{choice}: transformers would load what the hub's cache has, see modeling/attention.py"
     if choice != "auto":
         return choice
     usable = torch.cuda.is_available() and dtype == "bfloat16" and find_spec("flash_attn")

@@ -75,6 +75,11 @@ POSITIVE = Rule("above 0", lambda value: value > 0)
 FILLED = Rule("not empty", lambda value: bool(value.strip()))
 REVISION = Rule('40 hex digits, or ""', lambda value: re.fullmatch(r"([0-9a-f]{40})?", value) is not None)
 MIXTURE = Rule("a data set, or several different ones as `a*2 + b`, weights from 1", lambda text: bool(mixture(text)))
+ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
+KERNEL = Rule(
+    f"one of {', '.join(ATTENTION)}, or a kernel repository of the hub at a commit, OWNER/NAME@<40 hex digits>",
+    lambda value: value in ATTENTION or kernel_at(value) is not None,
+)
 LAUNCH = Rule("auto, or 1 or more", lambda value: value == "auto" if isinstance(value, str) else value > 0)
 PATTERN = Rule("a regular expression that compiles (any text is .* in it, not *)", _compiles)
 
@@ -97,7 +102,7 @@ class Params:
     max_visual_tokens: Annotated[int, between(1, 65536)]
     max_query_tokens: Annotated[int, between(8, 4096)]
     dtype: Annotated[str, one_of("float32", "bfloat16")]
-    attention: Annotated[str, one_of("auto", "sdpa", "eager", "flash_attention_2")]
+    attention: Annotated[str, KERNEL]
     gradient_checkpointing: bool
     compile: bool
     launch: Annotated[int | str, LAUNCH]
@@ -314,6 +319,12 @@ def _cross_problems(good: dict[str, Any]) -> list[str]:
 def on_hub(name: str) -> bool:
     """Whether a base or data set is a hub id: it looks like one, and no such folder is in the repository."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not (root() / name).is_dir()
+
+
+def kernel_at(attention: str) -> tuple[str, str] | None:
+    """Hub id and commit of the kernel repository that `attention` names; None where it names none."""
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})", attention)
+    return (found[1], found[2]) if found else None
 
 
 def at_commit(key: str, text: str, hint: str = "") -> tuple[str, str]:

@@ -38,7 +38,9 @@ def main() -> None:
     index.write(usable(seen))
     Path(MANIFEST).write_text(dumps(manifest))
     print(f"{len(bad)} of {sum(rows.values())} rows in {QUARANTINE}")
-    named = [("base", manifest["base"]), *(("train", part) for part in manifest["train"])]
+    named = [("base", manifest["base"])]
+    named += [("kernel", manifest["kernel"])] if manifest["kernel"] else []
+    named += [*(("train", part) for part in manifest["train"])]
     for name, part in [*named, *manifest["evaluation"].items()]:
         size = sum(file["size"] for file in part["files"].values())
         print(f"{name:<31.31} {part['folder']:<27.27} {len(part['files']):>3} files {size / 1e6:>7.1f} MB")

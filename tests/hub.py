@@ -137,10 +137,10 @@ class Handler(BaseHTTPRequestHandler):
             if f"/{old}/" in path:
                 return self.send(307, b"", {"Location": self.path.replace(old, new)})
         routes: list[tuple[str, Callable[..., None]]] = [
-            (r"/api/(model|dataset)s/([^/]+/[^/]+)/tree/([^/]+)", self.tree),
-            (r"/api/(model|dataset)s/([^/]+/[^/]+)/revision/([^/]+)", self.info),
-            (r"/api/(model|dataset)s/([^/]+/[^/]+)/xet-read-token/([^/]+)", self.xet_token),
-            (r"/(?:(dataset)s/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve),
+            (r"/api/(model|dataset|kernel)s/([^/]+/[^/]+)/tree/([^/]+)", self.tree),
+            (r"/api/(model|dataset|kernel)s/([^/]+/[^/]+)/revision/([^/]+)", self.info),
+            (r"/api/(model|dataset|kernel)s/([^/]+/[^/]+)/xet-read-token/([^/]+)", self.xet_token),
+            (r"/(?:(dataset|kernel)s/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve),
             (r"/cdn/([0-9a-f]{64})", self.blob),
         ]
         for pattern, handle in routes:

@@ -47,7 +47,7 @@ def trained(top: Path, processor, pages, **changes) -> Path:
         dev, pairs = DevSet(rows, features), Pairs(rows, features)
         args = arguments(params, top / "run", quiet=True)
         trainer = ContrastiveTrainer(params, processor, dev, model=wrapped, args=args, train_dataset=pairs)
-        identity |= origin(trainer)
+        identity |= origin(trainer, params)
         trainer.train()
         finish(trainer, params, identity, top / "adapter")
     return top

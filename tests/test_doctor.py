@@ -18,7 +18,7 @@ from colintern.modeling.bases import preset
 from colintern.params import UserError, load
 from colintern.planning.doctor import CHECKS, FAIL, PASS, WARN, Facts, examined, facts_for, hold
 from colintern.planning.machine import Machine, _memory, cpu_bf16, machine
-from colintern.planning.surroundings import AROUND, Surroundings, hub_repos, surroundings
+from colintern.planning.surroundings import AROUND, Surroundings, _asked, hub_repos, surroundings
 
 DEMO, RECIPE = (load(ROOT / "recipes" / f"{name}.yaml") for name in ("demo", "internvl3_5-1b"))
 GPU = Machine(1, "580.95.05", "2.13.0", "13.0", "NVIDIA A100", 80 << 30, False, True, True, 60 << 30, 10**12, 0)
@@ -302,3 +302,18 @@ def test_pages_by_number_come_from_a_repository_of_their_own(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     params = dataclasses.replace(RECIPE, train_corpus="someone/pages", train_corpus_revision="c" * 40)
     assert [repo.key for repo in hub_repos(params)] == ["base", "train_data", "train_corpus"]
+
+
+def test_a_kernel_of_the_hub_is_among_what_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "base").mkdir()
+    params = dataclasses.replace(DEMO, base="base", attention=f"someone/kernel@{'c' * 40}")
+    [(repo, files)] = hub_repos(params).items()
+    assert (repo, files) == (("attention", "someone/kernel", "c" * 40, "kernel"), None)
+    with running() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", hub.url)
+        assert "'someone/kernel' is not a kernel on the hub" in _asked(repo)
+        hub.add("kernel", "someone/kernel", "c" * 40, {})
+        assert _asked(repo) == ""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from transformers.utils import is_kernels_available
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 PLANTED = "".join(("AKIA", "Z7Q3K5W2N8R4T6Y1"))  # looks like a key of AWS; in two parts, else our own check finds it
@@ -67,6 +68,16 @@ def test_code_of_a_hub_repository_is_never_run():
         or (isinstance(node, ast.Constant) and node.value == "trust_remote_code")
     ]
     assert not asked
+
+
+def test_kernels_of_the_hub_come_from_checked_folders_alone():
+    files = [file for folder in ("colintern", "stages", "bench") for file in (ROOT / folder).rglob("*.py")]
+    using = [file for file in files if re.search(r"(?m)^\s*(from|import) kernels\b", file.read_text())]
+    assert using == [ROOT / "colintern" / "files" / "kernels.py"]
+    words = set(re.findall(r"\w+", using[0].read_text()))
+    assert "get_local_kernel" in words
+    assert not words & {"get_kernel", "get_locked_kernel", "load_kernel", "install_kernel", "has_kernel"}
+    assert not is_kernels_available(), "transformers would load kernels that no commit pins"
 
 
 # --- The lock ---

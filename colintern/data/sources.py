@@ -12,7 +12,9 @@ from colintern.data.images import png_bytes
 from colintern.data.own import Own, make
 from colintern.data.survey import SPLITS, Part
 from colintern.data.trainset import POSITIVES, asked, by_number
+from colintern.files.hub import Choice
 from colintern.files.hub_errors import Repo
+from colintern.files.kernels import fitting
 from colintern.files.manifest import (
     BASE_SUFFIXES,
     BEIR_SUFFIXES,
@@ -25,7 +27,7 @@ from colintern.files.manifest import (
     local_file,
     local_files,
 )
-from colintern.params import Params, UserError, mixture, on_hub, root
+from colintern.params import Params, UserError, kernel_at, mixture, on_hub, root
 
 DEMO = "demo"
 DEMO_SEED = 0  # of the corpus; the training seed is params.seed, so that seeds are compared on the same pages
@@ -34,7 +36,7 @@ DEMO_QUERIES = 2  # a training page
 
 
 class Fetched(NamedTuple):
-    """The manifest (base, train, evaluation by benchmark or task), and the folders of documents behind it, by name."""
+    """The manifest (base, kernel, train, evaluation by benchmark or task), and the folders of documents behind it."""
 
     manifest: dict[str, Any]
     own: dict[str, Own]
@@ -50,9 +52,11 @@ def fetch(params: Params, tasks: Mapping[str, Mapping[str, str]]) -> Fetched:
         UserError: a folder that holds nothing; see also `hub.fetch`.
     """
     sets, benchmarks = mixture(params.train_data), [name for name in params.benchmarks if local(name)]
-    wanted: dict[tuple[str, str], tuple[Repo, tuple[str, ...]]] = {}
+    wanted: dict[tuple[str, str], tuple[Repo, Choice]] = {}
     if params.base_revision:
         wanted["base", params.base] = (Repo("base", params.base, params.base_revision, "model"), BASE_SUFFIXES)
+    if kernel := kernel_at(params.attention):
+        wanted["kernel", params.attention] = (Repo("attention", *kernel, "kernel"), fitting)
     for name in filter(on_hub, dict(sets)):
         repo = Repo("train_data", name, params.train_revision, "dataset")
         wanted["train", name] = (repo, TRAIN_SUFFIXES)
@@ -74,6 +78,7 @@ def fetch(params: Params, tasks: Mapping[str, Mapping[str, str]]) -> Fetched:
     evaluation |= {name: found["evaluation", name] for name in tasks}
     manifest = {
         "base": (found.get(("base", params.base)) or local_files(params.base, BASE_SUFFIXES))._asdict(),
+        "kernel": found["kernel", params.attention]._asdict() if kernel else None,
         "made_for": asked(params),
         "train": [files._replace(weight=w)._asdict() for files, (_, w) in zip(train, sets, strict=True)],
         "train_corpus": corpus._asdict() if corpus else None,

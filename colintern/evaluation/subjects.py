@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from colintern.files.identity import content_hash, fingerprint, stage_code, versions
-from colintern.files.manifest import MANIFEST, check_base, read
+from colintern.files.manifest import MANIFEST, check_base, kernel_entry, read
 from colintern.modeling.cache import TensorCache
 from colintern.modeling.features import FEATURES, PageFeatures
 from colintern.modeling.loading import (
@@ -111,7 +111,7 @@ def _identity(params: Params, what: dict[str, Any]) -> dict[str, Any]:
         "max_visual_tokens": params.max_visual_tokens,
         "threads": params.threads,
     }
-    return what | {"params": settings} | surroundings()
+    return what | {"kernel": kernel_entry(params.attention), "params": settings} | surroundings()
 
 
 def surroundings() -> dict[str, Any]:

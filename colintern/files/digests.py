@@ -60,9 +60,10 @@ class Digests:
         self.save()
         return found
 
-    def forget(self, file: Path) -> None:
-        """Have a file hashed the next time, by whichever process."""
-        self.known.pop(str(file.absolute()), None)
+    def forget(self, *files: Path) -> None:
+        """Have files hashed the next time, by whichever process."""
+        for file in files:
+            self.known.pop(str(file.absolute()), None)
         self.save()
 
     def save(self) -> None:

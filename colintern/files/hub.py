@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
@@ -31,6 +31,11 @@ from colintern.params import UserError
 WORKERS = 8  # files at once
 WAITS = (1, 2, 4, 8)  # seconds before another try, after which a file is given up
 ABANDONED = 3600  # seconds after which nobody writes a partial file any more: a killed process left it
+
+
+# Which files of a repository are wanted: those with one of these suffixes, the first of which some file must have; or
+# what picks them from the paths of all.
+Choice = tuple[str, ...] | Callable[[Repo, list[str]], list[str]]
 
 
 class HubFile(NamedTuple):
@@ -65,20 +70,18 @@ def stay_offline() -> None:
     constants.HF_HUB_OFFLINE = True
 
 
-def fetch(wanted: Sequence[tuple[Repo, tuple[str, ...]]], digests: Digests) -> list[list[HubFile]]:
-    """Have all files with one of the suffixes, of each of the repositories, whole in the cache.
-
-    Each repository must hold a file with the first of its suffixes.
+def fetch(wanted: Sequence[tuple[Repo, Choice]], digests: Digests) -> list[list[HubFile]]:
+    """Have the chosen files of each of the repositories whole in the cache.
 
     Raises:
         OfflineError: the hub cannot be reached and the cache lacks something.
-        UserError: an unknown, private or gated repository, an unknown revision, no file with a suffix, not enough
-            room on the disk, or a file that arrives wrong twice.
+        UserError: an unknown, private or gated repository, an unknown revision, nothing to choose, not enough room on
+            the disk, or a file that arrives wrong twice.
     """
     found: list[list[HubFile]] = []
-    for repo, suffixes in wanted:
+    for repo, choice in wanted:
         try:
-            found.append(_listing(repo, suffixes))
+            found.append(_listing(repo, choice))
         except OfflineError as error:
             raise offline([repo for repo, _ in wanted if _tree(repo) is None], error.reason) from error
     get([file for files in found for file in files], digests)
@@ -110,8 +113,8 @@ def _tree(repo: Repo) -> dict[str, TreeCacheEntry] | None:
     return read_tree_cache(str(_storage(repo)), repo.revision)
 
 
-def _listing(repo: Repo, suffixes: tuple[str, ...]) -> list[HubFile]:
-    """The repository's files with one of the suffixes; the hub is asked once, since a commit's files never change."""
+def _listing(repo: Repo, choice: Choice) -> list[HubFile]:
+    """The chosen ones of the repository's files; the hub is asked once, since a commit's files never change."""
     tree = _tree(repo)
     if tree is None:
         try:
@@ -120,17 +123,16 @@ def _listing(repo: Repo, suffixes: tuple[str, ...]) -> list[HubFile]:
         except (HTTPError, OSError, HFValidationError) as error:
             raise explained(error, repo) from error
         write_tree_cache(str(_storage(repo)), repo.revision, tree)
-    files = [
-        HubFile(repo, path, entry.size, entry.lfs_sha256 or entry.blob_id)
-        for path, entry in sorted(tree.items())
-        if PurePosixPath(path).suffix in suffixes
-    ]
-    if not any(file.path.endswith(suffixes[0]) for file in files):
-        raise UserError(f"{repo.key}: {repo.name!r} at {repo.revision} holds no *{suffixes[0]}")
-    for file in files:
-        if outside(file.path):
-            raise UserError(f"{repo.key}: {repo.name!r} at {repo.revision} names a file outside itself, {file.path!r}")
-    return files
+    if isinstance(choice, tuple):
+        paths = [path for path in sorted(tree) if PurePosixPath(path).suffix in choice]
+        if not any(path.endswith(choice[0]) for path in paths):
+            raise UserError(f"{repo.key}: {repo.name!r} at {repo.revision} holds no *{choice[0]}")
+    else:
+        paths = choice(repo, sorted(tree))
+    for path in paths:
+        if outside(path):
+            raise UserError(f"{repo.key}: {repo.name!r} at {repo.revision} names a file outside itself, {path!r}")
+    return [HubFile(repo, path, tree[path].size, tree[path].lfs_sha256 or tree[path].blob_id) for path in paths]
 
 
 def _entry(file: RepoFile) -> TreeCacheEntry:

@@ -43,7 +43,7 @@ class Repo(NamedTuple):
     key: str
     name: str
     revision: str
-    kind: str  # model or dataset
+    kind: str  # model, dataset or kernel
 
 
 def explained(error: Exception, repo: Repo, path: str = "") -> UserError:
@@ -52,7 +52,7 @@ def explained(error: Exception, repo: Repo, path: str = "") -> UserError:
         return explained(error.__cause__, repo, path)  # the client's words for: asked, and got this
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     what = f"{repo.key}: {repo.name!r}"
-    page = f"{constants.ENDPOINT}/{'datasets/' if repo.kind == 'dataset' else ''}{repo.name}"
+    page = f"{constants.ENDPOINT}/{'' if repo.kind == 'model' else repo.kind + 's/'}{repo.name}"
     if isinstance(error, GatedRepoError):
         return UserError(
             f"{what} is gated: open {page} and accept its terms, then set HF_TOKEN to a token of that account "
@@ -86,7 +86,7 @@ def brief(error: Exception) -> str:
 def offline(repos: Iterable[Repo], reason: str) -> OfflineError:
     """The error that names the commands which fill the cache where there is a network."""
     commands = [
-        f"hf download {repo.name} --revision {repo.revision}" + " --repo-type dataset" * (repo.kind == "dataset")
+        f"hf download {repo.name} --revision {repo.revision}" + f" --repo-type {repo.kind}" * (repo.kind != "model")
         for repo in dict.fromkeys(repos)
     ]
     return OfflineError(

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from colintern.files import hub
 from colintern.files.digests import Digests, digests_at
-from colintern.files.hub import HubFile
+from colintern.files.hub import Choice, HubFile
 from colintern.files.hub_errors import Repo
-from colintern.params import Params, UserError, root
+from colintern.params import Params, UserError, kernel_at, root
 
 MANIFEST = "data/manifest.json"
 QUARANTINE = "data/quarantine.json"  # rows that are left out, with their reasons
@@ -76,8 +76,8 @@ def source_files(folder: str) -> dict[str, dict[str, Any]]:
     return _named(top, [n.as_posix() for n in names if not any(part.startswith(".") for part in n.parts)])
 
 
-def hub_files(wanted: Sequence[tuple[Repo, tuple[str, ...]]]) -> list[Files]:
-    """The files with one of the suffixes of each repository, whole in the hub's own cache.
+def hub_files(wanted: Sequence[tuple[Repo, Choice]]) -> list[Files]:
+    """The chosen files of each repository, whole in the hub's own cache.
 
     Raises:
         UserError: see `hub.fetch`.
@@ -113,7 +113,7 @@ def arrow_cache() -> None:
 
 
 def ready(params: Params, *, evaluation: bool = False, anew: bool = False) -> str:
-    """Fetch and check the base's files, and those of the evaluation; after that, this process stays off the hub.
+    """Fetch and check files of base, kernel and, if asked, evaluation; after that, this process stays off the hub.
 
     Returns where the base is loaded from, see `check_base`.
 
@@ -124,6 +124,8 @@ def ready(params: Params, *, evaluation: bool = False, anew: bool = False) -> st
         UserError: no manifest, or a file is missing and cannot be fetched, or is not the one that was fetched.
     """
     base = check_base(params, anew)
+    if entry := read(MANIFEST).get("kernel"):
+        checked_folder(entry, "attention", "kernel", anew)
     for name in read(MANIFEST)["evaluation"] if evaluation else ():
         benchmark_folder(name, anew)
     hub.stay_offline()
@@ -143,6 +145,22 @@ def check_base(params: Params, anew: bool = False) -> str:
         )
     folder = checked_folder(entry, "base", "model", anew)
     return params.base if params.base_revision else str(folder)
+
+
+def kernel_entry(attention: str) -> dict[str, Any] | None:
+    """What is known of the kernel repository that `attention` names; None where it names none.
+
+    Raises:
+        UserError: fetch-data has not fetched it.
+    """
+    wanted = kernel_at(attention)
+    if wanted is None:
+        return None
+    entry = read(MANIFEST).get("kernel")
+    if entry is None or (entry["folder"], entry["revision"]) != wanted:
+        there = f"{entry['folder']}@{entry['revision']}" if entry else "none"
+        raise UserError(f"attention: {attention!r} is not the kernel in {MANIFEST}, {there}; run: dvc repro fetch-data")
+    return entry
 
 
 def benchmark_folder(name: str, anew: bool = False) -> Path:

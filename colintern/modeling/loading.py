@@ -9,7 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from colintern.model import ColIntern3_5, attention_kernel
+from colintern.model import ColIntern3_5
+from colintern.modeling.attention import implementation
 from colintern.params import Params, UserError
 from colintern.processor import ColIntern3_5Processor
 
@@ -102,7 +103,7 @@ def load_merged(params: Params, folder: Path) -> nn.Module:
 def _options(params: Params) -> dict[str, Any]:
     return {
         "dtype": getattr(torch, params.dtype),
-        "attn_implementation": attention_kernel(params.attention, params.dtype),
+        "attn_implementation": implementation(params.attention, params.dtype),
     }
 
 

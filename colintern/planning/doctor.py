@@ -9,8 +9,9 @@ from collections.abc import Callable
 from textwrap import fill
 from typing import Any, NamedTuple
 
+from colintern.modeling.attention import lacking
 from colintern.modeling.lora import FLOAT32, examine, faults, meta_model, notes
-from colintern.params import Params, UserError
+from colintern.params import Params, UserError, kernel_at
 from colintern.planning.guide import BATCH, EPOCHS, SMALLEST, lr_bounds, optimal_lr, other_lr
 from colintern.planning.machine import Machine, machine
 from colintern.training.checkpoints import room
@@ -141,6 +142,8 @@ def bf16(facts: Facts) -> Answer:
 
 def attention(facts: Facts) -> Answer:
     asked, on = facts.params.attention, facts.machine
+    if kernel_at(asked):
+        return hub_kernel(facts)
     usable = bool(on.gpu and on.flash_attn and facts.params.dtype == "bfloat16")
     if asked == "flash_attention_2" and not usable:
         lacks = "a GPU" if not on.gpu else "flash-attn" if not on.flash_attn else "dtype: bfloat16"
@@ -152,6 +155,17 @@ def attention(facts: Facts) -> Answer:
     if on.gpu and not facts.demo:
         return WARN, f"{kernel}; the guide: flash attention", "make image FLASH_ATTN=2.8.3.post2, attention: auto"
     return PASS, f"{kernel}; flash attention is for GPUs and bfloat16"
+
+
+def hub_kernel(facts: Facts) -> Answer:
+    asked = facts.params.attention
+    try:
+        lacks = lacking(asked, facts.params.dtype)
+    except UserError as error:
+        return WARN, str(error).removeprefix("attention: "), "dvc repro fetch-data"
+    if lacks:
+        return FAIL, f"{asked} {lacks}", "dtype: bfloat16" if "dtype" in lacks else "attention: auto"
+    return PASS, f"{asked}, every file by its hash"
 
 
 def disk(facts: Facts) -> Answer:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from colintern.files import hub
 from colintern.files.hub_errors import Repo, explained, offline
 from colintern.files.manifest import MANIFEST
-from colintern.params import Params, mixture, on_hub
+from colintern.params import Params, kernel_at, mixture, on_hub
 from colintern.planning.doctor import DEMO, FAIL, PASS, WARN, Answer, Facts
 
 TIMEOUT = 10  # seconds for an answer of the hub
@@ -98,6 +98,8 @@ def hub_repos(params: Params) -> dict[Repo, list[str] | None]:
     repos = [Repo("base", params.base, params.base_revision, "model")]
     repos += [Repo("train_data", name, params.train_revision, "dataset") for name, _ in mixture(params.train_data)]
     repos += [Repo("train_corpus", params.train_corpus, params.train_corpus_revision, "dataset")]
+    if kernel := kernel_at(params.attention):
+        repos += [Repo("attention", *kernel, "kernel")]
     try:
         known, tasks = _listed()
     except (OSError, ValueError, KeyError, TypeError):  # none yet, or one of an older version: it is made anew
@@ -106,10 +108,9 @@ def hub_repos(params: Params) -> dict[Repo, list[str] | None]:
 
 
 def _listed() -> tuple[dict[tuple[str, str], list[str]], dict[Repo, list[str] | None]]:
-    """The manifest's files of base and training data by folder and revision; its tasks that come from a hub."""
+    """The manifest's files of base, kernel and training data by folder and revision; its tasks that come from a hub."""
     manifest = json.loads(Path(MANIFEST).read_text())
-    corpus = manifest["train_corpus"]
-    entries = [manifest["base"], *manifest["train"], *([corpus] if corpus else [])]
+    entries = [manifest["base"], *manifest["train"], *filter(None, (manifest["train_corpus"], manifest.get("kernel")))]
     tasks: dict[Repo, list[str] | None] = {
         Repo(f"benchmarks: {task}", part["folder"], part["revision"], "dataset"): list(part["files"])
         for task, part in manifest["evaluation"].items()
@@ -126,9 +127,8 @@ def _asked(repo: Repo) -> str:
     """ "" if the hub would hand out `repo` at its commit, else what is wrong and what to do."""
     if is_offline_mode():
         return str(offline([repo], "HF_HUB_OFFLINE is set"))
-    ask: Callable = HfApi().model_info if repo.kind == "model" else HfApi().dataset_info
     try:
-        ask(repo.name, revision=repo.revision, timeout=TIMEOUT)
+        HfApi().repo_info(repo.name, revision=repo.revision, repo_type=repo.kind, timeout=TIMEOUT)
     except (HTTPError, OSError, HFValidationError) as error:
         return str(explained(error, repo))
     return ""

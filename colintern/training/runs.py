@@ -23,8 +23,9 @@ from transformers import TrainerState, set_seed
 from colintern.data.trainset import asks_pseudo_queries
 from colintern.files.identity import fingerprint, stage_identity
 from colintern.files.jsonfile import dumps
-from colintern.files.manifest import MANIFEST, check_base, read
-from colintern.model import ColIntern3_5, attention_kernel
+from colintern.files.manifest import MANIFEST, check_base, kernel_entry, read
+from colintern.model import ColIntern3_5
+from colintern.modeling.attention import implementation
 from colintern.modeling.features import FEATURES, PageFeatures
 from colintern.modeling.lora import add_lora, count, faults
 from colintern.modeling.weights import statistics
@@ -68,7 +69,7 @@ def train(params: Params, out: Path, own: Processes = ALONE) -> dict[str, Any]:
         own.first(lambda: None)  # the first process holds the lock
         told = reporter(own)
         trainer = prepare(params, base, scratch, own)
-        identity |= origin(trainer) | {"processes": own.size}
+        identity |= origin(trainer, params) | {"processes": own.size}
         trainer.add_callback(signals)
         if params.tracker != "none" and own.main:
             trainer.add_callback(Tracker(params, scratch))
@@ -122,11 +123,12 @@ def run(trainer: ContrastiveTrainer, scratch: Path, checkpoint: str) -> None:
         raise
 
 
-def origin(trainer: ContrastiveTrainer) -> dict[str, Any]:
-    """What a trained adapter is held against later: the base's files by hash, and the weights training starts from."""
+def origin(trainer: ContrastiveTrainer, params: Params) -> dict[str, Any]:
+    """What a trained adapter is held against later: base and kernel by hash, and the weights training starts from."""
     model: Any = trainer.model
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {"base": read(MANIFEST)["base"], "start": statistics(weights, model.base_model.model.head_state())}
+    start = statistics(weights, model.base_model.model.head_state())
+    return {"base": read(MANIFEST)["base"], "kernel": kernel_entry(params.attention), "start": start}
 
 
 def prepare(params: Params, place: str, scratch: Path, processes: Processes = ALONE) -> ContrastiveTrainer:
@@ -151,7 +153,7 @@ def prepare(params: Params, place: str, scratch: Path, processes: Processes = AL
         raise UserError(f"compile: true needs a C++ compiler, {' or '.join(COMPILERS)}: install one, or write false")
     set_seed(params.seed)
     revision = params.base_revision or None
-    kernel = attention_kernel(params.attention, params.dtype)
+    kernel = implementation(params.attention, params.dtype, training=True)
     base = ColIntern3_5.from_pretrained(
         place,
         revision=revision,
@@ -177,7 +179,8 @@ def prepare(params: Params, place: str, scratch: Path, processes: Processes = AL
     if not processes.main:
         features.cache.refresh()
     pairs, dev = Pairs(train, features), DevSet(dev_rows, features)
-    print(f"{len(pairs)} training pairs; dev: {len(dev)} queries on {len(dev.pages)} pages; attention: {kernel}")
+    used = params.attention if kernel_entry(params.attention) else kernel
+    print(f"{len(pairs)} training pairs; dev: {len(dev)} queries on {len(dev.pages)} pages; attention: {used}")
     if cut := processor.count_cut([row.query for row in (*train, *dev_rows)]):
         print(f"{cut} of {len(train) + len(dev_rows)} queries are longer than max_query_tokens and are cut")
     return ContrastiveTrainer(params, processor, dev, processes=processes, model=model, args=args, train_dataset=pairs)
