@@ -27,7 +27,10 @@ from colintern.modeling.cache import TensorCache
 SAMPLE = 64  # pages over which the error of fp8 is told: always the same, whatever the cache holds
 FEATURES = "data/.features"  # below the repository's root
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow")
-CODE = ("data/images.py", "modeling/features.py", "modeling/fp8.py", "model.py", "processor.py", "tiles.py")
+CODE = (
+    *("data/images.py", "modeling/attention.py", "modeling/features.py", "modeling/fp8.py"),
+    *("model.py", "processor.py", "tiles.py"),
+)
 
 
 class Page(NamedTuple):
