@@ -1,4 +1,4 @@
-"""fetch-data: put the base, the training pages and the pages to evaluate on disk, name every file, see every row.
+"""fetch-data: put base, kernel, training pages and pages to evaluate on disk, name every file, see every row.
 
     python -m stages.fetch_data
 

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from conftest import ROOT
 from hub import Hub, running, sha256
 from huggingface_hub import constants
 from small_run import params
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from colintern.files.hub import folder as folder_at
 from colintern.files.hub_errors import Repo
@@ -45,6 +48,7 @@ calls = {"causal": 0, "both ways": 0, "with gradient": 0}
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, deterministic=False):
     calls["causal" if causal else "both ways"] += 1
     calls["with gradient"] += q.requires_grad
+    assert q.dtype == k.dtype == v.dtype, "as kernels for CUDA want it"
     parts = (part.transpose(1, 2) for part in (q, k, v))
     return scaled_dot_product_attention(
         *parts, dropout_p=dropout_p, scale=softmax_scale, is_causal=causal, enable_gqa=True).transpose(1, 2)
@@ -279,6 +283,15 @@ def test_a_kernel_that_is_not_deterministic_is_refused_where_that_is_asked_for(p
     place(counted=COUNTED.replace(", deterministic=False", ""))
     monkeypatch.setattr("torch.are_deterministic_algorithms_enabled", lambda: True)
     wrong("deterministic: true cannot be promised")
+
+
+def test_under_autocast_a_kernel_gets_what_torchs_own_attention_would(place):
+    place()
+    attend = ALL_ATTENTION_FUNCTIONS[implementation(KERNEL, "bfloat16", training=True)]
+    parts = [torch.randn(1, 2, 5, 8, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16)]
+    with torch.autocast("cpu", torch.bfloat16):
+        result, _ = attend(nn.Module(), *parts, None, scaling=0.5, is_causal=True)
+    assert (result.shape, result.dtype) == ((1, 5, 2, 8), torch.bfloat16)
 
 
 def test_without_flash_attn_nothing_else_takes_its_place():

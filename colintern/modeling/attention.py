@@ -105,10 +105,18 @@ def _attend(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, None]]:
         assert attention_mask is None and sliding_window is None and softcap is None, "no base of ours has them"
         causal = bool(module.is_causal if is_causal is None else is_causal)
         more = options | ({"dropout_p": dropout} if dropout else {})
-        turned = (part.transpose(1, 2) for part in (query, key, value))
-        return _first(function(*turned, softmax_scale=scaling, causal=causal, **more)), None
+        q, k, v = (part.transpose(1, 2) for part in _cast(query, key, value))
+        return _first(function(q, k, v, softmax_scale=scaling, causal=causal, **more)), None
 
     return attend
+
+
+def _cast(*parts: Tensor) -> tuple[Tensor, ...]:
+    """What autocast does before torch's own attention; it does not know a kernel."""
+    kind = parts[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return parts
+    return tuple(part.to(torch.get_autocast_dtype(kind)) for part in parts)
 
 
 def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
