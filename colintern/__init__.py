@@ -3,6 +3,7 @@
 params       params.yaml as a checked object
 tiles        how a page is cut
 maxsim       the score
+causal       attention on a CPU
 model        the model: a page or a query in, many vectors out
 processor    pages and queries as the model's input
 files/       bytes on disk: what is fetched from a hub, hashed, listed, locked

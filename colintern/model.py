@@ -24,6 +24,8 @@ from transformers import InternVLConfig, InternVLModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
+from colintern import causal
+
 EMBEDDING_DIM = 128
 HEAD_FILE = "head.safetensors"
 HEAD_KEYS = ("custom_text_proj.bias", "custom_text_proj.weight")
@@ -208,16 +210,19 @@ def read_head(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def attention_kernel(choice: str, dtype: str) -> str:
-    """transformers' name for a `choice` that is no kernel of the hub: `auto` is flash_attention_2 where it can be used,
-    else sdpa.
+    """transformers' name for a `choice` that is no kernel of the hub: `auto` is what is fastest, in bfloat16
+    flash_attention_2 on CUDA, where it is installed, and our own `blocked` on the CPU; else sdpa.
 
-    It can where it is installed, on CUDA, in bfloat16: its kernels know no float32.
+    flash-attn's kernels know no float32.
     """
     assert "/" not in choice, f"{choice}: transformers would load what the hub's cache has, see modeling/attention.py"
     if choice != "auto":
         return choice
-    usable = torch.cuda.is_available() and dtype == "bfloat16" and find_spec("flash_attn")
-    return "flash_attention_2" if usable else "sdpa"
+    if dtype != "bfloat16":
+        return "sdpa"
+    if not torch.cuda.is_available():
+        return causal.NAME
+    return "flash_attention_2" if find_spec("flash_attn") else "sdpa"
 
 
 def _hub_adapter(name: str, revision: str | None) -> Path | None:

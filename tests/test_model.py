@@ -194,12 +194,6 @@ def test_the_frozen_tower_stays_out_of_the_graph(model, processor, pages):
     assert ran == {"forward": len(pages), "backward": 0}
 
 
-def test_attention_auto_without_cuda():
-    assert attention_kernel("eager", "float32") == "eager"
-    if not torch.cuda.is_available():
-        assert attention_kernel("auto", "bfloat16") == "sdpa"
-
-
 def test_attention_auto_takes_flash_attention_only_where_it_works(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("colintern.model.find_spec", lambda name: name == "flash_attn" or None)

@@ -28,7 +28,7 @@ SAMPLE = 64  # pages over which the error of fp8 is told: always the same, whate
 FEATURES = "data/.features"  # below the repository's root
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow")
 CODE = (
-    *("data/images.py", "modeling/attention.py", "modeling/features.py", "modeling/fp8.py"),
+    *("causal.py", "data/images.py", "modeling/attention.py", "modeling/features.py", "modeling/fp8.py"),
     *("model.py", "processor.py", "tiles.py"),
 )
 

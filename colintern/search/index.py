@@ -34,6 +34,7 @@ FLUSH = 64  # pages after which what is done is on the disk
 BLOCK = 256  # pages scored at once, so that memory does not grow with the index
 STORED = torch.float16  # of unit vectors: at most 0.0003 off an element, for half the room
 CODE = (
+    "causal.py",
     "data/images.py",
     "data/pdfs.py",
     "model.py",
