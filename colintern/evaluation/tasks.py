@@ -13,7 +13,6 @@ from typing import Any
 
 import mteb
 import pyarrow.parquet as pq
-import torch
 from mteb.abstasks.abstask import AbsTask
 
 from colintern.data.benchmarks import from_cache, tasks_for
@@ -23,6 +22,7 @@ from colintern.evaluation.subjects import Subject
 from colintern.files.identity import fingerprint
 from colintern.files.jsonfile import dumps
 from colintern.files.lock import locked
+from colintern.modeling.host import settle
 from colintern.mteb_model import ColIntern3_5Encoder
 from colintern.params import Params, root
 
@@ -48,7 +48,7 @@ def evaluate(subjects: Mapping[str, Subject], params: Params, out: Path) -> dict
         RuntimeError: a task has a score that is not a number.
     """
     pairs = tasks_for(params)
-    torch.set_num_threads(params.threads)
+    settle(params.threads)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     scores, sizes = {}, {}

@@ -20,6 +20,7 @@ from colintern.files.manifest import check_base
 from colintern.maxsim import maxsim_scores
 from colintern.modeling.embed import embed_features, embed_queries
 from colintern.modeling.features import FEATURES, Page, PageFeatures
+from colintern.modeling.host import settle
 from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
 from colintern.params import Params, root
 from colintern.training.negatives import Mined
@@ -54,7 +55,7 @@ def mine(params: Params, adapter: Path, limits: Limits) -> Found:
     require_adapter(adapter)
     base = check_base(params)
     require_base(params, adapter)
-    torch.set_num_threads(params.threads)
+    settle(params.threads)
     train, pages, unfit = candidates(params)
     model, processor = load_adapter(params, base, adapter), load_processor(params, adapter)
     features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)

@@ -27,6 +27,7 @@ from colintern.files.manifest import MANIFEST, check_base, kernel_entry, read
 from colintern.model import ColIntern3_5
 from colintern.modeling.attention import implementation
 from colintern.modeling.features import FEATURES, PageFeatures
+from colintern.modeling.host import settle
 from colintern.modeling.lora import add_lora, count, faults
 from colintern.modeling.weights import statistics
 from colintern.params import Params, UserError, root
@@ -59,7 +60,7 @@ def train(params: Params, out: Path, own: Processes = ALONE) -> dict[str, Any]:
         Pruned: the study that this run is a trial of stopped it.
     """
     check_tracker(params)
-    torch.set_num_threads(params.threads)
+    settle(params.threads)
     set_deterministic(params.deterministic)
     base = own.first(lambda: check_base(params))
     identity = stage_identity("train", params)
