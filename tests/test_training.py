@@ -3,6 +3,7 @@ import math
 import os
 import shutil
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -270,11 +271,12 @@ def test_parts_of_a_batch_are_rows_of_like_length_with_their_own_tiles(processor
     own = batch["image_features"].split(tiles.tolist())
     assert len(set(tiles.tolist())) > 2, "ragged pages"
     lengths = batch["attention_mask"].sum(1)
-    for size in (1, 2, 3):
+    for size in (1, 2, 3, 4):
         rows = places(batch, size)
         flat = [row for part in rows for row in part]
-        assert sorted(flat) == [0, 1, 2, 3] != flat
-        assert [lengths[row] for row in flat] == sorted(lengths, reverse=True)
+        assert sorted(flat) == [0, 1, 2, 3] and (size == 4 or flat != [0, 1, 2, 3])
+        assert max(map(len, rows)) <= size
+        assert size == 4 or [lengths[row] for row in flat] == sorted(lengths, reverse=True)
         parts = [take(batch, part, processor) for part in rows]
         for part, taken in zip(rows, parts, strict=True):
             assert taken["input_ids"].shape == (len(part), lengths[part].max())
@@ -282,6 +284,42 @@ def test_parts_of_a_batch_are_rows_of_like_length_with_their_own_tiles(processor
         for key in ("input_ids", "attention_mask"):
             cut = restored(rows, (part[key][..., None] for part in parts))[..., 0]
             assert torch.equal(cut * batch["attention_mask"], batch[key] * batch["attention_mask"])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size", "wanted"),
+    [
+        ([100, 100, 100], 3, [[0, 1, 2]]),
+        ([10, 20, 30], 3, [[0, 1, 2]]),  # 30 tokens of padding: less than a further part costs
+        ([500, 900, 500, 900], 4, [[1, 3], [0, 2]]),  # 800 tokens: more
+        ([500, 900, 500, 900], 1, [[1], [3], [0], [2]]),
+        ([900, 890, 300, 290, 280], 4, [[0, 1], [2, 3, 4]]),
+        ([900, 890, 300, 290, 200], 2, [[0, 1], [2, 3], [4]]),
+    ],
+)
+def test_rows_are_cut_into_parts_where_the_padding_would_cost_more(lengths, size, wanted):
+    mask = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    for row, length in zip(mask, lengths, strict=True):
+        row[:length] = 1
+    assert places({"input_ids": mask, "attention_mask": mask}, size) == wanted
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+def test_no_other_cut_of_the_sorted_rows_costs_less(size):
+    """Held against all 128 cuts of eight rows, for random lengths."""
+    generator = torch.Generator().manual_seed(size)
+    for _ in range(10):
+        lengths = torch.randint(1, 800, (8,), generator=generator)
+        mask = (torch.arange(800) < lengths[:, None]).long()
+        cost = lambda parts: sum(128 + len(part) * max(part) for part in parts)  # noqa: E731
+        ordered = sorted(lengths.tolist(), reverse=True)
+        cuts = (
+            [ordered[i:j] for i, j in pairwise([0, *(k for k in range(1, 8) if number >> (k - 1) & 1), 8])]
+            for number in range(128)
+        )
+        best = min(cost(cut) for cut in cuts if max(map(len, cut)) <= size)
+        found = places({"input_ids": mask, "attention_mask": mask}, size)
+        assert cost([lengths[part].tolist() for part in found]) == best
 
 
 def test_a_loss_that_is_not_finite_stops_the_step(make, processor, pages):
