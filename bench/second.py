@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-LR = "0.005"
+LR, NO_CACHE = "0.005", "feature_cache_gb=0"
 WHO = {
     f"GIT_{role}_{key}": f"bench{at}"
     for role in ("AUTHOR", "COMMITTER")
@@ -66,17 +66,17 @@ def run(command: list[str], folder: Path, env: dict[str, str]) -> Cost:
     )
 
 
-def compare(first: Cost, second: Cost) -> None:
-    print("\n             first   second")
+def compare(runs: dict[str, Cost]) -> None:
+    print("\n" + " " * 18 + "".join(f"{name:>14}" for name in runs))
     for stage in ("train", "eval"):
-        print(f"{stage:9} {first.stages[stage]:7.1f} s {second.stages[stage]:6.1f} s")
-    print(f"{'CPU':9} {first.cpu:7.1f} s {second.cpu:6.1f} s, with DVC's own")
+        print(f"{stage + ', s':<18}" + "".join(f"{cost.stages[stage]:>14.1f}" for cost in runs.values()))
+    print(f"{'CPU, s, DVC too':<18}" + "".join(f"{cost.cpu:>14.1f}" for cost in runs.values()))
     for key in ("train_runtime", "step_seconds", "data_wait_share"):
-        print(f"{key:16} {first.steps[key]:8.3f} {second.steps[key]:8.3f}")
-    ratio = second.seconds / first.seconds
+        print(f"{key:<18}" + "".join(f"{cost.steps[key]:>14.3f}" for cost in runs.values()))
+    first, second, without = runs.values()
     print(
-        f"RESULT ratio={ratio:.3f} first_seconds={first.seconds:.1f} second_seconds={second.seconds:.1f} "
-        f"cpu_ratio={second.cpu / first.cpu:.3f}"
+        f"RESULT ratio={second.seconds / first.seconds:.3f} cpu_ratio={second.cpu / first.cpu:.3f} "
+        f"uncached_ratio={second.seconds / without.seconds:.3f} uncached_cpu_ratio={second.cpu / without.cpu:.3f}"
     )
 
 
@@ -102,7 +102,9 @@ def main() -> None:
                 f"first_seconds={seconds:.1f} search_seconds={search.all:.1f}"
             )
         else:
-            compare(first, run([*dvc, "exp", "run", "-S", f"lr={LR}"], clone, env))
+            experiment = [*dvc, "exp", "run", "-S", f"lr={LR}"]
+            second = run(experiment, clone, env)
+            compare({"first": first, "second": second, "uncached": run([*experiment, "-S", NO_CACHE], clone, env)})
 
 
 if __name__ == "__main__":

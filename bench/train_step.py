@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from colpali_engine.loss import ColbertLoss
@@ -32,12 +33,14 @@ from transformers import InternVLConfig, InternVLModel, TrainingArguments
 from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
+from bench.parts import as_they_come
 from colintern.model import ColIntern3_5
 from colintern.modeling.dropout import RowDropout
 from colintern.modeling.features import Page
 from colintern.modeling.lora import add_lora
 from colintern.params import Params, load
 from colintern.processor import ColIntern3_5Processor
+from colintern.training import parts
 from colintern.training.pairs import Pair
 from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
 
@@ -54,6 +57,8 @@ class Levers(NamedTuple):
     argmax: bool = False
     bf16_adapters: bool = False
     no_dropout: bool = False
+    like_length: bool = False
+    blocked: bool = False
     compiled: bool = False
 
 
@@ -65,9 +70,11 @@ ROWS = {
     "+ argmax loss": Levers(*[True] * 4),
     "+ adapters computed in bf16": Levers(*[True] * 5),
     "+ no dropout": Levers(*[True] * 6),
-    "+ compile": Levers(*[True] * 7),
+    "+ parts of like length": Levers(*[True] * 7),
+    "+ attention in blocks": Levers(*[True] * 8),
+    "+ compile": Levers(*[True] * 9),
 }
-ENDS = ("stock", "+ no dropout", "+ compile")
+ENDS = ("stock", "+ no dropout", "+ attention in blocks", "+ compile")
 
 
 class Model(ColIntern3_5):
@@ -144,15 +151,18 @@ class Bench:
             self.base.disable_input_require_grads()
         else:
             self.base.activation_checkpointing_enable()
+        self.base.set_attn_implementation("blocked" if on.blocked else "sdpa")
         for layer in self.base.language_model.layers:
             layer._compiled_call_impl = None
             if on.compiled:
                 layer.compile()
         batch, trainer = (self.our_batch(on.cached), self.ours) if on.graph else (self.stock_batch(), self.stock)
+        cut = parts.places if on.like_length else as_they_come
         torch.manual_seed(1)
-        start = time.process_time()
-        loss = trainer.training_step(self.model, batch)
-        seconds = time.process_time() - start
+        with patch("colintern.training.trainer.places", cut):
+            start = time.process_time()
+            loss = trainer.training_step(self.model, batch)
+            seconds = time.process_time() - start
         self.model.zero_grad()
         return seconds, loss.item()
 
