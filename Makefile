@@ -12,7 +12,7 @@ ENV := .venv/.installed
 unexport PYTHONDONTWRITEBYTECODE
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONUNBUFFERED=1
 
-.PHONY: repro test check env lock stale pr-report sensitivity study soak image docker-repro sbom image-proof
+.PHONY: repro test check env lock stale pr-report sensitivity study soak image docker-repro sbom image-proof engine-proof
 
 repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
 	@$(RUN) dvc repro
@@ -62,13 +62,13 @@ for engine in docker podman ""; do
   if [ -z "$$engine" ] || "$$engine" info >/dev/null 2>&1; then break; fi
 done
 if [ -z "$$engine" ]; then
-  echo "make $@: no running docker or podman here; docker/prove.sh builds and runs the image in a chroot" >&2; exit 2
+  echo "make $@: no running docker or podman here (\`docker info\` says why); docker/prove.sh builds and runs the image in a chroot" >&2; exit 2
 fi
 endef
 
-image:  ## the CUDA image that runs the same pipeline; FLASH_ATTN=2.8.3.post2 compiles flash-attn in
+image:  ## the CUDA image that runs the same pipeline; FLASH_ATTN=2.8.3.post2 compiles flash-attn in; IMAGE_ARGS for build
 	@$(FIND_ENGINE)
-	"$$engine" build --build-arg FLASH_ATTN=$(FLASH_ATTN) -t colintern .
+	"$$engine" build --build-arg FLASH_ATTN=$(FLASH_ATTN) $(IMAGE_ARGS) -t colintern .
 	"$$engine" run --rm -i --user 0 --entrypoint python colintern - <docker/size.py
 
 docker-repro:  ## the same as repro in that image, on the GPU where there is one; CMD="dvc exp run" for another command
@@ -88,6 +88,9 @@ sbom: $(ENV)  ## sbom.json: every package of .venv as CycloneDX 1.6, validated a
 
 image-proof:  ## run every line of the Dockerfile in a chroot (root, 45 GB, about 15 minutes)
 	@docker/prove.sh
+
+engine-proof:  ## run image and docker-repro as they are, with a docker made for it (root, 40 GB, about 30 minutes)
+	@docker/engine.sh
 
 $(UV):
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "colintern needs Python 3.11 or newer, this is %d.%d" % v[:2])'

@@ -12,13 +12,9 @@ set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 stranger=12345 # the uid the image is run as; no passwd file knows it
-log() { printf '[%(%H:%M:%S)T] == %s\n' -1 "$*"; }
-die() { echo "prove.sh: $*" >&2; exit 1; }
-
-[ "$(id -u)" = 0 ] || die "must run as root (chroot, debootstrap)"
-for tool in buildah debootstrap; do
-    command -v "$tool" >/dev/null || die "$tool is missing: apt-get install buildah debootstrap"
-done
+# shellcheck source-path=SCRIPTDIR source=base.sh
+source "$repo/docker/base.sh"
+need_root_and buildah debootstrap
 
 work=$(mktemp -d "${TMPDIR:-/var/tmp}/image-proof.XXXXXX")
 chmod 755 "$work"
@@ -34,18 +30,12 @@ clean_up() {
 }
 trap clean_up EXIT
 
-# The stand-in for the pinned Python image. The host's certificate bundle goes into this base only, never into the
-# Dockerfile: where a proxy signs the traffic, the build inside the chroot has to know it.
 make_base() {
-    debootstrap --variant=minbase --include=python3,python3-venv,python3-dev,ca-certificates \
-        bookworm "$work/rootfs" >"$work/debootstrap.log" 2>&1 || { tail -20 "$work/debootstrap.log" >&2; return 1; }
-    ln -s /usr/bin/python3 "$work/rootfs/usr/local/bin/python"
-    cp /etc/ssl/certs/ca-certificates.crt "$work/rootfs/etc/ssl/certs/ca-certificates.crt"
+    make_python_base "$work/rootfs"
     local container
     container=$("${buildah[@]}" from scratch)
     "${buildah[@]}" add -q "$container" "$work/rootfs" / >/dev/null
-    "${buildah[@]}" config --env SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt \
-        --env PIP_CERT=/etc/ssl/certs/ca-certificates.crt "$container"
+    "${buildah[@]}" config "${base_environment[@]/#/--env=}" "$container"
     "${buildah[@]}" commit -q "$container" localhost/stand-in-base >/dev/null
     "${buildah[@]}" rm "$container" >/dev/null
     rm -rf "$work/rootfs"

@@ -6,9 +6,11 @@ from itertools import combinations
 import pytest
 import torch
 from conftest import ROOT
+from PIL import ImageFont
 from safetensors.torch import load_file
 
 from colintern.data.demo import GOODS, corpus, split_of
+from colintern.data.pages import FONTS, font
 
 SPLITS = {"train": (120, 2), "dev": (40, 1), "test": (80, 1)}
 
@@ -23,6 +25,11 @@ def test_the_same_seed_draws_the_same_pages_and_another_does_not(splits):
     assert [p.image.tobytes() for p in again] == [p.image.tobytes() for p in splits["test"][:5]]
     assert [p.queries for p in again] == [p.queries for p in splits["test"][:5]]
     assert [p.queries for p in again] != [p.queries for p in other]
+
+
+def test_no_library_of_the_system_has_a_say_in_how_wide_a_word_is():
+    """Pillow takes raqm where FriBidi is installed, and other pages, other queries, another score came of it."""
+    assert {font(name, 10).layout_engine for name in FONTS} == {ImageFont.Layout.BASIC}
 
 
 def test_splits_share_no_page_no_query_and_no_asked_pair(splits):

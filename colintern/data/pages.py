@@ -20,8 +20,10 @@ CLEAR = 3  # free pixels kept around a word
 
 @lru_cache(maxsize=64)
 def font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """A font that ships inside matplotlib, so that every machine draws the same pixels."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf", size)
+    """A font that ships inside matplotlib, set by Pillow's own layout, so that every machine draws the same pixels: the
+    other layout, raqm, is there only where the system has FriBidi, and sets the same word wider or narrower."""
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @dataclass(frozen=True)
