@@ -27,7 +27,7 @@ check: $(ENV)  ## style, types, workflows, unsafe code, secrets
 	$(RUN) check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(RUN) check-jsonschema --quiet --builtin-schema vendor.compose-spec compose.yaml
 	$(RUN) zizmor --quiet --offline --no-progress --persona=pedantic .github/workflows
-	$(RUN) bandit --quiet --configfile pyproject.toml --recursive colintern stages bench .github/scripts
+	$(RUN) bandit --quiet --configfile pyproject.toml --recursive colintern stages bench cluster .github/scripts
 	git ls-files -z $(SCANNED) | $(RUN) xargs -0 detect-secrets-hook --no-verify \
 	  --exclude-lines '_revision: "?[0-9a-f]{40}\b' --exclude-secrets '^(PASSWORD|secret|s3cret|marked%40word)$$'
 
