@@ -3,26 +3,21 @@
 The pipeline runs once, with marked secrets in its environment, and nothing it leaves or says has one in it.
 """
 
-import os
 import pickle
 import re
 import shutil
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import s3fs
 from conftest import ROOT
 from ruamel.yaml import YAML
+from stores import KEY, MARK, SECRET, Store, s3
 from test_dvc_commands import STAGES, Repo, bare_environment, copy_working_tree, cut_down, ran, skipped
 from test_outs import flip
 
 PAGE = ROOT / "docs" / "remotes.md"
-MARK = "".join(("mArK", "eD"))  # in two parts, so that this file has none
-KEY, SECRET = "AKIAMARKEDNOT", f"{MARK}5ecret/key+of/aws"  # pragma: allowlist secret
 SECRETS = {
     "HF_TOKEN": f"hf_{MARK}0123456789abcdefghijkl",
     "WANDB_API_KEY": f"{MARK}0123456789012345678901234567890123",  # 40 characters, else W&B refuses it
@@ -33,33 +28,10 @@ SECRETS = {
 ROWS = "data/rows.parquet"
 
 
-class Store(NamedTuple):
-    """The server's address, and the folder in which the bucket `my-bucket` lies."""
-
-    address: str
-    folder: Path
-
-    def object(self, md5: str) -> Path:
-        return self.folder / "my-bucket" / "colintern" / "files" / "md5" / md5[:2] / md5[2:]
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Iterator[Store]:
-    folder, log = tmp_path_factory.mktemp("s3"), tmp_path_factory.mktemp("log") / "rclone"
-    (folder / "my-bucket").mkdir()
-    env = os.environ | {"RCLONE_AUTH_KEY": f'"{KEY},{SECRET}"', "RCLONE_CONFIG": os.devnull}
-    command = ["rclone", "serve", "s3", "--addr", "127.0.0.1:0", str(folder)]
-    with log.open("w") as file:
-        server = subprocess.Popen(command, env=env, stdout=file, stderr=file)
-    try:
-        end = time.monotonic() + 30
-        while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
-            assert server.poll() is None and time.monotonic() < end, log.read_text()
-            time.sleep(0.1)
-        yield Store(found[0], folder)
-    finally:
-        server.terminate()
-        server.wait(30)
+    with s3(tmp_path_factory.mktemp("store")) as store:
+        yield store
 
 
 def recipe(kind: str) -> str:
@@ -173,21 +145,6 @@ def test_a_folder_as_remote(repo, tmp_path):
     second = first._replace(path=tmp_path / "second")
     second.output("dvc pull")
     assert ran(second.output("dvc repro")) == []
-
-
-@pytest.mark.parametrize("kind", ["S3.", "Google Cloud Storage.", "SSH."])
-def test_other_recipes_are_taken_by_dvc_and_keep_credentials_out_of_git(kind, tmp_path):
-    repo = Repo(tmp_path, bare_environment(tmp_path / "home") | SECRETS)
-    repo.output("git init -q && dvc init -q")
-    repo.output(recipe(kind))
-    config = (tmp_path / ".dvc" / "config").read_text()
-    assert "url = " in config and "verify = true" in config
-    for secret in ("key", "credential", "password", MARK):
-        assert secret not in config
-    # DVC's own schema takes both files, and the client of this kind is installed.
-    repo.output("python -c 'from dvc.repo import Repo; Repo().cloud.get_remote()'")
-    repo.output("git add --all")
-    assert ".dvc/config.local" not in repo.output("git ls-files")
 
 
 def pickles(folder: Path) -> list[Path]:
