@@ -12,13 +12,16 @@ ENV := .venv/.installed
 unexport PYTHONDONTWRITEBYTECODE
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONUNBUFFERED=1
 
-.PHONY: repro test check env lock stale pr-report sensitivity study soak image docker-repro sbom image-proof
+.PHONY: repro test slow check env lock stale pr-report sensitivity study soak image docker-repro sbom image-proof
 
 repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
 	@$(RUN) dvc repro
 
 test: check  ## all tests, a process for each core up to four
 	@$(RUN) python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+slow: $(ENV)  ## what pages name and what takes minutes, with sizes cut: measurements, make soak, make study
+	@$(RUN) python -m pytest -m slow tests
 
 check: $(ENV)  ## style, types, workflows, unsafe code, secrets
 	@$(RUN) ruff check .
@@ -49,13 +52,13 @@ pr-report: $(ENV)  ## what HEAD changes against BASE=main, as Markdown: metrics,
 	@$(RUN) python .github/scripts/pr_report.py "$$BASE"
 
 sensitivity: $(ENV)  ## how the demo answers to lr, epochs, batch and rank, three seeds (27 runs)
-	@$(RUN) python -m bench.sensitivity
+	@$(RUN) python -m bench.sensitivity $(ARGS)
 
 study: repro  ## a study of 20 trials, two workers: what matters, and are the guide's settings in its best quarter
-	@$(RUN) python -m bench.study
+	@$(RUN) python -m bench.study $(ARGS)
 
 soak: $(ENV)  ## kill the pipeline at 100 random moments; the adapter must be that of an undisturbed run each time
-	@$(RUN) python -m bench.soak
+	@$(RUN) python -m bench.soak $(ARGS)
 
 define FIND_ENGINE
 for engine in docker podman ""; do

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import stores
+from pages import block
 from test_dvc_commands import Repo, bare_environment
-from test_remotes import SECRETS, recipe
+from test_remotes import SECRETS
 
 STAGES = """stages:
   train:
@@ -60,7 +61,7 @@ def carried(repo: Repo) -> None:
 
 def test_s3(repo, tmp_path):
     with stores.s3(tmp_path) as store:
-        repo.output(recipe("S3."))
+        repo.output(block("remotes.md", "**S3.**"))
         carried(repo._replace(env=repo.env | {"AWS_ENDPOINT_URL": store.address}))
     assert len(list((store.folder / "my-bucket" / "colintern" / "files" / "md5").rglob("??/*"))) == 2
 
@@ -68,7 +69,7 @@ def test_s3(repo, tmp_path):
 def test_ssh(repo, tmp_path):
     (tmp_path / "disk" / "srv").mkdir(parents=True)
     with stores.ssh(tmp_path / "disk", Path(repo.env["HOME"])):
-        repo.output(recipe("SSH."))
+        repo.output(block("remotes.md", "**SSH.**"))
         carried(repo)
     assert len(list((tmp_path / "disk" / "srv" / "colintern" / "files" / "md5").rglob("??/*"))) == 2
 
@@ -78,7 +79,7 @@ def test_google(repo):
         account = Path(repo.env["HOME"]) / ".config" / "gcloud" / "colintern.json"
         account.parent.mkdir(parents=True)
         account.write_text(json.dumps(server.account()))
-        repo.output(recipe("Google Cloud Storage."))
+        repo.output(block("remotes.md", "**Google Cloud Storage.**"))
         repo.output(f"dvc remote modify --local store endpointurl {server.url}")
         # gcsfs asks over gRPC and TLS, which this server has not, whether the bucket is one of the fast kind.
         carried(repo._replace(env=repo.env | {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}))
