@@ -12,13 +12,17 @@ ENV := .venv/.installed
 unexport PYTHONDONTWRITEBYTECODE
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONUNBUFFERED=1
 
-.PHONY: repro test check env lock stale pr-report sensitivity study soak image docker-repro sbom image-proof engine-proof
+.PHONY: repro test slow check env lock stale pr-report sensitivity study soak image docker-repro sbom image-proof \
+  engine-proof
 
 repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
 	@$(RUN) dvc repro
 
 test: check  ## all tests, a process for each core up to four
 	@$(RUN) python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+slow: $(ENV)  ## what pages name and what takes minutes, with sizes cut: measurements, make soak, make study
+	@$(RUN) python -m pytest -m slow tests
 
 check: $(ENV)  ## style, types, workflows, unsafe code, secrets
 	@$(RUN) ruff check .
@@ -27,7 +31,7 @@ check: $(ENV)  ## style, types, workflows, unsafe code, secrets
 	$(RUN) check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(RUN) check-jsonschema --quiet --builtin-schema vendor.compose-spec compose.yaml
 	$(RUN) zizmor --quiet --offline --no-progress --persona=pedantic .github/workflows
-	$(RUN) bandit --quiet --configfile pyproject.toml --recursive colintern stages bench .github/scripts
+	$(RUN) bandit --quiet --configfile pyproject.toml --recursive colintern stages bench cluster .github/scripts
 	git ls-files -z $(SCANNED) | $(RUN) xargs -0 detect-secrets-hook --no-verify \
 	  --exclude-lines '_revision: "?[0-9a-f]{40}\b' --exclude-secrets '^(PASSWORD|secret|s3cret|marked%40word)$$'
 
@@ -49,13 +53,13 @@ pr-report: $(ENV)  ## what HEAD changes against BASE=main, as Markdown: metrics,
 	@$(RUN) python .github/scripts/pr_report.py "$$BASE"
 
 sensitivity: $(ENV)  ## how the demo answers to lr, epochs, batch and rank, three seeds (27 runs)
-	@$(RUN) python -m bench.sensitivity
+	@$(RUN) python -m bench.sensitivity $(ARGS)
 
 study: repro  ## a study of 20 trials, two workers: what matters, and are the guide's settings in its best quarter
-	@$(RUN) python -m bench.study
+	@$(RUN) python -m bench.study $(ARGS)
 
 soak: $(ENV)  ## kill the pipeline at 100 random moments; the adapter must be that of an undisturbed run each time
-	@$(RUN) python -m bench.soak
+	@$(RUN) python -m bench.soak $(ARGS)
 
 define FIND_ENGINE
 for engine in docker podman ""; do

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 from conftest import ROOT
+from pages import documented, words
 from small_run import OUT
 from test_dvc_commands import Repo, bare_environment
 from test_image import linter
@@ -183,8 +184,8 @@ def test_torchrun_starts_the_ranks_of_a_run(tmp_path):
     (tmp_path / "rank.sh").write_text('echo "rank $RANK of $WORLD_SIZE" >> ranks\n')
     env = os.environ | {"NODES": "1", "NODE": "0", "HEAD": "127.0.0.1", "PORT": "0", "GPUS": "2"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    command = [ROOT / "cluster" / "torchrun.sh", "--no-python", "bash", "rank.sh"]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    command = f"{ROOT}/{documented('cluster/torchrun.sh')} --no-python bash rank.sh"
+    done = subprocess.run(words(command), env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert sorted((tmp_path / "ranks").read_text().splitlines()) == ["rank 0 of 2", "rank 1 of 2"]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from pages import documented
 
 from colintern.params import load
 
@@ -30,7 +31,8 @@ UPDATES = {
     "threads": "1",  # two would wait for each other where the other core is busy
 }
 PAGES = "DEMO_TRAIN_PAGES, DEMO_DEV_PAGES, DEMO_TEST_PAGES = "
-IDENTITY = ("-c", "user.name=Test", "-c", "user.email=test@localhost")  # of the commits a user would make
+# Of the commits a user would make.
+IDENTITY = {f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 REFUSED = "Git user name and email must be configured"
 GIT_MADE_KEYS = ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE")  # set where the tests run inside a git hook
 TIMEOUT = 400  # seconds a command may take, on a busy machine
@@ -62,8 +64,7 @@ class Repo(NamedTuple):
         return done.stdout
 
     def commit(self) -> None:
-        self.output("git add --all")
-        subprocess.run(["git", *IDENTITY, "commit", "-qm", "state"], cwd=self.path, env=self.env, check=True)
+        self.output("git add --all && git commit -qm state", **IDENTITY)
 
     def metric(self, name: str) -> dict:
         return json.loads((self.path / "metrics" / f"{name}.json").read_text())
@@ -113,6 +114,17 @@ def cut_down(repo: Path) -> None:
     (repo / "colintern" / "data" / "sources.py").write_text(sources)
 
 
+def set_up(repo: Repo) -> Repo:
+    """As `make env` leaves it: the copy's own `colintern` first on PATH, all else is this environment's."""
+    for file in (".venv/.installed", ".venv/bin/activate", ".tools/bin/uv"):
+        (repo.path / file).parent.mkdir(parents=True, exist_ok=True)
+        (repo.path / file).touch()
+    command = repo.path / ".venv" / "bin" / "colintern"
+    command.write_text('#!/bin/sh\nexec python -m colintern.cli "$@"\n')
+    command.chmod(0o755)
+    return repo._replace(env=repo.env | {"PATH": f"{command.parent}{os.pathsep}{repo.env['PATH']}"})
+
+
 def ran(output: str) -> list[str]:
     """The stages DVC says it ran."""
     return re.findall(r"Running stage '([\w-]+)'", output)
@@ -131,7 +143,7 @@ def repo(tmp_path_factory) -> Iterator[Repo]:
     repo = Repo(path, bare_environment(home))
     repo.output("git init -q -b main")
     repo.commit()
-    assert ran(repo.output("dvc repro")) == list(STAGES)
+    assert ran(repo.output(documented("dvc repro"))) == list(STAGES)
     repo.commit()
     yield repo
     repo.run("dvc queue stop --kill")
@@ -141,7 +153,7 @@ def repo(tmp_path_factory) -> Iterator[Repo]:
 @pytest.fixture(scope="module")
 def experiment(repo) -> tuple[str, str]:
     """Name and output of `dvc exp run -S lr=3e-5`, applied to the workspace."""
-    output = repo.output("dvc exp run -S lr=3e-5")
+    output = repo.output(documented("dvc exp run -S lr=3e-5"))
     name = re.search(r"Ran experiment\(s\): (\S+)", output)
     assert name, output
     return name[1], output
@@ -162,7 +174,7 @@ def shallow(repo, experiment, tmp_path_factory) -> Repo:
 
 
 def test_a_second_repro_runs_nothing(repo):
-    output = repo.output("dvc repro")
+    output = repo.output(documented("dvc repro"))
     assert ran(output) == []
     assert skipped(output) == list(STAGES)
     assert "Data and pipelines are up to date." in output
@@ -207,7 +219,7 @@ def test_exp_run_writes_a_number_and_changes_the_metrics(repo, experiment):
 
 def test_exp_show_lists_it(repo, experiment):
     name, _ = experiment
-    assert name in repo.output("dvc exp show --no-pager", COLUMNS="1000")
+    assert name in repo.output(documented("dvc exp show") + " --no-pager", COLUMNS="1000")
     rows = list(csv.DictReader(repo.output("dvc exp show --csv").splitlines()))
     (row,) = (row for row in rows if row["Experiment"] == name)
     assert float(row["lr"]) == 3e-05
@@ -218,7 +230,7 @@ def test_metrics_diff_in_a_shallow_clone_without_a_cache(shallow):
     changed = json.loads(shallow.output("dvc metrics diff --json"))
     loss = changed["metrics/train.json"]["loss"]
     assert loss["old"] != loss["new"]
-    plain = shallow.output("dvc metrics diff")
+    plain = shallow.output(documented("dvc metrics diff"))
     assert plain.splitlines()[0].split()[:2] == ["Path", "Metric"]
     assert "metrics/train.json" in plain
 
@@ -227,11 +239,11 @@ def test_params_diff_in_a_shallow_clone(shallow):
     changed = json.loads(shallow.output("dvc params diff --json"))
     assert list(changed) == ["params.yaml"] and list(changed["params.yaml"]) == ["lr"]
     assert (changed["params.yaml"]["lr"]["old"], changed["params.yaml"]["lr"]["new"]) == (0.006, 3e-05)
-    assert re.search(r"params\.yaml\s+lr\s+0\.006\s+3e-05", shallow.output("dvc params diff"))
+    assert re.search(r"params\.yaml\s+lr\s+0\.006\s+3e-05", shallow.output(documented("dvc params diff")))
 
 
 def test_plots_diff_in_a_shallow_clone(shallow):
-    assert "index.html" in shallow.output("dvc plots diff")
+    assert "index.html" in shallow.output(documented("dvc plots diff"))
     html = (shallow.path / "dvc_plots" / "index.html").read_text()
     for title in ("Training loss", "Dev NDCG@5", "NDCG@5 on held-out pages"):
         assert title in html
@@ -252,10 +264,16 @@ def test_a_queued_experiment_runs_to_success(repo, experiment):
     """In a temporary copy, which lacks the pages: they are found through DVC_ROOT."""
     repo.output("git checkout -q . && dvc checkout -q")
     repo.output("git config user.name Test && git config user.email test@localhost")
-    queued = repo.output("dvc exp run --queue -S lr=1e-4")
-    name = re.search(r"Queued experiment '(\S+)'", queued)
-    assert name, queued
-    assert "Started '1' new experiments task queue worker" in repo.output("dvc queue start")
+    names = []
+    for command in (
+        documented("dvc exp run --queue -S lr=1e-3"),
+        documented("dvc exp run --queue -S temperature=0.05"),
+    ):
+        names.append(re.search(r"Queued experiment '(\S+)'", repo.output(command)))
+    name, other = names
+    assert name and other
+    repo.output(f"dvc queue remove {other[1]}")
+    assert "Started '1' new experiments task queue worker" in repo.output(documented("dvc queue start"))
     done = re.compile(rf"{name[1]}.*(Success|Failed)")
     status = wait_until(repo, f"{name[1]} ends", lambda status: done.search(status) is not None)
     logs = repo.output(f"dvc queue logs {name[1]}")
@@ -263,7 +281,7 @@ def test_a_queued_experiment_runs_to_success(repo, experiment):
     assert ran(logs) == ["train", "eval"]
     assert "page features: 0 computed, 42 of 42 pages in the cache" in logs, "the cache is found through DVC_ROOT too"
     rows = csv.DictReader(repo.output("dvc exp show --csv").splitlines())
-    assert [float(row["lr"]) for row in rows if row["Experiment"] == name[1]] == [1e-4]
+    assert [float(row["lr"]) for row in rows if row["Experiment"] == name[1]] == [1e-3]
     assert load(repo.path / "params.yaml").lr == 0.006, "a queued run leaves the workspace alone"
 
 

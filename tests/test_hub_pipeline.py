@@ -8,12 +8,14 @@ import json
 import re
 from pathlib import Path
 
+import colpali
 import mteb
 import pytest
 from conftest import BASE, ROOT
 from datasets import Dataset, Features, Image, Value
 from hub import running, sha256
-from test_dvc_commands import STAGES, Repo, bare_environment, copy_working_tree, ran, skipped
+from pages import documented
+from test_dvc_commands import IDENTITY, STAGES, Repo, bare_environment, copy_working_tree, ran, set_up, skipped
 
 from colintern.data.demo import corpus
 from colintern.data.formats import TrainingRow, write_training_split
@@ -77,6 +79,9 @@ def hub(tmp_path_factory):
         for number, task in enumerate(TASKS):
             write_task(top / task.name, number)
             hub.add_folder("dataset", task.dataset["path"], task.dataset["revision"], top / task.name)
+        colpali.write(top / "base", top / "colpali")
+        hub.add_folder("model", colpali.NAME, mteb.get_model_meta(colpali.NAME).revision, top / "colpali")
+        hub.add_folder("model", colpali.BASE, "main", top / "base")  # mteb does not pin it
         yield hub
 
 
@@ -85,15 +90,19 @@ def repo(hub, tmp_path_factory):
     """A copy of this repository with the recipe, whose first stage has run."""
     path, home = tmp_path_factory.mktemp("repo"), tmp_path_factory.mktemp("home")
     copy_working_tree(path)
-    params = RECIPE.read_text()
+    env = {key: value for key, value in bare_environment(home).items() if not key.startswith("HF_")}
+    repo = set_up(Repo(path, env | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf")}))
+    repo.output("git init -q -b main")
+    repo.commit()
+    repo.output(documented("colintern recipe internvl3_5-1b"))
+    params = (path / "params.yaml").read_text()
+    assert params == RECIPE.read_text()
     for key, value in SIZES.items():
         params, found = re.subn(rf"(?m)^{key}: \S+", f"{key}: {value}", params)
         assert found == 1, key
     (path / "params.yaml").write_text(params)
-    env = {key: value for key, value in bare_environment(home).items() if not key.startswith("HF_")}
-    repo = Repo(path, env | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf")})
-    repo.output("git init -q -b main")
-    assert ran(repo.output("dvc repro fetch-data")) == ["fetch-data"]
+    repo.output(documented('git commit -am "The 1B recipe"'), **IDENTITY)
+    assert ran(repo.output(documented("dvc repro fetch-data"))) == ["fetch-data"]
     return repo
 
 
@@ -111,7 +120,9 @@ def test_the_manifest_names_every_data_set_at_its_commit(repo, hub):
 
 def test_the_recipe_trains_and_evaluates_without_another_word_to_the_hub(repo, hub):
     hub.requests.clear()
-    assert ran(repo.output("dvc repro")) == list(STAGES[1:])
+    assert ran(repo.output(documented("dvc repro verify"))) == ["verify"]
+    assert ran(repo.output(documented("dvc repro train"))) == ["train"]
+    assert ran(repo.output(documented("dvc repro eval"))) == ["eval"]
     assert hub.requests == []
     assert repo.metric("train")["steps"] == ROWS // 8
     scores = repo.metric("eval")
@@ -128,6 +139,21 @@ def test_the_adapter_names_its_base_as_others_find_it(repo):
     assert (config["base_model_name_or_path"], config["revision"]) == (recipe.base, recipe.base_revision)
 
 
+def test_one_benchmark_again_trains_nothing_and_asks_the_hub_nothing(repo, hub):
+    hub.requests.clear()
+    said = repo.output(
+        documented('colintern evaluate MODEL --benchmarks "ViDoRe(v2)" --batch-size 16', MODEL="experiments/colintern")
+    )
+    assert said.count("Vidore2") >= 4
+    assert hub.requests == []
+
+
+def test_another_model_that_mteb_knows_is_fetched_and_evaluated(repo, hub):
+    said = repo.output(documented('colintern evaluate vidore/colpali-v1.3 --benchmarks "ViDoRe(v2)"'))
+    assert said.count("Vidore2") >= 4 and hub.asked("GET", colpali.NAME)
+    assert list((repo.path / "results" / "evaluate").glob("colpali-v1.3-*/eval.json"))
+
+
 def test_a_second_repro_runs_nothing(repo):
     output = repo.output("dvc repro")
     assert (ran(output), skipped(output)) == ([], list(STAGES))
@@ -137,5 +163,6 @@ def test_with_the_hub_gone_its_files_are_listed_and_evaluated_again(repo, hub):
     before = (repo.path / "metrics/eval.json").read_text()
     hub.shutdown()
     hub.server_close()
-    assert ran(repo.output("dvc repro -f -s fetch-data eval")) == ["fetch-data", "eval"]
+    assert ran(repo.output(documented("dvc repro -f fetch-data"))) == ["fetch-data"]
+    assert ran(repo.output("dvc repro -f -s eval")) == ["eval"]
     assert (repo.path / "metrics/eval.json").read_text() == before

@@ -2,8 +2,8 @@
 
 import importlib.util
 import json
+import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +11,7 @@ from importlib.metadata import distribution, version
 from pathlib import Path
 
 import pytest
+from pages import block, documented, stand_in
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,6 +196,25 @@ def test_make_refuses_without_an_engine(target: str, tmp_path: Path) -> None:
     assert f"make {target}: no running docker or podman here" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "asked"),
+    [
+        (documented("make image"), ["build --build-arg FLASH_ATTN= -t colintern .", "run --rm -i --user 0"]),
+        (documented("make image FLASH_ATTN=2.8.3.post2"), ["--build-arg FLASH_ATTN=2.8.3.post2 -t colintern ."]),
+        (documented("make docker-repro"), ["compose version", "compose run --rm -T cpu dvc repro\n"]),
+        (documented('make docker-repro CMD="dvc exp run -S lr=0.004"'), ["-T cpu dvc exp run -S lr=0.004\n"]),
+        (block("container.md", "By hand, for a shell:"), ["compose run --rm gpu bash\n"]),
+    ],
+)
+def test_what_the_engine_is_asked(command: str, asked: list[str], tmp_path: Path) -> None:
+    stand_in(tmp_path / "bin", "docker", f'echo "$@" >> {tmp_path}/asked')
+    env = {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "HOME": str(tmp_path)}
+    subprocess.run(command, shell=True, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, check=True, capture_output=True)
+    said = (tmp_path / "asked").read_text().replace("-T gpu", "-T cpu")
+    assert all(words in said for words in asked), said
+    assert "repro" not in command or (tmp_path / ".cache" / "huggingface").is_dir()
+
+
 def size_script():
     spec = importlib.util.spec_from_file_location("size", ROOT / "docker" / "size.py")
     assert spec and spec.loader
@@ -223,21 +243,24 @@ def test_budget_in_the_docs_is_the_one_that_is_held() -> None:
 
 
 def test_make_sbom_names_every_package_and_is_valid(tmp_path: Path) -> None:
-    """The Makefile's own line, on an environment with what three packages of this one say of themselves (all of them
+    """On an environment with what three packages of this one say of themselves (all of them
     take a minute; `docker/prove.sh` does that)."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
-    place = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    place = next((tmp_path / ".venv" / "lib").glob("python*/site-packages"))
     said = {name: distribution(name).locate_file(".") for name in ("dvc", "numpy", "torch")}
     for name, folder in said.items():
         about = Path(str(folder)) / f"{name}-{version(name)}.dist-info"
         shutil.copytree(about, place / about.name)
-    line = makefile("sbom").strip().removeprefix("@$(RUN) ")
-    program, *options = shlex.split(line.replace("sbom.json", str(tmp_path / "bom.json")))
-    assert "--no-validate" not in options and options.pop() == ".venv/bin/python"
-    subprocess.run(
-        [linter(program), *options, tmp_path / "env" / "bin" / "python"], cwd=ROOT, check=True, capture_output=True
-    )
-    bom = json.loads((tmp_path / "bom.json").read_text())
+    for name in ("Makefile", "pyproject.toml", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in (".venv/.installed", ".tools/bin/uv"):  # set up already
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    path = f"{Path(linter('cyclonedx-py')).parent}{os.pathsep}{os.environ['PATH']}"
+    made = documented("make sbom")
+    assert "--no-validate" not in makefile("sbom")
+    subprocess.run(made, shell=True, cwd=tmp_path, env=os.environ | {"PATH": path}, check=True, capture_output=True)
+    bom = json.loads((tmp_path / "sbom.json").read_text())
     assert (bom["bomFormat"], bom["specVersion"], bom["metadata"]["component"]["name"]) == (
         "CycloneDX", "1.6", "colintern",
     )  # fmt: skip

@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from conftest import ROOT
+from pages import documented
 from ruamel.yaml import YAML
 from test_dvc_commands import Repo, bare_environment
 
@@ -109,7 +110,8 @@ def test_the_report_has_metrics_params_and_the_comparison_where_the_outs_are(two
         (repo.path / folder / file).touch()
     done = repo.run("make --silent pr-report BASE='nowhere$$(touch x)'")
     assert "is no revision here" in done.stdout and not (repo.path / "x").exists()
-    text = repo.output("make --silent pr-report BASE=main")
+    text = repo.output(documented("make pr-report BASE=main") + " --silent")
+    assert repo.output(documented("make stale")) == "dvc.lock is up to date: train, eval\n"
     assert re.match(r"## [0-9a-f]{10} against [0-9a-f]{10}\n", text)
     assert re.search(r"\| metrics.json \| docs.ndcg_at_5 +\| 0\.2 +\| 0\.6 +\| 0\.4 +\|", text), text
     assert re.search(r"\| params.yaml \| lr +\| 0.01 +\| 0.03 +\|", text), text
@@ -294,5 +296,5 @@ def test_actions_are_pinned_and_a_pull_request_runs_without_secrets_or_rights():
         assert runs and not any("${{" in run for run in runs), "no value of an event is part of a command"
         if "pull_request" in content["on"]:
             assert not re.search(r"secrets|github\.token|actions/cache|cache:|dvc pull", text)
-    assert rights["tests"] == [{"contents": "read"}] * 2 and rights["report"] == [{"contents": "read"}]
+    assert rights["tests"] == [{"contents": "read"}] * 3 and rights["report"] == [{"contents": "read"}]
     assert rights["comment"] == [{"actions": "read", "contents": "read", "pull-requests": "write"}]

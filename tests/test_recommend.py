@@ -9,17 +9,31 @@ import shutil
 
 import pytest
 from conftest import BASE, ROOT
+from pages import documented, words
 
 from colintern.cli import main
 from colintern.commands.recommend import _head, _memory_table
 from colintern.params import UserError, load
+from colintern.planning import costs as costs_module
 from colintern.planning import guide as guide_rules
+from colintern.planning.costs import Costs
 from colintern.planning.doctor import DEMO, bounds_for
 from colintern.planning.gpus import GPUS, find
 from colintern.planning.guide import EPOCHS, optimal_lr, optimal_rank
 from colintern.planning.recommend import steps_of, warmup_of
 
+COUNTED: dict[tuple[str, ...], Costs] = {}
 RECIPE = (ROOT / "recipes" / "internvl3_5-1b.yaml").read_text()
+
+
+@pytest.fixture(autouse=True)
+def counted_once(monkeypatch):
+    """A card changes nothing in what a step is made of: what one test has counted, the others take."""
+
+    def costs(config, *rest):
+        return COUNTED.setdefault((config.to_json_string(), *map(str, rest)), Costs(config, *rest))
+
+    monkeypatch.setattr(costs_module, "Costs", costs)
 
 
 @pytest.fixture
@@ -104,9 +118,22 @@ def test_an_unknown_card_is_answered_with_those_there_are(name):
         find(name)
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (documented("colintern recommend --base internvl3_5-1b --gpu l40s"), r"time of a step +9\.7\d s on L40S"),
+        (documented("colintern recommend --base internvl3_5-1b --gpu a100-80gb"), r"time of a step +5\.15 s on A100"),
+    ],
+)
+def test_what_the_pages_quote_is_what_it_says(checkout, capsys, command, said):
+    main(words(command)[1:])
+    assert re.search(said, capsys.readouterr().out)
+
+
 def test_what_is_written_changes_values_only_and_is_what_was_printed(checkout, capsys):
-    before = (checkout / "params.yaml").read_text()
-    main(["recommend", "--gpu", "rtx-5090", "--write", "--json"])
+    before = RECIPE
+    (checkout / "params.yaml").write_text(RECIPE)  # internvl3_5-1b is its base
+    main([*words(documented("colintern recommend --base internvl3_5-1b --gpu rtx-5090"))[1:], "--write", "--json"])
     told = json.loads(capsys.readouterr().out)
     values = {value["key"]: value["value"] for value in told["values"]}
     params = load("params.yaml")
@@ -134,7 +161,7 @@ def test_every_line_fits_a_terminal_and_says_where_it_comes_from(checkout, capsy
 
 
 def test_the_guides_table_beside_the_computed_one(checkout, capsys):
-    main(["recommend", "--table"])
+    main(words(documented("colintern recommend --base internvl3_5-1b --table"))[1:])
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
     rows = [re.findall(r"[\d.-]+", line) for line in out.splitlines() if " GB " in line]

@@ -5,14 +5,14 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import optuna
 import pytest
+from pages import documented, words
 from ruamel.yaml import YAML
 from sqlalchemy.exc import SQLAlchemyError
-from test_dvc_commands import Repo, bare_environment, copy_working_tree, cut_down
+from test_dvc_commands import Repo, bare_environment, copy_working_tree, cut_down, set_up
 
 from colintern import cli
 from colintern.params import load
@@ -29,7 +29,6 @@ space:
   lr: {low: 0.001, high: 0.02, log: true}
   lora_rank: {choices: [4, 8]}
 """
-TUNE = f"{sys.executable} -m colintern.cli tune --heartbeat 3"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def repo(tmp_path_factory) -> Repo:
         text = text.replace(old, new)
     (path / "params.yaml").write_text(text)
     (path / "tune.yaml").write_text(SPACE)
-    repo = Repo(path, bare_environment(home) | {"PYTHONPATH": ""})
+    repo = set_up(Repo(path, bare_environment(home) | {"PYTHONPATH": ""}))
     repo.output("git init -q -b main")
     repo.commit()
     repo.output("dvc repro -q")
@@ -54,10 +53,9 @@ def repo(tmp_path_factory) -> Repo:
 
 
 def start(repo: Repo, name: str) -> subprocess.Popen:
+    command = documented("colintern tune --trials 10") + " --trials 2 --study s --heartbeat 3"
     with (repo.path / "logs" / name).open("w") as log:
-        return subprocess.Popen(
-            [*TUNE.split(), "--trials", "2", "--study", "s"], cwd=repo.path, env=repo.env, stdout=log, stderr=log
-        )
+        return subprocess.Popen(words(command), cwd=repo.path, env=repo.env, stdout=log, stderr=log)
 
 
 def trials(repo: Repo) -> list[optuna.trial.FrozenTrial]:
@@ -71,10 +69,11 @@ def test_u1_two_workers_one_killed_nothing_lost_and_nothing_twice(repo):
     (repo.path / "logs").mkdir(exist_ok=True)
     (repo.path / "studies").mkdir(exist_ok=True)
     params = (repo.path / "params.yaml").read_text()
+    log = repo.path / "logs" / "tune" / "s-000.log"
     first = start(repo, "first")
+    until(log.is_file, "the first trial is there")  # before that, to look at the study would be to make its tables
     until(lambda: any(STARTED in t.user_attrs for t in trials(repo)), "the first trial trains")
     second = start(repo, "second")
-    log = repo.path / "logs" / "tune" / "s-000.log"
     until(lambda: "step 4/" in log.read_text(), "it has made four steps")
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
@@ -99,7 +98,7 @@ def test_every_trial_is_an_experiment_that_repro_reproduces(repo):
         assert float(rows[name]["dev_ndcg_at_5"]) == trial.value and float(rows[name]["lr"]) == trial.params["lr"]
     assert set(rows) - {"", "main"} == set(done), "nothing of the killed try"
     name, trial = next(iter(done.items()))
-    repo.output(f"dvc exp apply {name}")
+    repo.output(documented("dvc exp apply STUDY-NNN").replace("STUDY-NNN", name))
     lock = lambda: YAML(typ="safe").load(repo.path / "dvc.lock")["stages"]["train"]["outs"]  # noqa: E731
     before = lock()
     repo.output("dvc repro -f -s train")
@@ -113,9 +112,9 @@ def tune(repo, monkeypatch, capsys):
     monkeypatch.chdir(repo.path)
     before = signal.getsignal(signal.SIGTERM)
 
-    def run(*words: str) -> tuple[object, str]:
+    def run(*options: str) -> tuple[object, str]:
         try:
-            code: object = cli.main(["tune", "--heartbeat", "3", *words])
+            code: object = cli.main(["tune", "--heartbeat", "3", *options])
         except SystemExit as stop:
             code = stop.code
         return code, "".join(capsys.readouterr())
@@ -126,7 +125,8 @@ def tune(repo, monkeypatch, capsys):
 
 
 def test_a_finished_study_runs_nothing_more_and_applies_its_best(repo, tune):
-    code, output = tune("--trials", "2", "--study", "s", "--apply")
+    command = documented("colintern tune --trials 10 --apply") + " --trials 2 --study s"
+    code, output = tune(*words(command)[2:])
     best = max((t for t in trials(repo) if t.state.name == "COMPLETE"), key=lambda t: t.value)
     assert code == 0 and "lr, lora_rank written" in output and max(map(len, output.splitlines())) < 200
     assert load(repo.path / "params.yaml").lr == best.params["lr"]
@@ -145,7 +145,7 @@ def test_another_space_is_refused(repo, tune):
 
 def test_two_objectives_have_no_winner_and_take_no_experiments(repo, tune):
     (repo.path / "tune.yaml").write_text(SPACE.replace("against: none", "against: training_seconds"))
-    code, said = tune("--trials", "3", "--study", "two", "--apply")
+    code, said = tune(*words(documented("colintern tune --study fleet --trials 40 --apply"))[2:])
     assert code == 2 and "--apply: dev NDCG@5 against training_seconds has a front and no best trial" in said
     code, said = tune("--trials", "3", "--study", "two", "--warm-start")
     assert code == 2 and "--warm-start: experiments do not tell training_seconds" in said
@@ -156,7 +156,8 @@ def test_u2_where_every_trial_fails_the_cause_is_told_and_params_stay(repo, post
     (repo.path / "tune.yaml").write_text(
         SPACE.replace("lr: {low: 0.001, high: 0.02, log: true}", "batch_size: {choices: [98, 99]}")
     )
-    failed = repo.run(f"{TUNE} --trials 1 --study bad --apply --warm-start", COLINTERN_STORAGE=postgresql_or_none)
+    command = documented("colintern tune --trials 40 --study wide") + " --trials 1 --study bad --heartbeat 3"
+    failed = repo.run(f"{command} --apply --warm-start", COLINTERN_STORAGE=postgresql_or_none)
     assert failed.returncode == 4, failed.stdout
     assert "no trial of 'bad' came to its end; 1 of 1 failed with:\n  error: batch_size: 9" in failed.stdout
     # Those of the study before: they have other values of what this space does not vary.

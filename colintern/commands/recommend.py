@@ -33,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     params = load(PARAMS)
     base = args.base or params.base
-    if args.write and (base != params.base or args.table):
+    if args.write and (not _same(base, params) or args.table):
         what = "--table recommends nothing" if args.table else f"{PARAMS} is for base {params.base}, not {base}"
         raise UserError(f"--write: {what}; see `colintern recipe` for another base")
     data, rows, pages = _data(args, params)
@@ -75,13 +75,18 @@ def run(args: argparse.Namespace) -> None:
             print(f"\n{PARAMS}: " + (", ".join(changed) + " written" if changed else "has these values already"))
 
 
+def _same(base: str, params: Params) -> bool:
+    """Whether it is the base of params.yaml: internvl3_5-1b is OpenGVLab/InternVL3_5-1B-HF."""
+    return base == params.base or f"opengvlab/{base}-hf" == params.base.lower()
+
+
 def _data(args: argparse.Namespace, params: Params) -> tuple[str, int, int]:
     """Where the numbers of pairs and pages come from, and the numbers."""
     names = [name for name, _ in mixture(params.train_data)]
     own = json.loads(METRICS.read_text(encoding="utf-8")) if METRICS.is_file() else {}
     if args.rows and args.pages:
         return "--rows, --pages", args.rows, args.pages
-    if (args.base and args.base != params.base) or names == [COLPALI[0]]:
+    if (args.base and not _same(args.base, params)) or names == [COLPALI[0]]:
         origin, rows, pages = COLPALI
     elif all(f"{name} (train)" in own for name in names):
         weights = dict(mixture(params.train_data))
