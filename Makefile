@@ -66,7 +66,7 @@ for engine in docker podman ""; do
   if [ -z "$$engine" ] || "$$engine" info >/dev/null 2>&1; then break; fi
 done
 if [ -z "$$engine" ]; then
-  echo "make $@: no running docker or podman here (\`docker info\` says why); docker/prove.sh builds and runs the image in a chroot" >&2; exit 2
+  echo "make $@: no running docker or podman here (\`docker info\` says why); docker/prove.sh runs the image in a chroot, docker/engine.sh with a docker made for it" >&2; exit 2
 fi
 endef
 

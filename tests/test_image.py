@@ -177,9 +177,15 @@ def test_compose_mounts_the_repository_at_its_own_path_and_the_image_s_caches() 
     assert list(places) == [image["HF_HOME"], image["DVC_SITE_CACHE_DIR"]]
     # What `make docker-repro` makes where nothing is set is what compose mounts there.
     made = dict(re.findall(r'(\w+)="\$\{\w+:-([^}]+)\}"', makefile("docker-repro")))
-    assert [source.replace("${HOME}", "$HOME") for source in places.values()] == [
+    assert [source.replace("~", "$HOME") for source in places.values()] == [
         f"${{{name}:-{made[name]}}}" for name in ("HF_HOME", "DVC_SITE_CACHE_DIR")
     ]
+
+
+def test_compose_nests_no_variable_in_another() -> None:
+    """podman-compose ends a variable at the first brace: the rest stood as part of a folder's name."""
+    for used in re.findall(r"\$\{[^}]*\}", (ROOT / "compose.yaml").read_text()):
+        assert used.replace("$$", "").count("${") == 1, used
 
 
 def test_compose_passes_variables_by_name_only() -> None:
