@@ -41,8 +41,10 @@ CANNOT = {  # how a command begins, and why no test runs it
     "aws s3": "a cloud account; tests/test_remotes.py removes the object by s3fs",
     "export COLINTERN_STORAGE=": "a server of yours; tests/test_tune.py has a real one where Debian's package is",
     "make image-proof": "root, 45 GB and the package index",
+    "make engine-proof": "the same",
     "docker compose run --rm -T cpu cyclonedx-py": "a container engine; `make sbom` is the same outside",
     "python -m bench.nodes": "root: it makes network namespaces",
+    "python -m bench.gpu": "a GPU; tests/test_bench.py prints its table in the tiny form",
     "dvc exp run --temp -S KEY=VALUE": "what `colintern tune` runs: tests/test_tune_dvc.py",
     "python -c import torch": "the guide's",
 }
