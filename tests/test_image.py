@@ -209,9 +209,7 @@ def test_make_refuses_without_an_engine(target: str, tmp_path: Path) -> None:
         (documented("make image FLASH_ATTN=2.8.3.post2"), ["--build-arg FLASH_ATTN=2.8.3.post2 -t colintern ."]),
         (
             documented('make image IMAGE_ARGS="--build-arg PYTHON_IMAGE=mirror.example/python:3.11-slim-bookworm"'),
-            [
-                "build --build-arg FLASH_ATTN= --build-arg PYTHON_IMAGE=mirror.example/python:3.11-slim-bookworm -t colintern ."
-            ],
+            ["FLASH_ATTN= --build-arg PYTHON_IMAGE=mirror.example/python:3.11-slim-bookworm -t colintern ."],
         ),
         (documented("make docker-repro"), ["compose version", "compose run --rm -T cpu dvc repro\n"]),
         (documented('make docker-repro CMD="dvc exp run -S lr=0.004"'), ["-T cpu dvc exp run -S lr=0.004\n"]),
