@@ -53,11 +53,21 @@ FROM env AS env-flash
 ARG FLASH_ATTN
 # 80 A100, 90 H100 and H200, 100 B200, 120 RTX 50; cards of series 8.6 and 8.9 run the code for 80. Fewer compile faster.
 ARG FLASH_ATTN_CUDA_ARCHS="80;90;100;120"
+# What is left out, of ALIBI DROPOUT LOCAL SOFTCAP UNEVEN_K, none of which our model uses: half the time. A call that
+# needs it is refused; other models that `colintern evaluate` runs may (head sizes other than multiples of 32: UNEVEN_K).
+ARG FLASH_ATTN_WITHOUT=
+# Compilers at a time, each of up to 9 GB; empty: half the cores, and no more than memory holds.
+ARG MAX_JOBS=
 COPY docker/flash-build.txt docker/flash-attn-${FLASH_ATTN}.txt /build/
 # FORCE_BUILD: otherwise its setup.py downloads a prebuilt wheel that no hash covers. No cache: uv would hand out a wheel
 # compiled against an older torch. The wheels have libcudart.so.13 only, the linker looks for libcudart.so.
 RUN CUDA_HOME="$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu13" \
-    && export CUDA_HOME FLASH_ATTENTION_FORCE_BUILD=TRUE UV_NO_CACHE=1 \
+    && for part in $FLASH_ATTN_WITHOUT; do \
+         case $part in ALIBI|DROPOUT|LOCAL|SOFTCAP|UNEVEN_K) CPPFLAGS="$CPPFLAGS -DFLASHATTENTION_DISABLE_$part" ;; \
+           *) echo "FLASH_ATTN_WITHOUT: $part is none of ALIBI DROPOUT LOCAL SOFTCAP UNEVEN_K" >&2; exit 2 ;; \
+         esac; \
+       done \
+    && export CUDA_HOME CPPFLAGS NVCC_APPEND_FLAGS="$CPPFLAGS" FLASH_ATTENTION_FORCE_BUILD=TRUE UV_NO_CACHE=1 \
     && uv pip install --require-hashes --no-deps -r /build/flash-build.txt \
     && ln -s libcudart.so.13 "$CUDA_HOME/lib/libcudart.so" \
     && uv pip install --require-hashes --no-deps --no-build-isolation -r "/build/flash-attn-${FLASH_ATTN}.txt" \

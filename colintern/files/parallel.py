@@ -1,6 +1,7 @@
 """A function over many tasks on all cores, with a progress bar; for work that is no part of a training step."""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -8,16 +9,26 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+START = 2.0  # seconds that a process takes to import what its function needs
+
 
 def spread(function: Callable[[Any], Any], tasks: Sequence[Any], label: str, unit: str) -> Iterator[Any]:
-    """The function's results, in the order of the tasks. Function and tasks must be picklable."""
-    if not tasks:
-        return
-    # spawn: pdfium and pyarrow start threads, which do not survive a fork
-    with (
-        ProcessPoolExecutor(min(len(tasks), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool,
-        tqdm(total=len(tasks), desc=label, unit=unit, disable=None) as bar,
-    ):
-        for done in pool.map(function, tasks):
+    """The function's results, in the order of the tasks. Function and tasks must be picklable.
+
+    Work of no more than `START` seconds is done here: other processes would begin when it is over.
+    """
+    here = 0
+    end = time.monotonic() + START
+    with tqdm(total=len(tasks), desc=label, unit=unit, disable=None) as bar:
+        while here < len(tasks) and time.monotonic() < end:
+            yield function(tasks[here])
             bar.update()
-            yield done
+            here += 1
+        if here == len(tasks):
+            return
+        processes = min(len(tasks) - here, os.cpu_count() or 1)
+        # spawn: pdfium and pyarrow start threads, which do not survive a fork
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            for done in pool.map(function, tasks[here:]):
+                bar.update()
+                yield done
