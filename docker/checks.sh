@@ -67,6 +67,16 @@ for folder in (pathlib.Path.home(), os.environ['HF_HOME'], os.environ['DVC_SITE_
     probe = pathlib.Path(folder, 'probe'); probe.write_text('x'); probe.unlink()
 "
     in_image / dvc --version
+    if in_image / python -c 'import flash_attn' 2>/dev/null; then
+        log "flash-attn, compiled in the image"
+        in_image / python -c "
+import flash_attn, flash_attn_2_cuda, pathlib
+code = pathlib.Path(flash_attn_2_cuda.__file__)
+without = [part for part in ('alibi', 'dropout', 'local', 'softcap', 'headdim not being a multiple')
+           if f'build does not support {part}'.encode() in code.read_bytes()]
+print('flash-attn', flash_attn.__version__, code.stat().st_size // 2**20, 'MiB, refuses:', ', '.join(without) or 'nothing')
+"
+    fi
     log "the mounted repository belongs to $(stat -c %U "$repo"): git status"
     in_image "$repo" git status --short --branch | head -3
     if [ -f colintern/cli.py ]; then

@@ -74,6 +74,13 @@ stop_at_step() {
     (cd $clone/.scratch && ls -d train-*/checkpoint-*)
 }
 
+check_sbom() {
+    log "the packages of the image, as CycloneDX"
+    holds 'COLINTERN_USER=1234:1234 docker compose run --rm -T cpu cyclonedx-py environment --output-reproducible -o sbom-image.json /opt/venv/bin/python'
+    holds 'grep -c "\"purl\": \"pkg:pypi/" sbom-image.json; rm sbom-image.json'
+    cat "$said"
+}
+
 check_owner() {
     local foreign
     foreign=$(find $home ! -uid 1234 -print -quit)
@@ -112,6 +119,7 @@ check_experiment() {
 start_engine "$1"
 check_image "${@:2}"
 check_refusals
+check_sbom
 check_repro
 check_experiment
 log "all checks held"

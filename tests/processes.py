@@ -6,7 +6,11 @@ of what they are named after.
 
 import multiprocessing
 import os
+import runpy
+import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +32,7 @@ class Place:
         self.folder, self.work = folder, work
 
     def start(self, fault: Fault = None, *arguments: object, command: str = "") -> multiprocessing.process.BaseProcess:
-        process = FORKS.Process(target=_child, args=(self.folder, self.work, command.split(), fault, *arguments))
+        process = FORKS.Process(target=_child, args=(self.folder, self.work, shlex.split(command), fault, *arguments))
         process.start()
         return process
 
@@ -60,6 +64,18 @@ def _child(folder: Path, work: Callable[..., None], command: list[str], fault: F
     if fault:
         fault(*arguments)
     work(*command)
+
+
+def program(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """What `python -m NAME` does in the current folder, without the seconds that its imports take."""
+    run = Place(Path.cwd(), _as_main)
+    code = run.run(None, command=shlex.join([name, *arguments]))
+    return subprocess.CompletedProcess([name, *arguments], code, run.out, run.err)
+
+
+def _as_main(name: str, *arguments: str) -> None:
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def signal_self(*numbers: int) -> None:

@@ -2,12 +2,13 @@ import re
 
 import pytest
 import torch
+from pages import documented, words
 
 from bench import gpu, loss
 
 
 def test_the_gpu_table_is_printed_whole_in_its_tiny_form(capsys):
-    gpu.main(["--tiny"])
+    gpu.main([*words(documented("python -m bench.gpu"))[3:], "--tiny"])
     out = capsys.readouterr().out
     rows = re.findall(r"(?m)^ +(\d+) +(on|off) +(0\.[01]) +off +(\d+\.\d{3}) ", out)
     settings = {(int(micro), on == "on") for micro, on, dropout, _ in rows if dropout == "0.1"}

@@ -1,6 +1,6 @@
 """What cluster/ starts, on machines that are taken away: real training, DVC and signals; a folder is the bucket.
 
-Slurm and SkyPilot are not here: docs/clusters.md says how their files were tried.
+Slurm and SkyPilot: test_outside.py.
 """
 
 import contextlib
@@ -188,10 +188,3 @@ def test_torchrun_starts_the_ranks_of_a_run(tmp_path):
     done = subprocess.run(words(command), env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert sorted((tmp_path / "ranks").read_text().splitlines()) == ["rank 0 of 2", "rank 1 of 2"]
-
-
-def test_skypilot_takes_its_files():
-    sky = pytest.importorskip("sky", reason="SkyPilot is not part of the lock; docs/clusters.md")
-    for name, nodes in (("skypilot.yaml", 1), ("skypilot-tune.yaml", 4)):
-        task = sky.Task.from_yaml(str(ROOT / "cluster" / name))
-        assert task.num_nodes == nodes and all(one.use_spot for one in task.resources)

@@ -34,19 +34,6 @@ CANNOT = {  # how a command begins, and why no test runs it
     "make slow": "the same",
     "make check": "is the first step of `make test`",
     "python -m pytest tests/": "files of the suite",
-    "make lock": "asks the package index",
-    "pip install skypilot[aws]": "asks the package index; tests/test_cluster.py has it read its files",
-    "sky jobs launch": "a cloud account",
-    "sbatch": "a Slurm cluster: docs/clusters.md, What was tried",
-    "aws s3": "a cloud account; tests/test_remotes.py removes the object by s3fs",
-    "export COLINTERN_STORAGE=": "a server of yours; tests/test_tune.py has a real one where Debian's package is",
-    "make image-proof": "root, 45 GB and the package index",
-    "make engine-proof": "the same",
-    "docker compose run --rm -T cpu cyclonedx-py": "a container engine; `make sbom` is the same outside",
-    "python -m bench.nodes": "root: it makes network namespaces",
-    "python -m bench.gpu": "a GPU; tests/test_bench.py prints its table in the tiny form",
-    "dvc exp run --temp -S KEY=VALUE": "what `colintern tune` runs: tests/test_tune_dvc.py",
-    "python -c import torch": "the guide's",
 }
 VALUES = r"\.\.\.|\d+|\blearning_rate|\blr\b|\bloss is nan\b"  # of a message, as the page gives them
 OTHERS = {  # git's, DVC's

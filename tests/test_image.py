@@ -211,6 +211,10 @@ def test_make_refuses_without_an_engine(target: str, tmp_path: Path) -> None:
             documented('make image IMAGE_ARGS="--build-arg PYTHON_IMAGE=mirror.example/python:3.11-slim-bookworm"'),
             ["FLASH_ATTN= --build-arg PYTHON_IMAGE=mirror.example/python:3.11-slim-bookworm -t colintern ."],
         ),
+        (
+            block("container.md", "Far sooner for one kind of card"),
+            ["2.8.3.post2 --build-arg FLASH_ATTN_CUDA_ARCHS=90 --build-arg MAX_JOBS=2 --build-arg FLASH_ATTN_WITHOUT="],
+        ),
         (documented("make docker-repro"), ["compose version", "compose run --rm -T cpu dvc repro\n"]),
         (documented('make docker-repro CMD="dvc exp run -S lr=0.004"'), ["-T cpu dvc exp run -S lr=0.004\n"]),
         (block("container.md", "By hand, for a shell:"), ["compose run --rm gpu bash\n"]),

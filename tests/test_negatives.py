@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import BASE, ROOT, page_image
+from processes import program
 from pyarrow import parquet
 from test_survey import PAGES, fetch_data, quarantine, write_eval, write_set
 from test_training import TARGETS
@@ -217,8 +216,7 @@ def test_mined_negatives_train(tmp_path):
     ColIntern3_5Processor.from_pretrained(BASE).save_pretrained("experiments/colintern")
 
     def colintern(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "colintern.cli", "mine", *arguments]
-        return subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        return program("colintern.cli", "mine", *arguments)
 
     done = colintern("--top", "0")
     assert done.returncode == 2 and "--top: 0 is not valid" in done.stderr

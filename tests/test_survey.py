@@ -1,11 +1,9 @@
 """Parquet sets with real faults in their rows: what costs a row, what stops the run, and what is never read (D1-D8)."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, page_image
 from pdf_writer import write_pdf
+from processes import program
 
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import png_bytes
@@ -68,8 +67,7 @@ def write_eval(pages: range) -> None:
 
 
 def fetch_data() -> "subprocess.CompletedProcess[str]":
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-m", "stages.fetch_data"], env=env, capture_output=True, text=True)
+    return program("stages.fetch_data")
 
 
 def quarantine() -> list[dict]:

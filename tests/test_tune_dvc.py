@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import optuna
+import psutil
 import pytest
 from pages import documented, words
 from ruamel.yaml import YAML
@@ -75,6 +76,8 @@ def test_u1_two_workers_one_killed_nothing_lost_and_nothing_twice(repo):
     until(lambda: any(STARTED in t.user_attrs for t in trials(repo)), "the first trial trains")
     second = start(repo, "second")
     until(lambda: "step 4/" in log.read_text(), "it has made four steps")
+    started = [" ".join(child.cmdline()) for child in psutil.Process(first.pid).children()]
+    assert any(documented("dvc exp run --temp") in command for command in started), started
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     assert second.wait(300) == 0, (repo.path / "logs" / "second").read_text()
@@ -157,7 +160,8 @@ def test_u2_where_every_trial_fails_the_cause_is_told_and_params_stay(repo, post
         SPACE.replace("lr: {low: 0.001, high: 0.02, log: true}", "batch_size: {choices: [98, 99]}")
     )
     command = documented("colintern tune --trials 40 --study wide") + " --trials 1 --study bad --heartbeat 3"
-    failed = repo.run(f"{command} --apply --warm-start", COLINTERN_STORAGE=postgresql_or_none)
+    address = documented("export COLINTERN_STORAGE=postgresql://USER:PASSWORD@HOST/DATABASE").partition("=")[0]
+    failed = repo.run(f"{address}={postgresql_or_none}; {command} --apply --warm-start")
     assert failed.returncode == 4, failed.stdout
     assert "no trial of 'bad' came to its end; 1 of 1 failed with:\n  error: batch_size: 9" in failed.stdout
     # Those of the study before: they have other values of what this space does not vary.
