@@ -1,11 +1,11 @@
 """Evaluations to be compared: of a folder, a git revision or a DVC experiment."""
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from colintern.params import UserError
@@ -31,7 +31,9 @@ def outcome(name: str) -> Outcome:
     found = _folder(Path(name)) if Path(name).is_dir() else _revision(name)
     try:
         run, queries = (found(file) for file in FILES)
-        return Outcome(name, json.loads(run), pq.read_table(io.BytesIO(queries)).to_pylist())
+        # No threads: one of Arrow's that is still there when Python ends aborts the process (apache/arrow#34314).
+        table = pq.ParquetFile(pa.BufferReader(queries)).read(use_threads=False)
+        return Outcome(name, json.loads(run), table.to_pylist())
     except ValueError as error:
         if isinstance(error, UserError):
             raise
