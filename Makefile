@@ -19,7 +19,8 @@ repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
 	@$(RUN) dvc repro
 
 test: check  ## all tests, a process more than there are cores, since some wait, up to four
-	@$(RUN) python -m pytest -n $$(python -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))') --dist loadfile --no-loadscope-reorder
+	@processes=$$($(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
+	$(RUN) python -m pytest -n $$processes --dist loadfile --no-loadscope-reorder
 
 slow: $(ENV)  ## what pages name and what takes minutes, with sizes cut: measurements, make soak, make study
 	@$(RUN) python -m pytest -m slow tests

@@ -250,7 +250,7 @@ def test_an_array_of_slurm_jobs_shares_a_study(slurm, postgresql, tmp_path):
 def test_training_on_two_hosts_of_their_own_network(tmp_path):
     need_root_and("ip")
     repo = Repo(ROOT, bare_environment(tmp_path))
-    assert re.search(r"RESULT ", repo.output(documented("python -m bench.nodes")))
+    assert re.search(r"RESULT nodes=2 ", repo.output(documented("python -m bench.nodes")))
 
 
 @pytest.mark.parametrize(

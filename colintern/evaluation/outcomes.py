@@ -31,7 +31,8 @@ def outcome(name: str) -> Outcome:
     found = _folder(Path(name)) if Path(name).is_dir() else _revision(name)
     try:
         run, queries = (found(file) for file in FILES)
-        # No threads: one of Arrow's that is still there when Python ends aborts the process (apache/arrow#34314).
+        # Not `read_table`: a thread of its scanner that is there when Python ends aborts the process
+        # (apache/arrow#34314); of such a short one, one in seven on busy cores.
         table = pq.ParquetFile(pa.BufferReader(queries)).read(use_threads=False)
         return Outcome(name, json.loads(run), table.to_pylist())
     except ValueError as error:

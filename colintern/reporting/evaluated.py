@@ -103,7 +103,7 @@ def _result(folder: Path, revision: str, task: str) -> mteb.TaskResult:
 def _queries(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path}: missing; evaluate the model again: dvc repro -f eval")
-    return pq.ParquetFile(path).read(use_threads=False).to_pylist()  # threads: see evaluation/outcomes.py
+    return pq.ParquetFile(path).read(use_threads=False).to_pylist()  # not read_table: evaluation/outcomes.py
 
 
 def intervals(rows: list[dict[str, Any]]) -> list[Row]:
