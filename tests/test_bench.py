@@ -4,7 +4,7 @@ import pytest
 import torch
 from pages import documented, words
 
-from bench import gpu, loss
+from bench import gpu, loss, scoring
 
 
 def test_the_gpu_table_is_printed_whole_in_its_tiny_form(capsys):
@@ -40,3 +40,37 @@ def test_without_a_gpu_it_says_so(capsys):
 def test_the_losses_that_are_timed_agree():
     loss.agree(*loss.embeddings(4, 6, 20, 16))
     assert loss.extra_mb("plain einsum", [8, 30, 400, 64]) > loss.extra_mb("ours", [8, 30, 400, 64])
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_scorers_are_compared_on_three_kinds_of_pages(monkeypatch, capsys, one_thread, broken):
+    if broken:
+        right = scoring.maxsim_scores
+        monkeypatch.setattr(scoring, "maxsim_scores", lambda *items, device: -right(*items, device=device))
+    with pytest.raises(SystemExit) as stop:
+        scoring.main("--queries 3 --pages 4 --rounds 1 --streamed 2 3 4".split())
+    out = capsys.readouterr().out
+    rows = re.findall(r"(?m)^(\S.+?) +\d+\.\d{3} +\d+\.\d\dx  (same|another) ranking$", out)
+    assert rows == [
+        (name, "another" if broken and name == scoring.OURS else "same")
+        for _ in scoring.SHAPES
+        for name in scoring.scorers("cpu")
+    ]
+    assert stop.value.code == broken
+    number = r"=\d+\.\d\d "
+    assert re.search(f"\nRESULT {''.join(key + number for key in scoring.SHAPES)}same_ranking={not broken} ", out)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to be measured")
+def test_scorers_on_a_gpu_that_is_not_there(capsys):
+    with pytest.raises(SystemExit) as stop:
+        scoring.main(["--device", "cuda"])
+    assert stop.value.code == 2
+    assert "--device: 'cuda' is not valid" in capsys.readouterr().err
