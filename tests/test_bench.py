@@ -55,7 +55,8 @@ def test_scorers_are_compared_on_three_kinds_of_pages(monkeypatch, capsys, one_t
         right = scoring.maxsim_scores
         monkeypatch.setattr(scoring, "maxsim_scores", lambda *items, device: -right(*items, device=device))
     with pytest.raises(SystemExit) as stop:
-        scoring.main("--queries 3 --pages 4 --rounds 1 --streamed 2 3 4".split())
+        sizes = "--queries 3 --pages 4 --rounds 1 --streamed 2 3 4"
+        scoring.main([*words(documented("python -m bench.scoring"))[3:], *sizes.split()])
     out = capsys.readouterr().out
     rows = re.findall(r"(?m)^(\S.+?) +\d+\.\d{3} +\d+\.\d\dx  (same|another) ranking$", out)
     assert rows == [
