@@ -18,8 +18,6 @@ from platform import machine
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch
-
 from colintern.files.hub_errors import Repo
 from colintern.params import UserError
 
@@ -75,6 +73,7 @@ def build_here(key: str, folder: Path, paths: Iterable[str]) -> Build:
 
 def unfit(build: Build, dtype: str) -> str:
     """What a build needs that this machine or `dtype` lacks, in words, "" if nothing."""
+    import torch  # here and below, because it takes longer to import than the rest of fetch-data
     from kernels.validate import ArchValidator, DependencyValidator, MinverValidator
 
     if build.on_gpu and not torch.cuda.is_available():
@@ -148,6 +147,8 @@ def _best(names: Iterable[str], cpu: str) -> str | None:
 
 
 def _lack(names: list[str]) -> str:
+    import torch
+
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     return (
         f"none for torch {torch.__version__.partition('+')[0]} with {cuda} on {machine()}; there are: "
