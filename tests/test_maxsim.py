@@ -147,6 +147,20 @@ def test_a_page_that_screening_cannot_help_is_left_to_the_plain_product(page):
     assert (best == 7).all()
 
 
+def test_screening_is_kept_to_what_it_was_measured_on(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
+    tokens = unit(SCREENED, 128)
+    assert _Screen.pays(tokens)
+    assert not _Screen.pays(tokens[1:])
+    assert not _Screen.pays(tokens[:, :63])
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"neon": True})
+    assert not _Screen.pays(tokens)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert not _Screen.pays(tokens)
+
+
 def test_many_queries_on_large_pages_equal_the_definition():
     queries, alike = [unit(20, 128, seed=i) for i in range(30)], unit(1, 128).expand(600, -1)
     pages = [PAGES["random"], alike, PAGES["a background"], unit(100, 128)]
