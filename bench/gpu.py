@@ -5,8 +5,9 @@
 
 In: tests/internvl3_5-1b.json at full size with random weights, recipes/internvl3_5-1b.yaml, cached features drawn at
 random: batches of 64 at 6 and 3 tiles a page. Out: text only. A step is forward, backward and AdamW, the second of its
-kind. Memory is the most that torch's allocator held, and what CUDA holds beside it; `fits` is the smallest card, of 16,
-24, 32, 40 and 80 GB, with that much. The roofline is calculated, for 6 tiles, and known for the cards in ROOFLINE.
+kind; `recomputed`: of how many layers (gradient_checkpointing). Memory is the most that torch's allocator held, and
+what CUDA holds beside it; `fits` is the smallest card, of 16, 24, 32, 40 and 80 GB, with that much. The roofline is
+calculated, for 6 tiles, and known for the cards in ROOFLINE.
 Checks, exit 1 where one fails: the gradient does not depend on micro_batch_size (float32, quarter depth), and the loss
 and its gradients are those of the definition in float64 on the CPU, with the same bits twice. Exit 2 without CUDA.
 Last line: `RESULT seconds_6_tiles=... seconds_3_tiles=... roofline_share=... gradient_error=... loss_error=...`.
@@ -29,6 +30,7 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import InternVLConfig
 
 from colintern.model import ColIntern3_5, attention_kernel
+from colintern.modeling.checkpointing import checkpoint_layers, recomputed
 from colintern.modeling.dropout import RowDropout
 from colintern.modeling.features import Page
 from colintern.modeling.lora import add_lora
@@ -95,13 +97,9 @@ class Engine:
             items.append({"query": query, "pages": [{"key": f"{i:014x}", "features": features}]})
         return self.trainer.data_collator(items[rows])
 
-    def set(self, micro: int, checkpointing: bool, dropout: float) -> None:
+    def set(self, micro: int, checkpointing: bool | int, dropout: float) -> None:
         self.trainer.micro = micro
-        if checkpointing:
-            self.base.activation_checkpointing_enable()
-        else:
-            self.base.activation_checkpointing_disable()
-            self.base.disable_input_require_grads()
+        checkpoint_layers(self.model, checkpointing)
         for module in self.model.modules():
             if isinstance(module, RowDropout):
                 module.p = dropout
@@ -153,12 +151,16 @@ def measure(engine: Engine, batch: dict[str, Any]) -> tuple[float, float]:
 def table(engine: Engine, sizes: Sizes, tiles: int, start: float) -> float:
     """Print the rows of one page size; the fastest step's seconds."""
     print(f"\n{tiles} tiles a page, batch {sizes.batch}, {engine.params.dtype}, cached features")
-    print(f"{'micro':>5} {'checkpointing':>13} {'dropout':>7} {'compile':>7} {'s/step':>8} {'peak GB':>8}  fits")
+    print(f"{'micro':>5} {'recomputed':>13} {'dropout':>7} {'compile':>7} {'s/step':>8} {'peak GB':>8}  fits")
     batch, best = engine.batch([tiles] * sizes.batch), math.nan
     keep = engine.params.lora_dropout
-    levers: tuple[int, bool] | None = None
-    rows: list[tuple[int, bool, float, bool]] = [
-        (micro, on, keep, False) for micro in sizes.micro for on in (False, True)
+    levers: tuple[int, bool | int] | None = None
+    layers = len(engine.base.language_model.layers)
+    some = sorted({layers * 3 // 4, layers // 2, layers // 4} - {0}, reverse=True)
+    rows: list[tuple[int, bool | int, float, bool]] = [
+        (micro, on, keep, False)
+        for micro in sizes.micro
+        for on in (False, True, *(some if micro == sizes.batch else ()))
     ]
     while rows:
         micro, checkpointing, dropout, compiled = rows.pop(0)
@@ -172,7 +174,8 @@ def table(engine: Engine, sizes: Sizes, tiles: int, start: float) -> float:
         engine.set(micro, checkpointing, dropout)
         took, peak = measure(engine, batch)
         fits = next((f"{card} GB" for card in CARDS if peak <= card), "none of them" if peak > CARDS[-1] else "-")
-        words = f"{'on' if checkpointing else 'off':>13} {dropout:>7} {'on' if compiled else 'off':>7}"
+        again = recomputed(layers, checkpointing)
+        words = f"{again:>6} of {layers:<3} {dropout:>7} {'on' if compiled else 'off':>7}"
         print(f"{micro:>5} {words} {took:>8.3f} {peak:>8.1f}  {fits}", flush=True)
         if not took >= best:  # also where none is known yet
             best, levers = (took, (micro, checkpointing)) if took == took else (best, levers)

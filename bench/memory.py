@@ -37,11 +37,17 @@ CPU = [
     ("quarter", 2, 1, False, 0.1),
     ("quarter", 4, 4, True, 0.1),
     ("quarter", 4, 2, True, 0.0),
+    ("quarter", 4, 4, 4, 0.1),
 ]
-CUDA = [("whole", 64, 64, True, 0.1), ("whole", 64, 8, False, 0.1), ("whole", 64, 16, True, 0.1)]
+CUDA = [
+    ("whole", 64, 64, True, 0.1),
+    ("whole", 64, 8, False, 0.1),
+    ("whole", 64, 16, True, 0.1),
+    ("whole", 64, 64, 14, 0.1),
+]
 
 
-def measure(row: tuple[str, int, int, bool, float], device: str) -> dict[str, float]:
+def measure(row: tuple[str, int, int, bool | int, float], device: str) -> dict[str, float]:
     """Two steps in this process: bytes predicted and measured, seconds of the second step."""
     import torch
     from transformers import TrainerCallback, set_seed
@@ -138,7 +144,7 @@ def resident(field: str) -> int:
     return int(lines[field].split()[0]) * 1024
 
 
-def in_process(row: tuple[str, int, int, bool, float], device: str) -> dict[str, float]:
+def in_process(row: tuple[str, int, int, bool | int, float], device: str) -> dict[str, float]:
     command = [sys.executable, "-m", "bench.memory", "--row", json.dumps([row, device])]
     done = subprocess.run(command, env=os.environ | MALLOC, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -170,7 +176,7 @@ def main() -> None:
         off = found["predicted"] / found["measured"] - 1
         worst[row[0]] = max(worst.get(row[0], 0.0), abs(off))
         print(
-            f"{row[0]:<9}{device:>6}{row[1]:>6}{row[2]:>6}{'on' if row[3] else 'off':>6}{row[4]:>5}"
+            f"{row[0]:<9}{device:>6}{row[1]:>6}{row[2]:>6}{str(row[3]).lower():>6}{row[4]:>5}"
             f"{found['predicted'] / 1e6:>9.0f} MB{found['measured'] / 1e6:>7.0f} MB {off:>+6.1%}",
             flush=True,
         )

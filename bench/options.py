@@ -1,4 +1,4 @@
-"""What dropout and `deterministic: true` cost a step, and whether the second changes the gradient.
+"""What dropout, `deterministic: true` and `gradient_checkpointing` cost a step, and whether they change the gradient.
 
     .venv/bin/python -m bench.options           # in the repository root; --layers, --batch, --micro, --rounds
     .venv/bin/python -m bench.options --demo    # the demo's sizes
@@ -7,7 +7,7 @@ In: InternVL3.5-1B's widths with a few layers, random weights, bfloat16 (the dem
 of 1 to 6 tiles, on the GPU where there is one. `nn.Dropout` draws a number for each element, ours takes a mask for each
 token. Time is the median of this process's CPU seconds, on a GPU of the clock's, for forward and backward; each round
 runs all rows, in turn, after one that is not counted. Last line: `RESULT plain=... by_token=... deterministic=...
-same_gradient=...`: the first two over the step without dropout, the third over the second.
+recomputed=... half=... same_gradient=...`: the first two over the step without dropout, the others over the second.
 """
 
 import argparse
@@ -24,11 +24,13 @@ from bench.gpu import REAL, TINY, Engine
 from colintern.modeling.dropout import Masks
 from colintern.training.determinism import set_deterministic
 
-WAYS = {  # dropout, by token, deterministic
-    "no dropout": (0.0, True, False),
-    "nn.Dropout": (0.1, False, False),
-    "by token": (0.1, True, False),
-    "by token, deterministic": (0.1, True, True),
+WAYS = {  # dropout, by token, deterministic, share of the layers that are recomputed
+    "no dropout": (0.0, True, False, 0.0),
+    "nn.Dropout": (0.1, False, False, 0.0),
+    "by token": (0.1, True, False, 0.0),
+    "by token, deterministic": (0.1, True, True, 0.0),
+    "by token, all layers recomputed": (0.1, True, False, 1.0),
+    "by token, half of them": (0.1, True, False, 0.5),
 }
 
 
@@ -53,11 +55,11 @@ def main() -> None:
         sizes, dtype = (TINY, "float32") if args.demo else (REAL, "bfloat16")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         engine = Engine(sizes, dtype, None if args.demo else args.layers, scratch, device)
-        rows = Masks.rows
+        rows, layers = Masks.rows, len(engine.base.language_model.layers)
         for _ in range(1 + args.rounds):
-            for name, (p, by_token, deterministic) in WAYS.items():
+            for name, (p, by_token, deterministic, share) in WAYS.items():
                 set_deterministic(deterministic)
-                engine.set(args.micro, checkpointing=False, dropout=p)
+                engine.set(args.micro, int(share * layers), dropout=p)
                 batch = engine.batch([1 + i % 6 for i in range(args.batch)])
                 with patch.object(Masks, "rows", rows if by_token else lambda *_: nullcontext()):
                     start = clock()
@@ -66,13 +68,14 @@ def main() -> None:
                 gradients[name] = torch.cat([p.grad.flatten() for p in engine.model.parameters() if p.grad is not None])
                 engine.model.zero_grad()
     seconds = {name: median(times[1:]) for name, times in found.items()}
-    none, plain, ours, deterministic_ = seconds.values()
+    none, plain, ours, *others = seconds.values()
     for name, taken in seconds.items():
-        print(f"{name:<24}{taken:>8.3f} s{taken / none:>7.2f}x")
-    same = torch.equal(gradients["by token"], gradients["by token, deterministic"])
+        print(f"{name:<32}{taken:>8.3f} s{taken / none:>7.2f}x")
+    same = all(torch.equal(gradients["by token"], made) for made in list(gradients.values())[3:])
+    deterministic_, all_, half = (taken / ours for taken in others)
     print(
-        f"RESULT plain={plain / none:.2f} by_token={ours / none:.2f} deterministic={deterministic_ / ours:.2f} "
-        f"same_gradient={same}"
+        f"RESULT plain={plain / none:.2f} by_token={ours / none:.2f} deterministic={deterministic_:.2f} "
+        f"recomputed={all_:.2f} half={half:.2f} same_gradient={same}"
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 
@@ -80,6 +81,7 @@ KERNEL = Rule(
     f"one of {', '.join(ATTENTION)}, or a kernel repository of the hub at a commit, OWNER/NAME@<40 hex digits>",
     lambda value: value in ATTENTION or kernel_at(value) is not None,
 )
+LAYERS = Rule("at least 1 where it is a number of layers", lambda value: isinstance(value, bool) or value > 0)
 LAUNCH = Rule("auto, or 1 or more", lambda value: value == "auto" if isinstance(value, str) else value > 0)
 PATTERN = Rule("a regular expression that compiles (any text is .* in it, not *)", _compiles)
 
@@ -103,7 +105,7 @@ class Params:
     max_query_tokens: Annotated[int, between(8, 4096)]
     dtype: Annotated[str, one_of("float32", "bfloat16")]
     attention: Annotated[str, KERNEL]
-    gradient_checkpointing: bool
+    gradient_checkpointing: Annotated[bool | int, LAYERS]
     compile: bool
     launch: Annotated[int | str, LAUNCH]
     lora_targets: Annotated[tuple[str, ...], PATTERN]
@@ -144,6 +146,7 @@ KINDS: dict[Any, str] = {
     float: "a number",
     str: "text",
     int | str: "a whole number or auto",
+    bool | int: "true, false or a whole number",
     LIST: "a list of one or more texts",
 }
 
@@ -267,9 +270,8 @@ def _misfit(name: str, kind: Any, rules: list[Rule], value: Any) -> list[str]:
 def _is_a(kind: Any, value: Any) -> bool:
     if kind is float:  # compared, not converted: nan, inf and whole numbers too large for a float all fail here
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    if kind == int | str:
-        return type(value) in (int, str)
-    return type(value) is kind  # `is`, because True is an instance of int
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return type(value) in kinds  # not isinstance, because True is an instance of int
 
 
 def _converted(key: str, value: Any) -> Any:

@@ -10,9 +10,9 @@ from bench import gpu, loss, scoring
 def test_the_gpu_table_is_printed_whole_in_its_tiny_form(capsys):
     gpu.main([*words(documented("python -m bench.gpu"))[3:], "--tiny"])
     out = capsys.readouterr().out
-    rows = re.findall(r"(?m)^ +(\d+) +(on|off) +(0\.[01]) +off +(\d+\.\d{3}) ", out)
-    settings = {(int(micro), on == "on") for micro, on, dropout, _ in rows if dropout == "0.1"}
-    assert settings == {(micro, on) for micro in gpu.TINY.micro for on in (True, False)}
+    rows = re.findall(r"(?m)^ +(\d+) +(\d) of 2 +(0\.[01]) +off +(\d+\.\d{3}) ", out)
+    settings = {(int(micro), int(layers)) for micro, layers, dropout, _ in rows if dropout == "0.1"}
+    assert settings == {(2, 0), (2, 2), (4, 0), (4, 1), (4, 2)}, "of the whole batch also with some layers recomputed"
     assert len(rows) == 2 * (len(settings) + 1), "two page sizes, each ending with a row without dropout"
     assert "ok  gradient" in out and "ok  loss" in out
     assert re.search(r"\nRESULT seconds_2_tiles=\S+ seconds_1_tiles=\S+ roofline_share=unknown gradient_error=", out)
@@ -26,7 +26,7 @@ def test_a_failed_check_is_told_by_the_exit_code(monkeypatch, capsys, broken):
     with pytest.raises(SystemExit) as stop:
         gpu.main(["--tiny"])
     out = capsys.readouterr().out
-    assert stop.value.code == 1 and "NO " in out and out.count("4 rows left out") == 2
+    assert stop.value.code == 1 and "NO " in out and out.count("5 rows left out") == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to be measured")

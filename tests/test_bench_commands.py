@@ -22,6 +22,11 @@ from bench.debian_pdfs import PDFS
 
 SECONDS = (  # command, options after it, what the end says
     (documented("python -m bench.attention"), "--tokens 30 --rounds 1", "RESULT speedup_at_30="),
+    (
+        documented("python -m bench.options --layers 4"),
+        "--demo --batch 2 --micro 2 --rounds 1",
+        r"RESULT plain=.*half=[\d.]+ same_gradient=True",
+    ),
     (documented("python -m bench.curves"), "", r"RESULT tuned_on_right=8 tuned_on=8 held_out_right=13"),
     (
         documented("python -m bench.parts --demo --batch 48 --micro 8 --rounds 7"),

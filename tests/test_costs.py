@@ -14,12 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import InternVLConfig
 
 from colintern.model import ColIntern3_5
+from colintern.modeling.checkpointing import checkpoint_layers
 from colintern.modeling.dropout import Masks
 from colintern.modeling.lora import add_lora
 from colintern.params import load
 from colintern.planning import costs as module
 from colintern.planning.costs import Costs, Setting
+from colintern.planning.gpus import GPUS
 from colintern.planning.meter import Kernel, Meter, measure
+from colintern.planning.recommend import PROMPT_TOKENS, USABLE, plan, recommend
 from colintern.training.processes import ALONE
 from colintern.training.trainer import ContrastiveTrainer
 
@@ -78,7 +81,7 @@ def test_weights_adapters_and_optimizer_to_the_byte(costs, model):
     assert costs.parameters == sum(p.numel() for p in model.parameters()) == module.parameters(costs.config)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, 1])
 @pytest.mark.parametrize("micro", [2, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_is_what_the_trainer_runs(costs, micro, checkpointing, dtype):
@@ -92,12 +95,11 @@ def test_a_step_is_what_the_trainer_runs(costs, micro, checkpointing, dtype):
     batch["query_ids"], trainer.processes = batch["page_ids"], ALONE
     batch["share"] = ALONE.shares(batch)
     tensors = [t for side in ("query", "page") for t in batch[side].values()]
-    [model] = costs.models
+    model = costs.model(costs.layers)
     trainer.masks = model.masks
 
     step = costs.step(Setting(size, micro, checkpointing, 6, 108, 24))
-    base = model.base_model.model
-    (base.activation_checkpointing_enable if checkpointing else base.activation_checkpointing_disable)()
+    checkpoint_layers(model, checkpointing)
     known = [
         *model.parameters(),
         *model.buffers(),
@@ -127,17 +129,16 @@ class Operators(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, 1])
 def test_autocast_on_meta_tensors_casts_what_the_real_one_does(checkpointing):
     """The products of a step and the casts of adapters, on the CPU under torch's autocast and on meta under ours."""
     trainer, costs = object.__new__(ContrastiveTrainer), demo(dtype=torch.bfloat16)
     trainer.low_precision, trainer.processor = True, None
-    [meta] = costs.models
+    meta = costs.model(costs.layers)
     real = add_lora(ColIntern3_5._from_config(costs.config, dtype=torch.bfloat16), *costs.lora)
     found, share = [], SimpleNamespace(numbers={"page": [0, 1]})
     for model in (real, meta):
-        base = model.base_model.model
-        (base.activation_checkpointing_enable if checkpointing else base.activation_checkpointing_disable)()
+        checkpoint_layers(model, checkpointing)
         batch = {
             key: torch.zeros_like(t, device=model.device) if t.is_meta else t
             for key, t in costs._batch(2, 6, 108).items()
@@ -158,7 +159,7 @@ def test_autocast_on_meta_tensors_casts_what_the_real_one_does(checkpointing):
 def test_operations_are_those_of_torchs_counter(costs):
     tiles = costs._tiles(6)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        costs.models[0].page_features(tiles)
+        costs.model(costs.layers).page_features(tiles)
     assert sum(k.operations * n for k, n in costs.features(6).kernels.items()) == counter.get_total_flops() > 0
 
 
@@ -182,7 +183,7 @@ def test_more_at_once_takes_more_memory_and_checkpointing_less(costs):
 
 
 def test_a_part_grows_by_as_much_with_each_pair(costs):
-    few, more, most = (costs._part(rows, (6, 108), True, False).peak for rows in (8, 16, 32))
+    few, more, most = (costs._part(rows, (6, 108), True, 0, 2).peak for rows in (8, 16, 32))
     assert most - more == 2 * (more - few) > 0
 
 
@@ -203,20 +204,39 @@ def test_a_checkpointed_layer_takes_the_same_dropout_again(micro):
     assert demo(dropout=0.1).step(setting).peak > demo().step(setting).peak
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_shallow_models_tell_what_the_deep_one_costs(monkeypatch, checkpointing):
-    setting = DEMO._replace(checkpointing=checkpointing)
+@pytest.mark.parametrize("checkpointing", [False, True, 1, 2, 4, 6])
+@pytest.mark.parametrize("micro", [8, 32])
+def test_shallow_models_tell_what_the_deep_one_costs(monkeypatch, micro, checkpointing):
+    setting = DEMO._replace(checkpointing=checkpointing, micro_batch_size=micro)
     shallow = demo(layers=7)
-    assert len(shallow.models) == 2
-    monkeypatch.setattr(module, "DEEPER", 99)
+    assert shallow.alike
+    monkeypatch.setattr(module, "DEEPEST", 99)
     deep = demo(layers=7)
-    assert len(deep.models) == 1
+    assert not deep.alike
     assert shallow.step(setting) == deep.step(setting)
+
+
+def test_on_a_large_card_only_as_many_layers_are_computed_again_as_must_be():
+    """Seven layers of the demo base; a card that holds the whole batch with three of them kept."""
+    costs, tokens = demo(layers=7), 6 * 16 + PROMPT_TOKENS
+    whole = Setting(32, 32, True, 6, tokens, 64)
+    peaks = [costs.step(whole._replace(checkpointing=layers)).peak for layers in range(1, 7)]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 6
+    gib = peaks[3] / 2**30 / USABLE * 1.0001
+    found = plan(costs, gib, GPUS["L4"], 32, (96,), 64)
+    assert found.setting == whole._replace(checkpointing=4) and found.step.peak == peaks[3]
+    assert [rival.setting.checkpointing for rival in found.others] == [True, False]
+    values = {value.key: value for value in recommend(costs, found, gib, 3600, 1900)}
+    assert values["gradient_checkpointing"].value == 4
+    assert "the first 4 layers; a step takes 1." in values["gradient_checkpointing"].reason
+    little = plan(costs, peaks[5] / 2**30 / USABLE * 1.0001, GPUS["L4"], 32, (96,), 64)
+    assert little.setting.checkpointing is True, "one layer of seven saves less than WORTH"
+    assert 6 in [rival.setting.checkpointing for rival in little.others]
 
 
 def test_layers_that_differ_are_run_at_full_depth():
     targets = (r"language_model\.layers\.[45]\.self_attn\.q_proj", "custom_text_proj")
-    assert len(demo(layers=6, targets=targets).models) == 1
+    assert not demo(layers=6, targets=targets).alike
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -100,7 +100,7 @@ BAD_VALUES = [
     ("attention", "kernels-community/flash-attn2@main", "OWNER/NAME@<40 hex digits>"),
     ("attention", f"kernels-community/flash-attn2@{'A' * 40}", "OWNER/NAME@<40 hex digits>"),
     ("attention", f"flash-attn2@{'a' * 40}", "OWNER/NAME@<40 hex digits>"),
-    ("gradient_checkpointing", "0", "true or false"),
+    ("gradient_checkpointing", "0", "true, false or a whole number, at least 1 where it is a number of layers"),
     ("compile", "1", "true or false"),
     ("launch", "0", "auto, or 1 or more"),
     ("launch", "two", "a whole number or auto"),

@@ -53,8 +53,6 @@ def gradient(folder: Path, images: list, size: int, rank: int, port: int, change
             for name, p in model.named_parameters():
                 if "lora_B" in name:
                     p.normal_(std=0.02)
-        if params.gradient_checkpointing:
-            model.activation_checkpointing_enable()
         features = PageFeatures(model, processor, folder / "none", 0.0, "exact")
         pages = [Page.of(image) for image in images]
         rows = [

@@ -70,14 +70,15 @@ def gradients(trainer, processor, pages) -> dict[str, torch.Tensor]:
     return {name: p.grad.double() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, 1])
 def test_the_gradient_does_not_depend_on_the_micro_batch(make, processor, pages, checkpointing):
     """With dropout: eight ragged rows in parts of 8, 4, 2 and 1, in float32. Another step draws other elements."""
 
     def run(micro, step=0):
-        trainer = make(1.0, EIGHT, (0, 1, 2, 3) * 2, ((),) * 8, micro_batch_size=micro, batch_size=8, lora_dropout=0.1)
-        if checkpointing:
-            trainer.model.activation_checkpointing_enable()
+        trainer = make(
+            1.0, EIGHT, (0, 1, 2, 3) * 2, ((),) * 8,
+            micro_batch_size=micro, batch_size=8, lora_dropout=0.1, gradient_checkpointing=checkpointing,
+        )  # fmt: skip
         trainer.state.global_step = step
         return gradients(trainer, processor, pages)
 
@@ -96,8 +97,6 @@ def apart(one, other) -> float:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_beside_a_bfloat16_base_adapters_are_float32_and_computed_in_bfloat16(make, processor, pages, checkpointing):
     trainer = make(micro_batch_size=2, dtype="bfloat16", gradient_checkpointing=checkpointing)
-    if checkpointing:
-        trainer.model.activation_checkpointing_enable()
     seen, layer = set(), trainer.model.base_model.model.language_model.layers[1].mlp.down_proj.lora_A["default"]
     layer.register_forward_hook(lambda module, inputs, output: seen.update({inputs[0].dtype, output.dtype}))
     low = gradients(trainer, processor, pages)
@@ -354,6 +353,34 @@ def test_a_run_that_could_not_be_reported_is_refused_before_anything_is_loaded(m
     params = dataclasses.replace(load_params(ROOT / "recipes" / "demo.yaml"), **changes)
     with pytest.raises(UserError, match=message):
         prepare(params, "a base that does not exist", tmp_path)
+
+
+def test_more_layers_than_there_are_cannot_be_computed_again(make, monkeypatch, tmp_path):
+    said = "gradient_checkpointing: 3 is more than the 2 layers of the language model"
+    with pytest.raises(UserError, match=said):
+        make(gradient_checkpointing=3, logging_steps=1)
+    monkeypatch.setattr("colintern.training.runs.rows", lambda params: {"train": [None] * 40, "test": []})
+    params = dataclasses.replace(load_params(ROOT / "recipes" / "demo.yaml"), gradient_checkpointing=3, logging_steps=1)
+    with pytest.raises(UserError, match=said):  # before it looks at a page, of which there are none here
+        prepare(params, str(BASE), tmp_path)
+
+
+@pytest.mark.parametrize(("wanted", "calls"), [(False, [1, 1]), (1, [2, 1]), (2, [2, 2]), (True, [2, 2])])
+def test_the_first_layers_are_computed_again(make, processor, pages, wanted, calls):
+    trainer, seen = make(gradient_checkpointing=wanted), [0, 0]
+    batch = trainer.data_collator(list(trainer.train_dataset))
+
+    def count(number):
+        def hook(*_):
+            seen[number] += 1
+
+        return hook
+
+    for number, layer in enumerate(trainer.model.base_model.model.language_model.layers):
+        layer.self_attn.register_forward_hook(count(number))
+    trainer.training_step(trainer.model, batch)
+    passes = seen[1] // calls[1]  # queries in one, pages in as many as their lengths make parts
+    assert passes >= 2 and seen == [passes * n for n in calls]
 
 
 def test_a_run_that_was_cut_off_ends_on_the_same_weights(make, tmp_path):

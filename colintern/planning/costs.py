@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +22,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import InternVLConfig
 
 from colintern.model import EMBEDDING_DIM
+from colintern.modeling.checkpointing import checkpoint_layers, recomputed
 from colintern.modeling.dropout import Masks
 from colintern.modeling.lora import add_lora, meta_model
 from colintern.planning.meter import Kernel, Phase, measure
 from colintern.training.loss import contrastive_loss, maxsim_matrix
 
 ADAM_BYTES = 8  # two float32 moments a trained parameter
-SHALLOW, DEEPER = 2, 3  # layers that are run; a layer more costs the same each time
+SHALLOW, DEEPEST = 2, 4  # layers that are run; a layer more costs the same each time
 
 
 class Setting(NamedTuple):
@@ -36,7 +37,7 @@ class Setting(NamedTuple):
 
     batch_size: int
     micro_batch_size: int
-    checkpointing: bool
+    checkpointing: bool | int  # as `gradient_checkpointing` of params.yaml
     tiles: int
     page_tokens: int  # the visual ones and the prompt around them
     query_tokens: int
@@ -72,12 +73,11 @@ class Costs:
         self.low_precision = dtype == torch.bfloat16  # adapters are computed in it, and kept in float32
         self.lora = (targets, rank, rank, dropout)
         self.layers = self.text.num_hidden_layers
-        full = self._wrapped(self.layers)
+        full = self.model(self.layers)
         self.trained, self.adapter_bytes, self.base_bytes, self.parameters = _counts(full)
-        # Where all layers are alike, two shallow models tell what the deep one costs, in a tenth of the time.
-        few = [self._wrapped(n) for n in (SHALLOW, DEEPER)] if self.layers > DEEPER else []
-        alike = few and self._carried(*(_counts(model)[0] for model in few)) == self.trained
-        self.models = few if alike else [full]
+        # Where all layers are alike, shallow models tell what the deep one costs, in a tenth of the time.
+        few, more = (_counts(self.model(SHALLOW + n))[0] if self.layers > DEEPEST else 0 for n in (0, 1))
+        self.alike = few + (self.layers - SHALLOW) * (more - few) == self.trained
 
     def feature_bytes(self, tiles: int) -> int:
         """What the feature cache keeps of a page of so many tiles."""
@@ -90,12 +90,13 @@ class Costs:
             "adapters": self.adapter_bytes,
             "gradients": self.adapter_bytes,
             "optimizer": ADAM_BYTES * self.trained,
-            "dropout": sum(masks.nbytes for masks in self.models[0].masks.drawn.values()),
+            "dropout": sum(masks.nbytes for masks in self.model(self.layers).masks.drawn.values()),
         }
 
     def step(self, setting: Setting) -> Step:
         """The peak of a training step and what it runs, as `ContrastiveTrainer.training_step` goes."""
         size, micro = setting.batch_size, min(setting.micro_batch_size, setting.batch_size)
+        first = recomputed(self.layers, setting.checkpointing)
         sides = (0, setting.query_tokens), (setting.tiles, setting.page_tokens)  # tiles, tokens
         embeddings = size * sum(tokens for _, tokens in sides) * EMBEDDING_DIM * 4
         features = size * self.feature_bytes(setting.tiles)
@@ -108,7 +109,7 @@ class Costs:
             kernels += _scaled(tower.kernels, size)
             pages = features + size * self._tiles(setting.tiles).nbytes
         if micro == size:
-            whole = self._whole(size, sides, setting.checkpointing)
+            whole = self._deep(partial(self._whole, size, sides), first)
             peaks.append(whole.peak)
             kernels += whole.kernels
         else:
@@ -117,7 +118,7 @@ class Costs:
             kernels += loss.kernels
             for side in sides:
                 for grad in (False, True):
-                    part = self._part(micro, side, grad, setting.checkpointing)
+                    part = self._deep(partial(self._part, micro, side, grad), first)
                     peaks.append(embeddings * (1 + grad) + part.peak)
                     kernels += _scaled(part.kernels, size / micro)
         memory = self.static() | {"pages": pages, "activations and loss": max(peaks)}
@@ -132,11 +133,11 @@ class Costs:
             with torch.no_grad():
                 model.page_features(pixels)
 
-        return self._measure(run, False, pixels)
+        return self._phase(run, 0, SHALLOW, pixels)
 
     @cache  # noqa: B019
-    def _part(self, rows: int, side: tuple[int, int], grad: bool, checkpointing: bool) -> Phase:
-        """One part of a side through the model, without a graph or back to the adapters."""
+    def _part(self, rows: int, side: tuple[int, int], grad: bool, first: int, kept: int) -> Phase:
+        """One part of a side through a model of `first` and `kept` layers, without a graph or back to the adapters."""
         batch = self._batch(rows, *side)
         gradient = torch.empty(rows, side[1], EMBEDDING_DIM, device="meta")
 
@@ -146,10 +147,10 @@ class Costs:
                 part = batch | {key: t.clone() for key, t in batch.items() if t.is_meta}
                 self._embed(model, part, grad=gradient if grad else None)
 
-        return self._measure(run, checkpointing, gradient, *batch.values())
+        return self._phase(run, first, kept, gradient, *batch.values())
 
     @cache  # noqa: B019
-    def _whole(self, size: int, sides: tuple[tuple[int, int], ...], checkpointing: bool) -> Phase:
+    def _whole(self, size: int, sides: tuple[tuple[int, int], ...], first: int, kept: int) -> Phase:
         """The whole batch, its graph waiting for the gradient of its embeddings."""
         query, page = (self._batch(size, *side) for side in sides)
 
@@ -160,7 +161,7 @@ class Costs:
             for side, embedded, leaf in zip((query, page), made, leaves, strict=True):
                 self._embed(model, side, embedded, leaf.grad)
 
-        return self._measure(run, checkpointing, *query.values(), *page.values())
+        return self._phase(run, first, kept, *query.values(), *page.values())
 
     @cache  # noqa: B019
     def _loss(self, size: int, micro: int, sides: tuple[tuple[int, int], ...]) -> Phase:
@@ -192,31 +193,36 @@ class Costs:
                 made.backward()
         return made
 
-    def _measure(self, run: Callable[[Any], None], checkpointing: bool, *known: Tensor) -> Phase:
-        """`run` on the model, or on the shallow ones."""
-        found = []
-        for model in self.models:
-            base = model.base_model.model
-            if checkpointing:
-                base.activation_checkpointing_enable()
-            elif base.is_activation_checkpointing:
-                base.activation_checkpointing_disable()
-            gradients = (p.grad for p in model.parameters() if p.grad is not None)
-            there = (*model.parameters(), *model.buffers(), *model.masks.drawn.values(), *gradients, *known)
-            with disable_input_dtype_casting(model, active=self.low_precision):
-                found.append(measure(lambda model=model: run(model), there))  # type: ignore[misc]
-        if len(found) == 1:
-            return found[0]
-        few, more = found
-        kinds = few.kernels.keys() | more.kernels.keys()
-        kernels = {kind: self._carried(few.kernels[kind], more.kernels[kind]) for kind in kinds}
-        return Phase(self._carried(few.peak, more.peak), Counter(kernels))
+    def _deep(self, phase: Callable[[int, int], Phase], first: int) -> Phase:
+        """A phase of the whole model, whose `first` layers are computed again; where they are alike, from shallow
+        models: a layer more costs as much each time, one that is computed again and one that is kept."""
+        again, kept = first, self.layers - first
+        if not self.alike:
+            return phase(again, kept)
+        # The first kept layer takes no memory: when one is computed again, it has been freed.
+        few = (SHALLOW, 1) if again and kept else (min(again, SHALLOW), min(kept, SHALLOW))
+        start = phase(*few)
+        peak, kernels = start.peak, Counter(start.kernels)
+        for more, times in ((few[0] + 1, few[1]), again - few[0]), ((few[0], few[1] + 1), kept - few[1]):
+            if times:
+                larger = phase(*more)
+                peak += times * (larger.peak - start.peak)
+                for kind in start.kernels.keys() | larger.kernels.keys():
+                    kernels[kind] += times * (larger.kernels[kind] - start.kernels[kind])
+        return Phase(peak, kernels)
 
-    def _carried(self, few: int, more: int) -> int:
-        """What grows by as much with each layer, at full depth."""
-        return few + (self.layers - SHALLOW) * (more - few)
+    def _phase(self, run: Callable[[Any], None], first: int, kept: int, *known: Tensor) -> Phase:
+        """`run` on a model of `first` layers that are computed again and `kept` that are not."""
+        model = self.model(first + kept)
+        checkpoint_layers(model, first)
+        gradients = (p.grad for p in model.parameters() if p.grad is not None)
+        there = (*model.parameters(), *model.buffers(), *model.masks.drawn.values(), *gradients, *known)
+        with disable_input_dtype_casting(model, active=self.low_precision):
+            return measure(lambda: run(model), there)
 
-    def _wrapped(self, layers: int) -> Any:
+    @cache  # noqa: B019
+    def model(self, layers: int) -> Any:
+        """The base cut to so many layers, wrapped in LoRA, on meta."""
         config = deepcopy(self.config)
         text = config.get_text_config()
         text.num_hidden_layers, text.layer_types = layers, text.layer_types[:layers]

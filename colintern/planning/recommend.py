@@ -5,7 +5,7 @@ where the guide says two things, one of them: docs/guide-to-commands.md lists wh
 """
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from colintern.tiles import INTERNVL_TILE, choose_grid
 GIB = 2**30
 A4 = 1240, 1754  # pixels, at 150 dpi
 USABLE = 0.85  # of a GPU's memory; the guide's table of resources calls 80-90 % normal and more than 95 % a risk
+WORTH = 0.05  # of a step's predicted time; the prediction is not better than that
 PROMPT_TOKENS = 12  # of a page beside its visual tokens: `ColIntern3_5Processor.visual_prompt`, in Qwen's tokens
 WARMUP, DROPOUT, DTYPE = 100, 0.1, "bfloat16"  # the guide's
 VISUAL_TOKENS = (1536, 1024, 768, 512, 256)  # the guide's, its way out when memory is short, and further down
@@ -34,12 +35,12 @@ class Value(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A step that fits: its setting, cost, and predicted seconds; `other`: with checkpointing the other way."""
+    """A step that fits: its setting, cost, and predicted seconds; `others`: with more or less checkpointing."""
 
     setting: Setting
     step: Step
     seconds: float
-    other: "Plan | None" = None
+    others: "tuple[Plan, ...]" = ()
 
 
 def optimal_micro_batch_size(gpu_memory_gb: float, costs: Costs, setting: Setting) -> int:
@@ -61,6 +62,15 @@ def optimal_micro_batch_size(gpu_memory_gb: float, costs: Costs, setting: Settin
     return divisors[fitting - 1] if fitting else 0
 
 
+def _fewest(gpu_memory_gb: float, costs: Costs, setting: Setting) -> int:
+    """Of how many layers the activations must be computed again, at least, so that a step as in `setting` fits."""
+
+    def fits(layers: int) -> bool:
+        return costs.step(setting._replace(checkpointing=layers)).peak <= gpu_memory_gb * GIB * USABLE
+
+    return bisect_left(range(costs.layers), True, key=fits)
+
+
 def plan(
     costs: Costs, gpu_memory_gb: float, gpu: Gpu, batch: int, visual_tokens: Sequence[int], query_tokens: int
 ) -> Plan:
@@ -72,16 +82,19 @@ def plan(
     tile, need = costs.config.image_seq_length, sum(costs.static().values()) / GIB
     tried = visual_tokens if need < gpu_memory_gb * USABLE else ()
     for tiles in (tokens // tile for tokens in tried if tokens >= tile):
-        plans = []
+        settings = []
         for checkpointing in (False, True):
             setting = Setting(batch, 1, checkpointing, tiles, tiles * tile + PROMPT_TOKENS, query_tokens)
             if micro := optimal_micro_batch_size(gpu_memory_gb, costs, setting):
-                setting = setting._replace(micro_batch_size=micro)
-                step = costs.step(setting)
-                plans.append(Plan(setting, step, seconds(step.kernels, gpu)))
-        if plans:
-            best, *rest = sorted(plans, key=lambda plan: plan.seconds)
-            return best._replace(other=rest[0] if rest else None)
+                settings.append(setting._replace(micro_batch_size=micro))
+        if settings and settings[0].micro_batch_size < (whole := settings[-1]).micro_batch_size == batch:
+            fewest = _fewest(gpu_memory_gb, costs, whole)
+            settings += [whole._replace(checkpointing=fewest)] if 0 < fewest < costs.layers else []
+        if settings:
+            steps = map(costs.step, settings)
+            plans = (Plan(s, step, seconds(step.kernels, gpu)) for s, step in zip(settings, steps, strict=True))
+            best, *rest = sorted(plans, key=_rank)
+            return best._replace(others=tuple(rest))
     raise UserError(
         f"--gpu-memory: {gpu_memory_gb:g} GB is too little for any step with batch_size {batch}; weights, adapters, "
         f"gradients and optimizer alone take {need:.1f} GiB, and {USABLE:.0%} of the card is used"
@@ -119,14 +132,26 @@ def recommend(costs: Costs, found: Plan, gpu_memory_gb: float, rows: int, pages:
     peak = f"{step.peak / GIB:.1f} GiB, of {gpu_memory_gb:g}"
     whole = "the whole batch in one graph" if micro == batch else f"{-(-batch // micro)} parts, gradient cached"
     yield Value("micro_batch_size", micro, "computed", f"the most that fits: {peak}; {whole}")
-    other = "without it" if setting.checkpointing else "with it"
-    why = f"{other} nothing fits"
-    if rival := found.other:
-        times, at = rival.seconds / found.seconds, rival.setting.micro_batch_size
-        why = f"{other} a step takes {times:.2f} x as long, at micro_batch_size {at}; predicted"
-    yield Value("gradient_checkpointing", setting.checkpointing, "computed", why)
+    rivals = (
+        f"{rival.seconds / found.seconds:.2f} x as long with {_recomputed(rival.setting)}, at micro_batch_size "
+        f"{rival.setting.micro_batch_size}"
+        for rival in found.others
+    )
+    why = f"a step takes {'; '.join(rivals)}; predicted" if found.others else "nothing else fits"
+    yield Value("gradient_checkpointing", setting.checkpointing, "computed", f"{_recomputed(setting)}; {why}")
     room = math.ceil(pages * costs.feature_bytes(setting.tiles) / 1e8) / 10
     yield Value("feature_cache_gb", room, "computed", f"{pages:,} pages of {setting.tiles} tiles; disk, not memory")
+
+
+def _recomputed(setting: Setting) -> str:
+    if isinstance(setting.checkpointing, bool):
+        return "all layers" if setting.checkpointing else "no layer"
+    return f"the first {setting.checkpointing} layers"
+
+
+def _rank(plan: Plan) -> float:
+    """By time; a number of layers, which leaves less of the card free, must save `WORTH`."""
+    return plan.seconds * (1 if isinstance(plan.setting.checkpointing, bool) else 1 + WORTH)
 
 
 def steps_of(rows: int, batch: int) -> int:

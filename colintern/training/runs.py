@@ -26,6 +26,7 @@ from colintern.files.jsonfile import dumps
 from colintern.files.manifest import MANIFEST, check_base, kernel_entry, read
 from colintern.model import ColIntern3_5
 from colintern.modeling.attention import implementation
+from colintern.modeling.checkpointing import recomputed
 from colintern.modeling.features import FEATURES, PageFeatures
 from colintern.modeling.host import settle
 from colintern.modeling.lora import add_lora, count, faults
@@ -170,6 +171,7 @@ def prepare(params: Params, place: str, scratch: Path, processes: Processes = AL
         max_visual_tokens=params.max_visual_tokens,
         max_query_tokens=params.max_query_tokens,
     )
+    recomputed(len(base.language_model.layers), params.gradient_checkpointing)  # refused before a page is computed
     model = add_lora(base, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout, revision)
     if wrong := faults(count(model, params.lora_targets)):
         raise UserError("\n  ".join(wrong))

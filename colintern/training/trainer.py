@@ -21,6 +21,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_callback import ExportableState
 
 from colintern.maxsim import maxsim_scores, ndcg_at_k
+from colintern.modeling.checkpointing import checkpoint_layers
 from colintern.modeling.dropout import Masks
 from colintern.modeling.embed import embed_features, embed_queries
 from colintern.modeling.features import PageFeatures
@@ -98,6 +99,7 @@ class ContrastiveTrainer(Trainer):
         self.micro, self.low_precision = params.micro_batch_size, params.dtype == "bfloat16"
         self.masks = Masks(kwargs["model"], params.seed, torch.bfloat16 if self.low_precision else torch.float32)
         self.pace = Pace()
+        checkpoint_layers(kwargs["model"], params.gradient_checkpointing)
         checkpoints = Checkpoints(Path(kwargs["args"].output_dir).parent, processor, self.processes)
         kwargs["model"]._is_accelerate_prepared = True  # `Processes` sums gradients; accelerate would take their mean
         own = [self.tally, checkpoints, Watch(params, dev.chance), self.pace, *callbacks]
@@ -283,7 +285,6 @@ def arguments(params: Params, folder: Path, quiet: bool, size: int = 1) -> Train
         eval_strategy="steps",
         save_strategy="steps",
         save_steps=params.save_steps,
-        activation_checkpointing=params.gradient_checkpointing,
         seed=params.seed,
         data_seed=params.seed,
         dataloader_num_workers=params.workers,
