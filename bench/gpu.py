@@ -30,9 +30,9 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import InternVLConfig
 
 from colintern.model import ColIntern3_5, attention_kernel
-from colintern.modeling.checkpointing import checkpoint_layers, recomputed
 from colintern.modeling.dropout import RowDropout
 from colintern.modeling.features import Page
+from colintern.modeling.layers import checkpoint_layers, compile_layers, recomputed
 from colintern.modeling.lora import add_lora
 from colintern.params import Params, UserError, exit_on_user_error, load
 from colintern.processor import ColIntern3_5Processor
@@ -169,8 +169,8 @@ def table(engine: Engine, sizes: Sizes, tiles: int, start: float) -> float:
             break
         for layer in engine.base.language_model.layers:
             layer._compiled_call_impl = None
-            if compiled:
-                layer.compile()
+        if compiled:
+            compile_layers(engine.model)
         engine.set(micro, checkpointing, dropout)
         took, peak = measure(engine, batch)
         fits = next((f"{card} GB" for card in CARDS if peak <= card), "none of them" if peak > CARDS[-1] else "-")

@@ -37,6 +37,7 @@ from bench.parts import as_they_come
 from colintern.model import ColIntern3_5
 from colintern.modeling.dropout import RowDropout
 from colintern.modeling.features import Page
+from colintern.modeling.layers import compile_layers
 from colintern.modeling.lora import add_lora
 from colintern.params import Params, load
 from colintern.processor import ColIntern3_5Processor
@@ -154,8 +155,8 @@ class Bench:
         self.base.set_attn_implementation("blocked" if on.blocked else "sdpa")
         for layer in self.base.language_model.layers:
             layer._compiled_call_impl = None
-            if on.compiled:
-                layer.compile()
+        if on.compiled:
+            compile_layers(self.model)
         batch, trainer = (self.our_batch(on.cached), self.ours) if on.graph else (self.stock_batch(), self.stock)
         cut = parts.places if on.like_length else as_they_come
         torch.manual_seed(1)

@@ -131,6 +131,23 @@ def test_compiled_layers_give_the_same_gradient(make, processor, pages):
     assert apart(eager, gradients(trainer, processor, pages)) < 1e-4
 
 
+def test_no_variant_of_a_compiled_layer_runs_as_if_it_were_not(make, processor, pages, monkeypatch):
+    """What goes beyond a limit of eight torch runs uncompiled, and says so in a log alone."""
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: whole(self, backend="eager", **options))
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for micro in (3, 1):
+            trainer = make(
+                1.0, EIGHT, (0, 1, 2, 3) * 2, ((),) * 8,
+                micro_batch_size=micro, batch_size=8, lora_dropout=0.1, gradient_checkpointing=1, compile=True,
+            )  # fmt: skip
+            gradients(trainer, processor, pages)
+            trainer.evaluate()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 8, "more than torch's limit"
+
+
 def test_compile_without_a_compiler_is_refused_before_anything_is_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr("colintern.training.runs.rows", lambda params: {"train": [None] * 400, "test": []})
     monkeypatch.setenv("PATH", str(tmp_path))

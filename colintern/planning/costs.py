@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import InternVLConfig
 
 from colintern.model import EMBEDDING_DIM
-from colintern.modeling.checkpointing import checkpoint_layers, recomputed
 from colintern.modeling.dropout import Masks
+from colintern.modeling.layers import checkpoint_layers, recomputed
 from colintern.modeling.lora import add_lora, meta_model
 from colintern.planning.meter import Kernel, Phase, measure
 from colintern.training.loss import contrastive_loss, maxsim_matrix

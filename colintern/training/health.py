@@ -23,7 +23,7 @@ SLOW, UNFIT = 0.85, 0.65  # shares of log(P): after an epoch, and at the end of 
 GUIDE = [loss / math.log(16) for loss in (1.50, 1.20, 1.00, 0.85, 0.75)]  # its healthy training, by epoch
 ROUGH = 0.05  # share of log(P) by which rows may jump
 DEAD, JUMP = 0.1, 5  # gradient norm below which nothing moves; times the median that is a spike
-SMALL = 32  # the demo's batch; 8 collapses twice in three (README, sensitivity)
+SMALL = 32  # the demo's batch; 8 collapses (README, sensitivity)
 MATCH = "look whether the queries belong to their pages"
 FEW = 3  # rows without which nothing is said
 

@@ -26,9 +26,9 @@ from colintern.files.jsonfile import dumps
 from colintern.files.manifest import MANIFEST, check_base, kernel_entry, read
 from colintern.model import ColIntern3_5
 from colintern.modeling.attention import implementation
-from colintern.modeling.checkpointing import recomputed
 from colintern.modeling.features import FEATURES, PageFeatures
 from colintern.modeling.host import settle
+from colintern.modeling.layers import recomputed
 from colintern.modeling.lora import add_lora, count, faults
 from colintern.modeling.weights import statistics
 from colintern.params import Params, UserError, root

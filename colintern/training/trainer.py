@@ -21,11 +21,11 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_callback import ExportableState
 
 from colintern.maxsim import maxsim_scores, ndcg_at_k
-from colintern.modeling.checkpointing import checkpoint_layers
 from colintern.modeling.dropout import Masks
 from colintern.modeling.embed import embed_features, embed_queries
 from colintern.modeling.features import PageFeatures
 from colintern.modeling.fp8 import rounded
+from colintern.modeling.layers import checkpoint_layers, compile_layers
 from colintern.params import Params, UserError
 from colintern.processor import ColIntern3_5Processor
 from colintern.training.checkpoints import SAVING, Checkpoints
@@ -108,8 +108,7 @@ class ContrastiveTrainer(Trainer):
             self.remove_callback(stock)
         self.add_callback(Progress(params, quiet=bool(self.args.disable_tqdm)))
         if params.compile:
-            for layer in kwargs["model"].base_model.model.language_model.layers:  # alike: compiled once for all
-                layer.compile()
+            compile_layers(kwargs["model"])
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward pass over a whole batch; returns its loss, a detached scalar.

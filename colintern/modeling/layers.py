@@ -1,8 +1,13 @@
-"""Activation checkpointing, of all layers or of some: what fits the memory is kept, only the rest is computed again."""
+"""How the language model's layers run in training: which of them the backward pass computes again, and compiled.
+
+Activations that fit the memory are kept, only the rest is computed again.
+"""
 
 from typing import Any
 
 from colintern.params import UserError
+
+VARIANTS = 64  # of a compiled layer: with and without a graph, computed again or not, first or not, sizes, evaluation
 
 
 def recomputed(layers: int, wanted: bool | int) -> int:
@@ -42,3 +47,13 @@ def checkpoint_layers(model: Any, wanted: bool | int) -> None:
         base.disable_input_require_grads()  # for reentrant checkpointing, which this is not: a gradient nobody asks for
     for layer in layers[first:]:
         layer.gradient_checkpointing = False
+
+
+def compile_layers(model: Any) -> None:
+    """Compile the language model's layers, which are alike, so once for all of them; `model` is wrapped in PEFT.
+
+    torch runs what goes beyond eight variants of a layer without compiling it, and parts of a batch with some layers
+    computed again have more.
+    """
+    for layer in model.base_model.model.language_model.layers:
+        layer.compile(recompile_limit=VARIANTS)

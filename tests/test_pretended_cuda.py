@@ -1,0 +1,76 @@
+"""What only a GPU would run, on a CUDA device that is pretended (pretend_cuda.py): nothing is left on the CPU, and
+results are the CPU's. The kernels themselves have not run on a GPU.
+"""
+
+import contextlib
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, page_image
+from small_run import STEPS, params
+
+TRIED = """
+import torch
+x = torch.ones(2, 3, device="cuda", requires_grad=True)
+(2 * x + torch.ones(3).cuda()).sum().backward()
+print(x.device, x.grad.tolist(), x.detach().cpu().numpy().sum())
+for refused in (
+    lambda: x + torch.ones(3),
+    lambda: torch.nn.Linear(3, 3).to("cuda")(torch.ones(3)),
+    lambda: torch.cat([x, x.cpu()]),
+    lambda: x.detach().numpy(),
+    lambda: torch.ones(2)[x[:, 0] > 0],
+):
+    try:
+        print("not refused:", refused())
+    except (RuntimeError, TypeError) as error:
+        print("refused:", error)
+"""
+
+
+def pretended(*command: str, folder=ROOT) -> subprocess.CompletedProcess:
+    # One thread: on a CPU, unlike on CUDA, index_put_ would add up in another order with each run.
+    env = os.environ | {"PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, str(ROOT / "tests" / "pretend_cuda.py"), *command]
+    return subprocess.run(program, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_pretended_device_refuses_what_cuda_refuses(tmp_path):
+    (tmp_path / "tried.py").write_text(TRIED)
+    first, *refusals = pretended("tried", folder=tmp_path).stdout.splitlines()
+    assert first == "cuda:0 [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]] 6.0"
+    assert len(refusals) == 5 and all(line.startswith("refused: ") for line in refusals), refusals
+
+
+def curve(folder) -> list[float]:
+    with (folder / "plots" / "train.csv").open() as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def test_training_evaluation_and_search(fetched, whole, place):
+    """In parts, with layers computed again, whose gradient is that of the whole batch: the curve of the CPU's run."""
+    with contextlib.chdir(place.folder):
+        params(lr="2e-3", micro_batch_size=3, gradient_checkpointing=1, workers=1)
+    for stage in ("train", "evaluate"):
+        done = pretended(f"stages.{stage}", folder=place.folder)
+        assert done.returncode == 0, done.stderr
+    trained = json.loads((place.folder / "experiments" / "colintern" / "trainer_state.json").read_text())
+    assert trained["global_step"] == STEPS
+    assert curve(place.folder) == pytest.approx(curve(fetched), rel=1e-4)
+    assert json.loads((place.folder / "metrics" / "eval.json").read_text())
+    (place.folder / "pages").mkdir()
+    for word in ("Oslo", "Rome"):
+        page_image(word).save(place.folder / "pages" / f"{word}.png")
+    done = pretended("colintern.cli", "search", "experiments/colintern", "pages", "from Oslo", folder=place.folder)
+    assert done.returncode == 0 and "Rome.png" in done.stdout, done.stderr
+
+
+def test_the_measurements_for_a_gpu():
+    """Both checks and every row: bfloat16, dropout, parts, layers computed again."""
+    done = pretended("bench.gpu", "--tiny")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Pretended, torch" in done.stdout and "RESULT seconds_2_tiles=" in done.stdout
