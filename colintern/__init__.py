@@ -1,5 +1,6 @@
 """Train, evaluate and compare ColIntern3.5 visual document retrievers.
 
+rules        what a value of params.yaml must be
 params       params.yaml as a checked object
 tiles        how a page is cut
 maxsim       the score

@@ -9,12 +9,28 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
+
+from colintern.rules import (
+    FILLED,
+    KERNEL,
+    LAUNCH,
+    LAYERS,
+    MIXTURE,
+    PATTERN,
+    POSITIVE,
+    REVISION,
+    Rule,
+    at_least,
+    between,
+    mixture,
+    one_of,
+)
 
 
 class UserError(ValueError):
@@ -36,54 +52,6 @@ def exit_on_user_error() -> Iterator[None]:
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(problem.exit_code) from problem
-
-
-class Rule(NamedTuple):
-    """What a value must satisfy beyond its type: in words, for the message, and as a test."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-def at_least(low: int) -> Rule:
-    return Rule(f"at least {low}", lambda value: value >= low)
-
-
-def between(low: int, high: int) -> Rule:
-    return Rule(f"{low} to {high}", lambda value: low <= value <= high)
-
-
-def one_of(*choices: str) -> Rule:
-    return Rule("one of " + ", ".join(choices), lambda value: value in choices)
-
-
-def mixture(train_data: str) -> list[tuple[str, int]]:
-    """The sets of `train_data` with their weights: "a*2 + b" is [("a", 2), ("b", 1)]; [] if it says no such thing."""
-    found = [re.fullmatch(r"\s*(\S.*?)(?:\*([1-9]\d*))?\s*", part) for part in re.split(r"\s\+\s", train_data)]
-    parts = [(part[1], int(part[2] or 1)) for part in found if part and "*" not in part[1]]
-    return parts if len({name for name, _ in parts}) == len(found) else []
-
-
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return bool(pattern)
-
-
-POSITIVE = Rule("above 0", lambda value: value > 0)
-FILLED = Rule("not empty", lambda value: bool(value.strip()))
-REVISION = Rule('40 hex digits, or ""', lambda value: re.fullmatch(r"([0-9a-f]{40})?", value) is not None)
-MIXTURE = Rule("a data set, or several different ones as `a*2 + b`, weights from 1", lambda text: bool(mixture(text)))
-ATTENTION = ("auto", "sdpa", "eager", "blocked", "flash_attention_2")
-KERNEL = Rule(
-    f"one of {', '.join(ATTENTION)}, or a kernel repository of the hub at a commit, OWNER/NAME@<40 hex digits>",
-    lambda value: value in ATTENTION or kernel_at(value) is not None,
-)
-LAYERS = Rule("at least 1 where it is a number of layers", lambda value: isinstance(value, bool) or value > 0)
-LAUNCH = Rule("auto, or 1 or more", lambda value: value == "auto" if isinstance(value, str) else value > 0)
-PATTERN = Rule("a regular expression that compiles (any text is .* in it, not *)", _compiles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,12 +289,6 @@ def _cross_problems(good: dict[str, Any]) -> list[str]:
 def on_hub(name: str) -> bool:
     """Whether a base or data set is a hub id: it looks like one, and no such folder is in the repository."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not (root() / name).is_dir()
-
-
-def kernel_at(attention: str) -> tuple[str, str] | None:
-    """Hub id and commit of the kernel repository that `attention` names; None where it names none."""
-    found = re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})", attention)
-    return (found[1], found[2]) if found else None
 
 
 def at_commit(key: str, text: str, hint: str = "") -> tuple[str, str]:

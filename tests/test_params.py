@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from colintern.params import Params, UserError, load, mixture
+from colintern.params import Params, UserError, load
+from colintern.rules import mixture
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = (ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8")

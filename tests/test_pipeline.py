@@ -24,6 +24,7 @@ ROOMS = [
     {"files", "model", "processor"},
     {"tiles", "maxsim", "causal"},
     {"params"},
+    {"rules"},
 ]
 
 

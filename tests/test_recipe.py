@@ -41,7 +41,7 @@ def copy(tmp_path: Path) -> Path:
     root = tmp_path / "checkout"
     (root / "demo" / "base").mkdir(parents=True)
     (root / "colintern").mkdir()
-    for name in ("__init__", "cli", "params", "tiles"):
+    for name in ("__init__", "cli", "params", "rules", "tiles"):
         shutil.copy(ROOT / "colintern" / f"{name}.py", root / "colintern")
     shutil.copytree(ROOT / "colintern" / "commands", root / "colintern" / "commands")
     shutil.copytree(ROOT / "recipes", root / "recipes")

@@ -6,7 +6,8 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from colintern.params import Params, UserError, load, mixture, write
+from colintern.params import Params, UserError, load, write
+from colintern.rules import mixture
 
 if TYPE_CHECKING:
     from colintern.planning.recommend import Plan, Value

@@ -27,7 +27,8 @@ from colintern.files.manifest import (
     local_file,
     local_files,
 )
-from colintern.params import Params, UserError, kernel_at, mixture, on_hub, root
+from colintern.params import Params, UserError, on_hub, root
+from colintern.rules import kernel_at, mixture
 
 DEMO = "demo"
 DEMO_SEED = 0  # of the corpus; the training seed is params.seed, so that seeds are compared on the same pages

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from pyarrow import parquet
 
 from colintern.files.manifest import MANIFEST, checked_folder, read
-from colintern.params import Params, UserError, mixture, root
+from colintern.params import Params, UserError, root
+from colintern.rules import mixture
 
 # Columns of a row that names its pages by their row number in a corpus, as in manu/colpali-queries.
 POSITIVES, NEGATIVES = "positive_passages", "negative_passages"

@@ -14,7 +14,8 @@ from colintern.files import hub
 from colintern.files.digests import Digests, digests_at
 from colintern.files.hub import Choice, HubFile
 from colintern.files.hub_errors import Repo
-from colintern.params import Params, UserError, kernel_at, root
+from colintern.params import Params, UserError, root
+from colintern.rules import kernel_at
 
 MANIFEST = "data/manifest.json"
 QUARANTINE = "data/quarantine.json"  # rows that are left out, with their reasons

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 from colintern.modeling.attention import lacking
 from colintern.modeling.lora import FLOAT32, examine, faults, meta_model, notes
-from colintern.params import Params, UserError, kernel_at
+from colintern.params import Params, UserError
 from colintern.planning.guide import BATCH, EPOCHS, SMALLEST, lr_bounds, optimal_lr, other_lr
 from colintern.planning.machine import Machine, machine
+from colintern.rules import kernel_at
 from colintern.training.checkpoints import room
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
