@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -61,7 +62,11 @@ def test_training_evaluation_and_search(fetched, whole, place):
     trained = json.loads((place.folder / "experiments" / "colintern" / "trainer_state.json").read_text())
     assert trained["global_step"] == STEPS
     assert curve(place.folder) == pytest.approx(curve(fetched), rel=1e-4)
-    assert json.loads((place.folder / "metrics" / "eval.json").read_text())
+    found = (place.folder / "metrics" / "eval.json").read_text()
+    shutil.rmtree(place.folder / "data" / ".embeddings")
+    env = os.environ | {"PYTHONPATH": f"{ROOT}"}
+    subprocess.run([sys.executable, "-m", "stages.evaluate"], cwd=place.folder, env=env, check=True)
+    assert json.loads((place.folder / "metrics" / "eval.json").read_text()) == json.loads(found)
     (place.folder / "pages").mkdir()
     for word in ("Oslo", "Rome"):
         page_image(word).save(place.folder / "pages" / f"{word}.png")

@@ -133,7 +133,7 @@ class Costs:
             with torch.no_grad():
                 model.page_features(pixels)
 
-        return self._phase(run, 0, SHALLOW, pixels)
+        return self._phase(run, 0, self.layers, pixels)  # none of which it runs
 
     @cache  # noqa: B019
     def _part(self, rows: int, side: tuple[int, int], grad: bool, first: int, kept: int) -> Phase:

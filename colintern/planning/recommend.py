@@ -87,9 +87,10 @@ def plan(
             setting = Setting(batch, 1, checkpointing, tiles, tiles * tile + PROMPT_TOKENS, query_tokens)
             if micro := optimal_micro_batch_size(gpu_memory_gb, costs, setting):
                 settings.append(setting._replace(micro_batch_size=micro))
-        if settings and settings[0].micro_batch_size < (whole := settings[-1]).micro_batch_size == batch:
-            fewest = _fewest(gpu_memory_gb, costs, whole)
-            settings += [whole._replace(checkpointing=fewest)] if 0 < fewest < costs.layers else []
+        if settings and settings[-1].micro_batch_size == batch:
+            fewest = _fewest(gpu_memory_gb, costs, settings[-1])
+            if 0 < fewest < costs.layers:
+                settings.append(settings[-1]._replace(checkpointing=fewest))
         if settings:
             steps = map(costs.step, settings)
             plans = (Plan(s, step, seconds(step.kernels, gpu)) for s, step in zip(settings, steps, strict=True))
