@@ -10,6 +10,7 @@ import torch
 from conftest import BASE, ROOT
 from test_model import TARGETS, load
 
+from colintern.modeling import dropout
 from colintern.modeling.features import Page, PageFeatures
 from colintern.modeling.lora import add_lora
 from colintern.params import UserError
@@ -123,12 +124,28 @@ def test_the_loss_curve_in_bfloat16_stays_with_that_of_float32_adapters(make):
     assert (low - high).abs().max() < 0.05 * high[0]
 
 
-def test_compiled_layers_give_the_same_gradient(make, processor, pages):
-    eager = gradients(make(micro_batch_size=4, lora_dropout=0.1), processor, pages)
-    trainer = make(micro_batch_size=4, lora_dropout=0.1, compile=True)
-    layers = trainer.model.base_model.model.language_model.layers
-    assert all(layer._compiled_call_impl is not None for layer in layers)
-    assert apart(eager, gradients(trainer, processor, pages)) < 1e-4
+def test_compiled_layers_give_the_same_gradient_and_keep_less_for_it(make, processor, pages, monkeypatch):
+    for name, value in {"BITS": 4, "MASKS": 16}.items():  # else these take more than what a few small pages keep
+        monkeypatch.setattr(dropout, name, value)
+
+    def run(compiled):
+        trainer = make(micro_batch_size=4, lora_dropout=0.1, compile=compiled)
+        layers = trainer.model.base_model.model.language_model.layers
+        assert all((layer._compiled_call_impl is not None) == compiled for layer in layers)
+        kept: dict[int, int] = {}
+
+        def note(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            made = gradients(trainer, processor, pages)
+        masks = {mask.untyped_storage().data_ptr() for mask in trainer.masks.drawn.values()}
+        return made, sum(size for place, size in kept.items() if place not in masks)
+
+    (eager, whole), (compiled, less) = run(False), run(True)
+    assert apart(eager, compiled) < 1e-4
+    assert less < 0.95 * whole
 
 
 def test_no_variant_of_a_compiled_layer_runs_as_if_it_were_not(make, processor, pages, monkeypatch):
