@@ -5,9 +5,10 @@
 
 In: tests/internvl3_5-1b.json at full size with random weights, recipes/internvl3_5-1b.yaml, cached features drawn at
 random: batches of 64 at 6 and 3 tiles a page. Out: text only. A step is forward, backward and AdamW, the second of its
-kind; `recomputed`: of how many layers (gradient_checkpointing). Memory is the most that torch's allocator held, and
-what CUDA holds beside it; `fits` is the smallest card, of 16, 24, 32, 40 and 80 GB, with that much. The roofline is
-calculated, for 6 tiles, and known for the cards in ROOFLINE.
+kind; `recomputed`: of how many layers (gradient_checkpointing); the last rows of a page size are the fastest setting
+without dropout, then compiled. Memory is the most that torch's allocator held, and what CUDA holds beside it; `fits` is
+the smallest card, of 16, 24, 32, 40 and 80 GB, with that much. The roofline is calculated, for 6 tiles, and known for
+the cards in ROOFLINE.
 Checks, exit 1 where one fails: the gradient does not depend on micro_batch_size (float32, quarter depth), and the loss
 and its gradients are those of the definition in float64 on the CPU, with the same bits twice. Exit 2 without CUDA.
 Last line: `RESULT seconds_6_tiles=... seconds_3_tiles=... roofline_share=... gradient_error=... loss_error=...`.
@@ -44,6 +45,9 @@ RECIPE, TOKENIZER = Path("recipes/internvl3_5-1b.yaml"), Path("demo/base")
 ROOFLINE = {"H200": 0.53, "A100": 1.46}  # seconds of a step of 64 pages of 6 tiles, everything fused
 CARDS = (16, 24, 32, 40, 80)  # GB of 1e9 bytes
 MOST_SECONDS = 400  # no further row of the table is begun then; the checks are done first
+
+
+Row = tuple[int, bool | int, float, bool]  # micro, recomputed, dropout, compiled
 
 
 @dataclass(frozen=True)
@@ -135,9 +139,9 @@ def measure(engine: Engine, batch: dict[str, Any]) -> tuple[float, float]:
     try:
         asked = engine.trainer.micro
         engine.step(batch)
-        took = seconds(lambda: engine.step(batch))
         if engine.trainer.micro < asked:  # it did not fit, and the trainer went on with less
             return math.nan, math.inf
+        took = seconds(lambda: engine.step(batch))
     except OutOfMemory:
         engine.model.zero_grad()
         return math.nan, math.inf
@@ -157,7 +161,7 @@ def table(engine: Engine, sizes: Sizes, tiles: int, start: float) -> float:
     levers: tuple[int, bool | int] | None = None
     layers = len(engine.base.language_model.layers)
     some = sorted({layers * 3 // 4, layers // 2, layers // 4} - {0}, reverse=True)
-    rows: list[tuple[int, bool | int, float, bool]] = [
+    rows: list[Row] = [
         (micro, on, keep, False)
         for micro in sizes.micro
         for on in (False, True, *(some if micro == sizes.batch else ()))
@@ -180,11 +184,17 @@ def table(engine: Engine, sizes: Sizes, tiles: int, start: float) -> float:
         if not took >= best:  # also where none is known yet
             best, levers = (took, (micro, checkpointing)) if took == took else (best, levers)
         if not rows and not compiled and levers:  # last: the fastest setting without dropout, then compiled too
-            if dropout:
-                rows.append((*levers, 0.0, False))
-            elif sizes.compile:
-                rows.append((*levers, 0.0, True))
+            rows += [(*levers, 0.0, False)] if dropout else _compiled(levers, layers, keep) if sizes.compile else []
+        if compiled and took != took:
+            rows = [row for row in rows if recomputed(layers, row[1]) > again]  # fewer do not fit either
     return best
+
+
+def _compiled(levers: tuple[int, bool | int], layers: int, dropout: float) -> list[Row]:
+    """A compiled layer keeps less than another, so fewer of them may have to be computed again; with dropout too."""
+    micro, again = levers[0], recomputed(layers, levers[1])
+    fewer = sorted({again, again // 2, 0}, reverse=True)
+    return [*((micro, count, 0.0, True) for count in fewer), (micro, again, dropout, True)]
 
 
 def gradient_error(sizes: Sizes, scratch: str, device: str) -> float:

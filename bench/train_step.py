@@ -17,6 +17,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -93,9 +94,10 @@ class Model(ColIntern3_5):
 class Ours(ContrastiveTrainer):
     argmax = True
 
-    def _loss(self, batch: Any, queries: Tensor, pages: Tensor) -> Tensor:
+    def _loss(self, batch: Any, rooms: Sequence[list[Tensor]]) -> Tensor:
         if self.argmax:
-            return super()._loss(batch, queries, pages)
+            return super()._loss(batch, rooms)
+        [queries], [pages] = rooms
         return ColbertLoss(temperature=self.params.temperature)(queries, pages)
 
 

@@ -70,7 +70,7 @@ class Params:
     benchmarks: Annotated[tuple[str, ...], FILLED]
     eval_untrained: bool
     max_visual_tokens: Annotated[int, between(1, 65536)]
-    max_query_tokens: Annotated[int, between(8, 4096)]
+    max_query_tokens: Annotated[int, between(16, 4096)]
     dtype: Annotated[str, one_of("float32", "bfloat16")]
     attention: Annotated[str, KERNEL]
     gradient_checkpointing: Annotated[bool | int, LAYERS]
@@ -251,11 +251,13 @@ def _converted(key: str, value: Any) -> Any:
 def _cross_problems(good: dict[str, Any]) -> list[str]:
     """Rules between keys, for those keys that are valid by themselves."""
     problems = []
-    if {"micro_batch_size", "batch_size"} <= good.keys() and good["micro_batch_size"] > good["batch_size"]:
-        problems.append(
-            f"micro_batch_size: {good['micro_batch_size']} is not valid; "
-            f"it must be at most batch_size, {good['batch_size']}"
-        )
+    if {"micro_batch_size", "batch_size", "negatives"} <= good.keys():
+        pages = good["batch_size"] * (1 + good["negatives"])
+        if good["micro_batch_size"] > pages:
+            most = "batch_size x (1 + negatives)" if good["negatives"] else "batch_size"
+            problems.append(
+                f"micro_batch_size: {good['micro_batch_size']} is not valid; it must be at most {most}, {pages}"
+            )
     if good.get("negatives_file") and good.get("negatives") == 0:
         problems.append(
             f"negatives_file: {_show(good['negatives_file'])} has no effect with negatives: 0; give how many, or ''"

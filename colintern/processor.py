@@ -62,6 +62,12 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
         self.max_visual_tokens = max_visual_tokens
         self.max_query_tokens = max_query_tokens
         self.tokenizer.padding_side = "right"
+        around = len(self._ids(self.query_prefix)) + len(self._tail(None))
+        if max_query_tokens <= around:
+            raise ValueError(
+                f"max_query_tokens={max_query_tokens}: prefix and augmentation take {around} tokens of a query, "
+                f"so the bound must be {around + 1} or more"
+            )
         before, after = self.visual_prompt
         self._before_tiles = [*self._ids(before), self.start_image_token_id]
         self._after_tiles = [self.end_image_token_id, *self._ids(after)]

@@ -168,7 +168,7 @@ def install() -> None:
     state = torch.zeros(16, dtype=torch.uint8)
     answers = {
         "is_available": True, "is_initialized": True, "is_bf16_supported": True, "is_current_stream_capturing": False,
-        "device_count": 1, "current_device": 0, "get_device_name": card.name, "get_device_properties": card,
+        "device_count": 2, "current_device": 0, "get_device_name": card.name, "get_device_properties": card,
         "get_device_capability": (9, 0), "mem_get_info": (10**11, 10**11), "max_memory_reserved": 10**9,
         "memory_reserved": 10**9, "max_memory_allocated": 10**9, "memory_allocated": 10**9, "set_device": None,
         "reset_peak_memory_stats": None, "empty_cache": None, "synchronize": None, "_lazy_init": None,

@@ -1,3 +1,5 @@
+import dataclasses
+import math
 import re
 
 import pytest
@@ -16,6 +18,24 @@ def test_the_gpu_table_is_printed_whole_in_its_tiny_form(capsys):
     assert len(rows) == 2 * (len(settings) + 1), "two page sizes, each ending with a row without dropout"
     assert "ok  gradient" in out and "ok  loss" in out
     assert re.search(r"\nRESULT seconds_2_tiles=\S+ seconds_1_tiles=\S+ roofline_share=unknown gradient_error=", out)
+
+
+def test_compiled_rows_recompute_fewer_layers_until_it_does_not_fit(monkeypatch, capsys):
+    """As on a GPU where keeping all activations does not fit: of the uncompiled rows the fastest recomputes both."""
+    compiled, micro = [], []
+
+    def measure(engine, batch):
+        again = sum(layer.gradient_checkpointing for layer in engine.base.language_model.layers)
+        if len(compiled) > len(micro):
+            micro.append(again)
+        return (math.nan, math.inf) if again == 0 else (1.0 / again, 1.0)
+
+    monkeypatch.setattr(gpu, "TINY", dataclasses.replace(gpu.TINY, compile=True, tiles=(2,)))
+    monkeypatch.setattr(gpu, "compile_layers", lambda model: compiled.append(model))
+    monkeypatch.setattr(gpu, "measure", measure)
+    gpu.main(["--tiny"])
+    rows = re.findall(r"(?m) (\d) of 2 +(0\.[01]) +on ", capsys.readouterr().out)
+    assert micro == [2, 1, 0, 2] and rows == [("2", "0.0"), ("1", "0.0"), ("0", "0.0"), ("2", "0.1")]
 
 
 @pytest.mark.parametrize("broken", ["gradient_error", "loss_error"])

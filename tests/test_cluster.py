@@ -188,3 +188,20 @@ def test_torchrun_starts_the_ranks_of_a_run(tmp_path):
     done = subprocess.run(words(command), env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert sorted((tmp_path / "ranks").read_text().splitlines()) == ["rank 0 of 2", "rank 1 of 2"]
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_rank_does_not_wait_for_a_stage_that_has_nothing_to_do(tmp_path, changed):
+    """Both ask DVC first. DVC and Python are put in their places."""
+    for name, lines in {"dvc": f'[ "$1" = status ] && exit {int(changed)}', "python": ""}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\necho ran {name} $@\n")
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    found = [
+        subprocess.run([ROOT / "cluster" / "rank.sh"], env=env | {"RANK": rank}, capture_output=True, text=True).stdout
+        for rank in "01"
+    ]
+    if changed:  # a result from the run cache would start no stage either
+        assert found == ["ran dvc repro --no-run-cache -s train\n", "ran python -m stages.train\n"]
+    else:
+        assert found == ["train: nothing has changed since it ran, nothing to do\n", ""]

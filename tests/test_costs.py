@@ -19,7 +19,7 @@ from colintern.modeling.layers import checkpoint_layers
 from colintern.modeling.lora import add_lora
 from colintern.params import load
 from colintern.planning import costs as module
-from colintern.planning.costs import Costs, Setting
+from colintern.planning.costs import Costs, Setting, Side
 from colintern.planning.gpus import GPUS
 from colintern.planning.meter import Kernel, Meter, measure
 from colintern.planning.recommend import PROMPT_TOKENS, USABLE, plan, recommend
@@ -82,23 +82,24 @@ def test_weights_adapters_and_optimizer_to_the_byte(costs, model):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True, 1])
-@pytest.mark.parametrize("micro", [2, 8])
+@pytest.mark.parametrize(("micro", "negatives"), [(2, 0), (8, 0), (8, 1), (16, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_is_what_the_trainer_runs(costs, micro, checkpointing, dtype):
+def test_a_step_is_what_the_trainer_runs(costs, micro, negatives, checkpointing, dtype):
     """The real `_step`, whole, on meta tensors, against the phases that `step` adds up."""
     size, costs = 8, costs if dtype is torch.float32 else demo(dtype=dtype)
+    pages = size * (1 + negatives)
     trainer = object.__new__(ContrastiveTrainer)
     trainer.params, trainer.micro = SimpleNamespace(temperature=0.02, symmetric_loss=False), micro
     trainer.low_precision = dtype is torch.bfloat16
     trainer.processor = costs.config  # `split` asks it for image_token_id and image_seq_length
-    batch = {"query": costs._batch(size, 0, 24), "page": costs._batch(size, 6, 108), "page_ids": torch.arange(size)}
-    batch["query_ids"], trainer.processes = batch["page_ids"], ALONE
+    batch = {"query": costs._batch(size, 0, 24), "page": costs._batch(pages, 6, 108), "page_ids": torch.arange(pages)}
+    batch["query_ids"], trainer.processes = torch.arange(size), ALONE
     batch["share"] = ALONE.shares(batch)
     tensors = [t for side in ("query", "page") for t in batch[side].values()]
     model = costs.model(costs.layers)
     trainer.masks = model.masks
 
-    step = costs.step(Setting(size, micro, checkpointing, 6, 108, 24))
+    step = costs.step(Setting(size, micro, checkpointing, 6, 108, 24, negatives=negatives))
     checkpoint_layers(model, checkpointing)
     known = [
         *model.parameters(),
@@ -183,7 +184,7 @@ def test_more_at_once_takes_more_memory_and_checkpointing_less(costs):
 
 
 def test_a_part_grows_by_as_much_with_each_pair(costs):
-    few, more, most = (costs._part(rows, (6, 108), True, 0, 2).peak for rows in (8, 16, 32))
+    few, more, most = (costs._part(Side(rows, 6, 108), True, 0, 2).peak for rows in (8, 16, 32))
     assert most - more == 2 * (more - few) > 0
 
 

@@ -160,6 +160,15 @@ def test_chance_is_high_among_a_few_dev_pages():
     assert health(curve(dev=(0.7, 0.7, 0.7, 0.7)), PARAMS, 0.59).verdict == "collapsed"
 
 
+def test_a_symmetric_loss_with_negatives_knows_nothing_below_log_of_the_pages():
+    """32 queries, 128 pages: (log 128 + log 32) / 2 = 4.16, and log 128 is 4.85."""
+    params = dataclasses.replace(PARAMS, symmetric_loss=True, negatives=3, batch_size=32)
+    log = curve(share=lambda x: 1.0, norm=lambda x: 0.001, dev=(0.03,) * 4, pages=64)  # (log 64) is that mean
+    judged = health(log, params, CHANCE)
+    assert judged.verdict == "collapsed" and f"lr: {params.lr / 3:.2g}, or more warmup" in judged.remedy
+    assert "1.00 of 4.16" in report(judged)
+
+
 def replay(log, start=0) -> Watch:
     """Show a watch the rows one by one, as the Trainer does."""
     watch = Watch(PARAMS, CHANCE)

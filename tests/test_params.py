@@ -93,8 +93,8 @@ BAD_VALUES = [
     ("eval_untrained", "1", "true or false"),
     ("max_visual_tokens", "0", "1 to 65536"),
     ("max_visual_tokens", "65537", "1 to 65536"),
-    ("max_query_tokens", "7", "8 to 4096"),
-    ("max_query_tokens", "4097", "8 to 4096"),
+    ("max_query_tokens", "15", "16 to 4096"),
+    ("max_query_tokens", "4097", "16 to 4096"),
     ("dtype", "float16", "float32, bfloat16"),
     ("attention", "flash", "auto, sdpa, eager, blocked, flash_attention_2"),
     ("attention", "kernels-community/flash-attn2", "OWNER/NAME@<40 hex digits>"),
@@ -182,6 +182,9 @@ def test_a_micro_batch_larger_than_the_batch_is_refused() -> None:
     assert "micro_batch_size: 64 is not valid; it must be at most batch_size, 32" in refusal(
         changed(batch_size="32", micro_batch_size="64")
     )
+    negatives = {"batch_size": "32", "negatives": "2"}
+    assert load_text(changed(**negatives, micro_batch_size="96")).micro_batch_size == 96
+    assert "it must be at most batch_size x (1 + negatives), 96" in refusal(changed(**negatives, micro_batch_size="97"))
 
 
 @pytest.mark.parametrize(("name_key", "revision_key"), [("base", "base_revision"), ("train_data", "train_revision")])

@@ -53,9 +53,10 @@ def curve(folder) -> list[float]:
 
 
 def test_training_evaluation_and_search(fetched, whole, place):
-    """In parts, with layers computed again, whose gradient is that of the whole batch: the curve of the CPU's run."""
+    """In parts, with layers computed again, whose gradient is that of the whole batch: the curve of the CPU's run. Of
+    two GPUs `launch: 1` uses one."""
     with contextlib.chdir(place.folder):
-        params(lr="2e-3", micro_batch_size=3, gradient_checkpointing=1, workers=1)
+        params(lr="2e-3", micro_batch_size=3, gradient_checkpointing=1, workers=1, launch="1")
     for stage in ("train", "evaluate"):
         done = pretended(f"stages.{stage}", folder=place.folder)
         assert done.returncode == 0, done.stderr

@@ -35,6 +35,7 @@ def gradient(folder: Path, images: list, size: int, rank: int, port: int, change
     from colintern.modeling.lora import add_lora
     from colintern.params import load as load_params
     from colintern.processor import ColIntern3_5Processor
+    from colintern.training import trainer as engine
     from colintern.training.pairs import Pair, Pairs
     from colintern.training.processes import joined
     from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
@@ -63,16 +64,18 @@ def gradient(folder: Path, images: list, size: int, rank: int, port: int, change
         trainer = ContrastiveTrainer(params, processor, DevSet(rows, features), processes=own, model=model, args=args)
         share = len(rows) // own.size
         mine = Pairs(rows[own.rank * share : (own.rank + 1) * share], features)
-        if fail == own.rank:
-            real, calls = type(model).forward, []
+        if fail and own.rank == 1:
+            # After the other process has the embeddings, or in the loss.
+            place, name, at = (type(model), "forward", 9) if fail == "forward" else (engine, "maxsim_matrix", 1)
+            real, calls = getattr(place, name), []
 
-            def forward(self, *args, **kwargs):
+            def call(*args, **kwargs):
                 calls.append(1)
-                if len(calls) == 9:  # after the other process has the embeddings
+                if len(calls) == at:
                     raise torch.OutOfMemoryError("CUDA out of memory")
-                return real(self, *args, **kwargs)
+                return real(*args, **kwargs)
 
-            type(model).forward = forward
+            setattr(place, name, call)
         loss = trainer.training_step(model, trainer.data_collator(list(mine)))
         found = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
         torch.save((loss, trainer.tally.masked, trainer.micro, found), folder / f"{size}-{rank}.pt")
@@ -98,7 +101,10 @@ def distance(one: dict, other: dict) -> float:
     return float(norm(one[name] - other[name] for name in one) / norm(one.values()))
 
 
-@pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 6}, {"gradient_checkpointing": True}, {"fail": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"micro_batch_size": 6}, {"gradient_checkpointing": True}, {"fail": "forward"}, {"fail": "loss"}],
+)
 def test_the_gradient_of_several_processes_is_that_of_one(tmp_path, pages, changes):
     """With dropout, ragged pages and negatives; also where one process runs out of memory when the other does not."""
     [(loss, masked, _, whole)] = stepped(tmp_path, pages, 1)

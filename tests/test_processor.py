@@ -56,6 +56,12 @@ def test_a_bound_below_one_tile_is_refused():
         ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=15)
 
 
+def test_a_bound_that_leaves_no_word_of_a_query_is_refused():
+    """Of 14 tokens the prefix takes 4 and the augmentation 10; a cut at a negative place would leave most of it."""
+    with pytest.raises(ValueError, match=r"max_query_tokens=14: .* take 14 tokens .* must be 15 or more"):
+        ColIntern3_5Processor.from_pretrained(BASE, max_query_tokens=14)
+
+
 def test_patches_across_and_down(processor):
     assert processor.get_n_patches((336, 224)) == (8, 12)
     assert processor.get_n_patches((112, 224)) == (8, 4)

@@ -87,10 +87,24 @@ def test_what_is_recommended_passes_the_doctor(billions):
 @pytest.mark.parametrize("base", ["internvl3_5-1b", "OpenGVLab/InternVL3_5-1B-HF", "OpenGVLab/x@" + "0" * 40])
 def test_every_title_fits_a_terminal(base):
     head = {"base": base, "parameters": 8e9, "trained": 8e7, "gpu": "RTX-4090", "gpu_memory_gb": 24.0}
-    head |= {"rows": 118_195, "pages": 50_453, "data": "vidore/colpali_train_set"}
+    head |= {"rows": 118_195, "negatives": 3, "pages": 50_453, "data": "vidore/colpali_train_set"}
     lines = [*_memory_table(base, []), *_head(head)]
     assert base in "".join(line.strip() for line in lines)
     assert max(map(len, lines)) <= 80
+
+
+def test_hard_negatives_are_pages_of_a_step(demo, capsys):
+    found = []
+    for wrong in (0, 2):
+        text = re.sub(r"(?m)^negatives: .*", f"negatives: {wrong}", (demo / "params.yaml").read_text())
+        (demo / "params.yaml").write_text(text)
+        main(["recommend", "--gpu", "h200", "--json"])
+        out = json.loads(capsys.readouterr().out)
+        micro = next(value["value"] for value in out["values"] if value["key"] == "micro_batch_size")
+        found.append((out["negatives"], micro, out["predicted"]["operations"], out["predicted"]["seconds_per_step"]))
+    (_, none, operations, seconds), (said, some, *more) = found
+    assert (said, none, some) == (2, 32, 96), "the whole batch at once"
+    assert 2.2 < more[0] / operations < 3 and 2 < more[1] / seconds < 3.2, "queries cost the same"
 
 
 def test_the_guides_batch_formula_is_32_for_every_card_of_its_table():

@@ -166,6 +166,7 @@ def test_a_mixture_shows_the_rows_of_a_set_as_often_as_its_weight_says():
     assert len(queries) == 40 + 3 * 3
     assert queries.count("question 56") == 3 and queries.count("question 7") == 1
     assert found["test"].count("question 58") == 1, "the dev set is not weighted"
+    assert found["test"][:2] == ["question 40", "question 58"], "the sets take turns"
 
 
 def test_a_leak_between_two_sets_of_a_mixture_is_found():

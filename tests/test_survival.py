@@ -161,17 +161,19 @@ def test_t6_a_signal_leaves_a_checkpoint_exit_75_and_no_result(place, whole, num
     assert place.result() == whole
 
 
-def in_a_group(step: int) -> None:
-    """As at a terminal: Ctrl-C goes to the trainer and to the processes that load its data."""
+def in_a_group(step: int, number: int) -> None:
+    """As at a terminal, or from `timeout`: it goes to the trainer and to the processes that load its data."""
     os.setpgrp()
-    at_step(step, lambda: os.killpg(0, signal.SIGINT))
+    at_step(step, lambda: os.killpg(0, number))
 
 
-def test_t6_ctrl_c_reaches_the_processes_that_load_data_too(place, whole):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_t6_a_signal_may_reach_the_processes_that_load_data_too(place, whole, number):
     with contextlib.chdir(place.folder):
         params(lr="2e-3", workers=2)
-    assert place.run(in_a_group, 2) == 75, place.log  # of five in an epoch: its last has no such processes any more
-    assert place.log.count("SIGINT: a checkpoint after this step, then the end") == 1
+    # Of five steps in an epoch: the last one has no such processes any more.
+    assert place.run(in_a_group, 2, number) == 75, place.log
+    assert place.log.count(f"{number.name}: a checkpoint after this step, then the end") == 1
     assert "Traceback" not in place.log and (place.scratch / "checkpoint-2").is_dir()
     assert place.run() == 0, place.log
     assert place.result()["adapter_model.safetensors"] == whole["adapter_model.safetensors"]
@@ -180,6 +182,22 @@ def test_t6_ctrl_c_reaches_the_processes_that_load_data_too(place, whole):
 def test_t6_a_second_signal_ends_at_once(place):
     assert place.run(at_step, 5, partial(signal_self, signal.SIGTERM, signal.SIGTERM)) == 75, place.log
     assert "ended by SIGTERM" in place.log and (place.scratch / "checkpoint-3").is_dir()
+
+
+def lose_folder(step: int) -> None:
+    """As an experiment in a copy of the repository, which is taken away."""
+    main, copy = Path.cwd(), Path.cwd().with_name("copy")
+    shutil.copytree(main, copy, symlinks=True)
+    os.environ["DVC_ROOT"] = str(main)
+    os.chdir(copy)
+    at_step(step, lambda: shutil.rmtree(copy))
+
+
+def test_t7_a_run_whose_folder_is_gone_ends_with_a_checkpoint(place, whole):
+    """`dvc queue stop --kill` ends DVC, not its stage, and takes the folder away."""
+    assert place.run(lose_folder, 5) == 75, place.log
+    assert "Traceback" not in place.log and (place.scratch / "checkpoint-5").is_dir()
+    assert place.run() == 0 and place.result() == whole, place.log
 
 
 def test_t7_two_at_once_are_refused_by_the_owners_pid(place, whole):

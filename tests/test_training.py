@@ -165,6 +165,12 @@ def test_no_variant_of_a_compiled_layer_runs_as_if_it_were_not(make, processor, 
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 8, "more than torch's limit"
 
 
+def test_chance_among_fewer_pages_than_ranks_is_a_rank_of_each():
+    pages = [Page(str(n), None) for n in range(6)]
+    chance = [DevSet([Pair("q", page) for page in pages[:n]], None).chance for n in (1, 2, 6)]
+    assert chance == pytest.approx([1, (1 + 1 / math.log2(3)) / 2, 2.9485 / 6], abs=1e-4)
+
+
 def test_compile_without_a_compiler_is_refused_before_anything_is_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr("colintern.training.runs.rows", lambda params: {"train": [None] * 400, "test": []})
     monkeypatch.setenv("PATH", str(tmp_path))

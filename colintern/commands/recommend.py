@@ -61,11 +61,11 @@ def run(args: argparse.Namespace) -> None:
         return
     batch, tokens = (guide.BATCH, rules.VISUAL_TOKENS) if known else (params.batch_size, (params.max_visual_tokens,))
     gpu = GPUS[card] if card else rules.nearest(memory)
-    found = rules.plan(costs, memory, gpu, batch, tokens, query)
+    found = rules.plan(costs, memory, gpu, batch, tokens, query, params.negatives)
     values = list(rules.recommend(costs, found, memory, rows, pages))
     epochs = guide.EPOCHS if known else params.epochs
     forecast = rules.forecast(costs, found, gpu if card else None, rows // batch * epochs, pages)
-    head |= {"data": data, "rows": rows, "pages": pages}
+    head |= {"data": data, "rows": rows, "pages": pages, "negatives": params.negatives}
     if args.json:
         print(json.dumps(head | {"values": [value._asdict() for value in values], "predicted": forecast}, indent=2))
     else:
@@ -137,11 +137,14 @@ def _card(name: str | None, memory: float | None) -> tuple[str | None, float]:
 
 def _head(head: dict[str, Any]) -> list[str]:
     gpu = head["gpu"] or "not named"
+    data = f"{head['rows']:,} pairs"
+    if head["negatives"]:
+        data += f" with {head['negatives']} hard negatives each"
     size = f"{head['parameters'] / 1e6:,.1f} M parameters, {head['trained'] / 1e6:,.1f} M trained"
     return [
         *wrap(f"base  {head['base']}: {size}", 79, subsequent_indent=" " * 6),
         f"GPU   {gpu}, {head['gpu_memory_gb']:g} GB",
-        f"data  {head['rows']:,} pairs, {head['pages']:,} pages ({head['data']})",
+        *wrap(f"data  {data}, {head['pages']:,} pages ({head['data']})", 79, subsequent_indent=" " * 6),
     ]
 
 

@@ -42,6 +42,19 @@ class Setting(NamedTuple):
     page_tokens: int  # the visual ones and the prompt around them
     query_tokens: int
     cached: bool = True  # page features come from the cache, and no pixels
+    negatives: int = 0  # of each pair
+
+    @property
+    def pages(self) -> int:
+        return self.batch_size * (1 + self.negatives)
+
+
+class Side(NamedTuple):
+    """Queries or pages that go through the model; `tiles` and `tokens` are one row's."""
+
+    rows: int
+    tiles: int
+    tokens: int
 
 
 class Step(NamedTuple):
@@ -95,33 +108,34 @@ class Costs:
 
     def step(self, setting: Setting) -> Step:
         """The peak of a training step and what it runs, as `ContrastiveTrainer.training_step` goes."""
-        size, micro = setting.batch_size, min(setting.micro_batch_size, setting.batch_size)
+        pages, micro = setting.pages, min(setting.micro_batch_size, setting.pages)
         first = recomputed(self.layers, setting.checkpointing)
-        sides = (0, setting.query_tokens), (setting.tiles, setting.page_tokens)  # tiles, tokens
-        embeddings = size * sum(tokens for _, tokens in sides) * EMBEDDING_DIM * 4
-        features = size * self.feature_bytes(setting.tiles)
+        sides = Side(setting.batch_size, 0, setting.query_tokens), Side(pages, setting.tiles, setting.page_tokens)
+        embeddings = sum(side.rows * side.tokens for side in sides) * EMBEDDING_DIM * 4
+        features = pages * self.feature_bytes(setting.tiles)
         kernels: Counter[Kernel] = Counter()
         peaks = [features]  # page_features makes one tensor of the pages
-        pages = 2 * features  # the batch's, and that one
+        shown = 2 * features  # the batch's, and that one
         if not setting.cached:
             tower = self.features(setting.tiles)
             peaks.append(tower.peak)
-            kernels += _scaled(tower.kernels, size)
-            pages = features + size * self._tiles(setting.tiles).nbytes
-        if micro == size:
-            whole = self._deep(partial(self._whole, size, sides), first)
+            kernels += _scaled(tower.kernels, pages)
+            shown = features + pages * self._tiles(setting.tiles).nbytes
+        if micro == pages:
+            whole = self._deep(partial(self._whole, sides), first)
             peaks.append(whole.peak)
             kernels += whole.kernels
         else:
-            loss = self._loss(size, micro, sides)
+            loss = self._loss(micro, sides)
             peaks.append(embeddings + loss.peak)
             kernels += loss.kernels
             for side in sides:
+                rows = min(micro, side.rows)
                 for grad in (False, True):
-                    part = self._deep(partial(self._part, micro, side, grad), first)
+                    part = self._deep(partial(self._part, side._replace(rows=rows), grad), first)
                     peaks.append(embeddings * (1 + grad) + part.peak)
-                    kernels += _scaled(part.kernels, size / micro)
-        memory = self.static() | {"pages": pages, "activations and loss": max(peaks)}
+                    kernels += _scaled(part.kernels, side.rows / rows)
+        memory = self.static() | {"pages": shown, "activations and loss": max(peaks)}
         return Step(memory, dict(kernels))
 
     @cache  # noqa: B019
@@ -136,10 +150,10 @@ class Costs:
         return self._phase(run, 0, self.layers, pixels)  # none of which it runs
 
     @cache  # noqa: B019
-    def _part(self, rows: int, side: tuple[int, int], grad: bool, first: int, kept: int) -> Phase:
+    def _part(self, side: Side, grad: bool, first: int, kept: int) -> Phase:
         """One part of a side through a model of `first` and `kept` layers, without a graph or back to the adapters."""
-        batch = self._batch(rows, *side)
-        gradient = torch.empty(rows, side[1], EMBEDDING_DIM, device="meta")
+        batch = self._batch(*side)
+        gradient = torch.empty(side.rows, side.tokens, EMBEDDING_DIM, device="meta")
 
         def run(model: Any) -> None:
             with torch.set_grad_enabled(grad):
@@ -150,9 +164,9 @@ class Costs:
         return self._phase(run, first, kept, gradient, *batch.values())
 
     @cache  # noqa: B019
-    def _whole(self, size: int, sides: tuple[tuple[int, int], ...], first: int, kept: int) -> Phase:
+    def _whole(self, sides: tuple[Side, ...], first: int, kept: int) -> Phase:
         """The whole batch, its graph waiting for the gradient of its embeddings."""
-        query, page = (self._batch(size, *side) for side in sides)
+        query, page = (self._batch(*side) for side in sides)
 
         def run(model: Any) -> None:
             made = [self._embed(model, side) for side in (query, page)]
@@ -164,10 +178,10 @@ class Costs:
         return self._phase(run, first, kept, *query.values(), *page.values())
 
     @cache  # noqa: B019
-    def _loss(self, size: int, micro: int, sides: tuple[tuple[int, int], ...]) -> Phase:
+    def _loss(self, micro: int, sides: tuple[Side, ...]) -> Phase:
         """The loss over embeddings that were made in parts, and their gradient."""
-        query, page = (self._batch(size, *side) for side in sides)
-        shapes = ((size, tokens, EMBEDDING_DIM) for _, tokens in sides)
+        query, page = (self._batch(*side) for side in sides)
+        shapes = ((side.rows, side.tokens, EMBEDDING_DIM) for side in sides)
         parts = [[p.requires_grad_() for p in torch.empty(s, device="meta").split(micro)] for s in shapes]
 
         def run() -> None:

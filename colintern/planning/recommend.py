@@ -44,7 +44,7 @@ class Plan(NamedTuple):
 
 
 def optimal_micro_batch_size(gpu_memory_gb: float, costs: Costs, setting: Setting) -> int:
-    """The largest divisor of the batch size with which a step as in `setting` fits the GPU, 0 if none does.
+    """The largest divisor of a batch's pages with which a step as in `setting` fits the GPU, 0 if none does.
 
     The guide's get_optimal_batch_size takes 150 MB a pair, which gives 32 for every card from 7 GB up.
 
@@ -53,7 +53,7 @@ def optimal_micro_batch_size(gpu_memory_gb: float, costs: Costs, setting: Settin
         costs: of the architecture.
         setting: its micro_batch_size is ignored.
     """
-    divisors = [n for n in range(1, setting.batch_size + 1) if setting.batch_size % n == 0]
+    divisors = [n for n in range(1, setting.pages + 1) if setting.pages % n == 0]
 
     def peak(micro: int) -> int:
         return costs.step(setting._replace(micro_batch_size=micro)).peak
@@ -72,7 +72,13 @@ def _fewest(gpu_memory_gb: float, costs: Costs, setting: Setting) -> int:
 
 
 def plan(
-    costs: Costs, gpu_memory_gb: float, gpu: Gpu, batch: int, visual_tokens: Sequence[int], query_tokens: int
+    costs: Costs,
+    gpu_memory_gb: float,
+    gpu: Gpu,
+    batch: int,
+    visual_tokens: Sequence[int],
+    query_tokens: int,
+    negatives: int = 0,
 ) -> Plan:
     """The fastest step that fits, with the first of `visual_tokens` a page that leaves one.
 
@@ -84,10 +90,11 @@ def plan(
     for tiles in (tokens // tile for tokens in tried if tokens >= tile):
         settings = []
         for checkpointing in (False, True):
-            setting = Setting(batch, 1, checkpointing, tiles, tiles * tile + PROMPT_TOKENS, query_tokens)
+            tokens = tiles * tile + PROMPT_TOKENS
+            setting = Setting(batch, 1, checkpointing, tiles, tokens, query_tokens, negatives=negatives)
             if micro := optimal_micro_batch_size(gpu_memory_gb, costs, setting):
                 settings.append(setting._replace(micro_batch_size=micro))
-        if settings and settings[-1].micro_batch_size == batch:
+        if settings and settings[-1].micro_batch_size == settings[-1].pages:
             fewest = _fewest(gpu_memory_gb, costs, settings[-1])
             if 0 < fewest < costs.layers:
                 settings.append(settings[-1]._replace(checkpointing=fewest))
@@ -131,7 +138,8 @@ def recommend(costs: Costs, found: Plan, gpu_memory_gb: float, rows: int, pages:
             "max_visual_tokens", visual, "guide", f"{setting.tiles} tiles, {grid.cols} x {grid.rows} of A4{fit}"
         )
     peak = f"{step.peak / GIB:.1f} GiB, of {gpu_memory_gb:g}"
-    whole = "the whole batch in one graph" if micro == batch else f"{-(-batch // micro)} parts, gradient cached"
+    parts = setting.pages // micro
+    whole = "the whole batch in one graph" if parts == 1 else f"{parts} parts, gradient cached"
     yield Value("micro_batch_size", micro, "computed", f"the most that fits: {peak}; {whole}")
     rivals = (
         f"{rival.seconds / found.seconds:.2f} x as long with {_recomputed(rival.setting)}, at micro_batch_size "

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class Signals(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The signal may reach the processes in different steps: one that has it stops all of them in this one.
-        if self.processes.any(bool(self.received)) and state.global_step < state.max_steps:
+        if self.processes.any(bool(self.received) or _homeless()) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
     @contextmanager
@@ -91,6 +91,23 @@ class Signals(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _homeless() -> bool:
+    """Whether the folder that a run was started in is gone, as after `dvc queue stop --kill`: nobody will take what it
+    leaves, and the checkpoint is what another run can go on from."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
+def outlive(seed: Callable[[int], None], number: int) -> None:
+    """Begin a process that loads data: at SIGTERM, which may be sent to a whole group, it is still needed, and torch's
+    own handler would end it. It ends with its trainer."""
+    seed(number)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager

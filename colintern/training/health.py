@@ -1,7 +1,8 @@
 """How a training run goes, judged by its logged rows alone, while it runs and at its end.
 
 A loss says something only beside log(P), the loss of a model that knows nothing of the P pages of a batch: the training
-guide's 2.40 -> 1.50 is from 0.87 to 0.54 of log(16). So every loss here is a share of log(P). The rules see no clock
+guide's 2.40 -> 1.50 is from 0.87 to 0.54 of log(16). So every loss here is a share of log(P), or, for a symmetric loss
+with hard negatives, whose other half knows only the B queries, of the mean of log(P) and log(B). The rules see no clock
 and no machine (for those see `watch`), and rows rounded to four digits are enough for them: two runs of one identity,
 one of them interrupted, are judged the same. `python -m bench.curves` holds the rules against recorded runs.
 """
@@ -67,8 +68,11 @@ class Curve:
         self.params, self.chance, self.done = params, chance, done
         self.rows = [row for row in log if "loss" in row]
         self.dev = [row["eval_ndcg_at_5"] for row in log if "eval_ndcg_at_5" in row]
-        self.pages = params.batch_size * (1 + params.negatives)
-        self.losses = [row["loss"] / math.log(max(2, self.pages)) for row in self.rows]
+        pages = params.batch_size * (1 + params.negatives)
+        mirrored = params.batch_size if params.symmetric_loss else pages  # a page is asked for queries, no negatives
+        ignorant = (math.log(max(2, pages)) + math.log(max(2, mirrored))) / 2
+        self.unit = f"log({pages})" if mirrored == pages else f"{ignorant:.2f}"
+        self.losses = [row["loss"] / ignorant for row in self.rows]
         self.tail = self.losses[-max(1, len(self.losses) // 10) :]
 
     @property
@@ -138,14 +142,14 @@ def known(c: Curve) -> Answer | None:
         return None
     share = mean(c.tail if len(c.tail) >= FEW else c.losses[-FEW:])
     early = not c.done and c.rows[-1]["epoch"] < 1
-    return Answer(share > NOTHING, share > NOTHING and not early, share, f"{share:.2f} of log({c.pages})", cure(c))
+    return Answer(share > NOTHING, share > NOTHING and not early, share, f"{share:.2f} of {c.unit}", cure(c))
 
 
 def first_epoch(c: Curve) -> Answer | None:
     if not c.epoch_ends:
         return None
     share = c.epoch_ends[0]
-    seen = f"{c.losses[0]:.2f} -> {share:.2f} of log({c.pages})"
+    seen = f"{c.losses[0]:.2f} -> {share:.2f} of {c.unit}"
     return Answer(share > SLOW, share > NOTHING, share, seen, cure(c))
 
 
@@ -166,7 +170,7 @@ def rough(c: Curve) -> Answer | None:
     # Second differences: a steady fall is not rough; their median: nor is the step from one epoch to the next.
     jump = median(abs(b - (a + d) / 2) for a, b, d in zip(losses, losses[1:], losses[2:], strict=False))
     remedy = f"batch_size: {max(SMALL, 2 * c.params.batch_size)}, lr: {c.params.lr / 2:.2g}"
-    return Answer(jump > ROUGH, jump > 2 * ROUGH, jump, f"rows jump by {jump:.3f} of log({c.pages})", remedy)
+    return Answer(jump > ROUGH, jump > 2 * ROUGH, jump, f"rows jump by {jump:.3f} of {c.unit}", remedy)
 
 
 def gradient(c: Curve) -> Answer | None:

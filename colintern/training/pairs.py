@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,8 @@ class Pair(NamedTuple):
 def rows(params: Params) -> dict[str, list[Pair]]:
     """The training sets' rows by split: train, and test: the dev set. Images stay on disk until a page is asked for.
 
-    Rows in quarantine are left out. In the training split the rows of a set occur as often as its weight says.
+    Rows in quarantine are left out. In the training split the rows of a set occur as often as its weight says; in the
+    dev set the sets take turns.
 
     Raises:
         UserError: the manifest, the index or a file is missing or changed, a set has no row for a split, or the hard
@@ -52,7 +53,9 @@ def rows(params: Params) -> dict[str, list[Pair]]:
             if not found[one.name, split]:
                 raise UserError(f"train_data: {one.folder} has no row that can be used in {prefix}-*.parquet")
     train = [pair for one in data.sets for pair in found[one.name, "train"] * one.weight]
-    dev = [pair for one in data.sets for pair in found[one.name, "dev"]]
+    # In turn, so that of the first `dev_queries` each set has its share.
+    turns = zip_longest(*(found[one.name, "dev"] for one in data.sets))
+    dev = [pair for turn in turns for pair in turn if pair]
     if params.negatives:
         if data.negatives:
             train = _mined(train, pages, data.negatives)

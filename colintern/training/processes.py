@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ MINUTE = 60
 GRACE = 45  # seconds that a signalled process has for its checkpoint, and a hung one before it is killed
 PDEATHSIG = 1  # of prctl
 SIDES = ("query", "page")
+NO_ROOM = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")  # lack of memory under other names
 
 
 def start(params: Params, module: str) -> None:
@@ -44,9 +45,7 @@ def start(params: Params, module: str) -> None:
     if there and wanted > there:
         raise UserError(f"launch: {wanted} is more than the {there} GPUs that can be seen")
     share(params, wanted)
-    if wanted == 1:
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # else the Trainer splits each batch over all of them
-    else:
+    if wanted > 1:
         raise SystemExit(_torchrun(wanted, params.threads, module))
 
 
@@ -171,7 +170,7 @@ class Processes:
         try:
             done = do()
         except RuntimeError as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+            if not (isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in NO_ROOM)):
                 raise
             failed = True
         if self.any(failed):
@@ -201,30 +200,39 @@ class Processes:
         )
         return Share(numbers, {side: [one[side] for one in found] for side in SIDES}, orders, query_ids, page_ids)
 
-    def gathered(self, share: Share, side: str, own: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The embeddings of all rows of the batch and their mask, from this process's, (rows, length, dimension).
-
-        The gradient goes to this process's rows alone.
-        """
+    def room(self, share: Share, side: str, own: Tensor) -> list[Tensor]:
+        """This process's embeddings of one side, (rows, length, dimension), as long as all processes', and room for
+        everybody's."""
         if self.size == 1:
-            return own, mask
+            return [own]
         lengths = share.lengths[side]
         longest = max(map(max, lengths))
         padded = pad(own, (0, 0, 0, longest - own.shape[1], 0, max(map(len, lengths)) - len(own)))
-        received = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(received, padded.detach())
-        received[self.rank] = padded
-        order = torch.tensor(share.orders[side], device=own.device)
+        return [padded, *(torch.empty_like(padded) for _ in lengths)]
+
+    def exchange(self, rooms: Sequence[list[Tensor]]) -> None:
+        """Fill each side's room, in all processes at once."""
+        for own, *others in rooms if self.size > 1 else ():
+            dist.all_gather(others, own.detach())
+
+    def gathered(self, share: Share, side: str, room: list[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The embeddings of all rows of the batch and their mask; the gradient goes to this process's rows alone."""
+        own, *received = room
+        if self.size == 1:
+            return own, mask
+        received[self.rank] = own
+        lengths, longest, device = share.lengths[side], own.shape[1], own.device
+        order = torch.tensor(share.orders[side], device=device)
         rows = torch.cat([part[: len(one)] for part, one in zip(received, lengths, strict=True)])[order]
-        counts = torch.tensor([count for one in lengths for count in one], device=own.device)[order]
-        return rows, (torch.arange(longest, device=own.device) < counts[:, None]).to(mask.dtype)
+        counts = torch.tensor([count for one in lengths for count in one], device=device)[order]
+        return rows, (torch.arange(longest, device=device) < counts[:, None]).to(mask.dtype)
 
     def sum_gradients(self, model: torch.nn.Module) -> None:
         """The gradient of the whole batch in every process: the sum of what each has from its rows."""
         if self.size == 1:
             return
         found = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([grad.flatten() for grad in found])
+        flat = self.together(lambda: torch.cat([grad.flatten() for grad in found]))
         dist.all_reduce(flat)
         for grad, total in zip(found, flat.split([grad.numel() for grad in found]), strict=True):
             grad.copy_(total.view_as(grad))
@@ -248,7 +256,7 @@ def joined(threads: int) -> Iterator[Processes]:
         ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGKILL)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # else accelerate sets the number of threads
     if torch.cuda.is_available():
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(local % torch.cuda.device_count())  # Slurm may show each task one GPU, which is number 0
     store, rank, size = next(dist.rendezvous("env://"))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",

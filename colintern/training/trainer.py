@@ -10,6 +10,7 @@ same.
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,12 @@ from colintern.modeling.fp8 import rounded
 from colintern.modeling.layers import checkpoint_layers, compile_layers
 from colintern.params import Params, UserError
 from colintern.processor import ColIntern3_5Processor
-from colintern.training.checkpoints import SAVING, Checkpoints
+from colintern.training.checkpoints import SAVING, Checkpoints, outlive
 from colintern.training.health import calmer
 from colintern.training.loss import contrastive_loss, false_negatives, maxsim_matrix
 from colintern.training.pairs import Collator, Pair
 from colintern.training.parts import places, restored, take
-from colintern.training.processes import ALONE, Processes, share
+from colintern.training.processes import ALONE, SIDES, Processes, share
 from colintern.training.progress import Progress
 from colintern.training.watch import Pace, Watch
 
@@ -110,6 +111,12 @@ class ContrastiveTrainer(Trainer):
         if params.compile:
             compile_layers(kwargs["model"])
 
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        inner: Any = getattr(loader, "base_dataloader", loader)  # of accelerate's wrapper
+        inner.worker_init_fn = partial(outlive, inner.worker_init_fn)
+        return loader
+
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward pass over a whole batch; returns its loss, a detached scalar.
 
@@ -156,7 +163,7 @@ class ContrastiveTrainer(Trainer):
     def _step(self, model: Any, batch: Batch) -> Tensor:
         """Embeddings, the loss of all of them with the gradient of each, and that gradient sent on, part by part. Only
         where the whole batch is one part does its graph wait for the gradient; else parts are embedded again."""
-        rows = {side: places(batch[side], self.micro) for side in ("query", "page")}
+        rows = {side: places(batch[side], self.micro) for side in SIDES}
         parts = [(side, part) for side, found in rows.items() for part in found]
         whole = self.micro >= len(batch["page_ids"])
 
@@ -164,16 +171,25 @@ class ContrastiveTrainer(Trainer):
             with torch.set_grad_enabled(whole):
                 return [self._embed(model, batch, *part) for part in parts]
 
-        def backward() -> None:
+        # What takes memory is in `together`: a process that started anew alone would wait for the others for ever.
+        def room() -> list[list[Tensor]]:
+            sides = restored(rows["query"], leaves[:ends]), restored(rows["page"], leaves[ends:])
+            return [self.processes.room(batch["share"], *side) for side in zip(SIDES, sides, strict=True)]
+
+        def backward() -> Tensor:
+            loss = self._loss(batch, rooms)
+            rooms.clear()
             loss.backward()
             for part, embedded, leaf in zip(parts, made, leaves, strict=True):
                 self._embed(model, batch, *part, embedded if whole else None, leaf.grad)
+            return loss
 
         made = self.processes.together(embed)
         leaves = [embedded.detach().requires_grad_() for embedded in made]
         ends = len(rows["query"])
-        loss = self._loss(batch, restored(rows["query"], leaves[:ends]), restored(rows["page"], leaves[ends:]))
-        self.processes.together(backward)
+        rooms = self.processes.together(room)
+        self.processes.exchange(rooms)
+        loss: Tensor = self.processes.together(backward)
         self.processes.sum_gradients(model)
         return loss
 
@@ -197,11 +213,11 @@ class ContrastiveTrainer(Trainer):
                 made.backward()
         return made
 
-    def _loss(self, batch: Batch, queries: Tensor, pages: Tensor) -> Tensor:
+    def _loss(self, batch: Batch, rooms: Sequence[list[Tensor]]) -> Tensor:
         """Of all queries against all pages, those of other processes too."""
         own, sides = batch["share"], list[Tensor]()
-        for side, made in (("query", queries), ("page", pages)):
-            sides += self.processes.gathered(own, side, made, batch[side]["attention_mask"])
+        for side, room in zip(SIDES, rooms, strict=True):
+            sides += self.processes.gathered(own, side, room, batch[side]["attention_mask"])
         left_out = false_negatives(own.query_ids, own.page_ids)
         scores = maxsim_matrix(*sides)
         return contrastive_loss(scores, left_out, self.params.temperature, self.params.symmetric_loss)
@@ -262,13 +278,14 @@ class DevSet(Dataset):
     @property
     def chance(self) -> float:
         """NDCG@5 of a random ranking: one right page among all."""
-        return sum(1 / math.log2(rank + 1) for rank in range(1, 6)) / len(self.pages)
+        pages = len(self.pages)
+        return sum(1 / math.log2(rank + 1) for rank in range(1, min(5, pages) + 1)) / pages
 
 
 def arguments(params: Params, folder: Path, quiet: bool, size: int = 1) -> TrainingArguments:
     """The Trainer's arguments in each of `size` processes; checkpoints end up in `folder`, see `Checkpoints`. The dev
     set is measured with each logged row unless `eval_steps` is set."""
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(folder / SAVING),
         per_device_train_batch_size=share(params, size),
         use_cpu=not torch.cuda.is_available(),
@@ -293,3 +310,8 @@ def arguments(params: Params, folder: Path, quiet: bool, size: int = 1) -> Train
         report_to="none",  # see `Tracker`
         run_name=folder.name,
     )
+    # Which GPU is this process's is known with its device; that others can be seen is none of the Trainer's business,
+    # which would split each batch over all of them.
+    if args.device.type == "cuda":
+        args._n_gpu = 1
+    return args
