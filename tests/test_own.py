@@ -269,12 +269,13 @@ QUESTIONS = [
     ("where is the second chapter", "sub/b.pdf", "2", "train"),
     ("and the third", "sub/b.pdf", "3", "dev"),
     ("both", "a.pdf", "4", ""),
-    ("both", "a.pdf", "5", ""),
+    ("both", "./a.pdf", "5", ""),
 ]
 BAD_QUESTIONS = [
     (("page too high", "a.pdf", "31", ""), r"page '31': a\.pdf has pages 1 to 30"),
     (("page zero", "a.pdf", "0", ""), "page '0'"),
     (("page in words", "a.pdf", "two", ""), "page 'two'"),
+    (("page of many digits", "a.pdf", "9" * 5000, ""), r"page '9+: a\.pdf has pages 1 to 30"),
     (("no such file", "c.pdf", "1", ""), "'c.pdf' is missing"),
     (("outside", "../../x.pdf", "1", ""), "refused: .* points outside"),
     (("a URL", "http://example.com/a.pdf", "1", ""), "refused: .* is a URL"),
@@ -321,7 +322,8 @@ def test_a_query_of_two_pages_is_one_query_with_two_answers(folder):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("queries.csv", "question,file,page\n", "has no column query"),
+        ("queries.csv", "question,file,page\n", r"has no column query; its first line is .*'question'"),
+        ("queries.csv", "query,file,page,page\n", "has the column page 2 times"),
         ("queries.csv", "query;file;page\n", "has no column query, file, page"),
         ("queries.csv", "query,file,page\n\udcff,a.pdf,1\n", "is not UTF-8"),
     ],
@@ -331,6 +333,36 @@ def test_a_table_of_questions_that_cannot_be_read_is_refused(folder, name, text,
     (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=message):
         make(DOCS, pdfs.collect)
+
+
+STRAY = 'first,a.pdf,1\n"stray,a.pdf,1\n'
+ROWS = "where is it,a.pdf,1\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "fault"),
+    [
+        (STRAY + ROWS * 9, "unexpected end of data"),
+        (STRAY + ROWS * 9 + '"is it here, or there",a.pdf,1\n', "',' expected after"),
+        (STRAY + ROWS * 9 + 'a disk of 5",a.pdf,1\n', "one of its cells holds whole rows"),
+        (STRAY + ROWS * 9999, "field larger than field limit"),
+    ],
+    ids=["open to the end", "closed by a good row", "closed by another", "large"],
+)
+def test_a_stray_quote_takes_no_row_in(folder, rows, fault):
+    write_pdf(folder / "a.pdf", [["one"]])
+    (folder / "queries.csv").write_text(f"query,file,page\n{rows}")
+    with pytest.raises(UserError, match=rf"queries\.csv: the row that begins in line 3: {fault}"):
+        make(DOCS, pdfs.collect)
+
+
+def test_a_quoted_question_has_lines_commas_and_quotes(folder):
+    handbook(folder)
+    asked = ["line,\nbreak", 'a "5" disk', "what is,\nin a.pdf, 1"]
+    with (folder / "queries.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("query", "file", "page", "split"), *((q, "a.pdf", 1, "test") for q in asked)])
+    own = make(DOCS, pdfs.collect)
+    assert [row["query"] for row in table(own.made, "beir/queries/*.parquet")] == asked
 
 
 def test_two_tables_of_questions_are_refused(folder):

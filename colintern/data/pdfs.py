@@ -7,7 +7,8 @@ file the PDFs' own text layer is asked: pseudo-queries, named so wherever their 
 
 import csv
 import io
-from collections.abc import Iterator
+import posixpath
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,12 +135,12 @@ def _query_file(folder: Path) -> Path | None:
 
 
 def _read_queries(folder: Path, file: Path, counts: dict[str, int], found: Collected) -> None:
-    rows = json_lines(file, found) if file.suffix == ".jsonl" else _csv_rows(file, found)
+    rows = json_lines(file, found) if file.suffix == ".jsonl" else _csv_rows(file, counts, found)
     for where, row in rows:
         if unknown := row.keys() - set(COLUMNS):
             found.unknown.update(map(str, unknown))
-        fault = query_fault(row.get("query")) or _page_fault(folder, row, counts) or split_fault(row.get("split", ""))
-        name = "" if fault else _name(row["file"], int(row["page"]) - 1)
+        name, fault = _page(folder, row, counts)
+        fault = query_fault(row.get("query")) or fault or split_fault(row.get("split", ""))
         if not fault and name not in found.pages:
             fault = f"page {name} could not be rendered"
         if fault:
@@ -150,26 +151,57 @@ def _read_queries(folder: Path, file: Path, counts: dict[str, int], found: Colle
             found.fixed.setdefault(name, []).append((row["split"], where))
 
 
-def _csv_rows(file: Path, found: Collected) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv_rows(file: Path, pdfs: Container[str], found: Collected) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         text = file.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: is not UTF-8: {error}") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="more cells than columns")
-    if lacking := [name for name in COLUMNS[:3] if name not in (reader.fieldnames or [])]:
-        raise UserError(f"{file}: has no column {', '.join(lacking)}; its first line must name {', '.join(COLUMNS)}")
-    for row in reader:
-        found.rows += 1
-        yield f"{file.name}:{reader.line_num}", row
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="more cells than columns", strict=True)
+    first = 1
+    try:
+        _check_header(file, list(reader.fieldnames or []))
+        first = reader.line_num + 1
+        for row in reader:
+            # A stray quote takes in the rows up to the next one, without an error where a comma follows that.
+            if any(cell in pdfs for line in _further_lines(row) for cell in line):
+                raise csv.Error("one of its cells holds whole rows")
+            found.rows += 1
+            yield f"{file.name}:{reader.line_num}", row
+            first = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{file}: the row that begins in line {first}: {error}; a quote in a quoted cell must be doubled, and one "
+            f"that begins a cell must be closed"
+        ) from error
 
 
-def _page_fault(folder: Path, row: dict[str, Any], counts: dict[str, int]) -> str:
-    name, page = row.get("file"), str(row.get("page"))
-    _, fault = inside(folder, name)
+def _further_lines(row: dict[str, Any]) -> Iterator[list[str]]:
+    """The lines of the cells that have several, read as rows."""
+    for cell in row.values():
+        if isinstance(cell, str) and len(lines := cell.splitlines()) > 1:
+            yield from csv.reader(lines)
+
+
+def _check_header(file: Path, header: list[str]) -> None:
+    if lacking := [name for name in COLUMNS[:3] if name not in header]:
+        raise UserError(
+            f"{file}: has no column {', '.join(lacking)}; its first line is {header!r:.200}, it must name "
+            f"{', '.join(COLUMNS)}"
+        )
+    if twice := [name for name in COLUMNS if header.count(name) > 1]:
+        raise UserError(f"{file}: has the column {twice[0]} {header.count(twice[0])} times; it must have it once")
+
+
+def _page(folder: Path, row: dict[str, Any], counts: dict[str, int]) -> tuple[str, str]:
+    """The name of a row's page, and what is wrong with it ("" if nothing)."""
+    file, page = row.get("file"), str(row.get("page"))
+    _, fault = inside(folder, file)
     if fault:
-        return fault
-    if name not in counts:
-        return f"{name} is not a readable PDF of this folder"
-    if not page.isdecimal() or not 1 <= int(page) <= counts[name]:
-        return f"page {page!r}: {name} has pages 1 to {counts[name]}"
-    return ""
+        return "", fault
+    file = posixpath.normpath(str(file))  # ./a.pdf is a.pdf
+    if file not in counts:
+        return "", f"{file} is not a readable PDF of this folder"
+    # Python reads no number of more than 4,300 digits.
+    if not page.isdecimal() or len(page) > 9 or not 1 <= int(page) <= counts[file]:
+        return "", f"page {page!r:.40}: {file} has pages 1 to {counts[file]}"
+    return _name(file, int(page) - 1), ""
