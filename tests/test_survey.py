@@ -15,6 +15,7 @@ from processes import program
 
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import png_bytes
+from colintern.data.splits import by_name
 from colintern.params import UserError, load
 
 SET, BEIR = "data/own/set", "data/own/beir"
@@ -218,6 +219,31 @@ def test_a_file_that_is_no_training_set_is_refused(content, message):
     done = fetch_data()
     assert done.returncode == 2
     assert f"{path}: {message}" in done.stderr
+
+
+def test_names_of_files_say_the_split_as_in_datasets():
+    names = {
+        "train": ["train2.parquet", "data/train-00000-of-00001.parquet", "training/pages.parquet", "my_train.parquet"],
+        "dev": ["validation-0.parquet", "dev/0.parquet", "train/val.parquet"],
+    }
+    other = ["constraint.parquet", "pages.parquet", "test-0.parquet"]
+    found, unread = by_name(sum(names.values(), other))
+    assert found == {split: sorted(some) for split, some in names.items()}
+    assert unread == other
+    assert by_name(["train.parquet", "test.parquet"]) == ({"train": ["train.parquet"], "dev": ["test.parquet"]}, [])
+    assert by_name(["b.parquet", "a.parquet"]) == ({"train": ["a.parquet", "b.parquet"], "dev": []}, [])
+
+
+def test_a_file_that_is_not_read_is_told_and_a_set_without_rows_refused():
+    [train, dev] = (Path(SET, f"{name}-00000-of-00001.parquet") for name in ("train", "test"))
+    shutil.copy(dev, Path(SET, "validation.parquet"))
+    done = fetch_data()
+    assert done.returncode == 0, done.stderr
+    assert f"{SET}: 1 of 3 parquet files are not read" in done.stdout and dev.name in done.stdout
+    train.rename(Path(SET, "mypages.parquet"))
+    done = fetch_data()
+    assert done.returncode == 2
+    assert f"train_data: {SET} (train): has no row that can be used, in 0 parquet files" in done.stderr
 
 
 def test_a_folder_of_two_kinds_is_refused():

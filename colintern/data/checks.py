@@ -42,6 +42,7 @@ def check(seen: dict[Part, list[Seen]], bad: Sequence[dict[str, str]], rows: dic
             check_whole(part, found)
             check_judgements(part)
     check_share(bad, rows, most)
+    check_filled(seen)
     check_leaks(seen)
 
 
@@ -93,6 +94,16 @@ def check_share(bad: Sequence[dict[str, str]], rows: dict[str, int], most: float
             raise UserError(
                 f"{source}: {count} of {rows[source]} rows cannot be used, more than max_bad_fraction: {most}; all are "
                 f"named in data/quarantine.json; the first:{shown}"
+            )
+
+
+def check_filled(seen: dict[Part, list[Seen]]) -> None:
+    """Raises UserError where a training set has no row for training, or none for the dev set."""
+    for part, found in seen.items():
+        if part.split in ("train", "dev") and all(row.fault for row in found):
+            raise UserError(
+                f"train_data: {part}: has no row that can be used, in {len(part.files)} parquet files; names of files "
+                f"must say train, and validation or test for the dev set"
             )
 
 

@@ -10,7 +10,8 @@ from colintern.data.demo import DemoPage, corpus
 from colintern.data.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
 from colintern.data.images import png_bytes
 from colintern.data.own import Own, make
-from colintern.data.survey import SPLITS, Part
+from colintern.data.splits import by_name
+from colintern.data.survey import Part
 from colintern.data.trainset import POSITIVES, asked, by_number
 from colintern.files.hub import Choice
 from colintern.files.hub_errors import Repo
@@ -100,9 +101,14 @@ def parts(params: Params, manifest: dict[str, Any]) -> list[Part]:
     corpus = _corpus(params, manifest["train_corpus"], any(numbered))
     found = [corpus] if corpus else []
     for (name, _), files, without_pages in zip(mixture(params.train_data), train, numbered, strict=True):
-        for split, prefix in SPLITS.items():
-            names = [file for file in sorted(files.files) if Path(file).name.startswith(f"{prefix}-")]
-            of = corpus if without_pages else None
+        splits, unread = by_name(files.files)
+        if unread:
+            print(
+                f"{name}: {len(unread)} of {len(files.files)} parquet files are not read, since their names are those "
+                f"of neither train nor dev set: {', '.join(unread)}"
+            )
+        of = corpus if without_pages else None
+        for split, names in splits.items():
             found.append(Part(name, split, folder_of(files, "dataset"), tuple(names), on_hub(name), of))
     for name, entry in manifest["evaluation"].items():
         if entry["revision"]:  # a task of mteb's: not ours to judge

@@ -1,12 +1,18 @@
-"""Train, dev or test: which split a page of the user's own documents belongs to. No page and no query is in two."""
+"""Train, dev or test: which split a page of the user's own documents, or a parquet file, belongs to."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 from colintern.data.collected import Ask, Stored
 from colintern.data.pseudo import squeeze
 from colintern.params import UserError
 
 SHARES = {"test": 0.3, "dev": 0.1, "train": 0.6}  # of the pages whose split no row names
+WORDS = {  # of `datasets`, which looks for them in the names of files and folders, and so do the users of its hub
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 
 
 def assign(
@@ -16,7 +22,9 @@ def assign(
     fixed: dict[str, list[tuple[str, str]]],
     names: dict[str, str],
 ) -> dict[str, str]:
-    """Page to split. Pages that share a query stay together; where no row names a split, a hash of the page decides.
+    """Page to split; no page and no query is in two.
+
+    Pages that share a query stay together; where no row names a split, a hash of the page decides.
 
     Raises:
         UserError: rows put pages that are equal, or share a query, into two splits.
@@ -53,3 +61,20 @@ def _drawn(key: str) -> str:
             return split
         place -= share
     return "train"
+
+
+def by_name(files: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """The parquet files of train and dev by their names, and those that are neither.
+
+    Where no name says a split, all are train. The dev set is validation, or test where there is none, as in
+    `vidore/colpali_train_set`.
+    """
+    found: dict[str, list[str]] = {split: [] for split in ("", *WORDS)}
+    for file in sorted(files):
+        folder, _, name = file.lower().rpartition("/")
+        words = [word for text in (name, folder) for word in re.split(r"[-._ 0-9/]+", text)]
+        found[next((split for word in words for split, its in WORDS.items() if word in its), "")].append(file)
+    if not any(found[split] for split in WORDS):
+        return {"train": found[""], "dev": []}, []
+    dev, unread = (found["validation"], found["test"]) if found["validation"] else (found["test"], [])
+    return {"train": found["train"], "dev": dev}, found[""] + unread

@@ -17,8 +17,6 @@ from colintern.data.trainset import POSITIVES
 from colintern.files.parallel import spread
 from colintern.params import UserError
 
-SPLITS = {"train": "train", "dev": "test"}  # how the hub's training sets call them
-
 
 class Part(NamedTuple):
     """Parquet files of one split of one data set; `name` is what params call it, `fixed` if it is the hub's own.

@@ -49,9 +49,9 @@ def rows(params: Params) -> dict[str, list[Pair]]:
     for e in entries:
         found[e.source, e.split].append(Pair(e.query, pages[e.page], wrong.get((e.source, e.file, e.row), ())))
     for one in data.sets:
-        for split, prefix in (("train", "train"), ("dev", "test")):
+        for split in ("train", "dev"):
             if not found[one.name, split]:
-                raise UserError(f"train_data: {one.folder} has no row that can be used in {prefix}-*.parquet")
+                raise UserError(f"train_data: {one.folder} has no row of {split} that can be used")
     train = [pair for one in data.sets for pair in found[one.name, "train"] * one.weight]
     # In turn, so that of the first `dev_queries` each set has its share.
     turns = zip_longest(*(found[one.name, "dev"] for one in data.sets))
