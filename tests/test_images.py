@@ -32,6 +32,7 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
+TWO_PAGES, ANIMATED = (encoded(GREY, kind, save_all=True, append_images=[GREY.rotate(90)]) for kind in ("TIFF", "GIF"))
 NOISE = png_bytes(Image.effect_noise((200, 200), 50))
 
 
@@ -45,9 +46,11 @@ NOISE = png_bytes(Image.effect_noise((200, 200), 50))
         (NOISE[:3000] + b"\0" * 20 + NOISE[3020:], "cannot be decoded"),
         (encoded(Image.effect_noise((200, 200), 50), "JPEG")[:1500], "cannot be decoded: image file is truncated"),
         (encoded(Image.fromarray(np.ones((9, 9), np.float32)), "TIFF"), "floating-point"),
-        (encoded(GREY, "TIFF", save_all=True, append_images=[GREY]), "holds 2 pages"),
+        (TWO_PAGES, "holds 2 pages"),
+        (TWO_PAGES[:1362], "cannot be decoded"),
+        (ANIMATED[:1669], "cannot be decoded"),
     ],
-    ids=["empty", "html", "zeros", "cut", "damaged", "cut jpeg", "float", "two pages"],
+    ids=["empty", "html", "zeros", "cut", "damaged", "cut jpeg", "float", "two pages", "cut tiff", "cut gif"],
 )
 def test_what_is_no_page_is_refused_with_its_reason(data, reason):
     for read in (decode, standard):

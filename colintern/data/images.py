@@ -74,9 +74,18 @@ def _open(data: bytes) -> Image.Image:
     except Exception as error:
         raise BadImage(f"not an image: {len(data)} bytes that begin {data[:16]!r}") from error
     check_size(*image.size)
-    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # MPO: a photo with its preview
-        raise BadImage(f"holds {getattr(image, 'n_frames', 1)} pages; give one image a page")
+    if (pages := _pages(image)) > 1:
+        raise BadImage(f"holds {pages} pages; give one image a page")
     return image
+
+
+def _pages(image: Image.Image) -> int:
+    if image.format == "MPO":  # a photo with its preview
+        return 1
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception as error:  # to count them the decoders read what may be damaged
+        raise BadImage(f"cannot be decoded: {error}") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
