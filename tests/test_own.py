@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -205,6 +206,16 @@ def test_what_is_unchanged_is_not_made_again_and_what_is_changed_is(folder):
         training_data(params)
     again = make(DOCS, jsonl.collect)
     assert again.made != own.made and not Path(own.made).exists()
+
+
+def test_folders_whose_names_differ_in_punctuation_or_script_keep_their_own_pages(folder):
+    many(folder)
+    others = [Path("data/own/docs!"), Path("data/own/文件"), Path("data/own/書類")]
+    for other in others:
+        shutil.copytree(folder, other)
+        (other / "0.png").write_bytes(png_bytes(page_image(f"page of {other}")))
+    made = {make(str(one), jsonl.collect).made for one in (folder, *others)}
+    assert len(made) == 4 and all(map(os.path.isdir, made))
 
 
 def test_a_damaged_copy_is_made_again(folder):

@@ -66,7 +66,9 @@ def make(folder: str, collect: Callable[[Path, Shelf], Collected]) -> Own:
         "versions": {name: version(name) for name in LIBRARIES},
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    made = f"{MADE}/{re.sub(r'[^A-Za-z0-9.]+', '-', folder).strip('-.')}/{key}"
+    # The hash: names that differ in other letters alone would delete each other's pages.
+    name = f"{re.sub(r'[^A-Za-z0-9.]+', '-', folder).strip('-.')}-{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
+    made = f"{MADE}/{name}/{key}"
     home = root() / made
     home.parent.mkdir(parents=True, exist_ok=True)
     with locked(home.with_suffix(".lock")):
