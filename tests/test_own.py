@@ -71,6 +71,8 @@ BAD_LINES = [
     ({"image": "0.png", "query": ""}, "query is empty"),
     ({"image": "0.png", "query": " \u00a0\n"}, "query is empty"),
     ({"image": "0.png", "query": 7}, "query is not text: 7"),
+    ({"image": "0.png", "query": "cut emoji \ud83d"}, r"half a character: 'cut emoji \\ud83d'"),
+    ({"image": "\udcff.png", "query": "q"}, "is no file name"),
     ({"image": "0.png", "query": "q", "split": "validation"}, "split is 'validation'"),
     ('{"image": "0.png", ', "not JSON"),
     ('["0.png", "q"]', "not a JSON object"),
@@ -99,9 +101,11 @@ def test_each_bad_line_costs_one_row_and_is_named(folder):
 
 def test_unusual_queries_are_kept_to_the_letter(folder):
     unusual = ["слово " * 10_000, "📄🔍 invoices 2024?", "ما هو المبلغ الإجمالي؟", "e\u0301 é", "line\nbreak"]
-    jsonl_folder(folder, [{"image": "0.png", "queries": unusual}])
+    jsonl_folder(
+        folder, [{"image": "0.png", "queries": unusual}, {"image": "0.png", "queries": "one", "query": "more"}]
+    )
     own = make(DOCS, jsonl.collect)
-    assert [row["query"] for row in training(own.made)][:6] == ["question 0", *unusual]
+    assert [row["query"] for row in training(own.made)][:8] == ["question 0", *unusual, "one", "more"]
     assert not own.summary["bad"]
 
 

@@ -85,6 +85,8 @@ def inside(folder: Path, name: Any) -> tuple[Path, str]:
         return folder, f"names no file: {name!r}"
     if re.match(r"[a-zA-Z][\w+.-]*:", name):
         return folder, f"refused: {name!r} is a URL; give a file of this folder"
+    if _torn(name):
+        return folder, f"{name[:80]!r} is no file name: it holds half a character"
     path = folder / name
     try:
         if not path.resolve().is_relative_to(folder.resolve()):
@@ -98,7 +100,14 @@ def query_fault(query: Any) -> str:
     """Why a query cannot be used, "" if it can. A long one is no fault: the model reads its beginning."""
     if not isinstance(query, str):
         return f"query is not text: {query!r}"
+    if _torn(query):
+        return f"query holds half a character: {query!r:.80}"
     return "" if query.strip() else f"query is empty: {query!r}"
+
+
+def _torn(text: str) -> bool:
+    """Whether a text holds half of a pair of surrogates, as JSON can say it: no file and no tokenizer takes it."""
+    return re.search("[\ud800-\udfff]", text) is not None
 
 
 def split_fault(split: Any) -> str:

@@ -48,7 +48,7 @@ def _take(folder: Path, where: str, row: dict[str, Any], stored: dict[str, Store
         return
     found.pages.setdefault(str(name), page)
     queries = row.get("queries", [])
-    queries = [*queries, *([row["query"]] if "query" in row else [])] if isinstance(queries, list) else [queries]
+    queries = [*(queries if isinstance(queries, list) else [queries]), *([row["query"]] if "query" in row else [])]
     if split:
         found.fixed.setdefault(str(name), []).append((str(split), where))
     for query in queries:
