@@ -55,5 +55,5 @@ KERNEL = Rule(
     lambda value: value in ATTENTION or kernel_at(value) is not None,
 )
 LAYERS = Rule("at least 1 where it is a number of layers", lambda value: isinstance(value, bool) or value > 0)
-LAUNCH = Rule("auto, or 1 or more", lambda value: value == "auto" if isinstance(value, str) else value > 0)
+LAUNCH = Rule("at least 1 where it is a number", lambda value: value == "auto" if isinstance(value, str) else value > 0)
 PATTERN = Rule("a regular expression that compiles (any text is .* in it, not *)", _compiles)

@@ -103,7 +103,7 @@ BAD_VALUES = [
     ("attention", f"flash-attn2@{'a' * 40}", "OWNER/NAME@<40 hex digits>"),
     ("gradient_checkpointing", "0", "true, false or a whole number, at least 1 where it is a number of layers"),
     ("compile", "1", "true or false"),
-    ("launch", "0", "auto, or 1 or more"),
+    ("launch", "0", "a whole number or auto, at least 1 where it is a number"),
     ("launch", "two", "a whole number or auto"),
     ("launch", "1.5", "a whole number or auto"),
     ("lora_rank", "0", "1 to 1024"),
