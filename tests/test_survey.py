@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from argparse import Namespace
 from pathlib import Path
 
 import pyarrow as pa
@@ -296,6 +297,21 @@ def test_the_table_says_the_same():
     shown = table(inventory(load()), quarantine())
     assert f"{SET} (train): 41 rows, 40 pages, 40 queries, 0 duplicates, 1 quarantined" in shown
     assert f"quarantined: {SET}: 1 x query is empty" in shown
+
+
+def test_the_survey_of_other_data_than_params_name_is_refused():
+    from colintern.commands import data
+
+    assert fetch_data().returncode == 0
+    data.run(Namespace())
+    write_params(train_data="data/own/other")
+    with pytest.raises(UserError, match=f"train_data: 'data/own/other' is not the one in data/manifest.json, '{SET}'"):
+        data.run(Namespace())
+    write_params()
+    shutil.copytree(BEIR, "data/own/other")
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace(f"- {BEIR}\n", "- data/own/other\n"))
+    with pytest.raises(UserError, match="'data/own/other' is not among the data sets"):
+        data.run(Namespace())
 
 
 def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():

@@ -14,7 +14,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from colintern.data.inventory import inventory, table
-    from colintern.files.manifest import QUARANTINE, read
+    from colintern.data.trainset import made_for
+    from colintern.files.manifest import QUARANTINE, benchmark_folder, local, read
 
-    found = inventory(load())
+    params = load()
+    made_for(params)  # the survey of other data shall not pass for that of params
+    for name in filter(local, params.benchmarks):
+        benchmark_folder(name)
+    found = inventory(params)
     print(table(found, read(QUARANTINE)["rows"]))

@@ -46,6 +46,19 @@ def asked(params: Params) -> dict[str, str]:
     }
 
 
+def made_for(params: Params) -> dict[str, Any]:
+    """The manifest.
+
+    Raises:
+        UserError: there is none, or it was made for other training data.
+    """
+    manifest = read(MANIFEST)
+    for key, value in asked(params).items():
+        if value != (known := manifest["made_for"][key]):
+            raise UserError(f"{key}: {value!r} is not the one in {MANIFEST}, {known!r}; run: dvc repro fetch-data")
+    return manifest
+
+
 def training_data(params: Params, anew: bool = False) -> TrainingData:
     """The data of the manifest, every file checked.
 
@@ -55,10 +68,7 @@ def training_data(params: Params, anew: bool = False) -> TrainingData:
     Raises:
         UserError: no manifest or one made for other data, or a file is missing or changed.
     """
-    manifest = read(MANIFEST)
-    for key, value in asked(params).items():
-        if value != (made_for := manifest["made_for"][key]):
-            raise UserError(f"{key}: {value!r} is not the one in {MANIFEST}, {made_for!r}; run: dvc repro fetch-data")
+    manifest = made_for(params)
     names = [name for name, _ in mixture(params.train_data)]
     corpus, negatives = manifest["train_corpus"], manifest["negatives"]
     if negatives:
