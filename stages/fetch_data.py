@@ -12,7 +12,7 @@ cache lacks something.
 from pathlib import Path
 
 from colintern.data import index
-from colintern.data.checks import check, quarantine
+from colintern.data.checks import check, check_benchmarks, quarantine
 from colintern.data.sources import fetch, parts, tokenizer
 from colintern.data.survey import look, survey, usable
 from colintern.files.jsonfile import dumps
@@ -29,6 +29,7 @@ def main() -> None:
 
         tasks = hub_data(params)
     manifest, own = fetch(params, tasks)
+    check_benchmarks(params.benchmarks, manifest["evaluation"])
     Path("data").mkdir(exist_ok=True)
     seen = look(parts(params, manifest))
     bad, rows = quarantine(seen, own)

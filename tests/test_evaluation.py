@@ -274,7 +274,7 @@ def test_what_cannot_be_evaluated_is_refused(params):
         tasks_for(write_manifest(FOLDER, "other/some_docs"))
     for file in Path(FOLDER).glob("qrels/*"):
         file.unlink()
-    with pytest.raises(UserError, match=r"not an evaluation set.*none in qrels"):
+    with pytest.raises(UserError, match=r"not an evaluation set.*no parquet file in qrels"):
         tasks_for(write_manifest(FOLDER))
 
 

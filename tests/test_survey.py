@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 from argparse import Namespace
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,9 +16,11 @@ from conftest import ROOT, page_image
 from pdf_writer import write_pdf
 from processes import program
 
-from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
+from colintern.data.checks import check_benchmarks, check_judgements
+from colintern.data.formats import TABLES, CorpusPage, Qrel, Query, check_beir, write_beir
 from colintern.data.images import png_bytes
 from colintern.data.splits import by_name
+from colintern.data.survey import Part
 from colintern.params import UserError, load
 
 SET, BEIR = "data/own/set", "data/own/beir"
@@ -184,6 +188,86 @@ EVALUATION_FAULTS = {
     "queries": ({"query": "  "}, "query 45: query is empty"),
     "qrels": ({"corpus-id": 999}, "qrels: the page 999 of query 45 is not in the corpus"),
 }
+
+
+def rewritten(part: str, rows: Callable[[list[dict]], list[dict]]) -> None:
+    [path] = Path(BEIR, part).glob("*.parquet")
+    table = pq.read_table(path)
+    pq.write_table(pa.Table.from_pylist(rows(table.to_pylist())), path)
+
+
+@pytest.mark.parametrize(
+    ("part", "rows", "message"),
+    [
+        ("corpus", lambda rows: [*rows, rows[3]], "corpus-id 48 is in 2 rows"),
+        ("queries", lambda rows: [*rows, rows[3]], "query-id 48 is in 2 rows"),
+        ("qrels", lambda rows: [rows[0] | {"score": 0}, *rows[1:]], "query 45: .* with a score above 0"),
+        ("qrels", lambda rows: [rows[0] | {"score": None}, *rows], "qrels: the score None of query 45"),
+        ("qrels", lambda rows: [{k: v for k, v in row.items() if k != "score"} for row in rows], "no column score"),
+    ],
+)
+def test_judgements_that_mteb_would_not_take_or_take_otherwise_are_refused(part, rows, message):
+    rewritten(part, rows)
+    with pytest.raises(UserError, match=message):
+        check_judgements(Part(BEIR, "test", Path(BEIR), ()))
+
+
+@pytest.mark.parametrize("part", ["corpus", "queries", "qrels"])
+def test_an_evaluation_set_without_rows_is_refused(part):
+    [path] = Path(BEIR, part).glob("*.parquet")
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+    with pytest.raises(UserError, match=f"{part}: has no rows"):
+        check_judgements(Part(BEIR, "test", Path(BEIR), ()))
+
+
+CARD = "---\nconfigs:\n" + "".join(
+    f"- config_name: {table}\n  data_files:\n  - split: test\n    path: {table}/*\n" for table in TABLES
+)
+
+
+@pytest.mark.parametrize(
+    ("card", "lacking"),
+    [
+        ("", "corpus"),
+        ("# Pages\n", "corpus"),
+        ("---\nlicense: mit\n---\n", "corpus"),
+        ("---\nconfigs: [\n---\n", "corpus"),
+        (CARD.replace("test\n    path: qrels", "train\n    path: qrels") + "---\n", "qrels"),
+        (CARD + "---\n", None),
+        ("---\nconfigs:\n" + "".join(f"- {{config_name: {t}, data_dir: {t}}}\n" for t in TABLES) + "---\n", None),
+    ],
+    ids=["empty", "no head", "no configs", "no YAML", "train", "whole", "folders"],
+)
+def test_a_card_by_which_mteb_finds_no_table_is_refused(card, lacking):
+    Path(BEIR, "README.md").write_text(card)
+    with pytest.raises(UserError, match=f"README.md has none for {lacking}") if lacking else nullcontext():
+        check_beir(Path(BEIR))
+
+
+def test_evaluation_sets_are_refused_by_layout_and_name_before_their_rows_are_read():
+    text = Path("params.yaml").read_text()
+
+    def refusal(*others: str) -> str:
+        for other in others:
+            shutil.copytree(BEIR, other, dirs_exist_ok=True)
+        Path("params.yaml").write_text(text.replace(f"- {BEIR}\n", "".join(f"- {one}\n" for one in (BEIR, *others))))
+        done = fetch_data()
+        assert done.returncode == 2 and not Path("data/quarantine.json").exists()
+        return done.stderr
+
+    assert f"{BEIR} and data/more/beir would both be called beir; rename one" in refusal("data/more/beir")
+    Path(BEIR, "README.md").unlink()
+    assert f"{BEIR}: not an evaluation set" in refusal()
+
+
+def test_names_of_evaluation_sets_are_held_against_each_other_and_those_of_mteb():
+    local, hub = {"folder": BEIR, "revision": ""}, {"folder": "vidore/x", "revision": "a" * 40}
+    check_benchmarks(["data/文件", "data/書類", "V"], {"data/文件": local, "data/書類": local, "VRetrieval": hub})
+    for names in (["some-docs", "some_docs"], ["demo", "own/demo"]):
+        with pytest.raises(UserError, match="would both be called"):
+            check_benchmarks(names, dict.fromkeys(names, local))
+    with pytest.raises(UserError, match="VRetrieval and data/v would both be called VRetrieval"):
+        check_benchmarks(["data/v", "V"], {"data/v": local, "VRetrieval": hub})
 
 
 @pytest.mark.parametrize("part", EVALUATION_FAULTS)

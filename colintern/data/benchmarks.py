@@ -10,9 +10,9 @@ import mteb
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 
-from colintern.data.formats import is_pseudo
+from colintern.data.formats import called, check_beir
 from colintern.files.identity import content_hash
-from colintern.files.manifest import benchmark_folder, local, root
+from colintern.files.manifest import benchmark_folder, local
 from colintern.params import Params, UserError
 
 
@@ -84,14 +84,10 @@ def _public(entry: str, tasks: Sequence[AbsTask]) -> list[AbsTask]:
 
 
 def _resolve(entry: str) -> tuple[str, list[AbsTask]]:
-    if entry == "demo":
-        return entry, [_folder_task(benchmark_folder(entry), "ColInternDemoRetrieval")]
     if local(entry):
         folder = benchmark_folder(entry)
-        # Nobody shall take a program's questions for people's: the label stands at every number.
-        label = (root() / entry).resolve().name + (" (pseudo-queries)" if is_pseudo(folder) else "")
-        words = re.findall(r"[A-Za-z0-9]+", label)
-        return label, [_folder_task(folder, "".join(w[0].upper() + w[1:] for w in words) + "Retrieval")]
+        label, task = called(entry, folder)
+        return label, [_folder_task(folder, task)]
     try:
         benchmark = mteb.get_benchmark(entry)
         return benchmark.name, list(benchmark.tasks)  # its name, which differs from the entry if that is an alias
@@ -112,12 +108,7 @@ def _resolve(entry: str) -> tuple[str, list[AbsTask]]:
 
 def _folder_task(folder: Path, name: str) -> AbsTask:
     """A ViDoRe (v1) task that reads `folder` instead of the hub; its revision is a hash of the folder's data."""
-    lacking = [part for part in ("corpus", "queries", "qrels") if not any(folder.glob(f"{part}/*.parquet"))]
-    if lacking or not (folder / "README.md").is_file():
-        raise UserError(
-            f"{folder}: not an evaluation set; it needs README.md with a `configs:` block, and parquet files in "
-            f"corpus/, queries/ and qrels/" + (f"; none in {', '.join(lacking)}" if lacking else "")
-        )
+    check_beir(folder)
     vidore = type(mteb.get_task("VidoreDocVQARetrieval"))
     metadata = vidore.metadata.model_copy(
         update={

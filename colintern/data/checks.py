@@ -6,11 +6,13 @@ would be another set's; and no page may be in two splits.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from colintern.data.collected import query_fault
+from colintern.data.formats import called, check_beir
 from colintern.data.own import Own
 from colintern.data.survey import Part, Seen, rows_of
-from colintern.params import UserError
+from colintern.params import UserError, root
 
 
 def quarantine(seen: dict[Part, list[Seen]], own: dict[str, Own]) -> tuple[list[dict[str, str]], dict[str, int]]:
@@ -29,6 +31,23 @@ def quarantine(seen: dict[Part, list[Seen]], own: dict[str, Own]) -> tuple[list[
             rows[part.name] += len(found)
         bad += [{"source": part.name, "row": row.where, "reason": row.fault} for row in found if row.fault]
     return bad, dict(rows)
+
+
+def check_benchmarks(benchmarks: Sequence[str], evaluation: dict[str, Any]) -> None:
+    """Look at the layout and the names of local evaluation sets before their rows; `evaluation`: see the manifest.
+
+    Raises:
+        UserError: a folder that mteb would not load, or two entries that would write to one place.
+    """
+    hub = [name for name, entry in evaluation.items() if entry["revision"]]
+    known = {name: name for name in (*hub, *(name for name in benchmarks if name not in evaluation))}
+    for entry, files in evaluation.items():
+        if files["revision"]:
+            continue
+        check_beir(root() / files["folder"])
+        for name in called(entry, root() / files["folder"]):
+            if known.setdefault(name, entry) != entry:
+                raise UserError(f"benchmarks: {known[name]} and {entry} would both be called {name}; rename one")
 
 
 def check(seen: dict[Part, list[Seen]], bad: Sequence[dict[str, str]], rows: dict[str, int], most: float) -> None:
@@ -59,18 +78,27 @@ def check_judgements(part: Part) -> None:
     """Hold the queries and qrels of a local evaluation set against each other and its pages.
 
     Raises:
-        UserError: an empty query, a query that no qrel names, or a qrel whose query or page is missing.
+        UserError: a table without rows, an id given twice, an empty query, a query for which no qrel names a page with
+            a score above 0, or a qrel whose score is no whole number or whose query or page is missing.
     """
     pages = rows_of(part, "corpus", ["corpus-id"])
     queries = rows_of(part, "queries", ["query-id", "query"])
-    judged = rows_of(part, "qrels", ["query-id", "corpus-id"])
+    judged = rows_of(part, "qrels", ["query-id", "corpus-id", "score"])
+    tables = {"corpus": pages, "queries": queries, "qrels": judged}
+    faults = [f"{table}: has no rows" for table, rows in tables.items() if not rows]
+    for key, rows in (("corpus-id", pages), ("query-id", queries)):
+        faults += [f"{key} {one} is in {n} rows" for one, n in Counter(row[key] for row in rows).items() if n > 1]
     page_ids, query_ids = {row["corpus-id"] for row in pages}, {row["query-id"] for row in queries}
-    asked = {row["query-id"] for row in judged}
-    faults = [f"query {row['query-id']}: {fault}" for row in queries if (fault := query_fault(row["query"]))]
+    asked = {row["query-id"] for row in judged if _whole(row["score"]) and row["score"] > 0}
+    faults += [f"query {row['query-id']}: {fault}" for row in queries if (fault := query_fault(row["query"]))]
     faults += [
-        f"query {row['query-id']}: no qrel names a page for it" for row in queries if row["query-id"] not in asked
+        f"query {row['query-id']}: no qrel names a page for it with a score above 0"
+        for row in queries
+        if row["query-id"] not in asked
     ]
     for row in judged:
+        if not _whole(row["score"]):
+            faults.append(f"qrels: the score {row['score']!r} of query {row['query-id']} is no whole number")
         if row["query-id"] not in query_ids:
             faults.append(f"qrels: query {row['query-id']} is not among the queries")
         if row["corpus-id"] not in page_ids:
@@ -79,6 +107,10 @@ def check_judgements(part: Part) -> None:
         raise UserError(
             f"benchmarks: {part.name}: {faults[0]} ({len(faults)} such rows); an evaluation set must be whole"
         )
+
+
+def _whole(score: Any) -> bool:
+    return isinstance(score, int) or (isinstance(score, float) and score.is_integer())
 
 
 def check_share(bad: Sequence[dict[str, str]], rows: dict[str, int], most: float) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,9 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from colintern.data.images import STORED
+from colintern.params import UserError, root
 
 ROW_GROUP = 100  # rows; what `datasets` itself uses for image columns, so that one row can be read without the rest
 TRAINING_SPLITS = ("train", "test")
+TABLES = ("corpus", "queries", "qrels")
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 TEXT_COLUMNS = (  # of vidore/colpali_train_set, after "image", in its order
     "image_filename", "query", "answer", "source", "options", "page", "model", "prompt", "answer_type",
@@ -125,6 +128,49 @@ def is_pseudo(folder: Path) -> bool:
     """Whether the card of an evaluation set says that a program made its queries."""
     card = folder / "README.md"
     return card.is_file() and PSEUDO_CARD[0] in card.read_text(encoding="utf-8")
+
+
+def called(entry: str, folder: Path) -> tuple[str, str]:
+    """What a local entry of `benchmarks` is called: the label at its scores, and its task in mteb's files."""
+    if entry == "demo":
+        return entry, "ColInternDemoRetrieval"
+    # Nobody shall take a program's questions for people's: the label stands at every number.
+    label = (root() / entry).resolve().name + (" (pseudo-queries)" if is_pseudo(folder) else "")
+    words = re.findall(r"[^\W_]+", label)
+    return label, "".join(w[0].upper() + w[1:] for w in words) + "Retrieval"
+
+
+def check_beir(folder: Path) -> None:
+    """Raises UserError where mteb would find no evaluation set in a folder."""
+    faults = [f"no parquet file in {table}/" for table in TABLES if not any(folder.glob(f"{table}/*.parquet"))]
+    configured = _configured(folder / "README.md")
+    faults += [f"README.md has none for {table}" for table in TABLES if table not in configured]
+    if faults:
+        raise UserError(
+            f"{folder}: not an evaluation set; it needs parquet files in corpus/, queries/ and qrels/, and a README.md "
+            f"whose `configs:` block names each with a split test, as the demo's in data/demo/beir; {faults[0]}"
+        )
+
+
+def _configured(card: Path) -> set[str]:
+    """The configurations with a split test of which a card tells `datasets`."""
+    from ruamel.yaml import YAML  # takes longer to import than a stage's --help may take
+    from ruamel.yaml.error import YAMLError
+
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    try:
+        known = YAML(typ="safe").load(head[1]) if head else None
+    except YAMLError:
+        return set()
+    configs = known.get("configs") if isinstance(known, dict) else None
+    found = set()
+    for config in configs if isinstance(configs, list) else []:
+        # Without `data_files` it looks at the files' names; without `split` it makes them train.
+        files = config.get("data_files", [{"split": "test"}]) if isinstance(config, dict) else []
+        if any(isinstance(one, dict) and one.get("split") == "test" for one in files):
+            found.add(str(config.get("config_name")))
+    return found
 
 
 def _readme(files: Sequence[Path], pseudo: bool) -> str:
