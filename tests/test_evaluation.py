@@ -222,6 +222,30 @@ def test_other_data_is_another_revision(params):
     assert tasks_for(write_manifest(FOLDER))[0][1].metadata.dataset["revision"] != before
 
 
+def test_pages_that_pyarrow_wrote_without_the_metadata_of_datasets_are_images(params):
+    expected = evaluate(subject(ColourModel(), ColourProcessor()), params, "out")["some-docs"]
+    for path in Path(FOLDER).glob("*/*.parquet"):
+        table = pq.read_table(path).replace_schema_metadata(None)
+        if "image" in table.column_names:
+            images = [{"path": image["path"], "bytes": image["bytes"]} for image in table["image"].to_pylist()]
+            table = table.set_column(table.column_names.index("image"), "image", pa.array(images))
+        pq.write_table(table, path)
+    found = evaluate(subject(ColourModel(), ColourProcessor()), write_manifest(FOLDER), "plain")["some-docs"]
+    assert found == expected
+
+
+def test_a_folder_is_read_as_it_is_now(params):
+    def pages() -> int:
+        [(_, task)] = tasks_for(write_manifest(FOLDER))
+        task.load_data()
+        return len(task.corpus["test"])
+
+    assert pages() == PAGES
+    corpus = next(Path(FOLDER).glob("corpus/*.parquet"))
+    pq.write_table(pq.read_table(corpus).slice(0, PAGES - 1), corpus)
+    assert pages() == PAGES - 1, "the card is the same"
+
+
 def test_a_page_without_image_is_named(params):
     corpus = next(Path(FOLDER).glob("corpus/*.parquet"))
     table = pq.read_table(corpus)

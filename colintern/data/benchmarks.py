@@ -5,8 +5,10 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mteb
+from datasets import Image, config
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 
@@ -120,7 +122,22 @@ def _folder_task(folder: Path, name: str) -> AbsTask:
         }
     )
     # A class of its own, because mteb falls back to the metadata of the class when it unloads the data.
-    return type(name, (vidore,), {"metadata": metadata})()
+    return type(name, (_Folder, vidore), {"metadata": metadata})()
+
+
+class _Folder:
+    """Before a task of mteb's, which then reads what is in its folder now, and pages as images."""
+
+    def load_data(self: Any, *args: Any, **kwargs: Any) -> None:
+        known = config.HF_DATASETS_CACHE
+        # `datasets` keys its cache on the folder's last name and the card, which stay when other pages are put there.
+        config.HF_DATASETS_CACHE = Path(known) / self.metadata.dataset["revision"]
+        try:
+            super().load_data(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            config.HF_DATASETS_CACHE = known
+        # No metadata of `datasets` says so in parquet files as pyarrow writes them.
+        self.corpus = {split: pages.cast_column("image", Image()) for split, pages in self.corpus.items()}
 
 
 def _check_task(entry: str, task: AbsTask) -> None:
