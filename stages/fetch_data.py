@@ -5,8 +5,8 @@
 Input: params.yaml. Output: data/manifest.json (file, size, sha256, repository, revision) and the bytes it names, of
 which those from the hub lie in its own cache; data/quarantine.json, the rows that are left out and why;
 data/rows.parquet, the rows that are trained on; data/survey.json, the data in numbers. Exit 2 for too many rows left
-out, for an evaluation set with a fault, and for a page in two splits; exit 7 when the hub cannot be reached and the
-cache lacks something.
+out, for a training set without rows, for an evaluation set with a fault, and for a page in two splits; exit 7 when the
+hub cannot be reached and the cache lacks something.
 """
 
 from pathlib import Path
