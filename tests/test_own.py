@@ -130,9 +130,9 @@ def test_a_page_without_a_query_can_be_confused_with_others_and_is_counted(folde
 
 
 def test_keys_that_have_no_effect_are_named(folder, capsys):
-    jsonl_folder(folder, [{"image": "0.png", "query": "other", "weight": 3}])
+    jsonl_folder(folder, [{"image": "0.png", "query": "other", "weight": 3, "cut \ud83d": 1}])
     make(DOCS, jsonl.collect)
-    assert "keys of rows without effect: weight" in capsys.readouterr().out
+    assert "keys of rows without effect: cut \\ud83d, weight" in capsys.readouterr().out
 
 
 def test_equal_pages_are_one_page_and_stay_in_one_split(folder):

@@ -191,4 +191,4 @@ def _words(folder: str, summary: dict[str, Any]) -> str:
         lines.append("  pseudo-queries, made by a program: " + ", ".join(f"{n} {kind}s" for kind, n in pseudo.items()))
     if summary["unknown keys"]:
         lines.append(f"  keys of rows without effect: {', '.join(summary['unknown keys'])}")
-    return "\n".join(lines)
+    return "\n".join(lines).encode(errors="backslashreplace").decode()  # a key may hold half a character
