@@ -9,8 +9,9 @@ def write_pdf(
     pages: Sequence[Sequence[str]],
     outline: Sequence[tuple[str, int]] = (),
     size: tuple[int, int] = (300, 400),
+    filled: str = "",
 ) -> None:
-    """One page a list of lines; `outline`: (title, page from 0); `size` in points."""
+    """One page a list of lines; `outline`: (title, page from 0); `size` in points; `filled`: in a field of page 1."""
     objects: list[str] = []
 
     def add(body: str) -> int:
@@ -39,6 +40,16 @@ def write_pdf(
             near = f"/Prev {number - 1} 0 R " * (number > first) + f"/Next {number + 1} 0 R " * (number < last)
             add(f"<< /Title ({title}) /Parent {top} 0 R {near}/Dest [{kids[page]} 0 R /Fit] >>")
         entries = f" /Outlines {top} 0 R"
+    if filled:
+        text = f"/Tx BMC q BT /F1 20 Tf 2 8 Td ({filled}) Tj ET Q EMC"
+        box = f"/Type /XObject /Subtype /Form /BBox [0 0 200 30] /Resources << /Font << /F1 {font} 0 R >> >>"
+        look = add(f"<< {box} /Length {len(text)} >>\nstream\n{text}\nendstream")
+        field = add(
+            f"<< /Type /Annot /Subtype /Widget /FT /Tx /T (f) /V ({filled}) /F 4 /Rect [20 100 220 130] "
+            f"/DA (/F1 20 Tf) /AP << /N {look} 0 R >> /P {kids[0]} 0 R >>"
+        )
+        objects[kids[0] - 1] = objects[kids[0] - 1].replace("/Contents", f"/Annots [{field} 0 R] /Contents")
+        entries += f" /AcroForm << /Fields [{field} 0 R] /DR << /Font << /F1 {font} 0 R >> >> >>"
     objects[catalog - 1] = f"<< /Type /Catalog /Pages {tree} 0 R{entries} >>"
     data, places = b"%PDF-1.7\n", []
     for number, body in enumerate(objects, start=1):

@@ -16,6 +16,7 @@ from pdf_writer import write_pdf
 from PIL import Image
 
 from colintern.data import jsonl, pdfs
+from colintern.data.collected import Shelf
 from colintern.data.images import png_bytes
 from colintern.data.own import make
 from colintern.data.trainset import asked, training_data
@@ -247,6 +248,14 @@ def handbook(folder: Path) -> None:
         titles = [f"{n + 1}. Chapter about w{offset + n}topic" for n in range(30)]
         pages = [[title, PROSE.format(f"w{offset + n}")] for n, title in enumerate(titles)]
         write_pdf(folder / name, pages, [(titles[n], n) for n in range(0, 30, 2)])
+
+
+def test_a_form_is_drawn_with_what_is_filled_in(folder, tmp_path):
+    write_pdf(folder / "form.pdf", [["Name:"]], filled="Oslo")
+    found = pdfs.collect(folder, Shelf(tmp_path))
+    with Image.open(found.pages["form.pdf#page=1"].path) as page:
+        low, _ = page.convert("L").crop((40, 540, 440, 600)).getextrema()  # the field's place, at two pixels a point
+    assert low < 50
 
 
 def test_pdfs_without_questions_ask_their_own_text_and_say_so(folder):

@@ -71,6 +71,12 @@ def test_the_second_time_nothing_is_computed_and_only_what_is_new_later(top):
     assert new(fourth) == 3 and len(ranking(fourth)) == 3
 
 
+def test_a_form_is_drawn_with_what_is_filled_in(tmp_path):
+    write_pdf(tmp_path / "form.pdf", [["Name:"]], filled="Oslo")
+    [(_, page)] = images(sources(tmp_path)[0], [])
+    assert page.convert("L").crop((40, 540, 440, 600)).getextrema()[0] < 50
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

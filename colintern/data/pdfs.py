@@ -85,6 +85,17 @@ def pdf_files(folder: Path) -> list[Path]:
     return sorted(p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
+def open_pdf(path: Path) -> pdfium.PdfDocument:
+    """The document with its forms: without them, and before a page is taken, a field is drawn empty.
+
+    Raises:
+        pdfium.PdfiumError: damaged, or locked with a password.
+    """
+    pdf = pdfium.PdfDocument(path)
+    pdf.init_forms()
+    return pdf
+
+
 def _name(file: str, index: int) -> str:
     return f"{file}#page={index + 1}"
 
@@ -92,7 +103,7 @@ def _name(file: str, index: int) -> str:
 def _outline(name: str, path: Path, found: Collected) -> tuple[int, list[tuple[str, int]]] | None:
     """Number of pages, and the outline's entries that point at one; None, and a bad row, if it is no readable PDF."""
     try:
-        with pdfium.PdfDocument(path) as pdf:
+        with open_pdf(path) as pdf:
             entries = [(entry.get_title(), entry.get_dest()) for entry in pdf.get_toc()]
             targets = [(title, dest.get_index()) for title, dest in entries if dest is not None]
             return len(pdf), [(title, index) for title, index in targets if index is not None]
@@ -104,7 +115,7 @@ def _outline(name: str, path: Path, found: Collected) -> tuple[int, list[tuple[s
 
 def _render(task: Task) -> list[Rendered]:
     pages = []
-    with pdfium.PdfDocument(task.path) as pdf:
+    with open_pdf(task.path) as pdf:
         for index in range(task.first, task.last):
             name, text = _name(task.name, index), ""
             try:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from colintern.data.collected import Bad
 from colintern.data.images import BadImage, decode
-from colintern.data.pdfs import DPI, page_image, pdf_files
+from colintern.data.pdfs import DPI, open_pdf, page_image, pdf_files
 from colintern.files.identity import content_hash
 from colintern.params import UserError
 
@@ -45,7 +45,7 @@ def sources(place: Path) -> tuple[list[Source], list[Bad]]:
             found.append(Source(name, path, None, content_hash(path)))
             continue
         try:
-            with pdfium.PdfDocument(path) as pdf:
+            with open_pdf(path) as pdf:
                 pages = len(pdf)
         except pdfium.PdfiumError as error:  # damaged, or locked with a password
             bad.append(Bad(name, f"not a readable PDF: {error}"))
@@ -76,7 +76,7 @@ def images(wanted: list[Source], bad: list[Bad]) -> Iterator[tuple[Source, Image
                 if opened is None or opened[0] != source.path:
                     if opened:
                         opened[1].close()
-                    opened = source.path, pdfium.PdfDocument(source.path)
+                    opened = source.path, open_pdf(source.path)
                 yield source, page_image(opened[1][source.page])
             except (pdfium.PdfiumError, BadImage) as error:
                 bad.append(Bad(source.name, str(error)))
