@@ -33,6 +33,15 @@ from colintern.params import UserError
 from colintern.processor import ColIntern3_5Processor
 
 LENGTHS = "-lengths"  # of the key under which a batch keeps how many vectors each page has
+# What decides scores beside weights, as `load` has it when nothing is asked for.
+PLAIN = {
+    "dtype": None,
+    "merge": False,
+    "max_visual_tokens": None,
+    "max_query_tokens": None,
+    "pool_factor": 1,
+    "dim": 128,
+}
 
 
 class ColIntern3_5Encoder(AbsEncoder):
@@ -45,6 +54,7 @@ class ColIntern3_5Encoder(AbsEncoder):
         features: where the pages' features come from; without it each page goes through the whole model.
         embeddings: where those of pages are kept; a batch is taken from it if it was embedded as the same batch before.
         pool_factor, dim: see `colintern.modeling.pooling`; 1 and 128 leave the embeddings as they are.
+        settings: of `load`, by which mteb's files tell results apart; the pipeline tells its own apart by folder.
 
     `page_count` and `vector_count` say what was encoded.
     """
@@ -59,6 +69,7 @@ class ColIntern3_5Encoder(AbsEncoder):
         embeddings: TensorCache | None = None,
         pool_factor: int = 1,
         dim: int = 128,
+        settings: dict[str, Any] | None = None,
     ):
         self.model = model
         self.processor = processor
@@ -67,7 +78,7 @@ class ColIntern3_5Encoder(AbsEncoder):
         self.pool_factor, self.dim = pool_factor, dim
         self.page_count = self.vector_count = 0
         parameters = sum(p.numel() for p in model.parameters())
-        self.mteb_model_meta = _meta(name, revision, parameters)
+        self.mteb_model_meta = _meta(name, revision, parameters, settings=settings)
 
     def encode(  # type: ignore[override]  # a list: one padded tensor would take the longest page's memory for each page
         self, inputs: DataLoader, *, task_metadata: TaskMetadata, prompt_type: PromptType | None = None, **kwargs: Any
@@ -131,11 +142,14 @@ class ColIntern3_5Encoder(AbsEncoder):
         return maxsim_scores(list(embeddings1), list(embeddings2), next(self.model.parameters()).device)
 
 
-def _meta(name: str, revision: str, parameters: int | None, loader: Any = None) -> ModelMeta:
+def _meta(
+    name: str, revision: str, parameters: int | None, loader: Any = None, settings: dict[str, Any] | None = None
+) -> ModelMeta:
     return ModelMeta(
         loader=loader,
         name=name,
         revision=revision,
+        experiment_kwargs=_apart(settings or {}),
         release_date=None,
         languages=None,
         n_parameters=parameters,
@@ -153,6 +167,11 @@ def _meta(name: str, revision: str, parameters: int | None, loader: Any = None) 
         modalities=["text", "image"],
         model_type=["late-interaction"],
     )
+
+
+def _apart(settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What is not plain: mteb's cache would give one setting's score for another's, if name and revision were all."""
+    return {key: settings[key] for key, plain in PLAIN.items() if settings.get(key, plain) != plain} or None
 
 
 def load(
@@ -175,7 +194,8 @@ def load(
         max_visual_tokens, max_query_tokens: see `ColIntern3_5Processor`; None: the bounds it was trained with.
         pool_factor, dim: see `ColIntern3_5Encoder`; 1 to 64, and 1 to 128.
 
-    mteb's files call it colintern/<folder's name>, at a hash of its weights; one on the hub by its id and commit.
+    mteb's files call it colintern/<folder's name>, at a hash of its weights; one on the hub by its id and commit. The
+    settings asked for, but for base and device, are its `experiment_kwargs`, by which mteb keeps results apart.
 
     Raises:
         UserError: a setting that is not valid; see `Alone.at` and `Alone.load`.
@@ -192,7 +212,11 @@ def load(
     except (ValueError, OSError) as error:
         raise UserError(f"{found.folder}: {error}") from error
     loaded = found.load(base, dtype, merge, device)
-    return ColIntern3_5Encoder(loaded, processor, _name(model), found.revision, pool_factor=pool_factor, dim=dim)
+    asked = {"dtype": dtype, "merge": merge, **bounds, "pool_factor": pool_factor, "dim": dim}
+    name = _name(model)
+    return ColIntern3_5Encoder(
+        loaded, processor, name, found.revision, pool_factor=pool_factor, dim=dim, settings=asked
+    )
 
 
 def register(model: str | Path, name: str | None = None, **settings: Any) -> ModelMeta:
@@ -204,8 +228,8 @@ def register(model: str | Path, name: str | None = None, **settings: Any) -> Mod
     Args:
         model: as in `load`.
         name: in mteb's form, "organisation/model"; None: as in `load`.
-        settings: of `load`; those that are given to `mteb.get_model` come before them, and mteb writes these into
-            its files, as `experiment_kwargs`. mteb's own `embed_dim` is our `dim`.
+        settings: of `load`; those that are given to `mteb.get_model` come before them, and mteb writes both into its
+            files, as `experiment_kwargs`. mteb's own `embed_dim` is our `dim`.
 
     Raises:
         UserError: see `Alone.at`; a name that is none, or that another model has.
@@ -218,7 +242,8 @@ def register(model: str | Path, name: str | None = None, **settings: Any) -> Mod
         raise UserError(f"name: {name!r} is a model of mteb's own; choose another")
     if Path(model).is_dir():
         model = Path(model).resolve()
-    MODEL_REGISTRY[name] = _meta(name, Alone.at(model).revision, None, partial(_load_registered, model, settings))
+    loader = partial(_load_registered, model, settings)
+    MODEL_REGISTRY[name] = _meta(name, Alone.at(model).revision, None, loader, settings)
     return MODEL_REGISTRY[name]
 
 

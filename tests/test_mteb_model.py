@@ -137,11 +137,27 @@ def test_mteb_knows_a_registered_model_by_its_name(folder, registry):
     assert [m.name for m in mteb.get_model_metas(model_types=["late-interaction"]) if m.name == meta.name]
     with contextlib.chdir("/"):
         model = mteb.get_model("colintern/mine", revision=meta.revision, pool_factor=2)
-    assert model.pool_factor == 2 and model.mteb_model_meta.experiment_kwargs == {"pool_factor": 2}
+    assert model.pool_factor == 2
+    assert model.mteb_model_meta.experiment_kwargs == {"dtype": "float32", "pool_factor": 2}
     assert mteb.get_model("colintern/mine", embed_dim=64).dim == 64
     assert str(folder) not in json.dumps(model.mteb_model_meta.to_dict())
     with pytest.raises(UserError, match=r"dim: 256 is not valid; it must be 1 to 128"):
         mteb.get_model("colintern/mine", embed_dim=256)
+
+
+def test_mteb_never_takes_the_results_of_another_setting(folder, registry):
+    """Its cache finds a result by name, revision and `experiment_name` alone."""
+    sizes = [{}, {"pool_factor": 8}, {"pool_factor": 8, "dim": 32}, {"merge": True}, {"max_visual_tokens": 32}]
+    loaded = [load(folder, **size).mteb_model_meta for size in sizes]
+    assert loaded[0].experiment_name is None and load(folder, dim=128).mteb_model_meta == loaded[0]
+    assert [meta.experiment_kwargs or {} for meta in loaded] == sizes
+    for size, meta in zip(sizes, loaded, strict=True):
+        registered = register(folder, "colintern/mine", base=BASE, **size)
+        assert registered.experiment_name == meta.experiment_name
+    register(folder, "colintern/mine", base=BASE, pool_factor=8, dim=32)
+    model = mteb.get_model("colintern/mine", dim=64)
+    assert (model.pool_factor, model.dim) == (8, 64)
+    assert model.mteb_model_meta.experiment_kwargs == {"pool_factor": 8, "dim": 64}
 
 
 def test_names_and_weights_are_held_apart(folder, registry):
