@@ -65,12 +65,20 @@ def test_it_scores_as_its_adapter_and_its_card_holds_the_results(top, pages):
 def test_without_results_the_card_says_so(top):
     shutil.rmtree(top / "results")
     code, log = fork(top, "export", "adapter", "--out", "exported")
-    assert code == 0 and "it was not evaluated, and its card says so" in log, log
+    assert code == 0 and "without results in its card: MODEL: its revision is" in log, log
     text = (top / "exported" / "README.md").read_text()
     assert (
-        "It has not been evaluated." in text
+        "No evaluation of it was at hand" in text
         and ModelCard.load(top / "exported" / "README.md").data.eval_results is None
     )
+
+
+def test_results_whose_data_is_not_fetched_any_more_are_left_out_with_the_reason(top):
+    manifest = json.loads((top / "data" / "manifest.json").read_text())
+    (top / "data" / "manifest.json").write_text(json.dumps(manifest | {"evaluation": {}}))
+    code, log = fork(top, "export", "adapter", "--out", "exported")
+    assert code == 0 and "without results in its card: benchmarks: 'data/own/pages' is not among" in log, log
+    assert ModelCard.load(top / "exported" / "README.md").data.eval_results is None
 
 
 @pytest.mark.parametrize("fault", ["untrained", "headless"])

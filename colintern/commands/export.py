@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> None:
     if args.push and offline:
         raise UserError(f"--push: {args.push} cannot be reached, because HF_HUB_OFFLINE is set")
     stay_offline()
-    evaluated = export(load(), args.model, args.out, args.name or args.out.resolve().name)
+    why = export(load(), args.model, args.out, args.name or args.out.resolve().name)
     size = sum(file.stat().st_size for file in args.out.iterdir())
-    card = "its results are in its card" if evaluated else "it was not evaluated, and its card says so"
+    card = f"without results in its card: {why}" if why else "its results are in its card"
     print(f"{args.out}: {size / 1e6:.1f} MB; {card}")
     if args.push:
         constants.HF_HUB_OFFLINE = offline

@@ -15,7 +15,7 @@ TASK = "visual-document-retrieval"  # the hub's name of it
 
 
 def card(name: str, revision: str, identity: dict[str, Any], found: Evaluation | None) -> str:
-    """README.md; `found` is None where the model was not evaluated, and the card then says so."""
+    """README.md; `found` is None where no evaluation is at hand, and the card then says so."""
     base = identity["base"]["folder"]
     data = ModelCardData(
         model_name=name,

@@ -17,7 +17,17 @@ from colintern.params import Params, UserError
 from colintern.reporting.plots import Bar
 
 PLACES = ("results/mteb_evaluation", "results/evaluate/*")
-SETTINGS = ("attention", "dtype", "eval_batch_size", "max_query_tokens", "max_visual_tokens", "threads")
+SETTINGS = (
+    "attention",
+    "dim",
+    "dtype",
+    "eval_batch_size",
+    "max_query_tokens",
+    "max_visual_tokens",
+    "pool_factor",
+    "threads",
+)
+FULL = {"pool_factor": 1, "dim": 128}  # the embeddings as they are; see modeling/pooling.py
 
 
 class Evaluation(NamedTuple):
@@ -32,22 +42,29 @@ class Evaluation(NamedTuple):
     mteb_version: str
 
 
-def find(revision: str, given: Path | None) -> Path:
-    """The folder of the evaluation of the model with this revision.
+def find(revision: str, given: Path | None, full: bool = False) -> Path:
+    """The folder of the evaluation of the model with this revision; `full`: of whole embeddings, see `FULL`.
 
     Raises:
         UserError: `given` holds none or that of another model, or none is found.
     """
-    found = {path: json.loads((path / "run.json").read_text())["revision"] for path in _candidates(given)}
+    runs = {path: json.loads((path / "run.json").read_text()) for path in _candidates(given)}
+    found = {path: run["revision"] for path, run in runs.items() if size(run) == FULL or not full}
     if given and given not in found:
         raise UserError(f"--results: {given} holds no run.json; give an evaluation's folder, such as {PLACES[0]}")
     for path, of in found.items():
         if of == revision:
             return path
-    where = f"{given} is of revision {found[given]}" if given else f"none of {', '.join(PLACES)} is of it"
+    whole = f" with {', '.join(f'{key} {value}' for key, value in FULL.items())}" if full else ""
+    where = f"{given} is of revision {found[given]}" if given else f"none of {', '.join(PLACES)} is of it{whole}"
     raise UserError(
         f"MODEL: its revision is {revision}, and {where}; evaluate it: dvc repro eval, or colintern evaluate MODEL"
     )
+
+
+def size(run: dict[str, Any]) -> dict[str, int]:
+    """The size of embeddings that a run.json is of."""
+    return {key: run["params"].get(key, plain) for key, plain in FULL.items()}
 
 
 def _candidates(given: Path | None) -> list[Path]:
@@ -152,8 +169,7 @@ def margin(row: dict[str, Any]) -> float:
     return row["right_score"] - (row["wrong_score"] if row["wrong_score"] is not None else row["right_score"])
 
 
-def worst(rows: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-    """The queries with the lowest NDCG@5, of those the ones with the lowest margin; none that was answered in full."""
+def worst(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The queries by their NDCG@5, lowest first, equal ones by their margin; none that was answered in full."""
     failed = {(row["task"], row["subset"], row["query_id"]): row for row in rows if row["ndcg_at_5"] < 1}
-    order = sorted(failed.values(), key=lambda row: (row["ndcg_at_5"], margin(row), row["task"], row["query_id"]))
-    return order[:number]
+    return sorted(failed.values(), key=lambda row: (row["ndcg_at_5"], margin(row), row["task"], row["query_id"]))

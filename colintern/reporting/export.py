@@ -17,8 +17,8 @@ from colintern.reporting.card import card
 from colintern.reporting.evaluated import Evaluation, as_evaluated, evaluation, find
 
 
-def export(params: Params, folder: Path, out: Path, name: str) -> bool:
-    """Write `out`: weights (safetensors), config, processor, identity.json, README.md; whether it has results.
+def export(params: Params, folder: Path, out: Path, name: str) -> str:
+    """Write `out`: weights (safetensors), config, processor, identity.json, README.md; why that has no results, or "".
 
     The adapter is folded in float32, and the weights are then stored in `params.dtype`.
 
@@ -31,7 +31,7 @@ def export(params: Params, folder: Path, out: Path, name: str) -> bool:
     if wrong:
         raise UserError(f"{folder}: {wrong[0].name}: {wrong[0].found}; see: colintern check-adapter {folder}")
     revision = subjects(params, folder)["trained"].revision
-    found = _evaluation(params, revision)
+    found, why = _evaluation(params, revision)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -44,15 +44,16 @@ def export(params: Params, folder: Path, out: Path, name: str) -> bool:
     for file in partial.iterdir():  # safetensors makes a file that is its owner's alone
         file.chmod((partial / "README.md").stat().st_mode)
     partial.replace(out)
-    return found is not None
+    return why
 
 
-def _evaluation(params: Params, revision: str) -> Evaluation | None:
+def _evaluation(params: Params, revision: str) -> tuple[Evaluation | None, str]:
+    """Of whole embeddings, because that is what the folder gives; or why there is none."""
     try:
-        folder = find(revision, None)
-    except UserError:
-        return None
-    return evaluation(as_evaluated(params, folder), folder)
+        folder = find(revision, None, full=True)
+        return evaluation(as_evaluated(params, folder), folder), ""
+    except UserError as error:  # also where the data has changed since, or is not fetched any more
+        return None, str(error)
 
 
 def push(folder: Path, name: str) -> str:
