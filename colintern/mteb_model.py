@@ -102,7 +102,7 @@ class ColIntern3_5Encoder(AbsEncoder):
                 for page, image in zip(batch["id"], batch["image"], strict=True):
                     if image is None:
                         raise UserError(f"page {page} of the evaluation corpus has no image; remove or repair its row")
-                rows += self._smaller(self.pages(batch["image"]))
+                rows += self.smaller(self.pages(batch["image"]))
             else:
                 raise ValueError(f"{prompt_type}: expected queries as text or pages as images, got {sorted(batch)}")
         for cache in (self.features and self.features.cache, self.embeddings):
@@ -110,7 +110,8 @@ class ColIntern3_5Encoder(AbsEncoder):
                 cache.flush()
         return rows
 
-    def _smaller(self, pages: list[Tensor]) -> list[Tensor]:
+    def smaller(self, pages: list[Tensor]) -> list[Tensor]:
+        """What of `pages` is ranked by: pooled and cut."""
         if self.pool_factor > 1:
             tile, before = self.processor.image_seq_length, self.processor.text_before
             pages = [pool(page, self.pool_factor, tile, before) for page in pages]

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import browser
 import pytest
@@ -18,9 +19,16 @@ from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import png_bytes
 from colintern.files.jsonfile import dumps
 from colintern.files.manifest import BEIR_SUFFIXES, local_files
+from colintern.maxsim import maxsim_scores
+from colintern.modeling.embed import embed_queries
+from colintern.modeling.pooling import cut
+from colintern.mteb_model import ColIntern3_5Encoder
+from colintern.params import UserError
 from colintern.params import load as load_params
+from colintern.reporting import failures as module
 from colintern.reporting import plots
-from colintern.reporting.evaluated import margin, published, ranks, worst
+from colintern.reporting.evaluated import find, margin, published, ranks, worst
+from colintern.reporting.failures import failures
 from colintern.training.health import health, stored
 
 SET = "data/own/pages"
@@ -172,6 +180,38 @@ def test_results_of_another_model_are_refused(evaluated, tmp_path):
     assert code == 2 and "--worst: -1 is not valid; it must be 0 or more" in log
 
 
+def test_results_of_smaller_embeddings_are_not_those_of_whole_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, params in {"a": {"pool_factor": 8, "dim": 32}, "b": {"pool_factor": 1, "dim": 128}}.items():
+        place = Path("results/evaluate") / name
+        place.mkdir(parents=True)
+        (place / "run.json").write_text(json.dumps({"revision": "1", "params": params}))
+    assert find("1", None).name == "a" and find("1", None, full=True).name == "b"
+    shutil.rmtree("results/evaluate/b")
+    with pytest.raises(UserError, match="is of it with pool_factor 1, dim 128; evaluate it"):
+        find("1", None, full=True)
+
+
+def test_scores_that_are_shown_are_those_it_is_ranked_by_and_a_query_without_a_right_page_is_passed_over(
+    monkeypatch, model, processor, pages
+):
+    class Corpus:
+        right = staticmethod(lambda subset, query: ["0"] if query == "3" else [])
+        row = staticmethod(lambda subset, kind, key: {"text": "from Oslo", "image": pages[int(key)]})
+
+    monkeypatch.setattr(module, "Corpus", lambda task: Corpus)
+    encoder = ColIntern3_5Encoder(model, processor, "a/b", "1", pool_factor=4, dim=32)
+    found = row("3", 0.0, 2, None, None) | {"top_pages": ["1", "0", "2"]}
+    rows = [found | {"query_id": "2"}, found, found | {"query_id": "1"}]
+    [case], passed = failures(encoder, [SimpleNamespace(metadata=SimpleNamespace(name="t"))], rows, 1)
+    assert passed == 1, "a query all of whose judgements are 0"
+    query = cut(embed_queries(model, processor, ["from Oslo"], 1), 32)
+    ranked = encoder.smaller(encoder.pages(pages[:3]))
+    assert [sheet.score for sheet in case.sheets] == pytest.approx(maxsim_scores(query, ranked)[0].tolist(), abs=2e-3)
+    leads = sum(token.lead for token in case.tokens)
+    assert leads == pytest.approx(case.sheets[0].score - case.sheets[1].score, abs=2e-3)
+
+
 def row(query: str, ndcg: float, rank: int | None, right: float | None, wrong: float | None) -> dict:
     scores = {"ndcg_at_5": ndcg, "rank": rank, "right_score": right, "wrong_score": wrong}
     return {"task": "t", "subset": "default", "query_id": query} | scores
@@ -180,8 +220,7 @@ def row(query: str, ndcg: float, rank: int | None, right: float | None, wrong: f
 def test_the_worst_are_those_found_last_and_by_the_widest_margin():
     rows = [row("a", 1, 1, 5, 4), row("b", 0.5, 3, 4, 5), row("c", 0, 9, 4, 5), row("d", 0, 8, 2, 5)]
     rows += [row("e", 0, None, None, 5), row("f", 0.6, 2, 4, None)]
-    assert [one["query_id"] for one in worst(rows, 9)] == ["e", "d", "c", "b", "f"]
-    assert [one["query_id"] for one in worst(rows, 2)] == ["e", "d"]
+    assert [one["query_id"] for one in worst(rows)] == ["e", "d", "c", "b", "f"]
     assert margin(rows[5]) == 0
     assert [count for _, count in ranks(rows)] == [1, 2, 2, 0, 0, 1]
 

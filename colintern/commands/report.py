@@ -46,11 +46,13 @@ def run(args: argparse.Namespace) -> None:
     folder = find(subject.revision, args.results)
     params = as_evaluated(params, folder)
     found = evaluation(params, folder)
-    rows = worst(found.rows, args.worst)
     subject = subjects(params, args.model)["trained"]
-    cases = failures(subject.encoder(), [task for _, task in found.pairs], rows) if rows else []
+    tasks, rows = [task for _, task in found.pairs], worst(found.rows)
+    cases, passed = failures(subject.encoder(), tasks, rows, args.worst) if rows and args.worst else ([], 0)
     out = args.out or Path("results/report") / f"{args.model.resolve().name}-{subject.revision[:8]}.html"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(report(args.model, subject, found, cases), encoding="utf-8")
+    out.write_text(report(args.model, subject, found, cases, passed), encoding="utf-8")
     pages = sum(len(one.sheets) for one in cases)
     print(f"{out}: {len(cases)} queries with {pages} pages, {out.stat().st_size / 1e6:.1f} MB")
+    if passed:
+        print(f"left out of the worst queries: {passed} to which no page is the right one")

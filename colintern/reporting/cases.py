@@ -49,13 +49,16 @@ class Case(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """A page to be shown: `kind` is right, wrong or found; `tokens` are the model's (tokens, 128)."""
+    """A page to be shown: `kind` is right, wrong or found; `tokens` are the model's (tokens, dim), from which maps are
+    made; `ranked`, if it is not these, what scores come from: (fewer, dim), pooled.
+    """
 
     name: str
     caption: str
     kind: str
     image: Image.Image
     tokens: Tensor
+    ranked: Tensor | None = None
 
 
 def case(processor: Any, query: str, vectors: Tensor, pages: Sequence[Seen], facts: dict[str, Any]) -> Case:
@@ -72,14 +75,21 @@ def case(processor: Any, query: str, vectors: Tensor, pages: Sequence[Seen], fac
     every = torch.cat([part.flatten(1) for page_parts in parts for part in page_parts], dim=1)
     low, span = every.mean(dim=1)[:, None, None], (every.amax(dim=1) - every.mean(dim=1)).clamp(min=1e-6)[:, None, None]
     heats = [[heat((part - low) / span) for part in page_parts] for page_parts in parts]
-    sheets = [_sheet(page, found, hot) for page, found, hot in zip(pages, maps, heats, strict=True)]
-    lead = [None] * len(words) if len(maps) < 2 else (maps[0].best - maps[1].best).tolist()
+    best = [
+        found.best if page.ranked is None else (vectors.float() @ page.ranked.float().T).amax(dim=1)
+        for page, found in zip(pages, maps, strict=True)
+    ]
+    sheets = [
+        _sheet(page, found, hot, round(one.sum().item(), 3))
+        for page, found, hot, one in zip(pages, maps, heats, best, strict=True)
+    ]
+    lead = [None] * len(words) if len(best) < 2 else (best[0] - best[1]).tolist()
     tokens = [Token(word.text, word.own, one) for word, one in zip(words, lead, strict=True)]
     return Case(query, facts, tokens, sheets)
 
 
-def _sheet(page: Seen, found: SimilarityMap, heats: list[str]) -> Sheet:
-    score, elsewhere = round(found.best.sum().item(), 3), int((~found.on_page).sum())
+def _sheet(page: Seen, found: SimilarityMap, heats: list[str], score: float) -> Sheet:
+    elsewhere = int((~found.on_page).sum())
     small = heats[1] if len(heats) > 1 else ""
     return Sheet(
         page.name, page.caption, page.kind, score, picture(page.image), page.image.size, heats[0], small, elsewhere

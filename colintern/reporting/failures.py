@@ -9,6 +9,7 @@ from mteb.abstasks.abstask import AbsTask
 from colintern.data.benchmarks import from_cache
 from colintern.evaluation.scores import short
 from colintern.modeling.embed import embed_queries
+from colintern.modeling.pooling import cut
 from colintern.mteb_model import ColIntern3_5Encoder
 from colintern.reporting.cases import Case, Seen, case
 
@@ -40,16 +41,25 @@ class Corpus:
         return sorted(page for one in judged for page, score in one.items() if score > 0)
 
 
-def failures(encoder: ColIntern3_5Encoder, tasks: Sequence[AbsTask], rows: Sequence[dict[str, Any]]) -> list[Case]:
-    """Each of the rows (see `evaluated.worst`) explained, in their order."""
+def failures(
+    encoder: ColIntern3_5Encoder, tasks: Sequence[AbsTask], rows: Sequence[dict[str, Any]], number: int
+) -> tuple[list[Case], int]:
+    """The first `number` of the rows (see `evaluated.worst`) explained; and how many were passed over, because their
+    query has no right page."""
     by_name = {task.metadata.name: task for task in tasks}
-    corpora = {name: Corpus(by_name[name]) for name in dict.fromkeys(row["task"] for row in rows)}
-    return [_failure(encoder, corpora[row["task"]], row) for row in rows]
+    corpora: dict[str, Corpus] = {}
+    cases: list[Case] = []
+    for seen, row in enumerate(rows):
+        if len(cases) == number:
+            return cases, seen - number
+        corpus = corpora.get(row["task"]) or corpora.setdefault(row["task"], Corpus(by_name[row["task"]]))
+        if right := corpus.right(row["subset"], row["query_id"]):
+            cases.append(_failure(encoder, corpus, row, right))
+    return cases, len(rows) - len(cases)
 
 
-def _failure(encoder: ColIntern3_5Encoder, corpus: Corpus, row: dict[str, Any]) -> Case:
+def _failure(encoder: ColIntern3_5Encoder, corpus: Corpus, row: dict[str, Any], right: list[str]) -> Case:
     subset, top = row["subset"], row["top_pages"]
-    right = corpus.right(subset, row["query_id"])
     best = next((page for page in top if page in right), right[0])
     wrong = [page for page in top if page not in right][:WRONG]
     captions = {best: f"rank {row['rank'] or 'beyond 1,000'}"} | {page: f"rank {top.index(page) + 1}" for page in wrong}
@@ -58,10 +68,13 @@ def _failure(encoder: ColIntern3_5Encoder, corpus: Corpus, row: dict[str, Any]) 
     names = [best, *wrong]
     images = [corpus.row(subset, "corpus", name)["image"] for name in names]
     query = corpus.row(subset, "queries", row["query_id"])["text"]
-    [vectors] = embed_queries(encoder.model, encoder.processor, [query], 1)
+    [vectors] = cut(embed_queries(encoder.model, encoder.processor, [query], 1), encoder.dim)
+    whole = encoder.pages(images)
     pages = [
-        Seen(name, captions[name], "right" if name == best else "wrong", image, tokens)
-        for name, image, tokens in zip(names, images, encoder.pages(images), strict=True)
+        Seen(name, captions[name], "right" if name == best else "wrong", image, tokens, ranked)
+        for name, image, tokens, ranked in zip(
+            names, images, cut(whole, encoder.dim), encoder.smaller(whole), strict=True
+        )
     ]
     facts = {"task": short(row["task"]), "id": row["query_id"], "ndcg": row["ndcg_at_5"], "rank": row["rank"]}
     facts |= {"subset": "" if subset == "default" else subset}

@@ -14,7 +14,7 @@ from colintern.files.identity import content_hash, versions
 from colintern.files.manifest import MANIFEST
 from colintern.reporting import plots
 from colintern.reporting.cases import Case
-from colintern.reporting.evaluated import Evaluation, bars, intervals, margin, ranks
+from colintern.reporting.evaluated import FULL, Evaluation, bars, intervals, margin, ranks, size
 from colintern.reporting.html import render
 from colintern.training.health import RULES
 
@@ -22,8 +22,8 @@ METRIC_FILE, DATA_FILE = Path("metrics/train.json"), Path("metrics/data.json")
 GOOD = "learned"
 
 
-def report(model: Path, subject: Subject, found: Evaluation, cases: list[Case]) -> str:
-    """The HTML of the report; the same inputs give the same bytes."""
+def report(model: Path, subject: Subject, found: Evaluation, cases: list[Case], passed: int) -> str:
+    """The HTML of the report, see `failures` for the last two; the same inputs give the same bytes."""
     rows = intervals(found.rows)
     failed = len({(row["task"], row["subset"], row["query_id"]) for row in found.rows if row["ndcg_at_5"] < 1})
     return render(
@@ -31,6 +31,7 @@ def report(model: Path, subject: Subject, found: Evaluation, cases: list[Case]) 
         cases,
         title=f"{model.resolve().name} {subject.revision[:8]}",
         headline=_headline(found),
+        smaller=None if size(found.run) == FULL else size(found.run),
         training=_training(model),
         bars=Markup(plots.bars(bars(found), "NDCG@5 by task")),
         has_before=bool(found.before),
@@ -41,6 +42,7 @@ def report(model: Path, subject: Subject, found: Evaluation, cases: list[Case]) 
         ranks=ranks(found.rows),
         queries=len(found.rows),
         failed=failed,
+        passed=passed,
         data=_data(model),
         settings=sorted(found.run["params"].items()),
         environment=_environment(model, subject, found),
