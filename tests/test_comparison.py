@@ -148,6 +148,16 @@ def test_the_report_fits_80_columns_and_is_the_same_twice(two, capsys):
     assert capsys.readouterr().out.splitlines() == lines
 
 
+def test_a_task_is_the_same_by_its_own_name_and_in_a_benchmark(tmp_path):
+    alone = {("VidoreDocVQARetrieval", task, subset): places for (_, task, subset), places in BETTER.items()}
+    key = "ViDoRe(v1)", "VidoreDocVQARetrieval", "default"
+    for one, other in ((PLACES, alone), (alone, PLACES), ({key: PLACES[key]}, BETTER)):
+        found = difference(outcome(write(tmp_path / "a", one)), outcome(write(tmp_path / "b", other)), "ndcg_at_5")
+        tasks = {row.name for row in found.rows if not row.benchmark}
+        assert "VidoreDocVQARetrieval" in tasks and len(tasks) + len(found.left_out) == 3
+        assert {name.partition(",")[0] for name in found.left_out} <= {name for name, *_ in PLACES}
+
+
 def test_identical_evaluations_differ_in_nothing(tmp_path, capsys):
     same = write(tmp_path / "a", PLACES), write(tmp_path / "b", PLACES)
     main(["compare", *same])

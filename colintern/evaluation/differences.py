@@ -10,6 +10,7 @@ from colintern.params import UserError
 
 CHANGED = 10  # queries shown
 BEYOND = 1001  # a rank for pages that are not among mteb's 1,000 best
+Tasks = dict[tuple[str, str], dict[tuple[str, str], dict[str, Any]]]  # (benchmark, task) -> (subset, query) -> row
 
 
 class Difference(NamedTuple):
@@ -31,7 +32,8 @@ def difference(a: Outcome, b: Outcome, metric: str) -> Difference:
         UserError: they have no task in common.
     """
     left_out, pairs = {}, []
-    sides = [_by_task(a), _by_task(b)]
+    first = _by_task(a)
+    sides = [first, _renamed(_by_task(b), first)]
     for key in sorted(sides[0].keys() | sides[1].keys()):
         before, after = (side.get(key, {}) for side in sides)
         benchmark, task = key
@@ -53,13 +55,20 @@ def difference(a: Outcome, b: Outcome, metric: str) -> Difference:
     return Difference(a.name, b.name, metric, compare(pairs), changed, differing, left_out)
 
 
-def _by_task(one: Outcome) -> dict[tuple[str, str], dict[tuple[str, str], dict[str, Any]]]:
-    """(benchmark, task) -> (subset, query) -> row."""
-    tasks: dict[tuple[str, str], dict[tuple[str, str], dict[str, Any]]] = {}
+def _by_task(one: Outcome) -> Tasks:
+    tasks: Tasks = {}
     for row in one.queries:
         benchmark, task, subset, query = (row[key] for key in KEY)
         tasks.setdefault((benchmark, task), {})[subset, query] = row
     return tasks
+
+
+def _renamed(tasks: Tasks, like: Tasks) -> Tasks:
+    """Each under the benchmark it has in `like`: a task may be asked for by its own name, or as one of a benchmark."""
+    free = {task: benchmark for benchmark, task in sorted(like.keys() - tasks.keys())}
+    return {
+        key if key in like or key[1] not in free else (free.pop(key[1]), key[1]): rows for key, rows in tasks.items()
+    }
 
 
 def _why_not(before: dict, after: dict, revisions: list[str | None], names: tuple[str, str]) -> str:
