@@ -210,5 +210,42 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
         return grid.cols * side, grid.rows * side
 
     def get_image_mask(self, batch_images: BatchFeature) -> torch.Tensor:
-        """(B, L) bool: True where a token is a visual token."""
+        """(B, L) bool: True where a token is a visual token, those of a thumbnail included."""
         return batch_images.input_ids == self.image_token_id
+
+    def rearrange_image_embeddings(
+        self, image_embeddings: torch.Tensor, image_mask: torch.Tensor, n_patches: tuple[int, int]
+    ) -> torch.Tensor:
+        """A page's tokens where they lie on it, (across, down, dim), its thumbnail left out.
+
+        Args:
+            image_embeddings, image_mask: (L, dim), and (L,) of `get_image_mask`.
+            n_patches: (across, down) of `get_n_patches`.
+
+        Raises:
+            ValueError: a mask that is not of a page of so many tokens.
+        """
+        (across, down), side = n_patches, int(self.image_seq_length**0.5)
+        tokens, count = image_embeddings[image_mask], across * down
+        if len(tokens) not in (count, count + self.image_seq_length):
+            raise ValueError(
+                f"n_patches={n_patches}: {len(tokens)} visual tokens are not {count}, nor with a thumbnail"
+            )
+        tiles = tokens[:count].reshape(down // side, across // side, side, side, -1)
+        return tiles.permute(1, 3, 0, 2, 4).reshape(across, down, -1)
+
+    def get_similarity_maps_from_embeddings(
+        self,
+        image_embeddings: torch.Tensor,
+        query_embeddings: torch.Tensor,
+        n_patches: tuple[int, int] | list[tuple[int, int]],
+        image_mask: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """One (query tokens, across, down) for each page, as `plot_similarity_map` of colpali-engine takes it.
+
+        Not colpali-engine's function of this name: that expects tokens row by row of the page, ours come tile by tile.
+        """
+        sizes = n_patches if isinstance(n_patches, list) else [n_patches] * len(image_embeddings)
+        pages = zip(image_embeddings, image_mask, sizes, strict=True)
+        grids = [self.rearrange_image_embeddings(*page) for page in pages]
+        return [torch.einsum("nk,ijk->nij", q, grid) for q, grid in zip(query_embeddings, grids, strict=True)]

@@ -1,4 +1,5 @@
 import inspect
+import itertools
 import logging
 
 import pytest
@@ -65,6 +66,23 @@ def test_a_bound_that_leaves_no_word_of_a_query_is_refused():
 def test_patches_across_and_down(processor):
     assert processor.get_n_patches((336, 224)) == (8, 12)
     assert processor.get_n_patches((112, 224)) == (8, 4)
+
+
+@pytest.mark.parametrize(("size", "thumbnail"), [((224, 112), True), ((224, 336), False), ((112, 112), False)])
+def test_similarity_maps_show_a_token_at_its_place(processor, size, thumbnail):
+    batch = processor.process_images([Image.new("RGB", size)])
+    assert processor.grid(size[::-1]).thumbnail == thumbnail
+    across, down = processor.get_n_patches(size[::-1])
+    mask, side = processor.get_image_mask(batch), 4  # tokens across a tile
+    visual = mask[0].nonzero()[:, 0]
+    for x, y in itertools.product(range(across), range(down)):
+        number = ((y // side) * (across // side) + x // side) * side**2 + (y % side) * side + x % side
+        page = torch.zeros(1, mask.shape[1], 1)
+        page[0, visual[number]] = 1
+        [found] = processor.get_similarity_maps_from_embeddings(page, torch.ones(1, 1, 1), (across, down), mask)
+        assert found.shape == (1, across, down) and found.nonzero().tolist() == [[0, x, y]]
+    with pytest.raises(ValueError, match="visual tokens are not"):
+        processor.get_similarity_maps_from_embeddings(page, torch.ones(1, 1, 1), (across + 4, down + 4), mask)
 
 
 def test_one_form_of_a_query(processor):
