@@ -242,7 +242,10 @@ def test_page_embeddings_are_kept_and_smaller_pages_are_made_of_them(place, whol
     assert place.run(no_page_embedded) == 0, place.log
     assert place.result() == whole
     command = f"evaluate {ADAPTER} --pool-factor 1 2 --dim 128 32 --out results/sizes"
+    assert place.run(at_call, 1, leave, command=command) == 99, "killed within the second size"
+    assert not (place.folder / "results/sizes/sizes.csv").exists()
     assert place.run(no_page_embedded, command=command) == 0, place.log
+    assert "colintern/colintern3_5: OneRetrieval: finished before, its results are taken" in place.log
     rows = list(csv.DictReader((place.folder / "results/sizes/sizes.csv").open()))
     found = {
         (row["pool_factor"], row["dim"]): float(row["bytes_per_page"]) for row in rows if row["benchmark"] == "two"

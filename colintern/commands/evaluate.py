@@ -62,14 +62,15 @@ def run(args: argparse.Namespace) -> None:
         models = [subjects(params, folder) for params in settings]
     label = re.sub(r"[^\w.-]+", "-", Path(name.partition("@")[0]).name)
     out = args.out or Path("results/evaluate") / f"{label}-{models[0]['trained'].revision[:8]}"
-    if out.exists() and not ((out / "run.json").is_file() or (out / SIZES).is_file()):
+    # One that was killed has no table yet.
+    swept = (out / SIZES).is_file() or any([*out.glob("pool*-dim*/run.json"), *out.glob("pool*-dim*.partial")])
+    if out.exists() and not (swept or (out / "run.json").is_file()):
         raise UserError(f"--out: {out} exists and is no evaluation; give a folder that may be replaced")
-    if out.exists() and (out / SIZES).is_file() != (len(settings) > 1):
+    if out.exists() and swept != (len(settings) > 1):
         shutil.rmtree(out)
     rows: list[dict[str, Any]] = []
     for params, found in zip(settings, models, strict=True):
         place = out / f"pool{params.pool_factor}-dim{params.dim}" if len(settings) > 1 else out
-        place.parent.mkdir(parents=True, exist_ok=True)
         scores = evaluate(found, params, place)
         (place / "eval.json").write_text(dumps(report(scores["trained"], scores.get("untrained"))))
         if len(settings) > 1:
