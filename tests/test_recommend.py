@@ -16,6 +16,7 @@ from colintern.commands.recommend import _head, _memory_table
 from colintern.params import UserError, load
 from colintern.planning import costs as costs_module
 from colintern.planning import guide as guide_rules
+from colintern.planning import recommend as rules
 from colintern.planning.costs import Costs
 from colintern.planning.doctor import DEMO, bounds_for
 from colintern.planning.gpus import GPUS, find
@@ -183,6 +184,13 @@ def test_the_guides_table_beside_the_computed_one(checkout, capsys):
     for row in rows:
         assert int(row[2]) < int(row[4])  # checkpointing fits more
         assert all(float(peak) < 0.85 * int(row[0]) for peak in (row[3], row[5]))
+
+
+def test_where_none_fits_its_json_says_null(checkout, capsys, monkeypatch):
+    monkeypatch.setattr(rules, "optimal_micro_batch_size", lambda *arguments: 0)
+    main(["recommend", "--base", "internvl3_5-1b", "--table", "--json"])
+    told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert [row for _, _, row in told["table"]] == [[[0, None], [0, None]]] * 5
 
 
 def test_the_demo_gets_no_rule_of_the_guides(demo, capsys):

@@ -15,6 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the table; exit 1 where a finding is bad, 2 where a file is missing or cannot be read."""
     import json
+    import math
     import warnings
     from pathlib import Path
 
@@ -28,9 +29,12 @@ def run(args: argparse.Namespace) -> None:
     found = check(adapter, base_folder(adapter, args.base))
     good = all(finding.ok for finding in found)
     if args.json:
-        now = statistics(adapter.weights, adapter.head)
-        report = {"ok": good, "start": adapter.identity["start"], "now": now}
-        print(json.dumps(report | {"findings": [finding._asdict() for finding in found]}, indent=2))
+        start, now = (
+            {name: row | {"std": row["std"] if math.isfinite(row["std"]) else None} for name, row in rows.items()}
+            for rows in (adapter.identity["start"], statistics(adapter.weights, adapter.head))
+        )  # JSON has no NaN
+        report = {"ok": good, "start": start, "now": now, "findings": [finding._asdict() for finding in found]}
+        print(json.dumps(report, indent=2, allow_nan=False))
     else:
         print(table(adapter, found))
     if not good:

@@ -57,7 +57,9 @@ def run(args: argparse.Namespace) -> None:
     head = {"base": base, "parameters": size, "trained": costs.trained, "gpu": card, "gpu_memory_gb": memory}
     if args.table:
         table = list(rules.memory_table(costs, query))
-        print(json.dumps(head | {"table": table}) if args.json else "\n".join(_memory_table(base, table)))
+        print(
+            json.dumps(head | {"table": table}, allow_nan=False) if args.json else "\n".join(_memory_table(base, table))
+        )
         return
     batch, tokens = (guide.BATCH, rules.VISUAL_TOKENS) if known else (params.batch_size, (params.max_visual_tokens,))
     gpu = GPUS[card] if card else rules.nearest(memory)

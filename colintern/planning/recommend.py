@@ -189,9 +189,9 @@ def forecast(costs: Costs, found: Plan, gpu: Gpu | None, steps: int, pages: int)
     return told
 
 
-def memory_table(costs: Costs, query_tokens: int) -> Iterator[tuple[int, str, list[tuple[int, float]]]]:
+def memory_table(costs: Costs, query_tokens: int) -> Iterator[tuple[int, str, list[tuple[int, float | None]]]]:
     """The guide's table of batch sizes against the model's: GB, the guide's, then micro-batch and peak GiB without
-    and with checkpointing, for pages of 1,536 visual tokens."""
+    and with checkpointing (0 and None: none fits), for pages of 1,536 visual tokens."""
     tiles = VISUAL_TOKENS[0] // costs.config.image_seq_length
     for memory, guide in MEMORY_TABLE.items():
         row = []
@@ -199,7 +199,7 @@ def memory_table(costs: Costs, query_tokens: int) -> Iterator[tuple[int, str, li
             tokens = tiles * costs.config.image_seq_length + PROMPT_TOKENS
             setting = Setting(BATCH, 1, checkpointing, tiles, tokens, query_tokens)
             micro = optimal_micro_batch_size(memory, costs, setting)
-            peak = costs.step(setting._replace(micro_batch_size=micro)).peak / GIB if micro else math.nan
+            peak = costs.step(setting._replace(micro_batch_size=micro)).peak / GIB if micro else None
             row.append((micro, peak))
         yield memory, guide, row
 
