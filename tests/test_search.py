@@ -1,5 +1,6 @@
 """`colintern search`: an index that grows by content, and ranks as the model itself does."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from colintern.maxsim import maxsim_scores
 from colintern.modeling.embed import embed_pages, embed_queries
 from colintern.search.index import Index, identity
 from colintern.search.listing import listing, maps
-from colintern.search.sources import images, sources
+from colintern.search.sources import images, shown, skipped, sources
 
 WORDS = ("Oslo", "Rome", "Halde", "milk", "Calyx")
 
@@ -53,9 +54,13 @@ def ranking(log: str) -> list[str]:
 
 
 def test_the_second_time_nothing_is_computed_and_only_what_is_new_later(top):
+    for name in ("torn.png", "moving.gif"):
+        (top / "documents" / name).write_bytes(b"torn")
+    (top / "documents" / "linked").symlink_to("below")
     code, first = fork(top, "search", "adapter", "documents", "from Oslo", "--html", "found.html")
     assert code == 0, first
-    assert new(first) == 5 and "left out: torn.pdf: not a readable PDF" in first
+    assert "5 pages, 5 of them new" in first and "left out: torn.pdf: not a readable PDF" in first
+    assert "left out: torn.png: not an image" in first and "not searched: 1 .gif, 1 linked folder" in first
     names = {"three.pdf, page 1", "three.pdf, page 2", "three.pdf, page 3", "below/one.pdf, page 1", "scan.png"}
     assert set(ranking(first)) == names
     assert all(len(line) <= 80 for line in first.splitlines())
@@ -84,12 +89,25 @@ def test_a_form_is_drawn_with_what_is_filled_in(tmp_path):
         (("adapter", "demo", "x"), "demo holds no page"),
         (("adapter", "documents", " "), "QUERY: is empty"),
         (("adapter", "documents", "x", "--top", "0"), "--top: 0 is not valid"),
+        (("adapter", "scans", "x"), "none of 1 pages in scans can be read; torn.png: not an image: 4 bytes"),
         (("documents", "documents", "x"), "holds no adapter_model.safetensors"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(top, arguments, words):
+    (top / "scans").mkdir()
+    (top / "scans" / "torn.png").write_bytes(b"torn")
     code, log = fork(top, "search", *arguments)
     assert code == 2 and words in log, log
+
+
+def test_a_name_that_is_not_utf_8_can_be_printed(tmp_path):
+    place = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(place)
+    for name in (b"caf\xe9.png", b"caf\xe9.caf\xe9"):
+        page_image("Oslo").save(os.fsdecode(place + b"/" + name), format="PNG")
+    [source], _ = sources(Path(os.fsdecode(place)))
+    assert source.name == "caf\ufffd.png" and skipped(source.path.parent) == "1 .caf\ufffd"
+    assert shown(source.path.parent).endswith("/caf\ufffd")
 
 
 def index(top: Path, model, processor, weights: str = "a") -> Index:
@@ -161,4 +179,6 @@ def test_the_terminal_is_80_columns_wide():
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80 and lines[0].split() == ["rank", "1", "rank", "2", "rank", "3"]
     assert lines[-1].endswith("@" * 8) and not lines[1].strip()
-    assert max(map(len, listing([("a" * 200, 1.0), ("b c " * 90, 123.456)]).splitlines())) <= 80
+    _, *rows = listing([("a" * 200 + ".pdf, page 7", 1.0), ("b c " * 90, 123.456), ("short.png", 0.5)]).splitlines()
+    assert max(map(len, rows)) == 80 and rows[2].endswith("  short.png")
+    assert re.search(r"  \.\.\.a+\.pdf, page 7$", rows[0]), "which page it is stands at the end"

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     from textwrap import fill
 
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
-    from colintern.search.sources import sources
+    from colintern.search.sources import reasons, skipped, sources
 
     pages, bad = sources(args.place)  # what can be refused, before a model is loaded
     from colintern.evaluation.subjects import subjects
@@ -50,11 +50,15 @@ def run(args: argparse.Namespace) -> None:
     seconds = time.monotonic() - start
     for one in bad:
         print(fill(f"left out: {one.where}: {one.reason}", 80, subsequent_indent="  ", break_long_words=False))
+    if other := skipped(args.place):
+        print(fill(f"not searched: {other}", 80, subsequent_indent="  "))
     rate = f", {new / seconds:.1f} pages/s" if new else ""
-    print(f"{len(pages)} pages, {new} of them new: {seconds:.1f} s{rate}")
+    print(f"{len(pages) - len(index.missing(pages))} pages, {new} of them new: {seconds:.1f} s{rate}")
     start = time.monotonic()
     [vectors] = embed_queries(model, processor, [args.query], 1)
     ranked = sorted(index.scores(vectors, pages), key=lambda found: -found[1])
+    if not ranked:
+        raise UserError(f"FOLDER_OR_PDF: none of {len(pages)} pages in {args.place} can be read{reasons(bad)}")
     print(f"{len(ranked)} pages scored in {time.monotonic() - start:.2f} s\n")
     _show(args, index, processor, vectors, ranked[: args.top], len(ranked))
 
@@ -65,14 +69,14 @@ def _show(args, index, processor, vectors, ranked, searched) -> None:
     from colintern.reporting.html import render
     from colintern.reporting.words import query_words
     from colintern.search.listing import MAPS, listing, maps
-    from colintern.search.sources import images
+    from colintern.search.sources import images, shown
 
     print(listing([(source.name, score) for source, score in ranked]))
-    shown = [source for source, _ in ranked[: len(ranked) if args.html else MAPS]]
-    drawn = dict(images(shown, []))
+    chosen = [source for source, _ in ranked[: len(ranked) if args.html else MAPS]]
+    drawn = dict(images(chosen, []))
     seen = [
         Seen(source.name, f"rank {rank}", "found", drawn[source], index.tokens(source).float())
-        for rank, source in enumerate(shown, start=1)
+        for rank, source in enumerate(chosen, start=1)
     ]
     own = [word.own for word in query_words(processor, args.query)]
     grids = [
@@ -81,7 +85,7 @@ def _show(args, index, processor, vectors, ranked, searched) -> None:
     ]
     print(f"\n{maps(grids)}")
     if args.html:
-        found = case(processor, args.query, vectors, seen, {"pages": searched, "place": str(args.place)})
+        found = case(processor, args.query, vectors, seen, {"pages": searched, "place": shown(args.place)})
         args.html.parent.mkdir(parents=True, exist_ok=True)
-        args.html.write_text(render("search.html", [found], model=str(args.model)), encoding="utf-8")
+        args.html.write_text(render("search.html", [found], model=shown(args.model)), encoding="utf-8")
         print(f"\n{args.html}: {len(seen)} pages, {args.html.stat().st_size / 1e6:.1f} MB")

@@ -134,5 +134,6 @@ class Index:
         for start in range(0, len(wanted), BLOCK):
             read = [(source, self.tokens(source)) for source in wanted[start : start + BLOCK]]
             have = [(source, tokens) for source, tokens in read if tokens is not None]
-            found = maxsim_scores([query], [tokens for _, tokens in have])
-            yield from zip((source for source, _ in have), found[0].tolist(), strict=True)
+            if have:
+                found = maxsim_scores([query], [tokens for _, tokens in have])
+                yield from zip((source for source, _ in have), found[0].tolist(), strict=True)

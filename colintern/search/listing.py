@@ -1,20 +1,26 @@
 """Ranked pages in a terminal of 80 columns."""
 
 from collections.abc import Sequence
-from textwrap import shorten
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
+NAME = 65  # characters of a page's name
 SHADES = " .:-=+*#%@"
 ACROSS, DOWN, MAPS = 24, 14, 3  # characters of a map, and maps side by side: 3 x 24 and what is between them
 
 
 def listing(ranked: Sequence[tuple[str, float]]) -> str:
     """(name, score) of pages, best first."""
-    rows = [f"{rank:>4}{score:>9.3f}  {shorten(name, 65)}" for rank, (name, score) in enumerate(ranked, start=1)]
+    rows = [f"{rank:>4}{score:>9.3f}  {_tail(name)}" for rank, (name, score) in enumerate(ranked, start=1)]
     return "\n".join([f"{'rank':>4}{'score':>9}  page", *rows])
+
+
+def _tail(name: str) -> str:
+    """A name on one line; a long one loses its beginning, because page and file stand at its end."""
+    line = " ".join(name.split())
+    return line if len(line) <= NAME else f"...{line[3 - NAME :]}"
 
 
 def maps(grids: Sequence[Tensor]) -> str:

@@ -1,6 +1,8 @@
 """What can be searched: the pages of PDFs and images, named, and hashed by the file they come from."""
 
-from collections.abc import Iterator
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +42,7 @@ def sources(place: Path) -> tuple[list[Source], list[Bad]]:
     files = _files(place) if place.is_dir() else [place]
     found, bad = [], []
     for path in files:
-        name = path.relative_to(place).as_posix() if place.is_dir() else path.name
+        name = shown(path.relative_to(place) if place.is_dir() else path.name)
         if path.suffix.lower() != ".pdf":
             found.append(Source(name, path, None, content_hash(path)))
             continue
@@ -53,15 +55,40 @@ def sources(place: Path) -> tuple[list[Source], list[Bad]]:
         made = f"{content_hash(path)} {DPI} dpi pypdfium2 {version('pypdfium2')}"
         found += [Source(f"{name}, page {page + 1}", path, page, f"{made} page {page}") for page in range(pages)]
     if not found:
-        reasons = "".join(f"; {one.where}: {one.reason}" for one in bad[:3])
-        raise UserError(f"FOLDER_OR_PDF: {place} holds no page; PDFs and {', '.join(IMAGES)} are searched{reasons}")
+        what = f"PDFs and {', '.join(IMAGES)} are searched{reasons(bad)}"
+        raise UserError(f"FOLDER_OR_PDF: {place} holds no page; {what}")
     return found, bad
 
 
+def shown(name: str | os.PathLike[str]) -> str:
+    """A name that can be printed; one that is not UTF-8 cannot."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def reasons(bad: Sequence[Bad]) -> str:
+    """The first of them, to go on with an error."""
+    return "".join(f"; {one.where}: {one.reason}" for one in bad[:3])
+
+
+def skipped(place: Path) -> str:
+    """What lies in a folder and is not searched, counted, the most frequent first; "" if there is nothing."""
+    others = (p for p in _seen(place) if p.suffix.lower() not in (*IMAGES, ".pdf") or p.is_dir())
+    kinds = Counter(
+        "linked folder" if p.is_dir() else shown(p.suffix.lower()) or "without a suffix"
+        for p in others
+        if p.is_file() or p.is_symlink()
+    )
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda of: (-of[1], of[0])))
+
+
 def _files(folder: Path) -> list[Path]:
-    images = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
-    seen = [p for p in images if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    return sorted([*pdf_files(folder), *seen])
+    images = (p for p in _seen(folder) if p.suffix.lower() in IMAGES and p.is_file())
+    return sorted([*pdf_files(folder), *images])
+
+
+def _seen(folder: Path) -> Iterator[Path]:
+    """All below the folder but what is hidden; links to folders are not followed, because they may lead in a circle."""
+    return (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def images(wanted: list[Source], bad: list[Bad]) -> Iterator[tuple[Source, Image.Image]]:
