@@ -55,6 +55,7 @@ def test_it_scores_as_its_adapter_and_its_card_holds_the_results(top, pages):
     card = ModelCard.load(out / "README.md").data
     values = {result.metric_type: result.metric_value for result in card.eval_results}
     assert values == {m: pytest.approx(100 * scores[1][m], abs=1e-3) for m in values} and len(values) == 3
+    assert card.library_name == "colpali", "AutoModel of transformers gives a model without its head"
     assert card.model_name == "demo" and card.pipeline_tag == "visual-document-retrieval"
     text = (out / "README.md").read_text()
     assert "| Pages |" in text and re.search(r"base, model.safetensors: sha256 `[0-9a-f]{64}`", text)

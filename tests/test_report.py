@@ -10,7 +10,9 @@ from types import SimpleNamespace
 
 import browser
 import pytest
+import torch
 from conftest import ROOT
+from PIL import Image
 from processes import FORKS
 from test_adapters import trained
 
@@ -27,8 +29,12 @@ from colintern.params import UserError
 from colintern.params import load as load_params
 from colintern.reporting import failures as module
 from colintern.reporting import plots
+from colintern.reporting.cases import Seen, case
 from colintern.reporting.evaluated import find, margin, published, ranks, worst
 from colintern.reporting.failures import failures
+from colintern.reporting.heatmaps import layout
+from colintern.reporting.html import render
+from colintern.reporting.words import query_words
 from colintern.training.health import health, stored
 
 SET = "data/own/pages"
@@ -154,6 +160,26 @@ def test_the_same_inputs_give_the_same_bytes(report, evaluated):
     code, log = fork(evaluated, "report", "adapter", "--out", "again.html")
     assert code == 0, log
     assert (evaluated / "again.html").read_bytes() == report.read_bytes()
+
+
+def test_a_strip_of_a_page_has_a_bounded_height_and_its_heat_lies_on_it(tab, tmp_path, processor):
+    images = [Image.new("RGB", size, "grey") for size in ((8, 2500), (100, 600), (600, 900))]
+    counts = [layout(processor, image.size) for image in images]
+    seen = [
+        Seen("page", "", "found", image, torch.rand(where.first + where.visual, 8))
+        for image, where in zip(images, counts, strict=True)
+    ]
+    vectors = torch.rand(len(query_words(processor, "from Oslo")), 8)
+    found = case(processor, "from Oslo", vectors, seen, {"pages": 3, "place": "here"})
+    (tmp_path / "found.html").write_text(render("search.html", [found], model="m"))
+    tab.show(tmp_path / "found.html")
+    boxes = "[...document.querySelectorAll('.sheets>figure>.sheet>WHAT')].map(i => i.getBoundingClientRect())"
+    drawn, heat = (
+        json.loads(tab.value(f"JSON.stringify({boxes.replace('WHAT', what)}.map(b => [b.width, b.height]))"))
+        for what in ("img", "i")
+    )
+    assert drawn == heat and all(width >= 40 and height <= 1280 for width, height in drawn)
+    assert [height / width for width, height in drawn[1:]] == pytest.approx([6, 1.5], rel=0.05), "not squeezed"
 
 
 def test_what_is_not_known_is_said(evaluated, tmp_path):

@@ -20,7 +20,7 @@ def card(name: str, revision: str, identity: dict[str, Any], found: Evaluation |
     data = ModelCardData(
         model_name=name,
         base_model=base if on_hub(base) and identity["base"]["revision"] else None,
-        library_name="transformers",
+        library_name="colpali",  # not transformers, whose AutoModel would leave out the head
         pipeline_tag=TASK,
         tags=["colpali", "late-interaction", "multi-vector", TASK],
         eval_results=_results(found) if found else None,
