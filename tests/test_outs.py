@@ -65,6 +65,10 @@ def cached(repo: Repo, name: str) -> str:
     return f"{md5[:2]}/{md5[2:]}"
 
 
+def test_dvc_may_be_started_from_a_sub_folder(repo):
+    assert "passed" in repo.output("cd out && dvc repro -f -s ../dvc.yaml:use")
+
+
 def test_run_by_hand_nothing_is_held_against_the_lock(repo):
     (repo.path / "file").write_text("mine")
     assert "passed" in repo.output("python check.py")

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 
 from colintern.params import UserError, root
 
-STAGE = "DVC_STAGE"  # which DVC sets for the commands it runs
+STAGE = "DVC_STAGE"  # which DVC sets for the commands it runs; from a sub folder it is ../dvc.yaml:NAME
 
 
 def check_outs() -> None:
@@ -27,7 +27,7 @@ def check_outs() -> None:
     Raises:
         UserError: a file is not the one that dvc.lock names; the message says what to delete.
     """
-    stage = os.environ.get(STAGE)
+    stage = os.environ.get(STAGE, "").rpartition(":")[2]
     if not stage or not Path("dvc.lock").is_file():
         return
     deps = _yaml("dvc.yaml")[stage]["deps"]
