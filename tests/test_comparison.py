@@ -200,9 +200,11 @@ def test_what_cannot_be_compared_is_told(two, tmp_path):
 
 
 @pytest.fixture
-def repository(tmp_path, monkeypatch):
-    """Two commits and an evaluation at the second, kept by DVC."""
-    monkeypatch.chdir(tmp_path)
+def repository(request, tmp_path, monkeypatch):
+    """Three commits, an evaluation at the last two, kept by DVC; in git's folder, or one below it."""
+    below = getattr(request, "param", "")
+    (tmp_path / below).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / below)
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
 
@@ -210,7 +212,8 @@ def repository(tmp_path, monkeypatch):
         env_path = Path(sys.executable).parent
         subprocess.run(f"PATH={env_path}:$PATH; {command}", shell=True, check=True, capture_output=True)
 
-    sh("git init -q -b main && git config user.name T && git config user.email t@localhost && dvc init -q")
+    sh(f"git init -q -b main {tmp_path} && git config user.name T && git config user.email t@localhost")
+    sh(f"dvc init -q {'--subdir' if below else ''}")
     sh("git add -A && git commit -qm none && git tag none")
     for number, found in enumerate((PLACES, BETTER)):
         write(Path("results/mteb_evaluation"), found, lr=0.1 + number)
@@ -219,6 +222,7 @@ def repository(tmp_path, monkeypatch):
     return sh
 
 
+@pytest.mark.parametrize("repository", ["", "project"], indirect=True)
 def test_git_revisions_are_read_from_dvcs_cache(repository, capsys):
     repository("git checkout -q none && rm -rf results")
     main(["compare", "run-0", "run-1"])
@@ -229,6 +233,8 @@ def test_git_revisions_are_read_from_dvcs_cache(repository, capsys):
 def test_a_revision_that_is_not_there_or_not_in_the_cache_is_told(repository):
     with pytest.raises(UserError, match=r"'nonsense' is no folder here, and no git revision or DVC experiment"):
         outcome("nonsense")
+    with pytest.raises(UserError, match=r"'workspace' is no folder here.* the workspace is `\.`"):
+        outcome("workspace")
     with pytest.raises(UserError, match="none: has no results/mteb_evaluation"):
         outcome("none")
     repository("rm -rf .dvc/cache results")

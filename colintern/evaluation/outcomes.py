@@ -60,26 +60,30 @@ def _folder(folder: Path) -> Callable[[str], bytes]:
 def _revision(name: str) -> Callable[[str], bytes]:
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
+    from dvc.repo import Repo
     from dvc.scm import RevError, SCMError
     from dvc_data.index import DataIndexDirError
 
     try:
-        files = DVCFileSystem(rev=name)
-        files.repo  # noqa: B018  # opens the revision: `exists` would take an error for "no"
-        listed = files.exists(f"/{OUT}")
+        files = DVCFileSystem(rev=name, subrepos=True)
+        # Its paths begin at git's root, which may hold this pipeline as a sub folder. `repo` opens the revision:
+        # `exists` would take an error for "no".
+        below = Path(Repo.find_root()).resolve().relative_to(Path(files.repo.scm.root_dir).resolve())
+        place = f"{Path('/', below, OUT)}"
+        listed = files.exists(place)
     except DataIndexDirError as error:
         raise _lacking(name, OUT) from error
     except (RevError, SCMError, DvcException) as error:
         raise UserError(
             f"{name!r} is no folder here, and no git revision or DVC experiment: {error}; "
-            f"`git log --oneline` and `dvc exp list --all-commits` name some"
+            f"`git log --oneline` and `dvc exp list --all-commits` name some, and the workspace is `.`"
         ) from error
     if not listed:
         raise UserError(f"{name}: has no {OUT}; it was not evaluated there, or dvc.lock was not committed")
 
     def read(file: str) -> bytes:
         try:
-            return files.read_bytes(f"/{OUT}/{file}")
+            return files.read_bytes(f"{place}/{file}")
         except (OSError, DvcException, DataIndexDirError) as error:
             raise _lacking(name, f"{OUT}/{file}") from error
 
