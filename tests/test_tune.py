@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,10 +26,11 @@ from studies import SETTINGS, made, taker, worker
 from bench import study as judged
 from colintern.params import UserError, load, write
 from colintern.training import study as told
-from colintern.tuning import outcome
+from colintern.tuning import experiments, outcome
 from colintern.tuning.space import Search, read
 from colintern.tuning.store import Store
-from colintern.tuning.trials import SLOT, Taken, cause, put_back, take
+from colintern.tuning.studies import warm_start
+from colintern.tuning.trials import SLOT, Taken, cause, finish, put_back, take
 
 HEAD = "".join(f"{key}: {value}\n" for key, value in SETTINGS.items())
 SPACE = HEAD + "space:\n  lr: {low: 0.001, high: 0.02, log: true}\n  lora_rank: {choices: [8, 16]}\n"
@@ -280,6 +282,40 @@ def test_a_trial_whose_tuner_is_gone_leaves_a_checkpoint_for_the_second_try(plac
     assert list(study.trials[1].intermediate_values) == [1, 2], "also what was measured before the kill"
     small = study.trials[1].user_attrs[told.MEASURED]
     assert small["vectors_per_page"] == 12 + 16 / 4, "text, and what is left of 16 tokens of a tile"
+
+
+def test_experiments_are_read_where_the_pipeline_is_a_sub_folder_of_gits(tmp_path, search, monkeypatch):
+    project = tmp_path / "project"
+    for name in ("dvc.yaml", "dvc.lock", "params.yaml", "metrics/train.json"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, project / name)
+    write(project / "params.yaml", {"lora_rank": 8})
+    params = dataclasses.replace(load(ROOT / "params.yaml"), lora_rank=8)
+    commit = "git -c user.name=T -c user.email=t@localhost commit -qm state"
+    place = f"refs/exps/ab/{'c' * 38}/a-000"
+    line = f"git init -q && git add -A && {commit} && git update-ref {place} HEAD"
+    subprocess.run(line, shell=True, cwd=tmp_path, check=True)
+    monkeypatch.chdir(project)
+    store, study = made(tmp_path, search)
+    assert warm_start(study, search, params) == (1, {})
+    assert finish(study, store, take(study, store, search, 9), "a-000").startswith("complete  0.")
+
+
+def test_a_workspace_that_changed_while_dvc_took_it_ends_the_trial(tmp_path, search, monkeypatch):
+    store, study = made(tmp_path, search)
+    trial = take(study, store, search, 9)
+    asked = []
+
+    def check() -> None:
+        asked.append(1)
+        if len(asked) == 2:
+            raise UserError("lr was 1, is 2")
+
+    dvc, begin = [sys.executable, "-c", "import sys; sys.stdin.read()"], subprocess.Popen
+    monkeypatch.setattr(experiments.subprocess, "Popen", lambda command, **options: begin(dvc, **options))
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    with pytest.raises(UserError, match="lr was 1, is 2"):
+        experiments.experiment(store, trial, "a-000", tmp_path / "log", check)
 
 
 # --- What is shown ---

@@ -53,15 +53,15 @@ def repo(tmp_path_factory) -> Repo:
     return repo
 
 
-def start(repo: Repo, name: str) -> subprocess.Popen:
-    command = documented("colintern tune --trials 10") + " --trials 2 --study s --heartbeat 3"
+def start(repo: Repo, name: str, options: str = "--trials 2 --study s") -> subprocess.Popen:
+    command = f"{documented('colintern tune --trials 10')} {options} --heartbeat 3"
     with (repo.path / "logs" / name).open("w") as log:
         return subprocess.Popen(words(command), cwd=repo.path, env=repo.env, stdout=log, stderr=log)
 
 
-def trials(repo: Repo) -> list[optuna.trial.FrozenTrial]:
+def trials(repo: Repo, name: str = "s") -> list[optuna.trial.FrozenTrial]:
     try:
-        return optuna.load_study(study_name="s", storage=f"sqlite:///{repo.path}/studies/s.db").trials
+        return optuna.load_study(study_name=name, storage=f"sqlite:///{repo.path}/studies/{name}.db").trials
     except (KeyError, SQLAlchemyError):  # not made yet
         return []
 
@@ -109,6 +109,18 @@ def test_every_trial_is_an_experiment_that_repro_reproduces(repo):
     repo.output("git checkout -q .")
 
 
+def test_a_study_ends_where_params_are_edited_under_it(repo):
+    file, text = repo.path / "params.yaml", (repo.path / "params.yaml").read_text()
+    process = start(repo, "edited", "--study edited --trials 3")
+    until(lambda: any(STARTED in t.user_attrs for t in trials(repo, "edited")), "the first trial trains")
+    file.write_text(text.replace("temperature: 0.02", "temperature: 0.03"))
+    assert process.wait(300) == 2, (repo.path / "logs" / "edited").read_text()
+    file.write_text(text)
+    assert "params.yaml: temperature was 0.02, is 0.03" in (repo.path / "logs" / "edited").read_text()
+    states = [t.state.name for t in trials(repo, "edited")]
+    assert states[0] in ("COMPLETE", "FAIL") and states[1:] in (["FAIL", "WAITING"], ["WAITING"]), states
+
+
 @pytest.fixture
 def tune(repo, monkeypatch, capsys):
     """The command in this process, for what starts no trial; gives its exit code and what it prints."""
@@ -146,6 +158,13 @@ def test_another_space_is_refused(repo, tune):
     assert code == 2 and "params.yaml: temperature was 0.02, is 0.03" in said
 
 
+def test_a_lock_with_the_conflicts_of_a_merge_is_refused(repo, tune):
+    lock = repo.path / "dvc.lock"
+    lock.write_text(lock.read_text().replace("stages:\n", "<<<<<<< HEAD\nstages:\n"))
+    code, said = tune("--trials", "3", "--study", "s")
+    assert code == 2 and "dvc.lock: is not valid YAML; after a merge: git checkout --ours" in said
+
+
 def test_two_objectives_have_no_winner_and_take_no_experiments(repo, tune):
     (repo.path / "tune.yaml").write_text(SPACE.replace("against: none", "against: training_seconds"))
     code, said = tune(*words(documented("colintern tune --study fleet --trials 40 --apply"))[2:])
@@ -164,8 +183,8 @@ def test_u2_where_every_trial_fails_the_cause_is_told_and_params_stay(repo, post
     failed = repo.run(f"{address}={postgresql_or_none}; {command} --apply --warm-start")
     assert failed.returncode == 4, failed.stdout
     assert "no trial of 'bad' came to its end; 1 of 1 failed with:\n  error: batch_size: 9" in failed.stdout
-    # Those of the study before: they have other values of what this space does not vary.
-    assert re.search(r"warm start: 0 experiments added; 2 not, with other ", failed.stdout), failed.stdout
+    # Those of the studies before: they have other values of what this space does not vary.
+    assert re.search(r"warm start: 0 experiments added; [23] not, with other ", failed.stdout), failed.stdout
     assert (repo.path / "params.yaml").read_text() == params
     said = failed.stdout + (repo.path / "logs" / "tune" / "bad-000.log").read_text()
     assert "marked" not in said and ("postgresql+psycopg://me:***@" in said) == bool(postgresql_or_none)

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def _check(name: str) -> None:
 
 def _work(study: Any, store: Any, search: Any, total: int) -> None:
     """Trials until the study has `total`, and those of other workers are over too."""
+    from colintern.tuning.studies import unchanged
     from colintern.tuning.trials import put_back, run, take
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -97,7 +99,10 @@ def _work(study: Any, store: Any, search: Any, total: int) -> None:
         )
         print(f"{study.study_name}-{taken.number:03}  {settings}", flush=True)
         try:
-            print(run(study, store, taken, log), flush=True)
+            print(run(study, store, taken, log, partial(unchanged, study, search)), flush=True)
+        except UserError:
+            put_back(study, taken.number)
+            raise
         except KeyboardInterrupt:
             put_back(study, taken.number)
             print(

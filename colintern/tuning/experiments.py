@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +26,11 @@ class Taken(NamedTuple):
     before: list[int]
 
 
-def experiment(store: Store, trial: Taken, name: str, log: Path, *options: str) -> int:
+def experiment(store: Store, trial: Taken, name: str, log: Path, check: Callable[[], None], *options: str) -> int:
     """`dvc exp run --temp` of the train stage with the trial's settings; its exit code. What it prints goes to `log`.
+
+    `check` raises UserError where the workspace is no longer what the study was made with. It is asked before DVC takes
+    what the workspace holds, and again once it has: the train stage stops by itself when its worker has ended.
 
     While it runs the storage gets signs of life. Of this repository's workers one at a time starts an experiment: DVC
     stashes in the workspace, and takes the first stash it finds. DVC holds that lock too, so that it outlives a worker
@@ -40,6 +44,7 @@ def experiment(store: Store, trial: Taken, name: str, log: Path, *options: str) 
     with lock.open("a") as held, log.open("wb") as output:
         while not _locked(held):
             wait(0.5, store, trial)
+        check()
         process = subprocess.Popen(
             [sys.executable, "-m", "dvc", "exp", "run", "--temp", "-q", *options, *changes, "--name", name, "train"],
             env=environment() | told,
@@ -54,7 +59,10 @@ def experiment(store: Store, trial: Taken, name: str, log: Path, *options: str) 
             wait(0.5, store, trial)
             if not started and STARTED in store.optuna.get_trial(trial.id).user_attrs:
                 started = True
+                check()
                 fcntl.flock(held, fcntl.LOCK_UN)
+        if not started:  # failed, or DVC knew this training
+            check()
         fcntl.flock(held, fcntl.LOCK_UN)
     return process.returncode
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from colintern.files.identity import fingerprint, stage_identity
-from colintern.params import Params, UserError
+from colintern.params import Params, UserError, load
 from colintern.training.study import SETTINGS, pruner
 from colintern.tuning.experiments import experiments, git
 from colintern.tuning.space import BYTES, SCORED, STILL, Search
@@ -32,11 +33,10 @@ def facts(search: Search, params: Params) -> dict[str, Any]:
     """What decides a study's scores beside the trial's own settings.
 
     Raises:
-        UserError: the pipeline has not run yet.
+        UserError: the pipeline has not run yet, or dvc.lock is broken.
     """
     lock = Path("dvc.lock")
-    known = (YAML(typ="safe", pure=True).load(lock) or {}).get("stages", {}) if lock.is_file() else {}
-    if "eval" not in known:
+    if "eval" not in _stages(lock.read_text() if lock.is_file() else ""):
         raise UserError("dvc.lock: has no eval; run `dvc repro` once, or `dvc exp apply` cannot take a trial")
     try:
         identity = stage_identity("train", params)
@@ -44,7 +44,7 @@ def facts(search: Search, params: Params) -> dict[str, Any]:
         raise UserError(f"{error.filename}: missing; run `dvc repro` first") from error
     deps = {dep: value for dep, value in identity["deps"].items() if dep not in LEFT_OUT}
     data = {dep: value for dep, value in deps.items() if dep.startswith(DATA)}
-    return {
+    found = {
         "space": search.facts(),
         SETTINGS: search.settings,
         "params": _fixed({key: getattr(params, key) for key in params.__slots__}, search),
@@ -52,6 +52,7 @@ def facts(search: Search, params: Params) -> dict[str, Any]:
         "data": fingerprint(data),
         "code": fingerprint({"deps": {k: v for k, v in deps.items() if k not in data}, "of": identity["versions"]}),
     }
+    return json.loads(json.dumps(found))  # as a study keeps it
 
 
 def _fixed(values: dict[str, Any], search: Search) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def open_study(store: Store, search: Search, params: Params) -> Any:
     """
     import optuna
 
-    now = json.loads(json.dumps(facts(search, params)))
+    now = facts(search, params)
     with store.alone():
         known = {one.study_name for one in optuna.get_all_study_summaries(store.optuna)}
         if store.study not in known:
@@ -90,9 +91,20 @@ def open_study(store: Store, search: Search, params: Params) -> Any:
         for key, value in now.items():
             if key not in study.user_attrs:
                 study.set_user_attr(key, value)
-            elif study.user_attrs[key] != value:
-                raise UserError(f"--study: {_difference(store.study, key, study.user_attrs[key], value)}")
+        _same(study, now)
     return study
+
+
+def unchanged(study: Any, search: Search) -> None:
+    """Raises UserError where params.yaml, the data or the code are not those that the study was made with: each trial
+    runs what the workspace holds when it begins."""
+    _same(study, facts(search, load(Path("params.yaml"))))
+
+
+def _same(study: Any, now: dict[str, Any]) -> None:
+    for key, value in now.items():
+        if study.user_attrs[key] != value:
+            raise UserError(f"--study: {_difference(study.study_name, key, study.user_attrs[key], value)}")
 
 
 def _difference(name: str, key: str, was: Any, now: Any) -> str:
@@ -104,7 +116,7 @@ def _difference(name: str, key: str, was: Any, now: Any) -> str:
             if was.get(k) != now.get(k)
         )
     made = f"{name!r} was made with other values of {WORDS[key]}{words[:400]}"
-    return f"{made}; scores would not compare: give --study another name"
+    return f"{made}; scores would not compare: undo that, or give --study another name"
 
 
 def warm_start(study: Any, search: Search, params: Params) -> tuple[int, dict[str, int]]:
@@ -121,9 +133,9 @@ def warm_start(study: Any, search: Search, params: Params) -> tuple[int, dict[st
     for name, place in sorted(experiments().items()):
         reason = ""
         try:
-            values = YAML(typ="safe", pure=True).load(git("show", f"{place}:params.yaml"))
-            score = json.loads(git("show", f"{place}:metrics/train.json"))[SCORE]
-            lock = _lock(git("show", f"{place}:dvc.lock"))
+            values = YAML(typ="safe", pure=True).load(git("show", f"{place}:./params.yaml"))
+            score = json.loads(git("show", f"{place}:./metrics/train.json"))[SCORE]
+            lock = _lock(git("show", f"{place}:./dvc.lock"))
             if name in have:
                 reason = "in the study already"
             elif not here or lock != here:
@@ -157,5 +169,14 @@ def _add(optuna: Any, study: Any, search: Search, name: str, values: dict[str, A
 
 def _lock(text: str) -> dict[str, str]:
     """{path: hash} of what the train stage of a dvc.lock depends on."""
-    stage = (YAML(typ="safe", pure=True).load(text) or {}).get("stages", {}).get("train", {})
-    return {dep["path"]: dep["md5"] for dep in stage.get("deps", []) if dep["path"] not in LEFT_OUT}
+    deps = _stages(text).get("train", {}).get("deps", [])
+    return {dep["path"]: dep["md5"] for dep in deps if dep["path"] not in LEFT_OUT}
+
+
+def _stages(lock: str) -> dict[str, Any]:
+    try:
+        return (YAML(typ="safe", pure=True).load(lock) or {}).get("stages", {})
+    except YAMLError as error:
+        raise UserError(
+            "dvc.lock: is not valid YAML; after a merge: git checkout --ours -- dvc.lock metrics plots && dvc repro"
+        ) from error

@@ -7,6 +7,7 @@ trial and its second try count once.
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,8 @@ def put_back(study: Any, number: int) -> None:
     study.add_trial(again)
 
 
-def run(study: Any, store: Store, trial: Taken, log: Path) -> str:
-    """Run it, and tell the study how it ended; returns a line about that.
+def run(study: Any, store: Store, trial: Taken, log: Path, check: Callable[[], None]) -> str:
+    """Run it, and tell the study how it ended; returns a line about that. For `check` see `experiment`.
 
     The study may have given the trial to another worker meanwhile, if this machine was suspended: then the experiment
     made here is removed.
@@ -103,11 +104,11 @@ def run(study: Any, store: Store, trial: Taken, log: Path) -> str:
         if (old := f"{study.study_name}-{number:03}") in experiments():
             return f"{name}  {finish(study, store, trial, old)}  was finished by the worker that was killed"
     used = children()
-    code = experiment(store, trial, name, log)
+    code = experiment(store, trial, name, log, check)
     if code == 0 and study.user_attrs[SETTINGS]["against"] != "none" and not measured(store, trial):
         # DVC knew this training, of a trial that differs in the size of its pages alone: it is done again to measure.
         dvc("exp", "remove", "-q", name)
-        code = experiment(store, trial, name, log, "--force")
+        code = experiment(store, trial, name, log, check, "--force")
     store.optuna.set_trial_user_attr(trial.id, CPU, round(children() - used, 1))
     text = store.redacted(log.read_text(errors="replace"))
     log.write_text(text)
@@ -154,7 +155,7 @@ def fail(study: Any, store: Store, trial: Taken, why: str) -> str:
 
 def finish(study: Any, store: Store, trial: Taken, name: str) -> str:
     """Tell the score that is in the metrics of an experiment, or both objectives, as its run measured them."""
-    score = json.loads(git("show", f"{experiments()[name]}:metrics/train.json"))[SCORE]
+    score = json.loads(git("show", f"{experiments()[name]}:./metrics/train.json"))[SCORE]
     store.optuna.set_trial_user_attr(trial.id, EXPERIMENT, name)
     against = study.user_attrs[SETTINGS]["against"]
     if against == "none":
