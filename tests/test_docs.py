@@ -40,6 +40,7 @@ OTHERS = {  # git's, DVC's
     "Unable to acquire lock",
     "Unable to read RWLock-file '.dvc/tmp/rwlock'. JSON structure is corrupted",
     "'./dvc.lock' validation failed.",
+    "'./dvc.lock' is invalid (possible merge conflicts).",
     "dubious ownership",
     "Git user name and email must be configured",
 }

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 from pages import documented
 from ruamel.yaml import YAML
-from test_dvc_commands import Repo, bare_environment
+from test_dvc_commands import IDENTITY, Repo, bare_environment
 
 SCRIPTS = ROOT / ".github" / "scripts"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -166,6 +166,22 @@ def test_a_stale_lock_is_told_without_any_data(clone, edit, said):
 
 def test_a_lock_that_is_not_stale_passes_without_any_data(clone):
     assert clone.output(f"{RUN}/stale.py") == "dvc.lock is up to date: train, eval\n"
+
+
+def test_conflicts_of_a_merge_are_told_and_the_page_says_how_they_are_mended(two_commits, tmp_path):
+    repo = Repo(tmp_path / "copy", two_commits.env)
+    shutil.copytree(two_commits.path, repo.path, symlinks=True)
+    repo.output("git checkout -q -B slower main && echo 'lr: 0.02' > params.yaml && dvc repro -q")
+    repo.commit()
+    assert "conflict in dvc.lock" in repo.run("git merge faster", **IDENTITY).stdout
+    (repo.path / "params.yaml").write_text("lr: 0.02\n")
+    done = repo.run(f"{RUN}/stale.py")
+    assert done.returncode == 1 and done.stdout.startswith("error: dvc.lock: is not valid YAML; after a merge"), done
+    mend = "git checkout --ours -- dvc.lock metrics plots"
+    assert f"`{mend} && dvc repro`" in (ROOT / "docs" / "troubleshooting.md").read_text()
+    repo.output(mend.replace("metrics plots", "metrics.json") + " && dvc repro")
+    repo.commit()
+    assert repo.output(f"{RUN}/stale.py") == "dvc.lock is up to date: train, eval\n"
 
 
 # --- the comment -----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 
 def status() -> dict[str, list[Any]]:
@@ -54,7 +55,11 @@ def unchained(lock: dict[str, Any]) -> Iterator[str]:
 def main() -> None:
     if not Path("dvc.lock").is_file():
         raise SystemExit("error: dvc.lock: missing; run: dvc repro, and commit it")
-    lock = YAML(typ="safe", pure=True).load(Path("dvc.lock"))["stages"]
+    try:
+        lock = YAML(typ="safe", pure=True).load(Path("dvc.lock"))["stages"]
+    except YAMLError as error:
+        mend = "git checkout --ours -- dvc.lock metrics plots && dvc repro"
+        raise SystemExit(f"error: dvc.lock: is not valid YAML; after a merge: {mend}") from error
     stages = YAML(typ="safe", pure=True).load(Path("dvc.yaml"))["stages"]
     gone = [f"{stage}: in dvc.lock, but no longer in dvc.yaml" for stage in lock if stage not in stages]
     found = [*changed(status()), *unchained(lock), *gone]
