@@ -33,6 +33,7 @@ CANNOT = {  # how a command begins, and why no test runs it
     "make test": "the suite itself; .github/workflows/tests.yml runs it, and `make slow`",
     "make slow": "the same",
     "make check": "is the first step of `make test`",
+    "dvc queue kill NAME": "it is SIGINT to one of the queue's runs, which test_survival.py sends",
     "python -m pytest tests/": "files of the suite",
 }
 VALUES = r"\.\.\.|\d+|\blearning_rate|\blr\b|\bloss is nan\b"  # of a message, as the page gives them

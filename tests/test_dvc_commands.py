@@ -146,7 +146,7 @@ def repo(tmp_path_factory) -> Iterator[Repo]:
     assert ran(repo.output(documented("dvc repro"))) == list(STAGES)
     repo.commit()
     yield repo
-    repo.run("dvc queue stop --kill")
+    repo.run(documented("dvc queue stop --kill"))
     wait_until(repo, "the queue's worker stops", lambda status: "0 active, 0 idle" in status)
 
 
@@ -219,7 +219,8 @@ def test_exp_run_writes_a_number_and_changes_the_metrics(repo, experiment):
 
 def test_exp_show_lists_it(repo, experiment):
     name, _ = experiment
-    assert name in repo.output(documented("dvc exp show") + " --no-pager", COLUMNS="1000")
+    shown = repo.output(documented("dvc exp show --only-changed") + " --no-pager", COLUMNS="1000")
+    assert name in shown and " lr " in shown and "colintern/model.py" not in shown
     rows = list(csv.DictReader(repo.output("dvc exp show --csv").splitlines()))
     (row,) = (row for row in rows if row["Experiment"] == name)
     assert float(row["lr"]) == 3e-05
