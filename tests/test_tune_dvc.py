@@ -111,14 +111,18 @@ def test_every_trial_is_an_experiment_that_repro_reproduces(repo):
 
 def test_a_study_ends_where_params_are_edited_under_it(repo):
     file, text = repo.path / "params.yaml", (repo.path / "params.yaml").read_text()
-    process = start(repo, "edited", "--study edited --trials 3")
+    process = start(repo, "edited", "--study edited --trials 4")
     until(lambda: any(STARTED in t.user_attrs for t in trials(repo, "edited")), "the first trial trains")
     file.write_text(text.replace("temperature: 0.02", "temperature: 0.03"))
     assert process.wait(300) == 2, (repo.path / "logs" / "edited").read_text()
     file.write_text(text)
     assert "params.yaml: temperature was 0.02, is 0.03" in (repo.path / "logs" / "edited").read_text()
-    states = [t.state.name for t in trials(repo, "edited")]
-    assert states[0] in ("COMPLETE", "FAIL") and states[1:] in (["FAIL", "WAITING"], ["WAITING"]), states
+    *done, stopped, again = trials(repo, "edited")
+    assert (stopped.state.name, again.state.name) == ("FAIL", "WAITING") and stopped.params == again.params
+    for trial in done:
+        name = trial.user_attrs["experiment"]
+        rows = repo.output(f"git show $(git for-each-ref --format='%(refname)' | grep {name})")
+        assert "+temperature" not in rows and "+lr: " in rows
 
 
 @pytest.fixture
@@ -184,7 +188,7 @@ def test_u2_where_every_trial_fails_the_cause_is_told_and_params_stay(repo, post
     assert failed.returncode == 4, failed.stdout
     assert "no trial of 'bad' came to its end; 1 of 1 failed with:\n  error: batch_size: 9" in failed.stdout
     # Those of the studies before: they have other values of what this space does not vary.
-    assert re.search(r"warm start: 0 experiments added; [23] not, with other ", failed.stdout), failed.stdout
+    assert re.search(r"warm start: 0 experiments added; \d+ not, with other ", failed.stdout), failed.stdout
     assert (repo.path / "params.yaml").read_text() == params
     said = failed.stdout + (repo.path / "logs" / "tune" / "bad-000.log").read_text()
     assert "marked" not in said and ("postgresql+psycopg://me:***@" in said) == bool(postgresql_or_none)
