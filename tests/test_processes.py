@@ -115,3 +115,12 @@ def test_the_gradient_of_several_processes_is_that_of_one(tmp_path, pages, chang
             assert own_masked == masked > 0 and float(abs(own_loss - loss)) < 1e-5
             assert micro == (1 if "fail" in changes else changes.get("micro_batch_size", 2))
             assert distance(found[0][3], own) == 0, "the processes go on alike"
+
+
+def test_a_number_format_of_the_launcher_is_refused(monkeypatch):
+    from colintern.params import UserError
+    from colintern.training.processes import joined
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match=r"ACCELERATE_MIXED_PRECISION: 'fp16' .* dtype decides"), joined(1):
+        pass

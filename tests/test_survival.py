@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from processes import kill, leave, signal_self
 from safetensors.torch import load_file
@@ -284,6 +285,20 @@ def test_t10_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(place):
 def test_t11_where_one_page_does_not_fit_the_run_ends_with_what_to_change(place):
     assert place.run(too_big, 0) == 6, place.log
     assert "out of memory with one page at a time, at step 1; set gradient_checkpointing: true" in place.log
+
+
+def no_room_in_the_tower() -> None:
+    from colintern.training import trainer
+
+    def page_features(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer.page_features = page_features
+
+
+def test_t11_where_the_tower_does_not_fit_either(place):
+    assert place.run(no_room_in_the_tower) == 6, place.log
+    assert "out of memory in the tower, which takes one page at a time, at step 1; lower max_visual_tok" in place.log
 
 
 def test_t14_and_t1_with_processes_that_load_data(place, whole):

@@ -28,6 +28,7 @@ MINUTE = 60
 GRACE = 45  # seconds that a signalled process has for its checkpoint, and a hung one before it is killed
 PDEATHSIG = 1  # of prctl
 SIDES = ("query", "page")
+PRECISION = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
 NO_ROOM = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")  # lack of memory under other names
 
 
@@ -243,7 +244,15 @@ ALONE = Processes()
 
 @contextmanager
 def joined(threads: int) -> Iterator[Processes]:
-    """This run's processes, where a launcher has started several. All but the first print nothing but errors."""
+    """This run's processes, where a launcher has started several. All but the first print nothing but errors.
+
+    Raises:
+        UserError: the launcher asks for another number format.
+    """
+    if (asked := os.environ.get(PRECISION, "no")) != "no":  # accelerate would scale gradients, or cast, behind params
+        raise UserError(
+            f"{PRECISION}: {asked!r} has no place here, dtype decides; accelerate launch --mixed_precision no"
+        )
     world = _world()
     if world is None or world[1] == 1:
         yield ALONE

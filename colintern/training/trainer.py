@@ -122,11 +122,17 @@ class ContrastiveTrainer(Trainer):
 
         Raises:
             NonFiniteError: the loss or the gradient is not finite.
-            OutOfMemory: not even one page at a time fits.
+            OutOfMemory: not even one page at a time fits, in the tower or in the language model.
         """
         model.train()
         batch: Batch = self._prepare_inputs(inputs)
-        batch["page"]["image_features"] = page_features(model, batch, self.params.feature_cache_format == "fp8")
+        try:
+            batch["page"]["image_features"] = page_features(model, batch, self.params.feature_cache_format == "fp8")
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"out of memory in the tower, which takes one page at a time, at step {self.state.global_step + 1}; lower "
+                f"max_visual_tokens, {self.params.max_visual_tokens}, or batch_size, {self.params.batch_size}"
+            ) from error
         self.masks.draw(self.state.global_step, model.device)
         # PEFT would cast every adapter's input to float32, only for `_embed` to cast it back.
         with disable_input_dtype_casting(model, active=self.low_precision):
