@@ -130,8 +130,8 @@ class ContrastiveTrainer(Trainer):
             batch["page"]["image_features"] = page_features(model, batch, self.params.feature_cache_format == "fp8")
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
-                f"out of memory in the tower, which takes one page at a time, at step {self.state.global_step + 1}; lower "
-                f"max_visual_tokens, {self.params.max_visual_tokens}, or batch_size, {self.params.batch_size}"
+                f"out of memory in the tower, which takes one page at a time, at step {self.state.global_step + 1}; "
+                f"lower max_visual_tokens, {self.params.max_visual_tokens}, or batch_size, {self.params.batch_size}"
             ) from error
         self.masks.draw(self.state.global_step, model.device)
         # PEFT would cast every adapter's input to float32, only for `_embed` to cast it back.
