@@ -14,8 +14,8 @@ from small_run import fetched, place, whole  # noqa: F401
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "demo" / "base"
 # The longest first: several processes share the files between them, and should not end on one of these.
-LONG = """tune_dvc tutorial dvc_commands evaluate survival hub verify cluster hub_pipeline kernels negatives remotes
-costs doctor recommend checkpoints pr demo adapters report""".split()
+LONG = """tune_dvc tutorial dvc_commands evaluate survival hub training pretended_cuda tune verify cluster hub_pipeline
+kernels negatives remotes own search survey costs doctor recommend checkpoints pr demo adapters report""".split()
 
 
 def pytest_collection_modifyitems(items):
