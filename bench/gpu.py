@@ -45,8 +45,6 @@ RECIPE, TOKENIZER = Path("recipes/internvl3_5-1b.yaml"), Path("demo/base")
 ROOFLINE = {"H200": 0.53, "A100": 1.46}  # seconds of a step of 64 pages of 6 tiles, everything fused
 CARDS = (16, 24, 32, 40, 80)  # GB of 1e9 bytes
 MOST_SECONDS = 400  # no further row of the table is begun then; the checks are done first
-
-
 Row = tuple[int, bool | int, float, bool]  # micro, recomputed, dropout, compiled
 
 
@@ -184,7 +182,10 @@ def table(engine: Engine, sizes: Sizes, tiles: int, start: float) -> float:
         if not took >= best:  # also where none is known yet
             best, levers = (took, (micro, checkpointing)) if took == took else (best, levers)
         if not rows and not compiled and levers:  # last: the fastest setting without dropout, then compiled too
-            rows += [(*levers, 0.0, False)] if dropout else _compiled(levers, layers, keep) if sizes.compile else []
+            if dropout:
+                rows.append((*levers, 0.0, False))
+            elif sizes.compile:
+                rows += _compiled(levers, layers, keep)
         if compiled and took != took:
             rows = [row for row in rows if recomputed(layers, row[1]) > again]  # fewer do not fit either
     return best

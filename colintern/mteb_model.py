@@ -10,6 +10,7 @@ In a program of one's own, in any working folder, without a params.yaml:
 
 from functools import partial
 from hashlib import sha256
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,6 @@ from colintern.params import UserError
 from colintern.processor import ColIntern3_5Processor
 
 LENGTHS = "-lengths"  # of the key under which a batch keeps how many vectors each page has
-# What decides scores beside weights, as `load` has it when nothing is asked for.
-PLAIN = {
-    "dtype": None,
-    "merge": False,
-    "max_visual_tokens": None,
-    "max_query_tokens": None,
-    "pool_factor": 1,
-    "dim": 128,
-}
 
 
 class ColIntern3_5Encoder(AbsEncoder):
@@ -171,8 +163,10 @@ def _meta(
 
 
 def _apart(settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What is not plain: mteb's cache would give one setting's score for another's, if name and revision were all."""
-    return {key: settings[key] for key, plain in PLAIN.items() if settings.get(key, plain) != plain} or None
+    """Those that decide scores and are not `load`'s own: mteb's cache would give one setting's score for another's, if
+    name and revision were all."""
+    plain = {key: one.default for key, one in signature(load).parameters.items() if key not in ("base", "device")}
+    return {key: settings[key] for key in plain if key in settings and settings[key] != plain[key]} or None
 
 
 def load(

@@ -185,7 +185,7 @@ def _forecast(found: "Plan", forecast: dict[str, Any], card: str | None) -> list
 
 def _memory_table(base: str, table: list[Any]) -> list[str]:
     lines = [
-        *wrap(f"Largest micro_batch_size, batch 64, {base}, 1536 visual tokens a page", 79),
+        *wrap(f"Largest micro_batch_size, batch 64 without hard negatives, {base}, 1536 visual tokens a page", 79),
         f"{'':8}{'guide':>9}   {'without checkpointing':>24}   {'with checkpointing':>24}",
     ]
     for memory, guide, row in table:
