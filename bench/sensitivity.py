@@ -27,7 +27,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lr 2e-2": {"lr": 2e-2},
     "lr 5e-4": {"lr": 5e-4},
     "lr 5e-5": {"lr": 5e-5},
-    "1 epoch": {"epochs": 1},
     "2 epochs": {"epochs": 2},
     "batch 8": {"batch_size": 8, "micro_batch_size": 8},
     "rank 4": {"lora_rank": 4, "lora_alpha": 4},

@@ -12,7 +12,14 @@ from colintern.tuning.space import BYTES, Search
 from colintern.tuning.store import Store
 from colintern.tuning.trials import FULL, Taken, take
 
-SETTINGS = {"seed": 0, "sampler": "tpe", "startup_trials": 3, "pruner": "median", "warmup_epochs": 0, "against": "none"}
+SETTINGS = {
+    "seed": 0,
+    "sampler": "tpe",
+    "startup_trials": 3,
+    "pruner": "median",
+    "warmup_evaluations": 0,
+    "against": "none",
+}
 
 
 def made(where: Path | str, search: Search, heartbeat: int = 30) -> tuple[Store, optuna.Study]:

@@ -62,7 +62,6 @@ def test_the_checklist_of_the_guide_is_all_there():
     ("recipe", "name", "changes", "words"),
     [
         (RECIPE, "epochs", {"epochs": 1}, ("below 5", "not measured here")),
-        (DEMO, "epochs", {"epochs": 2}, ("below 4", "2 76.1")),
         (RECIPE, "effective batch", {"batch_size": 2, "micro_batch_size": 2}, ("below 64", "16 x 4 compares with 16")),
         (DEMO, "effective batch", {"batch_size": 8, "micro_batch_size": 8}, ("below 32", "collapses")),
         (RECIPE, "learning rate", {"lr": 6e-3}, ("not within 2e-05 to 0.0001",)),
@@ -216,7 +215,7 @@ def test_the_demo_is_well_and_fits_the_terminal(repo):
 def test_what_fails_is_the_exit_code_and_no_secret_is_told(repo):
     text = (repo / "params.yaml").read_text()
     (repo / "params.yaml").write_text(
-        text.replace("- custom_text_proj", "- custom_proj").replace("epochs: 4", "epochs: 1")
+        text.replace("- custom_text_proj", "- custom_proj").replace("lr: 0.006", "lr: 0.02")
     )
     (repo / ".dvc").mkdir()
     (repo / ".dvc" / "config").write_text(
@@ -227,7 +226,7 @@ def test_what_fails_is_the_exit_code_and_no_secret_is_told(repo):
     report = json.loads(done.stdout)
     status = {check["name"]: check["status"] for check in report["checks"]}
     assert {name for name, word in status.items() if word == FAIL} == {"target modules", "head included"}
-    assert {name for name, word in status.items() if word == WARN} == {"epochs", "git", "DVC remote", "W&B"}
+    assert {name for name, word in status.items() if word == WARN} == {"learning rate", "git", "DVC remote", "W&B"}
     assert (report["pass"], report["warn"], report["fail"]) == (10, 4, 2)
     assert "s3cret" not in done.stdout + done.stderr
 
@@ -290,8 +289,8 @@ def test_training_stops_before_it_loads_a_model_where_a_check_fails(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     shutil.copy(BASE / "config.json", tmp_path / "base")  # no weights: whoever loads them fails in another way
-    hold(dataclasses.replace(DEMO, epochs=1), "base")
-    assert "warning: epochs: 1, below 4" in capsys.readouterr().out
+    hold(dataclasses.replace(DEMO, lr=0.02), "base")
+    assert "warning: learning rate: 0.02, not within" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"head included: .*\n?.*custom_text_proj") as stopped:
         hold(dataclasses.replace(DEMO, lora_targets=DEMO.lora_targets[:-1]), "base")
     assert stopped.value.exit_code == 2

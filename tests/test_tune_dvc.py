@@ -24,7 +24,7 @@ SPACE = """seed: 0
 sampler: tpe
 startup_trials: 1
 pruner: none
-warmup_epochs: 0
+warmup_evaluations: 0
 against: none
 space:
   lr: {low: 0.001, high: 0.02, log: true}

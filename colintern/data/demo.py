@@ -41,6 +41,7 @@ GOODS = dict(
         "hats/caps belts/straps pipes/tubes wires/cables bolts/screws"
     ).split()
 )
+Pair = tuple[str, str]
 FACTS = {"company": COMPANIES, "city": CITIES, "person": PEOPLE, "goods": list(GOODS)}
 
 # A label that may stand before a fact on the page, and the ways a query may point at it.
@@ -90,6 +91,18 @@ def query_words() -> list[str]:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What a page is to state, and which pairs of facts its queries ask for; `seed` decides how it looks."""
+
+    name: str
+    kind: str
+    facts: dict[str, str]
+    asked: list[Pair]
+    seed: str
+    align: float
+
+
+@dataclass(frozen=True)
 class DemoPage:
     """A page, the facts it states, its queries, and where each word stands."""
 
@@ -101,45 +114,52 @@ class DemoPage:
     words: tuple[Word, ...]
 
 
-def split_of(pair: tuple[str, str]) -> str:
+def split_of(pair: Pair) -> str:
     """The only split that asks for this pair of facts: train (60 %), dev (10 %) or test (30 %)."""
     bucket = hashlib.sha256(" ".join(sorted(pair)).encode()).digest()[0] / 256
     return "train" if bucket < 0.6 else "dev" if bucket < 0.7 else "test"
 
 
 def corpus(split: str, pages: int, queries_per_page: int, seed: int, align: float = 0.0) -> list[DemoPage]:
-    """Draw `pages` pages whose queries ask only for pairs of facts that belong to `split`.
+    """The pages of `plans`, drawn."""
+    return list(map(draw, plans(split, pages, queries_per_page, seed, align)))
 
-    A pair that is asked stands on exactly one page of the split, so every query has one right answer.
+
+def plans(split: str, pages: int, queries_per_page: int, seed: int, align: float = 0.0) -> list[Plan]:
+    """Pages whose queries ask only for pairs of facts that belong to `split`.
+
+    One page of the split is of the kind that a query names and states its pair, so every query has one right answer.
     """
     rng = Random(f"{seed}/{split}")
-    made: list[DemoPage] = []
-    stated: set[frozenset[str]] = set()  # pairs of facts on any page so far
-    asked: set[frozenset[str]] = set()
+    made: list[Plan] = []
+    stated: set[tuple[str, Pair]] = set()  # of a kind, on any page so far
+    asked: set[tuple[str, Pair]] = set()
     while len(made) < pages:
-        facts = {name: rng.choice(values) for name, values in FACTS.items()}
-        pairs = [frozenset(p) for p in combinations(facts.values(), 2)]
-        own = [p for p in pairs if split_of(tuple(p)) == split and p not in stated]  # type: ignore[arg-type]
-        if len(own) < queries_per_page or any(p in asked for p in pairs):
-            continue
-        chosen = rng.sample(sorted(own, key=sorted), queries_per_page)
         kind = rng.choice(sorted(LAYOUTS))
-        drawn = _draw(kind, facts, rng, align)
-        queries = tuple(_ask(kind, [n for n in facts if facts[n] in pair], facts, rng) for pair in chosen)
-        stated.update(pairs)
-        asked.update(chosen)
-        made.append(DemoPage(f"{split}-{len(made):05d}.png", kind, facts, drawn.image, queries, tuple(drawn.words)))
+        facts = {name: rng.choice(values) for name, values in FACTS.items()}
+        pairs = list(combinations(facts.values(), 2))
+        own = [pair for pair in pairs if split_of(pair) == split and (kind, pair) not in stated]
+        if len(own) < queries_per_page or any((kind, pair) in asked for pair in pairs):
+            continue
+        chosen = rng.sample(own, queries_per_page)
+        stated.update((kind, pair) for pair in pairs)
+        asked.update((kind, pair) for pair in chosen)
+        name = f"{split}-{len(made):05d}.png"
+        made.append(Plan(name, kind, facts, chosen, f"{seed}/{name}", align))
     return made
 
 
-def _draw(kind: str, facts: dict[str, str], rng: Random, align: float) -> Page:
-    """Draw until every fact has found both its places on the page."""
+def draw(plan: Plan) -> DemoPage:
+    """Draw a page, until every fact has found both its places on it, and put its queries in words."""
+    rng = Random(plan.seed)
     while True:
-        page = Page(Random(rng.random()), align=align)
-        LAYOUTS[kind](page, _lines(kind, facts, rng))
+        page = Page(Random(rng.random()), align=plan.align)
+        LAYOUTS[plan.kind](page, _lines(plan.kind, plan.facts, rng))
         placed = [word.text for word in page.words]
-        if all(placed.count(value) == 2 for value in facts.values()):
-            return page
+        if all(placed.count(value) == 2 for value in plan.facts.values()):
+            break
+    queries = tuple(_ask(plan, pair, rng) for pair in plan.asked)
+    return DemoPage(plan.name, plan.kind, plan.facts, page.image, queries, tuple(page.words))
 
 
 def _lines(kind: str, facts: dict[str, str], rng: Random) -> Iterator[list[str]]:
@@ -151,12 +171,13 @@ def _lines(kind: str, facts: dict[str, str], rng: Random) -> Iterator[list[str]]
     return iter([heading, *lines])
 
 
-def _ask(kind: str, names: list[str], facts: dict[str, str], rng: Random) -> str:
-    """A query for the facts called `names`, in words of its own: another order, other labels, synonyms."""
+def _ask(plan: Plan, pair: Pair, rng: Random) -> str:
+    """A query for a pair of the page's facts, in words of its own: another order, other labels, synonyms."""
+    names = [name for name, value in plan.facts.items() if value in pair]
     rng.shuffle(names)
-    parts = [rng.choice(OPENINGS).format(rng.choice(KINDS[kind]))]
+    parts = [rng.choice(OPENINGS).format(rng.choice(KINDS[plan.kind]))]
     for name in names:
-        value = facts[name]
+        value = plan.facts[name]
         if name == "goods" and rng.random() < 0.5:
             value = GOODS[value]
         parts.append(rng.choice(PHRASES[name]).format(value))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from colintern.data import jsonl, pdfs
 from colintern.data.collected import Collected, Shelf
-from colintern.data.demo import DemoPage, corpus
+from colintern.data.demo import Plan, corpus, draw, plans
 from colintern.data.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
 from colintern.data.images import png_bytes
 from colintern.data.own import Own, make
@@ -28,13 +28,13 @@ from colintern.files.manifest import (
     local_file,
     local_files,
 )
+from colintern.files.parallel import spread
 from colintern.params import Params, UserError, on_hub, root
 from colintern.rules import kernel_at, mixture
 
 DEMO = "demo"
 DEMO_SEED = 0  # of the corpus; the training seed is params.seed, so that seeds are compared on the same pages
-DEMO_TRAIN_PAGES, DEMO_DEV_PAGES, DEMO_TEST_PAGES = 1800, 100, 200
-DEMO_QUERIES = 2  # a training page
+DEMO_TRAIN_PAGES, DEMO_DEV_PAGES, DEMO_TEST_PAGES = 8000, 100, 200
 
 
 class Fetched(NamedTuple):
@@ -174,20 +174,18 @@ def _kind(name: str) -> Callable[[Path, Shelf], Collected] | None:
 
 
 def demo_training() -> Files:
-    """Draw the demo's training pages: two queries a page; the split `test` is the dev set, as on the hub."""
+    """Draw the demo's training pages, a query each; the split `test` is the dev set, as on the hub."""
     folder = "data/demo/train"
-    for split, drawn, pages, queries in (
-        ("train", "train", DEMO_TRAIN_PAGES, DEMO_QUERIES),
-        ("test", "dev", DEMO_DEV_PAGES, 1),
-    ):
-        rows = [row for page in corpus(drawn, pages, queries, DEMO_SEED) for row in _rows(page)]
+    for split, drawn, pages in (("train", "train", DEMO_TRAIN_PAGES), ("test", "dev", DEMO_DEV_PAGES)):
+        wanted = plans(drawn, pages, 1, DEMO_SEED)
+        rows = list(spread(_row, wanted, f"drawing pages ({drawn})", "page"))
         write_training_split(root() / folder, split, rows)
     return local_files(folder, TRAIN_SUFFIXES)
 
 
-def _rows(page: DemoPage) -> list[TrainingRow]:
-    png = png_bytes(page.image)
-    return [TrainingRow(png, page.name, query, source=f"colintern-demo-{page.kind}") for query in page.queries]
+def _row(plan: Plan) -> TrainingRow:
+    page = draw(plan)
+    return TrainingRow(png_bytes(page.image), page.name, page.queries[0], source=f"colintern-demo-{page.kind}")
 
 
 def demo_evaluation() -> Files:

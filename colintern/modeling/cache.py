@@ -40,6 +40,7 @@ class TensorCache:
         self.unpack = unpack
         self.top, self.folder, self.limit = top, top / name, limit
         self.pending: dict[str, torch.Tensor] = {}
+        self.waiting = 0  # bytes of `pending`
         self.full = limit == 0
         self.places: dict[str, Path] = {}
         self.open: dict[Path, Any] = {}
@@ -110,14 +111,15 @@ class TensorCache:
         if self.full or key in self:
             return
         self.pending[key] = value.detach().cpu().contiguous()
-        if size_of(self.pending) >= min(SHARD_BYTES, self.limit // 4):
+        self.waiting += value.nbytes
+        if self.waiting >= min(SHARD_BYTES, self.limit // 4):
             self.flush()
 
     def flush(self) -> None:
         """Write what is pending; where there is no room, say so once and keep nothing more."""
         if not self.pending:
             return
-        fresh, self.pending = self.pending, {}
+        fresh, self.pending, self.waiting = self.pending, {}, 0
         try:
             with locked(self.top / "write.lock"):
                 self.refresh()

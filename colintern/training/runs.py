@@ -6,6 +6,7 @@ run's files; the folder goes away once the adapter is in place.
 
 import csv
 import fcntl
+import math
 import os
 import shutil
 import sys
@@ -45,6 +46,7 @@ from colintern.training.watch import pace_findings
 
 ORPHANS = 30  # seconds after which a killed trainer's data loader should have ended; it looks every 5
 CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+EVALUATIONS = 4  # of the dev set in a run, at least
 COMPILERS = ("g++", "clang++")  # what torch looks for
 
 
@@ -149,8 +151,9 @@ def prepare(params: Params, place: str, scratch: Path, processes: Processes = AL
         raise UserError(f"batch_size: {params.batch_size} is more than the {len(train)} training pairs")
     if params.logging_steps > steps:
         raise UserError(f"logging_steps: {params.logging_steps} is more than the {steps} steps of this run")
-    # At the end of an epoch, but by steps: "epoch" comes after the step's checkpoint, which then lacks the score.
-    args.eval_steps = steps // params.epochs
+    # After each epoch, or each quarter of a run of fewer than four, and after the last step. By steps: "epoch" comes
+    # after the step's checkpoint, which then lacks the score.
+    args.eval_steps = math.ceil(steps / max(params.epochs, EVALUATIONS))
     if params.compile and not any(map(shutil.which, COMPILERS)):
         raise UserError(f"compile: true needs a C++ compiler, {' or '.join(COMPILERS)}: install one, or write false")
     set_seed(params.seed)

@@ -26,9 +26,9 @@ def pruner(settings: dict[str, Any]) -> Any:
     from optuna import pruners
 
     if settings["pruner"] == "median":
-        return pruners.MedianPruner(settings["startup_trials"], n_warmup_steps=settings["warmup_epochs"])
+        return pruners.MedianPruner(settings["startup_trials"], n_warmup_steps=settings["warmup_evaluations"])
     if settings["pruner"] == "hyperband":
-        return pruners.HyperbandPruner(min_resource=max(1, settings["warmup_epochs"]))
+        return pruners.HyperbandPruner(min_resource=max(1, settings["warmup_evaluations"]))
     return pruners.NopPruner()
 
 

@@ -70,15 +70,15 @@ def importance(weights: dict[str, float]) -> str:
 
 
 def curves(rows: Sequence[Any]) -> str:
-    """Dev NDCG@5 of each trial by epoch."""
+    """Dev NDCG@5 of each trial as it was trained."""
 
     def draw(axes: Axes) -> None:
         best = max(rows, key=lambda row: (row.state == "complete", row.score))
         for row in rows:
-            epochs = range(1, len(row.curve) + 1)
+            evaluations = range(1, len(row.curve) + 1)
             colour, width = (SECOND, 2.2) if row is best else (FIRST, 1.0)
-            axes.plot(epochs, row.curve, color=colour, linewidth=width, marker="o", markersize=3, alpha=0.85)
-        axes.set_xlabel("epoch")
+            axes.plot(evaluations, row.curve, color=colour, linewidth=width, marker="o", markersize=3, alpha=0.85)
+        axes.set_xlabel("evaluation")
         axes.set_ylabel("dev NDCG@5")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(0, 1)

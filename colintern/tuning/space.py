@@ -26,7 +26,7 @@ RULES = {
     "sampler": ("tpe or random", lambda v: v in ("tpe", "random")),
     "startup_trials": ("a whole number from 1", lambda v: type(v) is int and v >= 1),
     "pruner": ("median, hyperband or none", lambda v: v in ("median", "hyperband", "none")),
-    "warmup_epochs": ("a whole number from 0", lambda v: type(v) is int and v >= 0),
+    "warmup_evaluations": ("a whole number from 0", lambda v: type(v) is int and v >= 0),
     "against": (f"none, {BYTES} or {SECONDS}", lambda v: v in ("none", BYTES, SECONDS)),
 }
 

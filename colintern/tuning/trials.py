@@ -138,7 +138,7 @@ def tell(study: Any, store: Store, trial: Taken, name: str, code: int, text: str
         return finish(study, store, trial, name)
     if attributes.get(STOPPED):
         study.tell(trial.number, state=TrialState.PRUNED)
-        return f"pruned    after epoch {attributes[STOPPED]}"
+        return f"pruned    after evaluation {attributes[STOPPED]}"
     if AGAIN.search(text):
         put_back(study, trial.number)
         return "put back: stopped from outside"
