@@ -53,7 +53,7 @@ pr-report: export BASE := $(BASE)
 pr-report: $(ENV)  ## what HEAD changes against BASE=main, as Markdown: metrics, params, query by query, dvc.lock
 	@$(RUN) python .github/scripts/pr_report.py "$$BASE"
 
-sensitivity: $(ENV)  ## how the demo answers to lr, epochs, batch and rank, three seeds (27 runs)
+sensitivity: $(ENV)  ## how the demo answers to lr, epochs, batch and rank, three seeds (24 runs)
 	@$(RUN) python -m bench.sensitivity $(ARGS)
 
 study: repro  ## a study of 20 trials, two workers: what matters, and are the guide's settings in its best quarter

@@ -3,9 +3,10 @@
     python -m bench.heatmap    # after `make repro`; --adapter FOLDER
 
 A case is a test query on the page that answers it. Its map is the one reports and search show, of the query's own words
-(`heatmaps.standing_out`); it points at the answer where its hottest cell touches a word that states a fact asked for.
-`words`: the same of each asked word's own map and its own fact. `untrained`: cases before training. `chance`: of a cell
-drawn at random. Exit 1 below 90 % of the cases. The last line: `RESULT cases=... words=... untrained=... chance=...`.
+(`heatmaps.standing_out`); it points at the answer where its hottest cell touches a word that states the kind of page or
+a fact asked for. `words`: the same of each asked word's own map and its own place. `untrained`: cases before training.
+`chance`: of a cell drawn at random. Exit 1 below 90 % of the cases. The last line:
+`RESULT cases=... words=... untrained=... chance=...`.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from colintern.data.demo import GOODS, DemoPage, corpus
+from colintern.data.demo import GOODS, KINDS, DemoPage, corpus
 from colintern.files.manifest import check_base
 from colintern.modeling.embed import embed_pages, embed_queries
 from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
@@ -39,14 +40,12 @@ def touch(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def places(page: DemoPage, fact: str) -> list[Box]:
-    return [word.box for word in page.words if word.text == fact]
-
-
-def asked(page: DemoPage, tokens: list[str]) -> list[tuple[int, str]]:
-    """(token of the query, fact it asks for), also where it asks in another word."""
-    facts = [(name, fact) for fact in page.facts.values() for name in {fact, GOODS.get(fact, fact)}]
-    return [(tokens.index(name), fact) for name, fact in facts if name in tokens]
+def asked(page: DemoPage, tokens: list[str]) -> list[tuple[int, list[Box]]]:
+    """(token of the query, where the page says that) for the kind of page and both facts, also in another word."""
+    said = [({fact, GOODS.get(fact, fact)}, {fact}) for fact in page.facts.values()]
+    said.append((set(KINDS[page.kind]), set(KINDS[page.kind])))
+    boxes = [(names, [word.box for word in page.words if word.text in shown]) for names, shown in said]
+    return [(tokens.index(name), places) for names, places in boxes for name in names if name in tokens]
 
 
 def share(grid: Tensor, size: tuple[int, int], boxes: list[Box]) -> float:
@@ -67,12 +66,12 @@ def measure(model: Any, processor: Any, pages: list[DemoPage]) -> Pointed:
         size = page.image.size
         found = similarity_map(query, tokens, layout(processor, size)).page
         names = query_words(processor, page.queries[0])
-        facts = asked(page, [name.text for name in names])
-        assert len(facts) == 2, (page.queries, page.facts)
-        boxes = [box for _, fact in facts for box in places(page, fact)]
+        found_in = asked(page, [name.text for name in names])
+        assert len(found_in) == 3, (page.queries, page.facts)
+        boxes = [box for _, places in found_in for box in places]
         grid = standing_out(found[[name.own for name in names]])
         cases.append(any(touch(hottest(grid, size), box) for box in boxes))
-        words += [any(touch(hottest(found[i], size), box) for box in places(page, fact)) for i, fact in facts]
+        words += [any(touch(hottest(found[i], size), box) for box in places) for i, places in found_in]
         cells.append(share(grid, size, boxes))
     return Pointed(sum(cases) / len(cases), sum(words) / len(words), sum(cells) / len(cells))
 

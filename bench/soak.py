@@ -35,7 +35,7 @@ def copy(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
     sources = folder / "colintern" / "data" / "sources.py"
-    text, changed = re.subn(r"= 1800, 100, 200", "= 80, 20, 20", sources.read_text())
+    text, changed = re.subn(r"= 8000, 100, 200", "= 160, 20, 20", sources.read_text())
     assert changed == 1
     sources.write_text(text)
     params = folder / "params.yaml"

@@ -109,7 +109,7 @@ def cut_down(repo: Path) -> None:
         assert found == 1, key
     (repo / "params.yaml").write_text(params)
     sources = (repo / "colintern" / "data" / "sources.py").read_text()
-    sources, found = re.subn(rf"^{PAGES}.*$", f"{PAGES}32, 10, 10", sources, flags=re.MULTILINE)
+    sources, found = re.subn(rf"^{PAGES}.*$", f"{PAGES}64, 10, 10", sources, flags=re.MULTILINE)
     assert found == 1, PAGES
     (repo / "colintern" / "data" / "sources.py").write_text(sources)
 
@@ -280,7 +280,7 @@ def test_a_queued_experiment_runs_to_success(repo, experiment):
     logs = repo.output(f"dvc queue logs {name[1]}")
     assert re.search(rf"{name[1]}.*Success", status), f"{status}\n{logs[-6000:]}"
     assert ran(logs) == ["train", "eval"]
-    assert "page features: 0 computed, 42 of 42 pages in the cache" in logs, "the cache is found through DVC_ROOT too"
+    assert "page features: 0 computed, 74 of 74 pages in the cache" in logs, "the cache is found through DVC_ROOT too"
     rows = csv.DictReader(repo.output("dvc exp show --csv").splitlines())
     assert [float(row["lr"]) for row in rows if row["Experiment"] == name[1]] == [1e-3]
     assert load(repo.path / "params.yaml").lr == 0.006, "a queued run leaves the workspace alone"

@@ -235,9 +235,10 @@ def gone(tuner: int) -> None:
     time.sleep(2)
 
 
-def dev_scores(folder: Path) -> list[float]:
+def dev_scores(folder: Path) -> dict[int, float]:
+    """By step: of fewer than four epochs each quarter, and the last step."""
     with (folder / "plots" / "dev.csv").open() as file:
-        return [float(row["eval_ndcg_at_5"]) for row in csv.DictReader(file)]
+        return {int(row["step"]): float(row["eval_ndcg_at_5"]) for row in csv.DictReader(file)}
 
 
 def test_a_trial_reports_each_dev_score_and_ends_on_the_same_bytes(place, whole, tmp_path, search):
@@ -247,9 +248,10 @@ def test_a_trial_reports_each_dev_score_and_ends_on_the_same_bytes(place, whole,
     assert place.run(as_trial, store.url, trial.number, os.getpid()) == 0, place.log
     assert place.result() == whole
     reported = study.trials[0].intermediate_values
-    assert list(reported) == [1, 2] and list(reported.values()) == dev_scores(place.folder)
+    scores = dev_scores(place.folder)
+    assert list(scores) == [3, 6, 9, 10] and reported == dict(enumerate(scores.values(), start=1))
     measured = study.trials[0].user_attrs[told.MEASURED]
-    assert measured["dev_ndcg_at_5"] == round(reported[2], 6), "at full size the same score"
+    assert measured["dev_ndcg_at_5"] == round(reported[4], 6), "at full size the same score"
     assert measured["training_seconds"] > 0 and measured["vectors_per_page"] == 12 + 16
 
 
@@ -262,7 +264,7 @@ def test_a_trial_stops_when_told_and_leaves_nothing(place, tmp_path, search):
     trial = take(study, store, search, 9)
     (place.folder / "metrics" / "train.json").unlink(missing_ok=True)  # of the run that the fixture may have made
     assert place.run(as_trial, store.url, trial.number, os.getpid()) == 3, place.log
-    assert "stopped at step 5 of 10: the study found its dev score too low" in place.err
+    assert "stopped at step 3 of 10: the study found its dev score too low" in place.err
     assert not (place.folder / OUT).exists() and not (place.folder / "metrics" / "train.json").exists()
     assert not [path for path in (place.folder / ".scratch").iterdir() if path.is_dir()]
     attributes = study.trials[-1].user_attrs
@@ -279,7 +281,7 @@ def test_a_trial_whose_tuner_is_gone_leaves_a_checkpoint_for_the_second_try(plac
     assert (place.scratch / "checkpoint-7").is_dir()
     assert place.run(as_trial, store.url, again.number, os.getpid()) == 0, place.log
     assert "resuming from" in place.log and place.result() == whole
-    assert list(study.trials[1].intermediate_values) == [1, 2], "also what was measured before the kill"
+    assert list(study.trials[1].intermediate_values) == [1, 2, 3, 4], "also what was measured before the kill"
     small = study.trials[1].user_attrs[told.MEASURED]
     assert small["vectors_per_page"] == 12 + 16 / 4, "text, and what is left of 16 tokens of a tile"
 

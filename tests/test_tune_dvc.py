@@ -113,10 +113,10 @@ def test_a_study_ends_where_params_are_edited_under_it(repo):
     file, text = repo.path / "params.yaml", (repo.path / "params.yaml").read_text()
     process = start(repo, "edited", "--study edited --trials 4")
     until(lambda: any(STARTED in t.user_attrs for t in trials(repo, "edited")), "the first trial trains")
-    file.write_text(text.replace("temperature: 0.02", "temperature: 0.03"))
+    file.write_text(text.replace("temperature: 0.015", "temperature: 0.03"))
     assert process.wait(300) == 2, (repo.path / "logs" / "edited").read_text()
     file.write_text(text)
-    assert "params.yaml: temperature was 0.02, is 0.03" in (repo.path / "logs" / "edited").read_text()
+    assert "params.yaml: temperature was 0.015, is 0.03" in (repo.path / "logs" / "edited").read_text()
     *done, stopped, again = trials(repo, "edited")
     assert (stopped.state.name, again.state.name) == ("FAIL", "WAITING") and stopped.params == again.params
     for trial in done:
@@ -157,9 +157,9 @@ def test_another_space_is_refused(repo, tune):
     assert code == 2 and "other values of the space of tune.yaml" in said
     (repo.path / "tune.yaml").write_text(SPACE)
     text = (repo.path / "params.yaml").read_text()
-    (repo.path / "params.yaml").write_text(text.replace("temperature: 0.02", "temperature: 0.03"))
+    (repo.path / "params.yaml").write_text(text.replace("temperature: 0.015", "temperature: 0.03"))
     code, said = tune("--trials", "3", "--study", "s")
-    assert code == 2 and "params.yaml: temperature was 0.02, is 0.03" in said
+    assert code == 2 and "params.yaml: temperature was 0.015, is 0.03" in said
 
 
 def test_a_lock_with_the_conflicts_of_a_merge_is_refused(repo, tune):
