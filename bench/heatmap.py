@@ -42,10 +42,10 @@ def touch(a: Box, b: Box) -> bool:
 
 def asked(page: DemoPage, tokens: list[str]) -> list[tuple[int, list[Box]]]:
     """(token of the query, where the page says that) for the kind of page and both facts, also in another word."""
-    said = [({fact, GOODS.get(fact, fact)}, {fact}) for fact in page.facts.values()]
-    said.append((set(KINDS[page.kind]), set(KINDS[page.kind])))
-    boxes = [(names, [word.box for word in page.words if word.text in shown]) for names, shown in said]
-    return [(tokens.index(name), places) for names, places in boxes for name in names if name in tokens]
+    shown: dict[str, tuple[str, ...]] = dict.fromkeys(KINDS[page.kind], KINDS[page.kind])
+    shown |= {name: (fact,) for fact in page.facts.values() for name in (fact, GOODS.get(fact, fact))}
+    spoken = [name for name in shown if name in tokens]
+    return [(tokens.index(name), [word.box for word in page.words if word.text in shown[name]]) for name in spoken]
 
 
 def share(grid: Tensor, size: tuple[int, int], boxes: list[Box]) -> float:

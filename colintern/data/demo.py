@@ -99,7 +99,6 @@ class Plan:
     facts: dict[str, str]
     asked: list[Pair]
     seed: str
-    align: float
 
 
 @dataclass(frozen=True)
@@ -120,12 +119,12 @@ def split_of(pair: Pair) -> str:
     return "train" if bucket < 0.6 else "dev" if bucket < 0.7 else "test"
 
 
-def corpus(split: str, pages: int, queries_per_page: int, seed: int, align: float = 0.0) -> list[DemoPage]:
+def corpus(split: str, pages: int, queries_per_page: int, seed: int) -> list[DemoPage]:
     """The pages of `plans`, drawn."""
-    return list(map(draw, plans(split, pages, queries_per_page, seed, align)))
+    return list(map(draw, plans(split, pages, queries_per_page, seed)))
 
 
-def plans(split: str, pages: int, queries_per_page: int, seed: int, align: float = 0.0) -> list[Plan]:
+def plans(split: str, pages: int, queries_per_page: int, seed: int) -> list[Plan]:
     """Pages whose queries ask only for pairs of facts that belong to `split`.
 
     One page of the split is of the kind that a query names and states its pair, so every query has one right answer.
@@ -145,7 +144,7 @@ def plans(split: str, pages: int, queries_per_page: int, seed: int, align: float
         stated.update((kind, pair) for pair in pairs)
         asked.update((kind, pair) for pair in chosen)
         name = f"{split}-{len(made):05d}.png"
-        made.append(Plan(name, kind, facts, chosen, f"{seed}/{name}", align))
+        made.append(Plan(name, kind, facts, chosen, f"{seed}/{name}"))
     return made
 
 
@@ -153,7 +152,7 @@ def draw(plan: Plan) -> DemoPage:
     """Draw a page, until every fact has found both its places on it, and put its queries in words."""
     rng = Random(plan.seed)
     while True:
-        page = Page(Random(rng.random()), align=plan.align)
+        page = Page(Random(rng.random()))
         LAYOUTS[plan.kind](page, _lines(plan.kind, plan.facts, rng))
         placed = [word.text for word in page.words]
         if all(placed.count(value) == 2 for value in plan.facts.values()):
