@@ -117,6 +117,33 @@ def test_the_gradient_of_several_processes_is_that_of_one(tmp_path, pages, chang
             assert distance(found[0][3], own) == 0, "the processes go on alike"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory",
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in the CUDA documentation",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_lack_of_memory_is_known_by_any_name(words):
+    """As torch's AcceleratorError, which is no OutOfMemoryError, and as Triton's RuntimeError."""
+    import torch
+
+    from colintern.training.processes import ALONE
+
+    def fail(kind, words):
+        raise kind(words)
+
+    for kind in (torch.AcceleratorError, RuntimeError):
+        assert not issubclass(kind, torch.OutOfMemoryError)
+        with pytest.raises(torch.OutOfMemoryError):
+            ALONE.together(lambda kind=kind: fail(kind, words))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        ALONE.together(lambda: fail(torch.AcceleratorError, "CUDA error: an illegal memory access was encountered"))
+
+
 def test_a_number_format_of_the_launcher_is_refused(monkeypatch):
     from colintern.params import UserError
     from colintern.training.processes import joined

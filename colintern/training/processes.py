@@ -29,7 +29,9 @@ GRACE = 45  # seconds that a signalled process has for its checkpoint, and a hun
 PDEATHSIG = 1  # of prctl
 SIDES = ("query", "page")
 PRECISION = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
-NO_ROOM = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")  # lack of memory under other names
+# Lack of memory under other names. Kernels and what cuDNN and Triton compile are loaded beside torch's allocator, which
+# by then may hold all there is: torch's AcceleratorError, or a RuntimeError, and no OutOfMemoryError.
+NO_ROOM = ("DefaultCPUAllocator", "out of memory", "OUT_OF_MEMORY", "STATUS_ALLOC_FAILED")
 
 
 def start(params: Params, module: str) -> None:
