@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import math
+import os
+import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 
 from bench.curves import EXPECTED, FOLDER, TUNED_ON, judge
@@ -239,3 +242,23 @@ def test_memory_is_that_of_the_machine_or_of_the_container(tmp_path):
 
 def test_without_a_step_nothing_is_measured():
     assert Pace().values() == {} and pace_findings({}, PARAMS) == []
+
+
+def test_nobody_waits_for_what_tells_the_use_of_the_gpu(monkeypatch, tmp_path):
+    """It takes a while to start, in which a GPU that waits would be told to be idle."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nsleep 0.5\necho 97\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = SimpleNamespace(uuid="0", total_memory=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    pace = Pace()
+    start = time.monotonic()
+    pace.on_log(None, None, None)
+    pace.on_log(None, None, None)
+    assert time.monotonic() - start < 0.4 and pace.gpu_use == []
+    pace.asked.wait()
+    pace.on_log(None, None, None)
+    assert pace.gpu_use == [0.97]
+    pace.asked.wait()

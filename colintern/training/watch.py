@@ -55,6 +55,7 @@ class Pace(TrainerCallback):
         self.steps: list[float] = []  # seconds
         self.waited = self.since = self.memory = 0.0
         self.gpu_use: list[float] = []  # shares
+        self.asked: subprocess.Popen[str] | None = None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.since = time.perf_counter()
@@ -70,8 +71,11 @@ class Pace(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.memory = max(self.memory, memory_share())
-        if torch.cuda.is_available() and (use := gpu_use()) is not None:
-            self.gpu_use.append(use)
+        # Answers while the next steps run: waiting for it would leave the GPU idle, and that is what it would tell.
+        if torch.cuda.is_available() and (self.asked is None or self.asked.poll() is not None):
+            if self.asked and (use := gpu_use(self.asked)) is not None:
+                self.gpu_use.append(use)
+            self.asked = ask_gpu_use()
         self.since = time.perf_counter()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -141,11 +145,19 @@ def memory_share(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys
     return share
 
 
-def gpu_use() -> float | None:
-    """Share of the last moments (a sixth of a second to a second) in which the GPU ran a kernel; None if not told."""
+def ask_gpu_use() -> "subprocess.Popen[str] | None":
+    """Start the driver's program that tells it; None where there is none."""
     card = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
     try:
-        done = subprocess.run((*QUERY, card), capture_output=True, text=True, timeout=10)
-        return int(done.stdout) / 100
-    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return subprocess.Popen((*QUERY, card), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        return None
+
+
+def gpu_use(asked: "subprocess.Popen[str]") -> float | None:
+    """What it told once it has ended: the share of its last moments (a sixth of a second to a second) in which the GPU
+    ran a kernel; None if not told."""
+    try:
+        return int(asked.communicate()[0]) / 100
+    except ValueError:
         return None
