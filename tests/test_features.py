@@ -90,6 +90,20 @@ def test_a_cache_that_is_too_small_computes_the_rest_each_time(model, processor,
     assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
 
 
+def test_a_folder_that_cannot_be_written_is_read_and_the_rest_is_computed(model, processor, pages, tmp_path, capsys):
+    """As where it is mounted read-only, or somebody else's: no lock can be taken."""
+    known = list(map(Page.of, pages))
+    PageFeatures(model, processor, tmp_path, 1.0, "exact").fill(known[:2], workers=0)
+    for lock in tmp_path.glob("*.lock"):
+        lock.unlink()
+        lock.mkdir()
+    features = PageFeatures(model, processor, tmp_path, 1.0, "exact")
+    features.fill(known, workers=0)
+    assert "0 computed, 2 of 4 pages in the cache" in capsys.readouterr().out
+    have = embed_features(model, processor, map(features, known), 4)
+    assert all(map(torch.equal, have, embed_pages(model, processor, pages, 4)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fp8_takes_66_bytes_for_64_values_and_its_error_is_bounded_and_told(dtype):
     draw = torch.Generator().manual_seed(0)

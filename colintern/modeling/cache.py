@@ -125,8 +125,12 @@ class TensorCache:
                 self.refresh()
                 self._write({key: value for key, value in fresh.items() if key not in self.places})
         except (OSError, SafetensorError) as error:  # also a full disk, or a folder of somebody else's
-            self.full = True
-            logger.warning("%s: keeps no more, the rest is computed each time: %s", self.top, error)
+            self.stop(error)
+
+    def stop(self, why: Exception) -> None:
+        """Keep nothing more; what is kept is still read."""
+        self.full = True
+        logger.warning("%s: keeps no more, the rest is computed each time: %s", self.top, why)
 
     def _write(self, fresh: dict[str, torch.Tensor]) -> None:
         if not fresh:

@@ -8,6 +8,7 @@ from. Deleting the cache costs time and changes no result.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -109,10 +110,16 @@ class PageFeatures:
         computed = 0
         # A second process waits, and finds the first one's work.
         lock = self.cache.top / f"{self.cache.folder.name}.lock"
-        with locked(lock, f"page features: another process computes them, waiting for it ({lock})"):
+        waiting = f"page features: another process computes them, waiting for it ({lock})"
+        with ExitStack() as held:
+            try:
+                held.enter_context(locked(lock, waiting))
+            except OSError as error:  # a folder that is mounted read-only, or somebody else's
+                self.cache.stop(error)
             self.cache.refresh()
             self.cache.keep(distinct)
-            missing = {key: page for key, page in distinct.items() if key not in self.cache}
+            may = not self.cache.full
+            missing = {key: page for key, page in distinct.items() if may and key not in self.cache}
             # A generator of its own: the loader must not draw from the training's random numbers.
             loader = DataLoader(
                 Tiles(list(missing.values()), self.processor),
