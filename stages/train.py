@@ -18,7 +18,6 @@ if not sys.stderr.isatty():
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from colintern.data.trainset import training_data
-from colintern.files.jsonfile import dumps
 from colintern.files.manifest import ready
 from colintern.files.outs import check_outs
 from colintern.params import exit_on_user_error, load
@@ -42,9 +41,6 @@ def main() -> None:
 
         metrics = train(params, Path("experiments/colintern"), processes)
         if processes.main:
-            path = Path("metrics/train.json")
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(dumps(metrics))
             print(" ".join(f"{key}={value}" for key, value in metrics.items() if key != "health"))
 
 

@@ -124,6 +124,16 @@ def test_t3_killed_after_the_last_save_no_step_more_is_made(place, whole):
     assert place.result() == whole
 
 
+def test_t3_metrics_that_cannot_be_written_cost_no_step(place, whole):
+    metrics = place.folder / "metrics" / "train.json"
+    metrics.unlink(missing_ok=True)  # of the run that the fixture may have made
+    metrics.mkdir()
+    assert place.run() == 1, place.log
+    metrics.rmdir()
+    assert place.run(no_step) == 0, place.log
+    assert place.result() == whole
+
+
 @pytest.mark.parametrize("fault", ["cut", "empty", "missing", "bit", "list"])
 def test_t4_a_rotten_checkpoint_is_named_and_the_one_before_is_used(place, whole, fault):
     assert place.run(at_step, 8, kill) == -signal.SIGKILL

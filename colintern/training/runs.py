@@ -51,7 +51,7 @@ COMPILERS = ("g++", "clang++")  # what torch looks for
 
 
 def train(params: Params, out: Path, own: Processes = ALONE) -> dict[str, Any]:
-    """Train and write the adapter to `out`, its curves to plots/; returns the metrics.
+    """Train and write the adapter to `out`, its curves to plots/, and metrics/train.json; returns what is in the last.
 
     Raises:
         UserError: data or base are missing or changed, the LoRA targets are wrong, the tracker's package is missing,
@@ -226,7 +226,7 @@ def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any]
     # Stands beside the dev score, which is of the same kind as the queries.
     pseudo = {"queries": "pseudo-queries, made by a program"} if asks_pseudo_queries() else {}
     rounding = {} if (error := trainer.dev.features.error) is None else {"feature_error": round(error, 6)}
-    return (
+    metrics = (
         pseudo
         | rounding
         | {
@@ -238,6 +238,11 @@ def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any]
             "health": stored(judged.findings),
         }
     )
+    # Here and not in the stage: the checkpoints go once all that DVC asks for is in place.
+    path = Path("metrics/train.json")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(dumps(metrics))
+    return metrics
 
 
 def write_csv(path: Path, records: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
