@@ -231,11 +231,13 @@ def stopped(pid: int) -> bool:
 
 @pytest.fixture
 def small_disk(place):
-    """`.scratch` on a disk of its own: (size in bytes) -> None."""
-    folder = place.folder / ".scratch"
-    folder.mkdir()
+    """`.scratch`, or what `name` says, on a disk of its own: (size in bytes) -> None."""
+    mounted = []
 
-    def mount(size: int) -> None:
+    def mount(size: int, name: str = ".scratch") -> None:
+        folder = place.folder / name
+        folder.mkdir()
+        mounted.append(str(folder))
         done = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
         )
@@ -243,7 +245,7 @@ def small_disk(place):
             pytest.skip(f"a small disk needs the right to mount a tmpfs: {done.stderr.strip()}")
 
     yield mount
-    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+    subprocess.run(["umount", "-l", *mounted], capture_output=True)
 
 
 def test_t8_a_small_disk_is_known_at_the_start(place, small_disk):
@@ -270,6 +272,15 @@ def test_t8_a_disk_that_fills_up_costs_no_checkpoint(place, whole, small_disk):
     assert sorted(path.name for path in place.scratch.iterdir()) == ["checkpoint-3", "trainer_state.json"]
     (place.folder / ".scratch" / "other").unlink()
     assert place.run() == 0, place.log
+    assert place.result() == whole
+
+
+def test_t8_a_disk_without_room_for_the_adapter_costs_no_step(place, whole, small_disk):
+    small_disk(40_000, "experiments")
+    assert place.run() == 2, place.log
+    assert re.search(r"experiments: the adapter would need [\d.]+ MB, have 0\.0 MB", place.log), place.log
+    subprocess.run(["mount", "-o", "remount,size=40000000", str(place.folder / "experiments")], check=True)
+    assert place.run(no_step) == 0, place.log
     assert place.result() == whole
 
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,6 @@ def run(trainer: ContrastiveTrainer, scratch: Path, checkpoint: str) -> None:
         UserError: the disk is full; the last good checkpoint is kept.
         NonFiniteError: see `train`.
     """
-    model: Any = trainer.model
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     scratch.mkdir(parents=True, exist_ok=True)
     if checkpoint:
         print(f"resuming from {checkpoint}")
@@ -114,16 +112,30 @@ def run(trainer: ContrastiveTrainer, scratch: Path, checkpoint: str) -> None:
             trainer.tally.on_train_begin(None, state, None)
             return
     else:
-        check_room(scratch, room(trained), "checkpoints and adapter")
+        check_room(scratch, room(trained(trainer)), "checkpoints and adapter")
     try:
-        trainer.train(resume_from_checkpoint=checkpoint or None)
+        with full_disk_told(scratch / SAVING, trainer, lambda: f"the checkpoint of step {trainer.state.global_step}"):
+            trainer.train(resume_from_checkpoint=checkpoint or None)
     except NonFiniteError:
         if trainer.processes.main:
             shutil.rmtree(scratch)  # a rerun would go on to the same end
         raise
-    except (OSError, RuntimeError, SafetensorError):  # what a full disk makes of torch's and safetensors' writers
-        shutil.rmtree(scratch / SAVING, ignore_errors=True)
-        check_room(scratch, size(trained), f"the checkpoint of step {trainer.state.global_step} would")
+
+
+def trained(trainer: ContrastiveTrainer) -> int:
+    """Parameters that are trained."""
+    model: Any = trainer.model
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@contextmanager
+def full_disk_told(made: Path, trainer: ContrastiveTrainer, what: Callable[[], str]) -> Iterator[None]:
+    """Raises UserError for what a full disk makes of torch's and safetensors' writers; `made`, half-written, goes."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError):
+        shutil.rmtree(made, ignore_errors=True)
+        check_room(made.parent, size(trained(trainer)), f"{what()} would")
         raise
 
 
@@ -203,9 +215,10 @@ def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any]
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     wrapped: Any = trainer.model
-    wrapped.save_pretrained(partial)
-    wrapped.base_model.model.save_head(partial)
-    trainer.processor.save_pretrained(partial)
+    with full_disk_told(partial, trainer, lambda: "the adapter"):
+        wrapped.save_pretrained(partial)
+        wrapped.base_model.model.save_head(partial)
+        trainer.processor.save_pretrained(partial)
     (partial / "identity.json").write_text(dumps(identity))
     # No train_loss or total_flos: the first differs after a resume, and both are of no use to a reader of this file.
     state = {
