@@ -151,6 +151,15 @@ def test_the_remedy_follows_from_the_cause():
     assert short.remedy == "epochs: 8"
 
 
+def test_a_remedy_can_be_followed():
+    """No more of the learning rate where the warm-up never ended; no fewer epochs than one."""
+    slow = curve(share=lambda x: 1.0 - 0.1 * x)
+    assert health(slow, dataclasses.replace(PARAMS, warmup_steps=400), CHANCE).remedy == "warmup_steps: 20"
+    once = [row | {"epoch": row["epoch"] / 4} for row in curve(dev=(0.5, 0.9, 0.8, 0.6))]
+    found = stored(health(once, dataclasses.replace(PARAMS, epochs=1), CHANCE).findings)
+    assert found["wrong"] == {"dev NDCG@5": "warn -> a lower lr"}
+
+
 def test_what_is_stored_can_be_compared_and_holds_the_remedy():
     found = stored(health(curve(dev=(0.5, 0.9, 0.8, 0.6)), PARAMS, CHANCE).findings)
     assert found["wrong"] == {"dev NDCG@5": "warn -> fewer epochs, or a lower lr"}

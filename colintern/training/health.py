@@ -126,6 +126,8 @@ def dead(c: Curve) -> bool:
 def cure(c: Curve) -> str:
     """What to do about a loss that does not fall."""
     fell = dead(c) or mean(c.tail) > 1.1 * min(c.losses)  # it was lower before
+    if not fell and c.params.warmup_steps >= c.steps:  # the learning rate never came to its peak
+        return f"warmup_steps: {int(c.steps / 10)}"
     larger = "" if c.params.batch_size >= SMALL else f"; batch_size: {SMALL}"
     return f"{calmer(c.params) if fell else f'lr: {3 * c.params.lr:.2g}'}{larger}; else {MATCH}"
 
@@ -200,7 +202,8 @@ def dev_score(c: Curve) -> Answer | None:
     last, best = c.dev[-1], max(c.dev)
     seen = f"{last:.3f}, best {best:.3f}, chance {c.chance:.3f}"
     least = min(2 * c.chance, (1 + c.chance) / 2)  # the latter where there are only a few pages
-    remedy = cure(c) if last < least else "fewer epochs, or a lower lr"
+    calm = "fewer epochs, or a lower lr" if c.params.epochs > 1 else "a lower lr"
+    remedy = cure(c) if last < least else calm
     return Answer(last < 0.8 * best, last < least, last, seen, remedy)
 
 
