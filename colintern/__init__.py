@@ -3,6 +3,7 @@
 rules        what a value of params.yaml must be
 params       params.yaml as a checked object
 tiles        how a page is cut
+pixels       what any image is as a page
 maxsim       the score
 causal       attention on a CPU
 model        the model: a page or a query in, many vectors out

@@ -17,6 +17,7 @@ from transformers import BatchFeature, InternVLProcessor
 from transformers.image_utils import SizeDict
 
 from colintern.maxsim import maxsim_scores
+from colintern.pixels import rgb
 from colintern.tiles import Grid, choose_grid
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
 
     def _cut(self, image: Image.Image) -> torch.Tensor:
         """The page's tiles as (n, 3, tile, tile) uint8."""
-        page = pil_to_tensor(image.convert("RGB"))
+        page = pil_to_tensor(rgb(image))
         grid, side, resample = self.grid(page.shape[1:]), self.tile, self.image_processor.resample
         resize = self.image_processor.resize
         canvas = resize(page, SizeDict(height=grid.rows * side, width=grid.cols * side), resample=resample)

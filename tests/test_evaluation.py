@@ -13,6 +13,7 @@ from random import Random
 
 import datasets
 import mteb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,7 +26,7 @@ from transformers import BatchFeature
 
 from colintern.data.benchmarks import tasks_for
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
-from colintern.data.images import png_bytes
+from colintern.data.images import decode, png_bytes
 from colintern.evaluation import tasks as evaluation
 from colintern.evaluation.scores import METRICS, SIZES, Scores, collect, report, score_rows, size
 from colintern.evaluation.subjects import Subject, subjects
@@ -36,6 +37,7 @@ from colintern.modeling.embed import embed_pages, embed_queries
 from colintern.modeling.features import PageFeatures
 from colintern.mteb_model import ColIntern3_5Encoder
 from colintern.params import Params, UserError, load
+from colintern.reporting.pictures import picture
 
 PAGES, COLOURS = 110, 512
 RECIPE = load(Path(__file__).parents[1] / "recipes" / "demo.yaml")
@@ -317,6 +319,34 @@ def test_cached_features_change_no_byte_of_the_results(workspace, model, process
         assert len(features.cache.places) == (4 if state == "warm" else 0)
         found = evaluate(subject(model, processor, state, features), params, f"out/{state}")
         assert found == plain and files_of(f"out/{state}") == files_of("out/plain")
+
+
+def test_a_page_is_the_same_page_in_an_evaluation_as_in_training(workspace, model, processor, pages):
+    """mteb hands on what Pillow opens: transparent pixels are black in it, and 16-bit grey above 255 is white."""
+    clear = pages[0].convert("RGBA")
+    clear.putalpha(pages[0].convert("L").point(lambda value: 255 * (value < 128)))
+    clear.paste((0, 0, 0, 0), mask=clear.getchannel("A").point(lambda value: 255 - value))
+    deep = Image.fromarray(np.asarray(pages[3].convert("L")).astype(np.uint16) * 128)
+    files = []
+    for image in (clear, deep):
+        image.save(workspace / "page.png")
+        files.append((workspace / "page.png").read_bytes())
+    write_beir(
+        Path(FOLDER),
+        [CorpusPage(i, data, f"{i}.png") for i, data in enumerate(files)],
+        [Query(0, "from Oslo")],
+        [Qrel(0, 0)],
+    )
+    [(_, task)] = tasks_for(write_manifest(FOLDER))
+    task.load_data()
+    seen = list(task.corpus["test"]["image"])
+    assert [image.mode for image in seen] == ["RGBA", "I;16"]
+    trained_on = embed_pages(model, processor, [decode(data) for data in files], 2)
+    for features in (None, PageFeatures(model, processor, workspace / "features", 1.0, "exact")):
+        found = ColIntern3_5Encoder(model, processor, "colintern/real", "a" * 40, features).pages(seen)
+        for one, other in zip(found, trained_on, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    assert picture(clear) == picture(decode(files[0])), "nor does a report show another one"
 
 
 def test_each_query_is_kept_with_what_mteb_scored_it_with(params):

@@ -22,7 +22,7 @@ ROOMS = [
     {"mteb_model"},
     {"data", "modeling"},
     {"files", "model", "processor"},
-    {"tiles", "maxsim", "causal"},
+    {"tiles", "pixels", "maxsim", "causal"},
     {"params"},
     {"rules"},
 ]

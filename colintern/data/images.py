@@ -3,8 +3,9 @@
 import io
 import warnings
 
-import numpy as np
 from PIL import ExifTags, Image, ImageOps
+
+from colintern.pixels import rgb
 
 # Pillow only warns above this number of pixels (256 MB as RGB); here it is the limit. A3 at 600 dpi has 70 million.
 MAX_PIXELS = 89_478_485
@@ -18,17 +19,14 @@ class BadImage(ValueError):
 def decode(data: bytes) -> Image.Image:
     """The page as an upright RGB image.
 
-    Its EXIF orientation is applied, transparency is put on white paper, 16-bit grey is scaled to 8 bits, CMYK and
-    palettes are converted.
+    Its EXIF orientation is applied; for the rest see `pixels.rgb`.
 
     Raises:
         BadImage: not an image, cut off, of more than `MAX_PIXELS`, of several pages, or of a mode without a scale.
     """
     image = _open(data)
     try:
-        return _rgb(ImageOps.exif_transpose(image))
-    except BadImage:
-        raise
+        return rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and others
         raise BadImage(f"cannot be decoded: {error}") from error
 
@@ -86,15 +84,3 @@ def _pages(image: Image.Image) -> int:
         return getattr(image, "n_frames", 1)
     except Exception as error:  # to count them the decoders read what may be damaged
         raise BadImage(f"cannot be decoded: {error}") from error
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise BadImage("floating-point pixels, whose white is not known")
-    if image.mode.startswith("I"):  # Pillow's own conversion would turn everything above 255 white
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        paper = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(paper, layer).convert("RGB")
-    return image.convert("RGB")

@@ -26,7 +26,10 @@ from colintern.files.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, local
 from colintern.params import UserError
 
 MADE = "data/own/.made"
-CODE = ("own.py", "collected.py", "pdfs.py", "jsonl.py", "pseudo.py", "splits.py", "images.py", "formats.py")
+CODE = (
+    *("own.py", "collected.py", "pdfs.py", "jsonl.py", "pseudo.py", "splits.py", "images.py", "formats.py"),
+    "../pixels.py",
+)
 LIBRARIES = ("pypdfium2", "pillow", "pyarrow")
 
 

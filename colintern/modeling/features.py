@@ -24,13 +24,14 @@ from colintern.files.identity import content_hash
 from colintern.files.lock import locked
 from colintern.modeling import fp8
 from colintern.modeling.cache import TensorCache
+from colintern.pixels import rgb
 
 SAMPLE = 64  # pages over which the error of fp8 is told: always the same, whatever the cache holds
 FEATURES = "data/.features"  # below the repository's root
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow")
 CODE = (
     *("causal.py", "data/images.py", "modeling/attention.py", "modeling/features.py", "modeling/fp8.py"),
-    *("model.py", "processor.py", "tiles.py"),
+    *("model.py", "pixels.py", "processor.py", "tiles.py"),
 )
 
 
@@ -43,7 +44,7 @@ class Page(NamedTuple):
     @classmethod
     def of(cls, image: Image) -> "Page":
         """A decoded page, keyed by its pixels."""
-        image = image.convert("RGB")
+        image = rgb(image)
         pixels = hashlib.sha256(f"{image.size}".encode())
         pixels.update(image.tobytes())
         return cls(pixels.hexdigest(), partial(_same, image))

@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from colintern.pixels import rgb
+
 SIDE = 900  # pixels of a picture's longer side: text of 10 points on A4 can be read
 QUALITY = 60
 # Multiplied with the page: what does not stand out leaves it white, and its text stays readable at any heat.
@@ -16,7 +18,7 @@ SHADES = 32
 
 def picture(image: Image.Image) -> str:
     """A page as WebP."""
-    small = image.convert("RGB")
+    small = rgb(image)
     if max(small.size) > SIDE:
         small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     return _uri(small, "webp", quality=QUALITY, method=4)

@@ -39,6 +39,7 @@ CODE = (
     "data/pdfs.py",
     "model.py",
     "modeling/embed.py",
+    "pixels.py",
     "processor.py",
     "tiles.py",
     "search/index.py",
