@@ -213,7 +213,9 @@ def test_results_of_smaller_embeddings_are_not_those_of_whole_ones(tmp_path, mon
         place.mkdir(parents=True)
         (place / "run.json").write_text(json.dumps({"revision": "1", "params": params}))
     assert find("1", None).name == "a" and find("1", None, full=True).name == "b"
-    shutil.rmtree("results/evaluate/b")
+    Path("results/evaluate/b").rename("results/evaluate/a/pool1-dim128")
+    assert find("1", None, full=True).name == "pool1-dim128", "one of several sizes that were evaluated at once"
+    shutil.rmtree("results/evaluate/a/pool1-dim128")
     with pytest.raises(UserError, match="is of it with pool_factor 1, dim 128; evaluate it"):
         find("1", None, full=True)
 

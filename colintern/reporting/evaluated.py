@@ -16,7 +16,7 @@ from colintern.evaluation.verdicts import PUBLISHED, TARGETS
 from colintern.params import Params, UserError
 from colintern.reporting.plots import Bar
 
-PLACES = ("results/mteb_evaluation", "results/evaluate/*")
+PLACES = ("results/mteb_evaluation", "results/evaluate/*", "results/evaluate/*/pool*-dim*")
 SETTINGS = (
     "attention",
     "dim",
