@@ -203,6 +203,7 @@ def rewritten(part: str, rows: Callable[[list[dict]], list[dict]]) -> None:
         ("queries", lambda rows: [*rows, rows[3]], "query-id 48 is in 2 rows"),
         ("qrels", lambda rows: [rows[0] | {"score": 0}, *rows[1:]], "query 45: .* with a score above 0"),
         ("qrels", lambda rows: [rows[0] | {"score": None}, *rows], "qrels: the score None of query 45"),
+        ("qrels", lambda rows: [*rows, rows[0] | {"score": 0}], "page 45 of query 45 has the scores 1 and 0"),
         ("qrels", lambda rows: [{k: v for k, v in row.items() if k != "score"} for row in rows], "no column score"),
     ],
 )

@@ -79,7 +79,8 @@ def check_judgements(part: Part) -> None:
 
     Raises:
         UserError: a table without rows, an id given twice, an empty query, a query for which no qrel names a page with
-            a score above 0, or a qrel whose score is no whole number or whose query or page is missing.
+            a score above 0, a page with two scores for one query, or a qrel whose score is no whole number or whose
+            query or page is missing.
     """
     pages = rows_of(part, "corpus", ["corpus-id"])
     queries = rows_of(part, "queries", ["query-id", "query"])
@@ -96,7 +97,12 @@ def check_judgements(part: Part) -> None:
         for row in queries
         if row["query-id"] not in asked
     ]
+    scores: dict[tuple[Any, Any], Any] = {}
     for row in judged:
+        first = scores.setdefault((row["query-id"], row["corpus-id"]), row["score"])
+        if first != row["score"]:  # mteb would take the last
+            two = f"{first} and {row['score']}"
+            faults.append(f"qrels: the page {row['corpus-id']} of query {row['query-id']} has the scores {two}")
         if not _whole(row["score"]):
             faults.append(f"qrels: the score {row['score']!r} of query {row['query-id']} is no whole number")
         if row["query-id"] not in query_ids:
