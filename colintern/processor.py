@@ -199,11 +199,11 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
     def score_multi_vector(qs, ps, batch_size: int = 128, device=None) -> torch.Tensor:
         """MaxSim scores, (n_queries, n_pages) float32 on the CPU.
 
-        Unlike colpali-engine's, no padding takes part in the maximum. A padded (n, length, 128) tensor is taken
-        too: its all-zero rows are the padding `ColIntern3_5` writes.
+        Unlike colpali-engine's, no padding takes part in the maximum: all-zero rows are the padding `ColIntern3_5`
+        writes, in a padded (n, length, 128) tensor as in the list that colpali-engine's users make of it.
         """
-        unpad = lambda es: [e[e.abs().sum(-1) > 0] if isinstance(es, torch.Tensor) else e for e in es]  # noqa: E731
-        return maxsim_scores(unpad(qs), unpad(ps))
+        qs, ps = ([e[(e != 0).any(-1)] for e in es] for es in (qs, ps))  # a row with NaN is broken, not padding
+        return maxsim_scores(qs, ps)
 
     def get_n_patches(self, image_size: tuple[int, int], *args, **kwargs) -> tuple[int, int]:
         """Visual tokens across and down a page of `image_size` = (height, width), its thumbnail left out."""

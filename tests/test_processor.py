@@ -121,6 +121,10 @@ def test_scores_are_maxsim_without_padding(processor):
     padded = torch.nn.utils.rnn.pad_sequence([p[0], torch.tensor([[-0.5, 0.0], [-0.6, 0.0]])], batch_first=True)
     assert processor.score([q], p).tolist() == [[-1.0, -0.5]]
     assert processor.score(q[None], padded).tolist() == [[-1.0, -0.5]]
+    assert processor.score(list(q[None]), list(padded)).tolist() == [[-1.0, -0.5]], "as a model's card shows it"
+    padded[0, 0, 1] = torch.nan
+    with pytest.raises(ValueError, match="embeddings are broken"):
+        processor.score(q[None], padded)
 
 
 def test_the_bounds_travel_with_the_processor(processor, tmp_path):
