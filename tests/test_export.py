@@ -82,6 +82,13 @@ def test_results_whose_data_is_not_fetched_any_more_are_left_out_with_the_reason
     assert ModelCard.load(top / "exported" / "README.md").data.eval_results is None
 
 
+def test_results_under_another_bound_are_not_those_of_what_is_exported(top):
+    text = (top / "params.yaml").read_text()
+    (top / "params.yaml").write_text(text.replace("max_visual_tokens: 96", "max_visual_tokens: 32"))
+    code, log = fork(top, "export", "adapter", "--out", "exported")
+    assert code == 0 and "without results in its card: MODEL: " in log and "max_visual_tokens 32" in log, log
+
+
 @pytest.mark.parametrize("fault", ["untrained", "headless"])
 def test_an_adapter_that_is_none_is_refused_and_nothing_is_left(top, fault):
     file = top / "adapter" / "adapter_model.safetensors"

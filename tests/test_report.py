@@ -30,7 +30,7 @@ from colintern.params import load as load_params
 from colintern.reporting import failures as module
 from colintern.reporting import plots
 from colintern.reporting.cases import Seen, case
-from colintern.reporting.evaluated import find, margin, published, ranks, worst
+from colintern.reporting.evaluated import FULL, find, margin, published, ranks, worst
 from colintern.reporting.failures import failures
 from colintern.reporting.heatmaps import layout
 from colintern.reporting.html import render
@@ -212,12 +212,12 @@ def test_results_of_smaller_embeddings_are_not_those_of_whole_ones(tmp_path, mon
         place = Path("results/evaluate") / name
         place.mkdir(parents=True)
         (place / "run.json").write_text(json.dumps({"revision": "1", "params": params}))
-    assert find("1", None).name == "a" and find("1", None, full=True).name == "b"
+    assert find("1", None).name == "a" and find("1", None, FULL).name == "b"
     Path("results/evaluate/b").rename("results/evaluate/a/pool1-dim128")
-    assert find("1", None, full=True).name == "pool1-dim128", "one of several sizes that were evaluated at once"
+    assert find("1", None, FULL).name == "pool1-dim128", "one of several sizes that were evaluated at once"
     shutil.rmtree("results/evaluate/a/pool1-dim128")
     with pytest.raises(UserError, match="is of it with pool_factor 1, dim 128; evaluate it"):
-        find("1", None, full=True)
+        find("1", None, FULL)
 
 
 def test_scores_that_are_shown_are_those_it_is_ranked_by_and_a_query_without_a_right_page_is_passed_over(

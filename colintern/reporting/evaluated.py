@@ -42,24 +42,28 @@ class Evaluation(NamedTuple):
     mteb_version: str
 
 
-def find(revision: str, given: Path | None, full: bool = False) -> Path:
-    """The folder of the evaluation of the model with this revision; `full`: of whole embeddings, see `FULL`.
+def find(revision: str, given: Path | None, wanted: dict[str, Any] | None = None) -> Path:
+    """The folder of the evaluation of the model with this revision; `wanted`: under these settings.
 
     Raises:
         UserError: `given` holds none or that of another model, or none is found.
     """
     runs = {path: json.loads((path / "run.json").read_text()) for path in _candidates(given)}
-    found = {path: run["revision"] for path, run in runs.items() if size(run) == FULL or not full}
+    found = {path: run["revision"] for path, run in runs.items() if _has(run, wanted or {})}
     if given and given not in found:
         raise UserError(f"--results: {given} holds no run.json; give an evaluation's folder, such as {PLACES[0]}")
     for path, of in found.items():
         if of == revision:
             return path
-    whole = f" with {', '.join(f'{key} {value}' for key, value in FULL.items())}" if full else ""
-    where = f"{given} is of revision {found[given]}" if given else f"none of {', '.join(PLACES)} is of it{whole}"
+    under = f" with {', '.join(f'{key} {value}' for key, value in wanted.items())}" if wanted else ""
+    where = f"{given} is of revision {found[given]}" if given else f"none of {', '.join(PLACES)} is of it{under}"
     raise UserError(
         f"MODEL: its revision is {revision}, and {where}; evaluate it: dvc repro eval, or colintern evaluate MODEL"
     )
+
+
+def _has(run: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    return all((FULL | run["params"]).get(key) == value for key, value in wanted.items())
 
 
 def size(run: dict[str, Any]) -> dict[str, int]:

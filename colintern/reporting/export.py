@@ -14,7 +14,7 @@ from colintern.modeling.adapters import base_folder, check, read_adapter
 from colintern.modeling.loading import load_processor
 from colintern.params import Params, UserError
 from colintern.reporting.card import card
-from colintern.reporting.evaluated import Evaluation, as_evaluated, evaluation, find
+from colintern.reporting.evaluated import FULL, Evaluation, as_evaluated, evaluation, find
 
 
 def export(params: Params, folder: Path, out: Path, name: str) -> str:
@@ -48,9 +48,10 @@ def export(params: Params, folder: Path, out: Path, name: str) -> str:
 
 
 def _evaluation(params: Params, revision: str) -> tuple[Evaluation | None, str]:
-    """Of whole embeddings, because that is what the folder gives; or why there is none."""
+    """Of whole embeddings under the bounds and in the type that the folder gets; or why there is none."""
+    bounds = {"max_query_tokens": params.max_query_tokens, "max_visual_tokens": params.max_visual_tokens}
     try:
-        folder = find(revision, None, full=True)
+        folder = find(revision, None, FULL | bounds | {"dtype": params.dtype})
         return evaluation(as_evaluated(params, folder), folder), ""
     except UserError as error:  # also where the data has changed since, or is not fetched any more
         return None, str(error)
