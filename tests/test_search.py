@@ -140,6 +140,8 @@ def test_another_model_or_a_torn_file_costs_time_only(top, model, processor):
     again = index(top, model, processor)
     assert again.fill(found, model, processor, 2, bad) >= 1
     assert index(top, model, processor).missing(found) == []
+    model.set_attn_implementation("eager")
+    assert index(top, model, processor).missing(found) == found
 
 
 def test_a_run_that_is_cut_off_keeps_what_it_has(top, model, processor, monkeypatch):

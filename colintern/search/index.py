@@ -54,6 +54,7 @@ def identity(weights: str, base: Any, model: Any, processor: Any) -> dict[str, A
         "weights": weights,
         "base": base,
         "dtype": str(model.dtype),
+        "attention": model.config._attn_implementation,
         "max_visual_tokens": processor.max_visual_tokens,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "versions": {name: version(name) for name in LIBRARIES},
