@@ -124,6 +124,7 @@ def test_recipes_are_listed_with_their_descriptions(copy: Path) -> None:
     assert [line.split()[0] for line in listed] == [path.stem for path in RECIPES]
     for line, path in zip(listed, RECIPES, strict=True):
         assert line.endswith(path.read_text().splitlines()[0].removeprefix("# "))
+        assert len(line) <= 80 and line.endswith("."), line
 
 
 def test_a_recipe_is_written_with_its_comments(clone: Path) -> None:
