@@ -187,7 +187,7 @@ def _read(path: Path) -> tuple[dict[Any, Any], list[str]]:
         raw = reader.load(text)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
-        hint = "; `colintern recipe demo` writes one in the repository root" if missing else ""
+        hint = "; go to the repository root; if none is there, `colintern recipe demo` writes one" if missing else ""
         raise UserError(f"{path}: cannot be read: {error.strerror}{hint}") from error
     except (YAMLError, ValueError, RecursionError) as error:
         # ValueError: YAML takes 2026-13-45 for a date, and finds it impossible. RecursionError: [[[[[[...

@@ -270,7 +270,7 @@ def test_what_is_not_a_yaml_mapping_is_refused_by_file_name(text: str | bytes) -
 
 
 def test_what_cannot_be_read_is_refused_by_name(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere\.yaml: cannot be read: No such file.*colintern recipe demo"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: cannot be read: No such file.*go to the repository root"):
         load("nowhere.yaml")
     with pytest.raises(UserError, match="demo: cannot be read: Is a directory"):
         load(folder / "demo")
