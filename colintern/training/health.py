@@ -67,7 +67,9 @@ class Curve:
     def __init__(self, log: Sequence[Mapping[str, Any]], params: Params, chance: float, done: bool):
         self.params, self.chance, self.done = params, chance, done
         self.rows = [row for row in log if "loss" in row]
-        self.dev = [row["eval_ndcg_at_5"] for row in log if "eval_ndcg_at_5" in row]
+        asked = [row for row in log if "eval_ndcg_at_5" in row]
+        self.dev = [row["eval_ndcg_at_5"] for row in asked]
+        self.asked = asked[-1]["step"] if asked else 0
         pages = params.batch_size * (1 + params.negatives)
         mirrored = params.batch_size if params.symmetric_loss else pages  # a page is asked for queries, no negatives
         ignorant = (math.log(max(2, pages)) + math.log(max(2, mirrored))) / 2
@@ -83,6 +85,11 @@ class Curve:
     def steps(self) -> float:
         """Of the whole run."""
         return self.params.epochs * self.step / self.rows[-1]["epoch"]
+
+    @property
+    def least(self) -> float:
+        """The dev score below which the ranking is chance; lower where there are only a few pages."""
+        return min(2 * self.chance, (1 + self.chance) / 2)
 
     @property
     def warm(self) -> list[Mapping[str, Any]]:
@@ -125,7 +132,8 @@ def dead(c: Curve) -> bool:
 
 def cure(c: Curve) -> str:
     """What to do about a loss that does not fall."""
-    fell = dead(c) or mean(c.tail) > 1.1 * min(c.losses)  # it was lower before
+    lost = bool(c.dev) and c.dev[-1] < c.least <= max(c.dev)
+    fell = dead(c) or lost or mean(c.tail) > 1.1 * min(c.losses)  # it was better before
     if not fell and c.params.warmup_steps >= c.steps:  # the learning rate never came to its peak
         return f"warmup_steps: {int(c.steps / 10)}"
     larger = "" if c.params.batch_size >= SMALL else f"; batch_size: {SMALL}"
@@ -197,14 +205,12 @@ def learning_rate(c: Curve) -> Answer | None:
 
 
 def dev_score(c: Curve) -> Answer | None:
-    if not c.dev:
+    if not c.dev or (not c.done and c.asked <= 2 * c.params.warmup_steps):
         return None
     last, best = c.dev[-1], max(c.dev)
     seen = f"{last:.3f}, best {best:.3f}, chance {c.chance:.3f}"
-    least = min(2 * c.chance, (1 + c.chance) / 2)  # the latter where there are only a few pages
-    calm = "fewer epochs, or a lower lr" if c.params.epochs > 1 else "a lower lr"
-    remedy = cure(c) if last < least else calm
-    return Answer(last < 0.8 * best, last < least, last, seen, remedy)
+    remedy = cure(c) if last < c.least else "a lower lr" if c.params.epochs == 1 else "fewer epochs, or a lower lr"
+    return Answer(last < 0.8 * best, last < c.least, last, seen, remedy)
 
 
 RULES: dict[str, tuple[str, Callable[[Curve], Answer | None]]] = {
