@@ -384,6 +384,14 @@ def test_the_table_says_the_same():
     assert f"quarantined: {SET}: 1 x query is empty" in shown
 
 
+def test_values_stand_in_their_order_which_is_not_that_of_json_keys():
+    from colintern.data.inventory import MEASURES, table
+
+    facts = dict.fromkeys(("rows", "pages", "queries", "duplicates", "quarantined", "bytes"), 3)
+    facts |= {"languages, guessed": {}, **{key: {"10": 2, "9": 1} for key in MEASURES}}
+    assert table({"x": facts}, []).count("9: 1  10: 2") == len(MEASURES)
+
+
 def test_the_survey_of_other_data_than_params_name_is_refused():
     from colintern.commands import data
 

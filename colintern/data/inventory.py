@@ -91,7 +91,7 @@ def _languages(guessed: dict[str, int], most: int = 6) -> str:
 
 def _bars(histogram: dict[str, int], most: int = 6) -> str:
     """`value: count` of each value, or of equally wide ranges where there are many."""
-    numbers = {int(value): count for value, count in histogram.items()}
+    numbers = {int(value): histogram[value] for value in sorted(histogram, key=int)}  # JSON's keys are sorted as text
     if len(numbers) <= most:
         return "  ".join(f"{value}: {count}" for value, count in numbers.items())
     low, high = min(numbers), max(numbers)
