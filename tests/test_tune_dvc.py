@@ -101,7 +101,11 @@ def test_every_trial_is_an_experiment_that_repro_reproduces(repo):
         assert float(rows[name]["dev_ndcg_at_5"]) == trial.value and float(rows[name]["lr"]) == trial.params["lr"]
     assert set(rows) - {"", "main"} == set(done), "nothing of the killed try"
     name, trial = next(iter(done.items()))
+    (repo.path / "tune.yaml").write_text(SPACE + "# edited\n")
     repo.output(documented("dvc exp apply STUDY-NNN").replace("STUDY-NNN", name))
+    assert (repo.path / "tune.yaml").read_text() == SPACE, "DVC keeps no edit"
+    repo.output("git stash apply refs/exps/apply/stash")
+    assert (repo.path / "tune.yaml").read_text() == SPACE + "# edited\n"
     lock = lambda: YAML(typ="safe").load(repo.path / "dvc.lock")["stages"]["train"]["outs"]  # noqa: E731
     before = lock()
     repo.output("dvc repro -f -s train")
