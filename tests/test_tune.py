@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,16 +20,17 @@ import optuna
 import pytest
 from browser import PHONE, program, tab
 from conftest import ROOT
-from processes import FORKS
+from processes import FORKS, Place
 from small_run import OUT, at_step
 from studies import SETTINGS, made, taker, worker
 
 from bench import study as judged
-from colintern.params import UserError, load, write
+from colintern.commands import tune
+from colintern.params import UserError, exit_on_user_error, load, write
 from colintern.training import study as told
 from colintern.tuning import experiments, outcome
 from colintern.tuning.space import Search, read
-from colintern.tuning.store import Store
+from colintern.tuning.store import Store, quiet
 from colintern.tuning.studies import warm_start
 from colintern.tuning.trials import SLOT, Taken, cause, finish, put_back, take
 
@@ -192,6 +194,22 @@ def test_a_resumed_study_goes_on_as_if_never_stopped(tmp_path, search):
     assert len(done[0]) == len(done[1]) == 8
     assert done[0][:2] == done[1][:2], "put back with the same settings"
     assert len({json.dumps(one) for one in done[1]}) == 8, "a resumed study does not draw its first trials again"
+
+
+def on_a_full_disk(search: Search) -> None:
+    """`colintern tune` from its first trial on, where no file may grow any more."""
+    quiet()
+    store, study = made(Path.cwd(), search)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    with exit_on_user_error(), store.answers():
+        tune._work(study, store, search, 1)
+
+
+def test_a_storage_that_fails_under_a_study_is_told_without_a_traceback(tmp_path, search):
+    place = Place(tmp_path, partial(on_a_full_disk, search))
+    assert place.run() == 2, place.err
+    assert re.fullmatch(r"error: --storage: sqlite:///.*/a.db failed: .*(disk|database).*; once .*\n", place.err)
+    assert not made(tmp_path, search)[1].trials, "and the study is as it was"
 
 
 # --- The password ---

@@ -57,13 +57,14 @@ def run(args: argparse.Namespace) -> None:
 
     quiet()
     store = Store(args.storage, args.study, args.heartbeat)
-    study = open_study(store, search, params)
-    print(f"study {args.study} in {store.shown}")
-    if args.warm_start:
-        added, left = warm_start(study, search, params)
-        print(f"warm start: {added} experiments added" + "".join(f"; {n} not, {why}" for why, n in left.items()))
-    _work(study, store, search, args.trials)
-    _tell(study, search, params, args.apply)
+    with store.answers():
+        study = open_study(store, search, params)
+        print(f"study {args.study} in {store.shown}")
+        if args.warm_start:
+            added, left = warm_start(study, search, params)
+            print(f"warm start: {added} experiments added" + "".join(f"; {n} not, {why}" for why, n in left.items()))
+        _work(study, store, search, args.trials)
+        _tell(study, search, params, args.apply)
 
 
 def _check(name: str) -> None:

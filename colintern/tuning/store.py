@@ -90,6 +90,19 @@ class Store:
                 connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": LOCK})
                 yield
 
+    @contextmanager
+    def answers(self) -> Iterator[None]:
+        """Raises UserError where it stops to answer: a disk that is full, a server that is gone."""
+        from optuna.exceptions import StorageInternalError
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
+        except (StorageInternalError, SQLAlchemyError) as error:
+            words = self.redacted(str(error.__cause__ or error)).splitlines() or [""]
+            told = f"--storage: {self.shown} failed: {words[0][:200]}"
+            raise UserError(f"{told}; once that is mended, the same command goes on with the study") from None
+
     def alive(self, trial: int) -> None:
         """A sign of life of the trial with this id."""
         self.optuna.record_heartbeat(trial)
