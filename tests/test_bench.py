@@ -1,6 +1,7 @@
 import dataclasses
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +37,37 @@ def test_compiled_rows_recompute_fewer_layers_until_it_does_not_fit(monkeypatch,
     gpu.main(["--tiny"])
     rows = re.findall(r"(?m) (\d) of 2 +(0\.[01]) +on ", capsys.readouterr().out)
     assert micro == [2, 1, 0, 2] and rows == [("2", "0.0"), ("1", "0.0"), ("0", "0.0"), ("2", "0.1")]
+
+
+def test_a_compiler_that_fails_costs_the_compiled_rows_alone(monkeypatch, capsys):
+    """As Triton where there is no C compiler, in the first step: the other page size is measured, and the end said."""
+    compiled = []
+
+    def measure(engine, batch):
+        if compiled:
+            compiled.clear()
+            raise RuntimeError("Failed to find C compiler.\nPlease specify")
+        return 1.0, 1.0
+
+    monkeypatch.setattr(gpu, "TINY", dataclasses.replace(gpu.TINY, compile=True))
+    monkeypatch.setattr(gpu, "compile_layers", compiled.append)
+    monkeypatch.setattr(gpu, "measure", measure)
+    gpu.main(["--tiny"])
+    out = capsys.readouterr().out
+    assert out.count(" on      NO compiled: RuntimeError: Failed to find C compiler.\n") == 2
+    assert "RESULT seconds_2_tiles=1.000 seconds_1_tiles=1.000 " in out
+
+
+def test_pages_are_pinned_as_by_the_trainers_loader(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(tuple(self.shape)) or self)
+    text = SimpleNamespace(hidden_size=8)
+    base = SimpleNamespace(dtype=torch.bfloat16, config=SimpleNamespace(get_text_config=lambda: text))
+    pages = lambda items: {"features": torch.cat([item["pages"][0]["features"] for item in items])}  # noqa: E731
+    trainer, processor = SimpleNamespace(data_collator=pages), SimpleNamespace(image_seq_length=4)
+    gpu.Engine.batch(SimpleNamespace(base=base, trainer=trainer, processor=processor), [2, 1])
+    assert pinned == [(3, 4, 8)]
 
 
 @pytest.mark.parametrize("broken", ["gradient_error", "loss_error"])
