@@ -209,18 +209,18 @@ def read_head(folder: str | Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def attention_kernel(choice: str, dtype: str) -> str:
+def attention_kernel(choice: str, dtype: str, device: str | None = None) -> str:
     """transformers' name for a `choice` that is no kernel of the hub: `auto` is what is fastest, in bfloat16
     flash_attention_2 on CUDA, where it is installed, and our own `blocked` on the CPU; else sdpa.
 
-    flash-attn's kernels know no float32.
+    flash-attn's kernels know no float32. `device`: None for the GPU where there is one.
     """
     assert "/" not in choice, f"{choice}: transformers would load what the hub's cache has, see modeling/attention.py"
     if choice != "auto":
         return choice
     if dtype != "bfloat16":
         return "sdpa"
-    if not torch.cuda.is_available():
+    if device == "cpu" or not torch.cuda.is_available():
         return causal.NAME
     return "flash_attention_2" if find_spec("flash_attn") else "sdpa"
 

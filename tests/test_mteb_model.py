@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_model import adapter  # noqa: F401  (a fixture)
 
 from colintern.files.identity import content_hash
-from colintern.model import ColIntern3_5
+from colintern.model import ColIntern3_5, attention_kernel
 from colintern.mteb_model import ColIntern3_5Encoder, load, register
 from colintern.params import UserError
 
@@ -39,6 +39,19 @@ def registry():
     yield MODEL_REGISTRY
     MODEL_REGISTRY.clear()
     MODEL_REGISTRY.update(before)
+
+
+def test_on_the_cpu_of_a_machine_with_a_gpu_its_attention_is_the_cpus(folder, monkeypatch):
+    """flash-attn, which computes on CUDA alone, is installed there."""
+
+    def on_that_machine(*asked):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr("colintern.model.find_spec", lambda name: name)
+            return attention_kernel(*asked)
+
+    monkeypatch.setattr("colintern.modeling.alone.attention_kernel", on_that_machine)
+    assert load(folder, dtype="bfloat16", device="cpu").model.config._attn_implementation == "blocked"
 
 
 def test_an_adapter_merged_by_whomever_embeds_as_it_does(folder, processor, pages, tmp_path):

@@ -83,7 +83,7 @@ class Alone(NamedTuple):
         if dtype not in ("auto", *DTYPES):
             raise UserError(f"dtype: {dtype!r} is not valid; it must be one of {', '.join(DTYPES)}")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        options: dict[str, Any] = {"attn_implementation": attention_kernel("auto", dtype)}
+        options: dict[str, Any] = {"attn_implementation": attention_kernel("auto", dtype, device)}
         if self.is_adapter:
             options |= {"base": str(self._base(base)), "merge": merge}
         try:
