@@ -312,7 +312,7 @@ def no_room_in_the_tower() -> None:
     from colintern.training import trainer
 
     def page_features(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise torch.AcceleratorError("CUDA error: out of memory")  # of a kernel that is loaded; no OutOfMemoryError
 
     trainer.page_features = page_features
 

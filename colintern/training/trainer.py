@@ -127,7 +127,8 @@ class ContrastiveTrainer(Trainer):
         model.train()
         batch: Batch = self._prepare_inputs(inputs)
         try:
-            batch["page"]["image_features"] = page_features(model, batch, self.params.feature_cache_format == "fp8")
+            rounds = self.params.feature_cache_format == "fp8"
+            batch["page"]["image_features"] = self.processes.together(lambda: page_features(model, batch, rounds))
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
                 f"out of memory in the tower, which takes one page at a time, at step {self.state.global_step + 1}; "
