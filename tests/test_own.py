@@ -15,7 +15,7 @@ from conftest import ROOT, page_image
 from pdf_writer import write_pdf
 from PIL import Image
 
-from colintern.data import jsonl, pdfs
+from colintern.data import jsonl, pdfs, pseudo
 from colintern.data.collected import Shelf
 from colintern.data.images import png_bytes
 from colintern.data.own import make
@@ -271,6 +271,26 @@ def test_pdfs_without_questions_ask_their_own_text_and_say_so(folder):
         assert row["query"] == (f"Chapter about {topic}topic" if heading else PROSE.format(topic))
         assert row["source"] == f"docs (pseudo-query: {'heading' if heading else 'sentence'})"
     assert "machine-generated" in Path(own.made, "beir", "README.md").read_text()
+
+
+def test_pseudo_queries_of_twice_the_pages_take_twice_the_work(monkeypatch):
+    texts = [PROSE.format(f"w{n}") for n in range(200)]
+    asked = []
+    monkeypatch.setattr(pseudo, "squeeze", lambda text, known=pseudo.squeeze: asked.append(text) or known(text))
+    work = []
+    for documents in (10, 20):
+        asked.clear()
+        found = pseudo.pseudo_queries([pseudo.Text(texts[n * 10 : n * 10 + 10]) for n in range(documents)])
+        assert [query.query for query in found] == texts[: documents * 10]
+        work.append(len(asked))
+    assert work[1] == 2 * work[0]
+
+
+def test_what_several_pages_print_asks_for_none_of_them():
+    pages = [f"{PROSE.format('')} {PROSE.format(f'w{n}')}" for n in range(9)]
+    outline = [("Package", 0), ("1. engine", 1), ("w2engine", 2)]
+    found = pseudo.pseudo_queries([pseudo.Text(["Package " + page for page in pages], outline)])
+    assert [query.query for query in found] == ["w2engine" if n == 2 else PROSE.format(f"w{n}") for n in range(9)]
 
 
 def test_pseudo_queries_are_named_wherever_their_scores_appear(folder):

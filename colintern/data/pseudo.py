@@ -6,8 +6,8 @@ sentence whose words are most its own (mean tf-idf). Whatever would be asked of 
 
 import math
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 SECTION_NUMBER = re.compile(r"^((chapter|appendix|part)\s+\w+[.:]?\s+|([A-Z]\.)?\d+(\.\d+)*\.?\s+)", re.IGNORECASE)
@@ -15,6 +15,7 @@ CONTENTS = {"contents", "tableofcontents", "index"}  # squeezed titles; such a p
 COMMON = 3  # pages; a heading printed on more ("Package" is on most) asks for no page in particular
 SENTENCE_LENGTH = range(40, 201)  # characters
 FULL = 0.7  # of the longest line: a line that is taken to go on in the next
+START = 12  # characters of a squeezed text by which pages are looked through; a sentence has 15 and more
 LETTERS = 0.75  # least share of letters in a sentence's visible characters: no tables, no listings
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\w)|(?<=[。！？])")
 HYPHEN = re.compile("[\u00ad\u0002\ufffe](\\s*\\n\\s*)?")  # what pdfium gives for a hyphen at the end of a line
@@ -63,6 +64,7 @@ def _headings(documents: Sequence[Text], squeezed: list[list[str]], everything: 
     for entry in entries:
         named.setdefault(squeeze(entry.query), set()).add((entry.document, entry.page))
     contents = {(entry.document, entry.page) for entry in entries if squeeze(entry.query) in CONTENTS}
+    printed = _printed(named, everything)
     kept: dict[str, PseudoQuery] = {}
     for entry in entries:
         key = squeeze(entry.query)
@@ -71,7 +73,7 @@ def _headings(documents: Sequence[Text], squeezed: list[list[str]], everything: 
             and len(named[key]) == 1
             and (entry.document, entry.page) not in contents
             and key in squeezed[entry.document][entry.page]
-            and sum(key in page for page in everything) <= COMMON
+            and printed[key] <= COMMON
         ):
             kept.setdefault(key, entry)
     return list(kept.values())
@@ -80,16 +82,36 @@ def _headings(documents: Sequence[Text], squeezed: list[list[str]], everything: 
 def _sentences(documents: Sequence[Text], everything: list[str], asked: set[tuple[int, int]]) -> list[PseudoQuery]:
     words = [[_words(page) for page in text.pages] for text in documents]
     spread = Counter(word for pages in words for page in pages for word in set(page))
+    split = {
+        (number, index): {s: squeeze(s) for s in _split(page)}
+        for number, text in enumerate(documents)
+        for index, page in enumerate(text.pages)
+        if (number, index) not in asked
+    }
+    printed = _printed((key for sentences in split.values() for key in sentences.values()), everything)
     found = []
-    for number, text in enumerate(documents):
-        for index, page in enumerate(text.pages):
-            if (number, index) in asked:
-                continue
-            weight = {w: n * math.log(len(everything) / spread[w]) for w, n in Counter(words[number][index]).items()}
-            own = [s for s in _split(page) if sum(squeeze(s) in other for other in everything) == 1]
-            if own:
-                best = max(own, key=lambda s: sum(map(weight.__getitem__, _words(s))) / len(_words(s)))
-                found.append(PseudoQuery(number, index, best, "sentence"))
+    for (number, index), sentences in split.items():
+        weight = {w: n * math.log(len(everything) / spread[w]) for w, n in Counter(words[number][index]).items()}
+        own = [s for s, key in sentences.items() if printed[key] == 1]
+        if own:
+            best = max(own, key=lambda s: sum(map(weight.__getitem__, _words(s))) / len(_words(s)))
+            found.append(PseudoQuery(number, index, best, "sentence"))
+    return found
+
+
+def _printed(keys: Iterable[str], pages: Sequence[str]) -> Counter[str]:
+    """On how many pages each key is printed, all squeezed.
+
+    Each page is looked through for the keys' beginnings, not for every key: of 500 documents that would take a day.
+    """
+    starts: defaultdict[str, set[str]] = defaultdict(set)
+    for key in keys:
+        starts[key[:START]].add(key)
+    lengths = set(map(len, starts))
+    found: Counter[str] = Counter()
+    for page in pages:
+        here = {page[at : at + length] for length in lengths for at in range(len(page))} & starts.keys()
+        found.update(key for start in here for key in starts[start] if key in page)
     return found
 
 
