@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from colintern.data import formats
 from colintern.data.formats import (
     CorpusPage,
     Qrel,
@@ -103,6 +104,14 @@ def test_more_rows_than_a_row_group_keep_their_order(tmp_path: Path) -> None:
     assert pq.ParquetFile(path).num_row_groups == 3
     assert table.column("query").to_pylist() == [row.query for row in rows]
     assert table.column("image").to_pylist() == [{"bytes": row.image, "path": row.image_filename} for row in rows]
+
+
+def test_large_pages_fill_a_row_group_before_it_is_too_large_to_be_read(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(formats, "GROUP_BYTES", 3 * len(page(1)))
+    rows = [TrainingRow(page(1), "one.png", f"question {number}") for number in range(7)]
+    path = write_training_split(tmp_path, "train", rows)
+    assert pq.ParquetFile(path).num_row_groups == 3
+    assert pq.read_table(path)["query"].to_pylist() == [row.query for row in rows]
 
 
 def test_mteb_loads_the_beir_folder_offline(tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from colintern.data.images import STORED
 from colintern.params import UserError, root
 
 ROW_GROUP = 100  # rows; what `datasets` itself uses for image columns, so that one row can be read without the rest
+GROUP_BYTES = 2**28  # of images, after which a row group ends too: past 2 GB pyarrow cannot read it as a whole
 TRAINING_SPLITS = ("train", "test")
 TABLES = ("corpus", "queries", "qrels")
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -276,8 +276,20 @@ def _write(folder: Path, split: str, schema: pa.Schema, records: Iterable[dict[s
     with pq.ParquetWriter(
         partial, schema, version="2.6", compression="snappy", use_dictionary=True, dictionary_pagesize_limit=2**30
     ) as writer:
-        remaining = iter(records)
-        while group := list(islice(remaining, ROW_GROUP)):
+        for group in _groups(records):
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
     os.replace(partial, path)
     return path
+
+
+def _groups(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    group: list[dict[str, Any]] = []
+    size = 0
+    for record in records:
+        group.append(record)
+        size += len(record["image"]["bytes"]) if "image" in record else 0
+        if len(group) == ROW_GROUP or size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
