@@ -239,6 +239,12 @@ def test_too_few_rows_for_training_are_refused_by_split(folder):
         make(DOCS, jsonl.collect).files("train")
 
 
+def test_where_no_row_is_left_the_reasons_are_told(folder):
+    jsonl_folder(folder, [{"image": r"scans\1.png", "query": "q"}] * 7, pages=0)
+    with pytest.raises(UserError, match=r"7 bad rows, the first:\n  rows\.jsonl:1: 'scans.*1\.png' is missing\n"):
+        make(DOCS, jsonl.collect).files("train")
+
+
 PROSE = "The {0}engine drives a {0}wheel slowly and not without noise."
 
 

@@ -47,9 +47,12 @@ class Own(NamedTuple):
             UserError: the folder gave no rows for it.
         """
         if part not in self.summary["parts"]:
+            bad = self.summary["bad"]
+            first = "".join(f"\n  {row['where']}: {row['reason']}" for row in bad[:5])
             raise UserError(
                 f"{self.made_from['folder']}: cannot be used as {'train_data' if part == 'train' else 'benchmarks'}; "
-                f"queries by split: {self.summary['queries']}; training needs train and dev, evaluation test"
+                f"queries by split: {self.summary['queries']}; training needs train and dev, evaluation test; pages "
+                f"that share a query are in one split" + (f"; {len(bad)} bad rows, the first:{first}" if bad else "")
             )
         suffixes = TRAIN_SUFFIXES if part == "train" else BEIR_SUFFIXES
         made_from = self.made_from | {"pseudo": set(self.summary["kinds"]) != {"given"}}
