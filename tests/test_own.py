@@ -136,6 +136,25 @@ def test_keys_that_have_no_effect_are_named(folder, capsys):
     assert "keys of rows without effect: cut \\ud83d, weight" in capsys.readouterr().out
 
 
+def test_what_lies_in_the_folder_and_is_not_read_is_named(folder, capsys):
+    handbook(folder)
+    for name in ("Queries.csv", "scans/1.tif", "._a.pdf"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    Path("share").mkdir()
+    (folder / "share").symlink_to(Path("share").absolute())
+    make(DOCS, pdfs.collect)
+    assert "\n  not read: 3, Queries.csv, scans/1.tif, share/\n" in capsys.readouterr().out
+
+
+def test_images_that_no_line_names_are_named_and_hidden_files_hold_no_lines(folder, capsys):
+    jsonl_folder(folder, [{"image": "./0.png", "query": "again"}])
+    (folder / "._rows.jsonl").write_bytes(b"\0\5\x16\7Mac OS X")
+    (folder / "forgotten.png").touch()
+    assert not make(DOCS, jsonl.collect).summary["bad"]
+    assert "\n  not read: 1, forgotten.png\n" in capsys.readouterr().out
+
+
 def test_equal_pages_are_one_page_and_stay_in_one_split(folder):
     jsonl_folder(folder, [{"image": "copy.png", "query": "of the copy"}])
     shutil.copy(folder / "0.png", folder / "copy.png")

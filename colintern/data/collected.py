@@ -43,6 +43,7 @@ class Collected:
     fixed: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     bad: list[Bad] = field(default_factory=list)
     unknown: set[str] = field(default_factory=set)  # keys of rows that have no effect
+    read: set[str] = field(default_factory=set)  # paths of the files below the folder that were looked into
     rows: int = 0
 
 

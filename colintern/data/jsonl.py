@@ -4,6 +4,7 @@ Each line of its `*.jsonl` files is one page: {"image": path below the folder, "
 "split" (train, dev or test) is optional, and so are queries: such a page is only there to be confused with others.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,22 @@ KEYS = {"image", "query", "queries", "split"}
 def collect(folder: Path, shelf: Shelf) -> Collected:
     """Every line of the folder's JSONL files; the images go to the shelf."""
     found = Collected()
-    rows = [line for file in sorted(folder.glob("*.jsonl")) for line in json_lines(file, found)]
+    files = line_files(folder)
+    rows = [line for file in files for line in json_lines(file, found)]
     named = {row["image"] for _, row in rows if isinstance(row.get("image"), str)}
     paths = {name: path for name in sorted(named) for path, fault in [inside(folder, name)] if not fault}
+    found.read = {os.path.relpath(path, folder) for path in (*files, *paths.values())}
     tasks = [(path, shelf) for path in paths.values()]
     stored = dict(zip(paths, spread(_store, tasks, "reading images", "page"), strict=True))
     for where, row in rows:
         _take(folder, where, row, stored, found)
     found.bad.sort(key=lambda bad: (bad.where.rpartition(":")[0], int(bad.where.rpartition(":")[2])))
     return found
+
+
+def line_files(folder: Path) -> list[Path]:
+    """The JSONL files of the folder, hidden ones left out: macOS puts a `._rows.jsonl` beside each on other disks."""
+    return sorted(folder.glob("[!.]*.jsonl"))
 
 
 def _store(task: tuple[Path, Shelf]) -> Stored | str:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,8 +66,10 @@ def make(folder: str, collect: Callable[[Path, Shelf], Collected]) -> Own:
         UserError: nothing usable in it, or rows that put one page or one query into two splits.
     """
     made_from = {"folder": folder, "files": source_files(folder)}
+    linked = [f"{path.relative_to(root() / folder)}/" for path in _linked(root() / folder)]
     facts = {
         "files": made_from["files"],
+        "linked": linked,
         "code": [content_hash(Path(__file__).with_name(name)) for name in CODE],
         "versions": {name: version(name) for name in LIBRARIES},
     }
@@ -83,7 +85,7 @@ def make(folder: str, collect: Callable[[Path, Shelf], Collected]) -> Own:
             for older in home.parent.iterdir():
                 if older.is_dir():
                     shutil.rmtree(older)
-            summary = _write(home, folder, collect)
+            summary = _write(home, folder, collect, {*made_from["files"], *linked})
     print(_words(folder, summary))
     return Own(made, made_from, summary)
 
@@ -98,8 +100,15 @@ def _known(home: Path) -> dict[str, Any] | None:
     return summary if same else None
 
 
-def _write(home: Path, folder: str, collect: Callable[[Path, Shelf], Collected]) -> dict[str, Any]:
-    """Read the folder and write its parts; the result appears whole or not at all."""
+def _linked(top: Path) -> list[Path]:
+    """Links to folders, which nothing here follows."""
+    return sorted(path for path in top.rglob("*") if path.is_symlink() and path.is_dir())
+
+
+def _write(
+    home: Path, folder: str, collect: Callable[[Path, Shelf], Collected], there: Collection[str]
+) -> dict[str, Any]:
+    """Read the folder, in which `there` is, and write its parts; the result appears whole or not at all."""
     partial = home.with_suffix(".partial")
     shelf = Shelf(partial / "shelf")
     shelf.folder.mkdir(parents=True)
@@ -129,6 +138,7 @@ def _write(home: Path, folder: str, collect: Callable[[Path, Shelf], Collected])
         "pages without a query": sum(name not in asked for name in pages),
         "kinds": dict(sorted(Counter(ask.kind for ask in asks).items())),
         "unknown keys": sorted(found.unknown),
+        "not read": sorted(set(there) - found.read),
         "files": {
             p.relative_to(partial).as_posix(): content_hash(p) for p in sorted(partial.rglob("*")) if p.is_file()
         },
@@ -197,4 +207,6 @@ def _words(folder: str, summary: dict[str, Any]) -> str:
         lines.append("  pseudo-queries, made by a program: " + ", ".join(f"{n} {kind}s" for kind, n in pseudo.items()))
     if summary["unknown keys"]:
         lines.append(f"  keys of rows without effect: {', '.join(summary['unknown keys'])}")
+    if unread := summary["not read"]:
+        lines.append(f"  not read: {len(unread)}, {', '.join(unread[:5])}{', ...' if unread[5:] else ''}")
     return "\n".join(lines).encode(errors="backslashreplace").decode()  # a key may hold half a character

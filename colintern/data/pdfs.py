@@ -67,7 +67,9 @@ def collect(folder: Path, shelf: Shelf) -> Collected:
             else:
                 found.pages[page.name] = page.page
     found.rows += sum(counts.values())
+    found.read = set(files)
     if given := _query_file(folder):
+        found.read.add(given.name)
         _read_queries(folder, given, counts, found)
     else:
         documents = [Text(texts[name], outlines[name][1]) for name in counts]

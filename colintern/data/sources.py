@@ -161,7 +161,7 @@ def _kind(name: str) -> Callable[[Path, Shelf], Collected] | None:
     folder = root() / name
     if name == DEMO or not folder.is_dir():
         return None
-    has_pdfs, lines = bool(pdfs.pdf_files(folder)), {path.name for path in folder.glob("*.jsonl")}
+    has_pdfs, lines = bool(pdfs.pdf_files(folder)), {path.name for path in jsonl.line_files(folder)}
     kinds = {
         "parquet files": any(folder.glob("*.parquet")) or any(folder.glob("[!.]*/**/*.parquet")),
         "PDFs": has_pdfs,
