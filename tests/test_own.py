@@ -374,6 +374,17 @@ def test_given_questions_are_taken_and_bad_ones_named(folder):
     assert all("pseudo" not in row["source"] for row in training(own.made))
 
 
+def test_a_file_whose_name_is_not_utf_8_costs_one_row(folder):
+    handbook(folder)
+    try:
+        shutil.copy(folder / "a.pdf", folder / "Pr\udcfcf.pdf")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    own = make(DOCS, pdfs.collect)
+    assert bad_rows(own) == {r"Pr\udcfcf.pdf": "its name is not UTF-8; rename it"}
+    assert own.summary["kinds"] == {"heading": 30, "sentence": 30}
+
+
 def test_a_query_of_two_pages_is_one_query_with_two_answers(folder):
     handbook(folder)
     lines = [

@@ -86,7 +86,7 @@ def inside(folder: Path, name: Any) -> tuple[Path, str]:
         return folder, f"names no file: {name!r}"
     if re.match(r"[a-zA-Z][\w+.-]*:", name):
         return folder, f"refused: {name!r} is a URL; give a file of this folder"
-    if _torn(name):
+    if torn(name):
         return folder, f"{name[:80]!r} is no file name: it holds half a character"
     path = folder / name
     try:
@@ -101,13 +101,14 @@ def query_fault(query: Any) -> str:
     """Why a query cannot be used, "" if it can. A long one is no fault: the model reads its beginning."""
     if not isinstance(query, str):
         return f"query is not text: {query!r}"
-    if _torn(query):
+    if torn(query):
         return f"query holds half a character: {query!r:.80}"
     return "" if query.strip() else f"query is empty: {query!r}"
 
 
-def _torn(text: str) -> bool:
-    """Whether a text holds half of a pair of surrogates, as JSON can say it: no file and no tokenizer takes it."""
+def torn(text: str) -> bool:
+    """Whether a text holds half of a pair of surrogates, as JSON can say it: no tokenizer takes it. In the name of a
+    file it stands for a byte that is not UTF-8."""
     return re.search("[\ud800-\udfff]", text) is not None
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pypdfium2 as pdfium
 from PIL import Image
 
-from colintern.data.collected import Ask, Bad, Collected, Shelf, inside, json_lines, query_fault, split_fault
+from colintern.data.collected import Ask, Bad, Collected, Shelf, inside, json_lines, query_fault, split_fault, torn
 from colintern.data.images import BadImage, check_size, png_bytes
 from colintern.data.pseudo import Text, pseudo_queries
 from colintern.files.parallel import spread
@@ -104,6 +104,10 @@ def _name(file: str, index: int) -> str:
 
 def _outline(name: str, path: Path, found: Collected) -> tuple[int, list[tuple[str, int]]] | None:
     """Number of pages, and the outline's entries that point at one; None, and a bad row, if it is no readable PDF."""
+    if torn(name):  # no parquet file takes it
+        found.rows += 1
+        found.bad.append(Bad(name.encode(errors="backslashreplace").decode(), "its name is not UTF-8; rename it"))
+        return None
     try:
         with open_pdf(path) as pdf:
             entries = [(entry.get_title(), entry.get_dest()) for entry in pdf.get_toc()]
