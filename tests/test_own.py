@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unicodedata import normalize
 
 import pyarrow.parquet as pq
 import pytest
@@ -372,6 +373,21 @@ def test_given_questions_are_taken_and_bad_ones_named(folder):
     assert "what drives the wheel" in [row["query"] for row in table(own.made, "beir/queries/*.parquet")]
     assert "machine-generated" not in Path(own.made, "beir", "README.md").read_text()
     assert all("pseudo" not in row["source"] for row in training(own.made))
+
+
+@pytest.mark.parametrize(("asked", "there"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_an_umlaut_of_a_file_name_is_found_however_it_is_spelled(folder, asked, there):
+    handbook(folder)
+    name = "Prüfung/Größe.pdf"
+    (folder / normalize(there, "Prüfung")).mkdir()
+    shutil.move(folder / "a.pdf", folder / normalize(there, name))
+    Image.new("RGB", (9, 9)).save(folder / normalize(there, "ü.png"))
+    line = {"query": "the engine", "file": normalize(asked, name), "page": 1, "split": "test"}
+    (folder / "queries.jsonl").write_text(json.dumps(line))
+    own = make(DOCS, pdfs.collect)
+    assert not own.summary["bad"] and own.summary["queries"]["test"] == 1
+    (folder / "queries.jsonl").write_text(json.dumps({"image": normalize(asked, "ü.png"), "query": "which"}))
+    assert not make(DOCS, jsonl.collect).summary["bad"]
 
 
 def test_a_file_whose_name_is_not_utf_8_costs_one_row(folder):

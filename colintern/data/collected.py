@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 SPLITS = ("train", "dev", "test")
 
@@ -88,13 +89,17 @@ def inside(folder: Path, name: Any) -> tuple[Path, str]:
         return folder, f"refused: {name!r} is a URL; give a file of this folder"
     if torn(name):
         return folder, f"{name[:80]!r} is no file name: it holds half a character"
-    path = folder / name
-    try:
-        if not path.resolve().is_relative_to(folder.resolve()):
-            return folder, f"refused: {name!r} points outside the folder"
-        return path, "" if path.is_file() else f"{name!r} is missing"
-    except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
-        return folder, f"{name[:80]!r} is no file name: {error}"
+    # macOS writes the ü of a file's name as u and two dots, spreadsheets as one character: both look the same.
+    for spelling in (name, normalize("NFC", name), normalize("NFD", name)):
+        path = folder / spelling
+        try:
+            if not path.resolve().is_relative_to(folder.resolve()):
+                return folder, f"refused: {name!r} points outside the folder"
+            if path.is_file():
+                return path, ""
+        except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
+            return folder, f"{name[:80]!r} is no file name: {error}"
+    return folder, f"{name!r} is missing"
 
 
 def query_fault(query: Any) -> str:

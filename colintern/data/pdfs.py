@@ -7,7 +7,7 @@ file the PDFs' own text layer is asked: pseudo-queries, named so wherever their 
 
 import csv
 import io
-import posixpath
+import os
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -212,10 +212,10 @@ def _check_header(file: Path, header: list[str]) -> None:
 def _page(folder: Path, row: dict[str, Any], counts: dict[str, int]) -> tuple[str, str]:
     """The name of a row's page, and what is wrong with it ("" if nothing)."""
     file, page = row.get("file"), str(row.get("page"))
-    _, fault = inside(folder, file)
+    path, fault = inside(folder, file)
     if fault:
         return "", fault
-    file = posixpath.normpath(str(file))  # ./a.pdf is a.pdf
+    file = os.path.relpath(path, folder)  # ./a.pdf is a.pdf
     if file not in counts:
         return "", f"{file} is not a readable PDF of this folder"
     # Python reads no number of more than 4,300 digits.
