@@ -420,8 +420,9 @@ def test_a_query_of_two_pages_is_one_query_with_two_answers(folder):
     [
         ("queries.csv", "question,file,page\n", r"has no column query; its first line is .*'question'"),
         ("queries.csv", "query,file,page,page\n", "has the column page 2 times"),
-        ("queries.csv", "query;file;page\n", "has no column query, file, page"),
-        ("queries.csv", "query,file,page\n\udcff,a.pdf,1\n", "is not UTF-8"),
+        ("queries.csv", "query;page\n", r"has no column file; its first line is \['query', 'page'\]"),
+        ("queries.csv", "query\tfile\tpage\n", "has no column query, file, page"),
+        ("queries.csv", "query,file,page\n\udcff,a.pdf,1\n", "is not UTF-8.*save it as CSV UTF-8"),
     ],
 )
 def test_a_table_of_questions_that_cannot_be_read_is_refused(folder, name, text, message):
@@ -459,6 +460,23 @@ def test_a_quoted_question_has_lines_commas_and_quotes(folder):
         csv.writer(file).writerows([("query", "file", "page", "split"), *((q, "a.pdf", 1, "test") for q in asked)])
     own = make(DOCS, pdfs.collect)
     assert [row["query"] for row in table(own.made, "beir/queries/*.parquet")] == asked
+
+
+@pytest.mark.parametrize("comma", [",", ";"])
+def test_a_table_is_read_as_excel_writes_it(folder, comma, capsys):
+    handbook(folder)
+    rows = [["query", "file", "page", "split", ""]]
+    rows += [
+        ["wo, und; wie?", "a.pdf", "1", "test", ""],
+        ['2.\nZeile "ü"', "a.pdf", "2", "test", ""],
+        *([[""] * 5] * 40),
+    ]
+    with (folder / "queries.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=comma).writerows(rows)
+    own = make(DOCS, pdfs.collect)
+    assert [row["query"] for row in table(own.made, "beir/queries/*.parquet")] == ["wo, und; wie?", '2.\nZeile "ü"']
+    assert (own.summary["rows"], own.summary["bad"]) == (62, [])
+    assert "without effect" not in capsys.readouterr().out
 
 
 def test_two_tables_of_questions_are_refused(folder):

@@ -26,6 +26,7 @@ DPI = 144
 CHUNK = 8  # pages a task: a document is opened again for each
 QUERY_FILES = ("queries.csv", "queries.jsonl")
 COLUMNS = ("query", "file", "page", "split")
+REST = "more cells than columns"
 
 
 class Task(NamedTuple):
@@ -155,7 +156,7 @@ def _read_queries(folder: Path, file: Path, counts: dict[str, int], found: Colle
     rows = json_lines(file, found) if file.suffix == ".jsonl" else _csv_rows(file, counts, found)
     for where, row in rows:
         if unknown := row.keys() - set(COLUMNS):
-            found.unknown.update(map(str, unknown))
+            found.unknown.update(map(str, unknown - {""}))
         name, fault = _page(folder, row, counts)
         fault = query_fault(row.get("query")) or fault or split_fault(row.get("split", ""))
         if not fault and name not in found.pages:
@@ -172,18 +173,22 @@ def _csv_rows(file: Path, pdfs: Container[str], found: Collected) -> Iterator[tu
     try:
         text = file.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: is not UTF-8: {error}") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="more cells than columns", strict=True)
+        raise UserError(f"{file}: is not UTF-8: {error}; from Excel, save it as CSV UTF-8") from error
+    head = text.partition("\n")[0]
+    comma = ";" if head.count(";") > head.count(",") else ","  # Excel's, where numbers have decimal commas
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey=REST, delimiter=comma, strict=True)
     first = 1
     try:
         _check_header(file, list(reader.fieldnames or []))
         first = reader.line_num + 1
         for row in reader:
             # A stray quote takes in the rows up to the next one, without an error where a comma follows that.
-            if any(cell in pdfs for line in _further_lines(row) for cell in line):
+            if any(cell in pdfs for line in _further_lines(row, comma) for cell in line):
                 raise csv.Error("one of its cells holds whole rows")
-            found.rows += 1
-            yield f"{file.name}:{reader.line_num}", row
+            cells = [*(cell for key, cell in row.items() if key != REST), *row.get(REST, [])]
+            if any(cell and cell.strip() for cell in cells):  # else what a spreadsheet writes for an empty line
+                found.rows += 1
+                yield f"{file.name}:{reader.line_num}", row
             first = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
@@ -192,11 +197,11 @@ def _csv_rows(file: Path, pdfs: Container[str], found: Collected) -> Iterator[tu
         ) from error
 
 
-def _further_lines(row: dict[str, Any]) -> Iterator[list[str]]:
+def _further_lines(row: dict[str, Any], comma: str) -> Iterator[list[str]]:
     """The lines of the cells that have several, read as rows."""
     for cell in row.values():
         if isinstance(cell, str) and len(lines := cell.splitlines()) > 1:
-            yield from csv.reader(lines)
+            yield from csv.reader(lines, delimiter=comma)
 
 
 def _check_header(file: Path, header: list[str]) -> None:
