@@ -17,6 +17,7 @@ from pdf_writer import write_pdf
 from PIL import Image
 
 from colintern.data import jsonl, pdfs, pseudo
+from colintern.data.checks import check_share, quarantine
 from colintern.data.collected import Shelf
 from colintern.data.images import png_bytes
 from colintern.data.own import make
@@ -97,7 +98,7 @@ def test_each_bad_line_costs_one_row_and_is_named(folder):
     assert list(bad) == [f"rows.jsonl:{13 + n}" for n in range(len(rows))]
     for reason, (_, pattern) in zip(bad.values(), BAD_LINES, strict=True):
         assert re.search(pattern, reason), (pattern, reason)
-    assert own.summary["rows"] == 12 + len(rows)
+    assert own.summary["rows"] == {"rows": 12 + len(rows)}
     assert [row["query"] for row in training(own.made)] == ["question 0", "question 3", "question 6", "question 9"]
 
 
@@ -401,6 +402,27 @@ def test_a_file_whose_name_is_not_utf_8_costs_one_row(folder):
     assert own.summary["kinds"] == {"heading": 30, "sentence": 30}
 
 
+def test_bad_questions_are_no_small_share_of_many_pages(folder):
+    handbook(folder)
+    for name in ("c", "d"):
+        write_pdf(folder / f"{name}.pdf", [["page"]] * 200)
+    good = "".join(f"question {page},a.pdf,{page}\n" for page in range(1, 9))
+    (folder / "queries.csv").write_text(f"query,file,page\n{good}wrong name,A.pdf,1\nwrong page,a.pdf,99\n")
+    bad, rows = quarantine({}, {DOCS: make(DOCS, pdfs.collect)})
+    assert rows == {(DOCS, "pages"): 460, (DOCS, "questions"): 10}
+    with pytest.raises(UserError, match=r"docs: 2 of 10 questions cannot be used, .*\n  queries\.csv:10: 'A\.pdf'"):
+        check_share(bad, rows, most=0.1)
+
+
+def test_a_line_with_several_bad_queries_is_one_bad_row(folder, capsys):
+    jsonl_folder(folder, [{"image": "0.png", "queries": ["", " ", 7]}])
+    bad, rows = quarantine({}, {DOCS: make(DOCS, jsonl.collect)})
+    assert "1 bad of 13 rows" in capsys.readouterr().out and len(bad) == 3
+    check_share(bad, rows, most=1 / 13)
+    with pytest.raises(UserError, match=r"1 of 13 rows cannot be used, .* \(a bad page counts in each row"):
+        check_share(bad, rows, most=0.07)
+
+
 def test_a_query_of_two_pages_is_one_query_with_two_answers(folder):
     handbook(folder)
     lines = [
@@ -475,7 +497,7 @@ def test_a_table_is_read_as_excel_writes_it(folder, comma, capsys):
         csv.writer(file, delimiter=comma).writerows(rows)
     own = make(DOCS, pdfs.collect)
     assert [row["query"] for row in table(own.made, "beir/queries/*.parquet")] == ["wo, und; wie?", '2.\nZeile "ü"']
-    assert (own.summary["rows"], own.summary["bad"]) == (62, [])
+    assert (own.summary["rows"], own.summary["bad"]) == ({"pages": 60, "questions": 2}, [])
     assert "without effect" not in capsys.readouterr().out
 
 

@@ -15,22 +15,27 @@ from colintern.data.survey import Part, Seen, rows_of
 from colintern.params import UserError, root
 
 
-def quarantine(seen: dict[Part, list[Seen]], own: dict[str, Own]) -> tuple[list[dict[str, str]], dict[str, int]]:
-    """The rows that are left out, {source, row, reason} each, and how many rows each source has.
+def quarantine(
+    seen: dict[Part, list[Seen]], own: dict[str, Own]
+) -> tuple[list[dict[str, str]], dict[tuple[str, str], int]]:
+    """What is left out, {source, kind, row, reason} each, and how many of each kind each source has.
 
-    `own`: the folders of documents, whose bad rows were found when they were made.
+    `own`: the folders of documents, whose bad rows were found when they were made. A kind is rows, pages or questions.
     """
-    rows = Counter({name: folder.summary["rows"] for name, folder in own.items()})
+    rows = Counter({(name, kind): n for name, folder in own.items() for kind, n in folder.summary["rows"].items()})
     bad = [
-        {"source": name, "row": row["where"], "reason": row["reason"]}
+        {"source": name, "kind": row["kind"], "row": row["where"], "reason": row["reason"]}
         for name, folder in own.items()
         for row in folder.summary["bad"]
     ]
     for part, found in seen.items():
+        kind = "rows" if part.split in ("train", "dev") else "pages"
         if part.name not in own:
-            rows[part.name] += len(found)
-        bad += [{"source": part.name, "row": row.where, "reason": row.fault} for row in found if row.fault]
-    return bad, dict(rows)
+            rows[part.name, kind] += len(found)
+        bad += [
+            {"source": part.name, "kind": kind, "row": row.where, "reason": row.fault} for row in found if row.fault
+        ]
+    return bad, rows
 
 
 def check_benchmarks(benchmarks: Sequence[str], evaluation: dict[str, Any]) -> None:
@@ -50,7 +55,9 @@ def check_benchmarks(benchmarks: Sequence[str], evaluation: dict[str, Any]) -> N
                 raise UserError(f"benchmarks: {known[name]} and {entry} would both be called {name}; rename one")
 
 
-def check(seen: dict[Part, list[Seen]], bad: Sequence[dict[str, str]], rows: dict[str, int], most: float) -> None:
+def check(
+    seen: dict[Part, list[Seen]], bad: Sequence[dict[str, str]], rows: dict[tuple[str, str], int], most: float
+) -> None:
     """Refuse data that shall not be trained on or measured with; see the functions it calls.
 
     Raises:
@@ -119,19 +126,21 @@ def _whole(score: Any) -> bool:
     return isinstance(score, int) or (isinstance(score, float) and score.is_integer())
 
 
-def check_share(bad: Sequence[dict[str, str]], rows: dict[str, int], most: float) -> None:
-    """Stop where more than the share `most` of a source's rows is bad; `rows`: how many each source has.
+def check_share(bad: Sequence[dict[str, str]], rows: dict[tuple[str, str], int], most: float) -> None:
+    """Stop where more than the share `most` of a source's rows, pages or questions is bad; `rows`: how many it has.
 
     Raises:
         UserError: with the source, the numbers and the first rows.
     """
-    for source, count in Counter(entry["source"] for entry in bad).items():
-        if count > most * rows[source]:
-            first = "".join(f"\n  {e['row']}: {e['reason']}" for e in bad if e["source"] == source)
-            shown = "\n".join(first.split("\n")[:6])
+    places = {(entry["source"], entry["kind"], entry["row"]) for entry in bad}  # a line may have several faults
+    for (source, kind), count in Counter((source, kind) for source, kind, _ in sorted(places)).items():
+        if count > most * rows[source, kind]:
+            found = [e for e in bad if (e["source"], e["kind"]) == (source, kind)]
+            first = "".join(f"\n  {e['row']}: {e['reason']}" for e in found[:5])
+            counted = " (a bad page counts in each row that names it)" if kind == "rows" else ""
             raise UserError(
-                f"{source}: {count} of {rows[source]} rows cannot be used, more than max_bad_fraction: {most}; all are "
-                f"named in data/quarantine.json; the first:{shown}"
+                f"{source}: {count} of {rows[source, kind]} {kind} cannot be used, more than max_bad_fraction: {most}"
+                f"{counted}; all are named in data/quarantine.json; the first:{first}"
             )
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,10 +30,11 @@ class Ask(NamedTuple):
 
 
 class Bad(NamedTuple):
-    """A row that is left out: where it stands in the folder, and why."""
+    """What is left out: where it stands in the folder, why, and which of `Collected.rows` it is."""
 
     where: str
     reason: str
+    kind: str = "rows"
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Collected:
     bad: list[Bad] = field(default_factory=list)
     unknown: set[str] = field(default_factory=set)  # keys of rows that have no effect
     read: set[str] = field(default_factory=set)  # paths of the files below the folder that were looked into
-    rows: int = 0
+    rows: Counter[str] = field(default_factory=Counter)  # rows; of a folder of PDFs pages and, apart, questions
 
 
 class Shelf(NamedTuple):
@@ -63,22 +65,22 @@ class Shelf(NamedTuple):
         return Stored(path, key)
 
 
-def json_lines(file: Path, found: Collected) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_lines(file: Path, found: Collected, kind: str = "rows") -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of each line that is a JSON object; the others go to `found.bad`, blank ones are no rows."""
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         where = f"{file.name}:{number}"
         if not line.strip():
             continue
-        found.rows += 1
+        found.rows[kind] += 1
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # ValueError: JSON and UTF-8
-            found.bad.append(Bad(where, f"not JSON: {error}"))
+            found.bad.append(Bad(where, f"not JSON: {error}", kind))
             continue
         if isinstance(row, dict):
             yield where, row
         else:
-            found.bad.append(Bad(where, f"not a JSON object: {line[:40]!r}"))
+            found.bad.append(Bad(where, f"not a JSON object: {line[:40]!r}", kind))
 
 
 def inside(folder: Path, name: Any) -> tuple[Path, str]:

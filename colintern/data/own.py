@@ -131,7 +131,7 @@ def _write(
         "parts": parts,
         "pages": dict(Counter(split_of.values())),
         "queries": {split: len(rows) for split, rows in by_split.items()},
-        "rows": found.rows,
+        "rows": dict(found.rows),
         "bad": [bad._asdict() for bad in found.bad],
         "same pages": len(found.pages) - len(pages),
         "same queries": len(found.asks) - len(asks),
@@ -199,7 +199,9 @@ def _write_beir(folder: Path, corpus: Sequence[str], asks: Sequence[Ask], pages:
 def _words(folder: str, summary: dict[str, Any]) -> str:
     """What came of a folder, for the terminal."""
     parts = [f"{split} {summary['pages'].get(split, 0)}/{summary['queries'][split]}" for split in SPLITS]
-    lines = [f"{folder}: pages/queries: {', '.join(parts)}; {len(summary['bad'])} bad rows of {summary['rows']}"]
+    bad = Counter(kind for _, kind in {(row["where"], row["kind"]) for row in summary["bad"]})
+    shares = ", ".join(f"{bad[kind]} bad of {count} {kind}" for kind, count in summary["rows"].items())
+    lines = [f"{folder}: pages/queries: {', '.join(parts)}; {shares}"]
     counted = ("same pages", "same queries", "pages without a query")
     lines += [f"  {name}: {summary[name]}" for name in counted if summary[name]]
     pseudo = {kind: count for kind, count in summary["kinds"].items() if kind != "given"}

@@ -64,10 +64,10 @@ def collect(folder: Path, shelf: Shelf) -> Collected:
         for page in pages:
             texts[task.name].append(page.text)
             if page.fault:
-                found.bad.append(Bad(page.name, page.fault))
+                found.bad.append(Bad(page.name, page.fault, "pages"))
             else:
                 found.pages[page.name] = page.page
-    found.rows += sum(counts.values())
+    found.rows["pages"] += sum(counts.values())
     found.read = set(files)
     if given := _query_file(folder):
         found.read.add(given.name)
@@ -106,8 +106,9 @@ def _name(file: str, index: int) -> str:
 def _outline(name: str, path: Path, found: Collected) -> tuple[int, list[tuple[str, int]]] | None:
     """Number of pages, and the outline's entries that point at one; None, and a bad row, if it is no readable PDF."""
     if torn(name):  # no parquet file takes it
-        found.rows += 1
-        found.bad.append(Bad(name.encode(errors="backslashreplace").decode(), "its name is not UTF-8; rename it"))
+        found.rows["pages"] += 1
+        where = name.encode(errors="backslashreplace").decode()
+        found.bad.append(Bad(where, "its name is not UTF-8; rename it", "pages"))
         return None
     try:
         with open_pdf(path) as pdf:
@@ -115,8 +116,8 @@ def _outline(name: str, path: Path, found: Collected) -> tuple[int, list[tuple[s
             targets = [(title, dest.get_index()) for title, dest in entries if dest is not None]
             return len(pdf), [(title, index) for title, index in targets if index is not None]
     except pdfium.PdfiumError as error:  # damaged, or locked with a password
-        found.rows += 1
-        found.bad.append(Bad(name, f"not a readable PDF: {error}"))
+        found.rows["pages"] += 1
+        found.bad.append(Bad(name, f"not a readable PDF: {error}", "pages"))
         return None
 
 
@@ -153,7 +154,7 @@ def _query_file(folder: Path) -> Path | None:
 
 
 def _read_queries(folder: Path, file: Path, counts: dict[str, int], found: Collected) -> None:
-    rows = json_lines(file, found) if file.suffix == ".jsonl" else _csv_rows(file, counts, found)
+    rows = json_lines(file, found, "questions") if file.suffix == ".jsonl" else _csv_rows(file, counts, found)
     for where, row in rows:
         if unknown := row.keys() - set(COLUMNS):
             found.unknown.update(map(str, unknown - {""}))
@@ -162,7 +163,7 @@ def _read_queries(folder: Path, file: Path, counts: dict[str, int], found: Colle
         if not fault and name not in found.pages:
             fault = f"page {name} could not be rendered"
         if fault:
-            found.bad.append(Bad(where, fault))
+            found.bad.append(Bad(where, fault, "questions"))
             continue
         found.asks.append(Ask(row["query"], name, "given"))
         if row.get("split"):
@@ -187,7 +188,7 @@ def _csv_rows(file: Path, pdfs: Container[str], found: Collected) -> Iterator[tu
                 raise csv.Error("one of its cells holds whole rows")
             cells = [*(cell for key, cell in row.items() if key != REST), *row.get(REST, [])]
             if any(cell and cell.strip() for cell in cells):  # else what a spreadsheet writes for an empty line
-                found.rows += 1
+                found.rows["questions"] += 1
                 yield f"{file.name}:{reader.line_num}", row
             first = reader.line_num + 1
     except csv.Error as error:
