@@ -5,7 +5,9 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from unicodedata import normalize
@@ -136,6 +138,20 @@ def test_keys_that_have_no_effect_are_named(folder, capsys):
     jsonl_folder(folder, [{"image": "0.png", "query": "other", "weight": 3, "cut \ud83d": 1}])
     make(DOCS, jsonl.collect)
     assert "keys of rows without effect: cut \\ud83d, weight" in capsys.readouterr().out
+
+
+def test_a_page_that_cannot_be_stored_is_no_bad_row(folder):
+    jsonl_folder(folder, [{"image": "large.png", "query": "which is large"}], pages=3)
+    Image.frombytes("L", (400, 400), os.urandom(160_000)).save(folder / "large.png")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # writing then fails as on a full disk
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            make(DOCS, jsonl.collect)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def test_what_lies_in_the_folder_and_is_not_read_is_named(folder, capsys):

@@ -40,9 +40,10 @@ def _store(task: tuple[Path, Shelf]) -> Stored | str:
     """The image on the shelf, or why there is none."""
     path, shelf = task
     try:
-        return shelf.put(standard(path.read_bytes()))
+        data = standard(path.read_bytes())
     except (BadImage, OSError) as error:
         return str(error)
+    return shelf.put(data)  # a full disk is no fault of the page
 
 
 def _take(folder: Path, where: str, row: dict[str, Any], stored: dict[str, Stored | str], found: Collected) -> None:
