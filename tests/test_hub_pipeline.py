@@ -39,28 +39,42 @@ SIZES = {
 }
 ROWS = 16  # two steps
 LANGUAGES = ("english", "french", "german", "spanish")
+V3 = "Vidore3HrRetrieval"  # one of ViDoRe v3, beside what the recipe names
 TASKS = [task.metadata for name in ("ViDoRe(v1)", "ViDoRe(v2)") for task in mteb.get_benchmark(name).tasks]
+TASKS.append(mteb.get_task(V3).metadata)
 
 
 def write_task(folder: Path, number: int) -> None:
-    """A data set as ViDoRe v1 and v2 have it on the hub: three configurations, one split; v2's queries say their
-    language."""
+    """A data set as ViDoRe has it on the hub, all in one split. v1 and v2: three configurations; v2's queries say their
+    language. v3: three configurations a language, ids that are text, judgements of two grades."""
     pages = corpus("test", 4, 1, seed=number)
     ids = list(range(len(pages)))
     images = [{"bytes": png_bytes(page.image), "path": page.name} for page in pages]
-    tables = {
-        "corpus": ({"corpus-id": ids, "image": images}, {"image": Image()}),
-        "queries": ({"query-id": ids, "query": [page.queries[0] for page in pages], "language": LANGUAGES}, {}),
-        "qrels": ({"query-id": ids, "corpus-id": ids, "score": [1] * len(ids)}, {}),
-    }
+    queries = [page.queries[0] for page in pages]
+    if folder.name == V3:
+        names = list(map(str, ids))
+        tables = {
+            f"{language}-{table}": columns
+            for language in mteb.get_task(V3).hf_subsets
+            for table, columns in {
+                "corpus": {"id": names, "image": images},
+                "queries": {"id": names, "text": [f"{query} {language}" for query in queries]},
+                "qrels": {"query-id": [*names, "0"], "corpus-id": [*names, "1"], "score": [2, 2, 2, 2, 1]},
+            }.items()
+        }
+    else:
+        tables = {
+            "corpus": {"corpus-id": ids, "image": images},
+            "queries": {"query-id": ids, "query": queries, "language": LANGUAGES},
+            "qrels": {"query-id": ids, "corpus-id": ids, "score": [1] * len(ids)},
+        }
     card = ["---", "configs:"]
-    for name, (columns, types) in tables.items():
+    for name, columns in tables.items():
         kinds = {key: Value("string" if isinstance(values[0], str) else "int64") for key, values in columns.items()}
+        kinds |= {"image": Image()} if "image" in columns else {}
         path = f"{name}/test-00000-of-00001.parquet"
         (folder / name).mkdir(parents=True)
-        Dataset.from_dict({k: list(v) for k, v in columns.items()}, features=Features(kinds | types)).to_parquet(
-            folder / path
-        )
+        Dataset.from_dict({k: list(v) for k, v in columns.items()}, features=Features(kinds)).to_parquet(folder / path)
         card += [f"- config_name: {name}", "  data_files:", "  - split: test", f"    path: {name}/test-*"]
     (folder / "README.md").write_text("\n".join([*card, "---", "# pages", ""]))
 
@@ -100,6 +114,8 @@ def repo(hub, tmp_path_factory):
     for key, value in SIZES.items():
         params, found = re.subn(rf"(?m)^{key}: \S+", f"{key}: {value}", params)
         assert found == 1, key
+    params, found = re.subn(r"(?m)^benchmarks:$", rf"benchmarks:\n- {V3}", params)
+    assert found == 1
     (path / "params.yaml").write_text(params)
     repo.output(documented('git commit -am "The 1B recipe"'), **IDENTITY)
     assert ran(repo.output(documented("dvc repro fetch-data"))) == ["fetch-data"]
@@ -126,8 +142,9 @@ def test_the_recipe_trains_and_evaluates_without_another_word_to_the_hub(repo, h
     assert hub.requests == []
     assert repo.metric("train")["steps"] == ROWS // 8
     scores = repo.metric("eval")
-    assert list(scores) == ["ViDoRe(v1)", "ViDoRe(v2)"]
-    assert sorted({**scores["ViDoRe(v1)"]["tasks"], **scores["ViDoRe(v2)"]["tasks"]}) == sorted(t.name for t in TASKS)
+    assert list(scores) == ["ViDoRe(v1)", "ViDoRe(v2)", V3]
+    assert sorted(name for found in scores.values() for name in found["tasks"]) == sorted(t.name for t in TASKS)
+    assert len(scores[V3]["languages"]) == 6
     for task in TASKS:
         [result] = (repo.path / "results/mteb_evaluation").rglob(f"{task.name}.json")
         assert json.loads(result.read_text())["dataset_revision"] == task.dataset["revision"]
