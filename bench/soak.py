@@ -3,11 +3,11 @@
     python -m bench.soak [--kills 100] [--seed 0] [--folder FOLDER]
 
 Each round deletes the outs of train and eval, and the run cache, in a copy of this repository whose demo is cut down to
-160 pages; starts `dvc repro`; kills its whole process group with SIGKILL after a random time; and starts it again, until
-it ends by itself. The moments fall into the starts of the stages, steps, saves, evaluation, and DVC's own commit. DVC
-writes `.dvc/tmp/rwlock` and `dvc.lock` in place, so a kill can leave them cut off, and DVC then refuses to start: where
-it does, what docs/troubleshooting.md says is done here too, and counted as `mended`. Ends with RESULT identical=N of=N:
-rounds whose adapter and metrics are those of an undisturbed run, byte for byte.
+160 pages; starts `dvc repro`; kills its whole process group with SIGKILL after a random time; and starts it again,
+until it ends by itself. The moments fall into the starts of the stages, steps, saves, evaluation, and DVC's own commit.
+DVC writes `.dvc/tmp/rwlock` and `dvc.lock` in place, so a kill can leave them cut off, and DVC then refuses to start:
+where it does, what docs/troubleshooting.md says is done here too, and counted as `mended`. Ends with RESULT identical=N
+of=N: rounds whose adapter and metrics are those of an undisturbed run, byte for byte.
 """
 
 import argparse
