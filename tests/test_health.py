@@ -149,8 +149,6 @@ def test_the_remedy_follows_from_the_cause():
     short = health(curve(share=lambda x: max(0.7, 1.1 - 3 * x)), PARAMS, CHANCE)
     assert dead.remedy.startswith("lr: 0.002,") and slow.remedy.startswith("lr: 0.018;")
     assert short.remedy == "epochs: 8"
-    once = [row | {"epoch": row["epoch"] / 4} for row in curve(share=lambda x: max(0.7, 1.1 - 3 * x))]
-    assert health(once, dataclasses.replace(PARAMS, epochs=1), CHANCE).remedy == "epochs: 5, or lr: 0.018"
 
 
 def test_a_warm_up_that_outlasts_the_run_is_made_shorter():

@@ -169,8 +169,7 @@ def by_epoch(c: Curve) -> Answer | None:
         return None
     guide, ours = (" ".join(f"{share:.2f}" for share in shares[:5]) for shares in (GUIDE[: len(ends)], ends))
     seen = f"{ours}{' ...' if len(ends) > 5 else ''}; the guide's {guide}"
-    higher = f", or lr: {3 * c.params.lr:.2g}" if len(ends) == 1 else ""  # one epoch does not tell a slow run
-    remedy = f"epochs: {max(5, 2 * c.params.epochs)}{higher}" if ends[0] <= SLOW else cure(c)
+    remedy = f"epochs: {max(5, 2 * c.params.epochs)}" if ends[0] <= SLOW else cure(c)
     return Answer(ends[-1] > UNFIT, ends[-1] > SLOW, ends[-1], seen, remedy)
 
 
