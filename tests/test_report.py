@@ -97,7 +97,7 @@ def write_metrics() -> None:
     state = json.loads(Path("adapter/trainer_state.json").read_text())
     judged = health(state["log_history"], load_params(), chance=0.5)
     dev = [row["eval_ndcg_at_5"] for row in state["log_history"] if "eval_ndcg_at_5" in row]
-    Path("metrics").mkdir()
+    Path("metrics").mkdir(exist_ok=True)
     found = {"steps": state["global_step"], "dev_ndcg_at_5": round(dev[-1], 6), "verdict": judged.verdict}
     Path("metrics/train.json").write_text(dumps(found | {"health": stored(judged.findings)}))
 
