@@ -99,14 +99,26 @@ class Curve:
 
     @property
     def epoch_ends(self) -> list[float]:
-        """Of each epoch that is over, the mean loss of its last quarter, or of the row nearest to its end."""
+        """The loss of each epoch that is over, see `ending`."""
         over = self.params.epochs if self.done else int(self.rows[-1]["epoch"])
+        return [self.ending(end, 1) for end in range(1, over + 1)]
+
+    @property
+    def early(self) -> float:
+        """The place, in epochs, where the loss of a run that is fast enough has come down: after an epoch, or a quarter
+        of a run of fewer than four, but then not within twice the warm-up."""
+        warm = 2 * self.params.warmup_steps / self.steps * self.params.epochs
+        return min(1, max(self.params.epochs / 4, warm))
+
+    @property
+    def early_loss(self) -> float:
+        return self.ending(self.early, self.early)
+
+    def ending(self, end: float, length: float) -> float:
+        """The mean loss of the last quarter of so many epochs, or of the row nearest to their end."""
         places = [(row["epoch"], loss) for row, loss in zip(self.rows, self.losses, strict=True)]
-        ends = []
-        for end in range(1, over + 1):
-            quarter = [loss for place, loss in places if end - 0.25 < place <= end]
-            ends.append(mean(quarter or [min(places, key=lambda place: abs(place[0] - end))[1]]))
-        return ends
+        quarter = [loss for place, loss in places if end - length / 4 < place <= end]
+        return mean(quarter or [min(places, key=lambda place: abs(place[0] - end))[1]])
 
 
 class Answer(NamedTuple):
@@ -155,10 +167,10 @@ def known(c: Curve) -> Answer | None:
     return Answer(share > NOTHING, share > NOTHING and not early, share, f"{share:.2f} of {c.unit}", cure(c))
 
 
-def first_epoch(c: Curve) -> Answer | None:
-    if not c.epoch_ends:
+def early_loss(c: Curve) -> Answer | None:
+    if not c.done and c.rows[-1]["epoch"] < c.early:
         return None
-    share = c.epoch_ends[0]
+    share = c.early_loss
     seen = f"{c.losses[0]:.2f} -> {share:.2f} of {c.unit}"
     return Answer(share > SLOW, share > NOTHING, share, seen, cure(c))
 
@@ -169,7 +181,7 @@ def by_epoch(c: Curve) -> Answer | None:
         return None
     guide, ours = (" ".join(f"{share:.2f}" for share in shares[:5]) for shares in (GUIDE[: len(ends)], ends))
     seen = f"{ours}{' ...' if len(ends) > 5 else ''}; the guide's {guide}"
-    remedy = f"epochs: {max(5, 2 * c.params.epochs)}" if ends[0] <= SLOW else cure(c)
+    remedy = f"epochs: {max(5, 2 * c.params.epochs)}" if c.early_loss <= SLOW else cure(c)
     return Answer(ends[-1] > UNFIT, ends[-1] > SLOW, ends[-1], seen, remedy)
 
 
@@ -216,7 +228,7 @@ def dev_score(c: Curve) -> Answer | None:
 RULES: dict[str, tuple[str, Callable[[Curve], Answer | None]]] = {
     "finite": ("a loss or norm that is not finite is bad", finite),
     "loss now": (f"above {NOTHING} of log(P) after twice the warm-up warn, after an epoch bad", known),
-    "first epoch": (f"above {SLOW} of log(P) after it warn, above {NOTHING} bad: too slow", first_epoch),
+    "early loss": (f"above {SLOW} of log(P) after an epoch or a quarter run warn, above {NOTHING} bad", early_loss),
     "loss by epoch": (f"above {UNFIT} of log(P) at the end warn, above {SLOW} bad", by_epoch),
     "steady loss": (f"rows that jump by {ROUGH} of log(P) warn, by {2 * ROUGH} bad: oscillating", rough),
     "gradient norm": (f"{JUMP} x the median in 5 % of the rows warn, in 20 % bad; below {DEAD} bad", gradient),
@@ -238,7 +250,7 @@ def health(log: Sequence[Mapping[str, Any]], params: Params, chance: float) -> H
 
     - `diverged`: something is not finite;
     - `collapsed`: it ends where it knows nothing: the loss is log(P), or the ranking of the dev pages is chance;
-    - `too slow`: the loss ends high, and was so after the first epoch;
+    - `too slow`: the loss ends high, and was so early: after an epoch, or a quarter of a run of fewer than four;
     - `undertrained`: the loss ends high, but was falling from the start;
     - `learned`.
     """
@@ -255,8 +267,8 @@ def health(log: Sequence[Mapping[str, Any]], params: Params, chance: float) -> H
     elif flat or is_("dev NDCG@5", BAD):
         verdict, cause = COLLAPSED, "dev NDCG@5" if not flat else "loss by epoch"
     elif is_("loss by epoch", WARN, BAD):
-        slow = is_("first epoch", WARN, BAD)
-        verdict, cause = (TOO_SLOW, "first epoch") if slow else (UNDERTRAINED, "loss by epoch")
+        slow = is_("early loss", WARN, BAD)
+        verdict, cause = (TOO_SLOW, "early loss") if slow else (UNDERTRAINED, "loss by epoch")
     else:
         return Health(LEARNED, "", "", found)
     return Health(verdict, f"{cause}: {by_name[cause].seen}", by_name[cause].remedy, found)
