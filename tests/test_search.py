@@ -82,6 +82,17 @@ def test_a_form_is_drawn_with_what_is_filled_in(tmp_path):
     assert page.convert("L").crop((40, 540, 440, 600)).getextrema()[0] < 50
 
 
+def test_a_file_that_may_not_be_read_is_named_and_the_others_are_searched(tmp_path):
+    page_image("Oslo").save(tmp_path / "page.png")
+    for name in ("mine.png", "mine.pdf"):
+        (tmp_path / name).symlink_to("/proc/self/mem")  # which not even root can read from its start
+    found, bad = sources(tmp_path)
+    assert [source.name for source in found] == ["page.png"]
+    assert [one.where for one in bad] == ["mine.pdf", "mine.png"] and "cannot be read: " in bad[0].reason
+    (tmp_path / "page.png").unlink()
+    assert list(images(found, bad)) == [] and bad[-1].where == "page.png"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

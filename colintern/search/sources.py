@@ -43,21 +43,26 @@ def sources(place: Path) -> tuple[list[Source], list[Bad]]:
     found, bad = [], []
     for path in files:
         name = shown(path.relative_to(place) if place.is_dir() else path.name)
-        if path.suffix.lower() != ".pdf":
-            found.append(Source(name, path, None, content_hash(path)))
-            continue
         try:
-            with open_pdf(path) as pdf:
-                pages = len(pdf)
+            found += _pages(name, path)
         except pdfium.PdfiumError as error:  # damaged, or locked with a password
             bad.append(Bad(name, f"not a readable PDF: {error}"))
-            continue
-        made = f"{content_hash(path)} {DPI} dpi pypdfium2 {version('pypdfium2')}"
-        found += [Source(f"{name}, page {page + 1}", path, page, f"{made} page {page}") for page in range(pages)]
+        except OSError as error:  # somebody else's, or gone by now
+            bad.append(Bad(name, f"cannot be read: {error.strerror}"))
     if not found:
         what = f"PDFs and {', '.join(IMAGES)} are searched{reasons(bad)}"
         raise UserError(f"FOLDER_OR_PDF: {place} holds no page; {what}")
     return found, bad
+
+
+def _pages(name: str, path: Path) -> list[Source]:
+    content = content_hash(path)
+    if path.suffix.lower() != ".pdf":
+        return [Source(name, path, None, content)]
+    with open_pdf(path) as pdf:
+        pages = len(pdf)
+    made = f"{content} {DPI} dpi pypdfium2 {version('pypdfium2')}"
+    return [Source(f"{name}, page {page + 1}", path, page, f"{made} page {page}") for page in range(pages)]
 
 
 def shown(name: str | os.PathLike[str]) -> str:
@@ -105,7 +110,7 @@ def images(wanted: list[Source], bad: list[Bad]) -> Iterator[tuple[Source, Image
                         opened[1].close()
                     opened = source.path, open_pdf(source.path)
                 yield source, page_image(opened[1][source.page])
-            except (pdfium.PdfiumError, BadImage) as error:
+            except (pdfium.PdfiumError, BadImage, OSError) as error:
                 bad.append(Bad(source.name, str(error)))
     finally:
         if opened:
