@@ -54,13 +54,14 @@ def ranking(log: str) -> list[str]:
 
 
 def test_the_second_time_nothing_is_computed_and_only_what_is_new_later(top):
-    for name in ("torn.png", "moving.gif"):
+    for name in ("torn.png", "moving.gif", "phone.heic"):
         (top / "documents" / name).write_bytes(b"torn")
     (top / "documents" / "linked").symlink_to("below")
     code, first = fork(top, "search", "adapter", "documents", "from Oslo", "--html", "found.html")
     assert code == 0, first
     assert "5 pages, 5 of them new" in first and "left out: torn.pdf: not a readable PDF" in first
-    assert "left out: torn.png: not an image" in first and "not searched: 1 .gif, 1 linked folder" in first
+    assert "left out: torn.png: not an image" in first and "not searched: 1 .heic, 1 linked folder" in first
+    assert "left out: moving.gif: not an image" in first
     names = {"three.pdf, page 1", "three.pdf, page 2", "three.pdf, page 3", "below/one.pdf, page 1", "scan.png"}
     assert set(ranking(first)) == names
     assert all(len(line) <= 80 for line in first.splitlines())

@@ -16,7 +16,7 @@ from colintern.data.pdfs import DPI, open_pdf, page_image, pdf_files
 from colintern.files.identity import content_hash
 from colintern.params import UserError
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 
 
 class Source(NamedTuple):
