@@ -70,7 +70,7 @@ def make(folder: str, collect: Callable[[Path, Shelf], Collected]) -> Own:
     facts = {
         "files": made_from["files"],
         "linked": linked,
-        "code": [content_hash(Path(__file__).with_name(name)) for name in CODE],
+        "code": [content_hash(Path(__file__).parent / name) for name in CODE],
         "versions": {name: version(name) for name in LIBRARIES},
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
