@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from textwrap import fill
 
 from colintern import commands
 from colintern.params import exit_on_user_error
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         one = found.add_parser(
             module.name.replace("_", "-"),
             help=command.SUMMARY,
-            description=f"{command.SUMMARY[0].upper()}{command.SUMMARY[1:]}.",
+            description=fill(f"{command.SUMMARY[0].upper()}{command.SUMMARY[1:]}.", 80),
             epilog=f"Example:\n    {command.EXAMPLE}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

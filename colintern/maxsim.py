@@ -45,7 +45,7 @@ def maxsim_scores(
         return scores
     device, lengths = torch.device(device), [len(query) for query in queries]
     tokens = torch.cat([query.to(device, torch.float32) for query in queries])
-    blocks = [part.T for part in tokens.split(block or BLOCK[device.type])]
+    blocks = [part.T for part in tokens.split(block or BLOCK.get(device.type, BLOCK["cuda"]))]
     screen = _Screen(tokens) if _Screen.pays(tokens) else None
     for start in range(0, len(pages), GROUP):
         group = pages[start : start + GROUP]

@@ -206,7 +206,10 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
         return maxsim_scores(qs, ps)
 
     def get_n_patches(self, image_size: tuple[int, int], *args, **kwargs) -> tuple[int, int]:
-        """Visual tokens across and down a page of `image_size` = (height, width), its thumbnail left out."""
+        """Visual tokens across and down a page of `image_size` = (height, width), its thumbnail left out.
+
+        As colpali-engine's base class has it; Pillow's `image.size` is (width, height), and would transpose the page.
+        """
         grid, side = self.grid(image_size), int(self.image_seq_length**0.5)
         return grid.cols * side, grid.rows * side
 

@@ -219,4 +219,6 @@ def test_every_help_has_an_example(copy: Path) -> None:
     commands = re.findall(r"(?m)^    ([\w-]+)(?:  +\w.*|\n {17}\w.*)$", overview.partition("Examples:")[0])
     assert {"check-adapter", "doctor", "recipe", "tiles", "verify"} <= set(commands)
     for command in commands:
-        assert re.search(rf"Example:\n    colintern {command}\b", colintern(copy, command, "--help").stdout)
+        said = colintern(copy, command, "--help").stdout
+        assert re.search(rf"Example:\n    colintern {command}\b", said)
+        assert max(map(len, said.partition("Example:")[0].splitlines())) <= 80, said
