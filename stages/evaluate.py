@@ -12,13 +12,14 @@ from pathlib import Path
 
 from colintern.files.jsonfile import dumps
 from colintern.files.manifest import arrow_cache, ready
-from colintern.files.outs import check_outs
+from colintern.files.outs import check_outs, forget_ended
 from colintern.params import exit_on_user_error, load
 
 
 @exit_on_user_error()
 def main() -> None:
     params = load()
+    forget_ended()  # DVC starts this stage when training is recorded
     check_outs()
     arrow_cache()
     ready(params, evaluation=True)

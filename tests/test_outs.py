@@ -2,10 +2,12 @@
 
 import hashlib
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from small_run import OUT
 from test_dvc_commands import Repo, bare_environment, ran
 
 STAGES = """stages:
@@ -75,3 +77,35 @@ def test_run_by_hand_nothing_is_held_against_the_lock(repo):
     refused = repo.run("dvc repro -s use")
     assert refused.returncode and "error: file: is not what dvc.lock names" in refused.stdout
     assert "passed" in repo.output("dvc repro -f")
+
+
+TRAINING = """stages:
+  train:
+    cmd: python -m stages.train
+    deps: [data/manifest.json, data/rows.parquet]
+    params: [lr, batch_size, epochs, seed]
+    outs: [experiments/colintern]
+"""
+
+
+def test_t3_what_dvc_could_not_store_is_not_trained_again(fetched, whole, tmp_path):
+    """DVC deletes the outs of a stage that it has not recorded, and starts it anew."""
+    path = tmp_path / "repo"
+    shutil.copytree(fetched, path, symlinks=True, ignore=shutil.ignore_patterns(".scratch", "experiments", "dvc.yaml"))
+    (path / "dvc.yaml").write_text(TRAINING)
+    repo = Repo(path, bare_environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT)})
+    repo.output("git init -q && dvc init -q")
+    (path / ".dvc" / "cache").touch()  # where a folder should be
+    failed = repo.run("dvc repro")
+    assert failed.returncode and "dev_ndcg_at_5=" in failed.stdout, failed.stdout
+    assert not list((path / "experiments").glob("train-*")), "the run is over"
+
+    (path / ".dvc" / "cache").unlink()
+    said = repo.output("dvc repro")
+    assert "checkpoint-10\n" in said and "step " not in said, said
+    adapter = (path / OUT / "adapter_model.safetensors").read_bytes()
+    assert hashlib.sha256(adapter).hexdigest() == whole["adapter_model.safetensors"]
+
+    again = repo.output("dvc repro -f")
+    assert "resuming from" not in again and "step 10/10" in again, "it was recorded, so this asks for all steps"
+    assert not [one for one in (path / ".scratch").iterdir() if one.is_dir()], "and DVC can bring back what it made"

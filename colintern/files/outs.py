@@ -1,13 +1,15 @@
-"""What earlier stages left, held against dvc.lock before a stage reads it.
+"""What stages leave, held against dvc.lock: before another one reads it, and before checkpoints go.
 
 DVC takes a file that it has put in place for what dvc.lock names, and does not look at it again: a byte that has
-changed in its cache, or in a remote without `verify`, is handed on in silence.
+changed in its cache, or in a remote without `verify`, is handed on in silence. And until it has recorded a stage in
+dvc.lock, its outs are nothing to it: killed then, or with a full cache, it deletes them and starts the stage anew.
 """
 
 import hashlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from ruamel.yaml import YAML
 from colintern.params import UserError, root
 
 STAGE = "DVC_STAGE"  # which DVC sets for the commands it runs; from a sub folder it is ../dvc.yaml:NAME
+ENDED = "ended"  # in the folder of checkpoints of a run whose outs are in place
 
 
 def check_outs() -> None:
@@ -27,7 +30,7 @@ def check_outs() -> None:
     Raises:
         UserError: a file is not the one that dvc.lock names; the message says what to delete.
     """
-    stage = os.environ.get(STAGE, "").rpartition(":")[2]
+    stage = _stage()
     if not stage or not Path("dvc.lock").is_file():
         return
     deps = _yaml("dvc.yaml")[stage]["deps"]
@@ -41,6 +44,45 @@ def check_outs() -> None:
             f"delete what is here: rm -rf {rotten}\n"
             "  then dvc pull, or dvc repro; where it comes back, see docs/remotes.md"
         )
+
+
+def let_go(checkpoints: Path) -> None:
+    """Delete the checkpoints of a run whose outs are in place, or leave that to the next stage: see `_recorded`."""
+    if _recorded():
+        shutil.rmtree(checkpoints)
+    else:
+        (checkpoints / ENDED).touch()
+
+
+def forget_ended(own: Path | None = None) -> None:
+    """Delete the checkpoints that `let_go` has left. Those of the run `own`, which starts again, stay where it was not
+    recorded: it goes on from them."""
+    for mark in (root() / ".scratch").glob(f"*/{ENDED}"):
+        if mark.parent != own or _recorded():
+            shutil.rmtree(mark.parent, ignore_errors=True)
+        else:
+            mark.unlink()
+
+
+def _recorded() -> bool:
+    """Whether DVC can bring back the outs of the stage under way, since dvc.lock has it with the params and files of
+    now; also where DVC has not started this process, and will not delete them."""
+    stage = _stage()
+    if not stage:
+        return True
+    known = _yaml("dvc.lock").get(stage) if Path("dvc.lock").is_file() else None
+    if not known:
+        return False
+    for file, values in known.get("params", {}).items():
+        now = YAML(typ="safe").load(Path(file))
+        if any(now.get(key) != value for key, value in values.items()):
+            return False
+    return not any(_wrong(dep) for dep in known.get("deps", []))
+
+
+def _stage() -> str:
+    """The stage under way, "" where DVC has not started this process."""
+    return os.environ.get(STAGE, "").rpartition(":")[2]
 
 
 def _yaml(name: str) -> dict[str, Any]:

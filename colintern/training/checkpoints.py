@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from colintern.files.identity import content_hash
+from colintern.files.outs import ENDED
 from colintern.params import UserError, root
 from colintern.training.processes import Processes
 
@@ -113,7 +114,7 @@ def outlive(seed: Callable[[int], None], number: int) -> None:
 @contextmanager
 def shown(folder: Path) -> Iterator[None]:
     """Link a run's checkpoints and `trainer_state.json` into experiments/, where the guide's readers look for them,
-    as long as they are kept. A link whose run is gone goes too."""
+    as long as the run goes on. A link whose run is over, or gone, goes too."""
     link = root() / "experiments" / folder.name
     folder.mkdir(parents=True, exist_ok=True)
     link.parent.mkdir(exist_ok=True)
@@ -125,7 +126,7 @@ def shown(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             folder.rmdir()  # where nothing was kept
         for old in link.parent.glob("train-*"):
-            if old.is_symlink() and not old.exists():
+            if old.is_symlink() and (not old.exists() or (old / ENDED).exists()):
                 old.unlink()
 
 

@@ -1,7 +1,7 @@
 """A training run from params to the adapter folder: resumes where it was cut off, leaves nothing half-written.
 
 Checkpoints live in `.scratch/`, in a folder named by the run's fingerprint, so that a run never resumes from another
-run's files; the folder goes away once the adapter is in place.
+run's files; the folder goes away once the adapter is in place and DVC has recorded it.
 """
 
 import csv
@@ -25,6 +25,7 @@ from colintern.data.trainset import asks_pseudo_queries
 from colintern.files.identity import fingerprint, stage_identity
 from colintern.files.jsonfile import dumps
 from colintern.files.manifest import MANIFEST, check_base, kernel_entry, read
+from colintern.files.outs import forget_ended, let_go
 from colintern.model import ColIntern3_5
 from colintern.modeling.attention import implementation
 from colintern.modeling.features import FEATURES, PageFeatures
@@ -69,6 +70,7 @@ def train(params: Params, out: Path, own: Processes = ALONE) -> dict[str, Any]:
     identity = stage_identity("train", params)
     scratch = root() / ".scratch" / f"train-{fingerprint(identity)[:16]}"
     signals = Signals(own)
+    own.first(lambda: forget_ended(scratch))
     with held(scratch) if own.main else nullcontext(), signals.watch():
         own.first(lambda: None)  # the first process holds the lock
         told = reporter(own)
@@ -89,7 +91,7 @@ def train(params: Params, out: Path, own: Processes = ALONE) -> dict[str, Any]:
         if told:
             own.first(lambda: told.finish(trainer))
         metrics = own.first(lambda: finish(trainer, params, identity, out))
-        own.first(lambda: shutil.rmtree(scratch))
+        own.first(lambda: let_go(scratch))
     return metrics
 
 
