@@ -38,6 +38,7 @@ CANNOT = {  # how a command begins, and why no test runs it
 }
 VALUES = r"\.\.\.|\d+|\blearning_rate|\blr\b|\bloss is nan\b"  # of a message, as the page gives them
 OTHERS = {  # git's, DVC's
+    "Could not override 'learning_rate'. To append to your config use +learning_rate=1",
     "Unable to acquire lock",
     "Unable to read RWLock-file '.dvc/tmp/rwlock'. JSON structure is corrupted",
     "'./dvc.lock' validation failed.",

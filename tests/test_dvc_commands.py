@@ -293,3 +293,14 @@ def wait_until(repo: Repo, what: str, over: Callable[[str], bool]) -> str:
         assert time.monotonic() < end, f"waited {TIMEOUT} s: {what}\n{status}"
         time.sleep(1)
     return status
+
+
+def test_a_refused_value_stays_in_params_until_it_is_taken_back(repo):
+    repo.output("git checkout -q . && dvc checkout -q")
+    refused = repo.run(documented("dvc exp run -S lr=abc"))
+    assert refused.returncode and "params.yaml: 1 problem\n  lr: 'abc'" in refused.stdout
+    assert "params.yaml: 1 problem" in repo.run("colintern doctor").stdout
+    repo.output("git checkout params.yaml metrics plots")
+    assert repo.output("git status --porcelain") == ""
+    unknown = repo.run("dvc exp run -S learning_rate=1").stdout
+    assert "Could not override 'learning_rate'.\nTo append to your config use +learning_rate=1" in unknown
