@@ -1,9 +1,15 @@
 """One process at a time: a lock on a file, which a process that dies lets go of."""
 
 import fcntl
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from colintern.params import UserError
+
+ORPHANS = 30  # seconds after which a killed trainer's data loader should have ended; it looks every 5
 
 
 @contextmanager
@@ -17,4 +23,32 @@ def locked(path: Path, waiting: str = "") -> Iterator[None]:
             if waiting:
                 print(waiting, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def locked_or_refused(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone, without waiting for another one that holds it.
+
+    Raises:
+        UserError: another process holds it; its PID is named.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_suffix(".lock")
+    with lock.open("a+") as file:
+        for _ in range(ORPHANS):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                file.seek(0)
+                owner = file.read().strip()
+                if Path("/proc", owner).exists():
+                    raise UserError(f"{lock}: process {owner} is training this very run") from error
+                time.sleep(1)  # the owner was killed; its data loader's processes hold the lock until they notice
+        else:
+            raise UserError(f"{lock}: is held by what process {owner}, now gone, has started; end that first")
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
         yield

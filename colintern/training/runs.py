@@ -5,12 +5,10 @@ run's files; the folder goes away once the adapter is in place and DVC has recor
 """
 
 import csv
-import fcntl
 import math
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -24,6 +22,7 @@ from transformers import TrainerState, set_seed
 from colintern.data.trainset import asks_pseudo_queries
 from colintern.files.identity import fingerprint, stage_identity
 from colintern.files.jsonfile import dumps
+from colintern.files.lock import locked_or_refused
 from colintern.files.manifest import MANIFEST, check_base, kernel_entry, read
 from colintern.files.outs import forget_ended, let_go
 from colintern.model import ColIntern3_5
@@ -45,7 +44,6 @@ from colintern.training.tracker import Tracker, check_tracker
 from colintern.training.trainer import ContrastiveTrainer, DevSet, NonFiniteError, arguments
 from colintern.training.watch import pace_findings
 
-ORPHANS = 30  # seconds after which a killed trainer's data loader should have ended; it looks every 5
 CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
 EVALUATIONS = 4  # of the dev set in a run, at least
 COMPILERS = ("g++", "clang++")  # what torch looks for
@@ -272,32 +270,4 @@ def write_csv(path: Path, records: list[dict[str, Any]], columns: tuple[str, ...
 def held(scratch: Path) -> Iterator[None]:
     """What the first process alone does: hold the run, and show its checkpoints in experiments/."""
     with locked_or_refused(scratch), shown(scratch):
-        yield
-
-
-@contextmanager
-def locked_or_refused(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone, without waiting for another one that holds it.
-
-    Raises:
-        UserError: another process holds it; its PID is named.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_suffix(".lock")
-    with lock.open("a+") as file:
-        for _ in range(ORPHANS):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                file.seek(0)
-                owner = file.read().strip()
-                if Path("/proc", owner).exists():
-                    raise UserError(f"{lock}: process {owner} is training this very run") from error
-                time.sleep(1)  # the owner was killed; its data loader's processes hold the lock until they notice
-        else:
-            raise UserError(f"{lock}: is held by what process {owner}, now gone, has started; end that first")
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
         yield
