@@ -5,6 +5,7 @@ means, its unit and the guide's value stand beside it in params.yaml.
 """
 
 import difflib
+import errno
 import os
 import re
 import sys
@@ -32,6 +33,9 @@ from colintern.rules import (
     one_of,
 )
 
+# Of what the place of a file is to blame for, not the program: somebody else's, read-only, full.
+PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+
 
 class UserError(ValueError):
     """Bad input. The message names the key or file, its value and what would be valid; the process exits with 2."""
@@ -46,12 +50,18 @@ def root() -> Path:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Around a program's main (as `with` or as a decorator): a UserError is told on stderr, with its exit code."""
+    """Around a program's main (as `with` or as a decorator): a UserError is told on stderr, with its exit code; a file
+    or folder that may not be written or read likewise, with 2."""
     try:
         yield
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(problem.exit_code) from problem
+    except OSError as problem:
+        if problem.errno not in PLACE or problem.filename is None:
+            raise
+        print(f"error: {problem.filename}: {problem.strerror}", file=sys.stderr)
+        raise SystemExit(UserError.exit_code) from problem
 
 
 @dataclass(frozen=True, slots=True)

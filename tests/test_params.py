@@ -1,6 +1,7 @@
 """params.yaml is read as YAML 1.2 and checked whole: every rule, every kind of broken file (fault D6)."""
 
 import ast
+import errno
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from colintern.params import Params, UserError, load
+from colintern.params import Params, UserError, exit_on_user_error, load
 from colintern.rules import mixture
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -287,6 +288,15 @@ def test_a_program_exits_with_2_and_one_message(folder: Path) -> None:
     assert "lr: 7 (int)" in run.stderr
     assert "gr\\xf6\\xdfe: unknown key" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_place_that_cannot_be_written_is_named_without_a_traceback(number: int, capsys) -> None:
+    with pytest.raises(SystemExit) as ended, exit_on_user_error():
+        raise OSError(number, os.strerror(number), "plots/train.csv")
+    assert ended.value.code == 2 and capsys.readouterr().err == f"error: plots/train.csv: {os.strerror(number)}\n"
+    with pytest.raises(OSError, match="a fault of the disk"), exit_on_user_error():
+        raise OSError(errno.EIO, "a fault of the disk is none of the user's", "plots/train.csv")
 
 
 def test_nothing_reads_params_with_pyyaml() -> None:
