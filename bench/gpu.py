@@ -247,11 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not (torch.cuda.is_available() or args.tiny):
         raise UserError("no CUDA device is available, and this measures one; --tiny runs the same code on the CPU")
-    device, sizes, start = (
-        "cuda" if torch.cuda.is_available() else "cpu",
-        TINY if args.tiny else REAL,
-        time.perf_counter(),
-    )
+    start = time.perf_counter()
+    device, sizes = "cuda" if torch.cuda.is_available() else "cpu", TINY if args.tiny else REAL
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU, sizes of the demo"
     with tempfile.TemporaryDirectory() as scratch:
         errors = {"gradient": gradient_error(sizes, scratch, device), "loss": loss_error(device)}

@@ -26,10 +26,8 @@ def places(inputs: dict[str, Tensor], size: int) -> list[list[int]]:
     lengths = inputs["attention_mask"].sum(1)
     order = lengths.argsort(descending=True, stable=True)
     longest, further = lengths[order].tolist(), FURTHER.get(lengths.device.type, FURTHER["cuda"])
-    cheapest, begins = (
-        [0] + [0] * len(longest),
-        [0] * (len(longest) + 1),
-    )  # of the first rows, and where the last begins
+    # Of so many first rows: what they cost, and where their last part begins.
+    cheapest, begins = [0] * (len(longest) + 1), [0] * (len(longest) + 1)
     for end in range(1, len(longest) + 1):
         cheapest[end], begins[end] = min(
             (cheapest[start] + (end - start) * longest[start] + further, start)
