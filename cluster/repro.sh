@@ -89,7 +89,8 @@ if [ -n "$kept" ]; then
   cp -r dvc.lock params.yaml metrics plots "$kept/results/" # they are in git, and this clone goes away
   kill -- "-$keeper" && wait "$keeper" || true
   for folder in "$kept"/.scratch/train-*/; do # only now: until the push, only they had the run
-    [ -d ".scratch/$(basename "$folder")" ] || rm -rf "$folder"
+    here=.scratch/$(basename "$folder")
+    if [ ! -d "$here" ] || [ -e "$here/ended" ]; then rm -rf "$folder"; fi
   done
   echo "results: $kept/results, to be copied into a clone and committed"
 fi
