@@ -23,14 +23,16 @@ from conftest import ROOT
 from processes import FORKS, Place
 from small_run import OUT, at_step
 from studies import SETTINGS, made, taker, worker
+from test_dvc_commands import IDENTITY, copy_working_tree
 
 from bench import study as judged
+from colintern import cli
 from colintern.commands import tune
-from colintern.params import UserError, exit_on_user_error, load, write
+from colintern.params import UserError, load, write
 from colintern.training import study as told
 from colintern.tuning import experiments, outcome
 from colintern.tuning.space import Search, read
-from colintern.tuning.store import Store, quiet
+from colintern.tuning.store import Store
 from colintern.tuning.studies import warm_start
 from colintern.tuning.trials import SLOT, Taken, cause, finish, put_back, take
 
@@ -196,20 +198,26 @@ def test_a_resumed_study_goes_on_as_if_never_stopped(tmp_path, search):
     assert len({json.dumps(one) for one in done[1]}) == 8, "a resumed study does not draw its first trials again"
 
 
-def on_a_full_disk(search: Search) -> None:
-    """`colintern tune` from its first trial on, where no file may grow any more."""
-    quiet()
-    store, study = made(Path.cwd(), search)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-    with exit_on_user_error(), store.answers():
-        tune._work(study, store, search, 1)
+def on_a_full_disk() -> None:
+    """`colintern tune`; from its first trial on no file may grow any more."""
+    work = tune._work
+
+    def full(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        work(*args)
+
+    tune._work = full
+    os.environ |= IDENTITY
+    cli.main(["tune", "--trials", "1"])
 
 
-def test_a_storage_that_fails_under_a_study_is_told_without_a_traceback(tmp_path, search):
-    place = Place(tmp_path, partial(on_a_full_disk, search))
+def test_a_storage_that_fails_under_a_study_is_told_without_a_traceback(tmp_path):
+    copy_working_tree(tmp_path)
+    shutil.copy(ROOT / "dvc.lock", tmp_path)  # of a `dvc repro`, which a study asks for
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    place = Place(tmp_path, on_a_full_disk)
     assert place.run() == 2, place.err
-    assert re.fullmatch(r"error: --storage: sqlite:///.*/a.db failed: .*(disk|database).*; once .*\n", place.err)
-    assert not made(tmp_path, search)[1].trials, "and the study is as it was"
+    assert re.fullmatch(r"error: --storage: sqlite:///.*/study.db failed: .*(disk|database).*; once .*\n", place.err)
 
 
 # --- The password ---
