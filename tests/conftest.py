@@ -56,3 +56,18 @@ def page_image(word: str) -> Image.Image:
     image = Image.new("RGB", (112, 112), "white")
     ImageDraw.Draw(image).text((10, 30), word, fill="black")
     return image
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.fixture
+def fake_gs(tmp_path, monkeypatch) -> Path:
+    """A file that appears when Ghostscript is run."""
+    marker, folder = tmp_path / "ghostscript-was-run", tmp_path / "path"
+    folder.mkdir()
+    (folder / "gs").write_text(f"#!/bin/sh\ntouch {marker}\n")
+    (folder / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # Pillow remembers that there is none
+    return marker
