@@ -1,5 +1,6 @@
-"""Writes small real PDFs: text in Helvetica, and an outline."""
+"""Writes small real PDFs: text in Helvetica, an outline; and odd ones."""
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,11 +52,50 @@ def write_pdf(
         objects[kids[0] - 1] = objects[kids[0] - 1].replace("/Contents", f"/Annots [{field} 0 R] /Contents")
         entries += f" /AcroForm << /Fields [{field} 0 R] /DR << /Font << /F1 {font} 0 R >> >> >>"
     objects[catalog - 1] = f"<< /Type /Catalog /Pages {tree} 0 R{entries} >>"
+    write_objects(path, [body.encode("latin-1") for body in objects])
+
+
+def write_objects(path: Path, objects: Sequence[bytes], trailer: str = "") -> None:
+    """A file of the objects 1, 2, ..., the first of which is the catalog."""
     data, places = b"%PDF-1.7\n", []
     for number, body in enumerate(objects, start=1):
         places.append(len(data))
-        data += f"{number} 0 obj\n{body}\nendobj\n".encode("latin-1")
+        data += b"%d 0 obj\n%s\nendobj\n" % (number, body)
     table = "".join(f"{place:010} 00000 n \n" for place in places)
-    trailer = f"trailer << /Size {len(objects) + 1} /Root {catalog} 0 R >>\nstartxref\n{len(data)}\n%%EOF\n"
+    end = f"trailer << /Size {len(objects) + 1} /Root 1 0 R {trailer} >>\nstartxref\n{len(data)}\n%%EOF\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data + f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{table}{trailer}".encode())
+    path.write_bytes(data + f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{table}{end}".encode())
+
+
+def stream(data: bytes, entries: str = "") -> bytes:
+    return f"<< {entries} /Length {len(data)} >>\nstream\n".encode() + data + b"\nendstream"
+
+
+def inflating(block: bytes, times: int) -> bytes:
+    """What inflates to a block many times over, compressed once."""
+    packer = zlib.compressobj(9)
+    head = packer.compress(block) + packer.flush(zlib.Z_FULL_FLUSH)
+    more = packer.compress(block) + packer.flush(zlib.Z_FULL_FLUSH)
+    return head + more * (times - 1)
+
+
+def write_odd_page(
+    path: Path, contents: bytes = b"", page: str = "", catalog: str = "", more: Sequence[bytes] = (), trailer: str = ""
+) -> None:
+    """Two pages: first one with `contents` (a stream), second an honest one of words.
+
+    `page`, `catalog`, `trailer`: further entries of the first page and so on; `more`: the objects 8, 9, ...; 7 is a
+    font.
+    """
+    box = "" if "/MediaBox" in page else "/MediaBox [0 0 300 400]"
+    honest = "/MediaBox [0 0 300 400] /Contents 6 0 R /Resources << /Font << /F1 7 0 R >> >>"
+    objects = [
+        f"<< /Type /Catalog /Pages 2 0 R {catalog} >>".encode(),
+        b"<< /Type /Pages /Count 2 /Kids [3 0 R 5 0 R] >>",
+        f"<< /Type /Page /Parent 2 0 R {box} /Contents 4 0 R {page} >>".encode(),
+        contents or stream(b""),
+        f"<< /Type /Page /Parent 2 0 R {honest} >>".encode(),
+        stream(f"BT /F1 20 Tf 20 300 Td (An honest page of {path.stem}.) Tj ET".encode()),
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    write_objects(path, [*objects, *more], trailer)

@@ -1,12 +1,18 @@
-"""`spread`: the same results whether this process does the work, others do, or both."""
+"""`spread`: the same results whether this process does the work, others do, or both. `IsolatedPool`: what a call does
+to its process costs that call alone."""
 
 import os
+import signal
+import sys
 import time
+from collections.abc import Iterator, Sequence
 
 import pytest
 
-from colintern.files import parallel
+from colintern.files import isolation, parallel
+from colintern.files.isolation import IsolatedPool, Limits, Lost, attempt
 from colintern.files.parallel import spread
+from colintern.params import UserError
 
 
 def where(number: int) -> tuple[int, int]:
@@ -35,3 +41,53 @@ def test_what_is_left_after_the_first_seconds_goes_to_other_processes(monkeypatc
 
 def test_nothing_to_do():
     assert list(spread(where, [], "squares", "number")) == []
+
+
+def end_itself(number: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_ends_the_work_with_a_sentence(monkeypatch):
+    monkeypatch.setattr(parallel, "START", 0.0)
+    with pytest.raises(UserError, match=r"squares: one of .* processes was killed"):
+        list(spread(end_itself, range(3), "squares", "number"))
+
+
+def act(actions: Sequence[str]) -> Iterator[object]:
+    for action in actions:
+        if action.startswith("SIG"):
+            os.kill(os.getpid(), signal.Signals[action])
+        elif action == "exit":
+            os._exit(3)
+        elif action == "spin":
+            while True:
+                pass
+        elif action == "sleep":
+            time.sleep(60)
+        elif action == "no room":
+            raise OSError(28, "No space left on device")
+        yield attempt(bytearray, 2**40) if action == "memory" else (action, os.getpid())
+
+
+def test_a_call_that_ends_its_process_costs_no_other(monkeypatch):
+    monkeypatch.setattr(isolation, "GROWTH_SECONDS", 0.0)
+    groups = [["a", "SIGKILL", "b", "SIGSEGV"], ["spin", "c"], ["memory", "d", "exit"]]
+    with IsolatedPool(Limits(1, 2**31), processes=2) as pool:
+        found = list(pool.map(act, groups))
+        assert [one[0] for one in found if not isinstance(one, Lost)] == ["a", "b", "c", "d"]
+        reasons = [one.reason for one in found if isinstance(one, Lost)]
+        expected = ["SIGKILL", "SIGSEGV", "more than 1 s of CPU", "takes more memory", "with exit code 3"]
+        assert all(words in reason for words, reason in zip(expected, reasons, strict=True)), reasons
+        monkeypatch.setattr(isolation, "WALL_FACTOR", 1)
+        assert [one[0] for one in pool.map(act, [["e", "sleep"]])] == ["e", "not done after 1 s"]
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space left"):
+            list(pool.map(act, [["no room"]]))
+        processes = [worker.process for worker in pool.workers]
+    assert processes and all(process.poll() is not None for process in processes)
+
+
+def test_a_worker_that_does_not_start_ends_the_work(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with IsolatedPool(Limits(1, 2**31)) as pool, pytest.raises(UserError, match=r"cannot be started: .* exit code 1"):
+        list(pool.map(act, [["a"]]))

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from textwrap import fill
 
 from colintern.params import UserError, load, root
 
@@ -26,7 +27,6 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("QUERY: is empty; it needs at least one word")
     import time
     import warnings
-    from textwrap import fill
 
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.search.sources import reasons, skipped, sources
@@ -48,8 +48,7 @@ def run(args: argparse.Namespace) -> None:
     start = time.monotonic()
     new = index.fill(pages, model, processor, params.eval_batch_size, bad)
     seconds = time.monotonic() - start
-    for one in bad:
-        print(fill(f"left out: {one.where}: {one.reason}", 80, subsequent_indent="  ", break_long_words=False))
+    _print_left_out(bad)
     if other := skipped(args.place):
         print(fill(f"not searched: {other}", 80, subsequent_indent="  "))
     rate = f", {new / seconds:.1f} pages/s" if new else ""
@@ -63,6 +62,11 @@ def run(args: argparse.Namespace) -> None:
     _show(args, index, processor, vectors, ranked[: args.top], len(ranked))
 
 
+def _print_left_out(bad) -> None:
+    for one in bad:
+        print(fill(f"left out: {one.where}: {one.reason}", 80, subsequent_indent="  ", break_long_words=False))
+
+
 def _show(args, index, processor, vectors, ranked, searched) -> None:
     from colintern.reporting.cases import Seen, case
     from colintern.reporting.heatmaps import layout, similarity_map, standing_out
@@ -73,11 +77,16 @@ def _show(args, index, processor, vectors, ranked, searched) -> None:
 
     print(listing([(source.name, score) for source, score in ranked]))
     chosen = [source for source, _ in ranked[: len(ranked) if args.html else MAPS]]
-    drawn = dict(images(chosen, []))
+    lost: list = []  # a page that is in the index, and cannot be rendered now
+    drawn = dict(images(chosen, lost))
+    _print_left_out(lost)
     seen = [
         Seen(source.name, f"rank {rank}", "found", drawn[source], index.tokens(source).float())
         for rank, source in enumerate(chosen, start=1)
+        if source in drawn
     ]
+    if not seen:
+        return
     own = [word.own for word in query_words(processor, args.query)]
     grids = [
         standing_out(similarity_map(vectors, page.tokens, layout(processor, page.image.size)).page[own])

@@ -14,13 +14,16 @@ from colintern.data.own import Own
 from colintern.data.survey import Part, Seen, rows_of
 from colintern.params import UserError, root
 
+JUDGED = ("rows", "pages", "questions")  # kinds whose share of bad ones has a bound
+
 
 def quarantine(
     seen: dict[Part, list[Seen]], own: dict[str, Own]
 ) -> tuple[list[dict[str, str]], dict[tuple[str, str], int]]:
     """What is left out, {source, kind, row, reason} each, and how many of each kind each source has.
 
-    `own`: the folders of documents, whose bad rows were found when they were made. A kind is rows, pages or questions.
+    `own`: the folders of documents, whose bad rows were found when they were made. A kind is rows, pages or questions,
+    which are judged (see `check_share`), or what a PDF has beside its pages.
     """
     rows = Counter({(name, kind): n for name, folder in own.items() for kind, n in folder.summary["rows"].items()})
     bad = [
@@ -132,7 +135,8 @@ def check_share(bad: Sequence[dict[str, str]], rows: dict[tuple[str, str], int],
     Raises:
         UserError: with the source, the numbers and the first rows.
     """
-    places = {(entry["source"], entry["kind"], entry["row"]) for entry in bad}  # a line may have several faults
+    judged = [entry for entry in bad if entry["kind"] in JUDGED]
+    places = {(entry["source"], entry["kind"], entry["row"]) for entry in judged}  # a line may have several faults
     for (source, kind), count in Counter((source, kind) for source, kind, _ in sorted(places)).items():
         if count > most * rows[source, kind]:
             found = [e for e in bad if (e["source"], e["kind"]) == (source, kind)]

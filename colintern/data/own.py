@@ -28,6 +28,7 @@ from colintern.params import UserError
 MADE = "data/own/.made"
 CODE = (
     *("own.py", "collected.py", "pdfs.py", "jsonl.py", "pseudo.py", "splits.py", "images.py", "formats.py"),
+    "rendering.py",
     "../pixels.py",
 )
 LIBRARIES = ("pypdfium2", "pillow", "pyarrow")

@@ -10,70 +10,44 @@ import io
 import os
 from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import pypdfium2 as pdfium
-from PIL import Image
+from tqdm.auto import tqdm
 
 from colintern.data.collected import Ask, Bad, Collected, Shelf, inside, json_lines, query_fault, split_fault, torn
-from colintern.data.images import BadImage, check_size, png_bytes
 from colintern.data.pseudo import Text, pseudo_queries
-from colintern.files.parallel import spread
+from colintern.data.rendering import (
+    LIMITS,
+    PageRef,
+    Rendered,
+    count_pages,
+    group_pages,
+    read_outlines,
+    render_pages,
+)
+from colintern.files.isolation import IsolatedPool, Lost
 from colintern.params import UserError
 
-# Pixels an inch: an A4 page is 1,191 x 1,684, more than InternVL3.5 takes in at 12 tiles.
-DPI = 144
-CHUNK = 8  # pages a task: a document is opened again for each
 QUERY_FILES = ("queries.csv", "queries.jsonl")
 COLUMNS = ("query", "file", "page", "split")
+OUTLINE, TEXT = "outline entries", "text layers"  # kinds of bad rows that cost no page and no question
 REST = "more cells than columns"
-
-
-class Task(NamedTuple):
-    """Pages `first` to before `last` of a PDF, and where their images go."""
-
-    path: Path
-    name: str
-    first: int
-    last: int
-    shelf: Shelf
-
-
-class Rendered(NamedTuple):
-    """A page: its name, what `Shelf.put` gave for its image, its text; or why there is none."""
-
-    name: str
-    page: Any
-    text: str
-    fault: str
 
 
 def collect(folder: Path, shelf: Shelf) -> Collected:
     """Every page of the folder's PDFs, and the queries for them."""
     found = Collected()
     files = {path.relative_to(folder).as_posix(): path for path in pdf_files(folder)}
-    outlines = {name: outline for name, path in files.items() if (outline := _outline(name, path, found)) is not None}
-    counts = {name: pages for name, (pages, _) in outlines.items()}
-    texts: dict[str, list[str]] = {name: [] for name in counts}
-    tasks = [
-        Task(files[name], name, first, min(first + CHUNK, pages), shelf)
-        for name, pages in counts.items()
-        for first in range(0, pages, CHUNK)
-    ]
-    for task, pages in zip(tasks, spread(_render, tasks, "rendering", f"{CHUNK} pages"), strict=True):
-        for page in pages:
-            texts[task.name].append(page.text)
-            if page.fault:
-                found.bad.append(Bad(page.name, page.fault, "pages"))
-            else:
-                found.pages[page.name] = page.page
-    found.rows["pages"] += sum(counts.values())
+    with IsolatedPool(LIMITS) as pool:
+        counts = _count(files, pool, found)
+        outlines = _read_outlines({name: files[name] for name in counts}, pool, found)
+        texts = _render({name: (files[name], pages) for name, pages in counts.items()}, shelf, pool, found)
     found.read = set(files)
     if given := _query_file(folder):
         found.read.add(given.name)
         _read_queries(folder, given, counts, found)
     else:
-        documents = [Text(texts[name], outlines[name][1]) for name in counts]
+        documents = [Text(texts[name], outlines[name]) for name in counts]
         names = list(counts)
         for query in pseudo_queries(documents):
             page_name = _name(names[query.document], query.page)
@@ -88,62 +62,59 @@ def pdf_files(folder: Path) -> list[Path]:
     return sorted(p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
-def open_pdf(path: Path) -> pdfium.PdfDocument:
-    """The document with its forms: without them, and before a page is taken, a field is drawn empty.
-
-    Raises:
-        pdfium.PdfiumError: damaged, or locked with a password.
-    """
-    pdf = pdfium.PdfDocument(path)
-    pdf.init_forms()
-    return pdf
-
-
 def _name(file: str, index: int) -> str:
     return f"{file}#page={index + 1}"
 
 
-def _outline(name: str, path: Path, found: Collected) -> tuple[int, list[tuple[str, int]]] | None:
-    """Number of pages, and the outline's entries that point at one; None, and a bad row, if it is no readable PDF."""
-    if torn(name):  # no parquet file takes it
-        found.rows["pages"] += 1
-        where = name.encode(errors="backslashreplace").decode()
-        found.bad.append(Bad(where, "its name is not UTF-8; rename it", "pages"))
-        return None
-    try:
-        with open_pdf(path) as pdf:
-            entries = [(entry.get_title(), entry.get_dest()) for entry in pdf.get_toc()]
-            targets = [(title, dest.get_index()) for title, dest in entries if dest is not None]
-            return len(pdf), [(title, index) for title, index in targets if index is not None]
-    except pdfium.PdfiumError as error:  # damaged, or locked with a password
-        found.rows["pages"] += 1
-        found.bad.append(Bad(name, f"not a readable PDF: {error}", "pages"))
-        return None
+def _count(files: dict[str, Path], pool: IsolatedPool, found: Collected) -> dict[str, int]:
+    """Number of pages of each file; one that is no readable PDF is a bad page."""
+    good = {name: path for name, path in files.items() if not torn(name)}  # no parquet file takes such a name
+    counts = dict(zip(good, pool.map(count_pages, [[path] for path in good.values()]), strict=True))
+    for name in files:
+        count = counts.get(name, 0)
+        if isinstance(count, Lost):
+            found.bad.append(Bad(name, f"not a readable PDF: {counts.pop(name).reason}", "pages"))
+        elif name not in good:
+            where = name.encode(errors="backslashreplace").decode()
+            found.bad.append(Bad(where, "its name is not UTF-8; rename it", "pages"))
+    found.rows["pages"] += len(files) - len(counts) + sum(counts.values())
+    return counts
 
 
-def _render(task: Task) -> list[Rendered]:
-    pages = []
-    with open_pdf(task.path) as pdf:
-        for index in range(task.first, task.last):
-            name, text = _name(task.name, index), ""
-            try:
-                page = pdf[index]
-                text = page.get_textpage().get_text_range()
-                pages.append(Rendered(name, task.shelf.put(png_bytes(page_image(page))), text, ""))
-            except (pdfium.PdfiumError, BadImage) as error:
-                pages.append(Rendered(name, None, text, str(error)))
-    return pages
+def _read_outlines(files: dict[str, Path], pool: IsolatedPool, found: Collected) -> dict[str, list[tuple[str, int]]]:
+    """The (title, page from 0) of the entries that point at pages of their file, by file."""
+    outlines = {}
+    outcomes = pool.map(read_outlines, [[path] for path in files.values()])
+    for name, outline in zip(files, outcomes, strict=True):
+        lost = isinstance(outline, Lost)
+        outlines[name] = [] if lost else outline.entries
+        faults = [("", outline.reason)] if lost else [(f" entry {number}", reason) for number, reason in outline.faults]
+        if faults:
+            found.rows[OUTLINE] += len(outlines[name]) + len(faults)
+        found.bad += [Bad(f"{name}, outline{entry}", reason, OUTLINE) for entry, reason in faults]
+    return outlines
 
 
-def page_image(page: pdfium.PdfPage) -> Image.Image:
-    """A page at `DPI`.
-
-    Raises:
-        BadImage: it would be too large.
-        pdfium.PdfiumError: it cannot be rendered.
-    """
-    check_size(*(round(side * DPI / 72) for side in page.get_size()))
-    return page.render(scale=DPI / 72).to_pil()
+def _render(
+    files: dict[str, tuple[Path, int]], shelf: Shelf, pool: IsolatedPool, found: Collected
+) -> dict[str, list[str]]:
+    """Put the pages of each file, given with their number, into `found`; the texts of the pages, by file."""
+    texts: dict[str, list[str]] = {name: [] for name in files}
+    places = [(name, index) for name, (_, pages) in files.items() for index in range(pages)]
+    groups = group_pages(PageRef(files[name][0], index, shelf) for name, index in places)
+    outcomes = tqdm(pool.map(render_pages, groups), "rendering", len(places), unit="page", disable=None)
+    for (name, index), page in zip(places, outcomes, strict=True):
+        if isinstance(page, Lost):
+            page = Rendered(page, "", "")
+        if isinstance(page.image, Lost):
+            found.bad.append(Bad(_name(name, index), page.image.reason, "pages"))
+        else:
+            found.pages[_name(name, index)] = page.image
+        if page.text_fault:
+            found.rows[TEXT] = len(places)
+            found.bad.append(Bad(_name(name, index), page.text_fault, TEXT))
+        texts[name].append(page.text)
+    return texts
 
 
 def _query_file(folder: Path) -> Path | None:

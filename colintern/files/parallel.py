@@ -4,10 +4,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
 
 from tqdm.auto import tqdm
+
+from colintern.params import UserError
 
 START = 2.0  # seconds that a process takes to import what its function needs
 
@@ -16,6 +19,9 @@ def spread(function: Callable[[Any], Any], tasks: Sequence[Any], label: str, uni
     """The function's results, in the order of the tasks. Function and tasks must be picklable.
 
     Work of no more than `START` seconds is done here: other processes would begin when it is over.
+
+    Raises:
+        UserError: one of the other processes was killed.
     """
     here = 0
     end = time.monotonic() + START
@@ -28,7 +34,12 @@ def spread(function: Callable[[Any], Any], tasks: Sequence[Any], label: str, uni
             return
         processes = min(len(tasks) - here, os.cpu_count() or 1)
         # spawn: pdfium and pyarrow start threads, which do not survive a fork
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            for done in pool.map(function, tasks[here:]):
-                bar.update()
-                yield done
+        try:
+            with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+                for done in pool.map(function, tasks[here:]):
+                    bar.update()
+                    yield done
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"{label}: one of {processes} processes was killed, as a system does that has no memory left; free some"
+            ) from error

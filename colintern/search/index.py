@@ -36,7 +36,7 @@ STORED = torch.float16  # of unit vectors: at most 0.0003 off an element, for ha
 CODE = (
     "causal.py",
     "data/images.py",
-    "data/pdfs.py",
+    "data/rendering.py",
     "model.py",
     "modeling/embed.py",
     "pixels.py",

@@ -7,13 +7,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-import pypdfium2 as pdfium
 from PIL import Image
 
 from colintern.data.collected import Bad
 from colintern.data.images import BadImage, decode
-from colintern.data.pdfs import DPI, open_pdf, page_image, pdf_files
+from colintern.data.pdfs import pdf_files
+from colintern.data.rendering import DPI, LIMITS, PageRef, count_pages, draw_pages, group_pages
 from colintern.files.identity import content_hash
+from colintern.files.isolation import IsolatedPool, Lost
 from colintern.params import UserError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
@@ -40,29 +41,29 @@ def sources(place: Path) -> tuple[list[Source], list[Bad]]:
     if not place.exists():
         raise UserError(f"FOLDER_OR_PDF: {str(place)!r} does not exist")
     files = _files(place) if place.is_dir() else [place]
+    pdfs = [path for path in files if path.suffix.lower() == ".pdf"]
+    with IsolatedPool(LIMITS) as pool:
+        counts = dict(zip(pdfs, pool.map(count_pages, [[path] for path in pdfs]), strict=True))
     found, bad = [], []
     for path in files:
         name = shown(path.relative_to(place) if place.is_dir() else path.name)
         try:
-            found += _pages(name, path)
-        except pdfium.PdfiumError as error:  # damaged, or locked with a password
-            bad.append(Bad(name, f"not a readable PDF: {error}"))
+            content = content_hash(path)
         except OSError as error:  # somebody else's, or gone by now
             bad.append(Bad(name, f"cannot be read: {error.strerror}"))
+            continue
+        pages = counts.get(path)
+        if isinstance(pages, Lost):
+            bad.append(Bad(name, f"not a readable PDF: {pages.reason}"))
+        elif pages is None:
+            found.append(Source(name, path, None, content))
+        else:
+            made = f"{content} {DPI} dpi pypdfium2 {version('pypdfium2')}"
+            found += [Source(f"{name}, page {page + 1}", path, page, f"{made} page {page}") for page in range(pages)]
     if not found:
         what = f"PDFs and {', '.join(IMAGES)} are searched{reasons(bad)}"
         raise UserError(f"FOLDER_OR_PDF: {place} holds no page; {what}")
     return found, bad
-
-
-def _pages(name: str, path: Path) -> list[Source]:
-    content = content_hash(path)
-    if path.suffix.lower() != ".pdf":
-        return [Source(name, path, None, content)]
-    with open_pdf(path) as pdf:
-        pages = len(pdf)
-    made = f"{content} {DPI} dpi pypdfium2 {version('pypdfium2')}"
-    return [Source(f"{name}, page {page + 1}", path, page, f"{made} page {page}") for page in range(pages)]
 
 
 def shown(name: str | os.PathLike[str]) -> str:
@@ -98,20 +99,15 @@ def _seen(folder: Path) -> Iterator[Path]:
 
 def images(wanted: list[Source], bad: list[Bad]) -> Iterator[tuple[Source, Image.Image]]:
     """The pages rendered, in their order; those that cannot be go to `bad`."""
-    opened: tuple[Path, pdfium.PdfDocument] | None = None
-    try:
+    groups = group_pages(PageRef(source.path, source.page) for source in wanted if source.page is not None)
+    with IsolatedPool(LIMITS, processes=1) as pool:  # one: of pages that wait, each takes megabytes
+        drawn = pool.map(draw_pages, groups)
         for source in wanted:
             try:
-                if source.page is None:
-                    yield source, decode(source.path.read_bytes())
-                    continue
-                if opened is None or opened[0] != source.path:
-                    if opened:
-                        opened[1].close()
-                    opened = source.path, open_pdf(source.path)
-                yield source, page_image(opened[1][source.page])
-            except (pdfium.PdfiumError, BadImage, OSError) as error:
-                bad.append(Bad(source.name, str(error)))
-    finally:
-        if opened:
-            opened[1].close()
+                page = decode(source.path.read_bytes()) if source.page is None else next(drawn)
+            except (BadImage, OSError) as error:
+                page = Lost(str(error))
+            if isinstance(page, Lost):
+                bad.append(Bad(source.name, page.reason))
+            else:
+                yield source, page

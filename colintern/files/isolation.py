@@ -1,0 +1,219 @@
+"""Run a function on many arguments in processes that can be ended: a call that hangs, crashes or takes all memory costs
+its argument, and no other.
+
+A process pool of the standard library breaks as a whole when one worker dies, and never ends a slow one.
+"""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from heapq import heappop, heappush
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from colintern.params import UserError
+
+WALL_FACTOR = 10  # times the CPU seconds: the bound on a call's wall time, for one that waits or shares its CPU
+GROWTH_SECONDS = 2.0  # of work, before a second worker is worth the CPU time that its imports take
+
+
+class Limits(NamedTuple):
+    """Bounds on one call: CPU seconds, and bytes of memory of its process."""
+
+    seconds: int
+    memory: int
+
+
+class Lost(NamedTuple):
+    """A call without a result, and the reason."""
+
+    reason: str
+
+
+class IsolatedPool:
+    """Worker processes that are started when they are needed, and ended with the `with` block.
+
+    Args:
+        limits: bounds on each call.
+        processes: the most workers at once; 0 for one a CPU.
+    """
+
+    def __init__(self, limits: Limits, processes: int = 0):
+        self.limits, self.processes = limits, processes or os.cpu_count() or 1
+        self.workers: list[_Worker] = []  # alive
+        self.started = time.monotonic()
+
+    def __enter__(self) -> "IsolatedPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
+            worker.end()
+
+    def map(self, function: Callable[[Sequence[Any]], Iterator[Any]], groups: Sequence[Sequence[Any]]) -> Iterator[Any]:
+        """Yield a result for each argument of each group, in their order; `Lost` where its call ended the process.
+
+        A worker makes no call while its result before is not taken; so with one worker, one result waits in memory.
+
+        Args:
+            function: takes a group and yields a result for each argument, each of them a call; of an importable module.
+                After a lost call it is called again with the rest of the group.
+            groups: arguments.
+
+        Raises:
+            UserError: no worker can be started.
+            Exception: what the function raises.
+        """
+        waiting: list[tuple[int, Sequence[Any]]] = []  # a heap of (number of the first argument, arguments)
+        total = 0
+        for group in groups:
+            waiting.append((total, group))
+            total += len(group)
+        results: dict[int, Any] = {}
+        for number in range(total):
+            while number not in results:
+                self._assign(function, waiting)
+                self._collect(waiting, results)
+            result = results.pop(number)
+            if isinstance(result, Exception):
+                raise result
+            yield result
+
+    def _assign(self, function: Any, waiting: list[tuple[int, Sequence[Any]]]) -> None:
+        """Give groups to idle workers, and to new ones."""
+        while waiting:
+            worker = next((worker for worker in self.workers if not worker.group), None)
+            if worker is None:
+                grows = not self.workers or time.monotonic() > self.started + GROWTH_SECONDS
+                if not grows or len(self.workers) >= self.processes:
+                    return
+                worker = _Worker(self.limits)
+                self.workers.append(worker)
+            worker.send(function, *heappop(waiting))
+
+    def _collect(self, waiting: list[tuple[int, Sequence[Any]]], results: dict[int, Any]) -> None:
+        """Wait for results. What an ended worker has not begun becomes a group again."""
+        busy = [worker for worker in self.workers if worker.group]
+        deadline = min(worker.deadline for worker in busy)
+        ready = wait([worker.connection for worker in busy], min(1.0, max(0, deadline - time.monotonic())))
+        for worker in busy:
+            if worker.connection not in ready and time.monotonic() < worker.deadline:
+                continue
+            results.update(worker.receive(late=worker.connection not in ready))
+            if worker.process.returncode is not None:
+                self.workers.remove(worker)
+                if worker.group:
+                    heappush(waiting, (worker.first, worker.group))
+
+
+class _Worker:
+    """A process, and the calls that it has to make: on each of `group`, the first of which has the number `first`."""
+
+    def __init__(self, limits: Limits):
+        self.limits, self.is_ready = limits, False
+        self.first, self.deadline = 0, 0.0
+        self.group: Sequence[Any] = []
+        self.connection, theirs = Pipe()
+        main = "import sys; from colintern.files.isolation import serve; serve(*map(int, sys.argv[1:]))"
+        # A process of multiprocessing would import the program's main file first.
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", main, str(theirs.fileno()), *map(str, limits)],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        theirs.close()
+
+    def send(self, function: Any, first: int, group: Sequence[Any]) -> None:
+        self.first, self.group = first, group
+        self._extend_deadline()
+        with suppress(OSError):  # it has ended, which `receive` finds
+            self.connection.send((function, group))
+
+    def _extend_deadline(self) -> None:
+        self.deadline = time.monotonic() + self.limits.seconds * WALL_FACTOR
+
+    def receive(self, late: bool) -> dict[int, Any]:
+        """Take the next call's result by its number; `Lost` where the process ended, or is `late` and ended here.
+
+        Raises:
+            UserError: it ended before its first call.
+        """
+        try:
+            if late:
+                raise EOFError
+            result = self.connection.recv()
+        except (EOFError, OSError):
+            self.end(late)
+            result = Lost(self._reason(late))
+            if not self.is_ready:
+                raise UserError(f"a process that opens documents cannot be started: {result.reason}") from None
+        self._extend_deadline()
+        if not self.is_ready:
+            self.is_ready = True
+            return {}
+        self.first, self.group = self.first + 1, self.group[1:]
+        return {self.first - 1: result}
+
+    def end(self, kill: bool = True) -> None:
+        """Wait for the process, killed unless it is ending by itself."""
+        if kill:
+            self.process.kill()
+        self.process.wait()
+        self.connection.close()
+
+    def _reason(self, late: bool) -> str:
+        code = self.process.returncode
+        if late:
+            return f"not done after {self.limits.seconds * WALL_FACTOR} s"
+        if code == -signal.SIGXCPU:
+            return f"takes more than {self.limits.seconds} s of CPU time"
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        return f"its process ended {how}: damaged, or more than {self.limits.memory / 1e9:.1f} GB of memory are needed"
+
+
+def serve(descriptor: int, seconds: int, memory: int) -> None:
+    """Make the calls that arrive over a connection, until its other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the other end decides
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory is short, this process goes first
+    _lower_limit(resource.RLIMIT_CORE, 0)
+    _lower_limit(resource.RLIMIT_DATA, memory)
+    with Connection(descriptor) as connection, suppress(EOFError, OSError):
+        connection.send(None)
+        while True:
+            function, group = connection.recv()
+            results = function(group)
+            for _ in group:
+                used = resource.getrusage(resource.RUSAGE_SELF)
+                _lower_limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + seconds + 1)
+                connection.send(_next(results))
+
+
+def _next(results: Iterator[Any]) -> Any:
+    try:
+        return next(results)
+    except Exception as error:  # the other end raises it
+        return error
+
+
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function; `Lost` with the reason for whatever it raises."""
+    try:
+        return function(*arguments)
+    except MemoryError:
+        return Lost("takes more memory than a page may")
+    except Exception as error:
+        return Lost(str(error) or type(error).__name__)
+
+
+def _lower_limit(kind: int, value: int) -> None:
+    """Set a soft limit, which may already be lower for all processes of the user."""
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
