@@ -35,6 +35,18 @@ class PageRef(NamedTuple):
     shelf: Shelf | None = None
 
 
+class Bitmap(NamedTuple):
+    """Pixels as pdfium leaves them, which go to another process faster than an image of Pillow."""
+
+    size: tuple[int, int]
+    data: bytes
+    mode: str
+    stride: int
+
+    def to_image(self) -> Image.Image:
+        return Image.frombuffer("RGB", self.size, self.data, "raw", self.mode, self.stride, 1)
+
+
 class Rendered(NamedTuple):
     """A page's image or the reason why there is none, its text, and what is wrong with that ("" if nothing)."""
 
@@ -88,20 +100,20 @@ def render_pages(pages: Sequence[PageRef]) -> Iterator[Rendered]:
         if not isinstance(page, Lost):
             read = attempt(_read_text, page)
             text, text_fault = ("", read.reason) if isinstance(read, Lost) else read
-            page = attempt(lambda page: png_bytes(page_image(page)), page)
+            page = attempt(lambda page: png_bytes(_render(page).to_image()), page)
         # Outside of `attempt`: a full disk is no fault of the page.
         yield Rendered(page if isinstance(page, Lost) else shelf.put(page), text, text_fault)
 
 
-def draw_pages(pages: Sequence[PageRef]) -> Iterator[Image.Image | Lost]:
+def draw_pages(pages: Sequence[PageRef]) -> Iterator[Bitmap | Lost]:
     """Draw pages of one PDF."""
     pdf = attempt(open_pdf, pages[0].path)
     for page in pages:
-        yield pdf if isinstance(pdf, Lost) else attempt(lambda page: page_image(pdf.get_page(page.page)), page)
+        yield pdf if isinstance(pdf, Lost) else attempt(lambda page: _render(pdf.get_page(page.page)), page)
 
 
-def page_image(page: pdfium.PdfPage) -> Image.Image:
-    """A page at `DPI`.
+def _render(page: pdfium.PdfPage) -> Bitmap:
+    """Render a page at `DPI`.
 
     Raises:
         BadImage: it has no visible area, or would be too large.
@@ -111,7 +123,8 @@ def page_image(page: pdfium.PdfPage) -> Image.Image:
     if not (width > 0 and height > 0):
         raise BadImage(f"its visible area is {width:g} x {height:g} points; is its CropBox outside its MediaBox?")
     check_size(round(width * DPI / 72), round(height * DPI / 72))
-    return page.render(scale=DPI / 72).to_pil()
+    bitmap = page.render(scale=DPI / 72)
+    return Bitmap((bitmap.width, bitmap.height), bytes(bitmap.buffer), bitmap.mode, bitmap.stride)
 
 
 def _read_text(page: pdfium.PdfPage) -> tuple[str, str]:

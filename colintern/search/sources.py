@@ -10,11 +10,11 @@ from typing import NamedTuple
 from PIL import Image
 
 from colintern.data.collected import Bad
-from colintern.data.images import BadImage, decode
+from colintern.data.images import decode
 from colintern.data.pdfs import pdf_files
 from colintern.data.rendering import DPI, LIMITS, PageRef, count_pages, draw_pages, group_pages
 from colintern.files.identity import content_hash
-from colintern.files.isolation import IsolatedPool, Lost
+from colintern.files.isolation import IsolatedPool, Lost, attempt
 from colintern.params import UserError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
@@ -103,11 +103,8 @@ def images(wanted: list[Source], bad: list[Bad]) -> Iterator[tuple[Source, Image
     with IsolatedPool(LIMITS, processes=1) as pool:  # one: of pages that wait, each takes megabytes
         drawn = pool.map(draw_pages, groups)
         for source in wanted:
-            try:
-                page = decode(source.path.read_bytes()) if source.page is None else next(drawn)
-            except (BadImage, OSError) as error:
-                page = Lost(str(error))
+            page = attempt(lambda path: decode(path.read_bytes()), source.path) if source.page is None else next(drawn)
             if isinstance(page, Lost):
                 bad.append(Bad(source.name, page.reason))
             else:
-                yield source, page
+                yield source, page if source.page is None else page.to_image()
