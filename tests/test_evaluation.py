@@ -28,7 +28,17 @@ from colintern.data.benchmarks import tasks_for
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import decode, png_bytes
 from colintern.evaluation import tasks as evaluation
-from colintern.evaluation.scores import METRICS, SIZES, Scores, collect, report, score_rows, size
+from colintern.evaluation.scores import (
+    METRICS,
+    SIZES,
+    Scores,
+    benchmark_rows,
+    collect,
+    report,
+    size,
+    summarize_scores,
+    task_rows,
+)
 from colintern.evaluation.subjects import Subject, subjects
 from colintern.evaluation.verdicts import band, table, target
 from colintern.files.manifest import BEIR_SUFFIXES, local_files
@@ -495,12 +505,26 @@ def test_report_rows_and_table():
     assert report(after, None) == after
     metrics = report(after, before)["ViDoRe(v1)"]
     assert metrics["untrained"] == dict.fromkeys(METRICS, 0.1) and metrics["ndcg_at_5"] == 0.8
-    rows = score_rows({"trained": after, "untrained": before})
-    assert [(row["model"], row["ndcg_at_5"]) for row in rows] == [("trained", 0.8), ("untrained", 0.1)]
+    [row] = task_rows(after)
+    assert row == {"task": "SyntheticDocQAGovernmentReports"} | dict.fromkeys(METRICS, 0.8) | size(1000, 10, 128)
+    assert [(row["mean"], row["ndcg_at_5"]) for row in benchmark_rows({"trained": after, "untrained": before})] == [
+        ("ViDoRe(v1), trained", 0.8), ("ViDoRe(v1), untrained", 0.1)
+    ]  # fmt: skip
     lines = table({"trained": after, "untrained": before}).splitlines()
     assert lines.index("") == 5 and max(map(len, lines)) <= 80
     assert lines[2].endswith("excellent") and lines[-1].split() == ["this", "run", "80.0"]
     assert "GovernmentReports" in lines[1] and "80.0" in lines[1] and "10.0" in lines[4]
+
+
+def test_summary_counts_each_task_once_and_adds_no_key_for_a_task():
+    def scores(**tasks: float) -> dict:
+        rows = {name: dict.fromkeys(METRICS, value) for name, value in tasks.items()}
+        return dict.fromkeys(METRICS, sum(tasks.values()) / len(tasks)) | {"tasks": rows}
+
+    summary = summarize_scores({"one": scores(A=0.2, B=0.4), "two": scores(B=0.4, C=0.9)})
+    assert {key: summary[key] for key in METRICS} == dict.fromkeys(METRICS, 0.5)
+    assert summary.keys() == {*METRICS, "tasks"} and isinstance(summary["tasks"], list)
+    assert [(row["task"], row["benchmark"]) for row in summary["tasks"]] == [("A", "one"), ("B", "two"), ("C", "two")]
 
 
 def test_embedding_leaves_the_training_mode_as_it_was():
