@@ -8,10 +8,11 @@ import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from colintern.params import Params, UserError, exit_on_user_error, load
+from colintern.params import HINTS, MAX_DIGITS, Params, UserError, exit_on_user_error, load
 from colintern.rules import mixture
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,14 +76,14 @@ BAD_VALUES = [
     ("base_revision", SHA[:39], "40 hex digits"),
     ("base_revision", SHA.upper(), "40 hex digits"),
     ("train_data", "[]", "text"),
-    ("train_data", "demo*0", "weights from 1"),
-    ("train_data", "demo*two", "weights from 1"),
-    ("train_data", '"demo + "', "weights from 1"),
+    ("train_data", "demo*0", "weights 1 to 999"),
+    ("train_data", "demo*two", "weights 1 to 999"),
+    ("train_data", '"demo + "', "weights 1 to 999"),
     ("train_data", "demo + demo*2", "several different ones"),
     ("train_revision", "v1.0", "40 hex digits"),
     ("train_corpus", "3", "text"),
     ("train_corpus_revision", "main", "40 hex digits"),
-    ("negatives", "-1", "at least 0"),
+    ("negatives", "-1", "0 to 1000"),
     ("negatives", "1.5", "a whole number"),
     ("negatives_file", "0", "text"),
     ("max_bad_fraction", "1", "0 <= max_bad_fraction < 1"),
@@ -102,18 +103,18 @@ BAD_VALUES = [
     ("attention", "kernels-community/flash-attn2@main", "OWNER/NAME@<40 hex digits>"),
     ("attention", f"kernels-community/flash-attn2@{'A' * 40}", "OWNER/NAME@<40 hex digits>"),
     ("attention", f"flash-attn2@{'a' * 40}", "OWNER/NAME@<40 hex digits>"),
-    ("gradient_checkpointing", "0", "true, false or a whole number, at least 1 where it is a number of layers"),
+    ("gradient_checkpointing", "0", "true, false or a whole number, 1 to 1000 where it is a number of layers"),
     ("compile", "1", "true or false"),
-    ("launch", "0", "a whole number or auto, at least 1 where it is a number"),
+    ("launch", "0", "a whole number or auto, 1 to 4096 where it is a number"),
     ("launch", "two", "a whole number or auto"),
     ("launch", "1.5", "a whole number or auto"),
     ("lora_rank", "0", "1 to 1024"),
     ("lora_rank", "1025", "1 to 1024"),
-    ("lora_alpha", "0", "at least 1"),
+    ("lora_alpha", "0", "1 to 65536"),
     ("lora_dropout", "1", "0 <= lora_dropout < 1"),
     ("lora_dropout", "-0.1", "0 <= lora_dropout < 1"),
     ("lora_targets", "custom_text_proj", "a list of one or more texts"),
-    ("epochs", "0", "at least 1"),
+    ("epochs", "0", "1 to 100000"),
     ("epochs", "2.5", "a whole number"),
     ("epochs", "5.0", "a whole number"),
     ("epochs", "true", "a whole number"),
@@ -130,22 +131,22 @@ BAD_VALUES = [
     ("lr", ".inf", "a number"),
     ("lr", "3e-5 5", "a number"),
     ("lr_scheduler", "cosin", "linear, cosine, constant_with_warmup"),
-    ("warmup_steps", "-1", "at least 0"),
+    ("warmup_steps", "-1", "0 to 100000000"),
     ("weight_decay", "-0.01", "at least 0"),
     ("weight_decay", ".inf", "a number"),
     ("max_grad_norm", "0", "above 0"),
     ("max_grad_norm", "1" + "0" * 400, "a number"),
-    ("batch_size", "1", "at least 2"),
-    ("micro_batch_size", "0", "at least 1"),
+    ("batch_size", "1", "2 to 65536"),
+    ("micro_batch_size", "0", "1 to 100000000"),
     ("temperature", "0", "above 0"),
     ("temperature", ".nan", "a number"),
     ("symmetric_loss", "1", "true or false"),
-    ("logging_steps", "0", "at least 1"),
-    ("dev_queries", "0", "at least 1"),
-    ("save_steps", "0", "at least 1"),
+    ("logging_steps", "0", "1 to 100000000"),
+    ("dev_queries", "0", "1 to 100000000"),
+    ("save_steps", "0", "1 to 100000000"),
     ("tracker", "wandbb", "none, wandb, tensorboard, trackio"),
     ("tracker", "null", "text"),
-    ("eval_batch_size", "0", "at least 1"),
+    ("eval_batch_size", "0", "1 to 65536"),
     ("pool_factor", "0", "1 to 64"),
     ("dim", "129", "1 to 128"),
     ("feature_cache_gb", "-1.0", "0"),
@@ -154,8 +155,8 @@ BAD_VALUES = [
     ("seed", "-1", "0 to 4294967295"),
     ("seed", "4294967296", "0 to 4294967295"),
     ("deterministic", "1", "true or false"),
-    ("threads", "0", "at least 1"),
-    ("workers", "-1", "at least 0"),
+    ("threads", "0", "1 to 1024"),
+    ("workers", "-1", "0 to 1024"),
 ]
 
 
@@ -318,3 +319,29 @@ def test_nothing_reads_params_with_pyyaml() -> None:
         loads = [call for call in calls if re.match(r"yaml\.\w*load\w*\(", call) and "dvc." not in call]
         offences += [f"{path.relative_to(ROOT)}: {code}" for code in [*(pyyaml - allowed), *loads]]
     assert not offences
+
+
+BOUNDED = [key for key, hint in HINTS.items() if (get_args(hint) or (hint,))[0] in (int, int | str, bool | int)]
+
+
+@pytest.mark.parametrize("digits", [11, 400])
+def test_no_whole_number_is_without_an_upper_bound(digits: int) -> None:
+    assert len(BOUNDED) > 15
+    said = refusal(changed(**dict.fromkeys(BOUNDED, "1" + "0" * (digits - 1))))
+    assert all(re.search(rf"\n  {key}: 1000\S* \(int\) is not valid; it must be ", said) for key in BOUNDED), said
+    assert len(said) < 5000
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (changed(seed="1" * (MAX_DIGITS + 1)), "a number of 4001 digits on line"),
+        (DEMO + "#" * 100_000, "larger than 100,000 bytes"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n" + DEMO, "an alias of what is on line 1"),
+        ("a: &a {lr: 1}\n<<: *a\n" + DEMO, "<<, a merge key, on line 2"),
+        (changed(feature_cache_gb="1e300"), "feature_cache_gb: 1e+300 (float) is not valid; it must be a number, 0 to"),
+        (changed(train_data="demo*1000000"), "weights 1 to 999"),
+    ],
+)
+def test_what_could_take_for_ever_is_refused_at_once(text: str, words: str) -> None:
+    assert words in refusal(text)
