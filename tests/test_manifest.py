@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from colintern.data.trainset import asked, training_data
 from colintern.files.manifest import benchmark_folder, check_base, local_files
-from colintern.params import UserError, load
+from colintern.params import UserError, load, root
 
 
 @pytest.fixture
@@ -76,13 +76,27 @@ def test_an_untracked_base_is_found_from_the_copy_dvc_makes_for_an_experiment(fe
     Path("own").mkdir()
     Path("demo/base").rename("own/base")
     fetched["base"]["folder"] = "own/base"
-    Path("copy/data").mkdir(parents=True)
-    Path("copy/data/manifest.json").write_text(json.dumps(fetched))
     text = Path("params.yaml").read_text().replace("base: demo/base", "base: own/base")
-    Path("copy/params.yaml").write_text(text)
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.chdir("copy")
-    assert check_base(load()) == f"{tmp_path}/own/base"
+    for name in ("queued", "standalone/temp"):
+        copy = tmp_path / ".dvc" / "tmp" / "exps" / name
+        (copy / "data").mkdir(parents=True)
+        (copy / "data" / "manifest.json").write_text(json.dumps(fetched))
+        (copy / "params.yaml").write_text(text)
+        monkeypatch.chdir(copy)
+        assert check_base(load()) == f"{tmp_path}/own/base"
+
+
+def test_the_project_is_found_in_a_sub_folder_and_from_a_stage_of_another_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "outer"))
+    pipeline = tmp_path / "pipeline"
+    copied, copied_below = (pipeline / f".dvc/tmp/exps/{name}/pipeline" for name in ("a", "standalone/b"))
+    for folder in (tmp_path / "outer", pipeline, pipeline / "below", copied, copied_below / "below"):
+        folder.mkdir(parents=True)
+    (pipeline / "below" / "dvc.yaml").touch()
+    for here, found in ((pipeline, "."), (copied, str(pipeline)), (copied_below.parent / "below", str(pipeline))):
+        here.mkdir(exist_ok=True)
+        monkeypatch.chdir(here)
+        assert str(root()) == (f"{pipeline}/below" if here.name == "below" else found)
 
 
 @pytest.mark.parametrize("name", ["../outside.parquet", "/etc/passwd"])

@@ -197,8 +197,8 @@ def test_t6_a_second_signal_ends_at_once(place):
 
 def lose_folder(step: int) -> None:
     """As an experiment in a copy of the repository, which is taken away."""
-    main, copy = Path.cwd(), Path.cwd().with_name("copy")
-    shutil.copytree(main, copy, symlinks=True)
+    main, copy = Path.cwd(), Path.cwd() / ".dvc" / "tmp" / "exps" / "copy"
+    shutil.copytree(main, copy, symlinks=True, ignore=shutil.ignore_patterns(".dvc"))
     os.environ["DVC_ROOT"] = str(main)
     os.chdir(copy)
     at_step(step, lambda: shutil.rmtree(copy))

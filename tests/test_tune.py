@@ -214,9 +214,9 @@ def on_a_full_disk() -> None:
 def test_a_storage_that_fails_under_a_study_is_told_without_a_traceback(tmp_path):
     copy_working_tree(tmp_path)
     shutil.copy(ROOT / "dvc.lock", tmp_path)  # of a `dvc repro`, which a study asks for
-    for made in ("data/manifest.json", "data/rows.parquet", "metrics/verify.json"):
-        (tmp_path / made).parent.mkdir(exist_ok=True)
-        (tmp_path / made).write_text("{}")
+    for name in ("data/manifest.json", "data/rows.parquet", "metrics/verify.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     place = Place(tmp_path, on_a_full_disk)
     assert place.run() == 2, place.err
