@@ -24,6 +24,16 @@ def one_of(*choices: str) -> Rule:
     return Rule("one of " + ", ".join(choices), lambda value: value in choices)
 
 
+def unsupported_path_characters(path: str) -> str:
+    """Return the characters of a project's path with which DVC cannot copy the project, as it does for `--temp`,
+    `--queue` and each trial of `colintern tune`: it writes the path into an ASCII file and into a file:// address.
+
+    >>> unsupported_path_characters("/home/jürgen/c#/retriever")
+    'ü#'
+    """
+    return "".join(dict.fromkeys(char for char in path if not char.isascii() or char in "#?"))
+
+
 def mixture(train_data: str) -> list[tuple[str, int]]:
     """The sets of `train_data` with their weights: "a*2 + b" is [("a", 2), ("b", 1)]; [] if it says no such thing."""
     found = [re.fullmatch(r"\s*(\S.*?)(?:\*([1-9]\d{0,2}))?\s*", part) for part in re.split(r"\s\+\s", train_data)]

@@ -23,7 +23,7 @@ from colintern.planning.surroundings import AROUND, Surroundings, _asked, hub_re
 DEMO, RECIPE = (load(ROOT / "recipes" / f"{name}.yaml") for name in ("demo", "internvl3_5-1b"))
 GPU = Machine(1, "580.95.05", "2.13.0", "13.0", "NVIDIA A100", 80 << 30, False, True, True, 60 << 30, 10**12, 0)
 CPU = dataclasses.replace(GPU, cards=0, driver="", gpu="", gpu_bytes=0, flash_attn=False)
-AROUND_1B = Surroundings(False, "", "abc1234", 0, True, ("store",), "store", ("a/b",), (), "", True, (), False)
+AROUND_1B = Surroundings(False, "", "abc1234", 0, True, ("store",), "store", ("a/b",), (), "", True, (), False, "")
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,8 @@ def test_the_demo_trains_on_the_cpu_of_a_machine_whose_gpu_torch_cannot_use(coun
         ("git", {"git": "fatal: detected dubious ownership in repository"}, FAIL, "dubious"),
         ("git", {"changed": 2}, WARN, "2 changed files"),
         ("git", {"committer": False}, WARN, "no committer"),
+        ("path", {}, PASS, "DVC can copy"),
+        ("path", {"odd_path": "ü#"}, WARN, "has 'ü#'"),
         ("DVC remote", {}, PASS, "store"),
         ("DVC remote", {"default_remote": ""}, WARN, "none the default"),
         ("DVC remote", {"default_remote": "", "remotes": ()}, WARN, "nobody else"),

@@ -260,6 +260,14 @@ def test_plots_in_a_shallow_clone(shallow):
         assert title in html
 
 
+def test_called_from_a_stage_of_another_project_this_one_is_run(repo, experiment, tmp_path):
+    """DVC leaves the other project's DVC_ROOT in the environment."""
+    (tmp_path / "dvc.yaml").write_text("stages: {model: {cmd: make -C ../colintern repro}}")
+    output = repo.output("dvc repro --force --single-item verify", DVC_ROOT=str(tmp_path), DVC_STAGE="model")
+    assert ran(output) == ["verify"]
+    repo.output("python -m stages.verify", DVC_ROOT=str(tmp_path), DVC_STAGE="model")
+
+
 @pytest.mark.parametrize("command", ["dvc exp run -S lr=2e-5", "dvc exp run --queue -S lr=1e-4"])
 def test_without_an_identity_dvc_stashes_nothing_and_says_why(repo, experiment, command):
     """On a clean workspace `exp run` needs none (above); it stashes edits and queued runs, in a committer's name."""

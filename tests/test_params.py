@@ -1,6 +1,7 @@
 """params.yaml is read as YAML 1.2 and checked whole: every rule, every kind of broken file (fault D6)."""
 
 import ast
+import doctest
 import errno
 import os
 import re
@@ -12,6 +13,7 @@ from typing import get_args
 
 import pytest
 
+from colintern import rules
 from colintern.params import HINTS, MAX_DIGITS, Params, UserError, exit_on_user_error, load
 from colintern.rules import mixture
 
@@ -46,6 +48,10 @@ def refusal(text: str | bytes) -> str:
     with pytest.raises(UserError) as caught:
         load_text(text)
     return str(caught.value)
+
+
+def test_the_examples_of_the_rules() -> None:
+    assert doctest.testmod(rules).failed == 0
 
 
 def test_demo_loads_frozen_and_typed() -> None:
