@@ -16,6 +16,7 @@ from conftest import ROOT, page_image
 from pdf_writer import write_pdf
 from processes import program
 
+from colintern.data.benchmarks import _folder_task
 from colintern.data.checks import check_benchmarks, check_judgements
 from colintern.data.formats import TABLES, CorpusPage, Qrel, Query, check_beir, write_beir
 from colintern.data.images import png_bytes
@@ -186,7 +187,7 @@ def test_a_leak_between_two_sets_of_a_mixture_is_found():
 EVALUATION_FAULTS = {
     "corpus": ({"image": {"bytes": b"<html>", "path": "1.png"}}, "corpus/.*:0: image: not an image"),
     "queries": ({"query": "  "}, "query 45: query is empty"),
-    "qrels": ({"corpus-id": 999}, "qrels: the page 999 of query 45 is not in the corpus"),
+    "qrels": ({"corpus-id": 999}, "qrels: the page '999' of query '45' is not in the corpus"),
 }
 
 
@@ -203,6 +204,25 @@ def rewritten(part: str, rows: Callable[[list[dict]], list[dict]]) -> None:
         ("queries", lambda rows: [*rows, rows[3]], "query-id 48 is in 2 rows"),
         ("qrels", lambda rows: [rows[0] | {"score": 0}, *rows[1:]], "query 45: .* with a score above 0"),
         ("qrels", lambda rows: [rows[0] | {"score": None}, *rows], "qrels: the score None of query 45"),
+        ("qrels", lambda rows: [rows[0] | {"score": 2**62}, *rows[1:]], "query 45 is not from -1000 to 1000"),
+        ("qrels", lambda rows: [row | {"score": 0.5} for row in rows], "the score 0.5 of query 45 is no whole number"),
+        ("qrels", lambda rows: [row | {"score": True} for row in rows], "the score True of query 45 is no whole"),
+        (
+            "qrels",
+            lambda rows: [row | {"corpus-id": 45.5} for row in rows],
+            "qrels: row 0: corpus-id 45.5 is of the type",
+        ),
+        (
+            "qrels",
+            lambda rows: [rows[0] | {"corpus-id": None}, *rows],
+            "qrels: row 0: corpus-id None is of the type None",
+        ),
+        ("qrels", lambda rows: [row | {"query-id": [1]} for row in rows], r"query-id \[1\] is of the type list"),
+        (
+            "corpus",
+            lambda rows: [row | {"corpus-id": f"{row['corpus-id']:04}"} for row in rows],
+            "the page '45' of query '45' is not in the corpus; .* qrels has them as int, the corpus as str",
+        ),
         ("qrels", lambda rows: [*rows, rows[0] | {"score": 0}], "page 45 of query 45 has the scores 1 and 0"),
         ("qrels", lambda rows: [{k: v for k, v in row.items() if k != "score"} for row in rows], "no column score"),
     ],
@@ -211,6 +231,22 @@ def test_judgements_that_mteb_would_not_take_or_take_otherwise_are_refused(part,
     rewritten(part, rows)
     with pytest.raises(UserError, match=message):
         check_judgements(Part(BEIR, "test", Path(BEIR), ()))
+
+
+@pytest.mark.parametrize("kind", [str, float, int])
+def test_ids_are_compared_as_mteb_compares_them_and_only_what_is_needed_is_read(kind):
+    for part in ("queries", "qrels"):
+        rewritten(part, lambda rows: [row | {"query-id": kind(row["query-id"])} for row in rows])
+    rewritten("qrels", lambda rows: [row | {"corpus-id": kind(row["corpus-id"]), "note": None} for row in rows])
+    rewritten("corpus", lambda rows: [row | {"seen": None if row["corpus-id"] % 2 else "yes"} for row in rows])
+    Path(BEIR, "beir.py").write_text("raise SystemExit('is never run')\n")
+    check_judgements(Part(BEIR, "test", Path(BEIR), ()))
+    task = _folder_task(Path(BEIR), "IdsRetrieval")
+    task.load_data()
+    assert task.relevant_docs["test"]["query-test-45"] == {"corpus-test-45": 1}
+    pages = {f"corpus-test-{number}" for number in range(45, 55)}
+    assert set(task.corpus["test"]["id"]) == pages and task.corpus["test"].column_names == ["image", "id", "modality"]
+    assert task.relevant_docs["test"].keys() == set(task.queries["test"]["id"])
 
 
 @pytest.mark.parametrize("part", ["corpus", "queries", "qrels"])
@@ -340,13 +376,13 @@ def test_a_folder_of_two_kinds_is_refused():
 
 
 def test_the_data_in_numbers():
-    from colintern.data.inventory import inventory, metrics
+    from colintern.data.inventory import inventory, summarize_survey
     from colintern.params import load
 
     write_rows("train", [*map(row, range(40)), row(3), row(3) | {"query": "again"}, row(4) | {"query": ""}])
     write_params(max_bad_fraction=0.05)
     assert fetch_data().returncode == 0
-    found = metrics(inventory(load()))
+    found = summarize_survey(inventory(load().max_visual_tokens))
     train, test = found[f"{SET} (train)"], found[f"{BEIR} (test)"]
     assert {key: train[key] for key in ("rows", "pages", "queries", "duplicates", "quarantined")} == {
         "rows": 43, "pages": 40, "queries": 42, "duplicates": 1, "quarantined": 1
@@ -354,21 +390,21 @@ def test_the_data_in_numbers():
     assert train["bytes"] == Path(SET, "train-00000-of-00001.parquet").stat().st_size
     assert train["queries/page"] == 42 / 40
     assert train["tiles/page"] == 1 and train["tokens/page"] == 16  # 112 x 112 px is one tile
-    assert inventory(load())[f"{SET} (train)"]["queries of a page"] == {"1": 39, "3": 1}
+    assert inventory(load().max_visual_tokens)[f"{SET} (train)"]["queries of a page"] == {"1": 39, "3": 1}
     assert (test["rows"], test["pages"], test["queries"]) == (10, 10, 10)
     assert test["tokens/query"] > 1
     assert sum(train["languages, guessed"].values()) == 41, "distinct queries"
 
 
 def test_the_languages_of_the_queries_are_counted_over_distinct_queries_and_shown_as_a_guess():
-    from colintern.data.inventory import inventory, metrics, table
+    from colintern.data.inventory import inventory, summarize_survey, table
 
     french, german = "Quels sont les principaux risques du projet ?", "Wer hat den Vertrag unterschrieben?"
     spoken = [row(n) | {"query": query} for n, query in enumerate((french, french, german, "4711", "question 1"))]
     write_rows("train", [*spoken, *(row(n) | {"query": f"What does figure {n} show us?"} for n in range(5, 9))])
     assert fetch_data().returncode == 0
-    found = inventory(load())
-    assert metrics(found)[f"{SET} (train)"]["languages, guessed"] == {"de": 1, "en": 4, "fr": 1, "unknown": 2}
+    found = inventory(load().max_visual_tokens)
+    assert summarize_survey(found)[f"{SET} (train)"]["languages, guessed"] == {"de": 1, "en": 4, "fr": 1, "unknown": 2}
     assert "guessed, of 8 distinct queries: en: 4  fr: 1  de: 1  unknown: 2" in table(found, [])
 
 
@@ -379,7 +415,7 @@ def test_the_table_says_the_same():
     write_rows("train", [row(4) | {"query": ""}, *map(row, range(40))])
     write_params(max_bad_fraction=0.05)
     assert fetch_data().returncode == 0
-    shown = table(inventory(load()), quarantine())
+    shown = table(inventory(load().max_visual_tokens), quarantine())
     assert f"{SET} (train): 41 rows, 40 pages, 40 queries, 0 duplicates, 1 quarantined" in shown
     assert f"quarantined: {SET}: 1 x query is empty" in shown
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import mteb
-from datasets import Image, config
+from datasets import Dataset, Image, config
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 
-from colintern.data.formats import called, check_beir
+from colintern.data.formats import called, check_beir, id_text
 from colintern.files.identity import content_hash
 from colintern.files.manifest import benchmark_folder, local
 from colintern.params import Params, UserError
@@ -126,18 +126,39 @@ def _folder_task(folder: Path, name: str) -> AbsTask:
 
 
 class _Folder:
-    """Before a task of mteb's, which then reads what is in its folder now, and pages as images."""
+    """Before a task of mteb's, which then reads from its folder what it needs, and nothing else that lies there."""
 
     def load_data(self: Any, *args: Any, **kwargs: Any) -> None:
-        known = config.HF_DATASETS_CACHE
-        # `datasets` keys its cache on the folder's last name and the card, which stay when other pages are put there.
-        config.HF_DATASETS_CACHE = Path(known) / self.metadata.dataset["revision"]
-        try:
-            super().load_data(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            config.HF_DATASETS_CACHE = known
-        # No metadata of `datasets` says so in parquet files as pyarrow writes them.
-        self.corpus = {split: pages.cast_column("image", Image()) for split, pages in self.corpus.items()}
+        pages, queries, qrels = (
+            self._read(table, columns)
+            for table, columns in (
+                ("corpus", ["corpus-id", "image"]),
+                ("queries", ["query-id", "query"]),
+                ("qrels", ["query-id", "corpus-id", "score"]),
+            )
+        )
+        relevant: dict[str, dict[str, int]] = {}
+        for query, page, score in zip(qrels["query-id"], qrels["corpus-id"], qrels["score"], strict=True):
+            relevant.setdefault(f"query-test-{id_text(query)}", {})[f"corpus-test-{id_text(page)}"] = int(score)
+        pages, queries = (
+            rows.remove_columns(key)
+            .add_column("id", [f"{table}-test-{id_text(one)}" for one in rows[key]])
+            .add_column("modality", [modality] * len(rows))
+            for rows, key, table, modality in (
+                (pages, "corpus-id", "corpus", "image"),
+                (queries, "query-id", "query", "text"),
+            )
+        )
+        # No metadata of `datasets` says that it holds images in parquet files as pyarrow writes them.
+        self.corpus = {"test": pages.cast_column("image", Image())}
+        self.queries, self.relevant_docs = {"test": queries.rename_column("query", "text")}, {"test": relevant}
+        self.data_loaded = True
+
+    def _read(self: Any, table: str, columns: list[str]) -> Dataset:
+        """Return these columns of a table; the copy that `datasets` makes is kept by the content of the folder."""
+        files = sorted(map(str, Path(self.metadata.dataset["path"]).glob(f"{table}/*.parquet")))
+        copies = Path(config.HF_DATASETS_CACHE) / self.metadata.dataset["revision"] / table
+        return Dataset.from_parquet(files, columns=columns, cache_dir=str(copies))
 
 
 def _check_task(entry: str, task: AbsTask) -> None:

@@ -124,6 +124,21 @@ def write_beir(
     return root
 
 
+def id_text(value: Any) -> str:
+    """Return an id of an evaluation set as text, which is how mteb compares ids.
+
+    A whole float is the integer: pandas turns integers into floats where a join leaves rows without a partner.
+
+    Raises:
+        ValueError: of another type, or a number with a fraction.
+    """
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, int | str) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError(f"{value!r:.80} is of the type {type(value).__name__}; ids are text or whole numbers")
+
+
 def is_pseudo(folder: Path) -> bool:
     """Whether the card of an evaluation set says that a program made its queries."""
     card = folder / "README.md"
