@@ -186,7 +186,7 @@ def test_equal_pages_are_one_page_and_stay_in_one_split(folder):
     [
         {"image": "copy.png", "query": "of the copy", "split": "test"},
         {"image": "0.png", "query": "again", "split": "dev"},
-        {"image": "new.png", "query": "Question  0?", "split": "test"},
+        {"image": "new.png", "query": "Question  0", "split": "test"},
     ],
     ids=["same bytes", "same file", "same query"],
 )
@@ -196,6 +196,37 @@ def test_a_page_or_query_in_two_splits_is_refused_with_both_rows(folder, row):
     (folder / "new.png").write_bytes(png_bytes(page_image("new")))
     with pytest.raises(UserError, match=r"rows\.jsonl:1 is in train, rows\.jsonl:13 in (test|dev)"):
         make(DOCS, jsonl.collect)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("section 1.12", "section 11.2"), ("who signed C", "who signed C++"), ("is -5 allowed", "is 5 allowed"),
+     ("किताब", "कताबी"), ("ไก่", "ไก")],
+)  # fmt: skip
+def test_queries_that_differ_in_a_sign_alone_are_two(folder, one, other):
+    jsonl_folder(folder, [{"image": "new.png", "query": one, "split": "train"}])
+    (folder / "new.png").write_bytes(png_bytes(page_image("new")))
+    (folder / "other.png").write_bytes(png_bytes(page_image("other")))
+    with (folder / "rows.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"image": "other.png", "query": other, "split": "test"}) + "\n")
+    own = make(DOCS, jsonl.collect)
+    assert not own.summary["bad"] and one in {row["query"] for row in training(own.made)}
+    assert other in {row["query"] for row in table(own.made, "beir/queries/*.parquet")}
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "किसान अपने खेत में गेहूँ और चावल की फसल उगाते हैं और उसे बाजार में बेचते हैं।",
+        "การติดตั้งโปรแกรมบนเครื่องคอมพิวเตอร์ต้องใช้สิทธิ์ของผู้ดูแลระบบ",
+        "هل يمكن للمستخدم أن يعيد تشغيل الجهاز بعد انقطاع الكهرباء؟",
+        "この装置を初めて使用する前に、必ず取扱説明書をよくお読みになり、安全上の注意を守ってください。",
+    ],
+    ids=["Hindi", "Thai", "Arabic", "Japanese"],
+)
+def test_a_text_without_latin_letters_asks_its_own_sentences(sentence):
+    [found] = pseudo.pseudo_queries([pseudo.Text([f"12 | 34 | 56\n{sentence}"])])
+    assert (found.query, found.kind) == (sentence, "sentence")
 
 
 def many(folder: Path, pages: int = 60) -> None:

@@ -113,6 +113,14 @@ def query_fault(query: Any) -> str:
     return "" if query.strip() else f"query is empty: {query!r}"
 
 
+def normalize_query(query: str) -> str:
+    """Return what two spellings of one query share: Unicode form, case and white space are evened out.
+
+    Punctuation, signs and vowel signs stay, since they tell queries apart: "C" and "C++", "section 1.12" and "11.2".
+    """
+    return " ".join(normalize("NFC", query).casefold().split())
+
+
 def torn(text: str) -> bool:
     """Whether a text holds half of a pair of surrogates, as JSON can say it: no tokenizer takes it. In the name of a
     file it stands for a byte that is not UTF-8."""
