@@ -9,9 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import IRREGULAR, ROOT
+from huggingface_hub import constants
 
 from colintern.data.trainset import asked, training_data
+from colintern.files import hub
+from colintern.files.digests import Digests
+from colintern.files.hub_errors import Repo
 from colintern.files.manifest import benchmark_folder, check_base, local_files
 from colintern.params import UserError, load, root
 
@@ -43,6 +47,22 @@ def test_what_is_whole_is_found(fetched):
     found = ("demo", Path("data/demo/train"), ["data/train-0.parquet"], 1)
     assert training_data(load()) == ([found], None, None)
     assert benchmark_folder("demo") == Path("data/demo/beir")
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_a_cached_file_that_is_no_regular_file_is_never_opened_and_named(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "cache")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    file = hub.HubFile(Repo("base", "owner/name", "a" * 40, "model"), "config.json", 1, "b" * 64)
+    file.cached.parent.mkdir(parents=True)
+    IRREGULAR[kind](file.cached)
+    # What the link of a cached file leads to may be deleted: then the file is missing, and fetched again.
+    message = (
+        "HF_HUB_OFFLINE" if kind == "a dangling link" else f"config.json: is {kind}, not a regular file; delete it"
+    )
+    with pytest.raises(UserError, match=message):
+        hub.get([file], Digests(tmp_path / "digests.json"))
 
 
 def test_a_missing_page_file_is_named(fetched):

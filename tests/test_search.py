@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, page_image
+from conftest import IRREGULAR, ROOT, irregular_files, page_image
 from pdf_writer import write_pdf
 from test_adapters import trained
 from test_report import fork
 
 from colintern.maxsim import maxsim_scores
 from colintern.modeling.embed import embed_pages, embed_queries
+from colintern.params import UserError
 from colintern.search.index import Index, identity
 from colintern.search.listing import listing, maps
 from colintern.search.sources import images, shown, skipped, sources
@@ -92,6 +93,35 @@ def test_a_file_that_may_not_be_read_is_named_and_the_others_are_searched(tmp_pa
     assert [one.where for one in bad] == ["mine.pdf", "mine.png"] and "cannot be read: " in bad[0].reason
     (tmp_path / "page.png").unlink()
     assert list(images(found, bad)) == [] and bad[-1].where == "page.png"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".PDF"])
+def test_what_is_no_regular_file_is_never_opened_and_named(tmp_path, suffix, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("documents").mkdir()
+    names = irregular_files(Path("documents"), suffix)
+    irregular_files(Path("documents"), ".txt")
+    with pytest.raises(UserError, match=rf"documents holds no page; .*odd0\{suffix}: is a named pipe, not a regular"):
+        sources(Path("documents"))
+    page_image("Oslo").save("documents/page.png")
+    found, bad = sources(Path("documents"))
+    assert [source.name for source in found] == ["page.png"] and skipped(Path("documents")) == "5 .txt"
+    assert sorted(f"{one.where} ({one.reason.removeprefix('is ').partition(',')[0]})" for one in bad) == names
+    for name, kind in zip(names, IRREGULAR, strict=True):
+        if kind != "a folder":
+            with pytest.raises(
+                UserError, match=f"FOLDER_OR_PDF: '.*' is {kind}; it must be a folder or a regular file"
+            ):
+                sources(Path("documents", name.partition(" ")[0]))
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_a_list_of_pages_that_is_no_regular_file_is_refused(top, model, processor, kind):
+    first = index(top, model, processor)
+    first.cache.folder.mkdir()
+    IRREGULAR[kind](first.list)
+    with pytest.raises(UserError, match=f"pages.json: is {kind}.*delete it"):
+        index(top, model, processor)
 
 
 @pytest.mark.parametrize(

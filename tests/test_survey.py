@@ -12,16 +12,18 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, page_image
+from conftest import IRREGULAR, ROOT, page_image
 from pdf_writer import write_pdf
 from processes import program
 
 from colintern.data.benchmarks import _folder_task
 from colintern.data.checks import check_benchmarks, check_judgements
+from colintern.data.collected import MAX_QUERY_CHARACTERS
 from colintern.data.formats import TABLES, CorpusPage, Qrel, Query, check_beir, write_beir
 from colintern.data.images import png_bytes
 from colintern.data.splits import by_name
-from colintern.data.survey import Part
+from colintern.data.survey import Part, look, survey
+from colintern.files.manifest import local_file, local_files
 from colintern.params import UserError, load
 
 SET, BEIR = "data/own/set", "data/own/beir"
@@ -341,6 +343,115 @@ def test_a_file_that_is_no_training_set_is_refused(content, message):
     done = fetch_data()
     assert done.returncode == 2
     assert f"{path}: {message}" in done.stderr
+
+
+COLUMNS = {  # of a training file that has them wrong -> what is said of it
+    "lists of queries": ({"query": [["one"]]}, "column query is of the type list"),
+    "numbers as queries": ({"query": [7]}, "column query is of the type int64; it must hold text"),
+    "bytes as queries": ({"query": [b"one"]}, "column query is of the type binary; it must hold text"),
+    "numbers as images": ({"image": [7]}, "column image is of the type int64; it must hold the bytes of images"),
+    "lists of images": ({"image": [[PAGES[0]]]}, "column image is of the type list"),
+    "no columns": (None, "has no column image and query; it has \\[\\]"),
+}
+
+
+@pytest.mark.parametrize(("columns", "message"), COLUMNS.values(), ids=COLUMNS)
+def test_a_column_of_a_wrong_type_is_named_with_its_file(columns, message):
+    table = {} if columns is None else {"query": ["one"], "image": [PAGES[0]]} | columns
+    pq.write_table(pa.table(table), f"{SET}/train.parquet")
+    with pytest.raises(UserError, match=f"{SET}/train.parquet: {message}"):
+        look([Part(SET, "train", Path(SET), ("train.parquet",))])
+
+
+@pytest.mark.parametrize("place", ["pages", "text", "footer"])
+def test_damaged_row_groups_are_named_with_their_file(place):
+    path = Path(SET, "train-00000-of-00001.parquet")
+    if place == "text":
+        pq.write_table(pa.table({"query": pa.array([b"\xff"]).view(pa.string()), "image": [PAGES[0]]}), path)
+    else:
+        data = bytearray(path.read_bytes())
+        at = 4 if place == "pages" else len(data) - 200
+        data[at : at + 100] = bytes(100)
+        path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{path}: "):
+        look([Part(SET, "train", Path(SET), (path.name,))])
+
+
+@pytest.mark.parametrize(
+    ("table", "rows", "message"),
+    [
+        ("qrels", None, "is not a parquet file"),
+        ("qrels", {"query-id": [[1]], "corpus-id": [1], "score": [1]}, "column query-id is of the type list"),
+        ("corpus", {"corpus-id": [{"a": 1}], "image": [PAGES[0]]}, "column corpus-id is of the type struct"),
+        ("queries", {"query-id": [b"1"], "query": ["one"]}, "column query-id is of the type binary"),
+        ("queries", {"query-id": [1], "query": [["one"]]}, "column query is of the type list"),
+    ],
+)
+def test_tables_of_an_evaluation_set_that_cannot_be_read_are_named(table, rows, message):
+    [path] = Path(BEIR, table).glob("*.parquet")
+    if rows is None:
+        path.write_bytes(b"no parquet")
+    else:
+        pq.write_table(pa.table(rows), path)
+    with pytest.raises(UserError, match=f"{path}: {message}"):
+        check_judgements(Part(BEIR, "test", Path(BEIR), ()))
+
+
+def test_a_training_file_without_rows_is_named():
+    write_rows("train", [])
+    done = fetch_data()
+    assert done.returncode == 2
+    assert "has no row that can be used, in 1 parquet files (train-00000-of-00001.parquet)" in done.stderr
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_a_parquet_file_that_is_no_regular_file_is_refused(kind):
+    IRREGULAR[kind](Path(SET, "train-1.parquet"))
+    if kind == "a folder":  # as some programs write a table: what is in it counts
+        assert len(local_files(SET, (".parquet",)).files) == 2
+    else:
+        with pytest.raises(UserError, match=f"{SET}: train-1.parquet is {kind}; only regular files are read"):
+            local_files(SET, (".parquet",))
+    with pytest.raises(UserError, match=f"negatives_file: .* is {kind}"):
+        local_file(f"{SET}/train-1.parquet")
+    for path in Path(BEIR, "qrels").glob("*"):
+        path.unlink()
+    IRREGULAR[kind](Path(BEIR, "qrels", "test.parquet"))
+    with pytest.raises(UserError, match=f"no parquet file in qrels/: test.parquet/? is {kind}"):
+        check_beir(Path(BEIR))
+
+
+def test_a_long_query_is_cut_and_counted():
+    longest = "word " * 13_107 + "w"  # 65,536 characters
+    assert len(longest) == MAX_QUERY_CHARACTERS
+    texts = [longest, longest + "x" * 2**22]
+    write_rows("train", [row(0), *(row(1) | {"query": text} for text in texts)])
+    rewritten("queries", lambda rows: [rows[0] | {"query": texts[1]}, *rows[1:]])
+    parts = [
+        Part(SET, "train", Path(SET), ("train-00000-of-00001.parquet",)),
+        Part(BEIR, "test", Path(BEIR), ("corpus/test-00000-of-00001.parquet",)),
+    ]
+    seen = look(parts)
+    assert [one.query for one in seen[parts[0]]] == ["question 0", longest, longest]
+    facts = survey(seen, ROOT / "demo" / "base" / "tokenizer.json")
+    assert [found["queries cut"] for found in facts.values()] == [1, 1]
+    tokens = max(map(int, facts[f"{SET} (train)"]["tokens of a query"]))
+    assert tokens == max(map(int, facts[f"{BEIR} (test)"]["tokens of a query"])) <= MAX_QUERY_CHARACTERS
+
+
+def test_a_file_is_opened_and_a_page_hashed_as_often_however_many_rows_there_are(monkeypatch):
+    from test_own import Counted
+
+    from colintern.data import survey as module
+
+    path = Path(SET, "train-00000-of-00001.parquet")
+    write_rows("train", [row(0) | {"query": f"question {number}"} for number in range(800)])  # 50 row groups
+    opened = Counted(monkeypatch, module.pq, "ParquetFile")
+    hashed = Counted(monkeypatch, module.hashlib, "sha256")
+    part = Part(SET, "train", Path(SET), (path.name,))
+    [rows] = look([part]).values()
+    assert len(rows) == 800 and len({one.key for one in rows}) == 1
+    assert opened.calls <= 3 and hashed.calls == 50, "once a row group"
 
 
 def test_names_of_files_say_the_split_as_in_datasets():

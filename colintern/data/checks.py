@@ -181,8 +181,9 @@ def check_filled(seen: dict[Part, list[Seen]]) -> None:
     for part, found in seen.items():
         if part.split in ("train", "dev") and all(row.fault for row in found):
             raise UserError(
-                f"train_data: {part}: has no row that can be used, in {len(part.files)} parquet files; names of files "
-                f"must say train, and validation or test for the dev set"
+                f"train_data: {part}: has no row that can be used, in {len(part.files)} parquet files"
+                f"{' (' + ', '.join(part.files[:3]) + ')' if part.files else ''}; names of files must say train, and "
+                f"validation or test for the dev set"
             )
 
 

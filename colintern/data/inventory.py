@@ -64,6 +64,7 @@ def table(found: Survey, quarantined: Sequence[dict[str, str]]) -> str:
         lines.append(
             f"{name}: {facts['rows']} rows, {facts['pages']} pages, {facts['queries']} queries, "
             f"{facts['duplicates']} duplicates, {facts['quarantined']} quarantined, {facts['bytes'] / 1e6:.1f} MB"
+            + (f", {facts['queries cut']} queries cut" if "queries cut" in facts else "")
         )
         for measure, label in MEASURES.items():
             lines.append(f"  {label:<13} mean {_mean(facts[measure]):<8g} {_bars(facts[measure])}")

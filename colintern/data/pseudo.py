@@ -109,16 +109,19 @@ def _sentences(documents: Sequence[Text], everything: list[str], asked: set[tupl
 def _printed(keys: Iterable[str], pages: Sequence[str]) -> Counter[str]:
     """On how many pages each key is printed, all squeezed.
 
-    Each page is looked through for the keys' beginnings, not for every key: of 500 documents that would take a day.
+    Each page is looked through for the keys' beginnings, and where one stands for what begins so, not for every key: of
+    500 documents, or of 4,000 pages whose sentences begin alike, that would take a day.
     """
-    starts: defaultdict[str, set[str]] = defaultdict(set)
-    for key in keys:
-        starts[key[:START]].add(key)
-    lengths = set(map(len, starts))
+    wanted = set(keys)
+    lengths: defaultdict[str, set[int]] = defaultdict(set)  # of the keys that begin so
+    for key in wanted:
+        lengths[key[:START]].add(len(key))
+    starts = set(map(len, lengths))
     found: Counter[str] = Counter()
     for page in pages:
-        here = {page[at : at + length] for length in lengths for at in range(len(page))} & starts.keys()
-        found.update(key for start in here for key in starts[start] if key in page)
+        places = [(at, page[at : at + start]) for start in starts for at in range(len(page))]
+        here = {page[at : at + length] for at, start in places if start in lengths for length in lengths[start]}
+        found.update(here & wanted)
     return found
 
 

@@ -14,6 +14,7 @@ from colintern.files import hub
 from colintern.files.digests import Digests, digests_at
 from colintern.files.hub import Choice, HubFile
 from colintern.files.hub_errors import Repo
+from colintern.files.regular import MISSING, describe_refused, irregular_type, list_files
 from colintern.params import Params, UserError, root
 from colintern.rules import kernel_at
 
@@ -54,7 +55,7 @@ def local_files(folder: str, suffixes: tuple[str, ...]) -> Files:
     """Every file with one of the `suffixes` below `folder` of the repository.
 
     Raises:
-        UserError: the folder does not exist or holds no such file.
+        UserError: the folder does not exist or holds no such file, or what is called like one is no regular file.
     """
     return Files(folder, "", _below(root() / folder, folder, suffixes))
 
@@ -65,16 +66,16 @@ def local_file(name: str) -> Files:
     Raises:
         UserError: it does not exist.
     """
-    if not (root() / name).is_file():
-        raise UserError(f"negatives_file: {name!r} does not exist; `colintern mine --out {name}` makes one")
+    if kind := irregular_type(root() / name):
+        state = "does not exist" if kind == MISSING else f"is {kind}, not a regular file"
+        raise UserError(f"negatives_file: {name!r} {state}; `colintern mine --out {name}` makes one")
     return Files(".", "", _named(root(), [name]))
 
 
 def source_files(folder: str) -> dict[str, dict[str, Any]]:
     """Every file below a folder of documents, hidden ones left out."""
     top = root() / folder
-    names = sorted(p.relative_to(top) for p in top.rglob("*") if p.is_file())
-    return _named(top, [n.as_posix() for n in names if not any(part.startswith(".") for part in n.parts)])
+    return _named(top, [path.relative_to(top).as_posix() for path in list_files(top).files])
 
 
 def hub_files(wanted: Sequence[tuple[Repo, Choice]]) -> list[Files]:
@@ -91,10 +92,16 @@ def hub_files(wanted: Sequence[tuple[Repo, Choice]]) -> list[Files]:
 
 
 def _below(top: Path, name: str, suffixes: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    paths = sorted(p for p in top.rglob("*") if p.suffix in suffixes and p.is_file())
+    paths, refused = list_files(top, suffixes)
+    irregular = {path: kind for path, kind in refused.items() if not path.endswith("/")}
+    if irregular:  # a part of the data would be missing
+        raise UserError(f"{name}: {describe_refused(irregular)}; only regular files are read, replace or delete it")
     if not paths:
         state = "holds no " + " or ".join(f"*{s}" for s in suffixes) if top.is_dir() else "does not exist"
-        raise UserError(f"{name}: the folder {state}; give `demo`, a folder, or a hub id with its revision")
+        others = f" ({describe_refused(refused)})" if top.is_dir() and refused else ""
+        raise UserError(f"{name}: the folder {state}{others}; give `demo`, a folder, or a hub id with its revision")
+    if refused:
+        print(f"{name}: not read: {describe_refused(refused)}")
     return _named(top, [p.relative_to(top).as_posix() for p in paths])
 
 

@@ -22,10 +22,12 @@ from colintern.data.collected import Bad
 from colintern.files.identity import content_hash, fingerprint
 from colintern.files.jsonfile import dumps
 from colintern.files.lock import locked
+from colintern.files.regular import MISSING, irregular_type
 from colintern.maxsim import maxsim_scores
 from colintern.modeling.cache import TensorCache
 from colintern.modeling.embed import embed_pages
 from colintern.modeling.features import Page
+from colintern.params import UserError
 from colintern.search.sources import Source, images
 
 INDEX = "data/.index"  # below the repository's root
@@ -73,6 +75,8 @@ class Index:
         self.kept: dict[str, Tensor] = {}  # what the disk has no room for
 
     def _listed(self) -> dict[str, str]:
+        if (kind := irregular_type(self.list)) not in ("", MISSING):
+            raise UserError(f"{self.list}: is {kind}, not a regular file; delete it, it is then written again")
         try:
             return json.loads(self.list.read_text())
         except (OSError, ValueError):  # none yet, or torn: then pages are rendered again, and found by their pixels
