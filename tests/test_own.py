@@ -70,7 +70,8 @@ BAD_LINES = [
     ({"image": "file:///etc/hostname", "query": "q"}, "refused: .* is a URL"),
     ({"image": "../secret.png", "query": "q"}, "refused: .* points outside"),
     ({"image": "/etc/hostname", "query": "q"}, "refused: .* points outside"),
-    ({"image": "link.png", "query": "q"}, "refused: .* points outside"),
+    ({"image": "0.png/../../secret.png", "query": "q"}, "refused: .* points outside"),
+    ({"image": "share/secret.png", "query": "q"}, "refused: .* below 'share', a linked folder"),
     ({"image": "x" * 5000, "query": "q"}, "is no file name"),
     ({"image": "a\0b.png", "query": "q"}, "is no file name"),
     ({"query": "q"}, "names no file: None"),
@@ -95,7 +96,7 @@ def test_each_bad_line_costs_one_row_and_is_named(folder):
     (folder / "page.html").write_text("<html>not found</html>")
     (folder / "empty.png").touch()
     (folder.parent / "secret.png").write_bytes(whole)
-    (folder / "link.png").symlink_to("../secret.png")
+    (folder / "share").symlink_to(folder.parent.absolute())
     own = make(DOCS, jsonl.collect)
     bad = bad_rows(own)
     assert list(bad) == [f"rows.jsonl:{13 + n}" for n in range(len(rows))]
@@ -164,6 +165,21 @@ def test_what_lies_in_the_folder_and_is_not_read_is_named(folder, capsys):
     (folder / "share").symlink_to(Path("share").absolute())
     make(DOCS, pdfs.collect)
     assert "\n  not read: 3, Queries.csv, scans/1.tif, share/\n" in capsys.readouterr().out
+
+
+def test_pages_and_questions_of_linked_files_are_read_alike(folder):
+    """As `dvc add` with `cache.type symlink`, or `ln -s /share/*.pdf`, leaves a folder."""
+    handbook(folder)
+    rows = [f"question {page},sub/b.pdf,{page}" for page in range(1, 31)]
+    (folder / "queries.csv").write_text("\n".join(["query,file,page", *rows]))
+    whole = make(DOCS, pdfs.collect)
+    store = Path("store").absolute()
+    store.mkdir()
+    for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+        path.rename(store / str(number))
+        path.symlink_to(store / str(number))
+    linked = make(DOCS, pdfs.collect)
+    assert linked.summary == whole.summary and not linked.summary["bad"] and linked.summary["kinds"] == {"given": 30}
 
 
 def test_images_that_no_line_names_are_named_and_hidden_files_hold_no_lines(folder, capsys):

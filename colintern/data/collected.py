@@ -130,21 +130,31 @@ def _is_utf8(line: bytes) -> bool:
 
 
 def inside(folder: Path, name: Any) -> tuple[Path, str]:
-    """The file that a row names, and what is wrong with that ("" if nothing). Nothing outside `folder` is touched."""
+    """Return the file that a row names, and what is wrong with that ("" if nothing).
+
+    A row may name what `folder` lists: its files and links to files, whatever these point at. A name that leads out of
+    the folder, and files of linked folders, which are not listed, are refused.
+    """
     if not isinstance(name, str) or not name.strip():
         return folder, f"names no file: {name!r}"
     if re.match(r"[a-zA-Z][\w+.-]*:", name):
         return folder, f"refused: {name!r} is a URL; give a file of this folder"
     if torn(name):
         return folder, f"{name[:80]!r} is no file name: it holds half a character"
+    if Path(name).is_absolute() or os.path.normpath(name).split(os.sep)[0] == os.pardir:
+        return folder, f"refused: {name!r} points outside the folder"
     # macOS writes the ü of a file's name as u and two dots, spreadsheets as one character: both look the same.
     for spelling in (name, normalize("NFC", name), normalize("NFD", name)):
-        path = folder / spelling
+        path = folder / os.path.normpath(spelling)
         try:
-            if not path.resolve().is_relative_to(folder.resolve()):
-                return folder, f"refused: {name!r} points outside the folder"
-            if path.is_file():
+            links = [above for above in path.parents if above.is_relative_to(folder) and above != folder]
+            if link := next((above for above in links if above.is_symlink()), None):
+                return folder, f"refused: {name!r} is below {link.name!r}, a linked folder, which is not read"
+            path.stat()  # raises what is_file would hide
+            if path.is_file():  # a link to a file is the user's own: `dvc add` may have put it there
                 return path, ""
+        except FileNotFoundError:
+            continue
         except (OSError, ValueError, RuntimeError) as error:  # too long, with a zero byte, a loop of links
             return folder, f"{name[:80]!r} is no file name: {error}"
     return folder, f"{name!r} is missing"
