@@ -8,6 +8,7 @@ import difflib
 import errno
 import os
 import re
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -35,7 +36,8 @@ from colintern.rules import (
 
 COPIES = (".dvc", "tmp", "exps")  # where DVC makes copies of a project; those of --temp are in standalone there
 # Of what the place of a file is to blame for, not the program: somebody else's, read-only, full.
-PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, *FULL)
 
 
 class UserError(ValueError):
@@ -65,18 +67,33 @@ def root() -> Path:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Around a program's main (as `with` or as a decorator): a UserError is told on stderr, with its exit code; a file
-    or folder that may not be written or read likewise, with 2."""
+    """Around a program's main (as `with` or as a decorator): print a UserError on stderr and exit with its code; with 2
+    for a file or folder that may not be written or read, and for a full disk."""
     try:
         yield
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(problem.exit_code) from problem
-    except OSError as problem:
-        if problem.errno not in PLACE or problem.filename is None:
+    except Exception as problem:
+        if not (words := _place_fault(problem)):
             raise
-        print(f"error: {problem.filename}: {problem.strerror}", file=sys.stderr)
+        print(f"error: {words}", file=sys.stderr)
         raise SystemExit(UserError.exit_code) from problem
+
+
+def _place_fault(problem: BaseException | None) -> str:
+    """Describe the fault of a file's place that an error, or one behind it, tells of; "" if it tells of none.
+
+    A file that cannot be opened is named; a disk that is full when a file is written is not named by the system.
+    """
+    while problem is not None:
+        if isinstance(problem, OSError) and problem.errno in PLACE and problem.filename is not None:
+            return f"{problem.filename}: {problem.strerror}"
+        if isinstance(problem, OSError) and problem.errno in FULL:
+            free = shutil.disk_usage(root()).free / 1e6
+            return f"{os.strerror(problem.errno)}: {free:.1f} MB are free on the disk of {root().absolute()}; make room"
+        problem = problem.__cause__ or problem.__context__
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from colintern.data.collected import MAX_QUERY_CHARACTERS
 from colintern.data.sources import fetch, parts, tokenizer
 from colintern.data.survey import look, survey, usable
 from colintern.files.jsonfile import dumps
-from colintern.files.manifest import MANIFEST, QUARANTINE, SURVEY, local
+from colintern.files.manifest import MANIFEST, QUARANTINE, SURVEY, arrow_cache, local
 from colintern.params import exit_on_user_error, load
 
 
@@ -26,6 +26,7 @@ def main() -> None:
     params = load()
     tasks = {}
     if not all(map(local, params.benchmarks)):
+        arrow_cache()
         from colintern.data.benchmarks import hub_data  # only now: it imports mteb, which takes seconds
 
         tasks = hub_data(params)

@@ -12,11 +12,13 @@ import pytest
 from conftest import IRREGULAR, ROOT
 from huggingface_hub import constants
 
+from colintern.data import index
+from colintern.data.index import INDEX
 from colintern.data.trainset import asked, training_data
 from colintern.files import hub
 from colintern.files.digests import Digests
 from colintern.files.hub_errors import Repo
-from colintern.files.manifest import benchmark_folder, check_base, local_files
+from colintern.files.manifest import MANIFEST, QUARANTINE, SURVEY, benchmark_folder, check_base, local_files, read
 from colintern.params import UserError, load, root
 
 
@@ -146,3 +148,13 @@ def test_a_stage_run_by_hand_without_its_inputs_says_what_to_run(fetched, stage)
     assert done.returncode == 2, done.stderr
     assert "error:" in done.stderr
     assert "dvc repro" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"base": 1}', "[" * 100_000, "\0", '{"demo": 3}'])
+@pytest.mark.parametrize("name", [MANIFEST, QUARANTINE, SURVEY, INDEX])
+def test_a_damaged_file_of_fetch_data_names_the_stage_that_makes_it_again(fetched, name, text):
+    if (name, text) == (SURVEY, "{}"):
+        return  # of no data sets
+    Path(name).write_text(text)
+    with pytest.raises(UserError, match=f"{name}: damaged: .*; make it again: dvc repro -f fetch-data"):
+        index.read() if name == INDEX else read(name)

@@ -306,6 +306,20 @@ def test_a_place_that_cannot_be_written_is_named_without_a_traceback(number: int
         raise OSError(errno.EIO, "a fault of the disk is none of the user's", "plots/train.csv")
 
 
+def test_a_full_disk_that_names_no_file_is_one_sentence(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as ended, exit_on_user_error():
+        try:
+            with open("/dev/full", "w") as full:
+                full.write("x")
+        except OSError as error:
+            raise RuntimeError("a library's own words") from error
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert re.fullmatch(
+        rf"error: No space left on device: \d+\.\d MB are free on the disk of {tmp_path}; make room\n", said
+    )
+
+
 def test_nothing_reads_params_with_pyyaml() -> None:
     """PyYAML (YAML 1.1) reads DVC's `lr: 3e-05` as text. Tests may read dvc.yaml and dvc.lock with it, by name."""
     sources = [

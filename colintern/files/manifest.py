@@ -115,8 +115,12 @@ def folder_of(files: Files, kind: str) -> Path:
 
 
 def arrow_cache() -> None:
-    """Have `datasets` keep its arrow files in the repository, and no bars; to be called before it is imported."""
+    """Have `datasets` keep its arrow files in the repository, and no bars; to be called before it is imported.
+
+    mteb makes a folder when it is imported, by default in the home directory, which may be read-only.
+    """
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("MTEB_CACHE", str(root() / "data" / ".mteb"))
     os.environ["HF_DATASETS_CACHE"] = str(root() / "data" / ".arrow")
 
 
@@ -187,15 +191,51 @@ def benchmark_folder(name: str, anew: bool = False) -> Path:
 
 
 def read(name: str) -> dict[str, Any]:
-    """One of fetch-data's JSON files.
+    """Read one of fetch-data's JSON files.
 
     Raises:
-        UserError: it is missing.
+        UserError: it is missing, or damaged.
     """
     try:
-        return json.loads(Path(name).read_text())
+        found = json.loads(Path(name).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{name}: missing; run the stage that makes it: dvc repro fetch-data") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{name}: damaged: {str(error)[:200]}; make it again: dvc repro -f fetch-data") from error
+    if not _is_intact(name, found):
+        raise UserError(f"{name}: damaged: is not what fetch-data wrote; make it again: dvc repro -f fetch-data")
+    return found
+
+
+def _is_intact(name: str, found: Any) -> bool:
+    """Tell whether the content of one of fetch-data's files has the form in which it was written."""
+    if not isinstance(found, dict):
+        return False
+    if name == QUARANTINE:
+        rows = found.get("rows")
+        keys = {"source", "kind", "row", "reason"}
+        return isinstance(rows, list) and all(isinstance(row, dict) and keys <= row.keys() for row in rows)
+    if name == SURVEY:
+        return all(isinstance(facts, dict) and "page sizes" in facts for facts in found.values())
+    if not {"base", "train", "train_corpus", "negatives", "evaluation"} <= found.keys():
+        return False
+    train, evaluation = found["train"], found["evaluation"]
+    if not isinstance(train, list) or not isinstance(evaluation, dict):
+        return False
+    optional = [found[key] for key in ("train_corpus", "negatives", "kernel") if found.get(key)]
+    return all(map(_is_entry, [found["base"], *train, *optional, *evaluation.values()]))
+
+
+def _is_entry(entry: Any) -> bool:
+    """Tell whether an entry of the manifest has the fields of `Files`, and a size and a hash for each file."""
+    return (
+        isinstance(entry, dict)
+        and entry.keys() == set(Files._fields)
+        and isinstance(entry["folder"], str)
+        and isinstance(entry["revision"], str)
+        and isinstance(entry["files"], dict)
+        and all(isinstance(file, dict) and file.keys() == {"size", "sha256"} for file in entry["files"].values())
+    )
 
 
 def checked_folder(entry: dict[str, Any], key: str, kind: str, anew: bool = False) -> Path:
