@@ -1,6 +1,7 @@
 """Train, evaluate and compare ColIntern3.5 visual document retrievers.
 
 rules        what a value of params.yaml must be
+terminal     text that is printed
 params       params.yaml as a checked object
 tiles        how a page is cut
 pixels       what any image is as a page

@@ -29,9 +29,11 @@ from colintern.rules import (
     Rule,
     at_least,
     between,
+    is_hub_id,
     mixture,
     one_of,
 )
+from colintern.terminal import escape_controls, escape_output
 
 # Of what the place of a file is to blame for, not the program: somebody else's, read-only, full.
 PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
@@ -51,16 +53,17 @@ def root() -> Path:
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Around a program's main (as `with` or as a decorator): a UserError is told on stderr, with its exit code; a file
-    or folder that may not be written or read likewise, with 2."""
+    or folder that may not be written or read likewise, with 2. What is printed meanwhile is escaped."""
     try:
-        yield
+        with escape_output():
+            yield
     except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print(escape_controls(f"error: {problem}"), file=sys.stderr)
         raise SystemExit(problem.exit_code) from problem
     except OSError as problem:
         if problem.errno not in PLACE or problem.filename is None:
             raise
-        print(f"error: {problem.filename}: {problem.strerror}", file=sys.stderr)
+        print(escape_controls(f"error: {problem.filename}: {problem.strerror}"), file=sys.stderr)
         raise SystemExit(UserError.exit_code) from problem
 
 
@@ -300,7 +303,7 @@ def _cross_problems(good: dict[str, Any]) -> list[str]:
 
 def on_hub(name: str) -> bool:
     """Whether a base or data set is a hub id: it looks like one, and no such folder is in the repository."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not (root() / name).is_dir()
+    return is_hub_id(name) and not (root() / name).is_dir()
 
 
 def at_commit(key: str, text: str, hint: str = "") -> tuple[str, str]:

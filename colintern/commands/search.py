@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from colintern.params import UserError, load, root
+from colintern.terminal import escape_controls
 
 SUMMARY = "rank the pages of a folder or PDF for a query, and show where they match; indexed once"
 EXAMPLE = 'colintern search experiments/colintern ~/manuals "how is a package removed" --html found.html'
@@ -24,6 +25,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--top: {args.top} is not valid; it must be 1 or more")
     if not args.query.strip():
         raise UserError("QUERY: is empty; it needs at least one word")
+    if any("\ud800" <= char <= "\udfff" for char in args.query):  # how Python keeps bytes that are not UTF-8
+        raise UserError(f"QUERY: {args.query!r} is not UTF-8; type it in a terminal whose encoding is UTF-8")
     import time
     import warnings
     from textwrap import fill
@@ -49,9 +52,10 @@ def run(args: argparse.Namespace) -> None:
     new = index.fill(pages, model, processor, params.eval_batch_size, bad)
     seconds = time.monotonic() - start
     for one in bad:
-        print(fill(f"left out: {one.where}: {one.reason}", 80, subsequent_indent="  ", break_long_words=False))
+        left = escape_controls(f"left out: {one.where}: {one.reason}")  # before it is measured
+        print(fill(left, 80, subsequent_indent="  ", break_long_words=False))
     if other := skipped(args.place):
-        print(fill(f"not searched: {other}", 80, subsequent_indent="  "))
+        print(fill(escape_controls(f"not searched: {other}"), 80, subsequent_indent="  "))
     rate = f", {new / seconds:.1f} pages/s" if new else ""
     print(f"{len(pages) - len(index.missing(pages))} pages, {new} of them new: {seconds:.1f} s{rate}")
     start = time.monotonic()

@@ -76,9 +76,10 @@ def at_hand(params: Params) -> InternVLConfig:
     Raises:
         UserError, OfflineError: see `config`.
     """
-    name = known(params.base)
-    cached = hub.folder(Repo("base", params.base, params.base_revision, "model")) / "config.json"
-    return preset(name) if name and not cached.is_file() else config(params.base, params)
+    name = known(params.base)  # "" of a folder, for which the hub's cache has no place
+    if name and not (hub.folder(Repo("base", params.base, params.base_revision, "model")) / "config.json").is_file():
+        return preset(name)
+    return config(params.base, params)
 
 
 def known(base: str) -> str:
