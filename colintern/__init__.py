@@ -24,5 +24,3 @@ cli          finds them
 
 Each imports from those above it in this list and from its own; dvc.yaml says which stage reaches what.
 """
-
-__version__ = "0.1.0"

@@ -2,6 +2,7 @@
 
 import argparse
 
+from colintern.files.paths import require_base
 from colintern.params import load
 from colintern.terminal import escape_controls, print_coloured
 
@@ -20,6 +21,7 @@ def run(args: argparse.Namespace) -> None:
     import warnings
 
     params = load()
+    require_base(params.base, params)
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.modeling.bases import at_hand
     from colintern.planning.doctor import CHECKS, examined, facts_for
