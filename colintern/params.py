@@ -30,9 +30,11 @@ from colintern.rules import (
     Rule,
     at_least,
     between,
+    is_hub_id,
     mixture,
     one_of,
 )
+from colintern.terminal import escape_controls, escape_output
 
 COPIES = (".dvc", "tmp", "exps")  # where DVC makes copies of a project; those of --temp are in standalone there
 # Of what the place of a file is to blame for, not the program: somebody else's, read-only, full.
@@ -68,16 +70,17 @@ def root() -> Path:
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Around a program's main (as `with` or as a decorator): print a UserError on stderr and exit with its code; with 2
-    for a file or folder that may not be written or read, and for a full disk."""
+    for a file or folder that may not be written or read, and for a full disk. What is printed meanwhile is escaped."""
     try:
-        yield
+        with escape_output():
+            yield
     except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print(escape_controls(f"error: {problem}"), file=sys.stderr)
         raise SystemExit(problem.exit_code) from problem
     except Exception as problem:
         if not (words := _place_fault(problem)):
             raise
-        print(f"error: {words}", file=sys.stderr)
+        print(escape_controls(f"error: {words}"), file=sys.stderr)
         raise SystemExit(UserError.exit_code) from problem
 
 
@@ -376,7 +379,7 @@ def _cross_problems(good: dict[str, Any]) -> list[str]:
 
 def on_hub(name: str) -> bool:
     """Whether a base or data set is a hub id: it looks like one, and no such folder is in the repository."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not (root() / name).is_dir()
+    return is_hub_id(name) and not (root() / name).is_dir()
 
 
 def at_commit(key: str, text: str, hint: str = "") -> tuple[str, str]:

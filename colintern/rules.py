@@ -41,10 +41,16 @@ def mixture(train_data: str) -> list[tuple[str, int]]:
     return parts if len({name for name, _ in parts}) == len(found) else []
 
 
+def is_hub_id(text: str) -> bool:
+    """Check for OWNER/NAME as huggingface_hub's validate_repo_id accepts it: `./base` and `../base` are paths."""
+    pattern = r"(?!.*(--|\.\.|\.git$))\b[\w.-]+\b/\b[\w.-]{1,96}\b"
+    return re.fullmatch(pattern, text, re.ASCII) is not None
+
+
 def kernel_at(attention: str) -> tuple[str, str] | None:
     """Hub id and commit of the kernel repository that `attention` names; None where it names none."""
-    found = re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})", attention)
-    return (found[1], found[2]) if found else None
+    name, _, commit = attention.partition("@")
+    return (name, commit) if is_hub_id(name) and re.fullmatch(r"[0-9a-f]{40}", commit) else None
 
 
 def _compiles(pattern: str) -> bool:

@@ -14,7 +14,7 @@ import torch
 from conftest import BASE, ROOT
 from hub import Fault, running
 
-from colintern.modeling.bases import preset
+from colintern.modeling.bases import at_hand, preset
 from colintern.params import UserError, load
 from colintern.planning.doctor import CHECKS, FAIL, PASS, WARN, Facts, examined, facts_for, hold
 from colintern.planning.machine import Machine, _memory, cpu_bf16, machine
@@ -217,7 +217,9 @@ def test_the_demo_is_well_and_fits_the_terminal(repo):
 def test_what_fails_is_the_exit_code_and_no_secret_is_told(repo):
     text = (repo / "params.yaml").read_text()
     (repo / "params.yaml").write_text(
-        text.replace("- custom_text_proj", "- custom_proj").replace("lr: 0.006", "lr: 0.02")
+        text.replace("- custom_text_proj", "- custom_proj")
+        .replace("lr: 0.006", "lr: 0.02")
+        .replace("base: demo/base", f"base: {repo / 'demo' / 'base'}")
     )
     (repo / ".dvc").mkdir()
     (repo / ".dvc" / "config").write_text(
@@ -231,6 +233,14 @@ def test_what_fails_is_the_exit_code_and_no_secret_is_told(repo):
     assert {name for name, word in status.items() if word == WARN} == {"learning rate", "git", "DVC remote", "W&B"}
     assert (report["pass"], report["warn"], report["fail"]) == (10, 4, 2)
     assert "s3cret" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("base", ["./demo/base", "demo/base/", "demo//base", str(BASE)])
+def test_a_base_may_be_any_path_of_a_folder(base, repo, monkeypatch):
+    monkeypatch.chdir(repo)
+    assert at_hand(dataclasses.replace(DEMO, base=base)).model_type == "internvl"
+    with pytest.raises(UserError, match=r"nowhere/config\.json cannot be used: No such file"):
+        at_hand(dataclasses.replace(DEMO, base=f"{base}/nowhere"))
 
 
 def test_colour_only_on_a_terminal_that_wants_it(repo):

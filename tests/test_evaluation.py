@@ -4,9 +4,12 @@ The model is a small module that keeps the contract of `ColIntern3_5`: a page is
 names colours, and each colour has a fixed embedding. Pages and queries differ in length, so padding is at work.
 """
 
+import fcntl
 import json
 import math
+import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -41,7 +44,7 @@ from colintern.evaluation.scores import (
 )
 from colintern.evaluation.subjects import Subject, subjects
 from colintern.evaluation.verdicts import band, table, target
-from colintern.files.manifest import BEIR_SUFFIXES, local_files
+from colintern.files.manifest import BEIR_SUFFIXES, arrow_name, local_files
 from colintern.maxsim import maxsim_scores, ndcg_at_k
 from colintern.modeling.embed import embed_pages, embed_queries
 from colintern.modeling.features import PageFeatures
@@ -246,7 +249,10 @@ def test_pages_that_pyarrow_wrote_without_the_metadata_of_datasets_are_images(pa
     assert found == expected
 
 
-def test_a_folder_is_read_as_it_is_now(params):
+def test_a_folder_is_read_as_it_is_now(params, monkeypatch):
+    arrow = Path("data/.arrow")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", arrow.absolute())
+
     def pages() -> int:
         [(_, task)] = tasks_for(write_manifest(FOLDER))
         task.load_data()
@@ -256,6 +262,24 @@ def test_a_folder_is_read_as_it_is_now(params):
     corpus = next(Path(FOLDER).glob("corpus/*.parquet"))
     pq.write_table(pq.read_table(corpus).slice(0, PAGES - 1), corpus)
     assert pages() == PAGES - 1, "the card is the same"
+
+    def folders_after(**env: str) -> set[str]:
+        program = "from colintern.files.manifest import arrow_cache; arrow_cache()"
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | env
+        subprocess.run([sys.executable, "-c", program], env=env, check=True)
+        return {path.name for path in arrow.iterdir() if path.is_dir()}
+
+    named = arrow_name(json.loads(Path("data/manifest.json").read_text())["evaluation"][FOLDER])
+    (arrow / "mine").mkdir()
+    for name in (named, "0" * 40):  # as `datasets` names the locks of data from the hub
+        (arrow / f"_data_.arrow_{name}_corpus_0.0.0.lock").touch()
+    (arrow / ".lock").touch()
+    with (arrow / ".lock").open() as reader:
+        fcntl.flock(reader, fcntl.LOCK_SH)
+        assert len(folders_after()) == 3, "another process may be reading what the manifest does not name"
+    assert folders_after() == {named, "mine"}
+    assert {path.name for path in arrow.glob("*.lock")} == {".lock", f"_data_.arrow_{named}_corpus_0.0.0.lock"}
+    assert pages() == PAGES - 1
 
 
 def test_a_page_without_image_is_named(params):

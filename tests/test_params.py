@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from colintern import rules
 from colintern.params import HINTS, MAX_DIGITS, Params, UserError, exit_on_user_error, load
 from colintern.rules import mixture
+from colintern.terminal import print_coloured
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = (ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8")
@@ -206,6 +209,15 @@ def test_hub_ids_need_a_revision_and_folders_have_none(folder: Path, name_key: s
         assert f"  {revision_key}: '{SHA}' (str) is not valid; it must be \"\"" in message
 
 
+@pytest.mark.parametrize("name", ["./name", "../name", "-org/name", "org/na--me", "org/name.git", "org/" + "n" * 97])
+def test_what_the_hub_takes_for_no_id_is_a_path(name: str) -> None:
+    """huggingface_hub raises its own error of these; a folder of that name is asked for instead."""
+    with pytest.raises(HFValidationError):
+        validate_repo_id(name)
+    assert f"base {name!r} is not a hub id" in refusal(changed(base=f'"{name}"', base_revision=SHA))
+    assert "attention: " in refusal(changed(attention=f"{name}@{SHA}"))
+
+
 def test_a_mixture_is_sets_with_whole_weights() -> None:
     assert mixture("demo") == [("demo", 1)]
     assert mixture("demo + data/own/c++ docs*3") == [("demo", 1), ("data/own/c++ docs", 3)]
@@ -318,6 +330,18 @@ def test_a_full_disk_that_names_no_file_is_one_sentence(tmp_path: Path, capsys) 
     assert re.fullmatch(
         rf"error: No space left on device: \d+\.\d MB are free on the disk of {tmp_path}; make room\n", said
     )
+
+
+def test_what_commands_a_terminal_is_escaped_whoever_prints_it(capsys) -> None:
+    hostile, shown = "\x1b]0;title\x07\r\x9b\u202eé\t\n", "\\x1b]0;title\\x07\\r\\x9b\\u202eé\t\n"
+    with pytest.raises(SystemExit), exit_on_user_error():
+        print(hostile, end="")
+        print_coloured("\033[32mpass\033[0m")
+        raise UserError(hostile)
+    told = capsys.readouterr()
+    assert (told.out, told.err) == (f"{shown}\033[32mpass\033[0m\n", f"error: {shown}\n")
+    print(hostile, end="")
+    assert capsys.readouterr().out == hostile, "a program that calls the library keeps its own output"
 
 
 def test_nothing_reads_params_with_pyyaml() -> None:

@@ -40,9 +40,9 @@ def copy(tmp_path: Path) -> Path:
     """A checkout without git: the command, the recipes, and params.yaml as the demo recipe."""
     root = tmp_path / "checkout"
     (root / "demo" / "base").mkdir(parents=True)
-    (root / "colintern").mkdir()
-    for name in ("__init__", "cli", "params", "rules", "tiles"):
-        shutil.copy(ROOT / "colintern" / f"{name}.py", root / "colintern")
+    (root / "colintern" / "files").mkdir(parents=True)
+    for name in ("__init__", "cli", "files/__init__", "files/paths", "params", "rules", "terminal", "tiles"):
+        shutil.copy(ROOT / "colintern" / f"{name}.py", root / "colintern" / f"{name}.py")
     shutil.copytree(ROOT / "colintern" / "commands", root / "colintern" / "commands")
     shutil.copytree(ROOT / "recipes", root / "recipes")
     shutil.copy(root / "recipes" / "demo.yaml", root / "params.yaml")

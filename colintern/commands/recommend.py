@@ -6,6 +6,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
+from colintern.files.paths import require_base
 from colintern.params import Params, UserError, load, write
 from colintern.rules import mixture
 
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     if args.write and (not _same(base, params) or args.table):
         what = "--table recommends nothing" if args.table else f"{PARAMS} is for base {params.base}, not {base}"
         raise UserError(f"--write: {what}; see `colintern recipe` for another base")
+    require_base(base, params)
     data, rows, pages = _data(args, params)
     memory = _memory(args.gpu_memory)
     import torch

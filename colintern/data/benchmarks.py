@@ -14,7 +14,7 @@ from mteb.abstasks.retrieval import AbsTaskRetrieval
 
 from colintern.data.formats import called, check_beir, id_text
 from colintern.files.identity import content_hash
-from colintern.files.manifest import benchmark_folder, local
+from colintern.files.manifest import MANIFEST, arrow_name, benchmark_folder, local, read
 from colintern.params import Params, UserError
 
 
@@ -89,7 +89,7 @@ def _resolve(entry: str) -> tuple[str, list[AbsTask]]:
     if local(entry):
         folder = benchmark_folder(entry)
         label, task = called(entry, folder)
-        return label, [_folder_task(folder, task)]
+        return label, [_folder_task(folder, task, arrow_name(read(MANIFEST)["evaluation"][entry]))]
     try:
         benchmark = mteb.get_benchmark(entry)
         return benchmark.name, list(benchmark.tasks)  # its name, which differs from the entry if that is an alias
@@ -108,7 +108,7 @@ def _resolve(entry: str) -> tuple[str, list[AbsTask]]:
         ) from None
 
 
-def _folder_task(folder: Path, name: str) -> AbsTask:
+def _folder_task(folder: Path, name: str, arrow: str) -> AbsTask:
     """A ViDoRe (v1) task that reads `folder` instead of the hub; its revision is a hash of the folder's data."""
     check_beir(folder)
     vidore = type(mteb.get_task("VidoreDocVQARetrieval"))
@@ -122,7 +122,7 @@ def _folder_task(folder: Path, name: str) -> AbsTask:
         }
     )
     # A class of its own, because mteb falls back to the metadata of the class when it unloads the data.
-    return type(name, (_Folder, vidore), {"metadata": metadata})()
+    return type(name, (_Folder, vidore), {"metadata": metadata, "arrow_name": arrow})()
 
 
 class _Folder:
@@ -157,7 +157,7 @@ class _Folder:
     def _read(self: Any, table: str, columns: list[str]) -> Dataset:
         """Return these columns of a table; the copy that `datasets` makes is kept by the content of the folder."""
         files = sorted(map(str, Path(self.metadata.dataset["path"]).glob(f"{table}/*.parquet")))
-        copies = Path(config.HF_DATASETS_CACHE) / self.metadata.dataset["revision"] / table
+        copies = Path(config.HF_DATASETS_CACHE) / self.arrow_name / table
         return Dataset.from_parquet(files, columns=columns, cache_dir=str(copies))
 
 

@@ -4,9 +4,13 @@ Whoever reads one of those files asks here for its folder, so that a file that i
 before it is trained on.
 """
 
+import fcntl
 import json
 import os
+import re
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +18,13 @@ from colintern.files import hub
 from colintern.files.digests import Digests, digests_at
 from colintern.files.hub import Choice, HubFile
 from colintern.files.hub_errors import Repo
+from colintern.files.identity import fingerprint
 from colintern.files.regular import MISSING, describe_refused, irregular_type, list_files
 from colintern.params import Params, UserError, root
 from colintern.rules import kernel_at
 
 MANIFEST = "data/manifest.json"
+ARROW = "data/.arrow"  # mteb's copies of the pages it ranks; below the repository's root
 QUARANTINE = "data/quarantine.json"  # rows that are left out, with their reasons
 SURVEY = "data/survey.json"  # the data in numbers
 BASE_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja")  # no pickles
@@ -118,10 +124,38 @@ def arrow_cache() -> None:
     """Have `datasets` keep its arrow files in the repository, and no bars; to be called before it is imported.
 
     mteb makes a folder when it is imported, by default in the home directory, which may be read-only.
+
+    Copies of data sets that the manifest no longer names are deleted, unless another process may be reading them.
     """
+    cache = root() / ARROW
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ["HF_DATASETS_CACHE"] = str(cache)
     os.environ.setdefault("MTEB_CACHE", str(root() / "data" / ".mteb"))
-    os.environ["HF_DATASETS_CACHE"] = str(root() / "data" / ".arrow")
+    cache.mkdir(parents=True, exist_ok=True)
+    lock = os.open(cache / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # held until this process ends
+    # `dvc exp run --temp` runs on a manifest of its own, and shares the cache with the workspace.
+    if root().resolve() == Path.cwd() and Path(MANIFEST).is_file():
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _prune(cache)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+
+
+def _prune(cache: Path) -> None:
+    """Delete what `datasets` has made of data sets that the manifest does not name, and no other files."""
+    named = {arrow_name(entry) for entry in read(MANIFEST)["evaluation"].values()}
+    for path in cache.iterdir():
+        name = re.search(r"(?:^|_)([0-9a-f]{40})(?:_|$)", path.name)
+        if name and name[1] not in named:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def arrow_name(entry: dict[str, Any]) -> str:
+    """Name the folder of the arrow cache for an entry of the manifest: a commit of the hub, or a hash of its files.
+
+    `datasets` itself takes the commit, which is the last part of the path in the hub's cache.
+    """
+    return entry["revision"] or fingerprint(entry["files"])[:40]
 
 
 def ready(params: Params, *, evaluation: bool = False, anew: bool = False) -> str:

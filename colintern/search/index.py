@@ -30,7 +30,6 @@ from colintern.modeling.features import Page
 from colintern.params import UserError
 from colintern.search.sources import Source, images
 
-INDEX = "data/.index"  # below the repository's root
 LIMIT = 10**15  # bytes: as much as the disk has, less what the cache leaves free
 FLUSH = 64  # pages after which what is done is on the disk
 BLOCK = 256  # pages scored at once, so that memory does not grow with the index
