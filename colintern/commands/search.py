@@ -1,6 +1,7 @@
 """`colintern search`: the pages of a folder that answer a query."""
 
 import argparse
+import os
 from pathlib import Path
 
 from colintern.params import UserError, load, root
@@ -24,6 +25,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--top: {args.top} is not valid; it must be 1 or more")
     if not args.query.strip():
         raise UserError("QUERY: is empty; it needs at least one word")
+    if args.index and os.path.lexists(args.index) and not args.index.is_dir():
+        raise UserError(f"--index: {args.index} is no folder; name one, which need not exist")
+    if args.html and args.html.is_dir():
+        raise UserError(f"--html: {args.html} is a folder; name a file")
     import time
     import warnings
     from textwrap import fill
