@@ -43,6 +43,7 @@ OTHERS = {  # git's, DVC's
     "'./dvc.lock' validation failed.",
     "'./dvc.lock' is invalid (possible merge conflicts).",
     "dubious ownership",
+    "'ascii' codec can't encode character",
     "Git user name and email must be configured",
 }
 

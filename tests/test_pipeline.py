@@ -27,7 +27,7 @@ ROOMS = [
     {"files", "model", "processor"},
     {"tiles", "pixels", "maxsim", "causal"},
     {"params"},
-    {"rules"},
+    {"rules", "terminal"},
 ]
 
 
