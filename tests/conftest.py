@@ -80,3 +80,18 @@ def irregular_files(folder: Path, suffix: str) -> list[str]:
     for number, make in enumerate(IRREGULAR.values()):
         make(folder / f"odd{number}{suffix}")
     return [f"odd{number}{suffix}{'/' * (kind == 'a folder')} ({kind})" for number, kind in enumerate(IRREGULAR)]
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.fixture
+def fake_gs(tmp_path, monkeypatch) -> Path:
+    """A file that appears when Ghostscript is run."""
+    marker, folder = tmp_path / "ghostscript-was-run", tmp_path / "path"
+    folder.mkdir()
+    (folder / "gs").write_text(f"#!/bin/sh\ntouch {marker}\n")
+    (folder / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # Pillow remembers that there is none
+    return marker

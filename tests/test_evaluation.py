@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import EPS
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -291,6 +292,18 @@ def test_a_page_without_image_is_named(params):
     pq.write_table(table.set_column(index, table.field("image"), pa.array(images, table.field("image").type)), corpus)
     with pytest.raises(UserError, match="page corpus-test-3 of the evaluation corpus has no image"):
         evaluate(subject(ColourModel(), ColourProcessor()), write_manifest(FOLDER), "out")
+
+
+def test_postscript_in_a_corpus_is_named_and_starts_no_program(params, fake_gs):
+    corpus = next(Path(FOLDER).glob("corpus/*.parquet"))
+    table = pq.read_table(corpus)
+    images = table["image"].to_pylist()
+    images[3] = {"bytes": EPS, "path": "page.png"}
+    index = table.schema.get_field_index("image")
+    pq.write_table(table.set_column(index, table.field("image"), pa.array(images, table.field("image").type)), corpus)
+    with pytest.raises(UserError, match=r"page 'page\.png': not an image: .*%!PS"):
+        evaluate(subject(ColourModel(), ColourProcessor()), write_manifest(FOLDER), "out")
+    assert not fake_gs.exists()
 
 
 def test_a_broken_model_is_an_error(params):

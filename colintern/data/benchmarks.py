@@ -1,6 +1,5 @@
 """What `benchmarks` names: the demo, folders in mteb's layout, mteb's own benchmarks and tasks, all as mteb tasks."""
 
-import copy
 import difflib
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 
 from colintern.data.formats import called, check_beir, id_text
+from colintern.data.images import BadImage, decode
 from colintern.files.identity import content_hash
 from colintern.files.manifest import MANIFEST, arrow_name, benchmark_folder, local, read
 from colintern.params import Params, UserError
@@ -68,9 +68,11 @@ def from_cache(task: AbsTask) -> AbsTask:
     if Path(task.metadata.dataset["path"]).is_dir():
         return task
     folder = benchmark_folder(task.metadata.name)
-    task = copy.copy(task)  # mteb keeps one object for each task of a benchmark
-    task.metadata = task.metadata.model_copy(update={"dataset": task.metadata.dataset | {"path": str(folder)}})
-    return task
+    kind: Any = type(type(task).__name__, (_DecodedPages, type(task)), {})
+    found = kind.__new__(kind)  # mteb keeps one object for each task of a benchmark
+    metadata = task.metadata.model_copy(update={"dataset": task.metadata.dataset | {"path": str(folder)}})
+    vars(found).update(vars(task), metadata=metadata)
+    return found
 
 
 def _public(entry: str, tasks: Sequence[AbsTask]) -> list[AbsTask]:
@@ -125,7 +127,34 @@ def _folder_task(folder: Path, name: str, arrow: str) -> AbsTask:
     return type(name, (_Folder, vidore), {"metadata": metadata, "arrow_name": arrow})()
 
 
-class _Folder:
+class PageImage(Image):
+    """A column of pages that are decoded as in training: `datasets` would open every format, PostScript among them."""
+
+    def decode_example(self, value: Any, token_per_repo_id: Any = None) -> Any:
+        """Decode a page from its bytes; None if the row has none, since what a row only names is never fetched.
+
+        Raises:
+            UserError: bytes that are no page.
+        """
+        if not isinstance(value, dict) or not value.get("bytes"):
+            return None
+        try:
+            return decode(value["bytes"])
+        except BadImage as error:
+            raise UserError(f"benchmarks: page {value.get('path') or ''!r}: {error}; repair its row") from error
+
+
+class _DecodedPages:
+    """Before a task of mteb's, which then decodes its pages by `PageImage`."""
+
+    def convert_v1_dataset_format_to_v2(self: Any, num_proc: int | None = None) -> None:
+        super().convert_v1_dataset_format_to_v2(num_proc)  # type: ignore[misc]
+        for split in (split for splits in self.dataset.values() for split in splits.values()):
+            if "image" in split["corpus"].column_names:
+                split["corpus"] = split["corpus"].cast_column("image", PageImage())
+
+
+class _Folder(_DecodedPages):
     """Before a task of mteb's, which then reads from its folder what it needs, and nothing else that lies there."""
 
     def load_data(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -149,8 +178,7 @@ class _Folder:
                 (queries, "query-id", "query", "text"),
             )
         )
-        # No metadata of `datasets` says that it holds images in parquet files as pyarrow writes them.
-        self.corpus = {"test": pages.cast_column("image", Image())}
+        self.corpus = {"test": pages}
         self.queries, self.relevant_docs = {"test": queries.rename_column("query", "text")}, {"test": relevant}
         self.data_loaded = True
 
