@@ -251,13 +251,11 @@ def _is_intact(name: str, found: Any) -> bool:
         return isinstance(rows, list) and all(isinstance(row, dict) and keys <= row.keys() for row in rows)
     if name == SURVEY:
         return all(isinstance(facts, dict) and "page sizes" in facts for facts in found.values())
-    if not {"base", "train", "train_corpus", "negatives", "evaluation"} <= found.keys():
-        return False
-    train, evaluation = found["train"], found["evaluation"]
+    train, evaluation = found.get("train", []), found.get("evaluation")
     if not isinstance(train, list) or not isinstance(evaluation, dict):
         return False
-    optional = [found[key] for key in ("train_corpus", "negatives", "kernel") if found.get(key)]
-    return all(map(_is_entry, [found["base"], *train, *optional, *evaluation.values()]))
+    others = [found[key] for key in ("base", "train_corpus", "negatives", "kernel") if found.get(key)]
+    return all(map(_is_entry, [*train, *others, *evaluation.values()]))
 
 
 def _is_entry(entry: Any) -> bool:
