@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
 # All control characters but newline and tab, and what breaks a line or turns its direction.
@@ -33,7 +33,8 @@ class EscapingStream:
 def escape_output() -> Iterator[None]:
     """Escape what standard output must not carry: control characters, and what its encoding lacks."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as Python sets it for stderr
+        with suppress(OSError):  # of a terminal that was opened for reading too
+            sys.stdout.reconfigure(errors="backslashreplace")  # as Python sets it for stderr
     with redirect_stdout(EscapingStream(sys.stdout)):  # type: ignore[type-var]
         yield
 

@@ -134,7 +134,7 @@ def test_a_list_of_pages_that_is_no_regular_file_is_refused(top, model, processo
         (("adapter", "documents", " "), "QUERY: is empty"),
         (("adapter", "documents", "caf\udce9"), r"QUERY: 'caf\udce9' is not UTF-8"),
         (("adapter", "documents", "x", "--top", "0"), "--top: 0 is not valid"),
-        (("adapter", "documents", "x", "--index", "params.yaml"), "--index: params.yaml is no folder"),
+        (("adapter", "documents", "x", "--index", "params.yaml"), "--index: params.yaml is a file"),
         (("adapter", "documents", "x", "--html", "documents"), "--html: documents is a folder; give a file's name"),
         (("adapter", "scans", "x"), "none of 1 pages in scans can be read; torn.png: not an image: 4 bytes"),
         (("documents", "documents", "x"), "holds no adapter_model.safetensors"),

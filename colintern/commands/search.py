@@ -1,7 +1,6 @@
 """`colintern search`: the pages of a folder that answer a query."""
 
 import argparse
-import os
 from pathlib import Path
 
 from colintern.files.paths import require_model, require_new_file, require_writable
@@ -36,8 +35,6 @@ def run(args: argparse.Namespace) -> None:
         )
     if not args.query.strip():
         raise UserError("QUERY: is empty; it needs at least one word")
-    if args.index and os.path.lexists(args.index) and not args.index.is_dir():
-        raise UserError(f"--index: {args.index} is no folder; name one, which need not exist")
     if any("\ud800" <= char <= "\udfff" for char in args.query):  # how Python keeps bytes that are not UTF-8
         raise UserError(f"QUERY: {args.query!r} is not UTF-8; type it in a terminal whose encoding is UTF-8")
     require_model("MODEL", args.model)

@@ -251,8 +251,12 @@ def _is_intact(name: str, found: Any) -> bool:
         return isinstance(rows, list) and all(isinstance(row, dict) and keys <= row.keys() for row in rows)
     if name == SURVEY:
         return all(isinstance(facts, dict) and "page sizes" in facts for facts in found.values())
-    train, evaluation = found.get("train", []), found.get("evaluation")
-    if not isinstance(train, list) or not isinstance(evaluation, dict):
+    train, evaluation = found.get("train", []), found.get("evaluation", {})
+    if (
+        not found.keys() & {"base", "train", "kernel", "evaluation"}
+        or not isinstance(train, list)
+        or not isinstance(evaluation, dict)
+    ):
         return False
     others = [found[key] for key in ("base", "train_corpus", "negatives", "kernel") if found.get(key)]
     return all(map(_is_entry, [*train, *others, *evaluation.values()]))
@@ -262,11 +266,11 @@ def _is_entry(entry: Any) -> bool:
     """Tell whether an entry of the manifest has the fields of `Files`, and a size and a hash for each file."""
     return (
         isinstance(entry, dict)
-        and entry.keys() == set(Files._fields)
+        and {"folder", "revision", "files"} <= entry.keys() <= set(Files._fields)
         and isinstance(entry["folder"], str)
         and isinstance(entry["revision"], str)
         and isinstance(entry["files"], dict)
-        and all(isinstance(file, dict) and file.keys() == {"size", "sha256"} for file in entry["files"].values())
+        and all(isinstance(file, dict) and {"size", "sha256"} <= file.keys() for file in entry["files"].values())
     )
 
 
