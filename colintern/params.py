@@ -49,7 +49,7 @@ class UserError(ValueError):
 
 
 def root() -> Path:
-    """Return the folder of the pipeline, which holds what git does not track.
+    """Return the folder of the pipeline, with the files that git does not track.
 
     It is the working folder; in the copy that `dvc exp run --temp` or `--queue` makes below .dvc/tmp/exps, it is the
     folder that was copied. DVC_ROOT does not tell: called from a stage of another DVC project, it names that project.

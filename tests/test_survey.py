@@ -219,7 +219,6 @@ def rewritten(part: str, rows: Callable[[list[dict]], list[dict]]) -> None:
             lambda rows: [rows[0] | {"corpus-id": None}, *rows],
             "qrels: row 0: corpus-id None is of the type None",
         ),
-        ("qrels", lambda rows: [row | {"query-id": [1]} for row in rows], r"query-id \[1\] is of the type list"),
         (
             "corpus",
             lambda rows: [row | {"corpus-id": f"{row['corpus-id']:04}"} for row in rows],

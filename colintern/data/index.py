@@ -41,7 +41,7 @@ def read() -> list[Row]:
         UserError: it is missing, or damaged.
     """
     if not Path(INDEX).is_file():
-        raise UserError(f"{INDEX}: missing; run the stage that makes it: dvc repro -f fetch-data")
+        raise UserError(f"{INDEX}: missing; run the stage that makes it: dvc repro fetch-data")
     try:
         # No threads: the data loader's processes are forked from this one.
         table = pq.read_table(INDEX, use_threads=False)

@@ -133,7 +133,7 @@ def arrow_cache() -> None:
     os.environ.setdefault("MTEB_CACHE", str(root() / "data" / ".mteb"))
     cache.mkdir(parents=True, exist_ok=True)
     lock = os.open(cache / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # held until this process ends
-    # `dvc exp run --temp` runs on a manifest of its own, and shares the cache with the workspace.
+    # A copy that `dvc exp run --temp` makes has another manifest, and shares the cache with the workspace.
     if root().resolve() == Path.cwd() and Path(MANIFEST).is_file():
         with suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
