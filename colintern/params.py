@@ -84,18 +84,20 @@ def exit_on_user_error() -> Iterator[None]:
         raise SystemExit(UserError.exit_code) from problem
 
 
-def _place_fault(problem: BaseException | None) -> str:
-    """Describe the fault of a file's place that an error, or one behind it, tells of; "" if it tells of none.
+def _place_fault(problem: Exception) -> str:
+    """Describe the fault of a file's place that an error tells of; "" if it tells of none.
 
-    A file that cannot be opened is named; a disk that is full when a file is written is not named by the system.
+    A file that cannot be opened is named. The system names no file where a disk is full while one is written, and
+    libraries raise errors of their own over it; other errors that were handled on the way are not looked at.
     """
-    while problem is not None:
-        if isinstance(problem, OSError) and problem.errno in PLACE and problem.filename is not None:
-            return f"{problem.filename}: {problem.strerror}"
-        if isinstance(problem, OSError) and problem.errno in FULL:
+    if isinstance(problem, OSError) and problem.errno in PLACE and problem.filename is not None:
+        return f"{problem.filename}: {problem.strerror}"
+    behind: BaseException | None = problem
+    while behind is not None:
+        if isinstance(behind, OSError) and behind.errno in FULL:
             free = shutil.disk_usage(root()).free / 1e6
-            return f"{os.strerror(problem.errno)}: {free:.1f} MB are free on the disk of {root().absolute()}; make room"
-        problem = problem.__cause__ or problem.__context__
+            return f"{os.strerror(behind.errno)}: {free:.1f} MB are free on the disk of {root().absolute()}; make room"
+        behind = behind.__cause__ or behind.__context__
     return ""
 
 
@@ -230,7 +232,7 @@ def read_mapping(path: Path, form: str, hint: str) -> tuple[dict[Any, Any], list
 
     Raises:
         UserError: the file cannot be read, is too large, is no YAML mapping, or uses what a settings file does not
-            need: aliases, which can multiply without bound, merge keys, and numbers of hundreds of digits.
+            need: aliases, which can multiply without bound, merge keys, and numbers of thousands of digits.
     """
     from ruamel.yaml import YAML  # here, because it takes longer to import than `colintern --help` may take
     from ruamel.yaml.error import YAMLError

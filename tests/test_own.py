@@ -720,7 +720,7 @@ def test_a_document_is_opened_as_often_however_many_pages_it_has(folder, monkeyp
 
 
 def test_sentences_that_begin_alike_on_many_pages_are_counted_in_seconds():
-    """Each held against each page, as it was, would be 3.6 thousand million searches."""
+    """Each searched for on each page, as before, would be 3.6 thousand million searches."""
     texts = [f"thefollowingtable{n:06}" for n in range(60_000)]
     assert pseudo._printed(texts, texts) == dict.fromkeys(texts, 1)
 

@@ -344,6 +344,14 @@ def test_what_commands_a_terminal_is_escaped_whoever_prints_it(capsys) -> None:
     assert capsys.readouterr().out == hostile, "a program that calls the library keeps its own output"
 
 
+def test_a_bug_after_an_error_that_was_handled_keeps_its_traceback() -> None:
+    with pytest.raises(KeyError, match="a bug"), exit_on_user_error():
+        try:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "a file that may be missing")
+        except PermissionError:
+            raise KeyError("a bug")  # noqa: B904: without a cause, as a bug is raised
+
+
 def test_nothing_reads_params_with_pyyaml() -> None:
     """PyYAML (YAML 1.1) reads DVC's `lr: 3e-05` as text. Tests may read dvc.yaml and dvc.lock with it, by name."""
     sources = [
