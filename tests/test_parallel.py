@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from colintern.files import isolation, parallel
-from colintern.files.isolation import IsolatedPool, Limits, Lost, attempt
+from colintern.files.isolation import Failure, IsolatedPool, Limits, try_call
 from colintern.files.parallel import spread
 from colintern.params import UserError
 
@@ -66,7 +66,7 @@ def act(actions: Sequence[str]) -> Iterator[object]:
             time.sleep(60)
         elif action == "no room":
             raise OSError(28, "No space left on device")
-        yield attempt(bytearray, 2**40) if action == "memory" else (action, os.getpid())
+        yield try_call(bytearray, 2**40) if action == "memory" else (action, os.getpid())
 
 
 def test_a_call_that_ends_its_process_costs_no_other(monkeypatch):
@@ -75,12 +75,12 @@ def test_a_call_that_ends_its_process_costs_no_other(monkeypatch):
     groups = [["a", "SIGKILL", "b", "SIGSEGV"], ["spin", "c"], ["memory", "d", "exit"]]
     with IsolatedPool(Limits(1, 2**31), processes=2) as pool:
         found = list(pool.map(act, groups))
-        assert [one[0] for one in found if not isinstance(one, Lost)] == ["a", "b", "c", "d"]
-        reasons = [one.reason for one in found if isinstance(one, Lost)]
-        expected = ["SIGKILL", "SIGSEGV", "more than 1 s of CPU", "takes more memory", "with exit code 3"]
+        assert [one[0] for one in found if not isinstance(one, Failure)] == ["a", "b", "c", "d"]
+        reasons = [one.reason for one in found if isinstance(one, Failure)]
+        expected = ["SIGKILL", "SIGSEGV", "more than 1 s of CPU", "needs more memory", "with exit code 3"]
         assert all(words in reason for words, reason in zip(expected, reasons, strict=True)), reasons
         monkeypatch.setattr(isolation, "WALL_FACTOR", 1)
-        assert [one[0] for one in pool.map(act, [["e", "sleep"]])] == ["e", "not done after 1 s"]
+        assert [one[0] for one in pool.map(act, [["e", "sleep"]])] == ["e", "did not finish in 1 s"]
         monkeypatch.undo()
         with pytest.raises(OSError, match="No space left"):
             list(pool.map(act, [["no room"]]))

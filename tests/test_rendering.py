@@ -147,8 +147,8 @@ def test_an_outline_entry_that_is_no_good_costs_that_entry(folder, capsys):
         "beyond.pdf, outline entry 2": "points at no page of its file",
         "circle.pdf, outline entry 3": "leads back to an entry before it",
         "far.pdf, outline entry 1": "points into another file",
-        "titles.pdf, outline entry 1": "its title is no text",
-        "titles.pdf, outline entry 2": "its title is no text",
+        "titles.pdf, outline entry 1": "its title is not text",
+        "titles.pdf, outline entry 2": "its title is not text",
     }
     assert all(reason.startswith(expected[where]) for where, reason in bad_rows(own).items())
     assert bad_rows(own).keys() == expected.keys()

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import mteb
-from datasets import Image, config
+from datasets import Dataset, Image, config
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 
-from colintern.data.formats import called, check_beir
+from colintern.data.formats import called, check_beir, id_text
 from colintern.data.images import BadImage, decode
 from colintern.files.identity import content_hash
-from colintern.files.manifest import benchmark_folder, local
+from colintern.files.manifest import MANIFEST, arrow_name, benchmark_folder, local, read
 from colintern.params import Params, UserError
 
 
@@ -91,7 +91,7 @@ def _resolve(entry: str) -> tuple[str, list[AbsTask]]:
     if local(entry):
         folder = benchmark_folder(entry)
         label, task = called(entry, folder)
-        return label, [_folder_task(folder, task)]
+        return label, [_folder_task(folder, task, arrow_name(read(MANIFEST)["evaluation"][entry]))]
     try:
         benchmark = mteb.get_benchmark(entry)
         return benchmark.name, list(benchmark.tasks)  # its name, which differs from the entry if that is an alias
@@ -110,7 +110,7 @@ def _resolve(entry: str) -> tuple[str, list[AbsTask]]:
         ) from None
 
 
-def _folder_task(folder: Path, name: str) -> AbsTask:
+def _folder_task(folder: Path, name: str, arrow: str) -> AbsTask:
     """A ViDoRe (v1) task that reads `folder` instead of the hub; its revision is a hash of the folder's data."""
     check_beir(folder)
     vidore = type(mteb.get_task("VidoreDocVQARetrieval"))
@@ -124,7 +124,7 @@ def _folder_task(folder: Path, name: str) -> AbsTask:
         }
     )
     # A class of its own, because mteb falls back to the metadata of the class when it unloads the data.
-    return type(name, (_Folder, vidore), {"metadata": metadata})()
+    return type(name, (_Folder, vidore), {"metadata": metadata, "arrow_name": arrow})()
 
 
 class PageImage(Image):
@@ -155,16 +155,38 @@ class _DecodedPages:
 
 
 class _Folder(_DecodedPages):
-    """Before a task of mteb's, which then reads what is in its folder now."""
+    """Before a task of mteb's, which then reads from its folder what it needs, and nothing else that lies there."""
 
     def load_data(self: Any, *args: Any, **kwargs: Any) -> None:
-        known = config.HF_DATASETS_CACHE
-        # `datasets` keys its cache on the folder's last name and the card, which stay when other pages are put there.
-        config.HF_DATASETS_CACHE = Path(known) / self.metadata.dataset["revision"]
-        try:
-            super().load_data(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            config.HF_DATASETS_CACHE = known
+        pages, queries, qrels = (
+            self._read(table, columns)
+            for table, columns in (
+                ("corpus", ["corpus-id", "image"]),
+                ("queries", ["query-id", "query"]),
+                ("qrels", ["query-id", "corpus-id", "score"]),
+            )
+        )
+        relevant: dict[str, dict[str, int]] = {}
+        for query, page, score in zip(qrels["query-id"], qrels["corpus-id"], qrels["score"], strict=True):
+            relevant.setdefault(f"query-test-{id_text(query)}", {})[f"corpus-test-{id_text(page)}"] = int(score)
+        pages, queries = (
+            rows.remove_columns(key)
+            .add_column("id", [f"{table}-test-{id_text(one)}" for one in rows[key]])
+            .add_column("modality", [modality] * len(rows))
+            for rows, key, table, modality in (
+                (pages, "corpus-id", "corpus", "image"),
+                (queries, "query-id", "query", "text"),
+            )
+        )
+        self.corpus = {"test": pages}
+        self.queries, self.relevant_docs = {"test": queries.rename_column("query", "text")}, {"test": relevant}
+        self.data_loaded = True
+
+    def _read(self: Any, table: str, columns: list[str]) -> Dataset:
+        """Return these columns of a table; the copy that `datasets` makes is kept by the content of the folder."""
+        files = sorted(map(str, Path(self.metadata.dataset["path"]).glob(f"{table}/*.parquet")))
+        copies = Path(config.HF_DATASETS_CACHE) / self.arrow_name / table
+        return Dataset.from_parquet(files, columns=columns, cache_dir=str(copies))
 
 
 def _check_task(entry: str, task: AbsTask) -> None:

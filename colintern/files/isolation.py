@@ -1,9 +1,10 @@
-"""Run a function on many arguments in processes that can be ended: a call that hangs, crashes or takes all memory costs
-its argument, and no other.
+"""Run a function on many arguments in processes that can be killed: a call that hangs, crashes or takes all memory
+fails alone.
 
 A process pool of the standard library breaks as a whole when one worker dies, and never ends a slow one.
 """
 
+import ctypes
 import os
 import resource
 import signal
@@ -21,6 +22,7 @@ from colintern.params import UserError
 
 WALL_FACTOR = 10  # times the CPU seconds: the bound on a call's wall time, for one that waits or shares its CPU
 GROWTH_SECONDS = 2.0  # of work, before a second worker is worth the CPU time that its imports take
+PDEATHSIG = 1  # of prctl
 
 
 class Limits(NamedTuple):
@@ -30,14 +32,14 @@ class Limits(NamedTuple):
     memory: int
 
 
-class Lost(NamedTuple):
-    """A call without a result, and the reason."""
+class Failure(NamedTuple):
+    """The reason why a call has no result."""
 
     reason: str
 
 
 class IsolatedPool:
-    """Worker processes that are started when they are needed, and ended with the `with` block.
+    """Worker processes that are started when they are needed, and killed at the end of the `with` block.
 
     Args:
         limits: bounds on each call.
@@ -46,7 +48,7 @@ class IsolatedPool:
 
     def __init__(self, limits: Limits, processes: int = 0):
         self.limits, self.processes = limits, processes or os.cpu_count() or 1
-        self.workers: list[_Worker] = []  # alive
+        self.workers: list[_Worker] = []
         self.started = time.monotonic()
 
     def __enter__(self) -> "IsolatedPool":
@@ -57,14 +59,14 @@ class IsolatedPool:
             worker.end()
 
     def map(self, function: Callable[[Sequence[Any]], Iterator[Any]], groups: Sequence[Sequence[Any]]) -> Iterator[Any]:
-        """Yield a result for each argument of each group, in their order; `Lost` where its call ended the process.
+        """Yield a result for each argument of each group, in their order; `Failure` where its call ended the process.
 
-        A worker makes no call while its result before is not taken; so with one worker, one result waits in memory.
+        A large result waits in its worker until it is read here, so that one worker holds one of them in memory.
 
         Args:
-            function: takes a group and yields a result for each argument, each of them a call; of an importable module.
-                After a lost call it is called again with the rest of the group.
-            groups: arguments.
+            function: yields a result for each argument of a group; picklable. After a call that ended the process it
+                is called again with the rest of the group.
+            groups: the arguments.
 
         Raises:
             UserError: no worker can be started.
@@ -86,7 +88,7 @@ class IsolatedPool:
             yield result
 
     def _assign(self, function: Any, waiting: list[tuple[int, Sequence[Any]]]) -> None:
-        """Give groups to idle workers, and to new ones."""
+        """Send groups to idle workers, and to new ones."""
         while waiting:
             worker = next((worker for worker in self.workers if not worker.group), None)
             if worker is None:
@@ -98,7 +100,7 @@ class IsolatedPool:
             worker.send(function, *heappop(waiting))
 
     def _collect(self, waiting: list[tuple[int, Sequence[Any]]], results: dict[int, Any]) -> None:
-        """Wait for results. What an ended worker has not begun becomes a group again."""
+        """Wait for results; put back the arguments that an ended worker has not reached."""
         busy = [worker for worker in self.workers if worker.group]
         deadline = min(worker.deadline for worker in busy)
         ready = wait([worker.connection for worker in busy], min(1.0, max(0, deadline - time.monotonic())))
@@ -113,21 +115,19 @@ class IsolatedPool:
 
 
 class _Worker:
-    """A process, and the calls that it has to make: on each of `group`, the first of which has the number `first`."""
+    """A process and the arguments that it still has to process; `first` is the number of the first of them."""
 
     def __init__(self, limits: Limits):
         self.limits, self.is_ready = limits, False
         self.first, self.deadline = 0, 0.0
         self.group: Sequence[Any] = []
         self.connection, theirs = Pipe()
-        main = "import sys; from colintern.files.isolation import serve; serve(*map(int, sys.argv[1:]))"
         # A process of multiprocessing would import the program's main file first.
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", main, str(theirs.fileno()), *map(str, limits)],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
+        main = f"import sys; sys.path[:] = {sys.path!r}; import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        main += f"from colintern.files.isolation import run_worker; run_worker({theirs.fileno()}, *{tuple(limits)})"
+        command = [sys.executable, "-c", main]
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # each thread's stack counts as memory
+        self.process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
 
     def send(self, function: Any, first: int, group: Sequence[Any]) -> None:
@@ -140,7 +140,7 @@ class _Worker:
         self.deadline = time.monotonic() + self.limits.seconds * WALL_FACTOR
 
     def receive(self, late: bool) -> dict[int, Any]:
-        """Take the next call's result by its number; `Lost` where the process ended, or is `late` and ended here.
+        """Return the next result by its number; `Failure` where the process ended, or is `late` and killed here.
 
         Raises:
             UserError: it ended before its first call.
@@ -151,7 +151,7 @@ class _Worker:
             result = self.connection.recv()
         except (EOFError, OSError):
             self.end(late)
-            result = Lost(self._reason(late))
+            result = Failure(self._reason(late))
             if not self.is_ready:
                 raise UserError(f"a process that opens documents cannot be started: {result.reason}") from None
         self._extend_deadline()
@@ -162,7 +162,7 @@ class _Worker:
         return {self.first - 1: result}
 
     def end(self, kill: bool = True) -> None:
-        """Wait for the process, killed unless it is ending by itself."""
+        """Kill the process unless it is ending by itself, and wait for its end."""
         if kill:
             self.process.kill()
         self.process.wait()
@@ -171,16 +171,20 @@ class _Worker:
     def _reason(self, late: bool) -> str:
         code = self.process.returncode
         if late:
-            return f"not done after {self.limits.seconds * WALL_FACTOR} s"
+            return f"did not finish in {self.limits.seconds * WALL_FACTOR} s"
         if code == -signal.SIGXCPU:
             return f"takes more than {self.limits.seconds} s of CPU time"
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        return f"its process ended {how}: damaged, or more than {self.limits.memory / 1e9:.1f} GB of memory are needed"
+        return f"its process ended {how}: damaged, or it needs more than {self.limits.memory / 1e9:.1f} GB of memory"
 
 
-def serve(descriptor: int, seconds: int, memory: int) -> None:
-    """Make the calls that arrive over a connection, until its other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the other end decides
+def run_worker(descriptor: int, seconds: int, memory: int) -> None:
+    """Call functions that arrive over a connection, until its other end is closed.
+
+    Ctrl-C, which reaches the whole process group, is ignored: the parent ends its workers.
+    """
+    if sys.platform == "linux":  # elsewhere a call outlives a killed parent until its limit of CPU time
+        ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGKILL)
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # where memory is short, this process goes first
     _lower_limit(resource.RLIMIT_CORE, 0)
@@ -199,18 +203,18 @@ def serve(descriptor: int, seconds: int, memory: int) -> None:
 def _next(results: Iterator[Any]) -> Any:
     try:
         return next(results)
-    except Exception as error:  # the other end raises it
+    except Exception as error:  # raised in the parent
         return error
 
 
-def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function; `Lost` with the reason for whatever it raises."""
+def try_call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function; return `Failure` for any exception."""
     try:
         return function(*arguments)
     except MemoryError:
-        return Lost("takes more memory than a page may")
+        return Failure("needs more memory than its process may take")
     except Exception as error:
-        return Lost(str(error) or type(error).__name__)
+        return Failure(str(error) or type(error).__name__)
 
 
 def _lower_limit(kind: int, value: int) -> None:
