@@ -3,6 +3,7 @@ to its process costs that call alone."""
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -86,6 +87,21 @@ def test_a_call_that_ends_its_process_costs_no_other(monkeypatch):
             list(pool.map(act, [["no room"]]))
         processes = [worker.process for worker in pool.workers]
     assert processes and all(process.poll() is not None for process in processes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_worker_outlives_its_parent(number):
+    main = "from test_parallel import *\nwith IsolatedPool(Limits(60, 2**31)) as pool:\n"
+    main += "    for result in pool.map(act, [['a', 'spin']]):\n        print(result, flush=True)"
+    with subprocess.Popen(
+        [sys.executable, "-c", main], cwd=os.path.dirname(__file__), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as parent:  # fmt: skip
+        assert parent.stdout.readline().startswith("('a'")
+        send = os.killpg if number == signal.SIGINT else os.kill  # Ctrl-C reaches the group
+        send(parent.pid, number)
+        _, errors = parent.communicate(timeout=20)  # until no process has the pipes open
+    assert parent.returncode == -number and errors.count("Traceback") == (number == signal.SIGINT)
 
 
 def test_a_worker_that_does_not_start_ends_the_work(monkeypatch):
