@@ -80,6 +80,37 @@ def test_the_second_time_nothing_is_computed_and_only_what_is_new_later(top):
     assert new(fourth) == 3 and len(ranking(fourth)) == 3
 
 
+def run_and_delete(folder: Path, command: tuple[str, ...]) -> None:
+    """Run a command during which an image is deleted, after the pages were scored."""
+
+    def scores(self, *arguments, score=Index.scores):
+        yield from score(self, *arguments)
+        (folder / "documents" / "scan.png").unlink()
+
+    Index.scores = scores
+    run(folder, command)
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "left"),
+    [
+        ("documents", 0, "left out: scan.png: [Errno 2]"),
+        (
+            "documents/scan.png",
+            2,
+            "error: FOLDER_OR_PDF: none of the 1 pages to show can be rendered; scan.png: [Errno",
+        ),
+    ],
+)
+def test_a_page_of_the_index_that_cannot_be_rendered_any_more_is_named(top, place, code, left):
+    process = FORKS.Process(target=run_and_delete, args=(top, ("search", "adapter", place, "Oslo", "--html", "a.html")))
+    process.start()
+    process.join(300)
+    log = (top / "log.txt").read_text()
+    assert process.exitcode == code and left in log, log
+    assert code or (top / "a.html").read_text().count("<img") == 4
+
+
 def test_a_form_is_drawn_with_what_is_filled_in(tmp_path):
     write_pdf(tmp_path / "form.pdf", [["Name:"]], filled="Oslo")
     [(_, page)] = images(sources(tmp_path)[0], [])

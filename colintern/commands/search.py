@@ -93,7 +93,7 @@ def _show(args, index, processor, vectors, ranked, searched) -> None:
     from colintern.reporting.html import render
     from colintern.reporting.words import query_words
     from colintern.search.listing import MAPS, listing, maps
-    from colintern.search.sources import images, shown
+    from colintern.search.sources import images, reasons, shown
 
     print(listing([(source.name, score) for source, score in ranked]))
     chosen = [source for source, _ in ranked[: len(ranked) if args.html else MAPS]]
@@ -106,7 +106,7 @@ def _show(args, index, processor, vectors, ranked, searched) -> None:
         if source in drawn
     ]
     if not seen:
-        return
+        raise UserError(f"FOLDER_OR_PDF: none of the {len(chosen)} pages to show can be rendered{reasons(bad)}")
     own = [word.own for word in query_words(processor, args.query)]
     grids = [
         standing_out(similarity_map(vectors, page.tokens, layout(processor, page.image.size)).page[own])
