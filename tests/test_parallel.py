@@ -80,8 +80,8 @@ def test_a_call_that_ends_its_process_costs_no_other(monkeypatch):
         reasons = [one.reason for one in found if isinstance(one, Failure)]
         expected = ["SIGKILL", "SIGSEGV", "more than 1 s of CPU", "needs more memory", "with exit code 3"]
         assert all(words in reason for words, reason in zip(expected, reasons, strict=True)), reasons
-        monkeypatch.setattr(isolation, "WALL_FACTOR", 1)
-        assert [one[0] for one in pool.map(act, [["e", "sleep"]])] == ["e", "did not finish in 1 s"]
+        monkeypatch.setattr(isolation, "WALL_FACTOR", 3)
+        assert [one[0] for one in pool.map(act, [["e", "sleep"]])] == ["e", "did not finish in 3 s"]
         monkeypatch.undo()
         with pytest.raises(OSError, match="No space left"):
             list(pool.map(act, [["no room"]]))

@@ -33,7 +33,7 @@ def spread(function: Callable[[Any], Any], tasks: Sequence[Any], label: str, uni
         if here == len(tasks):
             return
         processes = min(len(tasks) - here, os.cpu_count() or 1)
-        # spawn: pdfium and pyarrow start threads, which do not survive a fork
+        # spawn: pyarrow starts threads, which do not survive a fork
         try:
             with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
                 for done in pool.map(function, tasks[here:]):
@@ -41,5 +41,5 @@ def spread(function: Callable[[Any], Any], tasks: Sequence[Any], label: str, uni
                     yield done
         except BrokenProcessPool as error:
             raise UserError(
-                f"{label}: one of {processes} processes was killed, as a system does that has no memory left; free some"
+                f"{label}: one of {processes} processes was killed; if the system is out of memory, free some"
             ) from error
