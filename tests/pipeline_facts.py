@@ -77,7 +77,8 @@ def write() -> None:
     for stage in declared["stages"].values():
         found = facts(ROOT / (stage["cmd"].removeprefix("python -m ").replace(".", "/") + ".py"))
         stage["deps"] = sorted({d for d in stage["deps"] if not d.endswith(".py")} | found["deps"])
-        stage["params"] = sorted(found["params"])
+        if "params.yaml:" not in stage["params"]:  # of all keys
+            stage["params"] = sorted(found["params"])
     yaml.dump(declared, ROOT / "dvc.yaml")
 
 

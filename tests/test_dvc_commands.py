@@ -18,7 +18,7 @@ from pages import documented
 from colintern.params import load
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("fetch-data", "verify", "train", "eval")
+STAGES = ("check-params", "fetch-data", "verify", "train", "eval")
 UPDATES = {
     "epochs": "1",
     "lr": "0.006",
@@ -204,7 +204,7 @@ def test_no_out_says_where_on_the_disk_it_was_made(repo):
 
 def test_exp_run_runs_train_and_eval_alone(repo, experiment):
     _, output = experiment
-    assert ran(output) == ["train", "eval"]
+    assert ran(output) == ["check-params", "train", "eval"]
     assert skipped(output) == ["fetch-data", "verify"]
 
 
@@ -297,7 +297,7 @@ def test_a_queued_experiment_runs_to_success(repo, experiment):
     status = wait_until(repo, f"{name[1]} ends", lambda status: done.search(status) is not None)
     logs = repo.output(f"dvc queue logs {name[1]}")
     assert re.search(rf"{name[1]}.*Success", status), f"{status}\n{logs[-6000:]}"
-    assert ran(logs) == ["train", "eval"]
+    assert ran(logs) == ["check-params", "train", "eval"]
     assert "page features: 0 computed, 74 of 74 pages in the cache" in logs, "the cache is found through DVC_ROOT too"
     rows = csv.DictReader(repo.output("dvc exp show --csv").splitlines())
     assert [float(row["lr"]) for row in rows if row["Experiment"] == name[1]] == [1e-3]
@@ -315,10 +315,15 @@ def wait_until(repo: Repo, what: str, over: Callable[[str], bool]) -> str:
 
 def test_a_refused_value_stays_in_params_until_it_is_taken_back(repo):
     repo.output("git checkout -q . && dvc checkout -q")
+    metrics = repo.path / "metrics" / "train.json"
+    metrics.write_text(metrics.read_text() + "\n")  # as it is before its commit
+    kept = [metrics, *(repo.path / "experiments" / "colintern").iterdir(), *(repo.path / "data").glob("*.*")]
+    before = {path: path.read_bytes() for path in kept if path.name != "params-check.txt"}
     refused = repo.run(documented("dvc exp run -S lr=abc"))
+    assert {path: path.read_bytes() for path in before} == before, "no stage has lost its outs"
     assert refused.returncode and "params.yaml: 1 problem\n  lr: 'abc'" in refused.stdout
     assert "params.yaml: 1 problem" in repo.run("colintern doctor").stdout
-    repo.output("git checkout params.yaml metrics plots")
+    repo.output("git checkout params.yaml metrics")
     assert repo.output("git status --porcelain") == ""
     unknown = repo.run("dvc exp run -S learning_rate=1").stdout
     assert "Could not override 'learning_rate'.\nTo append to your config use +learning_rate=1" in unknown

@@ -118,7 +118,7 @@ def repo(hub, tmp_path_factory):
     assert found == 1
     (path / "params.yaml").write_text(params)
     repo.output(documented('git commit -am "The 1B recipe"'), **IDENTITY)
-    assert ran(repo.output(documented("dvc repro fetch-data"))) == ["fetch-data"]
+    assert ran(repo.output(documented("dvc repro fetch-data"))) == ["check-params", "fetch-data"]
     return repo
 
 
@@ -185,6 +185,6 @@ def test_with_the_hub_gone_its_files_are_listed_and_evaluated_again(repo, hub):
     before = (repo.path / "metrics/eval.json").read_text()
     hub.shutdown()
     hub.server_close()
-    assert ran(repo.output(documented("dvc repro -f fetch-data"))) == ["fetch-data"]
+    assert ran(repo.output(documented("dvc repro -f fetch-data"))) == ["check-params", "fetch-data"]
     assert ran(repo.output("dvc repro -f -s eval")) == ["eval"]
     assert (repo.path / "metrics/eval.json").read_text() == before
