@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 from colintern.params import Params
 
 ROOT = Path(__file__).parents[1]
+ALL_KEYS = [{"params.yaml": None}]  # of a stage that reads the whole file
 KEYS = {field.name for field in dataclasses.fields(Params)}
 
 
@@ -77,7 +78,7 @@ def write() -> None:
     for stage in declared["stages"].values():
         found = facts(ROOT / (stage["cmd"].removeprefix("python -m ").replace(".", "/") + ".py"))
         stage["deps"] = sorted({d for d in stage["deps"] if not d.endswith(".py")} | found["deps"])
-        if "params.yaml:" not in stage["params"]:  # of all keys
+        if stage["params"] != ALL_KEYS:
             stage["params"] = sorted(found["params"])
     yaml.dump(declared, ROOT / "dvc.yaml")
 

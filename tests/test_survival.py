@@ -245,7 +245,7 @@ def small_disk(place):
 
     def mount(size: int, name: str = ".scratch") -> None:
         folder = place.folder / name
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         mounted.append(str(folder))
         done = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
@@ -291,6 +291,19 @@ def test_t8_a_disk_without_room_for_the_adapter_costs_no_step(place, whole, smal
     subprocess.run(["mount", "-o", "remount,size=40000000", str(place.folder / "experiments")], check=True)
     assert place.run(no_step) == 0, place.log
     assert place.result() == whole
+
+
+@pytest.mark.parametrize("name", ["plots", "logs"])
+def test_t8_a_full_disk_that_no_file_is_named_for_is_one_sentence(place, whole, small_disk, name):
+    small_disk(4096, name)
+    (place.folder / name / "filler").write_bytes(bytes(4096))
+    assert place.run() == 2, place.log
+    assert "No space left on device" in place.err and "Traceback" not in place.log
+    (place.folder / name / "filler").unlink()
+    subprocess.run(["mount", "-o", "remount,size=40000000", str(place.folder / name)], check=True)
+    assert place.run(no_step) == 0, place.log
+    hidden = {"data.csv"} if name == "plots" else set()  # of verify, below the small disk
+    assert place.result() == {file: known for file, known in whole.items() if file not in hidden}
 
 
 def test_t9_a_weight_that_is_not_finite_ends_the_run_within_a_step(place):

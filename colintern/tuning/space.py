@@ -127,9 +127,9 @@ def _objective_faults(raw: dict[Any, Any], space: dict[Any, Any]) -> Iterator[st
 
 
 def _read_by() -> dict[str, set[str]]:
-    """The params of each stage of dvc.yaml."""
+    """The params of each stage of dvc.yaml that names some."""
     stages = YAML(typ="safe", pure=True).load(Path("dvc.yaml"))["stages"]
-    return {name: set(stage["params"]) for name, stage in stages.items()}
+    return {name: {key for key in stage["params"] if isinstance(key, str)} for name, stage in stages.items()}
 
 
 def _key_fault(key: str, read_by: dict[str, set[str]]) -> str:
