@@ -315,9 +315,10 @@ def wait_until(repo: Repo, what: str, over: Callable[[str], bool]) -> str:
 
 def test_a_refused_value_stays_in_params_until_it_is_taken_back(repo):
     repo.output("git checkout -q . && dvc checkout -q")
+    repo.output("git config user.name Test && git config user.email test@localhost")
     metrics = repo.path / "metrics" / "train.json"
     metrics.write_text(metrics.read_text() + "\n")  # as it is before its commit
-    kept = [metrics, *(repo.path / "experiments" / "colintern").iterdir(), *(repo.path / "data").glob("*.*")]
+    kept = [metrics, *(repo.path / "experiments" / "colintern").iterdir(), *(repo.path / "data").glob("[!.]*.*")]
     before = {path: path.read_bytes() for path in kept if path.name != "params-check.txt"}
     refused = repo.run(documented("dvc exp run -S lr=abc"))
     assert {path: path.read_bytes() for path in before} == before, "no stage has lost its outs"
