@@ -4,6 +4,7 @@ Module paths are those of the guide: `language_model.layers.*`, `vision_tower`, 
 `custom_text_proj`.
 """
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -15,9 +16,8 @@ from typing import Any, Self
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
-from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import normalize
 from transformers import InternVLConfig, InternVLModel
@@ -25,10 +25,28 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
 from colintern import causal
+from colintern.adapter_files import (
+    CONFIG_FILE,
+    HEAD_FILE,
+    HEAD_KEYS,
+    PREFIX,
+    WEIGHTS_FILE,
+    AdapterFiles,
+    ExpectedTensors,
+    State,
+    is_adapter,
+    read_adapter_files,
+    read_head,
+    read_json_object,
+    read_tensors,
+    require_regular_file,
+    require_sound,
+    shorten,
+)
+from colintern.matching import match_names
+from colintern.params import UserError
 
 EMBEDDING_DIM = 128
-HEAD_FILE = "head.safetensors"
-HEAD_KEYS = ("custom_text_proj.bias", "custom_text_proj.weight")
 
 # Where a checkpoint may keep the parts: the hub's InternVL3_5-*-HF files, what transformers 5 writes for the
 # generating model, and our own. transformers converts keys only for its own classes, and leaves the whole language
@@ -65,7 +83,7 @@ class ColIntern3_5(InternVLModel):
 
         Args:
             path: hub id or folder: with adapter_config.json it is an adapter (its base and its head are loaded
-                with it), else a checkpoint with or without `custom_text_proj`.
+                with it, see `read_checked_adapter`), else a checkpoint with or without `custom_text_proj`.
             revision: hub commit of what is at `path`; an adapter itself names the commit of its base.
             base: where an adapter's base is, if not where the adapter says.
             merge: fold the adapter into the base weights; without it the LoRA layers stay visible.
@@ -74,33 +92,29 @@ class ColIntern3_5(InternVLModel):
 
         Raises:
             ValueError: weights that are missing or left over, an adapter without its head, or `merge` on a folder
-                that holds no adapter.
+                that holds no adapter. It is a UserError, which names the file, where one is damaged.
         """
         folder = Path(path) if Path(path).is_dir() else _hub_adapter(str(path), revision)
-        if folder and (folder / "adapter_config.json").is_file():
-            config = PeftConfig.from_pretrained(str(folder))
-            place = base or config.base_model_name_or_path
-            model = cls.from_pretrained(place, revision=config.revision, seed=seed, **kwargs)
-            model.load_head(folder)
+        if folder and is_adapter(folder):
+            files = read_checked_adapter(folder, base)
+            place = base or str(files.config.base_model_name_or_path)
+            model = cls.from_pretrained(place, revision=files.config.revision, seed=seed, **kwargs)
+            model.set_head(files.head)
             with quiet():
-                wrapped = PeftModel.from_pretrained(model, str(folder), config=config)
+                wrapped = PeftModel.from_pretrained(model, str(folder), config=files.config)
             return (wrapped.merge_and_unload() if merge else wrapped.base_model.model).eval()
         if merge:
             raise ValueError(f"{path}: nothing to merge, the folder holds no adapter_config.json")
-        with quiet():
-            loaded: Any = super().from_pretrained(
-                str(path), revision=revision or "main", key_mapping=KEY_MAPPING, output_loading_info=True, **kwargs
-            )
-        model, info = loaded
-        head = {"custom_text_proj.weight", "custom_text_proj.bias"}
+        model, info = _load_checkpoint(super().from_pretrained, path, revision, kwargs)
+        head = set(HEAD_KEYS)
         missing = set(info["missing_keys"])
         wrong = sorted(missing if len(head & missing) == 1 else missing - head)  # half a head is no head
         # Retrieval has no use for next-token logits, which hub checkpoints carry.
         unexpected = sorted(set(info["unexpected_keys"]) - {"lm_head.weight"})
         if wrong or unexpected or info["mismatched_keys"]:
             raise ValueError(
-                f"{path}: the checkpoint does not fit ColIntern3_5: missing {_some(wrong)}; unexpected "
-                f"{_some(unexpected)}; of another shape {_some(sorted(map(str, info['mismatched_keys'])))}"
+                f"{path}: the checkpoint does not fit ColIntern3_5: missing {shorten(wrong)}; unexpected "
+                f"{shorten(unexpected)}; of another shape {shorten(sorted(map(str, info['mismatched_keys'])))}"
             )
         if head <= missing:
             model.init_head(seed)
@@ -115,8 +129,16 @@ class ColIntern3_5(InternVLModel):
             proj.bias.zero_()
 
     def save_head(self, folder: str | Path) -> None:
-        """Write the head's base weights beside an adapter: LoRA on a head that is drawn anew is worth nothing."""
-        save_file(self.head_state(), Path(folder) / HEAD_FILE)
+        """Write the head's base weights beside an adapter, and into it, where plain PEFT finds them.
+
+        PEFT saves only LoRA's matrices, and LoRA on a head that is drawn again is worth nothing.
+        """
+        head, file = self.head_state(), Path(folder) / WEIGHTS_FILE
+        save_file(head, Path(folder) / HEAD_FILE)
+        if file.is_file():
+            part = ".base_layer." if hasattr(self.custom_text_proj, "base_layer") else "."
+            copies = {PREFIX + key.replace(".", part): value for key, value in head.items()}
+            save_file(read_tensors(file) | copies, file, metadata={"format": "pt"})
 
     def head_state(self) -> dict[str, torch.Tensor]:
         """The head's base weights as `save_head` writes them."""
@@ -127,16 +149,20 @@ class ColIntern3_5(InternVLModel):
         """Read the head's base weights from an adapter folder.
 
         Raises:
-            ValueError: the file is missing, of another shape, or holds a value that is not finite.
+            UserError: see `read_head`; or the head is of another shape.
         """
-        file = Path(folder) / HEAD_FILE
-        state = read_head(folder)
-        for key, value in state.items():
+        head = read_head(Path(folder))
+        for key, value in head.items():
             own = self.get_parameter(key)
-            if value.shape != own.shape or not value.isfinite().all():
-                raise ValueError(f"{file}: {key} is {tuple(value.shape)}, expected {tuple(own.shape)} of finite values")
-            with torch.no_grad():
-                own.copy_(value)
+            if value.shape != own.shape:
+                raise UserError(f"{folder}: the head's {key} is {tuple(value.shape)}, expected {tuple(own.shape)}")
+        self.set_head(head)
+
+    def set_head(self, head: State) -> None:
+        """Copy weights that `read_head` or `read_checked_adapter` has returned into the head."""
+        with torch.no_grad():
+            for key, value in head.items():
+                self.get_parameter(key).copy_(value)
 
     def forward(  # type: ignore[override]
         self,
@@ -188,25 +214,89 @@ class ColIntern3_5(InternVLModel):
             return self.get_image_features(pixel_values=tiles, return_dict=True).pooler_output
 
 
-def read_head(folder: str | Path) -> dict[str, torch.Tensor]:
-    """What head.safetensors of an adapter folder holds.
+def read_checked_adapter(folder: Path, base: str | Path | None = None) -> AdapterFiles:
+    """Read an adapter folder and check every tensor in it against its configuration and its base.
+
+    Args:
+        folder: of the adapter.
+        base: folder or hub id of its base; None: where the adapter says. No weight of it is read.
 
     Raises:
-        ValueError: the file is missing, torn, or holds something else.
+        UserError: a file is damaged; a tensor is missing, left over, of another shape or type, or not finite; or the
+            adapter is untrained or has no head.
     """
-    file = Path(folder) / HEAD_FILE
-    if not file.is_file():
-        raise ValueError(
-            f"{file}: missing. It holds the base weights of custom_text_proj, without which the adapter would sit on a "
-            f"random projection; copy it from the run that trained {folder}"
-        )
+    files = read_adapter_files(folder)
+    place = str(base or files.config.base_model_name_or_path)
+    require_sound(files, expect_tensors(files, build_on_meta(place, files.config.revision)))
+    return files
+
+
+def expect_tensors(files: AdapterFiles, base: ColIntern3_5) -> ExpectedTensors:
+    """Return the tensors that PEFT would save for an adapter's configuration, without allocating them.
+
+    Args:
+        files: of the adapter.
+        base: see `build_on_meta`; it is changed.
+
+    Raises:
+        UserError: PEFT cannot apply the configuration to this base, or `target_modules` takes too long to match.
+    """
+    config, file = copy.deepcopy(files.config), files.folder / CONFIG_FILE
+    head = {key: tuple(base.get_parameter(key).shape) for key in HEAD_KEYS}
     try:
-        state = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: cannot be read: {error}") from error
-    if sorted(state) != sorted(HEAD_KEYS):
-        raise ValueError(f"{file}: holds {_some(sorted(state))}, expected {_some(sorted(HEAD_KEYS))}")
-    return state
+        if isinstance(config.target_modules, str):
+            match_names(config.target_modules, (name for name, _ in base.named_modules()), f"{file}: target_modules")
+        with torch.device("meta"), quiet():
+            state = get_peft_model_state_dict(PeftModel(base, config), save_embedding_layers=False)
+    except UserError:
+        raise
+    except Exception as error:  # PEFT checks few values of a configuration, and trips over the others
+        raise UserError(f"{file}: cannot be applied to the base: {_first_line(error)}") from error
+    return ExpectedTensors({name: tuple(value.shape) for name, value in state.items()}, head)
+
+
+def build_on_meta(base: str | Path | InternVLConfig, revision: str | None = None) -> ColIntern3_5:
+    """Return a model without memory or weights.
+
+    Args:
+        base: its config, or the folder or hub id where its config.json is.
+        revision: commit of a hub id.
+
+    Raises:
+        UserError: a folder's config.json is missing, damaged, or that of another kind of model.
+    """
+    file = Path(base) / "config.json" if not isinstance(base, InternVLConfig) and Path(base).is_dir() else None
+    if file and (kind := read_json_object(file).get("model_type")) != "internvl":
+        raise UserError(f"{file}: model_type: {kind!r} is not valid; it must be internvl")
+    try:
+        if not isinstance(base, InternVLConfig):
+            base = InternVLConfig.from_pretrained(str(base), revision=revision or "main")
+        with torch.device("meta"), quiet():
+            return ColIntern3_5(base)
+    except Exception as error:  # of transformers' dataclasses, or of torch where a size is impossible
+        if not file:
+            raise
+        raise UserError(f"{file}: is not the config of a model: {_first_line(error)}") from error
+
+
+def _load_checkpoint(load: Any, path: str | Path, revision: str | None, options: dict[str, Any]) -> Any:
+    """Call transformers' `from_pretrained`; what it cannot read in a local folder is named."""
+    folder = Path(path)
+    if folder.is_dir():
+        build_on_meta(folder)
+        for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
+            require_regular_file(file)
+    try:
+        with quiet():
+            return load(
+                str(path), revision=revision or "main", key_mapping=KEY_MAPPING, output_loading_info=True, **options
+            )
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        if not folder.is_dir():
+            raise
+        raise UserError(f"{path}: its weights cannot be loaded: {_first_line(error)}") from error
 
 
 def attention_kernel(choice: str, dtype: str, device: str | None = None) -> str:
@@ -259,5 +349,5 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"

@@ -22,7 +22,7 @@ ROOMS = [
     {"mteb_model"},
     {"data", "modeling"},
     {"files", "model", "processor"},
-    {"tiles", "pixels", "maxsim", "causal"},
+    {"tiles", "pixels", "maxsim", "causal", "matching", "adapter_files"},
     {"params"},
     {"rules"},
 ]

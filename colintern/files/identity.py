@@ -6,14 +6,17 @@ folder in which an interrupted run finds its checkpoints again.
 
 import hashlib
 import json
+import os
 import platform
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
-from colintern.params import Params
+from colintern.adapter_files import IDENTITY_FILE, read_json_object, show
+from colintern.params import Params, UserError
 
 BESIDE = ("tracker",)  # params that watch a run and leave its bytes alone: a run may go on under another value of them
 LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "accelerate", "datasets", "pillow", "numpy")
@@ -53,3 +56,45 @@ def content_hash(path: Path) -> str:
 def fingerprint(identity: dict[str, Any]) -> str:
     """sha256 of an identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+# The parts of identity.json that are read again, and their types; a part comes after the one that it is in.
+Kind = type | tuple[type, ...]
+WORDS: dict[Kind, str] = {
+    dict: "an object", str: "a text", int: "a whole number", (int, float): "a number",
+}  # fmt: skip
+PARTS: dict[str, Kind] = {
+    **dict.fromkeys(("params", "deps", "versions", "base", "start"), dict),
+    **dict.fromkeys(("base.files", "base.files.*", "start.*"), dict),
+    **dict.fromkeys(("versions.*", "params.dtype", "base.folder", "base.revision"), str),
+    **dict.fromkeys(("base.files.*.sha256", "start.*.sha256"), str),
+    **dict.fromkeys(("params.max_visual_tokens", "params.max_query_tokens", "start.*.tensors"), int),
+    "start.*.std": (int, float),
+}
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """Return what a training run wrote about itself into identity.json, {} where the folder has none.
+
+    Raises:
+        UserError: the file cannot be read, or a part that is read again is of another type.
+    """
+    file = folder / IDENTITY_FILE
+    if not os.path.lexists(file):
+        return {}
+    identity = read_json_object(file)
+    for path, kind in PARTS.items():
+        for name, value in _parts(identity, path.split(".")):
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise UserError(f"{file}: {name}: {show(value)} is not valid; it must be {WORDS[kind]}")
+    return identity
+
+
+def _parts(value: Any, path: list[str], name: str = "", is_entry: bool = False) -> Iterator[tuple[str, Any]]:
+    """Yield the name and value of each part that a path leads to; one that an entry of many lacks is None."""
+    if not path:
+        yield name.removeprefix("."), value
+        return
+    key, *rest = path
+    for found in value if key == "*" else [key] if is_entry or key in value else []:
+        yield from _parts(value.get(found), rest, f"{name}.{found}", is_entry=key == "*")

@@ -4,26 +4,24 @@ What it is held against was written into its identity.json when it was trained: 
 the statistics of the weights it started from (colintern/modeling/weights.py).
 """
 
-import json
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from colintern.adapter_files import AdapterFault, AdapterFiles, State, find_faults, read_adapter_files
 from colintern.files import hub
 from colintern.files.hub_errors import Repo
+from colintern.files.identity import read_identity
 from colintern.files.manifest import digests
-from colintern.model import ColIntern3_5, read_head
+from colintern.model import ColIntern3_5, build_on_meta, expect_tensors
 from colintern.modeling.embed import embed_pages, embed_queries
-from colintern.modeling.loading import untrained
-from colintern.modeling.weights import State, statistics
+from colintern.modeling.loading import read_processor
+from colintern.modeling.weights import statistics
 from colintern.params import UserError, root
-from colintern.processor import ColIntern3_5Processor
 
 TOLERANCE = 1e-4  # of an element of a unit vector, merged against unmerged in float32
 QUERY = "what does the invoice of 12 March come to"
@@ -32,10 +30,23 @@ QUERY = "what does the invoice of 12 March come to"
 class Adapter(NamedTuple):
     """What is in the folder; `identity` is its identity.json."""
 
-    folder: Path
-    weights: State
-    head: State
+    files: AdapterFiles
     identity: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self.files.folder
+
+    @property
+    def weights(self) -> State:
+        """The adapter's tensors."""
+        return self.files.weights
+
+    @property
+    def head(self) -> State:
+        """The head's base weights."""
+        return self.files.head
 
 
 class Finding(NamedTuple):
@@ -57,24 +68,15 @@ def read_adapter(folder: Path) -> Adapter:
     for name in ("adapter_config.json", "adapter_model.safetensors", "identity.json"):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing; run the stage that makes it: dvc repro train")
-    try:
-        head = read_head(folder)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    try:
-        weights = load_file(folder / "adapter_model.safetensors")
-    except SafetensorError as error:
-        raise UserError(f"{folder / 'adapter_model.safetensors'}: cannot be read: {error}") from error
-    try:
-        identity = json.loads((folder / "identity.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{folder / 'identity.json'}: is no JSON: {error}") from error
-    if not {"base", "start"} <= identity.keys():
+    files, identity = read_adapter_files(folder), read_identity(folder)
+    lacking = [key for key in ("base", "start", "params") if key not in identity]
+    lacking += [f"base.{key}" for key in ("folder", "revision", "files") if key not in identity.get("base", {})]
+    if lacking or "head" not in identity["start"]:
         raise UserError(
-            f"{folder / 'identity.json'}: does not say what training started from, so it is older than this check; "
-            f"make the adapter again: dvc repro -f train"
+            f"{folder / 'identity.json'}: does not say what training started from (no {(lacking or ['start.head'])[0]})"
+            f", so it is older than this check; make the adapter again: dvc repro -f train"
         )
-    return Adapter(folder, weights, head, identity)
+    return Adapter(files, identity)
 
 
 def base_folder(adapter: Adapter, base: str | None) -> Path:
@@ -88,17 +90,28 @@ def base_folder(adapter: Adapter, base: str | None) -> Path:
 
 
 def check(adapter: Adapter, base: Path) -> list[Finding]:
-    """All findings, in the order of the cheapest first; merging is tried where all else is well."""
-    found = [_finite(adapter), _whole(adapter), _trained(adapter), _head(adapter), _base(adapter, base)]
+    """All findings, in the order of the cheapest first; merging is tried where all else is well.
+
+    Raises:
+        UserError: the adapter's configuration cannot be applied to the base it was trained on.
+    """
+    right_base = _base(adapter, base)
+    expected = expect_tensors(adapter.files, build_on_meta(base)) if right_base.ok else None
+    faults: dict[str, AdapterFault] = {}
+    for fault in find_faults(adapter.files, expected):
+        faults.setdefault(fault.check, fault)
+    found = [_finite(adapter), _whole(adapter), _trained(adapter), _head(adapter)]
+    # What any loader refuses, unless the comparison with the start has already said more.
+    found = [
+        Finding(one.name, False, faults[one.name].message) if one.ok and one.name in faults else one for one in found
+    ]
+    found.append(right_base)
     if all(finding.ok for finding in found):
         return [*found, _merged(adapter, base)]
     return [*found, Finding("merged", False, "not tried, because of the above")]
 
 
 def _finite(adapter: Adapter) -> Finding:
-    broken = [name for name, value in (adapter.weights | adapter.head).items() if not value.isfinite().all()]
-    if broken:
-        return Finding("finite", False, f"{broken[0]} has NaN or infinite values ({len(broken)} such weights)")
     return Finding("finite", True, f"{len(adapter.weights) + len(adapter.head)} weights without NaN or infinity")
 
 
@@ -108,12 +121,11 @@ def _whole(adapter: Adapter) -> Finding:
         have, want = (rows.get(name, {"tensors": 0})["tensors"] for rows in (now, start))
         if have != want:
             return Finding("whole", False, f"{name}: {have} weights, but training started with {want}")
-    return Finding("whole", True, f"LoRA on {len(adapter.weights) // 2} modules, as when training started")
+    modules = sum(".lora_A" in name for name in adapter.weights)
+    return Finding("whole", True, f"LoRA on {modules} modules, as when training started")
 
 
 def _trained(adapter: Adapter) -> Finding:
-    if still := untrained(adapter.weights):
-        return Finding("trained", False, still)
     up = [name for name in adapter.weights if ".lora_B" in name]
     return Finding("trained", True, f"all {len(up)} lora_B have left the zero they start at")
 
@@ -142,9 +154,8 @@ def _base(adapter: Adapter, base: Path) -> Finding:
 def _merged(adapter: Adapter, base: Path) -> Finding:
     """Embeddings of a page and a query with the adapter beside the base, and folded into it."""
     params = adapter.identity["params"]
-    processor = ColIntern3_5Processor.from_pretrained(
-        adapter.folder, max_visual_tokens=params["max_visual_tokens"], max_query_tokens=params["max_query_tokens"]
-    )
+    bounds = {key: params[key] for key in ("max_visual_tokens", "max_query_tokens") if key in params}
+    processor = read_processor(adapter.folder, **bounds)
     page = Image.new("RGB", (600, 800), "white")
     ImageDraw.Draw(page).text((40, 60), "Invoice, 12 March\n\nTotal 318.40", fill="black", font_size=40)
     seen: list[Tensor] = []

@@ -1,53 +1,72 @@
 """A trained adapter as a model, its base with the same head before training, or a merged model, as params.yaml says."""
 
-import json
-from collections.abc import Mapping
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import AutoTokenizer
 
+from colintern.adapter_files import (
+    AdapterFiles,
+    find_value_fault,
+    read_adapter_config,
+    read_adapter_files,
+    read_json_object,
+    require_regular_file,
+    require_sound,
+)
 from colintern.model import ColIntern3_5
 from colintern.modeling.attention import implementation
 from colintern.params import Params, UserError
 from colintern.processor import ColIntern3_5Processor
 
+PROCESSOR_FILES = (  # where transformers finds a processor; the first is written by our own
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 
-def require_adapter(adapter: Path) -> None:
-    """Raises UserError where a folder holds no adapter."""
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        if not (adapter / name).is_file():
-            raise UserError(f"{adapter}: holds no {name}; run the stage that makes it: dvc repro train")
+
+def require_adapter(adapter: Path) -> AdapterFiles:
+    """Read an adapter folder and check what can be checked without its base.
+
+    Raises:
+        UserError: see `read_checked_adapter`.
+    """
+    files = read_adapter_files(adapter)
+    require_sound(files, None)
+    return files
 
 
 def require_merged(folder: Path) -> None:
-    """Raises UserError where the weights in a folder cannot be read or have no head."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not any("custom_text_proj.weight" in _names(file) for file in files):
+    """Raises UserError where the weights in a folder cannot be read, are no floats, or have no head."""
+    head = None
+    for file in sorted(folder.glob("*.safetensors")):
+        require_regular_file(file)
+        try:
+            with safe_open(file, "pt") as content:
+                for name in content.keys():  # noqa: SIM118 - not a dictionary
+                    if content.get_slice(name).get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                        raise UserError(f"{file}: {find_value_fault(name, content.get_tensor(name))}")
+                    if name.endswith("custom_text_proj.weight"):
+                        head = content.get_tensor(name)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{file}: cannot be read: {error}") from error
+        if head is not None and not head.any():
+            raise UserError(f"{file}: custom_text_proj.weight is all zero: every page would get the same vectors")
+    if head is None:
         raise UserError(
             f"{folder}: its weights have no custom_text_proj.weight, so it is a base before training; give an "
             f"adapter's folder, or one that was merged"
         )
-
-
-def _names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, "pt") as content:
-            return list(content.keys())
-    except SafetensorError as error:
-        raise UserError(f"{file}: cannot be read: {error}") from error
-
-
-def untrained(weights: Mapping[str, Tensor]) -> str:
-    """Which of an adapter's lora_B no step has moved, in words, "" if none: B starts at zero."""
-    up = {name: value for name, value in weights.items() if ".lora_B" in name}
-    still = [name for name, value in up.items() if not value.any()]
-    if not still:
-        return ""
-    which = "every lora_B" if len(still) == len(up) else f"{len(still)} of {len(up)} lora_B, such as {still[0]},"
-    return f"{which} is zero, as before the first step: nothing was learned there"
 
 
 def require_finite(model: nn.Module, folder: Path) -> None:
@@ -59,8 +78,8 @@ def require_finite(model: nn.Module, folder: Path) -> None:
 
 def require_base(params: Params, folder: Path) -> None:
     """Raises UserError where an adapter was trained on another base than `params.base`."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    name, revision = config["base_model_name_or_path"], config.get("revision") or ""
+    config = read_adapter_config(folder)
+    name, revision = config.base_model_name_or_path, config.revision or ""
     if (name, revision) != (params.base, params.base_revision):
         raise UserError(
             f"{folder}: was trained on base {name!r} at {revision!r}, but params.yaml has {params.base!r} at "
@@ -108,7 +127,44 @@ def _options(params: Params) -> dict[str, Any]:
 
 
 def load_processor(params: Params, adapter: Path) -> ColIntern3_5Processor:
-    """The adapter's processor, with the bounds that params set."""
-    return ColIntern3_5Processor.from_pretrained(
-        adapter, max_visual_tokens=params.max_visual_tokens, max_query_tokens=params.max_query_tokens
-    )
+    """The adapter's processor, with the bounds that params set.
+
+    Raises:
+        UserError: see `read_processor`.
+    """
+    return read_processor(adapter, max_visual_tokens=params.max_visual_tokens, max_query_tokens=params.max_query_tokens)
+
+
+def read_processor(folder: Path, **bounds: Any) -> ColIntern3_5Processor:
+    """Load the processor of an adapter or merged model from its folder; `bounds`: see `ColIntern3_5Processor`.
+
+    Raises:
+        UserError: a file is missing or damaged, which is named, or a bound is not valid.
+    """
+    for name in PROCESSOR_FILES:
+        if os.path.lexists(folder / name):
+            require_regular_file(folder / name)
+            if name != "tokenizer.json":  # the largest, and read by a library that bounds its depth
+                read_json_object(folder / name)
+        elif name in ("processor_config.json", "tokenizer.json"):
+            raise UserError(f"{folder}: holds no {name}; copy it from the run that trained it")
+    try:
+        return ColIntern3_5Processor.from_pretrained(folder, **bounds)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+        if any(f"{name}=" in reason for name in bounds):
+            raise UserError(f"{folder}: {error}") from error
+        raise UserError(f"{_blame_processor_file(folder)}: the processor cannot be loaded: {reason}") from error
+
+
+def _blame_processor_file(folder: Path) -> Path:
+    """Return the file that keeps the processor in a folder from being loaded."""
+    for name, load in (
+        ("tokenizer.json", lambda: Tokenizer.from_file(str(folder / "tokenizer.json"))),
+        ("tokenizer_config.json", lambda: AutoTokenizer.from_pretrained(folder)("a")),
+    ):
+        try:
+            load()
+        except Exception:
+            return folder / name
+    return folder / PROCESSOR_FILES[0]

@@ -9,13 +9,19 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
+from colintern.matching import match_names
+
 RANGE = re.compile(r"\\?\{\d+(?:\.\.|\\\.\\\.)\d+\\?\}")  # {0..27}, which a shell understands
 
 
 def matching(pattern: str, names: Iterable[str]) -> set[str]:
-    """The names that the regular expression matches whole; none if it is no regular expression."""
+    """The names that the regular expression matches whole; none if it is no regular expression.
+
+    Raises:
+        UserError: see `match_names`.
+    """
     try:
-        return {name for name in names if re.fullmatch(pattern, name)}
+        return match_names(pattern, names, "lora_targets")
     except re.error:
         return set()
 

@@ -18,6 +18,7 @@ from colintern.data.trainset import asked
 from colintern.files.identity import content_hash, versions
 from colintern.files.manifest import check_base
 from colintern.maxsim import maxsim_scores
+from colintern.model import read_checked_adapter
 from colintern.modeling.embed import embed_features, embed_queries
 from colintern.modeling.features import FEATURES, Page, PageFeatures
 from colintern.modeling.host import settle
@@ -55,6 +56,7 @@ def mine(params: Params, adapter: Path, limits: Limits) -> Found:
     require_adapter(adapter)
     base = check_base(params)
     require_base(params, adapter)
+    read_checked_adapter(adapter, base)
     settle(params.threads)
     train, pages, unfit = candidates(params)
     model, processor = load_adapter(params, base, adapter), load_processor(params, adapter)
