@@ -8,7 +8,6 @@ import json
 import os
 import re
 import stat
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,13 +26,14 @@ IDENTITY_FILE = "identity.json"
 HEAD_KEYS = ("custom_text_proj.bias", "custom_text_proj.weight")
 PREFIX = "base_model.model."  # of every tensor that PEFT saves
 MAX_JSON_BYTES = 16 * 2**20
+MAX_NUMBER = 10**9  # of lora_alpha and of ranks; far more is infinite in float32
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 State = dict[str, Tensor]
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= sys.float_info.max
+    return type(value) in (int, float) and 0 < value <= MAX_NUMBER
 
 
 def _is_name(value: Any) -> bool:
@@ -54,8 +54,8 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "peft_type": ("LORA", lambda value: value == "LORA"),
     "base_model_name_or_path": ("a folder or a hub id", lambda value: isinstance(value, str) and bool(value.strip())),
     "revision": ("a hub commit or null", lambda value: value is None or isinstance(value, str)),
-    "r": ("a whole number of 1 or more", lambda value: type(value) is int and value >= 1),
-    "lora_alpha": ("a number above 0", _is_number),
+    "r": ("a whole number from 1 to 10^9", lambda value: type(value) is int and 1 <= value <= MAX_NUMBER),
+    "lora_alpha": ("a number above 0 and at most 10^9", _is_number),
     "lora_dropout": ("a number from 0 to 1", lambda value: type(value) in (int, float) and 0 <= value <= 1),
     "target_modules": (
         "a regular expression, or a list of names",
@@ -68,8 +68,8 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "whole numbers",
         lambda value: value is None or all(type(n) is int for n in (value if isinstance(value, list) else [value])),
     ),
-    "rank_pattern": ("names with numbers above 0", _is_pattern),
-    "alpha_pattern": ("names with numbers above 0", _is_pattern),
+    "rank_pattern": ("names with numbers above 0 and at most 10^9", _is_pattern),
+    "alpha_pattern": ("names with numbers above 0 and at most 10^9", _is_pattern),
     "bias": ("none, all or lora_only", lambda value: value in ("none", "all", "lora_only")),
     "init_lora_weights": (  # others change the base's weights when the adapter is added
         "true, false, gaussian or orthogonal",
@@ -322,7 +322,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         elif key not in UNUSED and value and value != defaults.get(key):
             raise UserError(f"{file}: {key}: {show(value)} is not supported here; give an adapter without it")
     try:
-        config = LoraConfig(**{key: value for key, value in content.items() if key in defaults})
+        config = LoraConfig(**{key: value for key, value in content.items() if key in RULES})
     except Exception as error:
         raise UserError(f"{file}: PEFT cannot read it: {error}") from error
     config.task_type = None  # PEFT's class for a task adds methods that this model has no use for

@@ -22,6 +22,7 @@ from colintern.modeling.loading import (
     require_base,
     require_finite,
     require_merged,
+    require_processor_fit,
 )
 from colintern.mteb_model import ColIntern3_5Encoder
 from colintern.params import Params, root
@@ -102,6 +103,7 @@ def _encoder(
     identity: dict[str, Any],
 ) -> ColIntern3_5Encoder:
     require_finite(model, folder)
+    require_processor_fit(model, processor, folder)
     features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)
     settings = {key: value for key, value in identity["params"].items() if key not in ("pool_factor", "dim")}
     kept = fingerprint(identity | {"params": settings})  # what is kept is neither pooled nor cut

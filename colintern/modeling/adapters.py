@@ -19,7 +19,7 @@ from colintern.files.identity import read_identity
 from colintern.files.manifest import digests
 from colintern.model import ColIntern3_5, build_on_meta, expect_tensors
 from colintern.modeling.embed import embed_pages, embed_queries
-from colintern.modeling.loading import read_processor
+from colintern.modeling.loading import read_processor, require_processor_fit
 from colintern.modeling.weights import statistics
 from colintern.params import UserError, root
 
@@ -103,7 +103,10 @@ def check(adapter: Adapter, base: Path) -> list[Finding]:
     found = [_finite(adapter), _whole(adapter), _trained(adapter), _head(adapter)]
     # What any loader refuses, unless the comparison with the start has already said more.
     found = [
-        Finding(one.name, False, faults[one.name].message) if one.ok and one.name in faults else one for one in found
+        Finding(one.name, False, f"{faults[one.name].message} ({faults[one.name].file})")
+        if one.ok and one.name in faults
+        else one
+        for one in found
     ]
     found.append(right_base)
     if all(finding.ok for finding in found):
@@ -164,6 +167,7 @@ def _merged(adapter: Adapter, base: Path) -> Finding:
             model = ColIntern3_5.from_pretrained(adapter.folder, base=str(base), merge=merge, dtype=torch.float32)
         except (ValueError, RuntimeError) as error:
             return Finding("merged", False, f"cannot be loaded: {str(error).partition(chr(10))[0]}")
+        require_processor_fit(model, processor, adapter.folder)
         seen.append(
             torch.cat([*embed_pages(model, processor, [page], 1), *embed_queries(model, processor, [QUERY], 1)])
         )

@@ -1,10 +1,12 @@
 """A trained adapter as a model, its base with the same head before training, or a merged model, as params.yaml says."""
 
 import os
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import nn
@@ -31,6 +33,9 @@ PROCESSOR_FILES = (  # where transformers finds a processor; the first is writte
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
+REQUIRED_FILES = ("processor_config.json", "tokenizer.json", "tokenizer_config.json")
+MAX_TILE = 4096  # pixels
+IMAGE_TOKENS = ("start_image_token", "end_image_token", "context_image_token", "video_token")
 
 
 def require_adapter(adapter: Path) -> AdapterFiles:
@@ -146,25 +151,58 @@ def read_processor(folder: Path, **bounds: Any) -> ColIntern3_5Processor:
             require_regular_file(folder / name)
             if name != "tokenizer.json":  # the largest, and read by a library that bounds its depth
                 read_json_object(folder / name)
-        elif name in ("processor_config.json", "tokenizer.json"):
+        elif name in REQUIRED_FILES:
             raise UserError(f"{folder}: holds no {name}; copy it from the run that trained it")
     try:
-        return ColIntern3_5Processor.from_pretrained(folder, **bounds)
+        processor = ColIntern3_5Processor.from_pretrained(folder, **bounds)
+        _try_processor(processor)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
         if any(f"{name}=" in reason for name in bounds):
-            raise UserError(f"{folder}: {error}") from error
-        raise UserError(f"{_blame_processor_file(folder)}: the processor cannot be loaded: {reason}") from error
+            raise UserError(f"{folder / PROCESSOR_FILES[0]}: {error}") from error
+        raise UserError(f"{_blame_processor_file(folder)}: the processor cannot be used: {reason}") from error
+    return processor
+
+
+def _try_processor(processor: ColIntern3_5Processor) -> None:
+    """Process a query and a page, because transformers checks the values of a configuration when they are used."""
+    if type(processor.tile) is not int or not 1 <= processor.tile <= MAX_TILE:
+        raise ValueError(f"size: {processor.tile!r} is not valid; it must be 1 to {MAX_TILE}")
+    processor.process_queries(["a"])
+    pixels = processor.process_images([Image.new("RGB", (32, 32), "gray")])["pixel_values"]
+    if not pixels.isfinite().all():
+        raise ValueError("its image_mean and image_std give values that are not finite")
 
 
 def _blame_processor_file(folder: Path) -> Path:
-    """Return the file that keeps the processor in a folder from being loaded."""
-    for name, load in (
-        ("tokenizer.json", lambda: Tokenizer.from_file(str(folder / "tokenizer.json"))),
-        ("tokenizer_config.json", lambda: AutoTokenizer.from_pretrained(folder)("a")),
-    ):
-        try:
-            load()
-        except Exception:
-            return folder / name
+    """Return the file that keeps the processor in a folder from being used."""
+    try:
+        Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception:
+        return folder / "tokenizer.json"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        attrgetter(*IMAGE_TOKENS)(tokenizer)
+        tokenizer("a")
+    except Exception:
+        return folder / "tokenizer_config.json"
     return folder / PROCESSOR_FILES[0]
+
+
+def require_processor_fit(model: Any, processor: ColIntern3_5Processor, folder: Path) -> None:
+    """Raise UserError where the processor in a folder does not fit the model: sizes of a tile, tokens, vocabulary."""
+    config, tile = model.config, processor.tile
+    for key, have, want in (
+        ("image_processor.size", [tile, tile], list(config.vision_config.image_size)),
+        ("image_seq_length", processor.image_seq_length, config.image_seq_length),
+    ):
+        if have != want:
+            raise UserError(f"{folder / PROCESSOR_FILES[0]}: {key}: {have} is not valid; the model has {want}")
+    if processor.image_token_id != config.image_token_id:
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'}: context_image_token: {processor.image_token!r} has the id "
+            f"{processor.image_token_id}; the model expects {config.image_token_id}"
+        )
+    largest, size = max(processor.tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    if largest >= size:
+        raise UserError(f"{folder / 'tokenizer.json'}: has a token with the id {largest}; the model has {size} tokens")

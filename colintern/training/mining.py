@@ -22,7 +22,13 @@ from colintern.model import read_checked_adapter
 from colintern.modeling.embed import embed_features, embed_queries
 from colintern.modeling.features import FEATURES, Page, PageFeatures
 from colintern.modeling.host import settle
-from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
+from colintern.modeling.loading import (
+    load_adapter,
+    load_processor,
+    require_adapter,
+    require_base,
+    require_processor_fit,
+)
 from colintern.params import Params, root
 from colintern.training.negatives import Mined
 from colintern.training.pairs import Pair, candidates
@@ -60,6 +66,7 @@ def mine(params: Params, adapter: Path, limits: Limits) -> Found:
     settle(params.threads)
     train, pages, unfit = candidates(params)
     model, processor = load_adapter(params, base, adapter), load_processor(params, adapter)
+    require_processor_fit(model, processor, adapter)
     features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)
     features.fill(pages, params.workers)
     queries = list(dict.fromkeys(row.query for row in train))
