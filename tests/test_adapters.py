@@ -3,19 +3,21 @@
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, ROOT
+from conftest import BASE, ROOT, page_image
 from processes import Place
 from safetensors.torch import load_file, save_file
 from test_model import TARGETS, load
 
 from colintern.files.jsonfile import dumps
 from colintern.files.manifest import BASE_SUFFIXES, local_files
+from colintern.modeling.embed import embed_pages
 from colintern.modeling.features import Page, PageFeatures
 from colintern.modeling.lora import add_lora
 from colintern.params import load as load_params
@@ -100,6 +102,21 @@ def test_an_adapter_of_two_steps_passes_with_a_table_that_fits(top):
     assert report["start"][b]["std"] == 0 < report["now"][b]["std"]
     kept = load_file(top / "adapter" / "head.safetensors")["custom_text_proj.weight"]
     assert report["now"]["head"]["sha256"] == report["start"]["head"]["sha256"] and kept.std() > 0
+
+
+def test_its_readme_loads_it_here_and_in_plain_peft(top, processor, pages, monkeypatch):
+    monkeypatch.chdir(top)
+    text = Path("adapter/README.md").read_text()
+    assert "More Information Needed" not in text and "on `demo/base`" in text and "license" in text
+    ours, peft = re.findall(r"```python\n(.+?)```", text, re.S)
+    page_image("Oslo").save("adapter/page.png")
+    found: list[dict] = [{}, {"folder": "."}]
+    with contextlib.chdir("adapter"):
+        Path("demo").symlink_to("../demo")
+        exec(ours, found[0])
+        exec(peft, found[1])
+    pair = [embed_pages(names["model"].float(), processor, pages, 4) for names in found]
+    assert all(torch.equal(a, b) for a, b in zip(*pair, strict=True))
 
 
 def test_an_adapter_that_no_step_has_moved_is_refused(tmp_path, processor, pages):
