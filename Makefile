@@ -12,11 +12,24 @@ ENV := .venv/.installed
 unexport PYTHONDONTWRITEBYTECODE
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONUNBUFFERED=1
 
-.PHONY: repro test slow check env lock stale pr-report sensitivity study soak image docker-repro sbom image-proof \
+.PHONY: repro experiments test slow check env lock stale pr-report sensitivity study soak image docker-repro sbom image-proof \
   engine-proof
 
 repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
 	@$(RUN) dvc repro
+	if [ -n "$$(git status --porcelain -- dvc.lock metrics plots)" ]; then
+	  echo
+	  echo "Next: commit this run as the baseline that experiments are compared with, then run the first experiment:"
+	  echo "  git add dvc.lock metrics plots && git commit -m 'Baseline of this machine'"
+	  echo "  dvc exp run -S lr=3e-3     # in the environment: source .venv/bin/activate"
+	fi
+
+# What only-changed leaves of a wide table: the params that differ and the scores, within 80 columns.
+EXPERIMENTS := dvc exp show --no-pager --only-changed --keep '(dev_)?ndcg_at_5' \
+  --drop 'Created|Executor|loss|verdict|recall_at_100|ndcg_at_10|trainable|[^:]*/|requirements|Dockerfile'
+
+experiments: $(ENV)  ## all experiments: what they change and their scores; ARGS=-A for those of all commits
+	@$(RUN) $(EXPERIMENTS) $(ARGS)
 
 test: check  ## all tests, a process more than there are cores, since some wait, up to four
 	@processes=$$($(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')

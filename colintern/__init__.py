@@ -1,6 +1,7 @@
 """Train, evaluate and compare ColIntern3.5 visual document retrievers.
 
 rules        what a value of params.yaml must be
+terminal     text that is printed
 params       params.yaml as a checked object
 tiles        how a page is cut
 pixels       what any image is as a page
@@ -25,5 +26,3 @@ cli          finds them
 
 Each imports from those above it in this list and from its own; dvc.yaml says which stage reaches what.
 """
-
-__version__ = "0.1.0"

@@ -8,6 +8,7 @@ import difflib
 import errno
 import os
 import re
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -29,12 +30,16 @@ from colintern.rules import (
     Rule,
     at_least,
     between,
+    is_hub_id,
     mixture,
     one_of,
 )
+from colintern.terminal import escape_controls, escape_output
 
+COPIES = (".dvc", "tmp", "exps")  # where DVC makes copies of a project; those of --temp are in standalone there
 # Of what the place of a file is to blame for, not the program: somebody else's, read-only, full.
-PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, *FULL)
 
 
 class UserError(ValueError):
@@ -44,24 +49,56 @@ class UserError(ValueError):
 
 
 def root() -> Path:
-    """The repository that holds what git does not track: `dvc exp run --temp` runs in a copy without it."""
-    return Path(os.environ.get("DVC_ROOT") or ".")
+    """Return the folder of the pipeline, with the files that git does not track.
+
+    It is the working folder; in the copy that `dvc exp run --temp` or `--queue` makes below .dvc/tmp/exps, it is the
+    folder that was copied. DVC_ROOT does not tell: called from a stage of another DVC project, it names that project.
+    """
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # `dvc queue stop --kill` has deleted the copy
+        return Path(os.environ.get("DVC_ROOT") or ".")
+    parts = here.parts
+    for start in range(len(parts) - len(COPIES), 0, -1):
+        if parts[start : start + len(COPIES)] == COPIES:
+            project, (kind, *inner) = Path(*parts[:start]), parts[start + len(COPIES) :] or ("",)
+            folder = project.joinpath(*(inner[1:] if kind == "standalone" else inner))
+            return folder if (folder / "dvc.yaml").is_file() else project
+    return Path()
 
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Around a program's main (as `with` or as a decorator): a UserError is told on stderr, with its exit code; a file
-    or folder that may not be written or read likewise, with 2."""
+    """Around a program's main (as `with` or as a decorator): print a UserError on stderr and exit with its code; with 2
+    for a file or folder that may not be written or read, and for a full disk. What is printed meanwhile is escaped."""
     try:
-        yield
+        with escape_output():
+            yield
     except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print(escape_controls(f"error: {problem}"), file=sys.stderr)
         raise SystemExit(problem.exit_code) from problem
-    except OSError as problem:
-        if problem.errno not in PLACE or problem.filename is None:
+    except Exception as problem:
+        if not (words := _place_fault(problem)):
             raise
-        print(f"error: {problem.filename}: {problem.strerror}", file=sys.stderr)
+        print(escape_controls(f"error: {words}"), file=sys.stderr)
         raise SystemExit(UserError.exit_code) from problem
+
+
+def _place_fault(problem: Exception) -> str:
+    """Describe the fault of a file's place that an error tells of; "" if it tells of none.
+
+    A file that cannot be opened is named. The system names no file where a disk is full while one is written, and
+    libraries raise errors of their own over it; other errors that were handled on the way are not looked at.
+    """
+    if isinstance(problem, OSError) and problem.errno in PLACE and problem.filename is not None:
+        return f"{problem.filename}: {problem.strerror}"
+    behind: BaseException | None = problem
+    while behind is not None:
+        if isinstance(behind, OSError) and behind.errno in FULL:
+            free = shutil.disk_usage(root()).free / 1e6
+            return f"{os.strerror(behind.errno)}: {free:.1f} MB are free on the disk of {root().absolute()}; make room"
+        behind = behind.__cause__ or behind.__context__
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +111,7 @@ class Params:
     train_revision: Annotated[str, REVISION]
     train_corpus: str
     train_corpus_revision: Annotated[str, REVISION]
-    negatives: Annotated[int, at_least(0)]
+    negatives: Annotated[int, between(0, 1000)]
     negatives_file: str
     max_bad_fraction: Annotated[float, Rule("0 <= max_bad_fraction < 1", lambda value: 0 <= value < 1)]
     benchmarks: Annotated[tuple[str, ...], FILLED]
@@ -88,34 +125,35 @@ class Params:
     launch: Annotated[int | str, LAUNCH]
     lora_targets: Annotated[tuple[str, ...], PATTERN]
     lora_rank: Annotated[int, between(1, 1024)]
-    lora_alpha: Annotated[int, at_least(1)]
+    lora_alpha: Annotated[int, between(1, 65536)]
     lora_dropout: Annotated[float, Rule("0 <= lora_dropout < 1", lambda value: 0 <= value < 1)]
-    epochs: Annotated[int, at_least(1)]
+    epochs: Annotated[int, between(1, 100_000)]
     lr: Annotated[float, Rule("0 < lr <= 1", lambda value: 0 < value <= 1)]
     lr_scheduler: Annotated[str, one_of("linear", "cosine", "constant_with_warmup")]
-    warmup_steps: Annotated[int, at_least(0)]
+    warmup_steps: Annotated[int, between(0, 10**8)]
     weight_decay: Annotated[float, at_least(0)]
     max_grad_norm: Annotated[float, POSITIVE]
-    batch_size: Annotated[int, at_least(2)]
-    micro_batch_size: Annotated[int, at_least(1)]
+    batch_size: Annotated[int, between(2, 65536)]
+    micro_batch_size: Annotated[int, between(1, 10**8)]
     temperature: Annotated[float, POSITIVE]
     symmetric_loss: bool
-    logging_steps: Annotated[int, at_least(1)]
-    dev_queries: Annotated[int, at_least(1)]
-    save_steps: Annotated[int, at_least(1)]
+    logging_steps: Annotated[int, between(1, 10**8)]
+    dev_queries: Annotated[int, between(1, 10**8)]
+    save_steps: Annotated[int, between(1, 10**8)]
     tracker: Annotated[str, one_of("none", "wandb", "tensorboard", "trackio")]
-    eval_batch_size: Annotated[int, at_least(1)]
+    eval_batch_size: Annotated[int, between(1, 65536)]
     pool_factor: Annotated[int, between(1, 64)]
     dim: Annotated[int, between(1, 128)]
-    feature_cache_gb: Annotated[float, at_least(0)]
+    feature_cache_gb: Annotated[float, between(0, 10**6)]
     feature_cache_format: Annotated[str, one_of("exact", "fp8")]
-    embedding_cache_gb: Annotated[float, at_least(0)]
+    embedding_cache_gb: Annotated[float, between(0, 10**6)]
     seed: Annotated[int, between(0, 2**32 - 1)]
     deterministic: bool
-    threads: Annotated[int, at_least(1)]
-    workers: Annotated[int, at_least(0)]
+    threads: Annotated[int, between(1, 1024)]
+    workers: Annotated[int, between(0, 1024)]
 
 
+MAX_BYTES, MAX_DIGITS = 100_000, 4000  # of a file of settings, and of a number in it
 HINTS = get_type_hints(Params, include_extras=True)
 LIST = tuple[str, ...]
 KINDS: dict[Any, str] = {
@@ -136,7 +174,8 @@ def load(path: str | Path = "params.yaml") -> Params:
         UserError: the file cannot be read as a YAML mapping, or keys are missing, unknown, given twice, of the wrong
             type or out of range; every problem of the file is in the one message.
     """
-    raw, problems = _read(Path(path))
+    hint = "go to the repository root; if none is there, `colintern recipe demo` writes one"
+    raw, problems = read_mapping(Path(path), "`key: value` on each line", hint)
     found, more = _checked(raw)
     problems += more
     if problems:
@@ -183,36 +222,78 @@ def _checked(raw: dict[Any, Any]) -> tuple[dict[str, Any], list[str]]:
     return good, problems + _cross_problems(good)
 
 
-def _read(path: Path) -> tuple[dict[Any, Any], list[str]]:
-    """The file's mapping, and one problem for each key that stands in it more than once."""
+def read_mapping(path: Path, form: str, hint: str) -> tuple[dict[Any, Any], list[str]]:
+    """Read a YAML 1.2 file: its mapping, and one problem for each key that is given more than once.
+
+    Args:
+        path: the file, at most `MAX_BYTES` long.
+        form: what the file must hold, for the message.
+        hint: what to do where there is no such file.
+
+    Raises:
+        UserError: the file cannot be read, is too large, is no YAML mapping, or uses what a settings file does not
+            need: aliases, which can multiply without bound, merge keys, and numbers of thousands of digits.
+    """
     from ruamel.yaml import YAML  # here, because it takes longer to import than `colintern --help` may take
     from ruamel.yaml.error import YAMLError
 
     # YAML 1.2, because DVC writes `lr: 3e-05`, which a YAML 1.1 reader such as PyYAML takes for text.
     reader = YAML(typ="safe", pure=True)
-    reader.allow_duplicate_keys = True  # reported below, together with the file's other problems
+    reader.allow_duplicate_keys = True  # reported together with the file's other problems
     try:
-        text = path.read_bytes()
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise UserError(f"{path}: is larger than {MAX_BYTES:,} bytes, so it is no file of settings")
         node = reader.compose(text)
+        if fault := _node_fault(node):
+            raise UserError(f"{path}: {fault}")
         raw = reader.load(text)
     except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        hint = "; go to the repository root; if none is there, `colintern recipe demo` writes one" if missing else ""
-        raise UserError(f"{path}: cannot be read: {error.strerror}{hint}") from error
+        more = f"; {hint}" if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"{path}: cannot be read: {error.strerror}{more}") from error
     except (YAMLError, ValueError, RecursionError) as error:
         # ValueError: YAML takes 2026-13-45 for a date, and finds it impossible. RecursionError: [[[[[[...
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path}: is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: must be a mapping, `key: value` on each line; it holds {_show(raw)}")
+        raise UserError(f"{path}: must be a mapping, {form}; it holds {_show(raw)}")
+    return raw, list(_repeated_keys(node))
+
+
+def _repeated_keys(mapping: Any) -> Iterator[str]:
+    """Yield a problem for each key that a mapping, or one inside it, gives more than once."""
     seen = defaultdict(list)
-    for key, value in node.value:
+    for key, value in mapping.value:
         seen[str(key.value)].append(f"{str(value.value)[:80]} (line {key.start_mark.line + 1})")
-    problems = [
-        f"{key}: given {len(found)} times: {', '.join(found)}; keep one"
-        for key, found in seen.items()
-        if len(found) > 1
-    ]
-    return raw, problems
+        if value.id == "mapping":
+            yield from _repeated_keys(value)
+    for name, found in seen.items():
+        if len(found) > 1:
+            yield f"{name}: given {len(found)} times: {', '.join(found)}; keep one"
+
+
+def _node_fault(top: Any) -> str:
+    """The first thing in a YAML document that a settings file does not need, with its line; "" if there is none."""
+    waiting, seen = [top], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if id(node) in seen:
+            return f"an alias of what is on line {node.start_mark.line + 1}; write the value itself in each place"
+        seen.add(id(node))
+        if not isinstance(node.value, list):
+            digits = sum(map(str.isdigit, node.value))
+            if digits > MAX_DIGITS and digits > len(node.value) - 5:
+                return f"a number of {digits} digits on line {node.start_mark.line + 1}; at most {MAX_DIGITS} are read"
+            continue
+        for child in node.value:
+            waiting += child if isinstance(child, tuple) else [child]
+            if isinstance(child, tuple) and child[0].value == "<<":
+                return f"<<, a merge key, on line {child[0].start_mark.line + 1}; write the keys themselves"
+    return ""
 
 
 def _key_problems(raw: dict[Any, Any]) -> list[str]:
@@ -300,7 +381,7 @@ def _cross_problems(good: dict[str, Any]) -> list[str]:
 
 def on_hub(name: str) -> bool:
     """Whether a base or data set is a hub id: it looks like one, and no such folder is in the repository."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not (root() / name).is_dir()
+    return is_hub_id(name) and not (root() / name).is_dir()
 
 
 def at_commit(key: str, text: str, hint: str = "") -> tuple[str, str]:

@@ -62,6 +62,9 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
             )
         self.max_visual_tokens = max_visual_tokens
         self.max_query_tokens = max_query_tokens
+        # Only so many characters of a query are tokenized, since 16 MB would take minutes. Those beyond cannot be among
+        # its first tokens: each is at most as long as the longest, and NFC makes one character of four at most.
+        self.max_query_characters = 4 * max_query_tokens * max(map(len, self.tokenizer.get_vocab()))
         self.tokenizer.padding_side = "right"
         around = len(self._ids(self.query_prefix)) + len(self._tail(None))
         if max_query_tokens <= around:
@@ -165,11 +168,16 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
         for text in texts if texts is not None else queries or []:
             if not text.strip():
                 raise ValueError(f"query {text!r}: a query needs at least one word")
-            ids = self._ids(self.query_prefix + text)
+            ids = self._ids(self.query_text(text))
             if len(ids) > room:
-                logger.warning("query of %d tokens cut to %d (max_query_tokens): %.60r", len(ids), room, text)
+                more = " or more" if len(text) > self.max_query_characters else ""
+                logger.warning("query of %d tokens%s cut to %d (max_query_tokens): %.60r", len(ids), more, room, text)
             rows.append(ids[:room] + tail)
         return self._pad(rows)
+
+    def query_text(self, query: str) -> str:
+        """The text of a query that is tokenized: more than `max_query_tokens` can hold, and never megabytes."""
+        return self.query_prefix + query[: self.max_query_characters]
 
     def _tail(self, suffix: str | None) -> list[int]:
         return self._ids(self.query_augmentation_token * 10 if suffix is None else suffix)
@@ -178,8 +186,8 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
         """How many of the queries `process_queries` cuts, because they are longer than `max_query_tokens`."""
         room = self.max_query_tokens - len(self._tail(None))
         cut = 0
-        for start in range(0, len(queries), 1000):  # a tokenised query takes 4 kB
-            texts = [self.query_prefix + query for query in queries[start : start + 1000]]
+        for start in range(0, len(queries), 100):  # a tokenised query takes 4 kB, the longest takes megabytes
+            texts = [self.query_text(query) for query in queries[start : start + 100]]
             cut += sum(len(ids) > room for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"])
         return cut
 

@@ -3,13 +3,14 @@
     python -m stages.evaluate
 
 Input: params.yaml, experiments/colintern, data/manifest.json and what it names. Output: mteb's own files and what each
-query scored below results/mteb_evaluation, metrics/eval.json, plots/eval.csv; times go to logs/eval-timing.json, which
-is no out. Tasks that a run of the same model has finished are taken from .scratch.
+query scored below results/mteb_evaluation, all means in its eval.json; metrics/eval.json, plots/eval.csv (tasks) and
+plots/benchmarks.csv (means); times go to logs/eval-timing.json, which is no out. Tasks that a run of the same model has
+finished are taken from .scratch.
 """
 
-import csv
 from pathlib import Path
 
+from colintern.files.csvfile import write_csv
 from colintern.files.jsonfile import dumps
 from colintern.files.manifest import arrow_cache, ready
 from colintern.files.outs import check_outs, forget_ended
@@ -24,20 +25,26 @@ def main() -> None:
     arrow_cache()
     ready(params, evaluation=True)
     from colintern.data.benchmarks import tasks_for  # only now: `datasets` reads the environment when it is imported
-    from colintern.evaluation.scores import METRICS, SIZES, report, score_rows
+    from colintern.evaluation.scores import (
+        BENCHMARK_COLUMNS,
+        TASK_COLUMNS,
+        benchmark_rows,
+        report,
+        summarize_scores,
+        task_rows,
+    )
     from colintern.evaluation.subjects import subjects
     from colintern.evaluation.tasks import evaluate
     from colintern.evaluation.verdicts import table
 
     tasks_for(params)  # a misspelt name is refused before anything else is looked at
-    scores = evaluate(subjects(params, Path("experiments/colintern")), params, Path("results/mteb_evaluation"))
-    for folder in ("metrics", "plots"):
-        Path(folder).mkdir(exist_ok=True)
-    Path("metrics/eval.json").write_text(dumps(report(scores["trained"], scores.get("untrained"))))
-    with open("plots/eval.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ("benchmark", "task", "model", *METRICS, *SIZES), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(score_rows(scores))
+    out = Path("results/mteb_evaluation")
+    scores = evaluate(subjects(params, Path("experiments/colintern")), params, out)
+    Path("metrics").mkdir(exist_ok=True)
+    (out / "eval.json").write_text(dumps(report(scores["trained"], scores.get("untrained"))))
+    Path("metrics/eval.json").write_text(dumps(summarize_scores(scores["trained"])))
+    write_csv(Path("plots/eval.csv"), task_rows(scores["trained"]), TASK_COLUMNS)
+    write_csv(Path("plots/benchmarks.csv"), benchmark_rows(scores), BENCHMARK_COLUMNS)
     print(table(scores))
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from colintern.data import index
 from colintern.data.checks import check, check_benchmarks, quarantine
+from colintern.data.collected import MAX_QUERY_CHARACTERS
 from colintern.data.sources import fetch, parts, tokenizer
 from colintern.data.survey import look, survey, usable
 from colintern.files.jsonfile import dumps
-from colintern.files.manifest import MANIFEST, QUARANTINE, SURVEY, local
+from colintern.files.manifest import MANIFEST, QUARANTINE, SURVEY, arrow_cache, local
 from colintern.params import exit_on_user_error, load
 
 
@@ -25,6 +26,7 @@ def main() -> None:
     params = load()
     tasks = {}
     if not all(map(local, params.benchmarks)):
+        arrow_cache()
         from colintern.data.benchmarks import hub_data  # only now: it imports mteb, which takes seconds
 
         tasks = hub_data(params)
@@ -35,7 +37,11 @@ def main() -> None:
     bad, rows = quarantine(seen, own)
     Path(QUARANTINE).write_text(dumps({"rows": bad}))  # before anything below may refuse the data
     check(seen, bad, rows, params.max_bad_fraction)
-    Path(SURVEY).write_text(dumps(survey(seen, tokenizer(manifest))))
+    found = survey(seen, tokenizer(manifest))
+    for name, facts in found.items():
+        if cut := facts.get("queries cut"):
+            print(f"{name}: {cut} of {facts['queries']} queries have more than {MAX_QUERY_CHARACTERS} characters; cut")
+    Path(SURVEY).write_text(dumps(found))
     index.write(usable(seen))
     Path(MANIFEST).write_text(dumps(manifest))
     print(f"{len(bad)} of {sum(rows.values())} rows in {QUARANTINE}")

@@ -3,10 +3,11 @@
     python -m stages.train
 
 Input: params.yaml, data/manifest.json and what it names. Output: experiments/colintern (the adapter, its head,
-processor, trainer_state.json, identity.json), metrics/train.json, plots/train.csv and plots/dev.csv. An interrupted
-run goes on from its last checkpoint. `launch` says in how many processes; under a launcher its own are joined. Exit 2
-where a check of `colintern doctor` on model or machine fails, 3 when the study that started this run stops it, 5 when
-the loss is not finite, 6 when one page does not fit the memory, 75 after SIGTERM or Ctrl-C, with a checkpoint.
+processor, trainer_state.json, identity.json, health.json), metrics/train.json, plots/train.csv and plots/dev.csv. An
+interrupted run goes on from its last checkpoint. `launch` says in how many processes; under a launcher its own are
+joined. Exit 2 where a check of `colintern doctor` on model or machine fails, 3 when the study that started this run
+stops it, 5 when the loss is not finite, 6 when one page does not fit the memory, 75 after SIGTERM or Ctrl-C, with a
+checkpoint.
 """
 
 import os
@@ -41,7 +42,7 @@ def main() -> None:
 
         metrics = train(params, Path("experiments/colintern"), processes)
         if processes.main:
-            print(" ".join(f"{key}={value}" for key, value in metrics.items() if key != "health"))
+            print(" ".join(f"{key}={value}" for key, value in metrics.items()))
 
 
 if __name__ == "__main__":

@@ -2,18 +2,19 @@
 
     python -m stages.verify
 
-Input: params.yaml, the base's config, data/survey.json. Output: metrics/verify.json and the table on the terminal,
-metrics/data.json and plots/data.csv (`colintern data` prints them); exit 2 for a target that matches nothing, a missed
+Input: params.yaml, the base's config, data/survey.json. Output: metrics/verify.json, the table on the terminal and
+plots/data.csv (`colintern data` prints what it shows); exit 2 for a target that matches nothing, a missed
 custom_text_proj, or a vision module that is hit.
 """
 
 from pathlib import Path
 
-from colintern.data.inventory import inventory, metrics, write_csv
+from colintern.data.inventory import COLUMNS, inventory, survey_rows
+from colintern.files.csvfile import write_csv
 from colintern.files.jsonfile import dumps
 from colintern.files.manifest import ready
 from colintern.files.outs import check_outs
-from colintern.modeling.lora import METRICS, examine, faults, meta_model, table
+from colintern.modeling.lora import examine, faults, meta_model, table
 from colintern.params import UserError, exit_on_user_error, load
 
 
@@ -26,13 +27,10 @@ def main() -> None:
     print(table(params.base, counts))
     if wrong := faults(counts):
         raise UserError("\n  ".join(wrong))
-    found = inventory(params)
-    for folder in ("metrics", "plots"):
-        Path(folder).mkdir(exist_ok=True)
-    summary = {key: counts[key] for key in METRICS}
-    Path("metrics/verify.json").write_text(dumps(summary))
-    Path("metrics/data.json").write_text(dumps(metrics(found)))
-    write_csv(Path("plots/data.csv"), found)
+    found = inventory(params.max_visual_tokens)
+    Path("metrics").mkdir(exist_ok=True)
+    Path("metrics/verify.json").write_text(dumps({"trainable_parameters": counts["trainable_parameters"]}))
+    write_csv(Path("plots/data.csv"), survey_rows(found), COLUMNS)
 
 
 if __name__ == "__main__":

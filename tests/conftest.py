@@ -1,6 +1,8 @@
 """Fixtures: the demo base is small enough to be loaded by any test."""
 
+import contextlib
 import os
+import socket
 from pathlib import Path
 
 # Before torch is imported, here and in the processes that tests start: a second thread slows such small models down.
@@ -56,3 +58,41 @@ def page_image(word: str) -> Image.Image:
     image = Image.new("RGB", (112, 112), "white")
     ImageDraw.Draw(image).text((10, 30), word, fill="black")
     return image
+
+
+# What stands in for a file and is none: reading the first three would never end, the others end in an error.
+IRREGULAR = {
+    "a named pipe": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a socket": lambda path: _socket(path),
+    "a folder": Path.mkdir,
+    "a dangling link": lambda path: path.symlink_to("nowhere"),
+    "a loop of links": lambda path: path.symlink_to(path.name),
+}
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as one, contextlib.chdir(path.parent):
+        one.bind(path.name)  # a path of more than 107 characters is refused
+
+
+def irregular_files(folder: Path, suffix: str) -> list[str]:
+    """Put one of each kind of `IRREGULAR` into a folder; their names with their kinds."""
+    for number, make in enumerate(IRREGULAR.values()):
+        make(folder / f"odd{number}{suffix}")
+    return [f"odd{number}{suffix}{'/' * (kind == 'a folder')} ({kind})" for number, kind in enumerate(IRREGULAR)]
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.fixture
+def fake_gs(tmp_path, monkeypatch) -> Path:
+    """A file that appears when Ghostscript is run."""
+    marker, folder = tmp_path / "ghostscript-was-run", tmp_path / "path"
+    folder.mkdir()
+    (folder / "gs").write_text(f"#!/bin/sh\ntouch {marker}\n")
+    (folder / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # Pillow remembers that there is none
+    return marker

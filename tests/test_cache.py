@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import IRREGULAR
 
 from colintern.modeling import cache as module
 from colintern.modeling.cache import TensorCache
@@ -151,6 +152,28 @@ def test_a_damaged_shard_is_dropped_with_a_word_and_filled_again(tmp_path, caplo
     cache.put("k2", tensor(2))
     cache.flush()
     assert torch.equal(TensorCache(tmp_path, "a", MB).get("k2"), tensor(2))
+
+
+def test_a_shard_that_is_no_regular_file_is_never_opened_and_named_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    filled(tmp_path, "a", range(3))
+    for number, make in enumerate(IRREGULAR.values()):
+        make(Path("a", f"odd{number}.safetensors"))
+    Path("a", "odd.partial").mkdir()
+    cache = filled(tmp_path, "a", range(3, 6))
+    cache.put("k6", tensor(6))
+    cache.flush()
+    assert all(torch.equal(cache.get(f"k{key}"), tensor(key)) for key in range(7)) and not cache.full
+    for number, kind in enumerate(IRREGULAR):
+        assert (
+            caplog.text.count(f"odd{number}.safetensors: cannot be read, its tensors are computed again: it is {kind}")
+            == 1
+        )
+    [shard, *_] = (path for path in shards(tmp_path) if path.is_file() and "odd" not in path.name)
+    late = TensorCache(tmp_path, "a", MB)
+    shard.unlink()
+    os.mkfifo(shard)
+    assert [late.get(f"k{key}") is None for key in range(7)].count(True) >= 1, "nor one that was found regular"
 
 
 def test_deleting_the_folder_under_a_reader_costs_no_more_than_the_tensors(tmp_path):

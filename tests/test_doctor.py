@@ -14,7 +14,7 @@ import torch
 from conftest import BASE, ROOT
 from hub import Fault, running
 
-from colintern.modeling.bases import preset
+from colintern.modeling.bases import at_hand, preset
 from colintern.params import UserError, load
 from colintern.planning.doctor import CHECKS, FAIL, PASS, WARN, Facts, examined, facts_for, hold
 from colintern.planning.machine import Machine, _memory, cpu_bf16, machine
@@ -23,7 +23,7 @@ from colintern.planning.surroundings import AROUND, Surroundings, _asked, hub_re
 DEMO, RECIPE = (load(ROOT / "recipes" / f"{name}.yaml") for name in ("demo", "internvl3_5-1b"))
 GPU = Machine(1, "580.95.05", "2.13.0", "13.0", "NVIDIA A100", 80 << 30, False, True, True, 60 << 30, 10**12, 0)
 CPU = dataclasses.replace(GPU, cards=0, driver="", gpu="", gpu_bytes=0, flash_attn=False)
-AROUND_1B = Surroundings(False, "", "abc1234", 0, True, ("store",), "store", ("a/b",), (), "", True, (), False)
+AROUND_1B = Surroundings(False, "", "abc1234", 0, True, ("store",), "store", ("a/b",), (), "", True, (), False, "")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,8 @@ def test_both_recipes_pass_every_check_on_a_machine_that_fits(counted):
 def test_the_checklist_of_the_guide_is_all_there():
     assert list(CHECKS) + list(AROUND) == [
         *("epochs", "effective batch", "learning rate", "LoRA on", "target modules", "head included", "vision frozen"),
-        *("bf16", "attention kernel", "disk", "memory", "driver and CUDA", "git", "DVC remote", "hub access", "W&B"),
+        *("bf16", "attention kernel", "disk", "memory", "driver and CUDA", "git", "path", "DVC remote"),
+        *("hub access", "W&B"),
     ]
 
 
@@ -145,6 +146,8 @@ def test_the_demo_trains_on_the_cpu_of_a_machine_whose_gpu_torch_cannot_use(coun
         ("git", {"git": "fatal: detected dubious ownership in repository"}, FAIL, "dubious"),
         ("git", {"changed": 2}, WARN, "2 changed files"),
         ("git", {"committer": False}, WARN, "no committer"),
+        ("path", {}, PASS, "DVC can copy"),
+        ("path", {"odd_path": "ü#"}, WARN, "has 'ü#'"),
         ("DVC remote", {}, PASS, "store"),
         ("DVC remote", {"default_remote": ""}, WARN, "none the default"),
         ("DVC remote", {"default_remote": "", "remotes": ()}, WARN, "nobody else"),
@@ -209,13 +212,15 @@ def test_the_demo_is_well_and_fits_the_terminal(repo):
     done = doctor(repo)
     assert done.returncode == 0, done.stdout + done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80 and "\033" not in done.stdout
-    assert [line[:4] for line in done.stdout.splitlines() if line[:1] in "pwf" and line[4:6] == "  "] == ["pass"] * 16
+    assert [line[:4] for line in done.stdout.splitlines() if line[:1] in "pwf" and line[4:6] == "  "] == ["pass"] * 17
 
 
 def test_what_fails_is_the_exit_code_and_no_secret_is_told(repo):
     text = (repo / "params.yaml").read_text()
     (repo / "params.yaml").write_text(
-        text.replace("- custom_text_proj", "- custom_proj").replace("lr: 0.006", "lr: 0.02")
+        text.replace("- custom_text_proj", "- custom_proj")
+        .replace("lr: 0.006", "lr: 0.02")
+        .replace("base: demo/base", f"base: {repo / 'demo' / 'base'}")
     )
     (repo / ".dvc").mkdir()
     (repo / ".dvc" / "config").write_text(
@@ -227,8 +232,16 @@ def test_what_fails_is_the_exit_code_and_no_secret_is_told(repo):
     status = {check["name"]: check["status"] for check in report["checks"]}
     assert {name for name, word in status.items() if word == FAIL} == {"target modules", "head included"}
     assert {name for name, word in status.items() if word == WARN} == {"learning rate", "git", "DVC remote", "W&B"}
-    assert (report["pass"], report["warn"], report["fail"]) == (10, 4, 2)
+    assert (report["pass"], report["warn"], report["fail"]) == (11, 4, 2)
     assert "s3cret" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("base", ["./demo/base", "demo/base/", "demo//base", str(BASE)])
+def test_a_base_may_be_any_path_of_a_folder(base, repo, monkeypatch):
+    monkeypatch.chdir(repo)
+    assert at_hand(dataclasses.replace(DEMO, base=base)).model_type == "internvl"
+    with pytest.raises(UserError, match=r"nowhere/config\.json cannot be used: No such file"):
+        at_hand(dataclasses.replace(DEMO, base=f"{base}/nowhere"))
 
 
 def test_colour_only_on_a_terminal_that_wants_it(repo):

@@ -25,7 +25,8 @@ from test_survey import PAGES, SET, row, write_rows
 
 ADAPTER = Path("experiments/colintern")
 BENCHMARKS = ("data/own/one", "data/own/two")
-WRITTEN = ("results/mteb_evaluation", "metrics/eval.json", "plots/eval.csv")
+MEANS = "results/mteb_evaluation/eval.json"
+WRITTEN = ("results/mteb_evaluation", "metrics/eval.json", "plots/eval.csv", "plots/benchmarks.csv")
 MERGED = "someone/merged", "b" * 40
 SHARED = "someone/adapter", "c" * 40
 
@@ -251,7 +252,7 @@ def test_page_embeddings_are_kept_and_smaller_pages_are_made_of_them(place, whol
         (row["pool_factor"], row["dim"]): float(row["bytes_per_page"]) for row in rows if row["benchmark"] == "two"
     }
     assert len(rows) == 2 * 4 and found["1", "32"] == found["1", "128"] / 4 and found["2", "128"] < found["1", "128"]
-    full = json.loads(whole["metrics/eval.json"])["two"]
+    full = json.loads(whole[MEANS])["two"]
     assert found["1", "128"] == full["bytes_per_page"] == full["vectors_per_page"] * 128 * 2
     assert (place.folder / "results/sizes/sizes.svg").read_text().count("<text") == 0, "letters are drawn, not named"
     assert place.run(never_load, command=command) == 0, place.log
@@ -269,7 +270,7 @@ def test_the_command_gives_what_the_stage_gives_and_leaves_its_out_alone(place, 
     [out] = (place.folder / "results/evaluate").iterdir()
     assert out.name.startswith("colintern-") and not (place.folder / WRITTEN[0]).exists()
     assert not (place.folder / "metrics/eval.json").exists()
-    assert metrics(out / "eval.json") == {"two": json.loads(whole["metrics/eval.json"])["two"]}
+    assert metrics(out / "eval.json") == {"two": json.loads(whole[MEANS])["two"]}
     assert "two, mean of 1" in place.log
     assert place.run(at_call, 3, leave) == 0, "the stage takes what the command has finished, and runs the other task"
     assert place.result() == whole
@@ -286,7 +287,7 @@ def test_another_batch_size_is_another_run(place):
 def test_a_merged_model_scores_as_its_adapter(place, whole):
     assert place.run(command="evaluate merged") == 0, place.log
     [out] = (place.folder / "results/evaluate").iterdir()
-    merged, adapter = metrics(out / "eval.json"), json.loads(whole["metrics/eval.json"])
+    merged, adapter = metrics(out / "eval.json"), json.loads(whole[MEANS])
     for name in ("one", "two"):
         assert "untrained" in adapter[name] and "untrained" not in merged[name]
         assert merged[name]["ndcg_at_5"] == pytest.approx(adapter[name]["ndcg_at_5"], abs=1e-3)
@@ -323,7 +324,7 @@ def test_in_a_program_of_ones_own_mteb_scores_an_adapter_as_here(place, whole, t
     names = {"loaded": "colintern", "merged": "colintern", "by name": "mine", "meta": "mine"}
     assert [(name, model) for name, model, _, _ in found] == [(n, f"colintern/{m}") for n, m in names.items()]
     weights = hashlib.sha256((place.folder / ADAPTER / "adapter_model.safetensors").read_bytes()).hexdigest()
-    want = json.loads(whole["metrics/eval.json"])["two"]
+    want = json.loads(whole[MEANS])["two"]
     assert 0 < want["ndcg_at_5"] < 1, "neither trivial nor hopeless"
     for name, _, revision, scores in found:
         assert revision == weights[:40]
@@ -386,7 +387,7 @@ def test_a_peer_that_mteb_knows_stands_in_the_same_table(place, whole):
     command = f"evaluate {PEER[0]} --benchmarks {BENCHMARKS[1]} --out results/peer"
     assert place.run(register_peer, command=command) == 0, place.log
     assert f"loaded {PEER[0]} {PEER[1]}" in place.out and "two, mean of 1" in place.out
-    out, ours = place.folder / "results/peer", json.loads(whole["metrics/eval.json"])["two"]
+    out, ours = place.folder / "results/peer", json.loads(whole[MEANS])["two"]
     found = metrics(out / "eval.json")["two"]
     assert found.keys() == ours.keys() - {"untrained", "vectors_per_page", "bytes_per_page"}
     place_of = out / "results" / PEER[0].replace("/", "__") / PEER[1]
@@ -479,4 +480,4 @@ def test_a_model_on_the_hub_by_its_commit(place, whole):
     assert f"model: '{SHARED[0]}@{'d' * 40}' cannot be fetched: " in loaded.stdout
     [out] = (place.folder / "results/evaluate").iterdir()
     found = metrics(out / "eval.json")["two"]["ndcg_at_5"]
-    assert found == pytest.approx(json.loads(whole["metrics/eval.json"])["two"]["ndcg_at_5"], abs=1e-3)
+    assert found == pytest.approx(json.loads(whole[MEANS])["two"]["ndcg_at_5"], abs=1e-3)

@@ -4,9 +4,12 @@ The model is a small module that keeps the contract of `ColIntern3_5`: a page is
 names colours, and each colour has a fixed embedding. Pages and queries differ in length, so padding is at work.
 """
 
+import fcntl
 import json
 import math
+import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -18,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import EPS
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -28,10 +32,20 @@ from colintern.data.benchmarks import tasks_for
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import decode, png_bytes
 from colintern.evaluation import tasks as evaluation
-from colintern.evaluation.scores import METRICS, SIZES, Scores, collect, report, score_rows, size
+from colintern.evaluation.scores import (
+    METRICS,
+    SIZES,
+    Scores,
+    benchmark_rows,
+    collect,
+    report,
+    size,
+    summarize_scores,
+    task_rows,
+)
 from colintern.evaluation.subjects import Subject, subjects
 from colintern.evaluation.verdicts import band, table, target
-from colintern.files.manifest import BEIR_SUFFIXES, local_files
+from colintern.files.manifest import BEIR_SUFFIXES, arrow_name, local_files
 from colintern.maxsim import maxsim_scores, ndcg_at_k
 from colintern.modeling.embed import embed_pages, embed_queries
 from colintern.modeling.features import PageFeatures
@@ -236,7 +250,10 @@ def test_pages_that_pyarrow_wrote_without_the_metadata_of_datasets_are_images(pa
     assert found == expected
 
 
-def test_a_folder_is_read_as_it_is_now(params):
+def test_a_folder_is_read_as_it_is_now(params, monkeypatch):
+    arrow = Path("data/.arrow")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", arrow.absolute())
+
     def pages() -> int:
         [(_, task)] = tasks_for(write_manifest(FOLDER))
         task.load_data()
@@ -246,6 +263,24 @@ def test_a_folder_is_read_as_it_is_now(params):
     corpus = next(Path(FOLDER).glob("corpus/*.parquet"))
     pq.write_table(pq.read_table(corpus).slice(0, PAGES - 1), corpus)
     assert pages() == PAGES - 1, "the card is the same"
+
+    def folders_after(**env: str) -> set[str]:
+        program = "from colintern.files.manifest import arrow_cache; arrow_cache()"
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | env
+        subprocess.run([sys.executable, "-c", program], env=env, check=True)
+        return {path.name for path in arrow.iterdir() if path.is_dir()}
+
+    named = arrow_name(json.loads(Path("data/manifest.json").read_text())["evaluation"][FOLDER])
+    (arrow / "mine").mkdir()
+    for name in (named, "0" * 40):  # as `datasets` names the locks of data from the hub
+        (arrow / f"_data_.arrow_{name}_corpus_0.0.0.lock").touch()
+    (arrow / ".lock").touch()
+    with (arrow / ".lock").open() as reader:
+        fcntl.flock(reader, fcntl.LOCK_SH)
+        assert len(folders_after()) == 3, "another process may be reading what the manifest does not name"
+    assert folders_after() == {named, "mine"}
+    assert {path.name for path in arrow.glob("*.lock")} == {".lock", f"_data_.arrow_{named}_corpus_0.0.0.lock"}
+    assert pages() == PAGES - 1
 
 
 def test_a_page_without_image_is_named(params):
@@ -257,6 +292,18 @@ def test_a_page_without_image_is_named(params):
     pq.write_table(table.set_column(index, table.field("image"), pa.array(images, table.field("image").type)), corpus)
     with pytest.raises(UserError, match="page corpus-test-3 of the evaluation corpus has no image"):
         evaluate(subject(ColourModel(), ColourProcessor()), write_manifest(FOLDER), "out")
+
+
+def test_postscript_in_a_corpus_is_named_and_starts_no_program(params, fake_gs):
+    corpus = next(Path(FOLDER).glob("corpus/*.parquet"))
+    table = pq.read_table(corpus)
+    images = table["image"].to_pylist()
+    images[3] = {"bytes": EPS, "path": "page.png"}
+    index = table.schema.get_field_index("image")
+    pq.write_table(table.set_column(index, table.field("image"), pa.array(images, table.field("image").type)), corpus)
+    with pytest.raises(UserError, match=r"page 'page\.png': not an image: .*%!PS"):
+        evaluate(subject(ColourModel(), ColourProcessor()), write_manifest(FOLDER), "out")
+    assert not fake_gs.exists()
 
 
 def test_a_broken_model_is_an_error(params):
@@ -495,12 +542,26 @@ def test_report_rows_and_table():
     assert report(after, None) == after
     metrics = report(after, before)["ViDoRe(v1)"]
     assert metrics["untrained"] == dict.fromkeys(METRICS, 0.1) and metrics["ndcg_at_5"] == 0.8
-    rows = score_rows({"trained": after, "untrained": before})
-    assert [(row["model"], row["ndcg_at_5"]) for row in rows] == [("trained", 0.8), ("untrained", 0.1)]
+    [row] = task_rows(after)
+    assert row == {"task": "SyntheticDocQAGovernmentReports"} | dict.fromkeys(METRICS, 0.8) | size(1000, 10, 128)
+    assert [(row["mean"], row["ndcg_at_5"]) for row in benchmark_rows({"trained": after, "untrained": before})] == [
+        ("ViDoRe(v1), trained", 0.8), ("ViDoRe(v1), untrained", 0.1)
+    ]  # fmt: skip
     lines = table({"trained": after, "untrained": before}).splitlines()
     assert lines.index("") == 5 and max(map(len, lines)) <= 80
     assert lines[2].endswith("excellent") and lines[-1].split() == ["this", "run", "80.0"]
     assert "GovernmentReports" in lines[1] and "80.0" in lines[1] and "10.0" in lines[4]
+
+
+def test_summary_counts_each_task_once_and_adds_no_key_for_a_task():
+    def scores(**tasks: float) -> dict:
+        rows = {name: dict.fromkeys(METRICS, value) for name, value in tasks.items()}
+        return dict.fromkeys(METRICS, sum(tasks.values()) / len(tasks)) | {"tasks": rows}
+
+    summary = summarize_scores({"one": scores(A=0.2, B=0.4), "two": scores(B=0.4, C=0.9)})
+    assert {key: summary[key] for key in METRICS} == dict.fromkeys(METRICS, 0.5)
+    assert summary.keys() == {*METRICS, "tasks"} and isinstance(summary["tasks"], list)
+    assert [(row["task"], row["benchmark"]) for row in summary["tasks"]] == [("A", "one"), ("B", "two"), ("C", "two")]
 
 
 def test_embedding_leaves_the_training_mode_as_it_was():

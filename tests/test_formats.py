@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -47,6 +48,24 @@ print(json.dumps({
     "qrels": task.relevant_docs["test"],
 }))
 """
+
+
+def test_a_page_of_many_rows_is_held_once_and_written_as_if_it_were_held_for_each(tmp_path):
+    rows = [TrainingRow(page(n // 60), f"{n // 60}.png", f"question {n}", page="1") for n in range(230)]
+    rows.append(TrainingRow(page(0), "again.png", "question", answer="a"))
+    file = write_training_split(tmp_path, "train", rows)
+    schema = formats._schema({"image": formats.IMAGE_TYPE} | dict.fromkeys(formats.TEXT_COLUMNS, pa.string()))
+    with pq.ParquetWriter(
+        tmp_path / "plain.parquet", schema, version="2.6", compression="snappy", dictionary_pagesize_limit=2**30
+    ) as writer:
+        for start in range(0, len(rows), formats.ROW_GROUP):
+            group = [vars(row) | {"image": formats._image(row.image, row.image_filename)} for row in rows[start:][:100]]
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+    assert file.read_bytes() == (tmp_path / "plain.parquet").read_bytes()
+    [table] = [
+        formats._table([{"image": formats._image(page(7), "x")}] * 100, pa.schema([("image", formats.PAGE_TYPE)]))
+    ]
+    assert table.nbytes < 2 * len(page(7)) + 100 * 16
 
 
 def page(shade: int) -> bytes:

@@ -425,8 +425,13 @@ def test_digests_are_remembered_until_a_file_changes(tmp_path):
     assert Digests(record)(file, anew=True) == one
     os.utime(file)
     assert Digests(record)(file) == one
-    record.write_text('{"')
-    assert Digests(record)(file) == one
+    for damaged in ('{"', "[]", "null", '{"a": 1}', json.dumps({str(file): ["x", 1, 2, 3]}), "[" * 100_000, "\0"):
+        record.write_text(damaged)
+        assert Digests(record).many([file]) == [one], damaged
+        assert json.loads(record.read_text()).keys() == {str(file)}, "the record is whole again"
+    record.unlink()
+    (record / "folder").mkdir(parents=True)
+    assert Digests(record).many([file]) == [one] and record.is_file()
 
 
 LOAD = """

@@ -140,8 +140,13 @@ def test_the_recipe_trains_and_evaluates_without_another_word_to_the_hub(repo, h
     assert ran(repo.output(documented("dvc repro train"))) == ["train"]
     assert ran(repo.output(documented("dvc repro eval"))) == ["eval"]
     assert hub.requests == []
-    assert repo.metric("train")["steps"] == ROWS // 8
-    scores = repo.metric("eval")
+    state = json.loads((repo.path / "experiments/colintern/trainer_state.json").read_text())
+    assert state["global_step"] == ROWS // 8
+    summary = repo.metric("eval")
+    assert sorted(row["task"] for row in summary["tasks"]) == sorted(task.name for task in TASKS)
+    mean = sum(row["ndcg_at_5"] for row in summary["tasks"]) / len(TASKS)
+    assert summary["ndcg_at_5"] == pytest.approx(mean, abs=1e-5)
+    scores = json.loads((repo.path / "results/mteb_evaluation/eval.json").read_text())
     assert list(scores) == ["ViDoRe(v1)", "ViDoRe(v2)", V3]
     assert sorted(name for found in scores.values() for name in found["tasks"]) == sorted(t.name for t in TASKS)
     assert len(scores[V3]["languages"]) == 6

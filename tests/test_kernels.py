@@ -171,7 +171,7 @@ def test_the_kernel_trains_and_evaluates_as_sdpa_does_without_a_word_to_the_hub(
         manifest = workspace.json("data/manifest.json")
         assert identity["kernel"] == (manifest["kernel"] if chosen == KERNEL else None)
         assert identity["params"]["attention"] == chosen
-        results[chosen] = (workspace.json("metrics/train.json"), workspace.json("metrics/eval.json"))
+        results[chosen] = (workspace.json("metrics/train.json"), workspace.json("results/mteb_evaluation/eval.json"))
     (own, own_scores), (sdpa, sdpa_scores) = results.values()
     assert own["loss"] == pytest.approx(sdpa["loss"], rel=1e-4)
     assert scores(own_scores) == pytest.approx(scores(sdpa_scores), abs=1e-4)

@@ -9,11 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import IRREGULAR, ROOT
+from huggingface_hub import constants
 
+from colintern.data import index
+from colintern.data.index import INDEX
 from colintern.data.trainset import asked, training_data
-from colintern.files.manifest import benchmark_folder, check_base, local_files
-from colintern.params import UserError, load
+from colintern.files import hub
+from colintern.files.digests import Digests
+from colintern.files.hub_errors import Repo
+from colintern.files.manifest import MANIFEST, QUARANTINE, SURVEY, benchmark_folder, check_base, local_files, read
+from colintern.params import UserError, load, root
 
 
 @pytest.fixture
@@ -43,6 +49,22 @@ def test_what_is_whole_is_found(fetched):
     found = ("demo", Path("data/demo/train"), ["data/train-0.parquet"], 1)
     assert training_data(load()) == ([found], None, None)
     assert benchmark_folder("demo") == Path("data/demo/beir")
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_a_cached_file_that_is_no_regular_file_is_never_opened_and_named(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "cache")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    file = hub.HubFile(Repo("base", "owner/name", "a" * 40, "model"), "config.json", 1, "b" * 64)
+    file.cached.parent.mkdir(parents=True)
+    IRREGULAR[kind](file.cached)
+    # What the link of a cached file leads to may be deleted: then the file is missing, and fetched again.
+    message = (
+        "HF_HUB_OFFLINE" if kind == "a dangling link" else f"config.json: is {kind}, not a regular file; delete it"
+    )
+    with pytest.raises(UserError, match=message):
+        hub.get([file], Digests(tmp_path / "digests.json"))
 
 
 def test_a_missing_page_file_is_named(fetched):
@@ -76,13 +98,27 @@ def test_an_untracked_base_is_found_from_the_copy_dvc_makes_for_an_experiment(fe
     Path("own").mkdir()
     Path("demo/base").rename("own/base")
     fetched["base"]["folder"] = "own/base"
-    Path("copy/data").mkdir(parents=True)
-    Path("copy/data/manifest.json").write_text(json.dumps(fetched))
     text = Path("params.yaml").read_text().replace("base: demo/base", "base: own/base")
-    Path("copy/params.yaml").write_text(text)
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.chdir("copy")
-    assert check_base(load()) == f"{tmp_path}/own/base"
+    for name in ("queued", "standalone/temp"):
+        copy = tmp_path / ".dvc" / "tmp" / "exps" / name
+        (copy / "data").mkdir(parents=True)
+        (copy / "data" / "manifest.json").write_text(json.dumps(fetched))
+        (copy / "params.yaml").write_text(text)
+        monkeypatch.chdir(copy)
+        assert check_base(load()) == f"{tmp_path}/own/base"
+
+
+def test_the_project_is_found_in_a_sub_folder_and_from_a_stage_of_another_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "outer"))
+    pipeline = tmp_path / "pipeline"
+    copied, copied_below = (pipeline / f".dvc/tmp/exps/{name}/pipeline" for name in ("a", "standalone/b"))
+    for folder in (tmp_path / "outer", pipeline, pipeline / "below", copied, copied_below / "below"):
+        folder.mkdir(parents=True)
+    (pipeline / "below" / "dvc.yaml").touch()
+    for here, found in ((pipeline, "."), (copied, str(pipeline)), (copied_below.parent / "below", str(pipeline))):
+        here.mkdir(exist_ok=True)
+        monkeypatch.chdir(here)
+        assert str(root()) == (f"{pipeline}/below" if here.name == "below" else found)
 
 
 @pytest.mark.parametrize("name", ["../outside.parquet", "/etc/passwd"])
@@ -112,3 +148,13 @@ def test_a_stage_run_by_hand_without_its_inputs_says_what_to_run(fetched, stage)
     assert done.returncode == 2, done.stderr
     assert "error:" in done.stderr
     assert "dvc repro" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"base": 1}', "[" * 100_000, "\0", '{"demo": 3}'])
+@pytest.mark.parametrize("name", [MANIFEST, QUARANTINE, SURVEY, INDEX])
+def test_a_damaged_file_of_fetch_data_names_the_stage_that_makes_it_again(fetched, name, text):
+    if (name, text) == (SURVEY, "{}"):
+        return  # of no data sets
+    Path(name).write_text(text)
+    with pytest.raises(UserError, match=f"{name}: damaged: .*; make it again: dvc repro -f fetch-data"):
+        index.read() if name == INDEX else read(name)

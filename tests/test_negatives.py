@@ -224,7 +224,7 @@ def test_mined_negatives_train(tmp_path):
     done = colintern("--top", "0")
     assert done.returncode == 2 and "--top: 0 is not valid" in done.stderr
     done = colintern("--adapter", "nowhere")
-    assert done.returncode == 2 and "nowhere: holds no adapter_model.safetensors" in done.stderr
+    assert done.returncode == 2 and "--adapter: nowhere: does not exist, or is no folder here" in done.stderr
     done = colintern("--top", "12", "--margin", "0.999", "--keep", "3")
     assert done.returncode == 0, done.stderr
     assert "40 rows" in done.stdout and "left out: " in done.stdout

@@ -14,15 +14,16 @@ from unicodedata import normalize
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, page_image
+from conftest import IRREGULAR, ROOT, irregular_files, page_image
 from pdf_writer import write_pdf
 from PIL import Image
 
-from colintern.data import jsonl, pdfs, pseudo
+from colintern.data import formats, jsonl, pdfs, pseudo
 from colintern.data.checks import check_share, quarantine
-from colintern.data.collected import Shelf
+from colintern.data.collected import MAX_QUERY_CHARACTERS, Collected, Shelf
 from colintern.data.images import png_bytes
 from colintern.data.own import make
+from colintern.data.sources import _kind
 from colintern.data.trainset import asked, training_data
 from colintern.params import UserError, load
 
@@ -69,7 +70,8 @@ BAD_LINES = [
     ({"image": "file:///etc/hostname", "query": "q"}, "refused: .* is a URL"),
     ({"image": "../secret.png", "query": "q"}, "refused: .* points outside"),
     ({"image": "/etc/hostname", "query": "q"}, "refused: .* points outside"),
-    ({"image": "link.png", "query": "q"}, "refused: .* points outside"),
+    ({"image": "0.png/../../secret.png", "query": "q"}, "refused: .* points outside"),
+    ({"image": "share/secret.png", "query": "q"}, "refused: .* below 'share', a linked folder"),
     ({"image": "x" * 5000, "query": "q"}, "is no file name"),
     ({"image": "a\0b.png", "query": "q"}, "is no file name"),
     ({"query": "q"}, "names no file: None"),
@@ -94,7 +96,7 @@ def test_each_bad_line_costs_one_row_and_is_named(folder):
     (folder / "page.html").write_text("<html>not found</html>")
     (folder / "empty.png").touch()
     (folder.parent / "secret.png").write_bytes(whole)
-    (folder / "link.png").symlink_to("../secret.png")
+    (folder / "share").symlink_to(folder.parent.absolute())
     own = make(DOCS, jsonl.collect)
     bad = bad_rows(own)
     assert list(bad) == [f"rows.jsonl:{13 + n}" for n in range(len(rows))]
@@ -165,12 +167,65 @@ def test_what_lies_in_the_folder_and_is_not_read_is_named(folder, capsys):
     assert "\n  not read: 3, Queries.csv, scans/1.tif, share/\n" in capsys.readouterr().out
 
 
+def test_pages_and_questions_of_linked_files_are_read_alike(folder):
+    """As `dvc add` with `cache.type symlink`, or `ln -s /share/*.pdf`, leaves a folder."""
+    handbook(folder)
+    rows = [f"question {page},sub/b.pdf,{page}" for page in range(1, 31)]
+    (folder / "queries.csv").write_text("\n".join(["query,file,page", *rows]))
+    whole = make(DOCS, pdfs.collect)
+    store = Path("store").absolute()
+    store.mkdir()
+    for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+        path.rename(store / str(number))
+        path.symlink_to(store / str(number))
+    linked = make(DOCS, pdfs.collect)
+    assert linked.summary == whole.summary and not linked.summary["bad"] and linked.summary["kinds"] == {"given": 30}
+
+
 def test_images_that_no_line_names_are_named_and_hidden_files_hold_no_lines(folder, capsys):
     jsonl_folder(folder, [{"image": "./0.png", "query": "again"}])
     (folder / "._rows.jsonl").write_bytes(b"\0\5\x16\7Mac OS X")
     (folder / "forgotten.png").touch()
     assert not make(DOCS, jsonl.collect).summary["bad"]
     assert "\n  not read: 1, forgotten.png\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".png", ".pdf"])
+def test_what_is_no_regular_file_is_never_opened_and_named(folder, suffix, capsys):
+    names = irregular_files(folder, suffix)
+    if suffix == ".pdf":
+        handbook(folder)
+    else:
+        jsonl_folder(folder, [{"image": f"odd{n}.png", "query": "q"} for n in range(len(names))])
+    own = make(DOCS, pdfs.collect if suffix == ".pdf" else jsonl.collect)
+    assert sorted(names) == own.summary["not read"]
+    assert f"not read: {len(names)}, {names[0]}, " in capsys.readouterr().out
+    reasons = list(bad_rows(own).values())
+    assert len(reasons) == (0 if suffix == ".pdf" else len(names))
+    assert all(f"'odd{n}.png'" in reason for n, reason in enumerate(reasons))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".pdf", ".parquet"])
+def test_a_folder_that_holds_nothing_but_what_is_no_regular_file_is_refused(folder, suffix):
+    irregular_files(folder, suffix)
+    with pytest.raises(UserError, match=rf"holds none of .*odd0\{suffix} is a named pipe, odd1\{suffix} is a device"):
+        _kind(DOCS)
+
+
+@pytest.mark.parametrize("name", ["queries.csv", "queries.jsonl", "queries.CSV"])
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_questions_that_are_no_regular_file_are_refused_and_not_made_up(folder, name, kind):
+    write_pdf(folder / "a.pdf", [["one"]])
+    IRREGULAR[kind](folder / name)
+    with pytest.raises(UserError, match=f"{name}: is {kind}"):
+        make(DOCS, pdfs.collect)
+
+
+def test_an_empty_folder_that_is_called_like_a_file_is_named_and_one_with_files_is_read(folder, capsys):
+    handbook(folder)
+    (folder / "sub").rename(folder / "sub.pdf")
+    own = make(DOCS, pdfs.collect)
+    assert own.summary["rows"] == {"pages": 60} and not own.summary["not read"]
 
 
 def test_equal_pages_are_one_page_and_stay_in_one_split(folder):
@@ -186,7 +241,7 @@ def test_equal_pages_are_one_page_and_stay_in_one_split(folder):
     [
         {"image": "copy.png", "query": "of the copy", "split": "test"},
         {"image": "0.png", "query": "again", "split": "dev"},
-        {"image": "new.png", "query": "Question  0?", "split": "test"},
+        {"image": "new.png", "query": "Question  0", "split": "test"},
     ],
     ids=["same bytes", "same file", "same query"],
 )
@@ -196,6 +251,37 @@ def test_a_page_or_query_in_two_splits_is_refused_with_both_rows(folder, row):
     (folder / "new.png").write_bytes(png_bytes(page_image("new")))
     with pytest.raises(UserError, match=r"rows\.jsonl:1 is in train, rows\.jsonl:13 in (test|dev)"):
         make(DOCS, jsonl.collect)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("section 1.12", "section 11.2"), ("who signed C", "who signed C++"), ("is -5 allowed", "is 5 allowed"),
+     ("किताब", "कताबी"), ("ไก่", "ไก")],
+)  # fmt: skip
+def test_queries_that_differ_in_a_sign_alone_are_two(folder, one, other):
+    jsonl_folder(folder, [{"image": "new.png", "query": one, "split": "train"}])
+    (folder / "new.png").write_bytes(png_bytes(page_image("new")))
+    (folder / "other.png").write_bytes(png_bytes(page_image("other")))
+    with (folder / "rows.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"image": "other.png", "query": other, "split": "test"}) + "\n")
+    own = make(DOCS, jsonl.collect)
+    assert not own.summary["bad"] and one in {row["query"] for row in training(own.made)}
+    assert other in {row["query"] for row in table(own.made, "beir/queries/*.parquet")}
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "किसान अपने खेत में गेहूँ और चावल की फसल उगाते हैं और उसे बाजार में बेचते हैं।",
+        "การติดตั้งโปรแกรมบนเครื่องคอมพิวเตอร์ต้องใช้สิทธิ์ของผู้ดูแลระบบ",
+        "هل يمكن للمستخدم أن يعيد تشغيل الجهاز بعد انقطاع الكهرباء؟",
+        "この装置を初めて使用する前に、必ず取扱説明書をよくお読みになり、安全上の注意を守ってください。",
+    ],
+    ids=["Hindi", "Thai", "Arabic", "Japanese"],
+)
+def test_a_text_without_latin_letters_asks_its_own_sentences(sentence):
+    [found] = pseudo.pseudo_queries([pseudo.Text([f"12 | 34 | 56\n{sentence}"])])
+    assert (found.query, found.kind) == (sentence, "sentence")
 
 
 def many(folder: Path, pages: int = 60) -> None:
@@ -459,7 +545,11 @@ def test_a_query_of_two_pages_is_one_query_with_two_answers(folder):
         ("queries.csv", "question,file,page\n", r"has no column query; its first line is .*'question'"),
         ("queries.csv", "query,file,page,page\n", "has the column page 2 times"),
         ("queries.csv", "query;page\n", r"has no column file; its first line is \['query', 'page'\]"),
-        ("queries.csv", "query\tfile\tpage\n", "has no column query, file, page"),
+        ("queries.csv", "", r"has no column query, file, page; its first line is \[\]"),
+        ("queries.csv", "query|file|page\n", "has no column query, file, page"),
+        ("queries.csv", "Query,query,file,page\n", "has the column query 2 times"),
+        ("queries.csv", "query,file,page\na\0b,a.pdf,1\n", "holds zero bytes, the first in line 2"),
+        ("queries.jsonl", "{}\n{\0}\n", "holds zero bytes, the first in line 2"),
         ("queries.csv", "query,file,page\n\udcff,a.pdf,1\n", "is not UTF-8.*save it as CSV UTF-8"),
     ],
 )
@@ -515,6 +605,124 @@ def test_a_table_is_read_as_excel_writes_it(folder, comma, capsys):
     assert [row["query"] for row in table(own.made, "beir/queries/*.parquet")] == ["wo, und; wie?", '2.\nZeile "ü"']
     assert (own.summary["rows"], own.summary["bad"]) == ({"pages": 60, "questions": 2}, [])
     assert "without effect" not in capsys.readouterr().out
+
+
+TABLES = {  # of the questions "one" and "two" for pages 1 and 2
+    "tabs": "query\tfile\tpage\none\ta.pdf\t1\ntwo\ta.pdf\t2\n",
+    "sep": "sep=;\nquery;file;page\none;a.pdf;1\ntwo;a.pdf;2\n",
+    "quoted sep": '"sep=|"\r\nquery|file|page\r\none|a.pdf|1\r\ntwo|a.pdf|2\r\n',
+    "sep of tabs": "SEP=\t\nquery\tfile\tpage\none\ta.pdf\t1\ntwo\ta.pdf\t2\n",
+    "capitals and spaces": "\ufeffQuery, FILE ,Page\none, a.pdf, 1\ntwo,a.pdf ,2 \n",
+    "line ends of old Macs": "query,file,page\rone,a.pdf,1\r\rtwo,a.pdf,2\r",
+    "blank rows": "\n,,\nquery,file,page\n\none,a.pdf,1\n,,\n  ,,\ntwo,a.pdf,2\n\n",
+    "more commas than columns": "query,file,page,,\none,a.pdf,1,,\ntwo,a.pdf,2,,,,\n",
+    "quoted header": '"query","file","page"\n"one","a.pdf","1"\n"two","a.pdf","2"\n',
+    "semicolons in a header of commas": "query,file,page,a;b;c;d\none,a.pdf,1,\ntwo,a.pdf,2,\n",
+}
+
+
+@pytest.mark.parametrize("name", ["queries.csv", "queries.CSV"])
+@pytest.mark.parametrize("text", TABLES.values(), ids=TABLES)
+def test_a_table_is_read_whatever_wrote_it(folder, name, text, tmp_path):
+    write_pdf(folder / "a.pdf", [["one"], ["two"]])
+    (folder / name).write_bytes(text.encode())
+    found = pdfs.collect(folder, Shelf(tmp_path))
+    assert [(ask.query, ask.page) for ask in found.asks] == [("one", "a.pdf#page=1"), ("two", "a.pdf#page=2")]
+    assert not found.bad and name in found.read
+
+
+def test_a_query_with_an_unquoted_comma_is_named_as_such(folder, tmp_path):
+    write_pdf(folder / "a.pdf", [["one"], ["two"]])
+    rows = ["where, and how,a.pdf,1", "line,a.pdf,2", "one, two, three,a.pdf,1,test", "short,a.pdf"]
+    (folder / "queries.csv").write_text("\n".join(["query,file,page,split", "", *rows]))
+    bad = {bad.where: bad.reason for bad in pdfs.collect(folder, Shelf(tmp_path)).bad}
+    assert bad == {
+        "queries.csv:3": "row 3 names the file 'a.pdf' where its page should be: quote a query that contains a comma",
+        "queries.csv:5": "row 5 has 6 fields, header has 4: quote a query that contains a comma",
+        "queries.csv:6": "row 6 has 2 fields, header has 4: each needs query, file, page",
+    }
+    (folder / "queries.csv").write_text("query;file;page\nwhere; and how;a.pdf;1\nwhat, then;a.pdf;1\n")
+    found = pdfs.collect(folder, Shelf(tmp_path))
+    assert [bad.reason for bad in found.bad] == [
+        "row 2 has 4 fields, header has 3: quote a query that contains a semicolon"
+    ]
+    assert [ask.query for ask in found.asks] == ["what, then"]
+
+
+LINES = "".join(json.dumps({"image": "0.png", "query": f"größe {n}"}, ensure_ascii=False) + "\n" for n in range(9))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [
+        ("utf-16", "rows.jsonl: is UTF-16, not UTF-8; save it as UTF-8"),
+        ("utf-16-le", "rows.jsonl: holds zero bytes, the first in line 1: UTF-16, or damaged"),
+        ("utf-32", "rows.jsonl: is UTF-16"),
+        ("latin-1", "rows.jsonl: is not UTF-8: 9 of 9 lines are not, the first is line 1"),
+    ],
+)
+def test_lines_in_another_encoding_are_one_sentence_for_the_file(folder, encoding, message):
+    (folder / "rows.jsonl").write_bytes(LINES.encode(encoding))
+    with pytest.raises(UserError, match=message):
+        make(DOCS, jsonl.collect)
+
+
+def test_lines_with_a_byte_order_mark_are_read_and_a_few_damaged_ones_cost_a_row_each(folder):
+    jsonl_folder(folder, [])
+    text = LINES.encode("utf-8-sig") + b'{"image": "0.png", "query": "\xff"}\n' * 2
+    (folder / "rows.jsonl").write_bytes(text)
+    own = make(DOCS, jsonl.collect)
+    assert list(bad_rows(own)) == ["rows.jsonl:10", "rows.jsonl:11"] and own.summary["rows"] == {"rows": 11}
+
+
+def test_a_query_without_an_end_is_cut_and_counted(folder, capsys):
+    longest = "x" * MAX_QUERY_CHARACTERS
+    jsonl_folder(folder, [{"image": "0.png", "queries": [longest, longest + "y" * 2**24, " " * 2**20, [1] * 2**20]}])
+    own = make(DOCS, jsonl.collect)
+    assert [row["query"] for row in training(own.made)][1] == longest and own.summary["cut queries"] == 1
+    assert "queries cut to 65536 characters: 1" in capsys.readouterr().out
+    assert max(map(len, bad_rows(own).values())) < 200, "nor is it written into its reason"
+    found = Collected()
+    found.add_query(longest + "y", "a page", "heading")
+    assert (found.asks[0].query, found.cut_queries) == (longest, 1)
+
+
+class Counted:
+    """Counts the calls of a function that it stands in for."""
+
+    def __init__(self, monkeypatch, where: object, name: str):
+        self.calls, self.real = 0, getattr(where, name)
+        monkeypatch.setattr(where, name, self)
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self.real(*args, **kwargs)
+
+
+def test_what_a_page_or_file_costs_is_paid_once_and_not_for_each_question(folder, monkeypatch):
+    write_pdf(folder / "a.pdf", [["one"], ["two"], ["three"]])
+    splits = ("train", "dev", "test")
+    rows = [f"question {n},a.pdf,{n % 3 + 1},{splits[n % 3]}\n" for n in range(900)]
+    (folder / "queries.csv").write_text("query,file,page,split\n" + "".join(rows))
+    hashed = Counted(monkeypatch, formats.hashlib, "sha256")
+    located = Counted(monkeypatch, pdfs, "inside")
+    own = make(DOCS, pdfs.collect)
+    assert own.summary["queries"] == {"train": 300, "dev": 300, "test": 300}
+    assert located.calls == 1 and hashed.calls < 100
+
+
+def test_a_document_is_opened_as_often_however_many_pages_it_has(folder, monkeypatch, tmp_path):
+    write_pdf(folder / "a.pdf", [["page"]] * 1000)
+    tasks = []
+    monkeypatch.setattr(pdfs, "spread", lambda render, some, *words: tasks.extend(some) or [[] for _ in some])
+    pdfs.collect(folder, Shelf(tmp_path))
+    assert len(tasks) <= 70 and sum(task.last - task.first for task in tasks) == 1000
+
+
+def test_sentences_that_begin_alike_on_many_pages_are_counted_in_seconds():
+    """Each searched for on each page, as before, would be 3.6 thousand million searches."""
+    texts = [f"thefollowingtable{n:06}" for n in range(60_000)]
+    assert pseudo._printed(texts, texts) == dict.fromkeys(texts, 1)
 
 
 def test_two_tables_of_questions_are_refused(folder):

@@ -1,6 +1,7 @@
 """params.yaml is read as YAML 1.2 and checked whole: every rule, every kind of broken file (fault D6)."""
 
 import ast
+import doctest
 import errno
 import os
 import re
@@ -8,11 +9,16 @@ import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
-from colintern.params import Params, UserError, exit_on_user_error, load
+from colintern import rules
+from colintern.params import HINTS, MAX_DIGITS, Params, UserError, exit_on_user_error, load
 from colintern.rules import mixture
+from colintern.terminal import print_coloured
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = (ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8")
@@ -47,6 +53,10 @@ def refusal(text: str | bytes) -> str:
     return str(caught.value)
 
 
+def test_the_examples_of_the_rules() -> None:
+    assert doctest.testmod(rules).failed == 0
+
+
 def test_demo_loads_frozen_and_typed() -> None:
     params = load_text(DEMO)
     assert params.benchmarks == ("demo",)
@@ -75,14 +85,14 @@ BAD_VALUES = [
     ("base_revision", SHA[:39], "40 hex digits"),
     ("base_revision", SHA.upper(), "40 hex digits"),
     ("train_data", "[]", "text"),
-    ("train_data", "demo*0", "weights from 1"),
-    ("train_data", "demo*two", "weights from 1"),
-    ("train_data", '"demo + "', "weights from 1"),
+    ("train_data", "demo*0", "weights 1 to 999"),
+    ("train_data", "demo*two", "weights 1 to 999"),
+    ("train_data", '"demo + "', "weights 1 to 999"),
     ("train_data", "demo + demo*2", "several different ones"),
     ("train_revision", "v1.0", "40 hex digits"),
     ("train_corpus", "3", "text"),
     ("train_corpus_revision", "main", "40 hex digits"),
-    ("negatives", "-1", "at least 0"),
+    ("negatives", "-1", "0 to 1000"),
     ("negatives", "1.5", "a whole number"),
     ("negatives_file", "0", "text"),
     ("max_bad_fraction", "1", "0 <= max_bad_fraction < 1"),
@@ -102,18 +112,18 @@ BAD_VALUES = [
     ("attention", "kernels-community/flash-attn2@main", "OWNER/NAME@<40 hex digits>"),
     ("attention", f"kernels-community/flash-attn2@{'A' * 40}", "OWNER/NAME@<40 hex digits>"),
     ("attention", f"flash-attn2@{'a' * 40}", "OWNER/NAME@<40 hex digits>"),
-    ("gradient_checkpointing", "0", "true, false or a whole number, at least 1 where it is a number of layers"),
+    ("gradient_checkpointing", "0", "true, false or a whole number, 1 to 1000 where it is a number of layers"),
     ("compile", "1", "true or false"),
-    ("launch", "0", "a whole number or auto, at least 1 where it is a number"),
+    ("launch", "0", "a whole number or auto, 1 to 4096 where it is a number"),
     ("launch", "two", "a whole number or auto"),
     ("launch", "1.5", "a whole number or auto"),
     ("lora_rank", "0", "1 to 1024"),
     ("lora_rank", "1025", "1 to 1024"),
-    ("lora_alpha", "0", "at least 1"),
+    ("lora_alpha", "0", "1 to 65536"),
     ("lora_dropout", "1", "0 <= lora_dropout < 1"),
     ("lora_dropout", "-0.1", "0 <= lora_dropout < 1"),
     ("lora_targets", "custom_text_proj", "a list of one or more texts"),
-    ("epochs", "0", "at least 1"),
+    ("epochs", "0", "1 to 100000"),
     ("epochs", "2.5", "a whole number"),
     ("epochs", "5.0", "a whole number"),
     ("epochs", "true", "a whole number"),
@@ -130,22 +140,22 @@ BAD_VALUES = [
     ("lr", ".inf", "a number"),
     ("lr", "3e-5 5", "a number"),
     ("lr_scheduler", "cosin", "linear, cosine, constant_with_warmup"),
-    ("warmup_steps", "-1", "at least 0"),
+    ("warmup_steps", "-1", "0 to 100000000"),
     ("weight_decay", "-0.01", "at least 0"),
     ("weight_decay", ".inf", "a number"),
     ("max_grad_norm", "0", "above 0"),
     ("max_grad_norm", "1" + "0" * 400, "a number"),
-    ("batch_size", "1", "at least 2"),
-    ("micro_batch_size", "0", "at least 1"),
+    ("batch_size", "1", "2 to 65536"),
+    ("micro_batch_size", "0", "1 to 100000000"),
     ("temperature", "0", "above 0"),
     ("temperature", ".nan", "a number"),
     ("symmetric_loss", "1", "true or false"),
-    ("logging_steps", "0", "at least 1"),
-    ("dev_queries", "0", "at least 1"),
-    ("save_steps", "0", "at least 1"),
+    ("logging_steps", "0", "1 to 100000000"),
+    ("dev_queries", "0", "1 to 100000000"),
+    ("save_steps", "0", "1 to 100000000"),
     ("tracker", "wandbb", "none, wandb, tensorboard, trackio"),
     ("tracker", "null", "text"),
-    ("eval_batch_size", "0", "at least 1"),
+    ("eval_batch_size", "0", "1 to 65536"),
     ("pool_factor", "0", "1 to 64"),
     ("dim", "129", "1 to 128"),
     ("feature_cache_gb", "-1.0", "0"),
@@ -154,8 +164,8 @@ BAD_VALUES = [
     ("seed", "-1", "0 to 4294967295"),
     ("seed", "4294967296", "0 to 4294967295"),
     ("deterministic", "1", "true or false"),
-    ("threads", "0", "at least 1"),
-    ("workers", "-1", "at least 0"),
+    ("threads", "0", "1 to 1024"),
+    ("workers", "-1", "0 to 1024"),
 ]
 
 
@@ -197,6 +207,15 @@ def test_hub_ids_need_a_revision_and_folders_have_none(folder: Path, name_key: s
     for local in ("données/pages", str(folder)):
         message = refusal(changed(**{name_key: local, revision_key: SHA}))
         assert f"  {revision_key}: '{SHA}' (str) is not valid; it must be \"\"" in message
+
+
+@pytest.mark.parametrize("name", ["./name", "../name", "-org/name", "org/na--me", "org/name.git", "org/" + "n" * 97])
+def test_what_the_hub_takes_for_no_id_is_a_path(name: str) -> None:
+    """huggingface_hub raises its own error of these; a folder of that name is asked for instead."""
+    with pytest.raises(HFValidationError):
+        validate_repo_id(name)
+    assert f"base {name!r} is not a hub id" in refusal(changed(base=f'"{name}"', base_revision=SHA))
+    assert "attention: " in refusal(changed(attention=f"{name}@{SHA}"))
 
 
 def test_a_mixture_is_sets_with_whole_weights() -> None:
@@ -299,6 +318,41 @@ def test_a_place_that_cannot_be_written_is_named_without_a_traceback(number: int
         raise OSError(errno.EIO, "a fault of the disk is none of the user's", "plots/train.csv")
 
 
+def test_a_full_disk_that_names_no_file_is_one_sentence(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as ended, exit_on_user_error():
+        try:
+            with open("/dev/full", "w") as full:
+                full.write("x")
+        except OSError as error:
+            raise RuntimeError("a library's own words") from error
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert re.fullmatch(
+        rf"error: No space left on device: \d+\.\d MB are free on the disk of {tmp_path}; make room\n", said
+    )
+
+
+def test_what_commands_a_terminal_is_escaped_whoever_prints_it(capsys) -> None:
+    hostile, shown = "\x1b]0;title\x07\r\x9b\u202eé\t\n", "\\x1b]0;title\\x07\\r\\x9b\\u202eé\t\n"
+    with pytest.raises(SystemExit), exit_on_user_error():
+        print(hostile, end="")
+        print_coloured("\033[32mpass\033[0m")
+        raise UserError(hostile)
+    told = capsys.readouterr()
+    assert (told.out, told.err) == (f"{shown}\033[32mpass\033[0m\n", f"error: {shown}\n")
+    print(hostile, end="")
+    assert capsys.readouterr().out == hostile, "a program that calls the library keeps its own output"
+
+
+def test_a_bug_after_an_error_that_was_handled_keeps_its_traceback() -> None:
+    sizes: dict[str, int] = {}
+    with pytest.raises(KeyError, match="a bug"), exit_on_user_error():
+        try:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "a file that may be missing")
+        except PermissionError:
+            sizes["a bug"] += 1
+
+
 def test_nothing_reads_params_with_pyyaml() -> None:
     """PyYAML (YAML 1.1) reads DVC's `lr: 3e-05` as text. Tests may read dvc.yaml and dvc.lock with it, by name."""
     sources = [
@@ -318,3 +372,29 @@ def test_nothing_reads_params_with_pyyaml() -> None:
         loads = [call for call in calls if re.match(r"yaml\.\w*load\w*\(", call) and "dvc." not in call]
         offences += [f"{path.relative_to(ROOT)}: {code}" for code in [*(pyyaml - allowed), *loads]]
     assert not offences
+
+
+BOUNDED = [key for key, hint in HINTS.items() if (get_args(hint) or (hint,))[0] in (int, int | str, bool | int)]
+
+
+@pytest.mark.parametrize("digits", [11, 400])
+def test_no_whole_number_is_without_an_upper_bound(digits: int) -> None:
+    assert len(BOUNDED) > 15
+    said = refusal(changed(**dict.fromkeys(BOUNDED, "1" + "0" * (digits - 1))))
+    assert all(re.search(rf"\n  {key}: 1000\S* \(int\) is not valid; it must be ", said) for key in BOUNDED), said
+    assert len(said) < 5000
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (changed(seed="1" * (MAX_DIGITS + 1)), "a number of 4001 digits on line"),
+        (DEMO + "#" * 100_000, "larger than 100,000 bytes"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n" + DEMO, "an alias of what is on line 1"),
+        ("a: &a {lr: 1}\n<<: *a\n" + DEMO, "<<, a merge key, on line 2"),
+        (changed(feature_cache_gb="1e300"), "feature_cache_gb: 1e+300 (float) is not valid; it must be a number, 0 to"),
+        (changed(train_data="demo*1000000"), "weights 1 to 999"),
+    ],
+)
+def test_what_could_take_for_ever_is_refused_at_once(text: str, words: str) -> None:
+    assert words in refusal(text)

@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import os
 import re
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -11,6 +12,8 @@ from pipeline_facts import KEYS, ROOT, facts, imports
 from ruamel.yaml import YAML
 
 import colintern
+from colintern.files.identity import content_hash
+from colintern.params import UserError
 
 STAGES = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
 # The rooms of the house, top down: a module imports from lower ones and from its own, never in a ring.
@@ -24,7 +27,7 @@ ROOMS = [
     {"files", "model", "processor"},
     {"tiles", "pixels", "maxsim", "causal", "matching", "adapter_files"},
     {"params"},
-    {"rules"},
+    {"rules", "terminal"},
 ]
 
 
@@ -112,3 +115,12 @@ def test_scripts_are_thin():
     for file in (ROOT / "stages").glob("[!_]*.py"):
         code = [line for line in file.read_text().split('"""', 2)[2].splitlines() if line.strip()]
         assert len(code) <= 50, f"{file.name}: {len(code)} lines"
+
+
+def test_the_hash_of_nothing_is_refused(tmp_path):
+    (tmp_path / "empty" / "__pycache__").mkdir(parents=True)
+    (tmp_path / "empty" / "__pycache__" / "old.pyc").touch()
+    os.mkfifo(tmp_path / "pipe")
+    for name, why in (("gone.py", "no such file"), ("empty", "holds no file"), ("pipe", "no such file")):
+        with pytest.raises(UserError, match=f"{tmp_path / name}: {why}"):
+            content_hash(tmp_path / name)

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 from pages import documented
 from ruamel.yaml import YAML
-from test_dvc_commands import IDENTITY, Repo, bare_environment
+from test_dvc_commands import IDENTITY, Repo, bare_environment, copy_working_tree
 
 SCRIPTS = ROOT / ".github" / "scripts"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -81,6 +81,7 @@ def two_commits(tmp_path_factory) -> Repo:
         "from pathlib import Path\nPath('model').write_text(Path('params.yaml').read_text())\n"
     )
     (top / "folder" / "one.txt").write_text("one\n")
+    shutil.copy(ROOT / ".gitattributes", top)
     (top / ".gitignore").write_text("/model\n/results/mteb_evaluation\n.venv\n.tools\n")
     for number, branch in ((0.01, "main"), (0.03, "faster")):
         (top / "params.yaml").write_text(f"lr: {number}\n")
@@ -93,7 +94,7 @@ def two_commits(tmp_path_factory) -> Repo:
 def clone(two_commits, tmp_path) -> Repo:
     """What a fork's pull request has: git's files of both commits, and no data, cache or remote."""
     repo = Repo(tmp_path / "clone", two_commits.env)
-    two_commits.output(f"git clone -q --branch faster file://{two_commits.path} {repo.path}")
+    two_commits.output(f"git clone -q -c core.autocrlf=true --branch faster file://{two_commits.path} {repo.path}")
     repo.output("git branch -q main origin/main")
     assert not (repo.path / "model").exists()
     return repo
@@ -162,6 +163,21 @@ def test_a_stale_lock_is_told_without_any_data(clone, edit, said):
     edit(clone)
     done = clone.run(f"{RUN}/stale.py")
     assert done.returncode == 1 and said in done.stdout, done.stdout
+
+
+def test_git_on_windows_changes_no_byte_of_a_checkout(tmp_path, two_commits):
+    """With CRLF bash runs no script, and the hashes of dvc.lock and data/manifest.json hold for no file."""
+    copy_working_tree(tmp_path / "tree")
+    (tmp_path / "tree" / "pages.npz").write_bytes(b"PK\r\n\n")
+    repo = Repo(tmp_path / "tree", two_commits.env)
+    repo.output("git init -q -b main")
+    repo.commit()
+    repo.output("git -c core.autocrlf=true clone -q -c core.autocrlf=true -c core.eol=crlf . ../clone")
+    names = repo.output("git ls-files").split()
+    assert {"docker/entrypoint", "cluster/tune.sh", "demo/base/model.safetensors", "pages.npz"} <= set(names)
+    changed = [n for n in names if (tmp_path / "clone" / n).read_bytes() != (repo.path / n).read_bytes()]
+    assert changed == []
+    assert Repo(tmp_path / "clone", two_commits.env).output("git status --porcelain") == ""
 
 
 def test_a_lock_that_is_not_stale_passes_without_any_data(clone):

@@ -104,6 +104,34 @@ def test_a_long_query_is_cut_and_says_so(processor, caplog):
     assert batch["input_ids"][0, -10:].eq(processor.tokenizer.pad_token_id).all(), "the augmentation tokens stay"
 
 
+def test_no_more_of_a_query_is_tokenized_than_its_tokens_can_hold(processor, monkeypatch):
+    longest = max(processor.tokenizer.get_vocab(), key=len)
+    bound = processor.max_query_characters
+    fits = [
+        longest * 49,
+        "e\u0301" * 12,
+        "ᾂ" * 8,
+        "\u03b1\u0313\u0300\u0345" * 6,
+        "invoice " * 12,
+        "\U0001f4c4" * 10,
+        "x",
+    ]
+    over = ["the invoice from Halde " * 10_000, "x" * 2**17, " " * 2**17 + "x", "\n\t" * 2**15 + "y", "📄ü" * 2**14]
+    whole = [processor._ids(processor.query_prefix + query) for query in fits + over]
+    room = processor.max_query_tokens - 10
+    assert max(map(len, whole[: len(fits)])) <= room < min(map(len, whole[len(fits) :]))
+    assert max(map(len, fits)) < bound < min(map(len, over))
+    read = []
+    monkeypatch.setattr(processor, "_ids", lambda text, real=processor._ids: read.append(len(text)) or real(text))
+    found = processor.process_queries(fits + over)
+    rows = [
+        ids[mask.bool()][:-10].tolist() for ids, mask in zip(found["input_ids"], found["attention_mask"], strict=True)
+    ]
+    assert rows == [ids[:room] for ids in whole], "token for token as if all of it were tokenized"
+    assert max(read) <= bound + len(processor.query_prefix)
+    assert processor.count_cut(fits + over) == len(over)
+
+
 @pytest.mark.parametrize("query", ["", "  \n"])
 def test_an_empty_query_is_refused(processor, query):
     with pytest.raises(ValueError, match="at least one word"):

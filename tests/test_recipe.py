@@ -18,10 +18,10 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 KEYS = [field.name for field in fields(Params)]
 
 
-def colintern(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    env = os.environ | {"PYTHONPATH": str(root)}
+def colintern(root: Path, *arguments: str, code: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    env = os.environ | {"PYTHONPATH": str(code or root)}
     return subprocess.run(
-        [sys.executable, "-m", "colintern.cli", *arguments],
+        [sys.executable, "-P", "-m", "colintern.cli", *arguments],
         cwd=root,
         env=env,
         capture_output=True,
@@ -40,9 +40,9 @@ def copy(tmp_path: Path) -> Path:
     """A checkout without git: the command, the recipes, and params.yaml as the demo recipe."""
     root = tmp_path / "checkout"
     (root / "demo" / "base").mkdir(parents=True)
-    (root / "colintern").mkdir()
-    for name in ("__init__", "cli", "params", "rules", "tiles"):
-        shutil.copy(ROOT / "colintern" / f"{name}.py", root / "colintern")
+    (root / "colintern" / "files").mkdir(parents=True)
+    for name in ("__init__", "cli", "files/__init__", "files/paths", "params", "rules", "terminal", "tiles"):
+        shutil.copy(ROOT / "colintern" / f"{name}.py", root / "colintern" / f"{name}.py")
     shutil.copytree(ROOT / "colintern" / "commands", root / "colintern" / "commands")
     shutil.copytree(ROOT / "recipes", root / "recipes")
     shutil.copy(root / "recipes" / "demo.yaml", root / "params.yaml")
@@ -222,3 +222,16 @@ def test_every_help_has_an_example(copy: Path) -> None:
         said = colintern(copy, command, "--help").stdout
         assert re.search(rf"Example:\n    colintern {command}\b", said)
         assert max(map(len, said.partition("Example:")[0].splitlines())) <= 80, said
+
+
+def test_a_recipe_is_written_into_the_clone_it_is_run_in_not_the_one_that_is_installed(clone: Path, tmp_path: Path):
+    other = shutil.copytree(clone, tmp_path / "other", ignore=shutil.ignore_patterns("colintern"))
+    (other / "recipes" / "mine.yaml").write_text((other / "recipes" / "own-pdfs.yaml").read_text())
+    before = (clone / "params.yaml").read_text()
+    done = colintern(other, "recipe", "mine", code=clone)
+    assert done.returncode == 0, done.stderr
+    assert (other / "params.yaml").read_text() == (other / "recipes" / "mine.yaml").read_text()
+    assert (clone / "params.yaml").read_text() == before
+    refused = colintern(tmp_path, "recipe", "demo", code=clone)
+    assert refused.returncode == 2 and f"{tmp_path / 'recipes'}: no recipes here" in refused.stderr
+    assert not (tmp_path / "params.yaml").exists()

@@ -52,9 +52,9 @@ def checkout(tmp_path, monkeypatch):
 def demo(tmp_path, monkeypatch):
     shutil.copytree(BASE, tmp_path / "demo" / "base")
     shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
-    (tmp_path / "metrics").mkdir()
+    (tmp_path / "data").mkdir()
     own = {"demo (train)": {"rows": 3600, "pages": 1800}, "demo (dev)": {"rows": 100, "pages": 100}}
-    (tmp_path / "metrics" / "data.json").write_text(json.dumps(own))
+    (tmp_path / "data" / "survey.json").write_text(json.dumps(own))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -198,7 +198,7 @@ def test_the_demo_gets_no_rule_of_the_guides(demo, capsys):
     out = capsys.readouterr().out
     assert "do not reach" in out and "How the demo answers to its settings" in " ".join(out.split())
     assert re.search(r"(?m)^micro_batch_size +32 ", out) and not re.search(r"(?m)^lr ", out)
-    assert "3,600 pairs, 1,900 pages (metrics/data.json)" in out
+    assert "3,600 pairs, 1,900 pages (data/survey.json)" in out
     assert load("params.yaml").lr == 0.006
 
 
@@ -245,7 +245,7 @@ def test_own_data_without_numbers_asks_for_them(checkout, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["recommend"])
     assert stop.value.code == 2
-    assert "metrics/data.json does not know data/own/docs" in capsys.readouterr().err
+    assert "data/survey.json does not know data/own/docs" in capsys.readouterr().err
 
 
 def test_every_card_has_its_source():

@@ -35,7 +35,7 @@ from colintern.reporting.failures import failures
 from colintern.reporting.heatmaps import layout
 from colintern.reporting.html import render
 from colintern.reporting.words import query_words
-from colintern.training.health import health, stored
+from colintern.training.health import HEALTH, health, stored
 
 SET = "data/own/pages"
 HOSTILE = '<script>alert(1)</script> & "Oslo" <img src=http://example.org/x onerror=alert(1)>'
@@ -87,19 +87,16 @@ def evaluated(tmp_path_factory, processor, pages) -> Path:
         manifest = json.loads(Path("data/manifest.json").read_text())
         manifest["evaluation"] = {SET: local_files(SET, BEIR_SUFFIXES)._asdict()}
         Path("data/manifest.json").write_text(dumps(manifest))
-        write_metrics()
+        write_health()
     code, log = fork(top, "evaluate", "adapter")
     assert code == 0, log
     return top
 
 
-def write_metrics() -> None:
+def write_health() -> None:
     state = json.loads(Path("adapter/trainer_state.json").read_text())
     judged = health(state["log_history"], load_params(), chance=0.5)
-    dev = [row["eval_ndcg_at_5"] for row in state["log_history"] if "eval_ndcg_at_5" in row]
-    Path("metrics").mkdir(exist_ok=True)
-    found = {"steps": state["global_step"], "dev_ndcg_at_5": round(dev[-1], 6), "verdict": judged.verdict}
-    Path("metrics/train.json").write_text(dumps(found | {"health": stored(judged.findings)}))
+    Path("adapter", HEALTH).write_text(dumps({"verdict": judged.verdict} | stored(judged.findings)))
 
 
 @pytest.fixture(scope="session")
@@ -184,13 +181,13 @@ def test_a_strip_of_a_page_has_a_bounded_height_and_its_heat_lies_on_it(tab, tmp
 
 def test_what_is_not_known_is_said(evaluated, tmp_path):
     copy = shutil.copytree(evaluated, tmp_path / "repo", symlinks=True)
-    (copy / "metrics" / "train.json").unlink()
+    (copy / "adapter" / HEALTH).unlink()
     code, log = fork(copy, "report", "adapter", "--worst", "0")
     assert code == 0, log
     [file] = (copy / "results" / "report").glob("adapter-*.html")
     text = file.read_text()
-    assert "metrics/train.json here is of another run" in text and "made with --worst 0" in text
-    assert "nobody else has been evaluated on this data" in text and "metrics/data.json here is of other data" in text
+    assert "the adapter's folder has no health.json" in text and "made with --worst 0" in text
+    assert "nobody else has been evaluated on this data" in text and "data/survey.json here is of other data" in text
 
 
 def test_results_of_another_model_are_refused(evaluated, tmp_path):

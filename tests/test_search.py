@@ -3,17 +3,20 @@
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, page_image
+from conftest import IRREGULAR, ROOT, irregular_files, page_image
 from pdf_writer import write_pdf
+from processes import FORKS
 from test_adapters import trained
-from test_report import fork
+from test_report import fork, run
 
 from colintern.maxsim import maxsim_scores
 from colintern.modeling.embed import embed_pages, embed_queries
+from colintern.params import UserError
 from colintern.search.index import Index, identity
 from colintern.search.listing import listing, maps
 from colintern.search.sources import images, shown, skipped, sources
@@ -94,13 +97,45 @@ def test_a_file_that_may_not_be_read_is_named_and_the_others_are_searched(tmp_pa
     assert list(images(found, bad)) == [] and bad[-1].where == "page.png"
 
 
+@pytest.mark.parametrize("suffix", [".png", ".PDF"])
+def test_what_is_no_regular_file_is_never_opened_and_named(tmp_path, suffix, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("documents").mkdir()
+    names = irregular_files(Path("documents"), suffix)
+    irregular_files(Path("documents"), ".txt")
+    with pytest.raises(UserError, match=rf"documents holds no page; .*odd0\{suffix}: is a named pipe, not a regular"):
+        sources(Path("documents"))
+    page_image("Oslo").save("documents/page.png")
+    found, bad = sources(Path("documents"))
+    assert [source.name for source in found] == ["page.png"] and skipped(Path("documents")) == "5 .txt"
+    assert sorted(f"{one.where} ({one.reason.removeprefix('is ').partition(',')[0]})" for one in bad) == names
+    for name, kind in zip(names, IRREGULAR, strict=True):
+        if kind != "a folder":
+            with pytest.raises(
+                UserError, match=f"FOLDER_OR_PDF: '.*' is {kind}; it must be a folder or a regular file"
+            ):
+                sources(Path("documents", name.partition(" ")[0]))
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_a_list_of_pages_that_is_no_regular_file_is_refused(top, model, processor, kind):
+    first = index(top, model, processor)
+    first.cache.folder.mkdir()
+    IRREGULAR[kind](first.list)
+    with pytest.raises(UserError, match=f"pages.json: is {kind}.*delete it"):
+        index(top, model, processor)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("adapter", "nowhere", "x"), "FOLDER_OR_PDF: 'nowhere' does not exist"),
         (("adapter", "demo", "x"), "demo holds no page"),
         (("adapter", "documents", " "), "QUERY: is empty"),
+        (("adapter", "documents", "caf\udce9"), r"QUERY: 'caf\udce9' is not UTF-8"),
         (("adapter", "documents", "x", "--top", "0"), "--top: 0 is not valid"),
+        (("adapter", "documents", "x", "--index", "params.yaml"), "--index: params.yaml is a file"),
+        (("adapter", "documents", "x", "--html", "documents"), "--html: documents is a folder; give a file's name"),
         (("adapter", "scans", "x"), "none of 1 pages in scans can be read; torn.png: not an image: 4 bytes"),
         (("documents", "documents", "x"), "holds no adapter_model.safetensors"),
     ],
@@ -120,6 +155,27 @@ def test_a_name_that_is_not_utf_8_can_be_printed(tmp_path):
     [source], _ = sources(Path(os.fsdecode(place)))
     assert source.name == "caf\ufffd.png" and skipped(source.path.parent) == "1 .caf\ufffd"
     assert shown(source.path.parent).endswith("/caf\ufffd")
+
+
+def main_in_latin_1(folder: Path, command: tuple[str, ...]) -> None:
+    sys.stdout.reconfigure(encoding="latin-1", errors="strict")
+    run(folder, command)
+
+
+def test_a_terminal_without_the_characters_of_a_name_and_names_that_would_command_it(top):
+    (top / "documents" / "three.pdf").unlink()
+    for name in ("\x1b]0;title\x07 \u03a9\u202e.png", "\x1b[2J.pdf", "odd.\x1b]0;x"):
+        shutil.copy(top / "documents" / ("torn.pdf" if name.endswith("pdf") else "scan.png"), top / "documents" / name)
+    process = FORKS.Process(target=main_in_latin_1, args=(top, ("search", "adapter", "documents", "caf\xe9 \u03a9")))
+    process.start()
+    process.join(300)
+    log = (top / "log.txt").read_text(encoding="latin-1")
+    assert process.exitcode == 0, log
+    assert r"\x1b]0;title\x07 \u03a9\u202e.png" in ranking(log)
+    assert r"left out: \x1b[2J.pdf: not" in log and r"not searched: 1 .\x1b]0;x" in log
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", log)
+    code, log = fork(top, "search", "adapter", "documents/\x1b[2Jnone", "x")
+    assert code == 2 and r"\x1b[2Jnone" in log and "\x1b" not in log
 
 
 def index(top: Path, model, processor, weights: str = "a") -> Index:

@@ -12,15 +12,18 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, page_image
+from conftest import IRREGULAR, ROOT, page_image
 from pdf_writer import write_pdf
 from processes import program
 
+from colintern.data.benchmarks import _folder_task
 from colintern.data.checks import check_benchmarks, check_judgements
+from colintern.data.collected import MAX_QUERY_CHARACTERS
 from colintern.data.formats import TABLES, CorpusPage, Qrel, Query, check_beir, write_beir
 from colintern.data.images import png_bytes
 from colintern.data.splits import by_name
-from colintern.data.survey import Part
+from colintern.data.survey import Part, look, survey
+from colintern.files.manifest import local_file, local_files
 from colintern.params import UserError, load
 
 SET, BEIR = "data/own/set", "data/own/beir"
@@ -186,7 +189,7 @@ def test_a_leak_between_two_sets_of_a_mixture_is_found():
 EVALUATION_FAULTS = {
     "corpus": ({"image": {"bytes": b"<html>", "path": "1.png"}}, "corpus/.*:0: image: not an image"),
     "queries": ({"query": "  "}, "query 45: query is empty"),
-    "qrels": ({"corpus-id": 999}, "qrels: the page 999 of query 45 is not in the corpus"),
+    "qrels": ({"corpus-id": 999}, "qrels: the page '999' of query '45' is not in the corpus"),
 }
 
 
@@ -203,6 +206,24 @@ def rewritten(part: str, rows: Callable[[list[dict]], list[dict]]) -> None:
         ("queries", lambda rows: [*rows, rows[3]], "query-id 48 is in 2 rows"),
         ("qrels", lambda rows: [rows[0] | {"score": 0}, *rows[1:]], "query 45: .* with a score above 0"),
         ("qrels", lambda rows: [rows[0] | {"score": None}, *rows], "qrels: the score None of query 45"),
+        ("qrels", lambda rows: [rows[0] | {"score": 2**62}, *rows[1:]], "query 45 is not from -1000 to 1000"),
+        ("qrels", lambda rows: [row | {"score": 0.5} for row in rows], "the score 0.5 of query 45 is no whole number"),
+        ("qrels", lambda rows: [row | {"score": True} for row in rows], "the score True of query 45 is no whole"),
+        (
+            "qrels",
+            lambda rows: [row | {"corpus-id": 45.5} for row in rows],
+            "qrels: row 0: corpus-id 45.5 is of the type",
+        ),
+        (
+            "qrels",
+            lambda rows: [rows[0] | {"corpus-id": None}, *rows],
+            "qrels: row 0: corpus-id None is of the type None",
+        ),
+        (
+            "corpus",
+            lambda rows: [row | {"corpus-id": f"{row['corpus-id']:04}"} for row in rows],
+            "the page '45' of query '45' is not in the corpus; .* qrels has them as int, the corpus as str",
+        ),
         ("qrels", lambda rows: [*rows, rows[0] | {"score": 0}], "page 45 of query 45 has the scores 1 and 0"),
         ("qrels", lambda rows: [{k: v for k, v in row.items() if k != "score"} for row in rows], "no column score"),
     ],
@@ -211,6 +232,22 @@ def test_judgements_that_mteb_would_not_take_or_take_otherwise_are_refused(part,
     rewritten(part, rows)
     with pytest.raises(UserError, match=message):
         check_judgements(Part(BEIR, "test", Path(BEIR), ()))
+
+
+@pytest.mark.parametrize("kind", [str, float, int])
+def test_ids_are_compared_as_mteb_compares_them_and_only_what_is_needed_is_read(kind):
+    for part in ("queries", "qrels"):
+        rewritten(part, lambda rows: [row | {"query-id": kind(row["query-id"])} for row in rows])
+    rewritten("qrels", lambda rows: [row | {"corpus-id": kind(row["corpus-id"]), "note": None} for row in rows])
+    rewritten("corpus", lambda rows: [row | {"seen": None if row["corpus-id"] % 2 else "yes"} for row in rows])
+    Path(BEIR, "beir.py").write_text("raise SystemExit('is never run')\n")
+    check_judgements(Part(BEIR, "test", Path(BEIR), ()))
+    task = _folder_task(Path(BEIR), "IdsRetrieval", "a" * 40)
+    task.load_data()
+    assert task.relevant_docs["test"]["query-test-45"] == {"corpus-test-45": 1}
+    pages = {f"corpus-test-{number}" for number in range(45, 55)}
+    assert set(task.corpus["test"]["id"]) == pages and task.corpus["test"].column_names == ["image", "id", "modality"]
+    assert task.relevant_docs["test"].keys() == set(task.queries["test"]["id"])
 
 
 @pytest.mark.parametrize("part", ["corpus", "queries", "qrels"])
@@ -307,6 +344,115 @@ def test_a_file_that_is_no_training_set_is_refused(content, message):
     assert f"{path}: {message}" in done.stderr
 
 
+COLUMNS = {  # of a training file that has them wrong -> what is said of it
+    "lists of queries": ({"query": [["one"]]}, "column query is of the type list"),
+    "numbers as queries": ({"query": [7]}, "column query is of the type int64; it must hold text"),
+    "bytes as queries": ({"query": [b"one"]}, "column query is of the type binary; it must hold text"),
+    "numbers as images": ({"image": [7]}, "column image is of the type int64; it must hold the bytes of images"),
+    "lists of images": ({"image": [[PAGES[0]]]}, "column image is of the type list"),
+    "no columns": (None, "has no column image and query; it has \\[\\]"),
+}
+
+
+@pytest.mark.parametrize(("columns", "message"), COLUMNS.values(), ids=COLUMNS)
+def test_a_column_of_a_wrong_type_is_named_with_its_file(columns, message):
+    table = {} if columns is None else {"query": ["one"], "image": [PAGES[0]]} | columns
+    pq.write_table(pa.table(table), f"{SET}/train.parquet")
+    with pytest.raises(UserError, match=f"{SET}/train.parquet: {message}"):
+        look([Part(SET, "train", Path(SET), ("train.parquet",))])
+
+
+@pytest.mark.parametrize("place", ["pages", "text", "footer"])
+def test_damaged_row_groups_are_named_with_their_file(place):
+    path = Path(SET, "train-00000-of-00001.parquet")
+    if place == "text":
+        pq.write_table(pa.table({"query": pa.array([b"\xff"]).view(pa.string()), "image": [PAGES[0]]}), path)
+    else:
+        data = bytearray(path.read_bytes())
+        at = 4 if place == "pages" else len(data) - 200
+        data[at : at + 100] = bytes(100)
+        path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{path}: "):
+        look([Part(SET, "train", Path(SET), (path.name,))])
+
+
+@pytest.mark.parametrize(
+    ("table", "rows", "message"),
+    [
+        ("qrels", None, "is not a parquet file"),
+        ("qrels", {"query-id": [[1]], "corpus-id": [1], "score": [1]}, "column query-id is of the type list"),
+        ("corpus", {"corpus-id": [{"a": 1}], "image": [PAGES[0]]}, "column corpus-id is of the type struct"),
+        ("queries", {"query-id": [b"1"], "query": ["one"]}, "column query-id is of the type binary"),
+        ("queries", {"query-id": [1], "query": [["one"]]}, "column query is of the type list"),
+    ],
+)
+def test_tables_of_an_evaluation_set_that_cannot_be_read_are_named(table, rows, message):
+    [path] = Path(BEIR, table).glob("*.parquet")
+    if rows is None:
+        path.write_bytes(b"no parquet")
+    else:
+        pq.write_table(pa.table(rows), path)
+    with pytest.raises(UserError, match=f"{path}: {message}"):
+        check_judgements(Part(BEIR, "test", Path(BEIR), ()))
+
+
+def test_a_training_file_without_rows_is_named():
+    write_rows("train", [])
+    done = fetch_data()
+    assert done.returncode == 2
+    assert "has no row that can be used, in 1 parquet files (train-00000-of-00001.parquet)" in done.stderr
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_a_parquet_file_that_is_no_regular_file_is_refused(kind):
+    IRREGULAR[kind](Path(SET, "train-1.parquet"))
+    if kind == "a folder":  # as some programs write a table: what is in it counts
+        assert len(local_files(SET, (".parquet",)).files) == 2
+    else:
+        with pytest.raises(UserError, match=f"{SET}: train-1.parquet is {kind}; only regular files are read"):
+            local_files(SET, (".parquet",))
+    with pytest.raises(UserError, match=f"negatives_file: .* is {kind}"):
+        local_file(f"{SET}/train-1.parquet")
+    for path in Path(BEIR, "qrels").glob("*"):
+        path.unlink()
+    IRREGULAR[kind](Path(BEIR, "qrels", "test.parquet"))
+    with pytest.raises(UserError, match=f"no parquet file in qrels/: test.parquet/? is {kind}"):
+        check_beir(Path(BEIR))
+
+
+def test_a_long_query_is_cut_and_counted():
+    longest = "word " * 13_107 + "w"  # 65,536 characters
+    assert len(longest) == MAX_QUERY_CHARACTERS
+    texts = [longest, longest + "x" * 2**22]
+    write_rows("train", [row(0), *(row(1) | {"query": text} for text in texts)])
+    rewritten("queries", lambda rows: [rows[0] | {"query": texts[1]}, *rows[1:]])
+    parts = [
+        Part(SET, "train", Path(SET), ("train-00000-of-00001.parquet",)),
+        Part(BEIR, "test", Path(BEIR), ("corpus/test-00000-of-00001.parquet",)),
+    ]
+    seen = look(parts)
+    assert [one.query for one in seen[parts[0]]] == ["question 0", longest, longest]
+    facts = survey(seen, ROOT / "demo" / "base" / "tokenizer.json")
+    assert [found["queries cut"] for found in facts.values()] == [1, 1]
+    tokens = max(map(int, facts[f"{SET} (train)"]["tokens of a query"]))
+    assert tokens == max(map(int, facts[f"{BEIR} (test)"]["tokens of a query"])) <= MAX_QUERY_CHARACTERS
+
+
+def test_a_file_is_opened_and_a_page_hashed_as_often_however_many_rows_there_are(monkeypatch):
+    from test_own import Counted
+
+    from colintern.data import survey as module
+
+    path = Path(SET, "train-00000-of-00001.parquet")
+    write_rows("train", [row(0) | {"query": f"question {number}"} for number in range(800)])  # 50 row groups
+    opened = Counted(monkeypatch, module.pq, "ParquetFile")
+    hashed = Counted(monkeypatch, module.hashlib, "sha256")
+    part = Part(SET, "train", Path(SET), (path.name,))
+    [rows] = look([part]).values()
+    assert len(rows) == 800 and len({one.key for one in rows}) == 1
+    assert opened.calls <= 3 and hashed.calls == 50, "once a row group"
+
+
 def test_names_of_files_say_the_split_as_in_datasets():
     names = {
         "train": ["train2.parquet", "data/train-00000-of-00001.parquet", "training/pages.parquet", "my_train.parquet"],
@@ -340,13 +486,13 @@ def test_a_folder_of_two_kinds_is_refused():
 
 
 def test_the_data_in_numbers():
-    from colintern.data.inventory import inventory, metrics
+    from colintern.data.inventory import inventory, summarize_survey
     from colintern.params import load
 
     write_rows("train", [*map(row, range(40)), row(3), row(3) | {"query": "again"}, row(4) | {"query": ""}])
     write_params(max_bad_fraction=0.05)
     assert fetch_data().returncode == 0
-    found = metrics(inventory(load()))
+    found = summarize_survey(inventory(load().max_visual_tokens))
     train, test = found[f"{SET} (train)"], found[f"{BEIR} (test)"]
     assert {key: train[key] for key in ("rows", "pages", "queries", "duplicates", "quarantined")} == {
         "rows": 43, "pages": 40, "queries": 42, "duplicates": 1, "quarantined": 1
@@ -354,21 +500,21 @@ def test_the_data_in_numbers():
     assert train["bytes"] == Path(SET, "train-00000-of-00001.parquet").stat().st_size
     assert train["queries/page"] == 42 / 40
     assert train["tiles/page"] == 1 and train["tokens/page"] == 16  # 112 x 112 px is one tile
-    assert inventory(load())[f"{SET} (train)"]["queries of a page"] == {"1": 39, "3": 1}
+    assert inventory(load().max_visual_tokens)[f"{SET} (train)"]["queries of a page"] == {"1": 39, "3": 1}
     assert (test["rows"], test["pages"], test["queries"]) == (10, 10, 10)
     assert test["tokens/query"] > 1
     assert sum(train["languages, guessed"].values()) == 41, "distinct queries"
 
 
 def test_the_languages_of_the_queries_are_counted_over_distinct_queries_and_shown_as_a_guess():
-    from colintern.data.inventory import inventory, metrics, table
+    from colintern.data.inventory import inventory, summarize_survey, table
 
     french, german = "Quels sont les principaux risques du projet ?", "Wer hat den Vertrag unterschrieben?"
     spoken = [row(n) | {"query": query} for n, query in enumerate((french, french, german, "4711", "question 1"))]
     write_rows("train", [*spoken, *(row(n) | {"query": f"What does figure {n} show us?"} for n in range(5, 9))])
     assert fetch_data().returncode == 0
-    found = inventory(load())
-    assert metrics(found)[f"{SET} (train)"]["languages, guessed"] == {"de": 1, "en": 4, "fr": 1, "unknown": 2}
+    found = inventory(load().max_visual_tokens)
+    assert summarize_survey(found)[f"{SET} (train)"]["languages, guessed"] == {"de": 1, "en": 4, "fr": 1, "unknown": 2}
     assert "guessed, of 8 distinct queries: en: 4  fr: 1  de: 1  unknown: 2" in table(found, [])
 
 
@@ -379,7 +525,7 @@ def test_the_table_says_the_same():
     write_rows("train", [row(4) | {"query": ""}, *map(row, range(40))])
     write_params(max_bad_fraction=0.05)
     assert fetch_data().returncode == 0
-    shown = table(inventory(load()), quarantine())
+    shown = table(inventory(load().max_visual_tokens), quarantine())
     assert f"{SET} (train): 41 rows, 40 pages, 40 queries, 0 duplicates, 1 quarantined" in shown
     assert f"quarantined: {SET}: 1 x query is empty" in shown
 

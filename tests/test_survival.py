@@ -134,21 +134,30 @@ def test_t3_metrics_that_cannot_be_written_cost_no_step(place, whole):
     assert place.result() == whole
 
 
-@pytest.mark.parametrize("fault", ["cut", "empty", "missing", "bit", "list"])
+@pytest.mark.parametrize("fault", ["cut", "empty", "missing", "bit", "list", "no mapping", "a file"])
 def test_t4_a_rotten_checkpoint_is_named_and_the_one_before_is_used(place, whole, fault):
     assert place.run(at_step, 8, kill) == -signal.SIGKILL
     names = {"cut": "optimizer.pt", "empty": "trainer_state.json", "missing": "rng_state.pth", "list": "files.json"}
     file = place.scratch / "checkpoint-6" / names.get(fault, "adapter_model.safetensors")
+    if fault in ("no mapping", "a file"):
+        file = file.with_name("files.json")
     data = bytearray(file.read_bytes())
     if fault == "missing":
         file.unlink()
+    elif fault == "no mapping":
+        file.write_text("[]")
+    elif fault == "a file":
+        shutil.rmtree(file.parent)
+        file.parent.touch()
     else:
         data[len(data) // 2] ^= 1
         file.write_bytes({"cut": data[: len(data) // 2], "empty": b""}.get(fault, bytes(data)))
     assert place.run() == 0, place.log
     # A list with a wrong byte is no JSON, or says of another file that it is not what was saved.
     named = r"\S+" if fault == "list" else re.escape(file.name)
-    assert re.search(rf"warning: \S+/checkpoint-6/{named}: (missing|cannot be read|\d+ bytes that are not)", place.log)
+    assert re.search(
+        rf"warning: \S+/checkpoint-6/{named}: (missing|cannot be read|is no list|\d+ bytes that are not)", place.log
+    )
     assert "resuming from" in place.log and "checkpoint-3\n" in place.log
     assert place.result() == whole
 
@@ -197,8 +206,8 @@ def test_t6_a_second_signal_ends_at_once(place):
 
 def lose_folder(step: int) -> None:
     """As an experiment in a copy of the repository, which is taken away."""
-    main, copy = Path.cwd(), Path.cwd().with_name("copy")
-    shutil.copytree(main, copy, symlinks=True)
+    main, copy = Path.cwd(), Path.cwd() / ".dvc" / "tmp" / "exps" / "copy"
+    shutil.copytree(main, copy, symlinks=True, ignore=shutil.ignore_patterns(".dvc"))
     os.environ["DVC_ROOT"] = str(main)
     os.chdir(copy)
     at_step(step, lambda: shutil.rmtree(copy))

@@ -28,6 +28,7 @@ from test_dvc_commands import IDENTITY, copy_working_tree
 from bench import study as judged
 from colintern import cli
 from colintern.commands import tune
+from colintern.commands.tune import _check as check_study
 from colintern.params import UserError, load, write
 from colintern.training import study as told
 from colintern.tuning import experiments, outcome
@@ -214,10 +215,23 @@ def on_a_full_disk() -> None:
 def test_a_storage_that_fails_under_a_study_is_told_without_a_traceback(tmp_path):
     copy_working_tree(tmp_path)
     shutil.copy(ROOT / "dvc.lock", tmp_path)  # of a `dvc repro`, which a study asks for
+    for name in ("data/manifest.json", "data/rows.parquet", "metrics/verify.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     place = Place(tmp_path, on_a_full_disk)
     assert place.run() == 2, place.err
     assert re.fullmatch(r"error: --storage: sqlite:///.*/study.db failed: .*(disk|database).*; once .*\n", place.err)
+
+
+@pytest.mark.parametrize("name", ["é", "c#", "a?b"])
+def test_a_path_that_dvc_cannot_copy_is_refused_before_the_first_trial(tmp_path, monkeypatch, name):
+    (tmp_path / name / "repo").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / name / "repo")
+    with pytest.raises(
+        UserError, match=rf"repo: DVC cannot copy a project whose path has '{re.escape(name.strip('abc'))}'"
+    ):
+        check_study("fine")
 
 
 # --- The password ---

@@ -4,18 +4,20 @@ README's everyday ones that need a run."""
 import pytest
 from pages import ROOT, documented, fenced
 from pdf_writer import write_pdf
-from test_dvc_commands import Repo, bare_environment, copy_working_tree, cut_down, set_up
+from test_dvc_commands import IDENTITY, Repo, bare_environment, copy_working_tree, cut_down, set_up
 
 PAGE = ROOT / "docs" / "tutorial.md"
 RUN = {  # the page's commands in its order, and what it quotes of their output, without numbers
     documented("make repro"): "model      ndcg@5 ndcg@10 rec@100",
     documented("source .venv/bin/activate"): "",
+    documented("git add dvc.lock metrics plots"): "",
+    documented('git commit -m "Baseline of this machine"'): "Baseline of this machine",
     documented("colintern data"): "demo (train): ",
     documented("colintern verify"): "ok: every pattern matches, the head is trained, tower and projector are frozen",
     documented("colintern doctor"): "",
     documented("colintern check-adapter experiments/colintern"): "verdict: trained",
     documented("dvc exp run -n slower -S lr=3e-3"): "",
-    documented('dvc exp show --only-changed --drop "health|demo|experiments|Created|State|Executor"'): "slower",
+    documented("make experiments"): "slower",
     documented("dvc metrics diff main"): "",
     documented("colintern compare main slower"): "95 % interval",
     documented("colintern evaluate experiments/colintern --dim 128 64"): "vectors bytes/page",
@@ -26,6 +28,9 @@ RUN = {  # the page's commands in its order, and what it quotes of their output,
     documented("colintern export experiments/colintern --out exported"): "",
 }
 README = (
+    documented("make experiments ARGS=-A"),
+    documented("dvc exp branch slower slower-lr"),
+    documented("colintern verify --json"),
     documented("colintern mine"),
     documented("colintern recommend"),
     documented("colintern evaluate experiments/colintern --pool-factor 1 2 4 --dim 128 64"),
@@ -56,12 +61,16 @@ def test_the_page_is_run_from_its_first_command_to_its_last(repo):
     there = list(dict.fromkeys(line for line in lines() if line in RUN))
     assert there == list(RUN), "the page has them in another order; what else it has, others run (test_docs.py)"
     for line, quoted in RUN.items():
-        said = repo.output(line.replace("source ", ". "))
+        said = repo.output(line.replace("source ", ". "), **(IDENTITY if line.startswith("git commit") else {}))
         assert quoted in said, f"{line}\n{said}"
-        if line.startswith("dvc exp show"):  # "leaves what fits 80 columns"
+        if line == "make experiments":
+            assert max(map(len, said.splitlines())) <= 80, said
+            [header] = [row.split() for row in said.splitlines() if "Experiment" in row]
+            assert header == ["Experiment", "dev_ndcg_at_5", "ndcg_at_5", "lr"], said
+        if line.startswith("dvc metrics"):
             assert max(map(len, said.splitlines())) <= 80, said
         if line == "make repro":
-            repo.commit()  # "Commit dvc.lock and the files in metrics/ before you compare with main"
+            assert said.rstrip().endswith("source .venv/bin/activate") and "  git add dvc.lock metrics plots" in said
     assert (repo.path / "found.html").is_file() and (repo.path / "exported" / "README.md").is_file()
 
 

@@ -1,13 +1,16 @@
 """`colintern check-adapter`: are the trained weights really there."""
 
 import argparse
+from pathlib import Path
+
+from colintern.params import UserError, root
 
 SUMMARY = "tell whether an adapter was trained, is whole, and fits its base; exit 1 if not"
 EXAMPLE = "colintern check-adapter experiments/colintern"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="the adapter's folder")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the adapter's folder")
     parser.add_argument("--base", metavar="FOLDER", help="where its base is (default: where the adapter says)")
     parser.add_argument("--json", action="store_true", help="the statistics and findings as JSON")
 
@@ -17,14 +20,17 @@ def run(args: argparse.Namespace) -> None:
     import json
     import math
     import warnings
-    from pathlib import Path
 
+    if not args.folder.is_dir():
+        raise UserError(f"{args.folder}: is no folder; give that of an adapter, such as experiments/colintern")
+    if args.base and not (root() / args.base).is_dir():
+        raise UserError(f"--base: {args.base} is no folder here; give the one the adapter was trained on")
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.files.hub import stay_offline
     from colintern.modeling.adapters import base_folder, check, read_adapter, table
     from colintern.modeling.weights import statistics
 
-    adapter = read_adapter(Path(args.folder))
+    adapter = read_adapter(args.folder)
     stay_offline()  # the base is where the adapter says, or nowhere
     found = check(adapter, base_folder(adapter, args.base))
     good = all(finding.ok for finding in found)

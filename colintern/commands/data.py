@@ -21,5 +21,5 @@ def run(args: argparse.Namespace) -> None:
     made_for(params)  # the survey of other data shall not pass for that of params
     for name in filter(local, params.benchmarks):
         benchmark_folder(name)
-    found = inventory(params)
+    found = inventory(params.max_visual_tokens)
     print(table(found, read(QUARANTINE)["rows"]))

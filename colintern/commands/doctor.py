@@ -2,7 +2,9 @@
 
 import argparse
 
+from colintern.files.paths import require_base
 from colintern.params import load
+from colintern.terminal import escape_controls, print_coloured
 
 SUMMARY = "check settings, model and machine before training; exit 1 if a check fails"
 EXAMPLE = "colintern doctor"
@@ -19,6 +21,7 @@ def run(args: argparse.Namespace) -> None:
     import warnings
 
     params = load()
+    require_base(params.base, params)
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.modeling.bases import at_hand
     from colintern.planning.doctor import CHECKS, examined, facts_for
@@ -34,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{params.base}: {total:,} parameters, judged as {facts.bounds.name}")
         for finding in found:
             _show(finding.status, finding.name, finding.found, finding.remedy)
-        print(", ".join(f"{count} {_paint(status)}" for status, count in counts.items()))
+        print_coloured(", ".join(f"{count} {_paint(status)}" for status, count in counts.items()))
     if counts["fail"]:
         raise SystemExit(1)
 
@@ -42,8 +45,8 @@ def run(args: argparse.Namespace) -> None:
 def _show(status: str, name: str, found: str, remedy: str) -> None:
     from textwrap import wrap
 
-    lines = wrap(found, 80 - 24)
-    print(f"{_paint(status)}  {name:<18}{lines[0]}")
+    lines = wrap(escape_controls(found), 80 - 24)
+    print_coloured(f"{_paint(status)}  {name:<18}{lines[0]}")
     for line in [*lines[1:], *_remedy(remedy)]:
         print(f"{'':<24}{line}")
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from colintern.files.paths import require_evaluated_model, require_writable
 from colintern.params import Params, UserError, at_commit, load
 
 SUMMARY = "evaluate an adapter, a merged model or one on the hub; the rest is as in params.yaml"
@@ -34,6 +35,11 @@ def run(args: argparse.Namespace) -> None:
     Of several sizes each has a folder in it, and sizes.csv and sizes.svg set them side by side.
     """
     settings = _settings(args)
+    name = args.model.rstrip("/")
+    require_evaluated_model(name)
+    if args.out:
+        _require_replaceable(args.out)
+        require_writable("--out", args.out.parent)
     import csv
     import warnings
 
@@ -54,7 +60,6 @@ def run(args: argparse.Namespace) -> None:
         settings[0]
     ):  # a name that is unknown, or data that is not there, before anything is loaded
         from_cache(task)
-    name = args.model.rstrip("/")
     models = _peers(settings, name)
     if not models:
         folder = Path(name) if Path(name).is_dir() else _from_hub(name)
@@ -62,11 +67,7 @@ def run(args: argparse.Namespace) -> None:
         models = [subjects(params, folder) for params in settings]
     label = re.sub(r"[^\w.-]+", "-", Path(name.partition("@")[0]).name)
     out = args.out or Path("results/evaluate") / f"{label}-{models[0]['trained'].revision[:8]}"
-    # One that was killed has no table yet.
-    swept = (out / SIZES).is_file() or any([*out.glob("pool*-dim*/run.json"), *out.glob("pool*-dim*.partial")])
-    if out.exists() and not (swept or (out / "run.json").is_file()):
-        raise UserError(f"--out: {out} exists and is no evaluation; give a folder that may be replaced")
-    if out.exists() and swept != (len(settings) > 1):
+    if out.exists() and _require_replaceable(out) != (len(settings) > 1):
         shutil.rmtree(out)
     rows: list[dict[str, Any]] = []
     for params, found in zip(settings, models, strict=True):
@@ -86,6 +87,15 @@ def run(args: argparse.Namespace) -> None:
     sizes.plot(rows, out / "sizes.svg")
     print(sizes.table(rows))
     print(f"{out}: {SIZES}, sizes.svg, and a folder of each setting")
+
+
+def _require_replaceable(out: Path) -> bool:
+    """Refuse an out folder that exists and is no evaluation; tell whether it is one of several sizes."""
+    # One that was killed has no table yet.
+    swept = (out / SIZES).is_file() or any([*out.glob("pool*-dim*/run.json"), *out.glob("pool*-dim*.partial")])
+    if out.exists() and not (swept or (out / "run.json").is_file()):
+        raise UserError(f"--out: {out} exists and is no evaluation; give a folder that may be replaced")
+    return swept
 
 
 def _settings(args: argparse.Namespace) -> list[Params]:

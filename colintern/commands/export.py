@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from colintern.files.paths import require_model, require_writable
 from colintern.params import UserError, load, on_hub
 
 SUMMARY = "write an adapter as a merged model with processor and card; push it to the hub only if asked"
@@ -20,6 +21,8 @@ def run(args: argparse.Namespace) -> None:
     """Write the folder, whole or not at all; exit 2 where the adapter is untrained, not whole, or of another base."""
     if args.out.exists():
         raise UserError(f"--out: {args.out} exists; give a folder that does not")
+    require_writable("--out", args.out.parent)
+    require_model("MODEL", args.model, merged=False)
     if args.push is not None and not on_hub(args.push):
         raise UserError(f"--push: {args.push!r} is no repository; write owner/name")
     import warnings

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from colintern.files.paths import require_model, require_new_file
 from colintern.params import UserError, load, root
 
 SUMMARY = "find hard negatives for the training set with a trained adapter"
@@ -43,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(
                 f"{name}: {value} is not valid; it must be {'0 < x <= 1' if name == '--margin' else '1 or more'}"
             )
+    require_model("--adapter", args.adapter, merged=False)
+    require_new_file("--out", root() / args.out)
     from colintern.files.manifest import ready
 
     params = load()

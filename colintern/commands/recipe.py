@@ -10,7 +10,7 @@ from colintern.params import UserError
 
 SUMMARY = "list the recipes, or write one into params.yaml"
 EXAMPLE = "colintern recipe internvl3_5-1b"
-ROOT = Path(__file__).resolve().parents[2]
+RECIPES, TARGET = Path("recipes"), Path("params.yaml")  # of the clone it is run in, wherever colintern is installed
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +19,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    recipes = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
+    recipes = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
     if not recipes:
-        raise UserError(f"{ROOT / 'recipes'}: no recipes here; run colintern from a checkout of the repository")
+        raise UserError(f"{RECIPES.absolute()}: no recipes here; run this in the top folder of a clone")
     if args.name is None:
         width = max(map(len, recipes))
         for name, path in recipes.items():
@@ -30,11 +30,10 @@ def run(args: argparse.Namespace) -> None:
     if args.name not in recipes:
         near = ", ".join(difflib.get_close_matches(args.name, recipes, n=3, cutoff=0.0))
         raise UserError(f"recipe {args.name!r} is unknown; nearest: {near}")
-    target = ROOT / "params.yaml"
-    if not args.force and _would_lose_edits(target, recipes.values()):
-        raise UserError(f"{target}: holds edits that git has not committed; commit them, or lose them with --force")
-    target.write_bytes(recipes[args.name].read_bytes())  # the text, not the values: comments are half of a recipe
-    print(f"{target} is now recipe {args.name}; `dvc repro` runs it")
+    if not args.force and _would_lose_edits(TARGET, recipes.values()):
+        raise UserError(f"{TARGET}: holds edits that git has not committed; commit them, or lose them with --force")
+    TARGET.write_bytes(recipes[args.name].read_bytes())  # the text, not the values: comments are half of a recipe
+    print(f"{TARGET} is now recipe {args.name}; `dvc repro` runs it")
 
 
 def _would_lose_edits(target: Path, recipes: Iterable[Path]) -> bool:
@@ -50,6 +49,6 @@ def _would_lose_edits(target: Path, recipes: Iterable[Path]) -> bool:
 def _git(*arguments: str) -> bool:
     """Whether git is installed, has this repository and answers the command with exit code 0."""
     try:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True).returncode == 0
+        return subprocess.run(["git", *arguments], capture_output=True).returncode == 0
     except FileNotFoundError:
         return False

@@ -6,6 +6,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
+from colintern.files.paths import require_base
 from colintern.params import Params, UserError, load, write
 from colintern.rules import mixture
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "recommend settings for a base and a GPU, and predict memory and time"
 EXAMPLE = "colintern recommend --base internvl3_5-1b --gpu rtx-5090"
-PARAMS, METRICS = Path("params.yaml"), Path("metrics/data.json")
+PARAMS, SURVEY = Path("params.yaml"), Path("data/survey.json")
 COLPALI = "vidore/colpali_train_set", 118_195, 39_239 + 11_214  # its pairs, its pages with those of ViDoRe v1 and v2
 CARD = "rtx-5090"  # what the guide recommends
 
@@ -24,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--base", metavar="BASE", help="a folder, ID@COMMIT, or internvl3_5-1b, -2b, -4b, -8b (default: params.yaml's)")
     add("--gpu", metavar="NAME", help="the card, such as a100-80gb (default: the one here, else rtx-5090)")
     add("--gpu-memory", metavar="GB", help="its memory, or `auto`: that of the GPU here (default: that of --gpu)")
-    add("--rows", type=_whole, metavar="N", help="training pairs (default: metrics/data.json's, or ColPali's)")
+    add("--rows", type=_whole, metavar="N", help="training pairs (default: data/survey.json's, or ColPali's)")
     add("--pages", type=_whole, metavar="N", help="pages, those of evaluation among them (default: as for --rows)")
     add("--table", action="store_true", help="the guide's table of batch sizes beside the computed one, and no more")
     add("--write", action="store_true", help="write the values into params.yaml")
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     if args.write and (not _same(base, params) or args.table):
         what = "--table recommends nothing" if args.table else f"{PARAMS} is for base {params.base}, not {base}"
         raise UserError(f"--write: {what}; see `colintern recipe` for another base")
+    require_base(base, params)
     data, rows, pages = _data(args, params)
     memory = _memory(args.gpu_memory)
     import torch
@@ -86,7 +88,7 @@ def _same(base: str, params: Params) -> bool:
 def _data(args: argparse.Namespace, params: Params) -> tuple[str, int, int]:
     """Where the numbers of pairs and pages come from, and the numbers."""
     names = [name for name, _ in mixture(params.train_data)]
-    own = json.loads(METRICS.read_text(encoding="utf-8")) if METRICS.is_file() else {}
+    own = json.loads(SURVEY.read_text(encoding="utf-8")) if SURVEY.is_file() else {}
     if args.rows and args.pages:
         return "--rows, --pages", args.rows, args.pages
     if (args.base and not _same(args.base, params)) or names == [COLPALI[0]]:
@@ -94,9 +96,9 @@ def _data(args: argparse.Namespace, params: Params) -> tuple[str, int, int]:
     elif all(f"{name} (train)" in own for name in names):
         weights = dict(mixture(params.train_data))
         rows = sum(own[f"{name} (train)"]["rows"] * weights[name] for name in names)
-        origin, pages = str(METRICS), sum(facts["pages"] for facts in own.values())
+        origin, pages = str(SURVEY), sum(facts["pages"] for facts in own.values())
     else:
-        raise UserError(f"--rows, --pages: {METRICS} does not know {params.train_data}; give both, or run `dvc repro`")
+        raise UserError(f"--rows, --pages: {SURVEY} does not know {params.train_data}; give both, or run `dvc repro`")
     return origin, args.rows or rows, args.pages or pages
 
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from colintern.files.paths import require_model, require_new_file
 from colintern.params import UserError, load
 
 SUMMARY = "write an HTML file on an evaluated model: verdict, curves, scores, worst queries with heatmaps"
@@ -28,6 +29,10 @@ def run(args: argparse.Namespace) -> None:
     """Write the file; nothing in it is fetched from anywhere when it is opened."""
     if args.worst < 0:
         raise UserError(f"--worst: {args.worst} is not valid; it must be 0 or more")
+    require_model("MODEL", args.model)
+    if args.results and not (args.results / "run.json").is_file():
+        raise UserError(f"--results: {args.results} holds no run.json; give an evaluation's folder")
+    require_new_file("--out", args.out or Path("results/report/name.html"))
     import warnings
 
     from colintern.files.manifest import arrow_cache

@@ -3,16 +3,21 @@
 import argparse
 from pathlib import Path
 
+from colintern.files.paths import require_model, require_new_file, require_writable
 from colintern.params import UserError, load, root
+from colintern.terminal import escape_controls
 
 SUMMARY = "rank the pages of a folder or PDF for a query, and show where they match; indexed once"
 EXAMPLE = 'colintern search experiments/colintern ~/manuals "how is a package removed" --html found.html'
+
+INDEX = Path("data/.index")  # below the repository's root
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of an adapter or a merged model")
     parser.add_argument("place", type=Path, metavar="FOLDER_OR_PDF", help="PDFs and images, also in folders below it")
-    parser.add_argument("query", metavar="QUERY")
+    parser.add_argument("query", metavar="QUERY", help="in quotes where it has several words")
+    parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)  # the words of a query without quotes
     parser.add_argument("--top", type=int, default=10, metavar="N", help="pages shown (default: %(default)s)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the pages with heatmaps, as one HTML file")
     parser.add_argument("--index", type=Path, metavar="FOLDER", help="where embeddings are kept (default: data/.index)")
@@ -22,8 +27,22 @@ def run(args: argparse.Namespace) -> None:
     """Print the ranking; exit 2 where there is nothing to search."""
     if args.top < 1:
         raise UserError(f"--top: {args.top} is not valid; it must be 1 or more")
+    if args.more:
+        query = " ".join([args.query, *args.more])
+        raise UserError(
+            f"QUERY: {query!r} was given as {len(args.more) + 1} words, and one folder or PDF is searched for one "
+            f'query; put it in quotes: colintern search {args.model} {args.place} "{query}"'
+        )
     if not args.query.strip():
         raise UserError("QUERY: is empty; it needs at least one word")
+    if any("\ud800" <= char <= "\udfff" for char in args.query):  # how Python keeps bytes that are not UTF-8
+        raise UserError(f"QUERY: {args.query!r} is not UTF-8; type it in a terminal whose encoding is UTF-8")
+    require_model("MODEL", args.model)
+    if not args.place.exists():
+        raise UserError(f"FOLDER_OR_PDF: {str(args.place)!r} does not exist")
+    if args.html:
+        require_new_file("--html", args.html)
+    require_writable("--index", args.index or root() / INDEX)
     import time
     import warnings
     from textwrap import fill
@@ -36,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     from colintern.files.hub import stay_offline
     from colintern.files.identity import content_hash
     from colintern.modeling.embed import embed_queries
-    from colintern.search.index import INDEX, Index, identity
+    from colintern.search.index import Index, identity
 
     stay_offline()
     params = load()
@@ -49,9 +68,10 @@ def run(args: argparse.Namespace) -> None:
     new = index.fill(pages, model, processor, params.eval_batch_size, bad)
     seconds = time.monotonic() - start
     for one in bad:
-        print(fill(f"left out: {one.where}: {one.reason}", 80, subsequent_indent="  ", break_long_words=False))
+        left = escape_controls(f"left out: {one.where}: {one.reason}")  # before it is measured
+        print(fill(left, 80, subsequent_indent="  ", break_long_words=False))
     if other := skipped(args.place):
-        print(fill(f"not searched: {other}", 80, subsequent_indent="  "))
+        print(fill(escape_controls(f"not searched: {other}"), 80, subsequent_indent="  "))
     rate = f", {new / seconds:.1f} pages/s" if new else ""
     print(f"{len(pages) - len(index.missing(pages))} pages, {new} of them new: {seconds:.1f} s{rate}")
     start = time.monotonic()

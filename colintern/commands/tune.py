@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from colintern.params import Params, UserError, load, root, write
+from colintern.rules import unsupported_path_characters
 
 SUMMARY = "search for settings, each trial a DVC experiment"
 EXAMPLE = "colintern tune --trials 10"
@@ -71,6 +72,11 @@ def _check(name: str) -> None:
     """Raises UserError where the name cannot be an experiment's, or DVC could not make one here."""
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
         raise UserError(f"--study: {name!r} is not valid; letters, digits, - and _")
+    if odd := unsupported_path_characters(os.getcwd()):
+        raise UserError(
+            f"{os.getcwd()}: DVC cannot copy a project whose path has {odd!r}, as each trial needs; move the "
+            "repository to a path of ASCII characters without # and ?"
+        )
     if subprocess.run(["git", "var", "GIT_COMMITTER_IDENT"], capture_output=True).returncode:
         raise UserError(
             'git: an experiment needs a committer\'s name; run `git config user.name "Your Name" && '

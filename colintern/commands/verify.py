@@ -2,6 +2,7 @@
 
 import argparse
 
+from colintern.files.paths import require_base
 from colintern.params import UserError, load
 
 SUMMARY = "count what LoRA trains and what stays frozen, without any weights"
@@ -24,11 +25,12 @@ def run(args: argparse.Namespace) -> None:
     import warnings
 
     params = load(args.params)
+    base = args.base or params.base
+    require_base(base, params)
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.modeling.bases import config
     from colintern.modeling.lora import examine, faults, meta_model, notes, table
 
-    base = args.base or params.base
     counts = examine(meta_model(config(base, params), None), params)
     wrong = faults(counts)
     if args.json:

@@ -1,6 +1,5 @@
 """What `benchmarks` names: the demo, folders in mteb's layout, mteb's own benchmarks and tasks, all as mteb tasks."""
 
-import copy
 import difflib
 import re
 from collections.abc import Sequence
@@ -8,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import mteb
-from datasets import Image, config
+from datasets import Dataset, Image, config
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 
-from colintern.data.formats import called, check_beir
+from colintern.data.formats import called, check_beir, id_text
+from colintern.data.images import BadImage, decode
 from colintern.files.identity import content_hash
-from colintern.files.manifest import benchmark_folder, local
+from colintern.files.manifest import MANIFEST, arrow_name, benchmark_folder, local, read
 from colintern.params import Params, UserError
 
 
@@ -68,9 +68,11 @@ def from_cache(task: AbsTask) -> AbsTask:
     if Path(task.metadata.dataset["path"]).is_dir():
         return task
     folder = benchmark_folder(task.metadata.name)
-    task = copy.copy(task)  # mteb keeps one object for each task of a benchmark
-    task.metadata = task.metadata.model_copy(update={"dataset": task.metadata.dataset | {"path": str(folder)}})
-    return task
+    kind: Any = type(type(task).__name__, (_DecodedPages, type(task)), {})
+    found = kind.__new__(kind)  # mteb keeps one object for each task of a benchmark
+    metadata = task.metadata.model_copy(update={"dataset": task.metadata.dataset | {"path": str(folder)}})
+    vars(found).update(vars(task), metadata=metadata)
+    return found
 
 
 def _public(entry: str, tasks: Sequence[AbsTask]) -> list[AbsTask]:
@@ -89,7 +91,7 @@ def _resolve(entry: str) -> tuple[str, list[AbsTask]]:
     if local(entry):
         folder = benchmark_folder(entry)
         label, task = called(entry, folder)
-        return label, [_folder_task(folder, task)]
+        return label, [_folder_task(folder, task, arrow_name(read(MANIFEST)["evaluation"][entry]))]
     try:
         benchmark = mteb.get_benchmark(entry)
         return benchmark.name, list(benchmark.tasks)  # its name, which differs from the entry if that is an alias
@@ -108,7 +110,7 @@ def _resolve(entry: str) -> tuple[str, list[AbsTask]]:
         ) from None
 
 
-def _folder_task(folder: Path, name: str) -> AbsTask:
+def _folder_task(folder: Path, name: str, arrow: str) -> AbsTask:
     """A ViDoRe (v1) task that reads `folder` instead of the hub; its revision is a hash of the folder's data."""
     check_beir(folder)
     vidore = type(mteb.get_task("VidoreDocVQARetrieval"))
@@ -122,22 +124,69 @@ def _folder_task(folder: Path, name: str) -> AbsTask:
         }
     )
     # A class of its own, because mteb falls back to the metadata of the class when it unloads the data.
-    return type(name, (_Folder, vidore), {"metadata": metadata})()
+    return type(name, (_Folder, vidore), {"metadata": metadata, "arrow_name": arrow})()
 
 
-class _Folder:
-    """Before a task of mteb's, which then reads what is in its folder now, and pages as images."""
+class PageImage(Image):
+    """A column of pages that are decoded as in training: `datasets` would open every format, PostScript among them."""
+
+    def decode_example(self, value: Any, token_per_repo_id: Any = None) -> Any:
+        """Decode a page from its bytes; None if the row has none, since what a row only names is never fetched.
+
+        Raises:
+            UserError: bytes that are no page.
+        """
+        if not isinstance(value, dict) or not value.get("bytes"):
+            return None
+        try:
+            return decode(value["bytes"])
+        except BadImage as error:
+            raise UserError(f"benchmarks: page {value.get('path') or ''!r}: {error}; repair its row") from error
+
+
+class _DecodedPages:
+    """Before a task of mteb's, which then decodes its pages by `PageImage`."""
+
+    def convert_v1_dataset_format_to_v2(self: Any, num_proc: int | None = None) -> None:
+        super().convert_v1_dataset_format_to_v2(num_proc)  # type: ignore[misc]
+        for split in (split for splits in self.dataset.values() for split in splits.values()):
+            if "image" in split["corpus"].column_names:
+                split["corpus"] = split["corpus"].cast_column("image", PageImage())
+
+
+class _Folder(_DecodedPages):
+    """Before a task of mteb's, which then reads from its folder what it needs, and nothing else that lies there."""
 
     def load_data(self: Any, *args: Any, **kwargs: Any) -> None:
-        known = config.HF_DATASETS_CACHE
-        # `datasets` keys its cache on the folder's last name and the card, which stay when other pages are put there.
-        config.HF_DATASETS_CACHE = Path(known) / self.metadata.dataset["revision"]
-        try:
-            super().load_data(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            config.HF_DATASETS_CACHE = known
-        # No metadata of `datasets` says so in parquet files as pyarrow writes them.
-        self.corpus = {split: pages.cast_column("image", Image()) for split, pages in self.corpus.items()}
+        pages, queries, qrels = (
+            self._read(table, columns)
+            for table, columns in (
+                ("corpus", ["corpus-id", "image"]),
+                ("queries", ["query-id", "query"]),
+                ("qrels", ["query-id", "corpus-id", "score"]),
+            )
+        )
+        relevant: dict[str, dict[str, int]] = {}
+        for query, page, score in zip(qrels["query-id"], qrels["corpus-id"], qrels["score"], strict=True):
+            relevant.setdefault(f"query-test-{id_text(query)}", {})[f"corpus-test-{id_text(page)}"] = int(score)
+        pages, queries = (
+            rows.remove_columns(key)
+            .add_column("id", [f"{table}-test-{id_text(one)}" for one in rows[key]])
+            .add_column("modality", [modality] * len(rows))
+            for rows, key, table, modality in (
+                (pages, "corpus-id", "corpus", "image"),
+                (queries, "query-id", "query", "text"),
+            )
+        )
+        self.corpus = {"test": pages}
+        self.queries, self.relevant_docs = {"test": queries.rename_column("query", "text")}, {"test": relevant}
+        self.data_loaded = True
+
+    def _read(self: Any, table: str, columns: list[str]) -> Dataset:
+        """Return these columns of a table; the copy that `datasets` makes is kept by the content of the folder."""
+        files = sorted(map(str, Path(self.metadata.dataset["path"]).glob(f"{table}/*.parquet")))
+        copies = Path(config.HF_DATASETS_CACHE) / self.arrow_name / table
+        return Dataset.from_parquet(files, columns=columns, cache_dir=str(copies))
 
 
 def _check_task(entry: str, task: AbsTask) -> None:

@@ -9,10 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from colintern.data.collected import query_fault
-from colintern.data.formats import called, check_beir
+from colintern.data.formats import called, check_beir, id_text
 from colintern.data.own import Own
 from colintern.data.survey import Part, Seen, rows_of
 from colintern.params import UserError, root
+
+ID_COLUMNS = {"query-id", "corpus-id"}
+MAX_RELEVANCE = 1000
 
 
 def quarantine(
@@ -82,48 +85,77 @@ def check_whole(part: Part, found: Sequence[Seen]) -> None:
 
 
 def check_judgements(part: Part) -> None:
-    """Hold the queries and qrels of a local evaluation set against each other and its pages.
+    """Compare the queries and qrels of a local evaluation set with each other and its pages, as mteb will.
 
     Raises:
-        UserError: a table without rows, an id given twice, an empty query, a query for which no qrel names a page with
-            a score above 0, a page with two scores for one query, or a qrel whose score is no whole number or whose
-            query or page is missing.
+        UserError: a table without rows, an id given twice or of a type that is no id, an empty query, a query for which
+            no qrel names a page with a score above 0, a page with two scores for one query, or a qrel whose score is no
+            small whole number or whose query or page is missing.
     """
-    pages = rows_of(part, "corpus", ["corpus-id"])
-    queries = rows_of(part, "queries", ["query-id", "query"])
-    judged = rows_of(part, "qrels", ["query-id", "corpus-id", "score"])
-    tables = {"corpus": pages, "queries": queries, "qrels": judged}
+    tables = {
+        "corpus": rows_of(part, "corpus", ["corpus-id"]),
+        "queries": rows_of(part, "queries", ["query-id", "query"]),
+        "qrels": rows_of(part, "qrels", ["query-id", "corpus-id", "score"]),
+    }
     faults = [f"{table}: has no rows" for table, rows in tables.items() if not rows]
-    for key, rows in (("corpus-id", pages), ("query-id", queries)):
-        faults += [f"{key} {one} is in {n} rows" for one, n in Counter(row[key] for row in rows).items() if n > 1]
-    page_ids, query_ids = {row["corpus-id"] for row in pages}, {row["query-id"] for row in queries}
-    asked = {row["query-id"] for row in judged if _whole(row["score"]) and row["score"] > 0}
-    faults += [f"query {row['query-id']}: {fault}" for row in queries if (fault := query_fault(row["query"]))]
-    faults += [
-        f"query {row['query-id']}: no qrel names a page for it with a score above 0"
-        for row in queries
-        if row["query-id"] not in asked
-    ]
-    scores: dict[tuple[Any, Any], Any] = {}
-    for row in judged:
-        first = scores.setdefault((row["query-id"], row["corpus-id"]), row["score"])
-        if first != row["score"]:  # mteb would take the last
-            two = f"{first} and {row['score']}"
-            faults.append(f"qrels: the page {row['corpus-id']} of query {row['query-id']} has the scores {two}")
-        if not _whole(row["score"]):
-            faults.append(f"qrels: the score {row['score']!r} of query {row['query-id']} is no whole number")
-        if row["query-id"] not in query_ids:
-            faults.append(f"qrels: query {row['query-id']} is not among the queries")
-        if row["corpus-id"] not in page_ids:
-            faults.append(f"qrels: the page {row['corpus-id']} of query {row['query-id']} is not in the corpus")
+    kinds = {table: _id_types(rows) for table, rows in tables.items()}
+    for table, rows in tables.items():
+        for number, row in enumerate(rows):
+            for key in ID_COLUMNS & row.keys():
+                try:
+                    row[key] = id_text(row[key])
+                except ValueError as error:
+                    faults.append(f"{table}: row {number}: {key} {error}")
+    for table, key in (("corpus", "corpus-id"), ("queries", "query-id")):
+        counts = Counter(row[key] for row in tables[table])
+        faults += [f"{key} {one} is in {n} rows" for one, n in counts.items() if n > 1]
+    if not faults:
+        faults = [*_qrel_faults(tables, kinds), *_query_faults(tables)]
     if faults:
         raise UserError(
             f"benchmarks: {part.name}: {faults[0]} ({len(faults)} such rows); an evaluation set must be whole"
         )
 
 
-def _whole(score: Any) -> bool:
-    return isinstance(score, int) or (isinstance(score, float) and score.is_integer())
+def _id_types(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return the type of each id column, for messages."""
+    return {key: type(rows[0][key]).__name__ for key in (ID_COLUMNS & rows[0].keys() if rows else ())}
+
+
+def _query_faults(tables: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    asked = {row["query-id"] for row in tables["qrels"] if not relevance_fault(row["score"]) and row["score"] > 0}
+    for row in tables["queries"]:
+        if fault := query_fault(row["query"]):
+            yield f"query {row['query-id']}: {fault}"
+        if row["query-id"] not in asked:
+            yield f"query {row['query-id']}: no qrel names a page for it with a score above 0"
+
+
+def _qrel_faults(tables: dict[str, list[dict[str, Any]]], kinds: dict[str, dict[str, str]]) -> Iterator[str]:
+    known = {
+        key: {row[key] for row in tables[table]} for table, key in (("queries", "query-id"), ("corpus", "corpus-id"))
+    }
+    scores: dict[tuple[str, str], Any] = {}
+    for row in tables["qrels"]:
+        query, page = row["query-id"], row["corpus-id"]
+        if scores.setdefault((query, page), row["score"]) != row["score"]:  # mteb would take the last
+            two = f"{scores[query, page]} and {row['score']}"
+            yield f"qrels: the page {page} of query {query} has the scores {two}"
+        if fault := relevance_fault(row["score"]):
+            yield f"qrels: the score {row['score']!r:.80} of query {query} is {fault}"
+        types = f"qrels has them as {kinds['qrels']['query-id']}, queries as {kinds['queries']['query-id']}"
+        if query not in known["query-id"]:
+            yield f"qrels: query {query!r} is not among the queries; ids are compared as text, {types}"
+        types = f"qrels has them as {kinds['qrels']['corpus-id']}, the corpus as {kinds['corpus']['corpus-id']}"
+        if page not in known["corpus-id"]:
+            yield f"qrels: the page {page!r} of query {query!r} is not in the corpus; ids are compared as text, {types}"
+
+
+def relevance_fault(score: Any) -> str:
+    """Say why a qrel's score cannot be used, "" if it can: pytrec_eval allocates memory by its size."""
+    if isinstance(score, bool) or not isinstance(score, int | float) or (isinstance(score, float) and score % 1 != 0):
+        return "no whole number"
+    return "" if abs(score) <= MAX_RELEVANCE else f"not from -{MAX_RELEVANCE} to {MAX_RELEVANCE}"
 
 
 def check_share(bad: Sequence[dict[str, str]], rows: dict[tuple[str, str], int], most: float) -> None:
@@ -149,8 +181,9 @@ def check_filled(seen: dict[Part, list[Seen]]) -> None:
     for part, found in seen.items():
         if part.split in ("train", "dev") and all(row.fault for row in found):
             raise UserError(
-                f"train_data: {part}: has no row that can be used, in {len(part.files)} parquet files; names of files "
-                f"must say train, and validation or test for the dev set"
+                f"train_data: {part}: has no row that can be used, in {len(part.files)} parquet files"
+                f"{' (' + ', '.join(part.files[:3]) + ')' if part.files else ''}; names of files must say train, and "
+                f"validation or test for the dev set"
             )
 
 

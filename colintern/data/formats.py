@@ -9,6 +9,7 @@ The bytes depend only on the input and on the version of pyarrow: no timestamps,
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from colintern.data.images import STORED
+from colintern.files.regular import describe_refused, list_files
 from colintern.params import UserError, root
 
 ROW_GROUP = 100  # rows; what `datasets` itself uses for image columns, so that one row can be read without the rest
@@ -29,6 +31,7 @@ GROUP_BYTES = 2**28  # of images, after which a row group ends too: past 2 GB py
 TRAINING_SPLITS = ("train", "test")
 TABLES = ("corpus", "queries", "qrels")
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+PAGE_TYPE = pa.struct([("bytes", pa.dictionary(pa.int32(), pa.binary())), ("path", pa.string())])  # while it is written
 TEXT_COLUMNS = (  # of vidore/colpali_train_set, after "image", in its order
     "image_filename", "query", "answer", "source", "options", "page", "model", "prompt", "answer_type",
 )  # fmt: skip
@@ -124,6 +127,21 @@ def write_beir(
     return root
 
 
+def id_text(value: Any) -> str:
+    """Return an id of an evaluation set as text, which is how mteb compares ids.
+
+    A whole float is the integer: pandas turns integers into floats where a join leaves rows without a partner.
+
+    Raises:
+        ValueError: of another type, or a number with a fraction.
+    """
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, int | str) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError(f"{value!r:.80} is of the type {type(value).__name__}; ids are text or whole numbers")
+
+
 def is_pseudo(folder: Path) -> bool:
     """Whether the card of an evaluation set says that a program made its queries."""
     card = folder / "README.md"
@@ -142,7 +160,12 @@ def called(entry: str, folder: Path) -> tuple[str, str]:
 
 def check_beir(folder: Path) -> None:
     """Raises UserError where mteb would find no evaluation set in a folder."""
-    faults = [f"no parquet file in {table}/" for table in TABLES if not any(folder.glob(f"{table}/*.parquet"))]
+    tables = {table: list_files(folder / table, (".parquet",), recursive=False) for table in TABLES}
+    faults = [
+        f"no parquet file in {table}/" + (f": {describe_refused(refused)}" if refused else "")
+        for table, (files, refused) in tables.items()
+        if not files
+    ]
     configured = _configured(folder / "README.md")
     faults += [f"README.md has none for {table}" for table in TABLES if table not in configured]
     if faults:
@@ -198,6 +221,7 @@ def _check_training_rows(split: str, rows: Sequence[TrainingRow]) -> None:
         raise ValueError(f"split {split!r}: no rows")
     first_row: dict[tuple[str, str], int] = {}
     pages: dict[str, bytes] = {}
+    image = content = b""
     for number, row in enumerate(rows):
         where = f"split {split!r}, row {number} ({row.image_filename!r})"
         _check_text(where, "query", row.query)
@@ -207,7 +231,8 @@ def _check_training_rows(split: str, rows: Sequence[TrainingRow]) -> None:
         if pair in first_row:
             raise ValueError(f"{where}: the same page and query {row.query!r} as row {first_row[pair]}")
         first_row[pair] = number
-        content = hashlib.sha256(row.image).digest()
+        if row.image is not image:  # the same object where one page is asked by many queries
+            image, content = row.image, hashlib.sha256(row.image).digest()
         if pages.setdefault(row.image_filename, content) != content:
             raise ValueError(f"{where}: another page under the same image_filename came before")
 
@@ -272,14 +297,39 @@ def _write(folder: Path, split: str, schema: pa.Schema, records: Iterable[dict[s
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{split}-00000-of-00001.parquet"
     partial = path.with_name(f".{path.name}.partial")  # hidden: the README's `test-*` must not match it
+    by_reference = pa.schema([(one.name, PAGE_TYPE if one.name == "image" else one.type) for one in schema])
     # The dictionary limit is raised from 1 MB so that a page asked by several queries is stored once a row group.
     with pq.ParquetWriter(
-        partial, schema, version="2.6", compression="snappy", use_dictionary=True, dictionary_pagesize_limit=2**30
+        partial,
+        by_reference,
+        version="2.6",
+        compression="snappy",
+        use_dictionary=True,
+        dictionary_pagesize_limit=2**30,
+        store_schema=False,
     ) as writer:
         for group in _groups(records):
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            writer.write_table(_table(group, by_reference))
+        arrow_schema = base64.b64encode(schema.serialize().to_pybytes())  # what store_schema would write of `schema`
+        writer.add_key_value_metadata({**schema.metadata, b"ARROW:schema": arrow_schema})
     os.replace(partial, path)
     return path
+
+
+def _table(group: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    """The records as a table that holds each page once: 100 rows of one page would take it 100 times, to no effect."""
+    columns = []
+    for column in schema:
+        values = [record[column.name] for record in group]
+        if column.name == "image":
+            pages: dict[bytes, int] = {}
+            numbers = pa.array([pages.setdefault(image["bytes"], len(pages)) for image in values], pa.int32())
+            images = pa.DictionaryArray.from_arrays(numbers, pa.array(list(pages), pa.binary()))
+            paths = pa.array([image["path"] for image in values], pa.string())
+            columns.append(pa.StructArray.from_arrays([images, paths], fields=list(PAGE_TYPE)))
+        else:
+            columns.append(pa.array(values, column.type))
+    return pa.table(columns, schema=schema)
 
 
 def _groups(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -38,10 +38,13 @@ def read() -> list[Row]:
     """The index, in the order in which it was written.
 
     Raises:
-        UserError: it is missing.
+        UserError: it is missing, or damaged.
     """
     if not Path(INDEX).is_file():
         raise UserError(f"{INDEX}: missing; run the stage that makes it: dvc repro fetch-data")
-    # No threads: the data loader's processes are forked from this one.
-    table = pq.read_table(INDEX, use_threads=False)
-    return [Row(*values) for values in zip(*(table[name].to_pylist() for name in Row._fields), strict=True)]
+    try:
+        # No threads: the data loader's processes are forked from this one.
+        table = pq.read_table(INDEX, use_threads=False)
+        return [Row(*values) for values in zip(*(table[name].to_pylist() for name in Row._fields), strict=True)]
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{INDEX}: damaged: {str(error)[:200]}; make it again: dvc repro -f fetch-data") from error

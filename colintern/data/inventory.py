@@ -1,13 +1,10 @@
 """What the data is, in numbers: rows, pages, queries a page, tiles, tokens, duplicates, bytes; set by set."""
 
-import csv
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from colintern.files.manifest import MANIFEST, SURVEY, Files, folder_of, read
-from colintern.params import Params
 from colintern.tiles import base_tile, choose_grid
 
 COLUMNS = ("set", "measure", "value", "count")
@@ -20,8 +17,8 @@ MEASURES = {  # histogram -> what the table calls its mean
 Survey = dict[str, dict[str, Any]]
 
 
-def inventory(params: Params) -> Survey:
-    """The survey, with the tiles and visual tokens that params give its pages.
+def inventory(max_visual_tokens: int) -> Survey:
+    """The survey, with the tiles and visual tokens that its pages get.
 
     Raises:
         UserError: there is no survey.
@@ -32,14 +29,14 @@ def inventory(params: Params) -> Survey:
         tiles: Counter[int] = Counter()
         for size, count in facts.pop("page sizes").items():
             width, height = map(int, size.split("x"))
-            tiles[choose_grid(width, height, params.max_visual_tokens // tokens, side).tiles] += count
+            tiles[choose_grid(width, height, max_visual_tokens // tokens, side).tiles] += count
         facts["tiles of a page"] = {str(n): count for n, count in sorted(tiles.items())}
         facts["tokens of a page"] = {str(n * tokens): count for n, count in sorted(tiles.items())}
     return found
 
 
-def metrics(found: Survey) -> dict[str, dict[str, float]]:
-    """The counts, and the mean of each histogram."""
+def summarize_survey(found: Survey) -> dict[str, dict[str, float]]:
+    """Return the counts, and the mean of each histogram."""
     return {
         name: {key: value for key, value in facts.items() if key not in MEASURES}
         | {label: _mean(facts[measure]) for measure, label in MEASURES.items()}
@@ -52,14 +49,12 @@ def _mean(histogram: dict[str, int]) -> float:
     return round(sum(int(value) * count for value, count in histogram.items()) / total, 3) if total else 0.0
 
 
-def write_csv(path: Path, found: Survey) -> None:
-    """The histograms, one row a bar."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for name, facts in found.items():
-            for measure in MEASURES:
-                writer.writerows((name, measure, value, count) for value, count in facts[measure].items())
+def survey_rows(found: Survey) -> Iterator[dict[str, Any]]:
+    """Yield the histograms as rows with the keys `COLUMNS`, one for each bar."""
+    for name, facts in found.items():
+        for measure in MEASURES:
+            for value, count in facts[measure].items():
+                yield {"set": name, "measure": measure, "value": value, "count": count}
 
 
 def table(found: Survey, quarantined: Sequence[dict[str, str]]) -> str:
@@ -69,6 +64,7 @@ def table(found: Survey, quarantined: Sequence[dict[str, str]]) -> str:
         lines.append(
             f"{name}: {facts['rows']} rows, {facts['pages']} pages, {facts['queries']} queries, "
             f"{facts['duplicates']} duplicates, {facts['quarantined']} quarantined, {facts['bytes'] / 1e6:.1f} MB"
+            + (f", {facts['queries cut']} queries cut" if "queries cut" in facts else "")
         )
         for measure, label in MEASURES.items():
             lines.append(f"  {label:<13} mean {_mean(facts[measure]):<8g} {_bars(facts[measure])}")

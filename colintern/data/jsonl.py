@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from colintern.data.collected import Ask, Bad, Collected, Shelf, Stored, inside, json_lines, query_fault, split_fault
+from colintern.data.collected import Bad, Collected, Shelf, Stored, inside, json_lines, query_fault, split_fault
 from colintern.data.images import BadImage, standard
 from colintern.files.parallel import spread
+from colintern.files.regular import list_files
 
 KEYS = {"image", "query", "queries", "split"}
 
@@ -21,19 +22,22 @@ def collect(folder: Path, shelf: Shelf) -> Collected:
     files = line_files(folder)
     rows = [line for file in files for line in json_lines(file, found)]
     named = {row["image"] for _, row in rows if isinstance(row.get("image"), str)}
-    paths = {name: path for name in sorted(named) for path, fault in [inside(folder, name)] if not fault}
+    places = {name: inside(folder, name) for name in sorted(named)}
+    paths = {name: path for name, (path, fault) in places.items() if not fault}
     found.read = {os.path.relpath(path, folder) for path in (*files, *paths.values())}
     tasks = [(path, shelf) for path in paths.values()]
     stored = dict(zip(paths, spread(_store, tasks, "reading images", "page"), strict=True))
     for where, row in rows:
-        _take(folder, where, row, stored, found)
+        name = row.get("image")
+        fault = places[name][1] if isinstance(name, str) else inside(folder, name)[1]
+        _take(where, row, fault, stored, found)
     found.bad.sort(key=lambda bad: (bad.where.rpartition(":")[0], int(bad.where.rpartition(":")[2])))
     return found
 
 
 def line_files(folder: Path) -> list[Path]:
     """The JSONL files of the folder, hidden ones left out: macOS puts a `._rows.jsonl` beside each on other disks."""
-    return sorted(folder.glob("[!.]*.jsonl"))
+    return list_files(folder, (".jsonl",), recursive=False).files
 
 
 def _store(task: tuple[Path, Shelf]) -> Stored | str:
@@ -46,11 +50,11 @@ def _store(task: tuple[Path, Shelf]) -> Stored | str:
     return shelf.put(data)  # a full disk is no fault of the page
 
 
-def _take(folder: Path, where: str, row: dict[str, Any], stored: dict[str, Stored | str], found: Collected) -> None:
-    """Put one row's page and queries into `found`, or its faults."""
+def _take(where: str, row: dict[str, Any], fault: str, stored: dict[str, Stored | str], found: Collected) -> None:
+    """Put one row's page and queries into `found`, or its faults; `fault`: that of the name of its image."""
     found.unknown.update(row.keys() - KEYS)
     name, split = row.get("image"), row.get("split")
-    fault = inside(folder, name)[1] or split_fault(split)
+    fault = fault or split_fault(split)
     page = "" if fault else stored[str(name)]
     if isinstance(page, str):
         found.bad.append(Bad(where, fault or f"image {name!r}: {page}"))
@@ -64,4 +68,4 @@ def _take(folder: Path, where: str, row: dict[str, Any], stored: dict[str, Store
         if reason := query_fault(query):
             found.bad.append(Bad(where, reason))
         else:
-            found.asks.append(Ask(query, str(name), "given"))
+            found.add_query(query, str(name), "given")

@@ -12,23 +12,25 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from colintern.data.collected import SPLITS, Ask, Collected, Shelf, Stored
+from colintern.data.collected import MAX_QUERY_CHARACTERS, SPLITS, Ask, Collected, Shelf, Stored
 from colintern.data.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
 from colintern.data.splits import assign
 from colintern.files.identity import content_hash
 from colintern.files.jsonfile import dumps
 from colintern.files.lock import locked
 from colintern.files.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, local_files, root, source_files
+from colintern.files.regular import LINKED_FOLDER, list_files
 from colintern.params import UserError
 
 MADE = "data/own/.made"
 CODE = (
-    *("own.py", "collected.py", "pdfs.py", "jsonl.py", "pseudo.py", "splits.py", "images.py", "formats.py"),
-    "../pixels.py",
+    *("own.py", "collected.py", "pdfs.py", "query_table.py", "jsonl.py", "pseudo.py", "splits.py", "images.py"),
+    *("formats.py", "../pixels.py"),
 )
 LIBRARIES = ("pypdfium2", "pillow", "pyarrow")
 
@@ -66,7 +68,8 @@ def make(folder: str, collect: Callable[[Path, Shelf], Collected]) -> Own:
         UserError: nothing usable in it, or rows that put one page or one query into two splits.
     """
     made_from = {"folder": folder, "files": source_files(folder)}
-    linked = [f"{path.relative_to(root() / folder)}/" for path in _linked(root() / folder)]
+    refused = list_files(root() / folder).refused  # named with what is not read
+    linked = [name if kind == LINKED_FOLDER else f"{name} ({kind})" for name, kind in refused.items()]
     facts = {
         "files": made_from["files"],
         "linked": linked,
@@ -100,11 +103,6 @@ def _known(home: Path) -> dict[str, Any] | None:
     return summary if same else None
 
 
-def _linked(top: Path) -> list[Path]:
-    """Links to folders, which nothing here follows."""
-    return sorted(path for path in top.rglob("*") if path.is_symlink() and path.is_dir())
-
-
 def _write(
     home: Path, folder: str, collect: Callable[[Path, Shelf], Collected], there: Collection[str]
 ) -> dict[str, Any]:
@@ -135,6 +133,7 @@ def _write(
         "bad": [bad._asdict() for bad in found.bad],
         "same pages": len(found.pages) - len(pages),
         "same queries": len(found.asks) - len(asks),
+        "cut queries": found.cut_queries,
         "pages without a query": sum(name not in asked for name in pages),
         "kinds": dict(sorted(Counter(ask.kind for ask in asks).items())),
         "unknown keys": sorted(found.unknown),
@@ -172,10 +171,14 @@ class _Lazy(Sequence):
 
 
 def _write_training(folder: Path, split: str, asks: Sequence[Ask], pages: dict[str, Stored], source: str) -> None:
+    @lru_cache(maxsize=1)  # the rows of a page stand next to each other
+    def read_page(name: str) -> bytes:
+        return pages[name].path.read_bytes()
+
     def row(index: int) -> TrainingRow:
         ask = asks[index]
         origin = source if ask.kind == "given" else f"{source} (pseudo-query: {ask.kind})"
-        return TrainingRow(pages[ask.page].path.read_bytes(), ask.page, ask.query, source=origin)
+        return TrainingRow(read_page(ask.page), ask.page, ask.query, source=origin)
 
     write_training_split(folder, split, _Lazy(len(asks), row))
 
@@ -204,11 +207,13 @@ def _words(folder: str, summary: dict[str, Any]) -> str:
     lines = [f"{folder}: pages/queries: {', '.join(parts)}; {shares}"]
     counted = ("same pages", "same queries", "pages without a query")
     lines += [f"  {name}: {summary[name]}" for name in counted if summary[name]]
+    if summary["cut queries"]:
+        lines.append(f"  queries cut to {MAX_QUERY_CHARACTERS} characters: {summary['cut queries']}")
     pseudo = {kind: count for kind, count in summary["kinds"].items() if kind != "given"}
     if pseudo:
         lines.append("  pseudo-queries, made by a program: " + ", ".join(f"{n} {kind}s" for kind, n in pseudo.items()))
-    if summary["unknown keys"]:
-        lines.append(f"  keys of rows without effect: {', '.join(summary['unknown keys'])}")
+    if keys := summary["unknown keys"]:
+        lines.append(f"  keys of rows without effect: {', '.join(keys[:20])}{', ...' if keys[20:] else ''}")
     if unread := summary["not read"]:
         lines.append(f"  not read: {len(unread)}, {', '.join(unread[:5])}{', ...' if unread[5:] else ''}")
     return "\n".join(lines).encode(errors="backslashreplace").decode()  # a key may hold half a character

@@ -5,28 +5,26 @@ The questions stand in `queries.csv` or `queries.jsonl` in the folder: query, fi
 file the PDFs' own text layer is asked: pseudo-queries, named so wherever their numbers appear.
 """
 
-import csv
-import io
 import os
-from collections.abc import Container, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pypdfium2 as pdfium
 from PIL import Image
 
-from colintern.data.collected import Ask, Bad, Collected, Shelf, inside, json_lines, query_fault, split_fault, torn
+from colintern.data.collected import Bad, Collected, Shelf, inside, json_lines, query_fault, split_fault, torn
 from colintern.data.images import BadImage, check_size, png_bytes
 from colintern.data.pseudo import Text, pseudo_queries
+from colintern.data.query_table import COLUMNS, csv_rows
 from colintern.files.parallel import spread
+from colintern.files.regular import irregular_type, list_files
 from colintern.params import UserError
 
 # Pixels an inch: an A4 page is 1,191 x 1,684, more than InternVL3.5 takes in at 12 tiles.
 DPI = 144
-CHUNK = 8  # pages a task: a document is opened again for each
+CHUNK = 8  # pages a task, or a 64th of the document: for each it is opened again, and its pages counted up to the first
 QUERY_FILES = ("queries.csv", "queries.jsonl")
-COLUMNS = ("query", "file", "page", "split")
-REST = "more cells than columns"
 
 
 class Task(NamedTuple):
@@ -56,11 +54,12 @@ def collect(folder: Path, shelf: Shelf) -> Collected:
     counts = {name: pages for name, (pages, _) in outlines.items()}
     texts: dict[str, list[str]] = {name: [] for name in counts}
     tasks = [
-        Task(files[name], name, first, min(first + CHUNK, pages), shelf)
+        Task(files[name], name, first, min(first + chunk, pages), shelf)
         for name, pages in counts.items()
-        for first in range(0, pages, CHUNK)
+        for chunk in [max(CHUNK, pages // 64)]
+        for first in range(0, pages, chunk)
     ]
-    for task, pages in zip(tasks, spread(_render, tasks, "rendering", f"{CHUNK} pages"), strict=True):
+    for task, pages in zip(tasks, spread(_render, tasks, "rendering", "block"), strict=True):
         for page in pages:
             texts[task.name].append(page.text)
             if page.fault:
@@ -78,14 +77,18 @@ def collect(folder: Path, shelf: Shelf) -> Collected:
         for query in pseudo_queries(documents):
             page_name = _name(names[query.document], query.page)
             if page_name in found.pages:
-                found.asks.append(Ask(query.query, page_name, query.kind))
+                found.add_query(query.query, page_name, query.kind)
     return found
 
 
 def pdf_files(folder: Path) -> list[Path]:
     """The PDFs below the folder, in the order of their paths; hidden files and folders are left out."""
-    paths = (p for p in folder.rglob("*") if p.suffix.lower() == ".pdf" and p.is_file())
-    return sorted(p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    return list_files(folder, (".pdf",)).files
+
+
+def is_query_file(path: Path) -> bool:
+    """Tell whether a file of a folder of PDFs is the one that holds the questions; its suffix may be in capitals."""
+    return path.stem + path.suffix.lower() in QUERY_FILES
 
 
 def open_pdf(path: Path) -> pdfium.PdfDocument:
@@ -147,81 +150,38 @@ def page_image(page: pdfium.PdfPage) -> Image.Image:
 
 
 def _query_file(folder: Path) -> Path | None:
-    found = [folder / name for name in QUERY_FILES if (folder / name).is_file()]
+    found = sorted(filter(is_query_file, folder.iterdir()))
     if len(found) > 1:
-        raise UserError(f"{folder}: has {' and '.join(QUERY_FILES)}; keep one")
+        raise UserError(f"{folder}: has {' and '.join(path.name for path in found)}; keep one")
+    if found and (kind := irregular_type(found[0])):  # without it, the PDFs' own text would be asked
+        raise UserError(f"{found[0]}: is {kind}, not a regular file; replace or delete it")
     return found[0] if found else None
 
 
 def _read_queries(folder: Path, file: Path, counts: dict[str, int], found: Collected) -> None:
-    rows = json_lines(file, found, "questions") if file.suffix == ".jsonl" else _csv_rows(file, counts, found)
+    is_jsonl = file.suffix.lower() == ".jsonl"
+    rows = json_lines(file, found, "questions") if is_jsonl else csv_rows(file, counts, found)
+    locate = cache(partial(inside, folder))  # many rows name the same file
     for where, row in rows:
         if unknown := row.keys() - set(COLUMNS):
             found.unknown.update(map(str, unknown - {""}))
-        name, fault = _page(folder, row, counts)
+        file_name = row.get("file")
+        path, fault = locate(file_name) if isinstance(file_name, str) else inside(folder, file_name)
+        name, fault = ("", fault) if fault else _page(os.path.relpath(path, folder), row.get("page"), counts)
         fault = query_fault(row.get("query")) or fault or split_fault(row.get("split", ""))
         if not fault and name not in found.pages:
             fault = f"page {name} could not be rendered"
         if fault:
             found.bad.append(Bad(where, fault, "questions"))
             continue
-        found.asks.append(Ask(row["query"], name, "given"))
+        found.add_query(row["query"], name, "given")
         if row.get("split"):
             found.fixed.setdefault(name, []).append((row["split"], where))
 
 
-def _csv_rows(file: Path, pdfs: Container[str], found: Collected) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: is not UTF-8: {error}; from Excel, save it as CSV UTF-8") from error
-    head = text.partition("\n")[0]
-    comma = ";" if head.count(";") > head.count(",") else ","  # Excel's, where numbers have decimal commas
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey=REST, delimiter=comma, strict=True)
-    first = 1
-    try:
-        _check_header(file, list(reader.fieldnames or []))
-        first = reader.line_num + 1
-        for row in reader:
-            # A stray quote takes in the rows up to the next one, without an error where a comma follows that.
-            if any(cell in pdfs for line in _further_lines(row, comma) for cell in line):
-                raise csv.Error("one of its cells holds whole rows")
-            cells = [*(cell for key, cell in row.items() if key != REST), *row.get(REST, [])]
-            if any(cell and cell.strip() for cell in cells):  # else what a spreadsheet writes for an empty line
-                found.rows["questions"] += 1
-                yield f"{file.name}:{reader.line_num}", row
-            first = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(
-            f"{file}: the row that begins in line {first}: {error}; a quote in a quoted cell must be doubled, and one "
-            f"that begins a cell must be closed"
-        ) from error
-
-
-def _further_lines(row: dict[str, Any], comma: str) -> Iterator[list[str]]:
-    """The lines of the cells that have several, read as rows."""
-    for cell in row.values():
-        if isinstance(cell, str) and len(lines := cell.splitlines()) > 1:
-            yield from csv.reader(lines, delimiter=comma)
-
-
-def _check_header(file: Path, header: list[str]) -> None:
-    if lacking := [name for name in COLUMNS[:3] if name not in header]:
-        raise UserError(
-            f"{file}: has no column {', '.join(lacking)}; its first line is {header!r:.200}, it must name "
-            f"{', '.join(COLUMNS)}"
-        )
-    if twice := [name for name in COLUMNS if header.count(name) > 1]:
-        raise UserError(f"{file}: has the column {twice[0]} {header.count(twice[0])} times; it must have it once")
-
-
-def _page(folder: Path, row: dict[str, Any], counts: dict[str, int]) -> tuple[str, str]:
+def _page(file: str, page: Any, counts: dict[str, int]) -> tuple[str, str]:
     """The name of a row's page, and what is wrong with it ("" if nothing)."""
-    file, page = row.get("file"), str(row.get("page"))
-    path, fault = inside(folder, file)
-    if fault:
-        return "", fault
-    file = os.path.relpath(path, folder)  # ./a.pdf is a.pdf
+    page = str(page)
     if file not in counts:
         return "", f"{file} is not a readable PDF of this folder"
     # Python reads no number of more than 4,300 digits.

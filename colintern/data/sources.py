@@ -29,6 +29,7 @@ from colintern.files.manifest import (
     local_files,
 )
 from colintern.files.parallel import spread
+from colintern.files.regular import describe_refused, list_files
 from colintern.params import Params, UserError, on_hub, root
 from colintern.rules import kernel_at, mixture
 
@@ -161,15 +162,19 @@ def _kind(name: str) -> Callable[[Path, Shelf], Collected] | None:
     folder = root() / name
     if name == DEMO or not folder.is_dir():
         return None
-    has_pdfs, lines = bool(pdfs.pdf_files(folder)), {path.name for path in jsonl.line_files(folder)}
+    has_pdfs, lines = bool(pdfs.pdf_files(folder)), jsonl.line_files(folder)
     kinds = {
-        "parquet files": any(folder.glob("*.parquet")) or any(folder.glob("[!.]*/**/*.parquet")),
+        "parquet files": bool(list_files(folder, TRAIN_SUFFIXES).files),
         "PDFs": has_pdfs,
-        "JSON lines": bool(lines - set(pdfs.QUERY_FILES if has_pdfs else ())),
+        "JSON lines": any(not (has_pdfs and pdfs.is_query_file(path)) for path in lines),
     }
     found = [kind for kind, there in kinds.items() if there]
     if len(found) != 1:
-        raise UserError(f"{name}: holds {' and '.join(found) or 'none'} of {', '.join(kinds)}; it must be one of them")
+        refused = describe_refused(list_files(folder, (".jsonl", ".pdf", *TRAIN_SUFFIXES)).refused)
+        raise UserError(
+            f"{name}: holds {' and '.join(found) or 'none'} of {', '.join(kinds)}; it must be one of them"
+            + (f" ({refused})" if refused else "")
+        )
     return {"parquet files": None, "PDFs": pdfs.collect, "JSON lines": jsonl.collect}[found[0]]
 
 

@@ -3,8 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from colintern.data.collected import Ask, Stored
-from colintern.data.pseudo import squeeze
+from colintern.data.collected import Ask, Stored, normalize_query
 from colintern.params import UserError
 
 SHARES = {"test": 0.3, "dev": 0.1, "train": 0.6}  # of the pages whose split no row names
@@ -38,7 +37,7 @@ def assign(
 
     asked: dict[str, str] = {}
     for ask in asks:
-        group[head(ask.page)] = head(asked.setdefault(squeeze(ask.query) or ask.query, ask.page))
+        group[head(ask.page)] = head(asked.setdefault(normalize_query(ask.query), ask.page))
     named: dict[str, tuple[str, str]] = {}
     for name, splits in fixed.items():
         for split, where in splits:

@@ -3,18 +3,23 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from colintern.data.collected import query_fault
+from colintern.data.collected import MAX_QUERY_CHARACTERS, query_fault
 from colintern.data.images import BadImage, decode
 from colintern.data.index import Row
 from colintern.data.language import languages
 from colintern.data.trainset import POSITIVES
+from colintern.files.manifest import TRAIN_SUFFIXES
 from colintern.files.parallel import spread
+from colintern.files.regular import list_files
 from colintern.params import UserError
 
 
@@ -37,20 +42,24 @@ class Part(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """One row. `where` is its file and number, `key` the sha256 of its page's bytes, `fault` why it cannot be used."""
+    """One row. `where` is its file and number, `key` the sha256 of its page's bytes, `fault` why it cannot be used.
+
+    `is_cut`: the query was longer than `MAX_QUERY_CHARACTERS`.
+    """
 
     where: str
     key: str
     size: tuple[int, int] | None
     query: str
     fault: str
+    is_cut: bool = False
 
 
 def look(parts: Sequence[Part]) -> dict[Part, list[Seen]]:
     """Every row of every part; of an evaluation set the pages, which have no query.
 
     Raises:
-        UserError: a file is no parquet file, or lacks a column.
+        UserError: a file is no parquet file, lacks a column, has one of a wrong type, or cannot be read.
     """
     whole = [part for part in parts if part.corpus is None]
     tasks = [(part, name, group) for part in whole for name in part.files for group in _groups(part, name)]
@@ -87,24 +96,25 @@ def held_out(keys: Iterable[str]) -> set[str]:
 def _queries(part: Part) -> Iterator[tuple[str, Any, Any]]:
     """(place, query, numbers of its pages) of each row."""
     for name in part.files:
-        table = _open(part, name, {"query", POSITIVES}).read(columns=["query", POSITIVES])
-        for number, row in enumerate(table.to_pylist()):
+        for number, row in enumerate(_read_rows(part.folder / name, ["query", POSITIVES])):
             yield f"{name}:{number}", row["query"], row[POSITIVES]
 
 
 def _named_page(row: tuple[str, Any, Any], pages: Sequence[Seen]) -> Seen:
     where, query, numbers = row
     text, fault = query if isinstance(query, str) else "", query_fault(query)
+    is_cut, text = len(text) > MAX_QUERY_CHARACTERS, text[:MAX_QUERY_CHARACTERS]
     number = numbers[0] if isinstance(numbers, list) and numbers else numbers
     if not isinstance(number, int) or not 0 <= number < len(pages):
         return Seen(where, "", None, text, fault or f"{POSITIVES}: {numbers!r:.80} is no row of the corpus")
     page = pages[number]
-    return Seen(where, page.key, page.size, text, fault or (page.fault and f"its page, row {number}: {page.fault}"))
+    fault = fault or (page.fault and f"its page, row {number}: {page.fault}")
+    return Seen(where, page.key, page.size, text, fault, is_cut)
 
 
 def _groups(part: Part, name: str) -> Iterator[tuple[int, int]]:
     """(row group, number of its first row) of a file."""
-    file = _open(part, name, set(_columns(part)))
+    file = _open(part.folder / name, _columns(part))
     first = 0
     for group in range(file.num_row_groups):
         yield group, first
@@ -115,33 +125,79 @@ def _columns(part: Part) -> list[str]:
     return ["image"] if part.split in ("test", "corpus") else ["image", "query"]
 
 
-def _open(part: Part, name: str, columns: set[str]) -> pq.ParquetFile:
-    path = part.folder / name
+def _open(path: Path, columns: Sequence[str]) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
-    except (OSError, ValueError) as error:
+        names = file.schema_arrow.names
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: is not a parquet file: {error}") from error
-    if lacking := columns - set(file.schema_arrow.names):
-        raise UserError(f"{path}: has no column {' and '.join(sorted(lacking))}; it has {file.schema_arrow.names}")
+    if lacking := sorted({*columns} - {*names}):
+        raise UserError(f"{path}: has no column {' and '.join(lacking)}; it has {names}")
+    for field in file.schema_arrow:
+        if field.name in columns and (wanted := _type_fault(field)):
+            raise UserError(f"{path}: column {field.name} is of the type {field.type}; it must hold {wanted}")
     return file
+
+
+def _type_fault(field: pa.Field) -> str:
+    """Say what a column must hold whose values cannot be read as that; "" if they can."""
+    types = pa.types
+    kind = field.type.value_type if types.is_dictionary(field.type) else field.type
+    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)
+    if is_text or field.name == POSITIVES:
+        return ""
+    if field.name == "query":
+        return "text"
+    if field.name == "image":
+        is_image = types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind)
+        return "" if is_image else "the bytes of images"
+    is_number = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind) or types.is_boolean(kind)
+    return "" if is_number else "numbers or text"
+
+
+@contextmanager
+def _named_in_errors(path: Path) -> Iterator[None]:
+    """Name the file whose rows cannot be read, where pyarrow names none."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: its rows cannot be read, it is damaged: {error}; fetch or write it again") from error
+
+
+def _read_rows(path: Path, columns: list[str]) -> list[dict[str, Any]]:
+    file = _open(path, columns)
+    with _named_in_errors(path):
+        return file.read(columns=columns).to_pylist()
+
+
+@lru_cache(maxsize=1)
+def _opened(path: Path, changed: int) -> pq.ParquetFile:
+    """The file, opened once for its row groups: each time, its list of all of them is read."""
+    return pq.ParquetFile(path)
 
 
 def _look(task: tuple[Part, str, tuple[int, int]]) -> list[Seen]:
     part, name, (group, first) = task
-    # A few rows at a time: as Python objects, pages asked for by several queries take memory several times.
-    batches = pq.ParquetFile(part.folder / name).iter_batches(8, [group], _columns(part))
+    path = part.folder / name
     known: dict[str, tuple[tuple[int, int] | None, str]] = {}
+    data, key = b"", ""
     rows = []
-    for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=first):
-        data, fault = _bytes(row["image"])
-        key = hashlib.sha256(data).hexdigest() if data else ""
-        if key not in known:
-            known[key] = (None, fault) if fault else _size(data)
-        size, fault = known[key] if data else (None, fault)
-        query = row.get("query", "")
-        if "query" in row:
-            fault = fault or query_fault(query)
-        rows.append(Seen(f"{name}:{number}", key, size, query if isinstance(query, str) else "", fault))
+    with _named_in_errors(path):
+        # A few rows at a time: as Python objects, pages asked for by several queries take memory several times.
+        batches = _opened(path, path.stat().st_mtime_ns).iter_batches(8, [group], _columns(part))
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=first):
+            last, (data, fault) = data, _bytes(row["image"])
+            if data != last:  # to compare takes a tenth of the time, and most rows of a page stand next to each other
+                key = hashlib.sha256(data).hexdigest() if data else ""
+            if key not in known:
+                known[key] = (None, fault) if fault else _size(data)
+            size, fault = known[key] if data else (None, fault)
+            query = row.get("query", "")
+            if "query" in row:
+                fault = fault or query_fault(query)
+            text = query if isinstance(query, str) else ""
+            is_cut, text = len(text) > MAX_QUERY_CHARACTERS, text[:MAX_QUERY_CHARACTERS]
+            rows.append(Seen(f"{name}:{number}", key, size, text, fault, is_cut))
     return rows
 
 
@@ -174,15 +230,10 @@ def rows_of(part: Part, table: str, columns: list[str]) -> list[dict[str, Any]]:
     """The rows of a table (corpus, queries or qrels) of an evaluation set.
 
     Raises:
-        UserError: a file lacks a column.
+        UserError: a file is no parquet file, lacks a column, has one of a wrong type, or cannot be read.
     """
-    rows = []
-    for path in sorted(part.folder.glob(f"{table}/*.parquet")):
-        file = pq.ParquetFile(path)
-        if lacking := set(columns) - set(file.schema_arrow.names):
-            raise UserError(f"{path}: has no column {' and '.join(sorted(lacking))}; it has {file.schema_arrow.names}")
-        rows += file.read(columns=columns).to_pylist()
-    return rows
+    files = list_files(part.folder / table, TRAIN_SUFFIXES, recursive=False).files
+    return [row for path in files for row in _read_rows(path, columns)]
 
 
 def survey(seen: dict[Part, list[Seen]], tokenizer: Path) -> dict[str, dict[str, Any]]:
@@ -193,19 +244,22 @@ def survey(seen: dict[Part, list[Seen]], tokenizer: Path) -> dict[str, dict[str,
         good = [row for row in rows if not row.fault]
         sizes = {row.key: row.size for row in good if row.size}
         if part.split == "test":
-            queries = [row["query"] for row in rows_of(part, "queries", ["query"])]
+            texts = [row["query"] for row in rows_of(part, "queries", ["query"])]
+            queries = [text[:MAX_QUERY_CHARACTERS] for text in texts]
+            cut = sum(len(text) > MAX_QUERY_CHARACTERS for text in texts)
             asked = Counter(row["corpus-id"] for row in rows_of(part, "qrels", ["corpus-id"]))
             copies = len(good) - len(sizes)
         elif part.split == "corpus":
-            queries, asked, copies = [], Counter(), len(good) - len(sizes)
+            queries, asked, copies, cut = [], Counter(), len(good) - len(sizes), 0
         else:
             queries = [row.query for row in good]
+            cut = sum(row.is_cut for row in good)
             asked = Counter(row.key for row in good)
             copies = len(good) - len({(row.key, row.query) for row in good})
         tokens = (
             len(each.ids)
-            for start in range(0, len(queries), 1000)  # an encoding takes kilobytes
-            for each in words.encode_batch(queries[start : start + 1000], add_special_tokens=False)
+            for start in range(0, len(queries), 64)  # an encoding takes kilobytes, that of the longest query megabytes
+            for each in words.encode_batch(queries[start : start + 64], add_special_tokens=False)
         )
         found[str(part)] = {
             "rows": len(rows),
@@ -218,7 +272,7 @@ def survey(seen: dict[Part, list[Seen]], tokenizer: Path) -> dict[str, dict[str,
             "queries of a page": _histogram(asked.values()),
             "tokens of a query": _histogram(tokens),
             "languages, guessed": languages(queries),
-        }
+        } | ({"queries cut": cut} if cut else {})
     return found
 
 

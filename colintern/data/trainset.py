@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyarrow import parquet
+from pyarrow import ArrowException, parquet
 
 from colintern.files.manifest import MANIFEST, checked_folder, read
 from colintern.params import Params, UserError, root
@@ -93,7 +93,7 @@ def by_number(file: Path) -> bool:
     """
     try:
         return POSITIVES in parquet.read_schema(file).names
-    except (OSError, ValueError) as error:
+    except (ArrowException, OSError, ValueError) as error:
         raise UserError(f"{file}: is not a parquet file: {error}") from error
 
 

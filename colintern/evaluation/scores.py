@@ -1,4 +1,4 @@
-"""The scores of an evaluation: of each task, of each benchmark, of each language; the metric file and the plot."""
+"""The scores of an evaluation: of each task, of each benchmark, of each language; the metric file and the plots."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # ten seconds that `colintern compare` has no use for
 BYTES = 2  # of a number, as vector stores keep them: float16
 METRICS = ("ndcg_at_5", "ndcg_at_10", "recall_at_100")
 SIZES = ("vectors_per_page", "bytes_per_page")
+TASK_COLUMNS = ("task", *METRICS, *SIZES)
+BENCHMARK_COLUMNS = ("mean", *METRICS)
 
 Means = dict[str, float]
 Scores = dict[str, dict[str, Any]]
@@ -99,7 +101,7 @@ def short(task: str) -> str:
 
 
 def report(trained: Scores, untrained: Scores | None) -> Scores:
-    """What metrics/eval.json holds: the trained model's scores and, under "untrained", the means before training."""
+    """What an evaluation's eval.json holds: the trained model's scores and, under "untrained", the means before."""
     if untrained is None:
         return trained
     return {
@@ -108,11 +110,35 @@ def report(trained: Scores, untrained: Scores | None) -> Scores:
     }
 
 
-def score_rows(by_model: dict[str, Scores]) -> list[dict[str, Any]]:
-    """One row for each benchmark, task and model, for plots: benchmark, task, model, `METRICS` and `SIZES`."""
+def summarize_scores(trained: Scores) -> dict[str, Any]:
+    """Return the content of metrics/eval.json: the mean of each metric over all tasks, and each task's scores.
+
+    The tasks are a list, which DVC leaves out of its tables: as keys, they would add columns to `dvc metrics show` and
+    `dvc exp show`. A task that is in several benchmarks counts once.
+    """
+    tasks = {task: (name, found) for name, scores in trained.items() for task, found in scores["tasks"].items()}
+    return rounded(mean([found for _, found in tasks.values()])) | {
+        "tasks": [
+            {"task": task, "benchmark": name} | {metric: found[metric] for metric in METRICS}
+            for task, (name, found) in tasks.items()
+        ]
+    }
+
+
+def task_rows(trained: Scores) -> list[dict[str, Any]]:
+    """Return one row for each task of the trained model, for plots: task, `METRICS` and `SIZES`."""
     return [
-        {"benchmark": benchmark, "task": task, "model": model} | {key: scores[key] for key in (*METRICS, *SIZES)}
+        {"task": short(row["task"])} | {key: row[key] for key in TASK_COLUMNS[1:]}
+        for scores in trained.values()
+        for row in [{"task": task} | found for task, found in scores["tasks"].items()]
+    ]
+
+
+def benchmark_rows(by_model: dict[str, Scores]) -> list[dict[str, Any]]:
+    """Return one row for each benchmark and model, for plots: the benchmark's mean, labelled with both."""
+    return [
+        {"mean": f"{benchmark}, {model}"} | {key: found[key] for key in BENCHMARK_COLUMNS[1:]}
+        for benchmark in next(iter(by_model.values()))
         for model, benchmarks in by_model.items()
-        for benchmark, found in benchmarks.items()
-        for task, scores in found["tasks"].items()
+        for found in [benchmarks[benchmark]]
     ]

@@ -8,8 +8,10 @@ GPU.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,10 +32,14 @@ class Digests:
     def __init__(self, record: Path):
         self.record = record
         self.hashed: set[str] = set()  # by this process
+        self.known: dict[str, list[Any]] = {}
         try:
-            self.known: dict[str, list[Any]] = json.loads(record.read_text())
-        except (OSError, ValueError):  # no record yet, or one that a full disk cut short
-            self.known = {}
+            known = json.loads(record.read_text())
+        except (OSError, ValueError, RecursionError):  # no record yet, or a damaged one: it is written again
+            known = {}
+        for name, row in known.items() if isinstance(known, dict) else ():
+            if isinstance(row, list) and [type(value) for value in row] == [int, int, int, str]:
+                self.known[name] = row
 
     def __call__(self, file: Path, anew: bool = False) -> dict[str, Any]:
         key, stat = str(file.absolute()), file.stat()
@@ -67,11 +73,18 @@ class Digests:
         self.save()
 
     def save(self) -> None:
-        """Write the record; a file that is gone leaves it."""
-        self.record.parent.mkdir(parents=True, exist_ok=True)
+        """Write the record without files that are gone. Where it cannot be written, files are hashed again later."""
         partial_record = self.record.with_name(f"{self.record.name}.{os.getpid()}")
-        partial_record.write_text(json.dumps({key: row for key, row in self.known.items() if os.path.exists(key)}))
-        os.replace(partial_record, self.record)
+        try:
+            self.record.parent.mkdir(parents=True, exist_ok=True)
+            partial_record.write_text(json.dumps({key: row for key, row in self.known.items() if os.path.exists(key)}))
+            if self.record.is_dir() and not self.record.is_symlink():
+                shutil.rmtree(self.record)
+            os.replace(partial_record, self.record)
+        except OSError as error:
+            print(f"warning: {self.record}: cannot be written: {error.strerror}; files will be hashed again")
+            with suppress(OSError):
+                partial_record.unlink(missing_ok=True)
 
 
 @cache

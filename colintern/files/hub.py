@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from colintern.files.digests import Digests
 from colintern.files.hub_errors import PASSING, OfflineError, Repo, brief, explained, offline
+from colintern.files.regular import DANGLING, MISSING, irregular_type
 from colintern.params import UserError
 
 WORKERS = 8  # files at once
@@ -147,7 +148,11 @@ def get(files: Iterable[HubFile], digests: Digests) -> None:
         OfflineError, UserError: see `fetch`.
     """
     files = list(files)
-    missing = [file for file in files if not file.cached.is_file()]
+    kinds = [irregular_type(file.cached) for file in files]
+    for file, kind in zip(files, kinds, strict=True):
+        if kind not in ("", MISSING, DANGLING):
+            raise UserError(f"{file.cached}: is {kind}, not a regular file; delete it, it is then fetched again")
+    missing = [file for file, kind in zip(files, kinds, strict=True) if kind]
     if is_offline_mode() and missing:
         raise offline([file.repo for file in missing], "HF_HUB_OFFLINE is set")
     _sweep({file.repo for file in missing})

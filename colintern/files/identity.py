@@ -44,11 +44,17 @@ def versions() -> dict[str, str]:
 
 
 def content_hash(path: Path) -> str:
-    """sha256 of a file, or of the names and hashes of all files in a folder (caches of compiled code left out)."""
+    """Return the sha256 of a file, or of the names and hashes of all files in a folder, compiled code left out.
+
+    Raises:
+        UserError: nothing is there, or a folder holds no file. The hash of nothing would be the same for each of them.
+    """
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     files = sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    if not files:
+        raise UserError(f"{path}: {'holds no file' if path.is_dir() else 'no such file or folder'}")
     lines = [f"{p.relative_to(path).as_posix()} {content_hash(p)}" for p in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

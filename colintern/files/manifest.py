@@ -4,9 +4,13 @@ Whoever reads one of those files asks here for its folder, so that a file that i
 before it is trained on.
 """
 
+import fcntl
 import json
 import os
+import re
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +18,13 @@ from colintern.files import hub
 from colintern.files.digests import Digests, digests_at
 from colintern.files.hub import Choice, HubFile
 from colintern.files.hub_errors import Repo
+from colintern.files.identity import fingerprint
+from colintern.files.regular import MISSING, describe_refused, irregular_type, list_files
 from colintern.params import Params, UserError, root
 from colintern.rules import kernel_at
 
 MANIFEST = "data/manifest.json"
+ARROW = "data/.arrow"  # mteb's copies of the pages it ranks; below the repository's root
 QUARANTINE = "data/quarantine.json"  # rows that are left out, with their reasons
 SURVEY = "data/survey.json"  # the data in numbers
 BASE_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja")  # no pickles
@@ -54,7 +61,7 @@ def local_files(folder: str, suffixes: tuple[str, ...]) -> Files:
     """Every file with one of the `suffixes` below `folder` of the repository.
 
     Raises:
-        UserError: the folder does not exist or holds no such file.
+        UserError: the folder does not exist or holds no such file, or what is called like one is no regular file.
     """
     return Files(folder, "", _below(root() / folder, folder, suffixes))
 
@@ -65,16 +72,16 @@ def local_file(name: str) -> Files:
     Raises:
         UserError: it does not exist.
     """
-    if not (root() / name).is_file():
-        raise UserError(f"negatives_file: {name!r} does not exist; `colintern mine --out {name}` makes one")
+    if kind := irregular_type(root() / name):
+        state = "does not exist" if kind == MISSING else f"is {kind}, not a regular file"
+        raise UserError(f"negatives_file: {name!r} {state}; `colintern mine --out {name}` makes one")
     return Files(".", "", _named(root(), [name]))
 
 
 def source_files(folder: str) -> dict[str, dict[str, Any]]:
     """Every file below a folder of documents, hidden ones left out."""
     top = root() / folder
-    names = sorted(p.relative_to(top) for p in top.rglob("*") if p.is_file())
-    return _named(top, [n.as_posix() for n in names if not any(part.startswith(".") for part in n.parts)])
+    return _named(top, [path.relative_to(top).as_posix() for path in list_files(top).files])
 
 
 def hub_files(wanted: Sequence[tuple[Repo, Choice]]) -> list[Files]:
@@ -91,10 +98,16 @@ def hub_files(wanted: Sequence[tuple[Repo, Choice]]) -> list[Files]:
 
 
 def _below(top: Path, name: str, suffixes: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    paths = sorted(p for p in top.rglob("*") if p.suffix in suffixes and p.is_file())
+    paths, refused = list_files(top, suffixes)
+    irregular = {path: kind for path, kind in refused.items() if not path.endswith("/")}
+    if irregular:  # a part of the data would be missing
+        raise UserError(f"{name}: {describe_refused(irregular)}; only regular files are read, replace or delete it")
     if not paths:
         state = "holds no " + " or ".join(f"*{s}" for s in suffixes) if top.is_dir() else "does not exist"
-        raise UserError(f"{name}: the folder {state}; give `demo`, a folder, or a hub id with its revision")
+        others = f" ({describe_refused(refused)})" if top.is_dir() and refused else ""
+        raise UserError(f"{name}: the folder {state}{others}; give `demo`, a folder, or a hub id with its revision")
+    if refused:
+        print(f"{name}: not read: {describe_refused(refused)}")
     return _named(top, [p.relative_to(top).as_posix() for p in paths])
 
 
@@ -108,9 +121,41 @@ def folder_of(files: Files, kind: str) -> Path:
 
 
 def arrow_cache() -> None:
-    """Have `datasets` keep its arrow files in the repository, and no bars; to be called before it is imported."""
+    """Have `datasets` keep its arrow files in the repository, and no bars; to be called before it is imported.
+
+    mteb makes a folder when it is imported, by default in the home directory, which may be read-only.
+
+    Copies of data sets that the manifest no longer names are deleted, unless another process may be reading them.
+    """
+    cache = root() / ARROW
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ["HF_DATASETS_CACHE"] = str(root() / "data" / ".arrow")
+    os.environ["HF_DATASETS_CACHE"] = str(cache)
+    os.environ.setdefault("MTEB_CACHE", str(root() / "data" / ".mteb"))
+    cache.mkdir(parents=True, exist_ok=True)
+    lock = os.open(cache / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # held until this process ends
+    # A copy that `dvc exp run --temp` makes has another manifest, and shares the cache with the workspace.
+    if root().resolve() == Path.cwd() and Path(MANIFEST).is_file():
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _prune(cache)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+
+
+def _prune(cache: Path) -> None:
+    """Delete what `datasets` has made of data sets that the manifest does not name, and no other files."""
+    named = {arrow_name(entry) for entry in read(MANIFEST)["evaluation"].values()}
+    for path in cache.iterdir():
+        name = re.search(r"(?:^|_)([0-9a-f]{40})(?:_|$)", path.name)
+        if name and name[1] not in named:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def arrow_name(entry: dict[str, Any]) -> str:
+    """Name the folder of the arrow cache for an entry of the manifest: a commit of the hub, or a hash of its files.
+
+    `datasets` itself takes the commit, which is the last part of the path in the hub's cache.
+    """
+    return entry["revision"] or fingerprint(entry["files"])[:40]
 
 
 def ready(params: Params, *, evaluation: bool = False, anew: bool = False) -> str:
@@ -180,15 +225,53 @@ def benchmark_folder(name: str, anew: bool = False) -> Path:
 
 
 def read(name: str) -> dict[str, Any]:
-    """One of fetch-data's JSON files.
+    """Read one of fetch-data's JSON files.
 
     Raises:
-        UserError: it is missing.
+        UserError: it is missing, or damaged.
     """
     try:
-        return json.loads(Path(name).read_text())
+        found = json.loads(Path(name).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{name}: missing; run the stage that makes it: dvc repro fetch-data") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{name}: damaged: {str(error)[:200]}; make it again: dvc repro -f fetch-data") from error
+    if not _is_intact(name, found):
+        raise UserError(f"{name}: damaged: is not what fetch-data wrote; make it again: dvc repro -f fetch-data")
+    return found
+
+
+def _is_intact(name: str, found: Any) -> bool:
+    """Tell whether the content of one of fetch-data's files has the form in which it was written."""
+    if not isinstance(found, dict):
+        return False
+    if name == QUARANTINE:
+        rows = found.get("rows")
+        keys = {"source", "kind", "row", "reason"}
+        return isinstance(rows, list) and all(isinstance(row, dict) and keys <= row.keys() for row in rows)
+    if name == SURVEY:
+        return all(isinstance(facts, dict) and "page sizes" in facts for facts in found.values())
+    train, evaluation = found.get("train", []), found.get("evaluation", {})
+    if (
+        not found.keys() & {"base", "train", "kernel", "evaluation"}
+        or not isinstance(train, list)
+        or not isinstance(evaluation, dict)
+    ):
+        return False
+    others = [found[key] for key in ("base", "train_corpus", "negatives", "kernel") if found.get(key)]
+    return all(map(_is_entry, [*train, *others, *evaluation.values()]))
+
+
+def _is_entry(entry: Any) -> bool:
+    """Tell whether an entry of the manifest has the fields of `Files`, and a size and a hash for each file."""
+    return (
+        isinstance(entry, dict)
+        and {"folder", "revision", "files"} <= entry.keys() <= set(Files._fields)
+        and isinstance(entry["folder"], str)
+        and isinstance(entry["revision"], str)
+        and isinstance(entry["files"], dict)
+        and all(isinstance(file, dict) and {"size", "sha256"} <= file.keys() for file in entry["files"].values())
+    )
 
 
 def checked_folder(entry: dict[str, Any], key: str, kind: str, anew: bool = False) -> Path:

@@ -81,8 +81,9 @@ def _recorded() -> bool:
 
 
 def _stage() -> str:
-    """The stage under way, "" where DVC has not started this process."""
-    return os.environ.get(STAGE, "").rpartition(":")[2]
+    """Return the stage under way; "" where DVC has not started this process, or for a stage of another project."""
+    name = os.environ.get(STAGE, "").rpartition(":")[2]
+    return name if name and Path("dvc.yaml").is_file() and name in _yaml("dvc.yaml") else ""
 
 
 def _yaml(name: str) -> dict[str, Any]:

@@ -16,15 +16,17 @@ from colintern.adapter_files import read_json_object
 from colintern.files import hub
 from colintern.files.hub_errors import OfflineError, Repo
 from colintern.files.manifest import digests
-from colintern.params import Params, UserError, at_commit, on_hub, root
+from colintern.files.paths import PRESETS, base_at_commit
+from colintern.params import Params, UserError, on_hub, root
 
 # name -> hidden size, MLP size, layers and attention heads of its language model
-SIZES = {
-    "internvl3_5-1b": (1024, 3072, 28, 16),
-    "internvl3_5-2b": (2048, 6144, 28, 16),
-    "internvl3_5-4b": (2560, 9728, 36, 32),
-    "internvl3_5-8b": (4096, 12288, 36, 32),
-}
+SIZES = dict(
+    zip(
+        PRESETS,
+        ((1024, 3072, 28, 16), (2048, 6144, 28, 16), (2560, 9728, 36, 32), (4096, 12288, 36, 32)),
+        strict=True,
+    )
+)
 TEXT = {"model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151936}
 VISION: dict[str, Any] = {
     "model_type": "internvl_vision",
@@ -60,8 +62,7 @@ def config(base: str, params: Params) -> InternVLConfig:
         return preset(base)
     if not on_hub(base.partition("@")[0]):
         return _read(root() / base / "config.json", base)
-    known_commit = f"{base}@{params.base_revision}" if base == params.base else base
-    name, revision = at_commit("base", known_commit, f"; or take one of {', '.join(SIZES)}")
+    name, revision = base_at_commit(base, params)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what is fetched is told there, beside a report for machines
             return _read(hub.fetch_one(Repo("base", name, revision, "model"), "config.json", digests()), base)
@@ -76,9 +77,10 @@ def at_hand(params: Params) -> InternVLConfig:
     Raises:
         UserError, OfflineError: see `config`.
     """
-    name = known(params.base)
-    cached = hub.folder(Repo("base", params.base, params.base_revision, "model")) / "config.json"
-    return preset(name) if name and not cached.is_file() else config(params.base, params)
+    name = known(params.base)  # "" of a folder, for which the hub's cache has no place
+    if name and not (hub.folder(Repo("base", params.base, params.base_revision, "model")) / "config.json").is_file():
+        return preset(name)
+    return config(params.base, params)
 
 
 def known(base: str) -> str:

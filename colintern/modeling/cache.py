@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from colintern.files.lock import locked
+from colintern.files.regular import irregular_type
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +60,15 @@ class TensorCache:
         for shard in sorted(self.folder.glob("*.safetensors")):
             if shard not in self.known:
                 try:
-                    with safe_open(shard, "pt") as file:
+                    with _open_shard(shard) as file:
                         self.places |= dict.fromkeys(file.keys(), shard)
                     self.known.add(shard)
                 except SafetensorError as error:
                     self._delete(shard, str(error))
                 except OSError as error:
                     self._leave(shard, error)
+                    if irregular_type(shard):  # said once
+                        self.known.add(shard)
 
     def get(self, key: str) -> torch.Tensor | None:
         """What was stored as `key`, unpacked; None where `stored` is."""
@@ -81,7 +84,7 @@ class TensorCache:
             return None
         try:
             if shard not in self.open:
-                self.open[shard] = safe_open(shard, "pt")
+                self.open[shard] = _open_shard(shard)
                 self._use(shard)
             value = self.open[shard].get_tensor(key)
             known = (self.open[shard].metadata() or {}).get(key)
@@ -137,7 +140,8 @@ class TensorCache:
             return
         self.folder.mkdir(exist_ok=True)
         for left in self.folder.glob("*.partial"):  # of a writer that was killed: the lock is ours
-            left.unlink()
+            with suppress(IsADirectoryError):
+                left.unlink()
         self._make_room(size_of(fresh))
         shard = self.folder / f"{next(iter(fresh))[:16]}-{len(fresh)}-{os.getpid()}.safetensors"
         partial = shard.with_suffix(".partial")
@@ -158,7 +162,8 @@ class TensorCache:
         found = []
         for shard in self.top.glob("*/*.safetensors"):
             with suppress(FileNotFoundError):  # another process has just deleted it
-                found.append((shard.stat().st_mtime, shard.stat().st_size, shard))
+                if not irregular_type(shard):
+                    found.append((shard.stat().st_mtime, shard.stat().st_size, shard))
         taken = sum(bytes_ for _, bytes_, _ in found)
         disk = shutil.disk_usage(self.folder).free - FREE_BYTES
         short = max(taken + size - self.limit, size - disk)
@@ -189,6 +194,13 @@ class TensorCache:
         self.open.pop(shard, None)
         self.known.discard(shard)
         self.places = {key: place for key, place in self.places.items() if place != shard}
+
+
+def _open_shard(shard: Path) -> Any:
+    """Open a shard; OSError for what is no regular file."""
+    if kind := irregular_type(shard):
+        raise OSError(f"it is {kind}, not a regular file")
+    return safe_open(shard, "pt")
 
 
 def checksum(value: torch.Tensor) -> str:

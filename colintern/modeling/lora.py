@@ -22,16 +22,6 @@ from colintern.params import Params
 HEAD = "custom_text_proj"
 FROZEN = ("vision_tower", "multi_modal_projector")
 PARTS = ("language_model", HEAD, *FROZEN)
-METRICS = (  # of `count`, those that metrics/verify.json keeps
-    "lora_modules",
-    "trainable_parameters",
-    "total_parameters",
-    "frozen_vision_modules",
-    "frozen_projector_modules",
-    "adapted_vision_modules",
-    "adapter_bytes",
-    "optimizer_bytes",
-)
 # Bytes. PEFT keeps LoRA weights in float32 whatever the base's format is; so are AdamW's moments and the head's file.
 FLOAT32 = 4
 

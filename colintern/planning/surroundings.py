@@ -19,7 +19,7 @@ from colintern.files.hub_errors import Repo, explained, offline
 from colintern.files.manifest import MANIFEST
 from colintern.params import Params, on_hub
 from colintern.planning.doctor import DEMO, FAIL, PASS, WARN, Answer, Facts
-from colintern.rules import kernel_at, mixture
+from colintern.rules import kernel_at, mixture, unsupported_path_characters
 
 TIMEOUT = 10  # seconds for an answer of the hub
 
@@ -30,7 +30,7 @@ class Surroundings:
     git knows one; `remotes`: names of DVC's remotes; `default_remote`: one of them, or "". `repos`: hub repositories of
     this run, `lacking`: those of which the cache lacks files; `hub`: "" or what stands between here and them; `token`:
     whether there is one; `wandb`: names of the W&B variables that are set; `tracked`: whether
-    training reports to W&B."""
+    training reports to W&B; `odd_path`: characters of this folder's path with which DVC cannot copy the project."""
 
     demo: bool
     git: str
@@ -45,6 +45,7 @@ class Surroundings:
     token: bool
     wandb: tuple[str, ...]
     tracked: bool
+    odd_path: str
 
 
 def surroundings(facts: Facts) -> Surroundings:
@@ -67,6 +68,7 @@ def surroundings(facts: Facts) -> Surroundings:
         token=get_token() is not None,
         wandb=tuple(sorted(name for name in os.environ if name.startswith("WANDB_"))),
         tracked=facts.params.tracker == "wandb",
+        odd_path=unsupported_path_characters(os.getcwd()),
     )
 
 
@@ -149,6 +151,13 @@ def git_state(around: Surroundings) -> Answer:
     return PASS, f"commit {around.commit}, nothing changed"
 
 
+def project_path(around: Surroundings) -> Answer:
+    if around.odd_path:
+        remedy = "move the repository to a path of ASCII characters without # and ?"
+        return WARN, f"has {around.odd_path!r}: DVC fails at --temp, --queue and colintern tune", remedy
+    return PASS, "DVC can copy the project for --temp, --queue and colintern tune"
+
+
 def dvc_remote(around: Surroundings) -> Answer:
     if around.default_remote:
         return PASS, f"{around.default_remote}"
@@ -184,6 +193,7 @@ def wandb(around: Surroundings) -> Answer:
 
 AROUND: dict[str, Callable[[Surroundings], Answer]] = {
     "git": git_state,
+    "path": project_path,
     "DVC remote": dvc_remote,
     "hub access": hub_access,
     "W&B": wandb,

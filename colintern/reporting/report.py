@@ -7,18 +7,18 @@ from typing import Any
 
 from markupsafe import Markup
 
+from colintern.data.inventory import inventory, summarize_survey
 from colintern.evaluation.scores import METRICS, short
 from colintern.evaluation.subjects import Subject
 from colintern.evaluation.verdicts import COLUMNS, PUBLISHED, band, columns, target
 from colintern.files.identity import content_hash, read_identity, versions
-from colintern.files.manifest import MANIFEST
+from colintern.files.manifest import MANIFEST, SURVEY
 from colintern.reporting import plots
 from colintern.reporting.cases import Case
 from colintern.reporting.evaluated import FULL, Evaluation, bars, intervals, margin, ranks, size
 from colintern.reporting.html import render
-from colintern.training.health import RULES
+from colintern.training.health import HEALTH, RULES
 
-METRIC_FILE, DATA_FILE = Path("metrics/train.json"), Path("metrics/data.json")
 GOOD = "learned"
 
 
@@ -43,7 +43,7 @@ def report(model: Path, subject: Subject, found: Evaluation, cases: list[Case], 
         queries=len(found.rows),
         failed=failed,
         passed=passed,
-        data=_data(model),
+        data=_data(model, found.run["params"]["max_visual_tokens"]),
         settings=sorted(found.run["params"].items()),
         environment=_environment(model, subject, found),
     )
@@ -120,7 +120,7 @@ def _score_plots(found: Evaluation) -> list[dict[str, Any]]:
 
 
 def _training(model: Path) -> dict[str, Any] | None:
-    """Curves of the adapter's own trainer_state.json, and the verdict of metrics/train.json where that is of it."""
+    """Return the curves of the adapter's trainer_state.json and the findings of its health.json."""
     file = model / "trainer_state.json"
     if not file.is_file():
         return None
@@ -128,18 +128,14 @@ def _training(model: Path) -> dict[str, Any] | None:
     log = state["log_history"]
     loss = [(row["step"], row["loss"]) for row in log if "loss" in row]
     dev = [(row["step"], row["eval_ndcg_at_5"]) for row in log if "eval_ndcg_at_5" in row]
-    metrics = json.loads(METRIC_FILE.read_text()) if METRIC_FILE.is_file() else {}
-    same = metrics.get("steps") == state["global_step"] and (
-        not dev or metrics.get("dev_ndcg_at_5") == round(dev[-1][1], 6)
-    )
-    health = metrics.get("health", {}) if same else {}
+    health = json.loads((model / HEALTH).read_text()) if (model / HEALTH).is_file() else {}
     return {
         "loss": Markup(plots.curve(loss, "Training loss")) if loss else "",
         "dev": Markup(plots.curve(dev, "NDCG@5 on the dev set", marked=True)) if dev else "",
         "steps": state["global_step"],
         "epochs": state["num_train_epochs"],
-        "verdict": metrics["verdict"] if same else "",
-        "good": same and metrics["verdict"] == GOOD,
+        "verdict": health.get("verdict", ""),
+        "good": health.get("verdict") == GOOD,
         "rules": [
             (name, health["values"][name], words, health["wrong"].get(name, ""))
             for name, (words, _) in RULES.items()
@@ -148,16 +144,16 @@ def _training(model: Path) -> dict[str, Any] | None:
     }
 
 
-def _data(model: Path) -> dict[str, Any] | None:
-    """metrics/data.json, if it is of the data that the model was trained on."""
+def _data(model: Path, max_visual_tokens: int) -> dict[str, Any] | None:
+    """Return the data in numbers, if data/survey.json is of the data that the model was trained on."""
     identity = read_identity(model)
-    if not DATA_FILE.is_file() or not Path(MANIFEST).is_file():
+    if not Path(SURVEY).is_file() or not Path(MANIFEST).is_file():
         return None
     if identity.get("deps", {}).get(MANIFEST) != content_hash(Path(MANIFEST)):
         return None
-    sets = json.loads(DATA_FILE.read_text())
+    sets = summarize_survey(inventory(max_visual_tokens))
     keys = [key for key in next(iter(sets.values()), {}) if not key.startswith("languages")]
-    languages = {name: values.get("languages, guessed", {}) for name, values in sets.items()}
+    languages: dict[str, Any] = {name: values.get("languages, guessed", {}) for name, values in sets.items()}
     return {"keys": keys, "sets": sets, "languages": languages}
 
 

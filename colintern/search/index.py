@@ -22,13 +22,14 @@ from colintern.data.collected import Bad
 from colintern.files.identity import content_hash, fingerprint
 from colintern.files.jsonfile import dumps
 from colintern.files.lock import locked
+from colintern.files.regular import MISSING, irregular_type
 from colintern.maxsim import maxsim_scores
 from colintern.modeling.cache import TensorCache
 from colintern.modeling.embed import embed_pages
 from colintern.modeling.features import Page
+from colintern.params import UserError
 from colintern.search.sources import Source, images
 
-INDEX = "data/.index"  # below the repository's root
 LIMIT = 10**15  # bytes: as much as the disk has, less what the cache leaves free
 FLUSH = 64  # pages after which what is done is on the disk
 BLOCK = 256  # pages scored at once, so that memory does not grow with the index
@@ -73,6 +74,8 @@ class Index:
         self.kept: dict[str, Tensor] = {}  # what the disk has no room for
 
     def _listed(self) -> dict[str, str]:
+        if (kind := irregular_type(self.list)) not in ("", MISSING):
+            raise UserError(f"{self.list}: is {kind}, not a regular file; delete it, it is then written again")
         try:
             return json.loads(self.list.read_text())
         except (OSError, ValueError):  # none yet, or torn: then pages are rendered again, and found by their pixels

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
+from colintern.terminal import escape_controls
+
 NAME = 65  # characters of a page's name
 SHADES = " .:-=+*#%@"
 ACROSS, DOWN, MAPS = 24, 14, 3  # characters of a map, and maps side by side: 3 x 24 and what is between them
@@ -19,7 +21,7 @@ def listing(ranked: Sequence[tuple[str, float]]) -> str:
 
 def _tail(name: str) -> str:
     """A name on one line; a long one loses its beginning, because page and file stand at its end."""
-    line = " ".join(name.split())
+    line = escape_controls(" ".join(name.split()))
     return line if len(line) <= NAME else f"...{line[3 - NAME :]}"
 
 

@@ -12,11 +12,13 @@ from PIL import Image
 
 from colintern.data.collected import Bad
 from colintern.data.images import BadImage, decode
-from colintern.data.pdfs import DPI, open_pdf, page_image, pdf_files
+from colintern.data.pdfs import DPI, open_pdf, page_image
 from colintern.files.identity import content_hash
+from colintern.files.regular import LINKED_FOLDER, MISSING, irregular_type, list_files
 from colintern.params import UserError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+SEARCHED = (".pdf", *IMAGES)
 
 
 class Source(NamedTuple):
@@ -35,14 +37,19 @@ def sources(place: Path) -> tuple[list[Source], list[Bad]]:
     """Every page of a PDF, an image, or a folder of them (hidden files left out), and the files that cannot be read.
 
     Raises:
-        UserError: there is no such place, or no page in it.
+        UserError: there is no such place, it is neither a regular file nor a folder, or no page is in it.
     """
-    if not place.exists():
-        raise UserError(f"FOLDER_OR_PDF: {str(place)!r} does not exist")
-    files = _files(place) if place.is_dir() else [place]
-    found, bad = [], []
+    is_folder = os.path.isdir(place)
+    if not is_folder and (kind := irregular_type(place)):
+        state = "does not exist" if kind == MISSING else f"is {kind}; it must be a folder or a regular file"
+        raise UserError(f"FOLDER_OR_PDF: {shown(place)!r} {state}")
+    files, refused = list_files(place, SEARCHED) if is_folder else ([place], {})
+    found: list[Source] = []
+    bad = [
+        Bad(shown(name), f"is {kind}, not a regular file") for name, kind in refused.items() if kind != LINKED_FOLDER
+    ]
     for path in files:
-        name = shown(path.relative_to(place) if place.is_dir() else path.name)
+        name = shown(path.relative_to(place) if is_folder else path.name)
         try:
             found += _pages(name, path)
         except pdfium.PdfiumError as error:  # damaged, or locked with a password
@@ -77,23 +84,12 @@ def reasons(bad: Sequence[Bad]) -> str:
 
 def skipped(place: Path) -> str:
     """What lies in a folder and is not searched, counted, the most frequent first; "" if there is nothing."""
-    others = (p for p in _seen(place) if p.suffix.lower() not in (*IMAGES, ".pdf") or p.is_dir())
-    kinds = Counter(
-        "linked folder" if p.is_dir() else shown(p.suffix.lower()) or "without a suffix"
-        for p in others
-        if p.is_file() or p.is_symlink()
-    )
+    files, refused = list_files(place) if os.path.isdir(place) else ([], {})
+    linked = [kind for kind in refused.values() if kind == LINKED_FOLDER]
+    others = [*files, *(Path(name) for name in refused if not name.endswith("/"))]
+    kinds = Counter(shown(p.suffix.lower()) or "without a suffix" for p in others if p.suffix.lower() not in SEARCHED)
+    kinds |= Counter({"linked folder": len(linked)} if linked else {})
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda of: (-of[1], of[0])))
-
-
-def _files(folder: Path) -> list[Path]:
-    images = (p for p in _seen(folder) if p.suffix.lower() in IMAGES and p.is_file())
-    return sorted([*pdf_files(folder), *images])
-
-
-def _seen(folder: Path) -> Iterator[Path]:
-    """All below the folder but what is hidden; links to folders are not followed, because they may lead in a circle."""
-    return (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def images(wanted: list[Source], bad: list[Bad]) -> Iterator[tuple[Source, Image.Image]]:

@@ -52,7 +52,7 @@ class Checkpoints(TrainerCallback):
         shutil.copyfile(self.folder / name / STATE, self.folder / SAVING / STATE)
         os.replace(self.folder / SAVING / STATE, self.folder / STATE)
         for old in _by_step(self.folder)[KEEP:]:
-            shutil.rmtree(old)
+            _delete(old)
 
 
 class Signals(TrainerCallback):
@@ -142,7 +142,8 @@ def seal(made: Path, place: Path) -> None:
         json.dump(hashes, file)
         file.flush()
         os.fsync(file.fileno())
-    shutil.rmtree(place, ignore_errors=True)
+    if place.exists():
+        _delete(place)
     os.replace(made, place)
     parent = os.open(place.parent, os.O_RDONLY)
     os.fsync(parent)
@@ -157,7 +158,7 @@ def newest(folder: Path) -> Path | None:
         if not fault:
             return place
         print(f"warning: {fault}; going on from an older checkpoint")
-        shutil.rmtree(place)
+        _delete(place)
     return None
 
 
@@ -166,12 +167,22 @@ def _fault(place: Path) -> str:
         hashes = json.loads((place / FILES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"{place / FILES}: cannot be read: {error}"
+    if not isinstance(hashes, dict):
+        return f"{place / FILES}: is no list of files with their hashes"
     for name, known in hashes.items():
         if not (place / name).is_file():
             return f"{place / name}: missing"
         if content_hash(place / name) != known:
             return f"{place / name}: {(place / name).stat().st_size} bytes that are not those that were saved"
     return ""
+
+
+def _delete(place: Path) -> None:
+    """Delete a checkpoint, or a file that is in its place."""
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    else:
+        place.unlink()
 
 
 def _by_step(folder: Path) -> list[Path]:

@@ -26,6 +26,7 @@ ROUGH = 0.05  # share of log(P) by which rows may jump
 DEAD, JUMP = 0.1, 5  # gradient norm below which nothing moves; times the median that is a spike
 SMALL = 32  # the demo's batch; 8 collapses (README, sensitivity)
 MATCH = "look whether the queries belong to their pages"
+HEALTH = "health.json"  # in an adapter's folder: the verdict and what each rule found
 FEW = 3  # rows without which nothing is said
 
 
@@ -291,10 +292,7 @@ def report(judgement: Health) -> str:
 
 
 def stored(found: Sequence[Finding]) -> dict[str, Any]:
-    """The findings as a file of metrics holds them: every value, and of the rules that are broken verdict and remedy.
-
-    What is ok has no entry in `wrong`: each entry is a column of `dvc exp show`.
-    """
+    """Return the findings as JSON: the value of every rule; verdict and remedy of those that are not ok."""
     return {
         "values": {f.name: round(f.value, 4) for f in found},
         "wrong": {f.name: f"{f.verdict} -> {f.remedy}" for f in found if f.verdict != OK},

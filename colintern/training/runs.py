@@ -4,7 +4,6 @@ Checkpoints live in `.scratch/`, in a folder named by the run's fingerprint, so 
 run's files; the folder goes away once the adapter is in place and DVC has recorded it.
 """
 
-import csv
 import math
 import os
 import shutil
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import TrainerState, set_seed
 
 from colintern.data.trainset import asks_pseudo_queries
+from colintern.files.csvfile import write_csv
 from colintern.files.identity import fingerprint, stage_identity
 from colintern.files.jsonfile import dumps
 from colintern.files.lock import locked_or_refused
@@ -37,7 +37,7 @@ from colintern.params import Params, UserError, root
 from colintern.processor import ColIntern3_5Processor
 from colintern.training.checkpoints import SAVING, Interrupted, Signals, check_room, newest, room, shown, size
 from colintern.training.determinism import set_deterministic
-from colintern.training.health import health, line, report, stored
+from colintern.training.health import HEALTH, health, line, report, stored
 from colintern.training.pairs import Pairs, rows
 from colintern.training.processes import ALONE, Processes
 from colintern.training.reporter import Pruned, reporter
@@ -228,42 +228,31 @@ def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any]
         "log_history": steps + dev,
     }
     (partial / "trainer_state.json").write_text(dumps(state))
+    judged = health(log, params, trainer.dev.chance)
+    found = {"verdict": judged.verdict, "masked_pairs": trainer.tally.total} | stored(judged.findings)
+    (partial / HEALTH).write_text(dumps(found))
     shutil.rmtree(out, ignore_errors=True)
     os.replace(partial, out)
     write_csv(Path("plots/train.csv"), steps, ("step", "epoch", "loss", "grad_norm", "learning_rate", "masked_pairs"))
     write_csv(Path("plots/dev.csv"), dev, ("step", "epoch", "eval_ndcg_at_5"))
     (root() / "logs").mkdir(exist_ok=True)
     (root() / "logs" / "train-timing.json").write_text(dumps(timing | {"health": stored(paced)}))
-    judged = health(log, params, trainer.dev.chance)
     print("\n".join([*map(line, paced), report(judged)]))
     # Stands beside the dev score, which is of the same kind as the queries.
-    pseudo = {"queries": "pseudo-queries, made by a program"} if asks_pseudo_queries() else {}
+    pseudo = {"queries": "pseudo"} if asks_pseudo_queries() else {}
     rounding = {} if (error := trainer.dev.features.error) is None else {"feature_error": round(error, 6)}
-    metrics = (
-        pseudo
-        | rounding
-        | {
-            "steps": trainer.state.global_step,
-            "loss": round(steps[-1]["loss"], 6),
-            "masked_pairs": trainer.tally.total,
-            "dev_ndcg_at_5": round(dev[-1]["eval_ndcg_at_5"], 6),
-            "verdict": judged.verdict,
-            "health": stored(judged.findings),
-        }
-    )
+    metrics = {
+        "dev_ndcg_at_5": round(dev[-1]["eval_ndcg_at_5"], 6),
+        "loss": round(steps[-1]["loss"], 6),
+        "verdict": judged.verdict,
+        **pseudo,
+        **rounding,
+    }
     # Here and not in the stage: the checkpoints go once all that DVC asks for is in place.
     path = Path("metrics/train.json")
     path.parent.mkdir(exist_ok=True)
     path.write_text(dumps(metrics))
     return metrics
-
-
-def write_csv(path: Path, records: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
 
 
 @contextmanager

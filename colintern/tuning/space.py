@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from colintern.params import HINTS, LIST, UserError, problems_of
+from colintern.params import HINTS, LIST, UserError, problems_of, read_mapping
 
 SCORED = ("fetch-data", "verify", "train")  # the stages that decide the dev score
 # They decide on what it is measured, so that scores under two values of one of them say nothing beside each other.
@@ -84,8 +83,8 @@ def read(params: dict[str, Any], path: Path) -> Search:
     Raises:
         UserError: it cannot be read, or some of its keys or values cannot be searched; all problems are in the message.
     """
-    raw = _raw(path)
-    problems = [f"{key}: missing; it must be {words}" for key, (words, _) in RULES.items() if key not in raw]
+    raw, problems = read_mapping(path, "of the settings and the space", "the repository has one to begin with")
+    problems += [f"{key}: missing; it must be {words}" for key, (words, _) in RULES.items() if key not in raw]
     problems += [
         f"{key}: {raw[key]!r} is not valid; it must be {words}"
         for key, (words, holds) in RULES.items()
@@ -114,18 +113,6 @@ def read(params: dict[str, Any], path: Path) -> Search:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(f"{path}: {count}" + "".join(f"\n  {problem}" for problem in problems))
     return Search({key: raw[key] for key in RULES}, found)
-
-
-def _raw(path: Path) -> dict[Any, Any]:
-    try:
-        raw = YAML(typ="safe", pure=True).load(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; the repository has one to begin with") from error
-    except (YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: must be a mapping; it holds {str(raw)[:80]!r}")
-    return raw
 
 
 def _objective_faults(raw: dict[Any, Any], space: dict[Any, Any]) -> Iterator[str]:

@@ -40,8 +40,8 @@ def facts(search: Search, params: Params) -> dict[str, Any]:
         raise UserError("dvc.lock: has no eval; run `dvc repro` once, or `dvc exp apply` cannot take a trial")
     try:
         identity = stage_identity("train", params)
-    except OSError as error:
-        raise UserError(f"{error.filename}: missing; run `dvc repro` first") from error
+    except UserError as error:
+        raise UserError(f"{error}; run `dvc repro` first") from error
     deps = {dep: value for dep, value in identity["deps"].items() if dep not in LEFT_OUT}
     data = {dep: value for dep, value in deps.items() if dep.startswith(DATA)}
     found = {

@@ -1,0 +1,44 @@
+"""Text for a terminal: names of files and words of data may hold characters that command it."""
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import Any, TextIO
+
+# All control characters but newline and tab, and what breaks a line or turns its direction.
+COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def escape_controls(text: str) -> str:
+    r"""Write each character that commands a terminal as Python does in a literal: \x1b."""
+    return COMMANDING.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+class EscapingStream:
+    """A text stream that prints control characters escaped. `stream` is the one below, for colours of our own."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write the text escaped."""
+        return self.stream.write(escape_controls(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def escape_output() -> Iterator[None]:
+    """Escape what standard output must not carry: control characters, and what its encoding lacks."""
+    if hasattr(sys.stdout, "reconfigure"):
+        with suppress(OSError):  # of a terminal that was opened for reading too
+            sys.stdout.reconfigure(errors="backslashreplace")  # as Python sets it for stderr
+    with redirect_stdout(EscapingStream(sys.stdout)):  # type: ignore[type-var]
+        yield
+
+
+def print_coloured(text: str) -> None:
+    """Print text that holds escape sequences of our own; other people's words in it are escaped by the caller."""
+    print(text, file=getattr(sys.stdout, "stream", sys.stdout))

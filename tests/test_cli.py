@@ -1,0 +1,117 @@
+"""The command line itself: its help and version, and what it refuses before anything slow is imported."""
+
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from conftest import ROOT
+
+from colintern.cli import ORDER, main
+from colintern.files.paths import require_writable
+from colintern.params import UserError
+
+# Runs `colintern` on each command line of its argument; of what takes long to import nothing can be imported.
+WITHOUT_LIBRARIES = """
+import json, sys
+for name in ("torch", "transformers", "mteb", "datasets", "peft", "optuna", "dvc", "pyarrow"):
+    sys.modules[name] = None
+from colintern.cli import main
+for words in json.loads(sys.argv[1]):
+    try:
+        main(words)
+    except SystemExit as ended:
+        print(f"exit {ended.code}", file=sys.stderr)
+"""
+REFUSED = {
+    "report nowhere": "MODEL: nowhere: does not exist, or is no folder here",
+    "report demo": "MODEL: demo: holds no adapter_model.safetensors, nor a merged model's config.json",
+    "report adapter --results demo": "--results: demo holds no run.json",
+    "report adapter --out demo": "--out: demo is a folder",
+    "report adapter --out params.yaml/report.html": "--out: params.yaml is a file",
+    "export demo/base --out new": "MODEL: demo/base: holds no adapter_model.safetensors; give",
+    "export adapter --out params.yaml/new": "--out: params.yaml is a file",
+    "search nowhere demo word": "MODEL: nowhere: does not exist",
+    "search params.yaml demo word": "MODEL: params.yaml: is a file",
+    "search adapter nowhere word": "FOLDER_OR_PDF: 'nowhere' does not exist",
+    "search adapter demo word --html demo": "--html: demo is a folder",
+    "search adapter demo word --index params.yaml": "--index: params.yaml is a file",
+    "search adapter demo how is it removed": 'colintern search adapter demo "how is it removed"',
+    "evaluate demo": "MODEL: demo: holds no adapter_model.safetensors",
+    "evaluate demo/bose": "MODEL: 'demo/bose' is no folder here, and a hub id needs its commit",
+    "evaluate ../adapters/one": "MODEL: '../adapters/one' is no folder here",
+    "evaluate adapter --out demo": "--out: demo exists and is no evaluation",
+    "evaluate adapter --out params.yaml/new": "--out: params.yaml is a file",
+    "check-adapter nowhere": "nowhere: is no folder; give that of an adapter",
+    "check-adapter adapter --base nowhere": "--base: nowhere is no folder here",
+    "mine --adapter demo": "--adapter: demo: holds no adapter_model.safetensors; give",
+    "mine --adapter adapter --out demo": "--out: demo is a folder",
+    "verify --base nowhere/a/base": "nowhere/a/base/config.json cannot be used",
+    "verify --base org/name": "needs its commit: write org/name@<40 hex digits>",
+    "verify --params nowhere.yaml": "nowhere.yaml: cannot be read",
+    "recommend --base nowhere": "base: 'nowhere': nowhere/config.json cannot be used",
+    "tune --trials 1 --space nowhere.yaml": "nowhere.yaml: cannot be read",
+}
+
+
+def test_wrong_paths_are_refused_before_anything_slow_is_imported(tmp_path):
+    shutil.copytree(ROOT / "demo" / "base", tmp_path / "demo" / "base")
+    shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
+    (tmp_path / "adapter").mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / "adapter" / name).touch()
+    lines = json.dumps([line.split() for line in REFUSED])
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LIBRARIES, lines], cwd=tmp_path, capture_output=True, text=True
+    )
+    told = re.split(r"(?m)^exit (.*)\n", done.stderr)
+    assert "Traceback" not in done.stderr, done.stderr
+    for (line, words), message, code in zip(REFUSED.items(), told[::2], told[1::2], strict=False):
+        assert words in message and code == "2", (line, message)
+    assert len(told) == 2 * len(REFUSED) + 1 and not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
+    require_writable("--out", tmp_path / "new" / "newer")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(UserError, match=f"--out: {tmp_path} may not be written"):
+        require_writable("--out", tmp_path / "new" / "newer")
+
+
+def test_evaluations_are_looked_for_before_they_are_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "mteb", None)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "empty", "."])
+    assert ended.value.code == 2 and "empty: holds no run.json" in capsys.readouterr().err
+
+
+def test_help_is_in_the_order_of_the_work_and_fits_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with contextlib.suppress(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    listed = re.findall(r"(?m)^    ([a-z][\w-]+)(?:  |$)", text.partition("Examples:")[0])
+    assert [name.replace("-", "_") for name in listed] == ORDER
+    modules = {path.stem for path in (ROOT / "colintern" / "commands").glob("*.py")} - {"__init__"}
+    assert modules == set(ORDER), "a new command has a place in the order"
+    whole = re.sub(r" \\\n +", " ", text)
+    assert 'colintern search experiments/colintern ~/manuals "how is a package removed" --html found.html\n' in whole
+
+
+def test_the_version_is_that_of_the_project(capsys):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"colintern {project['version']}\n"
+
+
+@pytest.mark.parametrize("name", ["exported/model.safetensors", "found.html"])
+def test_git_ignores_what_the_pages_tell_people_to_write(name):
+    assert subprocess.run(["git", "check-ignore", "--quiet", name], cwd=ROOT).returncode == 0
