@@ -7,8 +7,6 @@ tiles        how a page is cut
 pixels       what any image is as a page
 maxsim       the score
 causal       attention on a CPU
-matching     regular expressions against module names, in bounded time
-adapter_files  the files of an adapter folder, and what must hold for them
 model        the model: a page or a query in, many vectors out
 processor    pages and queries as the model's input
 files/       bytes on disk: what is fetched from a hub, hashed, listed, locked

@@ -4,7 +4,6 @@ Module paths are those of the guide: `language_model.layers.*`, `vision_tower`, 
 `custom_text_proj`.
 """
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any, Self
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import normalize
@@ -25,26 +24,19 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
 from colintern import causal
-from colintern.adapter_files import (
-    CONFIG_FILE,
+from colintern.files.adapter import (
     HEAD_FILE,
     HEAD_KEYS,
-    PREFIX,
     WEIGHTS_FILE,
     AdapterFiles,
-    ExpectedTensors,
     State,
     is_adapter,
+    name_head_copy,
     read_adapter_files,
-    read_head,
-    read_json_object,
     read_tensors,
-    require_regular_file,
     require_sound,
     shorten,
 )
-from colintern.matching import match_names
-from colintern.params import UserError
 
 EMBEDDING_DIM = 128
 
@@ -92,20 +84,25 @@ class ColIntern3_5(InternVLModel):
 
         Raises:
             ValueError: weights that are missing or left over, an adapter without its head, or `merge` on a folder
-                that holds no adapter. It is a UserError, which names the file, where one is damaged.
+                that holds no adapter.
+            UserError: see `read_checked_adapter`.
         """
         folder = Path(path) if Path(path).is_dir() else _hub_adapter(str(path), revision)
         if folder and is_adapter(folder):
             files = read_checked_adapter(folder, base)
             place = base or str(files.config.base_model_name_or_path)
             model = cls.from_pretrained(place, revision=files.config.revision, seed=seed, **kwargs)
-            model.set_head(files.head)
+            model._set_head(files.head)
             with quiet():
                 wrapped = PeftModel.from_pretrained(model, str(folder), config=files.config)
             return (wrapped.merge_and_unload() if merge else wrapped.base_model.model).eval()
         if merge:
             raise ValueError(f"{path}: nothing to merge, the folder holds no adapter_config.json")
-        model, info = _load_checkpoint(super().from_pretrained, path, revision, kwargs)
+        with quiet():
+            loaded: Any = super().from_pretrained(
+                str(path), revision=revision or "main", key_mapping=KEY_MAPPING, output_loading_info=True, **kwargs
+            )
+        model, info = loaded
         head = set(HEAD_KEYS)
         missing = set(info["missing_keys"])
         wrong = sorted(missing if len(head & missing) == 1 else missing - head)  # half a head is no head
@@ -136,8 +133,8 @@ class ColIntern3_5(InternVLModel):
         head, file = self.head_state(), Path(folder) / WEIGHTS_FILE
         save_file(head, Path(folder) / HEAD_FILE)
         if file.is_file():
-            part = ".base_layer." if hasattr(self.custom_text_proj, "base_layer") else "."
-            copies = {PREFIX + key.replace(".", part): value for key, value in head.items()}
+            has_lora = hasattr(self.custom_text_proj, "base_layer")
+            copies = {name_head_copy(key, has_lora): value for key, value in head.items()}
             save_file(read_tensors(file) | copies, file, metadata={"format": "pt"})
 
     def head_state(self) -> dict[str, torch.Tensor]:
@@ -146,20 +143,14 @@ class ColIntern3_5(InternVLModel):
         return {f"custom_text_proj.{k}": v.detach().float().cpu().contiguous() for k, v in layer.named_parameters()}
 
     def load_head(self, folder: str | Path) -> None:
-        """Read the head's base weights from an adapter folder.
+        """Take the head's base weights from an adapter of this base.
 
         Raises:
-            UserError: see `read_head`; or the head is of another shape.
+            UserError: see `read_checked_adapter`.
         """
-        head = read_head(Path(folder))
-        for key, value in head.items():
-            own = self.get_parameter(key)
-            if value.shape != own.shape:
-                raise UserError(f"{folder}: the head's {key} is {tuple(value.shape)}, expected {tuple(own.shape)}")
-        self.set_head(head)
+        self._set_head(read_checked_adapter(Path(folder), self.config).head)
 
-    def set_head(self, head: State) -> None:
-        """Copy weights that `read_head` or `read_checked_adapter` has returned into the head."""
+    def _set_head(self, head: State) -> None:
         with torch.no_grad():
             for key, value in head.items():
                 self.get_parameter(key).copy_(value)
@@ -214,89 +205,26 @@ class ColIntern3_5(InternVLModel):
             return self.get_image_features(pixel_values=tiles, return_dict=True).pooler_output
 
 
-def read_checked_adapter(folder: Path, base: str | Path | None = None) -> AdapterFiles:
-    """Read an adapter folder and check every tensor in it against its configuration and its base.
+def read_checked_adapter(folder: Path, base: str | InternVLConfig | None = None) -> AdapterFiles:
+    """Read an adapter folder and check its tensors against its configuration and its base.
 
     Args:
-        folder: of the adapter.
-        base: folder or hub id of its base; None: where the adapter says. No weight of it is read.
+        base: config, folder or hub id of its base, none of whose weights are read; None: where the adapter says.
 
     Raises:
-        UserError: a file is damaged; a tensor is missing, left over, of another shape or type, or not finite; or the
-            adapter is untrained or has no head.
+        UserError: a file is damaged, or the first of `colintern.files.adapter.find_faults`.
     """
     files = read_adapter_files(folder)
-    place = str(base or files.config.base_model_name_or_path)
-    require_sound(files, expect_tensors(files, build_on_meta(place, files.config.revision)))
+    require_sound(files, meta_model(base or str(files.config.base_model_name_or_path), files.config.revision))
     return files
 
 
-def expect_tensors(files: AdapterFiles, base: ColIntern3_5) -> ExpectedTensors:
-    """Return the tensors that PEFT would save for an adapter's configuration, without allocating them.
-
-    Args:
-        files: of the adapter.
-        base: see `build_on_meta`; it is changed.
-
-    Raises:
-        UserError: PEFT cannot apply the configuration to this base, or `target_modules` takes too long to match.
-    """
-    config, file = copy.deepcopy(files.config), files.folder / CONFIG_FILE
-    head = {key: tuple(base.get_parameter(key).shape) for key in HEAD_KEYS}
-    try:
-        if isinstance(config.target_modules, str):
-            match_names(config.target_modules, (name for name, _ in base.named_modules()), f"{file}: target_modules")
-        with torch.device("meta"), quiet():
-            state = get_peft_model_state_dict(PeftModel(base, config), save_embedding_layers=False)
-    except UserError:
-        raise
-    except Exception as error:  # PEFT checks few values of a configuration, and trips over the others
-        raise UserError(f"{file}: cannot be applied to the base: {_first_line(error)}") from error
-    return ExpectedTensors({name: tuple(value.shape) for name, value in state.items()}, head)
-
-
-def build_on_meta(base: str | Path | InternVLConfig, revision: str | None = None) -> ColIntern3_5:
-    """Return a model without memory or weights.
-
-    Args:
-        base: its config, or the folder or hub id where its config.json is.
-        revision: commit of a hub id.
-
-    Raises:
-        UserError: a folder's config.json is missing, damaged, or that of another kind of model.
-    """
-    file = Path(base) / "config.json" if not isinstance(base, InternVLConfig) and Path(base).is_dir() else None
-    if file and (kind := read_json_object(file).get("model_type")) != "internvl":
-        raise UserError(f"{file}: model_type: {kind!r} is not valid; it must be internvl")
-    try:
-        if not isinstance(base, InternVLConfig):
-            base = InternVLConfig.from_pretrained(str(base), revision=revision or "main")
-        with torch.device("meta"), quiet():
-            return ColIntern3_5(base)
-    except Exception as error:  # of transformers' dataclasses, or of torch where a size is impossible
-        if not file:
-            raise
-        raise UserError(f"{file}: is not the config of a model: {_first_line(error)}") from error
-
-
-def _load_checkpoint(load: Any, path: str | Path, revision: str | None, options: dict[str, Any]) -> Any:
-    """Call transformers' `from_pretrained`; what it cannot read in a local folder is named."""
-    folder = Path(path)
-    if folder.is_dir():
-        build_on_meta(folder)
-        for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
-            require_regular_file(file)
-    try:
-        with quiet():
-            return load(
-                str(path), revision=revision or "main", key_mapping=KEY_MAPPING, output_loading_info=True, **options
-            )
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        if not folder.is_dir():
-            raise
-        raise UserError(f"{path}: its weights cannot be loaded: {_first_line(error)}") from error
+def meta_model(base: str | InternVLConfig, revision: str | None) -> ColIntern3_5:
+    """Build the architecture of `base`, a config or where its config.json is, without memory or weights."""
+    if not isinstance(base, InternVLConfig):
+        base = InternVLConfig.from_pretrained(base, revision=revision or "main")
+    with torch.device("meta"):
+        return ColIntern3_5(base)
 
 
 def attention_kernel(choice: str, dtype: str, device: str | None = None) -> str:
@@ -347,7 +275,3 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
         if bar:
             transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"

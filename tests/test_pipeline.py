@@ -24,8 +24,9 @@ ROOMS = [
     {"training", "evaluation", "search"},
     {"mteb_model"},
     {"data", "modeling"},
-    {"files", "model", "processor"},
-    {"tiles", "pixels", "maxsim", "causal", "matching", "adapter_files"},
+    {"model", "processor"},
+    {"files"},
+    {"tiles", "pixels", "maxsim", "causal"},
     {"params"},
     {"rules", "terminal"},
 ]

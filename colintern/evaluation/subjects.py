@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from colintern.adapter_files import is_adapter
+from colintern.files.adapter import is_adapter
 from colintern.files.identity import content_hash, fingerprint, read_identity, stage_code, versions
 from colintern.files.manifest import MANIFEST, check_base, kernel_entry, read
-from colintern.model import read_checked_adapter
 from colintern.modeling.cache import TensorCache
 from colintern.modeling.features import FEATURES, PageFeatures
 from colintern.modeling.loading import (
@@ -22,11 +21,9 @@ from colintern.modeling.loading import (
     require_base,
     require_finite,
     require_merged,
-    require_processor_fit,
 )
 from colintern.mteb_model import ColIntern3_5Encoder
 from colintern.params import Params, root
-from colintern.processor import ColIntern3_5Processor
 
 NAME = "colintern/colintern3_5"
 EMBEDDINGS = Path("data/.embeddings")  # deleting it costs only time
@@ -54,15 +51,13 @@ def subjects(params: Params, folder: Path) -> dict[str, Subject]:
     model is the adapter's.
 
     Raises:
-        UserError: a folder without weights or without a head, an adapter of another base than `params.base`, or one
-            that `read_checked_adapter` refuses.
+        UserError: a folder without weights or without a head, or an adapter of another base than `params.base`.
     """
     if not is_adapter(folder) and (folder / "config.json").is_file():
         return {"trained": _merged(params, folder)}
     require_adapter(folder)
     base = check_base(params)
     require_base(params, folder)
-    read_checked_adapter(folder, base)
     names = [("trained", NAME)] + [("untrained", f"{NAME}-untrained")] * params.eval_untrained
     return {which: _adapter(params, base, folder, which == "trained", name) for which, name in names}
 
@@ -73,9 +68,7 @@ def _adapter(params: Params, base: str, folder: Path, trained: bool, name: str) 
     known = read_identity(folder).get("params", {})
 
     def encoder() -> ColIntern3_5Encoder:
-        processor = load_processor(params, folder)
-        model = load_adapter(params, base, folder, trained)
-        return _encoder(params, model, processor, folder, name, revision, identity)
+        return _encoder(params, load_adapter(params, base, folder, trained), folder, name, revision, identity)
 
     identity = _identity(params, what)
     return Subject(name, revision, identity, known, encoder)
@@ -86,24 +79,17 @@ def _merged(params: Params, folder: Path) -> Subject:
     what = {"merged": content_hash(folder)}
 
     def encoder() -> ColIntern3_5Encoder:
-        processor = load_processor(params, folder)
-        return _encoder(params, load_merged(params, folder), processor, folder, NAME, what["merged"][:40], identity)
+        return _encoder(params, load_merged(params, folder), folder, NAME, what["merged"][:40], identity)
 
     identity = _identity(params, what)
     return Subject(NAME, what["merged"][:40], identity, {}, encoder)
 
 
 def _encoder(
-    params: Params,
-    model: nn.Module,
-    processor: ColIntern3_5Processor,
-    folder: Path,
-    name: str,
-    revision: str,
-    identity: dict[str, Any],
+    params: Params, model: nn.Module, folder: Path, name: str, revision: str, identity: dict[str, Any]
 ) -> ColIntern3_5Encoder:
     require_finite(model, folder)
-    require_processor_fit(model, processor, folder)
+    processor = load_processor(params, folder, model)
     features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)
     settings = {key: value for key, value in identity["params"].items() if key not in ("pool_factor", "dim")}
     kept = fingerprint(identity | {"params": settings})  # what is kept is neither pooled nor cut

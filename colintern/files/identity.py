@@ -8,16 +8,27 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+import reprlib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
-from colintern.adapter_files import IDENTITY_FILE, read_json_object, show
+from colintern.files.jsonfile import read_json_object
 from colintern.params import Params, UserError
 
+IDENTITY_FILE = "identity.json"
+NUMBER = (int, float)
+WORDS: dict[Any, str] = {str: "a text", int: "a whole number", NUMBER: "a number"}
+# The parts of identity.json that are used, and their types.
+PARTS: dict[str, Any] = {
+    "params": {"dtype": str, "max_visual_tokens": int, "max_query_tokens": int},
+    "deps": {},
+    "versions": {"*": str},
+    "base": {"folder": str, "revision": str, "files": {"*": {"sha256": str}}},
+    "start": {"*": {"tensors": int, "std": NUMBER, "sha256": str}},
+}
 BESIDE = ("tracker",)  # params that watch a run and leave its bytes alone: a run may go on under another value of them
 LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "accelerate", "datasets", "pillow", "numpy")
 
@@ -64,43 +75,28 @@ def fingerprint(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-# The parts of identity.json that are read again, and their types; a part comes after the one that it is in.
-Kind = type | tuple[type, ...]
-WORDS: dict[Kind, str] = {
-    dict: "an object", str: "a text", int: "a whole number", (int, float): "a number",
-}  # fmt: skip
-PARTS: dict[str, Kind] = {
-    **dict.fromkeys(("params", "deps", "versions", "base", "start"), dict),
-    **dict.fromkeys(("base.files", "base.files.*", "start.*"), dict),
-    **dict.fromkeys(("versions.*", "params.dtype", "base.folder", "base.revision"), str),
-    **dict.fromkeys(("base.files.*.sha256", "start.*.sha256"), str),
-    **dict.fromkeys(("params.max_visual_tokens", "params.max_query_tokens", "start.*.tensors"), int),
-    "start.*.std": (int, float),
-}
-
-
 def read_identity(folder: Path) -> dict[str, Any]:
-    """Return what a training run wrote about itself into identity.json, {} where the folder has none.
+    """Read what a training run wrote about itself into identity.json; {} where the folder has none.
 
     Raises:
-        UserError: the file cannot be read, or a part that is read again is of another type.
+        UserError: the file is damaged, or a part of it that is used has another type.
     """
     file = folder / IDENTITY_FILE
     if not os.path.lexists(file):
         return {}
     identity = read_json_object(file)
-    for path, kind in PARTS.items():
-        for name, value in _parts(identity, path.split(".")):
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise UserError(f"{file}: {name}: {show(value)} is not valid; it must be {WORDS[kind]}")
+    if misfit := _find_misfit(identity, PARTS):
+        raise UserError(f"{file}: {misfit}; copy the file from the run that trained {folder}")
     return identity
 
 
-def _parts(value: Any, path: list[str], name: str = "", is_entry: bool = False) -> Iterator[tuple[str, Any]]:
-    """Yield the name and value of each part that a path leads to; one that an entry of many lacks is None."""
-    if not path:
-        yield name.removeprefix("."), value
-        return
-    key, *rest = path
-    for found in value if key == "*" else [key] if is_entry or key in value else []:
-        yield from _parts(value.get(found), rest, f"{name}.{found}", is_entry=key == "*")
+def _find_misfit(value: Any, form: Any, name: str = "") -> str:
+    """Name the first part that has another type than in `form`, where "*" stands for any key; "" if there is none."""
+    if not isinstance(form, dict):
+        fits = isinstance(value, form) and not isinstance(value, bool)
+        return "" if fits else f"{name}: {reprlib.repr(value)} is not {WORDS[form]}"
+    if not isinstance(value, dict):
+        return f"{name}: {reprlib.repr(value)} is not an object"
+    parts = dict.fromkeys(value, form["*"]) if "*" in form else {key: form[key] for key in form if key in value}
+    misfits = (_find_misfit(value[key], part, f"{name}.{key}".strip(".")) for key, part in parts.items())
+    return next(filter(None, misfits), "")

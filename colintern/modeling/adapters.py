@@ -4,6 +4,7 @@ What it is held against was written into its identity.json when it was trained: 
 the statistics of the weights it started from (colintern/modeling/weights.py).
 """
 
+import os
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, NamedTuple
@@ -12,14 +13,14 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from colintern.adapter_files import AdapterFault, AdapterFiles, State, find_faults, read_adapter_files
 from colintern.files import hub
+from colintern.files.adapter import ADAPTER, AdapterFiles, find_faults, read_adapter_files
 from colintern.files.hub_errors import Repo
-from colintern.files.identity import read_identity
+from colintern.files.identity import IDENTITY_FILE, read_identity
 from colintern.files.manifest import digests
-from colintern.model import ColIntern3_5, build_on_meta, expect_tensors
+from colintern.model import ColIntern3_5, meta_model
 from colintern.modeling.embed import embed_pages, embed_queries
-from colintern.modeling.loading import read_processor, require_processor_fit
+from colintern.modeling.loading import read_processor
 from colintern.modeling.weights import statistics
 from colintern.params import UserError, root
 
@@ -32,21 +33,6 @@ class Adapter(NamedTuple):
 
     files: AdapterFiles
     identity: dict[str, Any]
-
-    @property
-    def folder(self) -> Path:
-        """Where it is."""
-        return self.files.folder
-
-    @property
-    def weights(self) -> State:
-        """The adapter's tensors."""
-        return self.files.weights
-
-    @property
-    def head(self) -> State:
-        """The head's base weights."""
-        return self.files.head
 
 
 class Finding(NamedTuple):
@@ -65,15 +51,15 @@ def read_adapter(folder: Path) -> Adapter:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: is no folder; give that of an adapter, such as experiments/colintern")
-    for name in ("adapter_config.json", "adapter_model.safetensors", "identity.json"):
-        if not (folder / name).is_file():
+    for name in (*ADAPTER, IDENTITY_FILE):
+        if not os.path.lexists(folder / name):
             raise UserError(f"{folder / name}: missing; run the stage that makes it: dvc repro train")
     files, identity = read_adapter_files(folder), read_identity(folder)
     lacking = [key for key in ("base", "start", "params") if key not in identity]
     lacking += [f"base.{key}" for key in ("folder", "revision", "files") if key not in identity.get("base", {})]
     if lacking or "head" not in identity["start"]:
         raise UserError(
-            f"{folder / 'identity.json'}: does not say what training started from (no {(lacking or ['start.head'])[0]})"
+            f"{folder / IDENTITY_FILE}: does not say what training started from (no {(lacking or ['start.head'])[0]})"
             f", so it is older than this check; make the adapter again: dvc repro -f train"
         )
     return Adapter(files, identity)
@@ -96,18 +82,11 @@ def check(adapter: Adapter, base: Path) -> list[Finding]:
         UserError: the adapter's configuration cannot be applied to the base it was trained on.
     """
     right_base = _base(adapter, base)
-    expected = expect_tensors(adapter.files, build_on_meta(base)) if right_base.ok else None
-    faults: dict[str, AdapterFault] = {}
-    for fault in find_faults(adapter.files, expected):
-        faults.setdefault(fault.check, fault)
+    faults: dict[str, str] = {}
+    for fault in find_faults(adapter.files, meta_model(str(base), None) if right_base.ok else None):
+        faults.setdefault(fault.check, f"{fault.file}: {fault.message}")
     found = [_finite(adapter), _whole(adapter), _trained(adapter), _head(adapter)]
-    # What any loader refuses, unless the comparison with the start has already said more.
-    found = [
-        Finding(one.name, False, f"{faults[one.name].message} ({faults[one.name].file})")
-        if one.ok and one.name in faults
-        else one
-        for one in found
-    ]
+    found = [Finding(f.name, False, faults[f.name]) if f.ok and f.name in faults else f for f in found]
     found.append(right_base)
     if all(finding.ok for finding in found):
         return [*found, _merged(adapter, base)]
@@ -115,26 +94,27 @@ def check(adapter: Adapter, base: Path) -> list[Finding]:
 
 
 def _finite(adapter: Adapter) -> Finding:
-    return Finding("finite", True, f"{len(adapter.weights) + len(adapter.head)} weights without NaN or infinity")
+    weights = len(adapter.files.weights) + len(adapter.files.head)
+    return Finding("finite", True, f"{weights} weights without NaN or infinity")
 
 
 def _whole(adapter: Adapter) -> Finding:
-    now, start = statistics(adapter.weights, adapter.head), adapter.identity["start"]
+    now, start = statistics(adapter.files.weights, adapter.files.head), adapter.identity["start"]
     for name in sorted(now.keys() | start.keys()):
         have, want = (rows.get(name, {"tensors": 0})["tensors"] for rows in (now, start))
         if have != want:
             return Finding("whole", False, f"{name}: {have} weights, but training started with {want}")
-    modules = sum(".lora_A" in name for name in adapter.weights)
+    modules = sum(".lora_A" in name for name in adapter.files.weights)
     return Finding("whole", True, f"LoRA on {modules} modules, as when training started")
 
 
 def _trained(adapter: Adapter) -> Finding:
-    up = [name for name in adapter.weights if ".lora_B" in name]
+    up = [name for name in adapter.files.weights if ".lora_B" in name]
     return Finding("trained", True, f"all {len(up)} lora_B have left the zero they start at")
 
 
 def _head(adapter: Adapter) -> Finding:
-    now = statistics({}, adapter.head)["head"]["sha256"]
+    now = statistics({}, adapter.files.head)["head"]["sha256"]
     want = adapter.identity["start"]["head"]["sha256"]
     if now != want:
         return Finding("head", False, f"head.safetensors is another one: sha256 {now}, trained over {want}")
@@ -158,16 +138,15 @@ def _merged(adapter: Adapter, base: Path) -> Finding:
     """Embeddings of a page and a query with the adapter beside the base, and folded into it."""
     params = adapter.identity["params"]
     bounds = {key: params[key] for key in ("max_visual_tokens", "max_query_tokens") if key in params}
-    processor = read_processor(adapter.folder, **bounds)
     page = Image.new("RGB", (600, 800), "white")
     ImageDraw.Draw(page).text((40, 60), "Invoice, 12 March\n\nTotal 318.40", fill="black", font_size=40)
     seen: list[Tensor] = []
     for merge in (False, True):  # one after the other: two models of 8B do not fit everywhere
         try:
-            model = ColIntern3_5.from_pretrained(adapter.folder, base=str(base), merge=merge, dtype=torch.float32)
+            model = ColIntern3_5.from_pretrained(adapter.files.folder, base=str(base), merge=merge, dtype=torch.float32)
         except (ValueError, RuntimeError) as error:
             return Finding("merged", False, f"cannot be loaded: {str(error).partition(chr(10))[0]}")
-        require_processor_fit(model, processor, adapter.folder)
+        processor = read_processor(adapter.files.folder, model, **bounds)
         seen.append(
             torch.cat([*embed_pages(model, processor, [page], 1), *embed_queries(model, processor, [QUERY], 1)])
         )
@@ -179,8 +158,8 @@ def _merged(adapter: Adapter, base: Path) -> Finding:
 
 def table(adapter: Adapter, found: list[Finding]) -> str:
     """The statistics, the findings and the verdict, at most 80 columns wide but for file names."""
-    now, start = statistics(adapter.weights, adapter.head), adapter.identity["start"]
-    rows = [f"adapter {adapter.folder}, trained on {adapter.identity['base']['folder']}"]
+    now, start = statistics(adapter.files.weights, adapter.files.head), adapter.identity["start"]
+    rows = [f"adapter {adapter.files.folder}, trained on {adapter.identity['base']['folder']}"]
     rows.append(f"{'':<38}{'weights':>8}{'std at start':>14}{'std now':>10}")
     for name in sorted(now.keys() | start.keys()):
         have, was = (side.get(name, {"tensors": 0, "std": float("nan"), "sha256": ""}) for side in (now, start))

@@ -8,11 +8,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
-from colintern.adapter_files import is_adapter, read_adapter_config
+from colintern.files.adapter import WEIGHTS_FILE, is_adapter, read_adapter_config
 from colintern.files.hub_errors import brief
 from colintern.files.identity import content_hash, read_identity
-from colintern.model import ColIntern3_5, attention_kernel
-from colintern.modeling.loading import require_adapter, require_finite, require_merged
+from colintern.model import attention_kernel
+from colintern.modeling.loading import load_model, require_adapter, require_finite, require_merged
 from colintern.params import UserError, at_commit
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -31,7 +31,7 @@ class Alone(NamedTuple):
         """What is at a folder, or on the hub at ID@COMMIT, fetched if it must be; no weight is loaded.
 
         Raises:
-            UserError: neither; or what is there has no weights or no head, or is an adapter that was never trained.
+            UserError: neither; or what is there has no weights or no head.
         """
         if Path(model).is_dir():
             folder, revision = Path(model), ""
@@ -45,8 +45,7 @@ class Alone(NamedTuple):
             require_merged(folder)
             return cls(folder, revision or content_hash(folder)[:40], False)
         require_adapter(folder)
-        weights = folder / "adapter_model.safetensors"
-        return cls(folder, revision or content_hash(weights)[:40], True)
+        return cls(folder, revision or content_hash(folder / WEIGHTS_FILE)[:40], True)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -74,12 +73,7 @@ class Alone(NamedTuple):
         options: dict[str, Any] = {"attn_implementation": attention_kernel("auto", dtype, device)}
         if self.is_adapter:
             options |= {"base": str(self._base(base)), "merge": merge}
-        try:
-            model: Any = ColIntern3_5.from_pretrained(
-                self.folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options
-            )
-        except (ValueError, OSError) as error:
-            raise UserError(str(error)) from error
+        model: Any = load_model(self.folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options)
         require_finite(model, self.folder)
         return model.to(device)
 

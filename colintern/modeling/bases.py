@@ -6,13 +6,13 @@ Qwen/Qwen3-0.6B, 1.7B, 4B and 8B); the rest is the config.json of OpenGVLab/Inte
 """
 
 import contextlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from transformers import InternVLConfig
 
-from colintern.adapter_files import read_json_object
 from colintern.files import hub
 from colintern.files.hub_errors import OfflineError, Repo
 from colintern.files.manifest import digests
@@ -91,13 +91,15 @@ def known(base: str) -> str:
 
 def _read(file: Path, base: str) -> InternVLConfig:
     try:
-        found = read_json_object(file)
-        if found.get("model_type") == "internvl":
-            return InternVLConfig.from_dict(found)
-    except Exception as error:  # of transformers' dataclasses too
-        reason = str(error).removeprefix(f"{file}: ").partition("\n")[0]
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found.get("model_type") != "internvl":
+            raise UserError(f"base: {base!r}: {file} is that of a {found.get('model_type')}, not of an internvl")
+        return InternVLConfig.from_dict(found)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
         raise UserError(
             f"base: {base!r}: {file} cannot be used: {reason}; give a folder that has one, a hub id with its commit, "
             f"or one of {', '.join(SIZES)}"
         ) from error
-    raise UserError(f"base: {base!r}: {file} is that of a {found.get('model_type')}, not of an internvl")

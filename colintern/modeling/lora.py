@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import InternVLConfig
 
-from colintern.model import ColIntern3_5, build_on_meta, quiet
-from colintern.modeling.patterns import matching, reading, suggestion
+from colintern.model import ColIntern3_5, quiet
+from colintern.modeling.patterns import reading, suggestion
 from colintern.params import Params
 
 HEAD = "custom_text_proj"
@@ -34,19 +33,12 @@ def add_lora(
     The adapter names the base it belongs to: `model.name_or_path`, and its hub commit `revision`.
 
     Raises:
-        ValueError: no module matches at all (PEFT's own error), or a target takes too long to match (UserError).
+        ValueError: no module matches at all (PEFT's own error).
     """
-    for target in targets:  # before PEFT matches them without a limit
-        matching(target, (name for name, _ in model.named_modules()))
     pattern = "|".join(f"(?:{target})" for target in targets)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, revision=revision)
     with quiet():
         return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
-
-
-def meta_model(base: str | InternVLConfig, revision: str | None) -> ColIntern3_5:
-    """The architecture of `base`, a config or where its config.json lies, without memory or weights."""
-    return build_on_meta(base, revision)
 
 
 def examine(model: ColIntern3_5, params: Params) -> dict[str, Any]:
@@ -54,9 +46,8 @@ def examine(model: ColIntern3_5, params: Params) -> dict[str, Any]:
 
     Where PEFT would refuse the targets, the bare model is counted, with nothing trained; `faults` says why.
     """
-    modules = dict(model.named_modules())
-    hit = set().union(*(matching(target, modules) for target in params.lora_targets))
-    if not hit or not all(isinstance(modules[name], nn.Linear) for name in hit):
+    hit = [module for name, module in model.named_modules() if any(re.fullmatch(t, name) for t in params.lora_targets)]
+    if not hit or not all(isinstance(module, nn.Linear) for module in hit):
         return count(model, params.lora_targets)
     with torch.device("meta"):  # PEFT draws A on the CPU before it moves it to where its base layer is
         wrapped = add_lora(model, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout)
@@ -80,7 +71,7 @@ def count(model: PeftModel | ColIntern3_5, targets: Sequence[str]) -> dict[str, 
     modules = {name: module for name, module in core.named_modules() if ".lora_" not in name}
     linear = {n.removesuffix(".base_layer") for n, module in modules.items() if isinstance(module, nn.Linear)}
     adapted = {name for name, module in modules.items() if hasattr(module, "lora_A")}
-    names = adapted if wrapped else set().union(*(matching(target, modules) for target in targets))
+    names = adapted if wrapped else {n for n in modules if any(re.fullmatch(target, n) for target in targets)}
     lora = {name: p for name, p in core.named_parameters() if ".lora_" in name}
     trained = {name: p for name, p in core.named_parameters() if wrapped and p.requires_grad}
     parts = {}
@@ -111,12 +102,12 @@ def count(model: PeftModel | ColIntern3_5, targets: Sequence[str]) -> dict[str, 
 
 
 def _pattern(target: str, names: Collection[str], linear: Collection[str]) -> dict[str, Any]:
-    matches = matching(target, names)
+    matches = [name for name in names if re.fullmatch(target, name)]
     return {
         "matches": len(matches),
         "layers": _layers(matches),
         "frozen": sum(name.startswith(FROZEN) for name in matches),
-        "unfit": sorted(matches - set(linear))[:1],
+        "unfit": sorted(set(matches) - set(linear))[:1],
         "reads": reading(target, linear),
         "instead": suggestion(target, [name for name in linear if not name.startswith(FROZEN)]),
     }
@@ -148,7 +139,7 @@ def faults(counts: dict[str, Any]) -> list[str]:
                 f"{what}matches {row['matches']} modules and would match others as a shell's pattern: `*` repeats "
                 rf"what stands before it; write \d+ for a layer's number and .* for any text"
             )
-    if not any(matching(target, [HEAD]) for target in counts["patterns"]):
+    if not any(re.fullmatch(target, HEAD) for target in counts["patterns"]):
         found.append(f"lora_targets: {HEAD} is not adapted; add {HEAD} to the list")
     if not counts["trainable_parameters"]:
         found.append("lora_targets: nothing is trained, 0 LoRA modules and 0 parameters")

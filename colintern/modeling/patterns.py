@@ -9,19 +9,13 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from colintern.matching import match_names
-
 RANGE = re.compile(r"\\?\{\d+(?:\.\.|\\\.\\\.)\d+\\?\}")  # {0..27}, which a shell understands
 
 
 def matching(pattern: str, names: Iterable[str]) -> set[str]:
-    """The names that the regular expression matches whole; none if it is no regular expression.
-
-    Raises:
-        UserError: see `match_names`.
-    """
+    """The names that the regular expression matches whole; none if it is no regular expression."""
     try:
-        return match_names(pattern, names, "lora_targets")
+        return {name for name in names if re.fullmatch(pattern, name)}
     except re.error:
         return set()
 

@@ -18,17 +18,10 @@ from colintern.data.trainset import asked
 from colintern.files.identity import content_hash, versions
 from colintern.files.manifest import check_base
 from colintern.maxsim import maxsim_scores
-from colintern.model import read_checked_adapter
 from colintern.modeling.embed import embed_features, embed_queries
 from colintern.modeling.features import FEATURES, Page, PageFeatures
 from colintern.modeling.host import settle
-from colintern.modeling.loading import (
-    load_adapter,
-    load_processor,
-    require_adapter,
-    require_base,
-    require_processor_fit,
-)
+from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
 from colintern.params import Params, root
 from colintern.training.negatives import Mined
 from colintern.training.pairs import Pair, candidates
@@ -62,11 +55,10 @@ def mine(params: Params, adapter: Path, limits: Limits) -> Found:
     require_adapter(adapter)
     base = check_base(params)
     require_base(params, adapter)
-    read_checked_adapter(adapter, base)
     settle(params.threads)
     train, pages, unfit = candidates(params)
-    model, processor = load_adapter(params, base, adapter), load_processor(params, adapter)
-    require_processor_fit(model, processor, adapter)
+    model = load_adapter(params, base, adapter)
+    processor = load_processor(params, adapter, model)
     features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)
     features.fill(pages, params.workers)
     queries = list(dict.fromkeys(row.query for row in train))
