@@ -7,7 +7,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from colintern.evaluation.scores import METRICS, short
 from colintern.files.identity import fingerprint, versions
-from colintern.modeling.saving import USAGE
 from colintern.params import on_hub
 from colintern.reporting.evaluated import Evaluation, intervals
 from colintern.reporting.html import TEMPLATES
@@ -35,7 +34,6 @@ def card(name: str, revision: str, identity: dict[str, Any], found: Evaluation |
         rows.append((_cell(name_), f"{100 * row.after:.1f}", f"{100 * row.low:.1f} to {100 * row.high:.1f}"))
     body = environment.get_template("card.md").render(
         name=name,
-        usage=USAGE,
         revision=revision,
         base=identity["base"],
         rows=rows,
