@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,11 +16,15 @@ from processes import Place
 from safetensors.torch import load_file, save_file
 from test_model import TARGETS, load
 
+from colintern.files.identity import read_identity
 from colintern.files.jsonfile import dumps
 from colintern.files.manifest import BASE_SUFFIXES, local_files
+from colintern.model import read_checked_adapter
 from colintern.modeling.embed import embed_pages
 from colintern.modeling.features import Page, PageFeatures
+from colintern.modeling.loading import read_processor
 from colintern.modeling.lora import add_lora
+from colintern.params import UserError
 from colintern.params import load as load_params
 from colintern.training.pairs import Pair, Pairs
 from colintern.training.runs import finish, origin
@@ -196,6 +201,53 @@ def test_an_adapter_that_does_not_merge_is_refused(top):
 
     change(top / "adapter" / "adapter_model.safetensors", edit)
     refused(check(top), 1, "from unmerged over", "verdict: refused for merged")
+
+
+READ = (
+    "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "identity.json", "processor_config.json",
+    "tokenizer.json", "tokenizer_config.json",
+)  # fmt: skip
+ODD_KEYS = ("peft_type", "params", "base", "start", "version", "model", "image_processor", "image_seq_length",
+            "added_tokens", "tokenizer_class", "extra_special_tokens")  # fmt: skip
+
+
+def replace(make):
+    return lambda file: (file.unlink(), make(file))
+
+
+DAMAGES = {
+    "empty": lambda file: file.write_bytes(b""),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:100]),
+    "a list": lambda file: file.write_text("[1, 2]"),
+    "null": lambda file: file.write_text("null"),
+    "other values": lambda file: file.write_text(json.dumps({key: [None] for key in ODD_KEYS})),
+    "nested": lambda file: file.write_bytes(b"[" * 200_000),
+    "a huge number": lambda file: file.write_text('{"params": %s}' % ("9" * 5000)),
+    "binary": lambda file: file.write_bytes(bytes(range(256)) * 9),
+    "not UTF-8": lambda file: file.write_bytes(b'{"params": "\xff"}'),
+    "a folder": replace(Path.mkdir),
+    "a link to nothing": replace(lambda file: file.symlink_to("nowhere")),
+    "a link to itself": replace(lambda file: file.symlink_to(file.name)),
+    "a pipe": replace(os.mkfifo),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_of_an_adapter_is_refused_and_named(two_steps, damage, tmp_path, monkeypatch):
+    monkeypatch.chdir(two_steps)  # where its base is
+    for name in READ:
+        folder = shutil.copytree("adapter", tmp_path / name)
+        DAMAGES[damage](folder / name)
+        with pytest.raises(UserError, match=rf"^{re.escape(str(folder / name))}: "):
+            read_identity(folder), read_checked_adapter(folder), read_processor(folder)
+
+
+def test_a_sound_folder_is_read(two_steps, monkeypatch):
+    monkeypatch.chdir(two_steps)
+    folder = Path("adapter")
+    assert read_identity(folder)["params"]["lora_rank"] and read_processor(folder).max_query_tokens == 64
+    copies = [name for name in read_checked_adapter(folder).weights if ".base_layer." in name]
+    assert len(copies) == 2
 
 
 def test_no_adapter_at_all_is_named(tmp_path):

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import threading
+from itertools import cycle
 from pathlib import Path
 
 import hub
@@ -16,6 +17,7 @@ from conftest import page_image
 from huggingface_hub import ModelCard
 from processes import FORKS
 from safetensors.torch import load_file, save_file
+from test_adapters import DAMAGES, READ
 from test_report import evaluated, fork, run  # noqa: F401
 
 from colintern.cli import main
@@ -104,34 +106,6 @@ def test_an_adapter_that_is_none_is_refused_and_nothing_is_left(top, fault):
     assert not (top / "exported").exists()
 
 
-READ = (
-    "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "identity.json", "processor_config.json",
-    "tokenizer.json", "tokenizer_config.json",
-)  # fmt: skip
-
-
-def replace(make):
-    return lambda file: (file.unlink(), make(file))
-
-
-DAMAGES = {
-    "empty": lambda file: file.write_bytes(b""),
-    "truncated": lambda file: file.write_bytes(file.read_bytes()[:100]),
-    "a page of a web server": lambda file: file.write_text("<html>404</html>"),
-    "a list": lambda file: file.write_text("[1, 2]"),
-    "null": lambda file: file.write_text("null"),
-    "other values": lambda file: file.write_text(json.dumps({key: [None] for key in ODD_KEYS})),
-    "nested": lambda file: file.write_bytes(b"[" * 200_000),
-    "binary": lambda file: file.write_bytes(bytes(range(256)) * 9),
-    "a folder": replace(Path.mkdir),
-    "a link to nothing": replace(lambda file: file.symlink_to("nowhere")),
-    "a link to itself": replace(lambda file: file.symlink_to(file.name)),
-    "a pipe": replace(os.mkfifo),
-}
-ODD_KEYS = ("peft_type", "params", "base", "start", "version", "model", "image_processor", "image_seq_length",
-            "added_tokens", "tokenizer_class", "extra_special_tokens")  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def shared(evaluated, tmp_path_factory):  # noqa: F811
     """A repository in which commands are refused and leave nothing."""
@@ -151,43 +125,40 @@ def refusal(command: list[str], capsys) -> str:
     return said.out + said.err
 
 
-@pytest.mark.parametrize("name", READ)
-def test_a_damaged_file_of_an_adapter_is_named_by_each_command(shared, name, monkeypatch, capsys):
+def test_a_damaged_file_of_an_adapter_is_named_by_each_command(shared, monkeypatch, capsys):
     monkeypatch.chdir(shared)
     monkeypatch.setattr("colintern.files.hub.stay_offline", lambda: None)  # it is for the whole process
     monkeypatch.setenv("HF_DATASETS_CACHE", str(shared / "arrow"))
-    commands = (
-        ["search", "damaged", "documents", "from Oslo"],
-        ["check-adapter", "damaged"],
-        ["export", "damaged", "--out", "exported"],
-    )
-    offset = READ.index(name)
-    for number, (damage, edit) in enumerate(DAMAGES.items()):
+    for name, command in zip(
+        READ, cycle(("search damaged documents Oslo", "check-adapter damaged", "export damaged --out exported"))
+    ):
         shutil.rmtree("damaged", ignore_errors=True)
         shutil.copytree("adapter", "damaged")
-        edit(Path("damaged", name))
-        command = commands[(number + offset) % len(commands)]
-        said = refusal(command, capsys)
-        assert f"damaged/{name}" in said, (damage, command, said)
+        DAMAGES["truncated"](Path("damaged", name))
+        said = refusal(command.split(), capsys)
+        assert f"damaged/{name}" in said, (command, said)
     assert not Path("exported").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "edit", "words"),
+    ("command", "name", "edit", "words"),
     [
-        ("adapter_config.json", {"lora_alpha": "4"}, "lora_alpha: '4' is not valid"),
-        ("identity.json", {"params": None}, "params: None is not valid; it must be an object"),
-        ("processor_config.json", {"image_seq_length": 1}, "image_seq_length: 1 is not valid; the model has 16"),
-        ("tokenizer_config.json", {"model_max_length": "x"}, "the processor cannot be used"),
+        ("report", "adapter_config.json", {"lora_alpha": "4"}, "lora_alpha: '4' is not valid"),
+        ("evaluate", "identity.json", {"params": None}, "params: None is not an object"),
+        (
+            "evaluate",
+            "processor_config.json",
+            {"image_seq_length": 1},
+            "image_seq_length: 1 is not valid; the model has 16",
+        ),
+        ("report", "tokenizer_config.json", {"model_max_length": "x"}, "the processor cannot be used"),
     ],
 )
-def test_an_odd_value_is_named_by_evaluate_and_report(top, name, edit, words):
+def test_an_odd_value_is_named_by_evaluate_and_report(top, command, name, edit, words):
     file = top / "adapter" / name
     file.write_text(json.dumps(json.loads(file.read_text()) | edit))
-    for command in ("evaluate", "report"):
-        shutil.rmtree(top / ".scratch", ignore_errors=True)
-        code, log = fork(top, command, "adapter")
-        assert code == 2 and f"adapter/{name}: " in log and words in log and "Traceback" not in log, log
+    code, log = fork(top, command, "adapter")
+    assert code == 2 and f"adapter/{name}: " in log and words in log and "Traceback" not in log, log
 
 
 @pytest.mark.parametrize("fault", ["renamed", "empty"])

@@ -182,6 +182,8 @@ def test_weights_in_other_floating_types_load(adapter, processor, pages):
 WRONG_OPTIONS = {
     "r": [0, True, "4", 10**30, 8],
     "lora_alpha": [0, -1, float("nan"), 1e308, "4", None],
+    "alpha_pattern": [[], {"up_proj": float("nan")}],
+    "alora_invocation_tokens": [[1]],
     "target_modules": [None, "", [], [1], "nothing", "language_model.layers.(", "language_model.layers", 7],
     "peft_type": ["LOHA", None, []],
     "base_model_name_or_path": [None, 3, ""],

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -28,7 +27,7 @@ HEAD_KEYS = ("custom_text_proj.bias", "custom_text_proj.weight")
 PREFIX = "base_model.model."  # of every tensor that PEFT saves
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_CPU_SECONDS = 20.0
-MAX_SCALING = 1e6  # lora_alpha / r; infinite in float32 long after it has lost its sense
+MAX_ALPHA = 1e6  # a factor of all vectors that LoRA adds
 
 State = dict[str, Tensor]
 
@@ -81,6 +80,13 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         ("peft_type", lambda value: value == "LORA", "LORA"),
         ("base_model_name_or_path", lambda value: isinstance(value, str) and value.strip(), "a folder or a hub id"),
         ("revision", lambda value: value is None or isinstance(value, str), "a hub commit or null"),
+        ("lora_alpha", _is_alpha, f"a number above 0 and at most {MAX_ALPHA:g}"),
+        (
+            "alpha_pattern",
+            lambda value: value is None or (isinstance(value, dict) and all(map(_is_alpha, value.values()))),
+            f"an object of names with numbers above 0 and at most {MAX_ALPHA:g}",
+        ),
+        ("alora_invocation_tokens", lambda value: not value, "null: its LoRA would work after these tokens only"),
     ):
         if not is_valid(content.get(key)):
             raise UserError(f"{file}: {key}: {reprlib.repr(content.get(key))} is not valid; it must be {words}")
@@ -90,6 +96,10 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         raise UserError(f"{file}: {describe_error(error)}") from error
     config.task_type = None  # PEFT's class for a task adds methods that this model has no use for
     return config
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= MAX_ALPHA
 
 
 def read_tensors(file: Path) -> State:
@@ -179,10 +189,6 @@ def _expect_shapes(files: AdapterFiles, base: nn.Module) -> dict[str, torch.Size
         raise
     except Exception as error:  # PEFT checks few values of a configuration
         raise UserError(f"{file}: cannot be applied to its base: {describe_error(error)}") from error
-    for module in wrapped.modules():
-        for scaling in module.scaling.values() if isinstance(module, LoraLayer) else ():
-            if not 0 < scaling <= MAX_SCALING:
-                raise UserError(f"{file}: lora_alpha: it scales a module by {scaling}; expected 0 to {MAX_SCALING:g}")
     return {name: value.shape for name, value in state.items()}
 
 

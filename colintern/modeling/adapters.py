@@ -84,7 +84,7 @@ def check(adapter: Adapter, base: Path) -> list[Finding]:
     right_base = _base(adapter, base)
     faults: dict[str, str] = {}
     for fault in find_faults(adapter.files, meta_model(str(base), None) if right_base.ok else None):
-        faults.setdefault(fault.check, f"{fault.file}: {fault.message}")
+        faults.setdefault(fault.check, f"{fault.message} ({fault.file})")
     found = [_finite(adapter), _whole(adapter), _trained(adapter), _head(adapter)]
     found = [Finding(f.name, False, faults[f.name]) if f.ok and f.name in faults else f for f in found]
     found.append(right_base)
