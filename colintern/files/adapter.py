@@ -203,8 +203,10 @@ def _find_name_fault(files: AdapterFiles, expected: dict[str, torch.Size]) -> st
     if missing := sorted(expected.keys() - files.weights.keys()):
         parts.append(f"lacks {shorten(missing)}")
     if unexpected := sorted(files.weights.keys() - expected.keys()):
-        parts.append(f"holds {shorten(unexpected)}, which {CONFIG_FILE} does not imply on this base")
-    return "; ".join(filter(None, [*parts, _find_shape_fault(files.weights, expected)]))
+        parts.append(f"has unexpected {shorten(unexpected)}")
+    if shape := _find_shape_fault(files.weights, expected):
+        parts.append(shape)
+    return f"does not fit {CONFIG_FILE} on this base: {'; '.join(parts)}" if parts else ""
 
 
 def _find_shape_fault(tensors: State, expected: dict[str, torch.Size]) -> str:

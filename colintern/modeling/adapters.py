@@ -18,9 +18,9 @@ from colintern.files.adapter import ADAPTER, AdapterFiles, find_faults, read_ada
 from colintern.files.hub_errors import Repo
 from colintern.files.identity import IDENTITY_FILE, read_identity
 from colintern.files.manifest import digests
-from colintern.model import ColIntern3_5, meta_model
+from colintern.model import meta_model
 from colintern.modeling.embed import embed_pages, embed_queries
-from colintern.modeling.loading import read_processor
+from colintern.modeling.loading import load_model, read_processor
 from colintern.modeling.weights import statistics
 from colintern.params import UserError, root
 
@@ -143,8 +143,8 @@ def _merged(adapter: Adapter, base: Path) -> Finding:
     seen: list[Tensor] = []
     for merge in (False, True):  # one after the other: two models of 8B do not fit everywhere
         try:
-            model = ColIntern3_5.from_pretrained(adapter.files.folder, base=str(base), merge=merge, dtype=torch.float32)
-        except (ValueError, RuntimeError) as error:
+            model = load_model(adapter.files.folder, base=str(base), merge=merge, dtype=torch.float32)
+        except UserError as error:
             return Finding("merged", False, f"cannot be loaded: {str(error).partition(chr(10))[0]}")
         processor = read_processor(adapter.files.folder, model, **bounds)
         seen.append(
