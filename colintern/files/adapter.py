@@ -136,13 +136,6 @@ def name_head_copy(key: str, has_lora: bool) -> str:
     return PREFIX + (key.replace(".", ".base_layer.") if has_lora else key)
 
 
-def require_sound(files: AdapterFiles, base: nn.Module | None) -> None:
-    """Raise UserError for the first of `find_faults`."""
-    for fault in find_faults(files, base):
-        hint = "; give an adapter that was trained" if fault.check == "trained" else ""
-        raise UserError(f"{files.folder / fault.file}: {fault.message}{hint}")
-
-
 def find_faults(files: AdapterFiles, base: nn.Module | None) -> Iterator[AdapterFault]:
     """Yield what is wrong with an adapter's tensors, the most basic first.
 
@@ -225,7 +218,8 @@ def _find_untrained(weights: State) -> str:
         matrices = {name: value for name, value in weights.items() if f".{kind}" in name}
         if zero := [name for name, value in matrices.items() if not value.any()]:
             some = f"{len(zero)} of {len(matrices)} {kind}, such as {zero[0]},"
-            return f"{f'every {kind}' if len(zero) == len(matrices) else some} is zero, {effect}"
+            which = f"every {kind}" if len(zero) == len(matrices) else some
+            return f"{which} is zero, {effect}; give an adapter that was trained"
     return ""
 
 

@@ -90,13 +90,17 @@ def read_identity(folder: Path) -> dict[str, Any]:
     return identity
 
 
-def _find_misfit(value: Any, form: Any, name: str = "") -> str:
-    """Name the first part that has another type than in `form`, where "*" stands for any key; "" if there is none."""
+def _find_misfit(value: Any, form: Any, name: str = "", is_entry: bool = False) -> str:
+    """Name the first part that has another type than in `form`, "" if there is none.
+
+    "*" in `form` stands for any key; an entry of that kind (`is_entry`) has all of its parts.
+    """
     if not isinstance(form, dict):
         fits = isinstance(value, form) and not isinstance(value, bool)
         return "" if fits else f"{name}: {reprlib.repr(value)} is not {WORDS[form]}"
     if not isinstance(value, dict):
         return f"{name}: {reprlib.repr(value)} is not an object"
-    parts = dict.fromkeys(value, form["*"]) if "*" in form else {key: form[key] for key in form if key in value}
-    misfits = (_find_misfit(value[key], part, f"{name}.{key}".strip(".")) for key, part in parts.items())
+    entries = "*" in form
+    parts = dict.fromkeys(value, form["*"]) if entries else {k: form[k] for k in form if is_entry or k in value}
+    misfits = (_find_misfit(value.get(k), part, f"{name}.{k}".strip("."), entries) for k, part in parts.items())
     return next(filter(None, misfits), "")

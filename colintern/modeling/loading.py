@@ -1,5 +1,6 @@
 """A trained adapter as a model, its base with the same head before training, or a merged model, as params.yaml says."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +135,12 @@ def read_processor(folder: Path, model: Any = None, **bounds: Any) -> ColIntern3
     Raises:
         UserError: a file is missing, damaged or does not fit the model, which is named; or a bound is not valid.
     """
-    for name in (PROCESSOR_CONFIG, TOKENIZER_CONFIG):
-        read_json_object(folder / name)
-    require_regular_file(folder / TOKENIZER_FILE)
+    for name in (PROCESSOR_CONFIG, TOKENIZER_CONFIG, TOKENIZER_FILE):
+        if not os.path.lexists(folder / name):
+            raise UserError(f"{folder / name}: is missing; copy the processor's files from the base of the adapter")
+        require_regular_file(folder / name)
+    read_json_object(folder / PROCESSOR_CONFIG)
+    read_json_object(folder / TOKENIZER_CONFIG)
     try:
         processor = ColIntern3_5Processor.from_pretrained(folder, **bounds)
         _try_processor(processor)
