@@ -30,14 +30,13 @@ from colintern.files.adapter import (
     WEIGHTS_FILE,
     AdapterFiles,
     State,
-    find_faults,
     is_adapter,
     name_head_copy,
     read_adapter_files,
     read_tensors,
+    require_sound,
     shorten,
 )
-from colintern.params import UserError
 
 EMBEDDING_DIM = 128
 
@@ -216,9 +215,7 @@ def read_checked_adapter(folder: Path, base: str | InternVLConfig | None = None)
         UserError: a file is damaged, or the first of `colintern.files.adapter.find_faults`.
     """
     files = read_adapter_files(folder)
-    model = meta_model(base or str(files.config.base_model_name_or_path), files.config.revision)
-    for fault in find_faults(files, model):
-        raise UserError(f"{folder / fault.file}: {fault.message}")
+    require_sound(files, meta_model(base or str(files.config.base_model_name_or_path), files.config.revision))
     return files
 
 

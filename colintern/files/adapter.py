@@ -136,6 +136,12 @@ def name_head_copy(key: str, has_lora: bool) -> str:
     return PREFIX + (key.replace(".", ".base_layer.") if has_lora else key)
 
 
+def require_sound(files: AdapterFiles, base: nn.Module | None) -> None:
+    """Raise UserError for the first of `find_faults`."""
+    for fault in find_faults(files, base):
+        raise UserError(f"{files.folder / fault.file}: {fault.message}")
+
+
 def find_faults(files: AdapterFiles, base: nn.Module | None) -> Iterator[AdapterFault]:
     """Yield what is wrong with an adapter's tensors, the most basic first.
 

@@ -8,7 +8,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
-from colintern.files.adapter import WEIGHTS_FILE, is_adapter, read_adapter_config
+from colintern.files.adapter import WEIGHTS_FILE, is_adapter, read_adapter_config, read_adapter_files, require_sound
 from colintern.files.hub_errors import brief
 from colintern.files.identity import content_hash, read_identity
 from colintern.model import attention_kernel
@@ -31,7 +31,7 @@ class Alone(NamedTuple):
         """What is at a folder, or on the hub at ID@COMMIT, fetched if it must be; no weight is loaded.
 
         Raises:
-            UserError: neither; or what is there has no weights or no head.
+            UserError: neither; or what is there has no weights or no head, or is an adapter that was never trained.
         """
         if Path(model).is_dir():
             folder, revision = Path(model), ""
@@ -45,6 +45,7 @@ class Alone(NamedTuple):
             require_merged(folder)
             return cls(folder, revision or content_hash(folder)[:40], False)
         require_adapter(folder)
+        require_sound(read_adapter_files(folder), None)
         return cls(folder, revision or content_hash(folder / WEIGHTS_FILE)[:40], True)
 
     @property
