@@ -15,9 +15,8 @@ from typing import Any, Self
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
-from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from peft import PeftModel
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import normalize
 from transformers import InternVLConfig, InternVLModel
@@ -25,10 +24,21 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
 from colintern import causal
+from colintern.files.adapter import (
+    HEAD_FILE,
+    HEAD_KEYS,
+    WEIGHTS_FILE,
+    AdapterFiles,
+    State,
+    is_adapter,
+    name_head_copy,
+    read_adapter_files,
+    read_tensors,
+    require_sound,
+    shorten,
+)
 
 EMBEDDING_DIM = 128
-HEAD_FILE = "head.safetensors"
-HEAD_KEYS = ("custom_text_proj.bias", "custom_text_proj.weight")
 
 # Where a checkpoint may keep the parts: the hub's InternVL3_5-*-HF files, what transformers 5 writes for the
 # generating model, and our own. transformers converts keys only for its own classes, and leaves the whole language
@@ -65,7 +75,7 @@ class ColIntern3_5(InternVLModel):
 
         Args:
             path: hub id or folder: with adapter_config.json it is an adapter (its base and its head are loaded
-                with it), else a checkpoint with or without `custom_text_proj`.
+                with it, see `read_checked_adapter`), else a checkpoint with or without `custom_text_proj`.
             revision: hub commit of what is at `path`; an adapter itself names the commit of its base.
             base: where an adapter's base is, if not where the adapter says.
             merge: fold the adapter into the base weights; without it the LoRA layers stay visible.
@@ -75,15 +85,16 @@ class ColIntern3_5(InternVLModel):
         Raises:
             ValueError: weights that are missing or left over, an adapter without its head, or `merge` on a folder
                 that holds no adapter.
+            UserError: see `read_checked_adapter`.
         """
         folder = Path(path) if Path(path).is_dir() else _hub_adapter(str(path), revision)
-        if folder and (folder / "adapter_config.json").is_file():
-            config = PeftConfig.from_pretrained(str(folder))
-            place = base or config.base_model_name_or_path
-            model = cls.from_pretrained(place, revision=config.revision, seed=seed, **kwargs)
-            model.load_head(folder)
+        if folder and is_adapter(folder):
+            files = read_checked_adapter(folder, base)
+            place = base or str(files.config.base_model_name_or_path)
+            model = cls.from_pretrained(place, revision=files.config.revision, seed=seed, **kwargs)
+            model._set_head(files.head)
             with quiet():
-                wrapped = PeftModel.from_pretrained(model, str(folder), config=config)
+                wrapped = PeftModel.from_pretrained(model, str(folder), config=files.config)
             return (wrapped.merge_and_unload() if merge else wrapped.base_model.model).eval()
         if merge:
             raise ValueError(f"{path}: nothing to merge, the folder holds no adapter_config.json")
@@ -92,15 +103,15 @@ class ColIntern3_5(InternVLModel):
                 str(path), revision=revision or "main", key_mapping=KEY_MAPPING, output_loading_info=True, **kwargs
             )
         model, info = loaded
-        head = {"custom_text_proj.weight", "custom_text_proj.bias"}
+        head = set(HEAD_KEYS)
         missing = set(info["missing_keys"])
         wrong = sorted(missing if len(head & missing) == 1 else missing - head)  # half a head is no head
         # Retrieval has no use for next-token logits, which hub checkpoints carry.
         unexpected = sorted(set(info["unexpected_keys"]) - {"lm_head.weight"})
         if wrong or unexpected or info["mismatched_keys"]:
             raise ValueError(
-                f"{path}: the checkpoint does not fit ColIntern3_5: missing {_some(wrong)}; unexpected "
-                f"{_some(unexpected)}; of another shape {_some(sorted(map(str, info['mismatched_keys'])))}"
+                f"{path}: the checkpoint does not fit ColIntern3_5: missing {shorten(wrong)}; unexpected "
+                f"{shorten(unexpected)}; of another shape {shorten(sorted(map(str, info['mismatched_keys'])))}"
             )
         if head <= missing:
             model.init_head(seed)
@@ -115,8 +126,16 @@ class ColIntern3_5(InternVLModel):
             proj.bias.zero_()
 
     def save_head(self, folder: str | Path) -> None:
-        """Write the head's base weights beside an adapter: LoRA on a head that is drawn anew is worth nothing."""
-        save_file(self.head_state(), Path(folder) / HEAD_FILE)
+        """Write the head's base weights beside an adapter, and into it, where plain PEFT finds them.
+
+        PEFT saves only LoRA's matrices, and LoRA on a head that is drawn again is worth nothing.
+        """
+        head, file = self.head_state(), Path(folder) / WEIGHTS_FILE
+        save_file(head, Path(folder) / HEAD_FILE)
+        if file.is_file():
+            has_lora = hasattr(self.custom_text_proj, "base_layer")
+            copies = {name_head_copy(key, has_lora): value for key, value in head.items()}
+            save_file(read_tensors(file) | copies, file, metadata={"format": "pt"})
 
     def head_state(self) -> dict[str, torch.Tensor]:
         """The head's base weights as `save_head` writes them."""
@@ -124,19 +143,17 @@ class ColIntern3_5(InternVLModel):
         return {f"custom_text_proj.{k}": v.detach().float().cpu().contiguous() for k, v in layer.named_parameters()}
 
     def load_head(self, folder: str | Path) -> None:
-        """Read the head's base weights from an adapter folder.
+        """Take the head's base weights from an adapter of this base.
 
         Raises:
-            ValueError: the file is missing, of another shape, or holds a value that is not finite.
+            UserError: see `read_checked_adapter`.
         """
-        file = Path(folder) / HEAD_FILE
-        state = read_head(folder)
-        for key, value in state.items():
-            own = self.get_parameter(key)
-            if value.shape != own.shape or not value.isfinite().all():
-                raise ValueError(f"{file}: {key} is {tuple(value.shape)}, expected {tuple(own.shape)} of finite values")
-            with torch.no_grad():
-                own.copy_(value)
+        self._set_head(read_checked_adapter(Path(folder), self.config).head)
+
+    def _set_head(self, head: State) -> None:
+        with torch.no_grad():
+            for key, value in head.items():
+                self.get_parameter(key).copy_(value)
 
     def forward(  # type: ignore[override]
         self,
@@ -188,25 +205,26 @@ class ColIntern3_5(InternVLModel):
             return self.get_image_features(pixel_values=tiles, return_dict=True).pooler_output
 
 
-def read_head(folder: str | Path) -> dict[str, torch.Tensor]:
-    """What head.safetensors of an adapter folder holds.
+def read_checked_adapter(folder: Path, base: str | InternVLConfig | None = None) -> AdapterFiles:
+    """Read an adapter folder and check its tensors against its configuration and its base.
+
+    Args:
+        base: config, folder or hub id of its base, none of whose weights are read; None: where the adapter says.
 
     Raises:
-        ValueError: the file is missing, torn, or holds something else.
+        UserError: a file is damaged, or the first of `colintern.files.adapter.find_faults`.
     """
-    file = Path(folder) / HEAD_FILE
-    if not file.is_file():
-        raise ValueError(
-            f"{file}: missing. It holds the base weights of custom_text_proj, without which the adapter would sit on a "
-            f"random projection; copy it from the run that trained {folder}"
-        )
-    try:
-        state = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: cannot be read: {error}") from error
-    if sorted(state) != sorted(HEAD_KEYS):
-        raise ValueError(f"{file}: holds {_some(sorted(state))}, expected {_some(sorted(HEAD_KEYS))}")
-    return state
+    files = read_adapter_files(folder)
+    require_sound(files, meta_model(base or str(files.config.base_model_name_or_path), files.config.revision))
+    return files
+
+
+def meta_model(base: str | InternVLConfig, revision: str | None) -> ColIntern3_5:
+    """Build the architecture of `base`, a config or where its config.json is, without memory or weights."""
+    if not isinstance(base, InternVLConfig):
+        base = InternVLConfig.from_pretrained(base, revision=revision or "main")
+    with torch.device("meta"):
+        return ColIntern3_5(base)
 
 
 def attention_kernel(choice: str, dtype: str, device: str | None = None) -> str:
@@ -257,7 +275,3 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
         if bar:
             transformers_logging.enable_progress_bar()
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"

@@ -29,9 +29,9 @@ from colintern.modeling.alone import Alone
 from colintern.modeling.cache import TensorCache
 from colintern.modeling.embed import embed_features, embed_pages, embed_queries
 from colintern.modeling.features import Page, PageFeatures
+from colintern.modeling.loading import read_processor
 from colintern.modeling.pooling import cut, pool
 from colintern.params import UserError
-from colintern.processor import ColIntern3_5Processor
 
 LENGTHS = "-lengths"  # of the key under which a batch keeps how many vectors each page has
 
@@ -200,13 +200,9 @@ def load(
             raise UserError(f"{key}: {value} is not valid; it must be 1 to {most}")
     found = Alone.at(model)
     bounds: dict[str, Any] = {"max_visual_tokens": max_visual_tokens, "max_query_tokens": max_query_tokens}
-    try:
-        processor = ColIntern3_5Processor.from_pretrained(
-            found.folder, **{key: value for key, value in bounds.items() if value is not None}
-        )
-    except (ValueError, OSError) as error:
-        raise UserError(f"{found.folder}: {error}") from error
     loaded = found.load(base, dtype, merge, device)
+    given = {key: value for key, value in bounds.items() if value is not None}
+    processor = read_processor(found.folder, loaded, **given)
     asked = {"dtype": dtype, "merge": merge, **bounds, "pool_factor": pool_factor, "dim": dim}
     name = _name(model)
     return ColIntern3_5Encoder(

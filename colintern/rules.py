@@ -56,7 +56,7 @@ def kernel_at(attention: str) -> tuple[str, str] | None:
 def _compiles(pattern: str) -> bool:
     try:
         re.compile(pattern)
-    except re.error:
+    except (re.error, RecursionError, OverflowError):  # ((((... and a{99999999999}
         return False
     return bool(pattern)
 

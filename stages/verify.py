@@ -14,7 +14,8 @@ from colintern.files.csvfile import write_csv
 from colintern.files.jsonfile import dumps
 from colintern.files.manifest import ready
 from colintern.files.outs import check_outs
-from colintern.modeling.lora import examine, faults, meta_model, table
+from colintern.model import meta_model
+from colintern.modeling.lora import examine, faults, table
 from colintern.params import UserError, exit_on_user_error, load
 
 

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,10 +16,15 @@ from processes import Place
 from safetensors.torch import load_file, save_file
 from test_model import TARGETS, load
 
+from colintern.files.identity import read_identity
 from colintern.files.jsonfile import dumps
 from colintern.files.manifest import BASE_SUFFIXES, local_files
+from colintern.model import read_checked_adapter
+from colintern.modeling.embed import embed_pages
 from colintern.modeling.features import Page, PageFeatures
+from colintern.modeling.loading import read_processor
 from colintern.modeling.lora import add_lora
+from colintern.params import UserError
 from colintern.params import load as load_params
 from colintern.training.pairs import Pair, Pairs
 from colintern.training.runs import finish, origin
@@ -102,6 +109,18 @@ def test_an_adapter_of_two_steps_passes_with_a_table_that_fits(top):
     assert report["now"]["head"]["sha256"] == report["start"]["head"]["sha256"] and kept.std() > 0
 
 
+def test_its_readme_loads_it_here_and_in_plain_peft(top, processor, pages, monkeypatch):
+    monkeypatch.chdir(top)
+    text = Path("adapter/README.md").read_text()
+    assert "More Information Needed" not in text and "on `demo/base`" in text and "license" in text
+    ours, peft = re.findall(r"```python\n(.+?)```", text, re.S)
+    found: list[dict] = [{}, {"folder": "adapter"}]
+    exec(ours.replace('"."', '"adapter"'), found[0])
+    exec(peft, found[1])
+    pair = [embed_pages(names["model"].float(), processor, pages, 4) for names in found]
+    assert all(torch.equal(a, b) for a, b in zip(*pair, strict=True))
+
+
 def test_an_adapter_that_no_step_has_moved_is_refused(tmp_path, processor, pages):
     """One step of a warm-up has a learning rate of 0: the run ends, and everything is as it was."""
     done = check(trained(tmp_path / "top", processor, pages, epochs=1, warmup_steps=30))
@@ -128,11 +147,11 @@ def test_part_of_an_adapter_missing_is_refused(top):
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "head.safetensors"])
 def test_a_weight_that_is_not_finite_is_refused_and_named(top, file):
     def edit(state):
-        name = sorted(state)[0]
+        name = sorted(state)[-1]
         return state | {name: torch.full_like(state[name], float("nan"))}
 
     change(top / "adapter" / file, edit)
-    name = sorted(load_file(top / "adapter" / file))[0]
+    name = sorted(load_file(top / "adapter" / file))[-1]
     refused(check(top), 1, f"{name} has NaN or infinite values (1 such weights)", "finite")
     told = json.loads(check(top, "--json").stdout, parse_constant=pytest.fail)
     assert not told["ok"] and [row["std"] for row in told["now"].values()].count(None) == 1
@@ -182,6 +201,53 @@ def test_an_adapter_that_does_not_merge_is_refused(top):
 
     change(top / "adapter" / "adapter_model.safetensors", edit)
     refused(check(top), 1, "from unmerged over", "verdict: refused for merged")
+
+
+READ = (
+    "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "identity.json", "processor_config.json",
+    "tokenizer.json", "tokenizer_config.json",
+)  # fmt: skip
+ODD_KEYS = ("peft_type", "params", "base", "start", "version", "model", "image_processor", "image_seq_length",
+            "added_tokens", "tokenizer_class", "extra_special_tokens")  # fmt: skip
+
+
+def replace(make):
+    return lambda file: (file.unlink(), make(file))
+
+
+DAMAGES = {
+    "empty": lambda file: file.write_bytes(b""),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:100]),
+    "a list": lambda file: file.write_text("[1, 2]"),
+    "null": lambda file: file.write_text("null"),
+    "other values": lambda file: file.write_text(json.dumps({key: [None] for key in ODD_KEYS})),
+    "nested": lambda file: file.write_bytes(b"[" * 200_000),
+    "a huge number": lambda file: file.write_text('{"params": %s}' % ("9" * 5000)),
+    "binary": lambda file: file.write_bytes(bytes(range(256)) * 9),
+    "not UTF-8": lambda file: file.write_bytes(b'{"params": "\xff"}'),
+    "a folder": replace(Path.mkdir),
+    "a link to nothing": replace(lambda file: file.symlink_to("nowhere")),
+    "a link to itself": replace(lambda file: file.symlink_to(file.name)),
+    "a pipe": replace(os.mkfifo),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_of_an_adapter_is_refused_and_named(two_steps, damage, tmp_path, monkeypatch):
+    monkeypatch.chdir(two_steps)  # where its base is
+    for name in READ:
+        folder = shutil.copytree("adapter", tmp_path / name)
+        DAMAGES[damage](folder / name)
+        with pytest.raises(UserError, match=rf"^{re.escape(str(folder / name))}: "):
+            read_identity(folder), read_checked_adapter(folder), read_processor(folder)
+
+
+def test_a_sound_folder_is_read(two_steps, monkeypatch):
+    monkeypatch.chdir(two_steps)
+    folder = Path("adapter")
+    assert read_identity(folder)["params"]["lora_rank"] and read_processor(folder).max_query_tokens == 64
+    copies = [name for name in read_checked_adapter(folder).weights if ".base_layer." in name]
+    assert len(copies) == 2
 
 
 def test_no_adapter_at_all_is_named(tmp_path):

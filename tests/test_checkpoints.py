@@ -46,11 +46,12 @@ def test_a_checkpoint_is_an_adapter_like_the_final_one(place):
         require_base(params, newest)
         load_processor(params, newest)
         model = load_adapter(params, check_base(params), newest)
-        bare = ColIntern3_5.from_pretrained(check_base(params), seed=params.seed, dtype=torch.float32)
+        bare = ColIntern3_5.from_pretrained(check_base(params), seed=params.seed + 1, dtype=torch.float32)
         theirs = PeftModel.from_pretrained(bare, str(newest)).base_model.model
         ours, same = dict(model.named_parameters()), dict(theirs.named_parameters())
         assert ours.keys() == same.keys() and all(torch.equal(ours[name], same[name]) for name in ours)
         assert any("lora_B" in name and value.any() for name, value in ours.items())
+        assert "# ColIntern3.5 adapter" in (newest / "README.md").read_text()
 
 
 def test_a_run_that_keeps_nothing_leaves_no_link(tmp_path, monkeypatch):

@@ -7,16 +7,20 @@ import os
 import re
 import shutil
 import threading
+from itertools import cycle
 from pathlib import Path
 
 import hub
 import pytest
 import torch
+from conftest import page_image
 from huggingface_hub import ModelCard
 from processes import FORKS
 from safetensors.torch import load_file, save_file
+from test_adapters import DAMAGES, READ
 from test_report import evaluated, fork, run  # noqa: F401
 
+from colintern.cli import main
 from colintern.model import ColIntern3_5
 from colintern.modeling.embed import embed_pages, embed_queries
 from colintern.processor import ColIntern3_5Processor
@@ -100,6 +104,77 @@ def test_an_adapter_that_is_none_is_refused_and_nothing_is_left(top, fault):
     assert code == 2, log
     assert {"untrained": "trained: every lora_B is zero", "headless": "head.safetensors: missing"}[fault] in log
     assert not (top / "exported").exists()
+
+
+@pytest.fixture(scope="module")
+def shared(evaluated, tmp_path_factory):  # noqa: F811
+    """A repository in which commands are refused and leave nothing."""
+    at = tmp_path_factory.mktemp("damaged") / "top"
+    shutil.copytree(evaluated, at, symlinks=True, ignore=shutil.ignore_patterns("run", "features"))
+    (at / "documents").mkdir()
+    page_image("Oslo").save(at / "documents" / "page.png")
+    return at
+
+
+def refusal(command: list[str], capsys) -> str:
+    """What a command says, called in this process, before it exits with 1 or 2."""
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    said = capsys.readouterr()
+    assert ended.value.code in (1, 2) and "Traceback" not in said.err
+    return said.out + said.err
+
+
+def test_a_damaged_file_of_an_adapter_is_named_by_each_command(shared, monkeypatch, capsys):
+    monkeypatch.chdir(shared)
+    monkeypatch.setattr("colintern.files.hub.stay_offline", lambda: None)  # it is for the whole process
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(shared / "arrow"))
+    for name, command in zip(
+        READ, cycle(("search damaged documents Oslo", "check-adapter damaged", "export damaged --out exported"))
+    ):
+        shutil.rmtree("damaged", ignore_errors=True)
+        shutil.copytree("adapter", "damaged")
+        DAMAGES["truncated"](Path("damaged", name))
+        said = refusal(command.split(), capsys)
+        assert f"damaged/{name}" in said, (command, said)
+    assert not Path("exported").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "edit", "words"),
+    [
+        ("report", "adapter_config.json", {"lora_alpha": "4"}, "lora_alpha: '4' is not valid"),
+        ("evaluate", "identity.json", {"params": None}, "params: None is not an object"),
+        (
+            "evaluate",
+            "processor_config.json",
+            {"image_seq_length": 1},
+            "image_seq_length: 1 is not valid; the model has 16",
+        ),
+        ("report", "tokenizer_config.json", {"model_max_length": "x"}, "the processor cannot be used"),
+    ],
+)
+def test_an_odd_value_is_named_by_evaluate_and_report(top, command, name, edit, words):
+    file = top / "adapter" / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | edit))
+    code, log = fork(top, command, "adapter")
+    assert code == 2 and f"adapter/{name}: " in log and words in log and "Traceback" not in log, log
+
+
+@pytest.mark.parametrize("fault", ["renamed", "empty"])
+def test_an_adapter_of_other_weights_is_refused_by_each_command(shared, fault, monkeypatch, capsys):
+    """The statistics of a renamed layer are those of all layers of its kind, and tell nothing."""
+    monkeypatch.chdir(shared)
+    monkeypatch.setattr("colintern.files.hub.stay_offline", lambda: None)
+    shutil.rmtree("damaged", ignore_errors=True)
+    shutil.copytree("adapter", "damaged")
+    file = Path("damaged", "adapter_model.safetensors")
+    state = load_file(file) if fault == "renamed" else {}
+    save_file({key.replace("layers.1.", "layers.7."): value for key, value in state.items()}, file)
+    for command in ("search damaged documents x", "check-adapter damaged", "mine --adapter damaged"):
+        said = " ".join(refusal(command.split(), capsys).split())
+        words = "layers.7." if fault == "renamed" else "0 weights" if "check" in command else "no weights"
+        assert words in said
 
 
 class Writable(hub.Handler):

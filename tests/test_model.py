@@ -7,12 +7,14 @@ import sys
 import pytest
 import torch
 from conftest import BASE, ROOT
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
-from colintern.model import ColIntern3_5, attention_kernel
+from colintern.files.adapter import HEAD_FILE
+from colintern.model import ColIntern3_5, attention_kernel, meta_model
 from colintern.modeling.embed import embed_pages, embed_queries
-from colintern.modeling.lora import add_lora, count, faults, meta_model
+from colintern.modeling.lora import add_lora, count, faults
+from colintern.params import UserError
 
 TARGETS = [
     *(rf"language_model\.layers\.\d+\.self_attn\.{m}_proj" for m in "qkvo"),
@@ -96,6 +98,129 @@ def test_a_merged_model_is_a_checkpoint_again(adapter, processor, pages, tmp_pat
     merged.save_pretrained(tmp_path / "merged")
     again = load(tmp_path / "merged")
     assert torch.equal(embed(again, processor, pages), embed(merged, processor, pages))
+
+
+def test_plain_peft_takes_the_head_from_the_adapter_over_a_base_of_another_seed(adapter, processor, pages):
+    folder, wrapped = adapter
+    here = embed(wrapped.eval(), processor, pages)
+    base = load(BASE, seed=5)
+    assert not torch.equal(base.custom_text_proj.weight, load_file(folder / HEAD_FILE)["custom_text_proj.weight"])
+    plain = PeftModel.from_pretrained(base, folder).eval()
+    assert torch.equal(embed(plain, processor, pages), here)
+    assert torch.equal(embed(load(folder, seed=5), processor, pages), here)
+
+
+def edit_weights(folder, edit) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file(edit(load_file(file)), file, metadata={"format": "pt"})
+
+
+def test_an_adapter_from_before_the_copy_of_the_head_loads_as_it_did(adapter, processor, pages):
+    folder, wrapped = adapter
+    here = embed(wrapped.eval(), processor, pages)
+    edit_weights(folder, lambda state: {k: v for k, v in state.items() if "lora_" in k})
+    assert torch.equal(embed(load(folder), processor, pages), here)
+
+
+@pytest.mark.parametrize("targets", [["gate_proj", "o_proj"], r"language_model\..*\.(?:up_proj|q_proj)"])
+def test_a_complete_adapter_from_elsewhere_has_the_vectors_that_it_has_in_peft(targets, processor, pages, tmp_path):
+    config = LoraConfig(
+        r=4, target_modules=targets, modules_to_save=["custom_text_proj"], task_type="FEATURE_EXTRACTION",
+    )  # fmt: skip
+    theirs = PeftModel(load(BASE, seed=9), config)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                p.normal_(std=0.05)
+    theirs.save_pretrained(tmp_path / "theirs")
+    want = embed(theirs.eval(), processor, pages)
+    for merge in (False, True):
+        ours = embed(load(tmp_path / "theirs", merge=merge), processor, pages)
+        torch.testing.assert_close(ours, want, atol=1e-4 if merge else 0, rtol=0)
+    edit_weights(tmp_path / "theirs", lambda state: {k: v for k, v in state.items() if "custom_text_proj" not in k})
+    with pytest.raises(UserError, match=r"head\.safetensors: missing.*custom_text_proj"):
+        load(tmp_path / "theirs")
+
+
+UP = "base_model.model.language_model.layers.1.mlp.up_proj.lora_"
+COPY = "base_model.model.custom_text_proj.base_layer."
+WRONG_WEIGHTS = {
+    "no tensors": (lambda state: {}, "holds no weights, but adapter_config.json implies 30"),
+    "half": (lambda state: dict(list(state.items())[:16]), r"lacks base_model\.model\..* and \d+ more"),
+    "integers": (lambda state: {k: v.int() for k, v in state.items()}, "is int32; expected float32"),
+    "one integer": (lambda state: state | {f"{UP}A.weight": state[f"{UP}A.weight"].long()}, "up_proj.lora_A.* int64"),
+    "fp8": (lambda state: {k: v.to(torch.float8_e4m3fn) for k, v in state.items()}, "is float8_e4m3fn; expected"),
+    "zeros": (lambda state: {k: v * (COPY in k) for k, v in state.items()}, "every lora_B is zero, as before the"),
+    "zero A": (lambda state: {k: v * ("lora_A" not in k) for k, v in state.items()}, "every lora_A is zero, so the"),
+    "renamed": (lambda state: {k.replace("layers.1", "layers.7"): v for k, v in state.items()}, r"unexpected .*\.7"),
+    "rank": (lambda state: {k: v[:2] if "lora_A" in k else v for k, v in state.items()}, r"the shape \(2, .*\(4, "),
+    "extra": (lambda state: state | {"base_model.model.other": torch.ones(1)}, "has unexpected base_model.model.other"),
+    "beyond float32": (lambda state: {k: v.double() * 1e300 for k, v in state.items()}, "has NaN or infinite values"),
+    "other head": (lambda state: state | {f"{COPY}weight": state[f"{COPY}weight"] * 1.01}, "differs from its copy in"),
+    "half a head": (lambda state: {k: v for k, v in state.items() if k != f"{COPY}bias"}, r"lacks .*\.bias"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", WRONG_WEIGHTS)
+def test_weights_that_are_not_those_of_the_configuration_are_refused(adapter, fault):
+    edit, words = WRONG_WEIGHTS[fault]
+    edit_weights(adapter[0], edit)
+    with pytest.raises(UserError, match=rf"(adapter_model|head)\.safetensors: .*{words}"):
+        load(adapter[0])
+
+
+def test_weights_in_other_floating_types_load(adapter, processor, pages):
+    folder, wrapped = adapter
+    here = embed(wrapped.eval(), processor, pages)
+    edit_weights(folder, lambda state: {k: v.double() for k, v in state.items()})
+    assert torch.equal(embed(load(folder), processor, pages), here)
+    edit_weights(folder, lambda state: {k: v if "base_layer" in k else v.half() for k, v in state.items()})
+    torch.testing.assert_close(embed(load(folder), processor, pages), here, atol=1e-3, rtol=0)
+
+
+WRONG_OPTIONS = {
+    "r": [0, True, "4", 10**30, 8],
+    "lora_alpha": [0, -1, float("nan"), 1e308, "4", None],
+    "alpha_pattern": [[], {"up_proj": float("nan")}],
+    "alora_invocation_tokens": [[1]],
+    "target_modules": [None, "", [], [1], "nothing", "language_model.layers.(", "language_model.layers", 7],
+    "peft_type": ["LOHA", None, []],
+    "base_model_name_or_path": [None, 3, ""],
+    "bias": ["some", ["none"]],
+    "modules_to_save": [3, [3]],
+    "rank_pattern": [[], {"up_proj": "2"}, {"up_proj": 2}],
+    "init_lora_weights": ["nonsense", 3],
+    "megatron_config": [{"a": 1}],
+    "use_dora": [True, "yes"],
+}
+
+
+@pytest.mark.parametrize("key", WRONG_OPTIONS)
+def test_a_configuration_with_an_odd_value_is_refused(adapter, key):
+    file = adapter[0] / "adapter_config.json"
+    content = json.loads(file.read_text())
+    for value in WRONG_OPTIONS[key]:
+        file.write_text(json.dumps(content | {key: value}))
+        with pytest.raises(ValueError, match=r"adapter_config\.json|safetensors: "):
+            load(adapter[0])
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"target_modules": r"(?:[a-z_.0-9]+)+!"},
+        {"target_modules": "(?:.|.)" * 40 + "!"},
+        {"rank_pattern": {r"(?:[a-z_.0-9]+)+!": 2}},
+        {"exclude_modules": ".*" * 10 + "!"},
+    ],
+)
+def test_a_pattern_that_would_be_matched_for_ever_is_refused(adapter, option, monkeypatch):
+    monkeypatch.setattr("colintern.files.adapter.MAX_CPU_SECONDS", 0.6)
+    file = adapter[0] / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | option))
+    with pytest.raises(UserError, match=r"adapter_config\.json: PEFT needs more than 0\.6 s to match its patterns"):
+        load(adapter[0])
 
 
 def test_an_adapter_without_its_head_is_refused(adapter):

@@ -117,7 +117,7 @@ def edit(file: Path, which: str, value: float) -> None:
         (lambda at: (at / "head.safetensors").write_bytes(b"torn"), r"head.safetensors: cannot be read"),
         (lambda at: (at / "adapter_model.safetensors").unlink(), "holds no adapter_model.safetensors"),
         (lambda at: (at / "adapter_model.safetensors").write_bytes(b"torn"), "adapter_model.safetensors: cannot be"),
-        (lambda at: (at / "processor_config.json").unlink(), "adapter: "),
+        (lambda at: (at / "processor_config.json").unlink(), "processor_config.json: is missing"),
     ],
 )
 def test_what_cannot_be_right_is_refused_and_named(folder, fault, reason):

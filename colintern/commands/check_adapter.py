@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         start, now = (
             {name: row | {"std": row["std"] if math.isfinite(row["std"]) else None} for name, row in rows.items()}
-            for rows in (adapter.identity["start"], statistics(adapter.weights, adapter.head))
+            for rows in (adapter.identity["start"], statistics(adapter.files.weights, adapter.files.head))
         )  # JSON has no NaN
         report = {"ok": good, "start": start, "now": now, "findings": [finding._asdict() for finding in found]}
         print(json.dumps(report, indent=2, allow_nan=False))

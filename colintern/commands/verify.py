@@ -28,8 +28,9 @@ def run(args: argparse.Namespace) -> None:
     base = args.base or params.base
     require_base(base, params)
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
+    from colintern.model import meta_model
     from colintern.modeling.bases import config
-    from colintern.modeling.lora import examine, faults, meta_model, notes, table
+    from colintern.modeling.lora import examine, faults, notes, table
 
     counts = examine(meta_model(config(base, params), None), params)
     wrong = faults(counts)

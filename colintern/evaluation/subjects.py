@@ -1,6 +1,5 @@
 """What can be evaluated: a trained adapter, its base before training, a merged model; none loaded before it must be."""
 
-import json
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from colintern.files.identity import content_hash, fingerprint, stage_code, versions
+from colintern.files.adapter import is_adapter
+from colintern.files.identity import content_hash, fingerprint, read_identity, stage_code, versions
 from colintern.files.manifest import MANIFEST, check_base, kernel_entry, read
 from colintern.modeling.cache import TensorCache
 from colintern.modeling.features import FEATURES, PageFeatures
@@ -53,7 +53,7 @@ def subjects(params: Params, folder: Path) -> dict[str, Subject]:
     Raises:
         UserError: a folder without weights or without a head, or an adapter of another base than `params.base`.
     """
-    if not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
+    if not is_adapter(folder) and (folder / "config.json").is_file():
         return {"trained": _merged(params, folder)}
     require_adapter(folder)
     base = check_base(params)
@@ -65,8 +65,7 @@ def subjects(params: Params, folder: Path) -> dict[str, Subject]:
 def _adapter(params: Params, base: str, folder: Path, trained: bool, name: str) -> Subject:
     revision = content_hash(folder / "adapter_model.safetensors")[:40]
     what = {"adapter": content_hash(folder), "base": read(MANIFEST)["base"], "trained": trained}
-    file = folder / "identity.json"
-    known = json.loads(file.read_text())["params"] if file.is_file() else {}
+    known = read_identity(folder).get("params", {})
 
     def encoder() -> ColIntern3_5Encoder:
         return _encoder(params, load_adapter(params, base, folder, trained), folder, name, revision, identity)
@@ -90,7 +89,7 @@ def _encoder(
     params: Params, model: nn.Module, folder: Path, name: str, revision: str, identity: dict[str, Any]
 ) -> ColIntern3_5Encoder:
     require_finite(model, folder)
-    processor = load_processor(params, folder)
+    processor = load_processor(params, folder, model)
     features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)
     settings = {key: value for key, value in identity["params"].items() if key not in ("pool_factor", "dim")}
     kept = fingerprint(identity | {"params": settings})  # what is kept is neither pooled nor cut

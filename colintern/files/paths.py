@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from colintern.files.regular import require_regular_file
 from colintern.params import Params, UserError, at_commit, on_hub, root
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
@@ -18,15 +19,16 @@ def require_model(key: str, folder: Path, merged: bool = True) -> None:
     if not folder.is_dir():
         state = "is a file" if folder.is_file() else "does not exist, or is no folder here"
         raise UserError(f"{key}: {folder}: {state}; give the folder of an adapter, such as experiments/colintern")
-    if merged and not (folder / ADAPTER[1]).is_file() and (folder / "config.json").is_file():
+    if merged and not os.path.lexists(folder / ADAPTER[1]) and (folder / "config.json").is_file():
         return
     for name in ADAPTER:
-        if not (folder / name).is_file():
+        if not os.path.lexists(folder / name):
             merged_too = ", nor a merged model's config.json" if merged else ""
             raise UserError(
                 f"{key}: {folder}: holds no {name}{merged_too}; give the folder of an adapter, or run the stage that "
                 f"makes it: dvc repro train"
             )
+        require_regular_file(folder / name)
 
 
 def require_evaluated_model(name: str) -> None:

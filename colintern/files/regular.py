@@ -7,6 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
+from colintern.params import UserError
+
 MISSING = "missing"
 DANGLING = "a dangling link"
 LINKED_FOLDER = "a linked folder"
@@ -37,6 +39,12 @@ def irregular_type(path: Path) -> str:
     except ValueError:  # a zero byte in the name
         return MISSING
     return "" if stat.S_ISREG(mode) else _TYPES.get(stat.S_IFMT(mode), "no regular file")
+
+
+def require_regular_file(file: Path) -> None:
+    """Raise UserError for a path that is missing or is not a regular file, such as a folder or a named pipe."""
+    if kind := irregular_type(file):
+        raise UserError(f"{file}: is {kind}; expected a regular file")
 
 
 def list_files(top: Path, suffixes: Collection[str] = (), recursive: bool = True) -> Listing:

@@ -4,26 +4,25 @@ What it is held against was written into its identity.json when it was trained: 
 the statistics of the weights it started from (colintern/modeling/weights.py).
 """
 
-import json
+import os
 from pathlib import Path
 from textwrap import wrap
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from colintern.files import hub
+from colintern.files.adapter import ADAPTER, AdapterFiles, find_faults, read_adapter_files
 from colintern.files.hub_errors import Repo
+from colintern.files.identity import IDENTITY_FILE, read_identity
 from colintern.files.manifest import digests
-from colintern.model import ColIntern3_5, read_head
+from colintern.model import meta_model
 from colintern.modeling.embed import embed_pages, embed_queries
-from colintern.modeling.loading import untrained
-from colintern.modeling.weights import State, statistics
+from colintern.modeling.loading import load_model, read_processor
+from colintern.modeling.weights import statistics
 from colintern.params import UserError, root
-from colintern.processor import ColIntern3_5Processor
 
 TOLERANCE = 1e-4  # of an element of a unit vector, merged against unmerged in float32
 QUERY = "what does the invoice of 12 March come to"
@@ -32,9 +31,7 @@ QUERY = "what does the invoice of 12 March come to"
 class Adapter(NamedTuple):
     """What is in the folder; `identity` is its identity.json."""
 
-    folder: Path
-    weights: State
-    head: State
+    files: AdapterFiles
     identity: dict[str, Any]
 
 
@@ -54,27 +51,18 @@ def read_adapter(folder: Path) -> Adapter:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: is no folder; give that of an adapter, such as experiments/colintern")
-    for name in ("adapter_config.json", "adapter_model.safetensors", "identity.json"):
-        if not (folder / name).is_file():
+    for name in (*ADAPTER, IDENTITY_FILE):
+        if not os.path.lexists(folder / name):
             raise UserError(f"{folder / name}: missing; run the stage that makes it: dvc repro train")
-    try:
-        head = read_head(folder)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    try:
-        weights = load_file(folder / "adapter_model.safetensors")
-    except SafetensorError as error:
-        raise UserError(f"{folder / 'adapter_model.safetensors'}: cannot be read: {error}") from error
-    try:
-        identity = json.loads((folder / "identity.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{folder / 'identity.json'}: is no JSON: {error}") from error
-    if not {"base", "start"} <= identity.keys():
+    files, identity = read_adapter_files(folder), read_identity(folder)
+    lacking = [key for key in ("base", "start", "params") if key not in identity]
+    lacking += [f"base.{key}" for key in ("folder", "revision", "files") if key not in identity.get("base", {})]
+    if lacking or "head" not in identity["start"]:
         raise UserError(
-            f"{folder / 'identity.json'}: does not say what training started from, so it is older than this check; "
-            f"make the adapter again: dvc repro -f train"
+            f"{folder / IDENTITY_FILE}: does not say what training started from (no {(lacking or ['start.head'])[0]})"
+            f", so it is older than this check; make the adapter again: dvc repro -f train"
         )
-    return Adapter(folder, weights, head, identity)
+    return Adapter(files, identity)
 
 
 def base_folder(adapter: Adapter, base: str | None) -> Path:
@@ -88,38 +76,45 @@ def base_folder(adapter: Adapter, base: str | None) -> Path:
 
 
 def check(adapter: Adapter, base: Path) -> list[Finding]:
-    """All findings, in the order of the cheapest first; merging is tried where all else is well."""
-    found = [_finite(adapter), _whole(adapter), _trained(adapter), _head(adapter), _base(adapter, base)]
+    """All findings, in the order of the cheapest first; merging is tried where all else is well.
+
+    Raises:
+        UserError: the adapter's configuration cannot be applied to the base it was trained on.
+    """
+    right_base = _base(adapter, base)
+    faults: dict[str, str] = {}
+    for fault in find_faults(adapter.files, meta_model(str(base), None) if right_base.ok else None):
+        faults.setdefault(fault.check, f"{fault.message} ({fault.file})")
+    found = [_finite(adapter), _whole(adapter), _trained(adapter), _head(adapter)]
+    found = [Finding(f.name, False, faults[f.name]) if f.ok and f.name in faults else f for f in found]
+    found.append(right_base)
     if all(finding.ok for finding in found):
         return [*found, _merged(adapter, base)]
     return [*found, Finding("merged", False, "not tried, because of the above")]
 
 
 def _finite(adapter: Adapter) -> Finding:
-    broken = [name for name, value in (adapter.weights | adapter.head).items() if not value.isfinite().all()]
-    if broken:
-        return Finding("finite", False, f"{broken[0]} has NaN or infinite values ({len(broken)} such weights)")
-    return Finding("finite", True, f"{len(adapter.weights) + len(adapter.head)} weights without NaN or infinity")
+    weights = len(adapter.files.weights) + len(adapter.files.head)
+    return Finding("finite", True, f"{weights} weights without NaN or infinity")
 
 
 def _whole(adapter: Adapter) -> Finding:
-    now, start = statistics(adapter.weights, adapter.head), adapter.identity["start"]
+    now, start = statistics(adapter.files.weights, adapter.files.head), adapter.identity["start"]
     for name in sorted(now.keys() | start.keys()):
         have, want = (rows.get(name, {"tensors": 0})["tensors"] for rows in (now, start))
         if have != want:
             return Finding("whole", False, f"{name}: {have} weights, but training started with {want}")
-    return Finding("whole", True, f"LoRA on {len(adapter.weights) // 2} modules, as when training started")
+    modules = sum(".lora_A" in name for name in adapter.files.weights)
+    return Finding("whole", True, f"LoRA on {modules} modules, as when training started")
 
 
 def _trained(adapter: Adapter) -> Finding:
-    if still := untrained(adapter.weights):
-        return Finding("trained", False, still)
-    up = [name for name in adapter.weights if ".lora_B" in name]
+    up = [name for name in adapter.files.weights if ".lora_B" in name]
     return Finding("trained", True, f"all {len(up)} lora_B have left the zero they start at")
 
 
 def _head(adapter: Adapter) -> Finding:
-    now = statistics({}, adapter.head)["head"]["sha256"]
+    now = statistics({}, adapter.files.head)["head"]["sha256"]
     want = adapter.identity["start"]["head"]["sha256"]
     if now != want:
         return Finding("head", False, f"head.safetensors is another one: sha256 {now}, trained over {want}")
@@ -142,17 +137,16 @@ def _base(adapter: Adapter, base: Path) -> Finding:
 def _merged(adapter: Adapter, base: Path) -> Finding:
     """Embeddings of a page and a query with the adapter beside the base, and folded into it."""
     params = adapter.identity["params"]
-    processor = ColIntern3_5Processor.from_pretrained(
-        adapter.folder, max_visual_tokens=params["max_visual_tokens"], max_query_tokens=params["max_query_tokens"]
-    )
+    bounds = {key: params[key] for key in ("max_visual_tokens", "max_query_tokens") if key in params}
     page = Image.new("RGB", (600, 800), "white")
     ImageDraw.Draw(page).text((40, 60), "Invoice, 12 March\n\nTotal 318.40", fill="black", font_size=40)
     seen: list[Tensor] = []
     for merge in (False, True):  # one after the other: two models of 8B do not fit everywhere
         try:
-            model = ColIntern3_5.from_pretrained(adapter.folder, base=str(base), merge=merge, dtype=torch.float32)
-        except (ValueError, RuntimeError) as error:
+            model = load_model(adapter.files.folder, base=str(base), merge=merge, dtype=torch.float32)
+        except UserError as error:
             return Finding("merged", False, f"cannot be loaded: {str(error).partition(chr(10))[0]}")
+        processor = read_processor(adapter.files.folder, model, **bounds)
         seen.append(
             torch.cat([*embed_pages(model, processor, [page], 1), *embed_queries(model, processor, [QUERY], 1)])
         )
@@ -164,8 +158,8 @@ def _merged(adapter: Adapter, base: Path) -> Finding:
 
 def table(adapter: Adapter, found: list[Finding]) -> str:
     """The statistics, the findings and the verdict, at most 80 columns wide but for file names."""
-    now, start = statistics(adapter.weights, adapter.head), adapter.identity["start"]
-    rows = [f"adapter {adapter.folder}, trained on {adapter.identity['base']['folder']}"]
+    now, start = statistics(adapter.files.weights, adapter.files.head), adapter.identity["start"]
+    rows = [f"adapter {adapter.files.folder}, trained on {adapter.identity['base']['folder']}"]
     rows.append(f"{'':<38}{'weights':>8}{'std at start':>14}{'std now':>10}")
     for name in sorted(now.keys() | start.keys()):
         have, was = (side.get(name, {"tensors": 0, "std": float("nan"), "sha256": ""}) for side in (now, start))

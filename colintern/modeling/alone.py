@@ -1,20 +1,18 @@
 """A model without a params.yaml: what is in its own folder says how it is loaded."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
+from colintern.files.adapter import WEIGHTS_FILE, is_adapter, read_adapter_config, read_adapter_files, require_sound
 from colintern.files.hub_errors import brief
-from colintern.files.identity import content_hash
-from colintern.model import ColIntern3_5, attention_kernel, read_head
-from colintern.modeling.loading import require_adapter, require_finite, require_merged, untrained
+from colintern.files.identity import content_hash, read_identity
+from colintern.model import attention_kernel
+from colintern.modeling.loading import load_model, require_adapter, require_finite, require_merged
 from colintern.params import UserError, at_commit
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -43,27 +41,17 @@ class Alone(NamedTuple):
                 folder = Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
             except (HfHubHTTPError, LocalEntryNotFoundError) as error:
                 raise UserError(f"model: {model!r} cannot be fetched: {brief(error)}") from error
-        if not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
+        if not is_adapter(folder) and (folder / "config.json").is_file():
             require_merged(folder)
             return cls(folder, revision or content_hash(folder)[:40], False)
         require_adapter(folder)
-        weights = folder / "adapter_model.safetensors"
-        try:
-            read_head(folder)
-            still = untrained(load_file(weights))
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        except SafetensorError as error:
-            raise UserError(f"{weights}: cannot be read: {error}") from error
-        if still:
-            raise UserError(f"{weights}: {still}; give an adapter that was trained")
-        return cls(folder, revision or content_hash(weights)[:40], True)
+        require_sound(read_adapter_files(folder), None)
+        return cls(folder, revision or content_hash(folder / WEIGHTS_FILE)[:40], True)
 
     @property
     def identity(self) -> dict[str, Any]:
         """What the training run wrote of itself, if it is there."""
-        file = self.folder / "identity.json"
-        return json.loads(file.read_text()) if file.is_file() else {}
+        return read_identity(self.folder)
 
     def load(self, base: str | Path | None, dtype: str | None, merge: bool, device: str | None) -> nn.Module:
         """The model.
@@ -86,21 +74,16 @@ class Alone(NamedTuple):
         options: dict[str, Any] = {"attn_implementation": attention_kernel("auto", dtype, device)}
         if self.is_adapter:
             options |= {"base": str(self._base(base)), "merge": merge}
-        try:
-            model: Any = ColIntern3_5.from_pretrained(
-                self.folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options
-            )
-        except (ValueError, OSError) as error:
-            raise UserError(str(error)) from error
+        model: Any = load_model(self.folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options)
         require_finite(model, self.folder)
         return model.to(device)
 
     def _base(self, base: str | Path | None) -> str | Path:
         """A hub id, or the folder: of a relative one also in the folders around the adapter, where it was trained."""
-        config = json.loads((self.folder / "adapter_config.json").read_text())
-        if base is None and config.get("revision"):
-            return config["base_model_name_or_path"]
-        name = base or config["base_model_name_or_path"]
+        config = read_adapter_config(self.folder)
+        name = base or str(config.base_model_name_or_path)
+        if base is None and config.revision:
+            return name
         tops = [Path(), *self.folder.resolve().parents] if base is None else [Path()]
         found = next((top / name for top in tops if (top / name / "config.json").is_file()), None)
         if found is None:

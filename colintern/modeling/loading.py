@@ -1,29 +1,38 @@
 """A trained adapter as a model, its base with the same head before training, or a merged model, as params.yaml says."""
 
-import json
-from collections.abc import Mapping
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import AutoTokenizer
 
+from colintern.files.adapter import CONFIG_FILE, WEIGHTS_FILE, describe_error, read_adapter_config
+from colintern.files.jsonfile import read_json_object
+from colintern.files.regular import require_regular_file
 from colintern.model import ColIntern3_5
 from colintern.modeling.attention import implementation
 from colintern.params import Params, UserError
 from colintern.processor import ColIntern3_5Processor
 
+TOKENIZER_FILE, TOKENIZER_CONFIG, PROCESSOR_CONFIG = "tokenizer.json", "tokenizer_config.json", "processor_config.json"
+MAX_TILE = 4096  # pixels
+
 
 def require_adapter(adapter: Path) -> None:
     """Raises UserError where a folder holds no adapter."""
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
         if not (adapter / name).is_file():
             raise UserError(f"{adapter}: holds no {name}; run the stage that makes it: dvc repro train")
 
 
 def require_merged(folder: Path) -> None:
     """Raises UserError where the weights in a folder cannot be read or have no head."""
+    read_json_object(folder / "config.json")
     files = sorted(folder.glob("*.safetensors"))
     if not any("custom_text_proj.weight" in _names(file) for file in files):
         raise UserError(
@@ -33,21 +42,12 @@ def require_merged(folder: Path) -> None:
 
 
 def _names(file: Path) -> list[str]:
+    require_regular_file(file)
     try:
         with safe_open(file, "pt") as content:
             return list(content.keys())
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from error
-
-
-def untrained(weights: Mapping[str, Tensor]) -> str:
-    """Which of an adapter's lora_B no step has moved, in words, "" if none: B starts at zero."""
-    up = {name: value for name, value in weights.items() if ".lora_B" in name}
-    still = [name for name, value in up.items() if not value.any()]
-    if not still:
-        return ""
-    which = "every lora_B" if len(still) == len(up) else f"{len(still)} of {len(up)} lora_B, such as {still[0]},"
-    return f"{which} is zero, as before the first step: nothing was learned there"
 
 
 def require_finite(model: nn.Module, folder: Path) -> None:
@@ -59,8 +59,8 @@ def require_finite(model: nn.Module, folder: Path) -> None:
 
 def require_base(params: Params, folder: Path) -> None:
     """Raises UserError where an adapter was trained on another base than `params.base`."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    name, revision = config["base_model_name_or_path"], config.get("revision") or ""
+    config = read_adapter_config(folder)
+    name, revision = config.base_model_name_or_path, config.revision or ""
     if (name, revision) != (params.base, params.base_revision):
         raise UserError(
             f"{folder}: was trained on base {name!r} at {revision!r}, but params.yaml has {params.base!r} at "
@@ -75,16 +75,28 @@ def load_adapter(params: Params, base: str, adapter: Path, trained: bool = True)
         UserError: weights that are missing or do not fit, such as an adapter without its head.
     """
     options = _options(params)
-    model: Any
-    try:
-        if trained:
-            model = ColIntern3_5.from_pretrained(adapter, base=base, **options)
-        else:
-            model = ColIntern3_5.from_pretrained(base, revision=params.base_revision or None, **options)
-            model.load_head(adapter)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    if trained:
+        model = load_model(adapter, base=base, **options)
+    else:
+        model = load_model(base, revision=params.base_revision or None, **options)
+        model.load_head(adapter)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(path: str | Path, **options: Any) -> Any:
+    """Load what `ColIntern3_5.from_pretrained` loads.
+
+    Raises:
+        UserError: weights that are missing, damaged or do not fit.
+    """
+    try:
+        return ColIntern3_5.from_pretrained(path, **options)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    except Exception as error:  # whatever a damaged config.json or file of weights leads to in transformers
+        raise UserError(f"{path}: cannot be loaded: {describe_error(error)}") from error
 
 
 def load_merged(params: Params, folder: Path) -> nn.Module:
@@ -93,11 +105,7 @@ def load_merged(params: Params, folder: Path) -> nn.Module:
     Raises:
         UserError: weights that are missing or do not fit.
     """
-    try:
-        model: Any = ColIntern3_5.from_pretrained(folder, **_options(params))
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return load_model(folder, **_options(params)).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _options(params: Params) -> dict[str, Any]:
@@ -107,8 +115,77 @@ def _options(params: Params) -> dict[str, Any]:
     }
 
 
-def load_processor(params: Params, adapter: Path) -> ColIntern3_5Processor:
-    """The adapter's processor, with the bounds that params set."""
-    return ColIntern3_5Processor.from_pretrained(
-        adapter, max_visual_tokens=params.max_visual_tokens, max_query_tokens=params.max_query_tokens
-    )
+def load_processor(params: Params, adapter: Path, model: Any = None) -> ColIntern3_5Processor:
+    """Load the adapter's processor with the bounds that params set.
+
+    Raises:
+        UserError: see `read_processor`.
+    """
+    bounds = {"max_visual_tokens": params.max_visual_tokens, "max_query_tokens": params.max_query_tokens}
+    return read_processor(adapter, model, **bounds)
+
+
+def read_processor(folder: Path, model: Any = None, **bounds: Any) -> ColIntern3_5Processor:
+    """Load the processor of an adapter or merged model from its folder.
+
+    Args:
+        model: that it must fit, if it is loaded.
+        bounds: see `ColIntern3_5Processor`.
+
+    Raises:
+        UserError: a file is missing, damaged or does not fit the model, which is named; or a bound is not valid.
+    """
+    for name in (PROCESSOR_CONFIG, TOKENIZER_CONFIG, TOKENIZER_FILE):
+        if not os.path.lexists(folder / name):
+            raise UserError(f"{folder / name}: is missing; copy the processor's files from the base of the adapter")
+        require_regular_file(folder / name)
+    read_json_object(folder / PROCESSOR_CONFIG)
+    read_json_object(folder / TOKENIZER_CONFIG)
+    try:
+        processor = ColIntern3_5Processor.from_pretrained(folder, **bounds)
+        _try_processor(processor)
+    except Exception as error:  # whatever a wrong value leads to in transformers
+        file = folder / _find_damaged_file(folder)
+        raise UserError(f"{file}: the processor cannot be used: {describe_error(error)}") from error
+    if model is not None:
+        _require_fit(model, processor, folder)
+    return processor
+
+
+def _try_processor(processor: ColIntern3_5Processor) -> None:
+    """Process a query and a page, because transformers checks values of a configuration only when they are used."""
+    if type(processor.tile) is not int or not 1 <= processor.tile <= MAX_TILE:
+        raise ValueError(f"size: {processor.tile!r} is not valid; it must be 1 to {MAX_TILE}")
+    processor.process_queries(["a"])
+    pixels = processor.process_images([Image.new("RGB", (32, 32), "gray")])["pixel_values"]
+    if not pixels.isfinite().all():
+        raise ValueError("image_mean and image_std give values that are not finite")
+
+
+def _find_damaged_file(folder: Path) -> str:
+    """Return the file because of which the processor in a folder cannot be used."""
+    try:
+        Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    except Exception:
+        return TOKENIZER_FILE
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        tokenizer(f"a{tokenizer.context_image_token}{tokenizer.start_image_token}{tokenizer.end_image_token}")
+    except Exception:
+        return TOKENIZER_CONFIG
+    return PROCESSOR_CONFIG
+
+
+def _require_fit(model: Any, processor: ColIntern3_5Processor, folder: Path) -> None:
+    """Raise UserError where the processor in a folder does not fit the model: sizes of a tile, tokens, vocabulary."""
+    config = model.config
+    for file, key, value, expected in (
+        (PROCESSOR_CONFIG, "size of a tile", [processor.tile] * 2, list(config.vision_config.image_size)),
+        (PROCESSOR_CONFIG, "image_seq_length", processor.image_seq_length, config.image_seq_length),
+        (TOKENIZER_CONFIG, "id of context_image_token", processor.image_token_id, config.image_token_id),
+    ):
+        if value != expected:
+            raise UserError(f"{folder / file}: {key}: {value} is not valid; the model has {expected}")
+    largest, size = max(processor.tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    if largest >= size:
+        raise UserError(f"{folder / TOKENIZER_FILE}: has a token with the id {largest}; the model has {size} tokens")

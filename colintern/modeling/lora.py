@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import InternVLConfig
 
 from colintern.model import ColIntern3_5, quiet
 from colintern.modeling.patterns import reading, suggestion
@@ -42,14 +41,6 @@ def add_lora(
         return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
 
 
-def meta_model(base: str | InternVLConfig, revision: str | None) -> ColIntern3_5:
-    """The architecture of `base`, a config or where its config.json lies, without memory or weights."""
-    if not isinstance(base, InternVLConfig):
-        base = InternVLConfig.from_pretrained(base, revision=revision or "main")
-    with torch.device("meta"):
-        return ColIntern3_5(base)
-
-
 def examine(model: ColIntern3_5, params: Params) -> dict[str, Any]:
     """Wrap a `meta_model` as training would wrap it, and count; see `count`.
 
@@ -72,8 +63,8 @@ def count(model: PeftModel | ColIntern3_5, targets: Sequence[str]) -> dict[str, 
         `total_parameters` (those of the base model with its head), `frozen_vision_modules`,
         `frozen_projector_modules` (linear modules left alone), `adapted_vision_modules` (of tower and projector; must
         be 0), `head` (its in and out sizes), `layers` (of the language model), `parts` (linear and adapted modules,
-        parameters and trained parameters of each), and in bytes `adapter_bytes` (LoRA weights and the head beside
-        them) and `optimizer_bytes` (AdamW's two moments).
+        parameters and trained parameters of each), and in bytes `adapter_bytes` (LoRA weights, and the head
+        in both files) and `optimizer_bytes` (AdamW's two moments).
     """
     wrapped = isinstance(model, PeftModel)
     core: Any = model.base_model.model if wrapped else model  # type: ignore[union-attr]
@@ -105,7 +96,7 @@ def count(model: PeftModel | ColIntern3_5, targets: Sequence[str]) -> dict[str, 
         "head": [head.in_features, head.out_features] if HEAD in adapted else None,
         "layers": len(_layers(linear)),
         "parts": parts,
-        "adapter_bytes": FLOAT32 * (trainable + parts[HEAD]["parameters"]),
+        "adapter_bytes": FLOAT32 * (trainable + 2 * parts[HEAD]["parameters"]),
         "optimizer_bytes": 2 * FLOAT32 * trainable,
     }
 

@@ -10,18 +10,15 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from colintern.model import HEAD_KEYS
-
-State = dict[str, Tensor]
+from colintern.files.adapter import HEAD_KEYS, State
 
 
 def statistics(adapter: State, head: State) -> dict[str, dict[str, Any]]:
     """Of like modules of all layers together, of each of lora_A and lora_B, and of the head's weight.
 
     Args:
-        adapter: as PEFT saves it, `base_model.model.<module>.lora_A.weight` and so on.
+        adapter: as PEFT saves it, `base_model.model.<module>.lora_A.weight` and so on; what is not LoRA's is left out.
         head: as head.safetensors has it.
 
     Returns:
@@ -29,6 +26,8 @@ def statistics(adapter: State, head: State) -> dict[str, dict[str, Any]]:
     """
     groups: dict[str, State] = {"head": {key: head[key] for key in HEAD_KEYS}}
     for name, value in adapter.items():
+        if ".lora_" not in name:  # the copy of the head's base weights
+            continue
         groups.setdefault(group(name), {})[name] = value
     return {name: _row(members) for name, members in sorted(groups.items())}
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from textwrap import fill
 from typing import Any, NamedTuple
 
+from colintern.model import meta_model
 from colintern.modeling.attention import lacking
-from colintern.modeling.lora import FLOAT32, examine, faults, meta_model, notes
+from colintern.modeling.lora import FLOAT32, examine, faults, notes
 from colintern.params import Params, UserError
 from colintern.planning.guide import BATCH, EPOCHS, SMALLEST, lr_bounds, optimal_lr, other_lr
 from colintern.planning.machine import Machine, machine

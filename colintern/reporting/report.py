@@ -11,7 +11,7 @@ from colintern.data.inventory import inventory, summarize_survey
 from colintern.evaluation.scores import METRICS, short
 from colintern.evaluation.subjects import Subject
 from colintern.evaluation.verdicts import COLUMNS, PUBLISHED, band, columns, target
-from colintern.files.identity import content_hash, versions
+from colintern.files.identity import content_hash, read_identity, versions
 from colintern.files.manifest import MANIFEST, SURVEY
 from colintern.reporting import plots
 from colintern.reporting.cases import Case
@@ -146,7 +146,7 @@ def _training(model: Path) -> dict[str, Any] | None:
 
 def _data(model: Path, max_visual_tokens: int) -> dict[str, Any] | None:
     """Return the data in numbers, if data/survey.json is of the data that the model was trained on."""
-    identity = _identity(model)
+    identity = read_identity(model)
     if not Path(SURVEY).is_file() or not Path(MANIFEST).is_file():
         return None
     if identity.get("deps", {}).get(MANIFEST) != content_hash(Path(MANIFEST)):
@@ -158,14 +158,13 @@ def _data(model: Path, max_visual_tokens: int) -> dict[str, Any] | None:
 
 
 def _environment(model: Path, subject: Subject, found: Evaluation) -> Sequence[tuple[str, str]]:
-    identity = _identity(model)
+    identity = read_identity(model)
     base = identity.get("base", {})
     rows = [("model", str(model)), ("revision (sha256 of its weights)", subject.revision)]
     if base:
-        rows.append(("base", f"{base['folder']} {base['revision']}".strip()))
-        rows += [
-            (f"base {name}", file["sha256"]) for name, file in base["files"].items() if name.endswith(".safetensors")
-        ]
+        rows.append(("base", f"{base.get('folder', '')} {base.get('revision', '')}".strip()))
+        files = base.get("files", {}).items()
+        rows += [(f"base {name}", file["sha256"]) for name, file in files if name.endswith(".safetensors")]
     rows += [(f"data of {task}", revision) for task, revision in sorted(found.run["data"].items())]
     if "versions" in identity:
         rows.append(("trained with", _listed(identity["versions"])))
@@ -176,8 +175,3 @@ def _environment(model: Path, subject: Subject, found: Evaluation) -> Sequence[t
 
 def _listed(numbers: dict[str, str]) -> str:
     return ", ".join(f"{name} {number}" for name, number in sorted(numbers.items()))
-
-
-def _identity(model: Path) -> dict[str, Any]:
-    file = model / "identity.json"
-    return json.loads(file.read_text()) if file.is_file() else {}

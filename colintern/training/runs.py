@@ -31,6 +31,7 @@ from colintern.modeling.features import FEATURES, PageFeatures
 from colintern.modeling.host import settle
 from colintern.modeling.layers import recomputed
 from colintern.modeling.lora import add_lora, count, faults
+from colintern.modeling.saving import complete_adapter
 from colintern.modeling.weights import statistics
 from colintern.params import Params, UserError, root
 from colintern.processor import ColIntern3_5Processor
@@ -217,8 +218,7 @@ def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any]
     wrapped: Any = trainer.model
     with full_disk_told(partial, trainer, lambda: "the adapter"):
         wrapped.save_pretrained(partial)
-        wrapped.base_model.model.save_head(partial)
-        trainer.processor.save_pretrained(partial)
+        complete_adapter(wrapped, trainer.processor, partial)
     (partial / "identity.json").write_text(dumps(identity))
     # No train_loss or total_flos: the first differs after a resume, and both are of no use to a reader of this file.
     state = {
