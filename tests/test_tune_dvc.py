@@ -1,10 +1,12 @@
 """`colintern tune` in a real repository, cut down to seconds: two workers of which one is killed (U1), and U2."""
 
+import contextlib
 import csv
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import optuna
@@ -77,7 +79,8 @@ def test_u1_two_workers_one_killed_nothing_lost_and_nothing_twice(repo):
     second = start(repo, "second")
     until(lambda: "step 4/" in log.read_text(), "it has made four steps")
     started = [" ".join(child.cmdline()) for child in psutil.Process(first.pid).children()]
-    assert any(documented("dvc exp run --temp") in command for command in started), started
+    option = documented("dvc exp run --temp").removeprefix("dvc ")
+    assert any(option in command for command in started), started
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     assert second.wait(300) == 0, (repo.path / "logs" / "second").read_text()
@@ -113,9 +116,51 @@ def test_every_trial_is_an_experiment_that_repro_reproduces(repo):
     repo.output("git checkout -q .")
 
 
+HOLD = """import time
+from dvc.repo import Repo
+with Repo(".").lock:
+    print("held", flush=True)
+    time.sleep(12)
+"""
+
+
+@contextlib.contextmanager
+def held_lock(repo: Repo):
+    """DVC's lock, as `dvc push` holds it: longer than a command waits for it by default."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLD], cwd=repo.path, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    yield
+    assert holder.wait(60) == 0
+
+
+def test_a_trial_that_is_stopped_from_outside_is_put_back_and_resumes(repo):
+    """SIGTERM to the training alone, then to the tuner, whose trial's training ends with it."""
+    file, text = repo.path / "params.yaml", (repo.path / "params.yaml").read_text()
+    file.write_text(text.replace("\nepochs: 8\n", "\nepochs: 80\n"))
+    process = start(repo, "stopped", "--study stopped --trials 1")
+    for number, wait_for in enumerate(("step 4/", "/320 [")):
+        log = repo.path / "logs" / "tune" / f"stopped-{number:03}.log"
+        until(lambda log=log, step=wait_for: log.is_file() and step in log.read_text(), wait_for)
+        trainer = trials(repo, "stopped")[number].user_attrs[STARTED]
+        os.kill((trainer, process.pid)[number], signal.SIGTERM)
+        if number == 0:
+            until(lambda: len(trials(repo, "stopped")) == 2, "the trial is put back")
+    assert process.wait(60) == 75, (repo.path / "logs" / "stopped").read_text()
+    file.write_text(text)
+    assert not psutil.pid_exists(trainer), "no training is left behind"
+    first, second, third = trials(repo, "stopped")
+    assert [t.state.name for t in (first, second, third)] == ["FAIL", "FAIL", "WAITING"]
+    assert first.params == second.params == third.params
+    said = (repo.path / "logs" / "stopped").read_text()
+    assert re.search(r"stopped-000  put back: error: stopped at step \d+ of \d+, with a checkpoint", said), said
+    assert "stopped; the trial under way waits for the next `colintern tune`" in said
+    assert "resuming from" in log.read_text() and "with a checkpoint" in log.read_text()
+
+
 def test_a_study_ends_where_params_are_edited_under_it(repo):
     file, text = repo.path / "params.yaml", (repo.path / "params.yaml").read_text()
-    process = start(repo, "edited", "--study edited --trials 4")
+    with held_lock(repo):  # the first trial waits for it
+        process = start(repo, "edited", "--study edited --trials 4")
     until(lambda: any(STARTED in t.user_attrs for t in trials(repo, "edited")), "the first trial trains")
     file.write_text(text.replace("temperature: 0.015", "temperature: 0.03"))
     assert process.wait(300) == 2, (repo.path / "logs" / "edited").read_text()

@@ -6,7 +6,6 @@ It gives the same bytes as a run that nobody asked, unless it is stopped.
 import os
 import signal
 import threading
-import time
 from typing import Any
 
 from transformers import TrainerCallback
@@ -47,9 +46,10 @@ class Reporter(TrainerCallback):
 
     def __init__(self, processes: Processes):
         self.processes, self.count, self.stopped, self.silent = processes, 0, False, False
+        self.is_over = threading.Event()  # the study has ended this trial: its worker was stopped or believed dead
         if processes.main:
             self._safely(self._join)
-        threading.Thread(target=_end_with, args=(int(os.environ[OWNER]),), daemon=True).start()
+        threading.Thread(target=self._end_with, args=(int(os.environ[OWNER]),), daemon=True).start()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A resumed run reports again what it measured before: its trial may be another one's second try."""
@@ -100,14 +100,25 @@ class Reporter(TrainerCallback):
             found |= {"dev_ndcg_at_5": round(score, 6), "vectors_per_page": vectors}
         self._safely(lambda: self.trial.set_user_attr(MEASURED, found))
 
+    def _end_with(self, owner: int) -> None:
+        """Send SIGTERM to this process once its tuner or its trial is over: it writes a checkpoint, from which the next
+        try of these settings resumes."""
+        while alive(owner) and not self.is_over.wait(1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def _safely(self, do: Any) -> Any:
-        from optuna.exceptions import StorageInternalError
+        from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
         from sqlalchemy.exc import SQLAlchemyError
 
         if self.silent:
             return None
         try:
             return do()
+        except UpdateFinishedTrialError:
+            self.silent = True
+            self.is_over.set()
+            return None
         except (StorageInternalError, SQLAlchemyError) as error:
             self.silent = True  # the message could name the storage, and with it a password
             print(f"warning: the study's storage does not answer ({type(error).__name__}); training goes on, unpruned")
@@ -131,10 +142,3 @@ def _at_size(trainer: ContrastiveTrainer, factor: int, dim: int) -> tuple[float,
 def reporter(processes: Processes) -> Reporter | None:
     """None where this run is no trial."""
     return Reporter(processes) if STORAGE in os.environ else None
-
-
-def _end_with(owner: int) -> None:
-    """SIGTERM to this process once the tuner is gone: a checkpoint, from which the trial's second try goes on."""
-    while alive(owner):
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)

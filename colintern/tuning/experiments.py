@@ -4,16 +4,21 @@ import fcntl
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from colintern.params import override, root
 from colintern.training.study import OWNER, STARTED, STORAGE, STUDY, TRIAL
 from colintern.tuning.store import Store
+
+DVC = (sys.executable, "-m", "dvc")
+STOP_SECONDS = 20  # for a checkpoint; a preempted machine has 30 in all
 
 
 class Taken(NamedTuple):
@@ -32,6 +37,8 @@ def experiment(store: Store, trial: Taken, name: str, log: Path, check: Callable
     `check` raises UserError where the workspace is no longer what the study was made with. It is asked before DVC takes
     what the workspace holds, and again once it has: the train stage stops by itself when its worker has ended.
 
+    DVC waits while another command, such as `dvc push`, holds its lock.
+
     While it runs the storage gets signs of life. Of this repository's workers one at a time starts an experiment: DVC
     stashes in the workspace, and takes the first stash it finds. DVC holds that lock too, so that it outlives a worker
     that is killed; DVC itself is left alone then, and the train stage notices (`training.reporter`).
@@ -46,7 +53,7 @@ def experiment(store: Store, trial: Taken, name: str, log: Path, check: Callable
             wait(0.5, store, trial)
         check()
         process = subprocess.Popen(
-            [sys.executable, "-m", "dvc", "exp", "run", "--temp", "-q", *options, *changes, "--name", name, "train"],
+            [*DVC, "--wait-for-lock", "exp", "run", "--temp", *options, *changes, "--name", name, "train"],
             env=environment() | told,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -55,16 +62,29 @@ def experiment(store: Store, trial: Taken, name: str, log: Path, check: Callable
             pass_fds=[held.fileno()],
         )
         started = False
-        while process.poll() is None:
-            wait(0.5, store, trial)
-            if not started and STARTED in store.optuna.get_trial(trial.id).user_attrs:
-                started = True
-                check()
-                fcntl.flock(held, fcntl.LOCK_UN)
+        try:
+            while process.poll() is None:
+                wait(0.5, store, trial)
+                if not started and STARTED in store.optuna.get_trial(trial.id).user_attrs:
+                    started = True
+                    check()
+                    fcntl.flock(held, fcntl.LOCK_UN)
+        except KeyboardInterrupt:
+            if started:
+                _stop_training(process)
+            raise
         if not started:  # failed, or DVC knew this training
             check()
         fcntl.flock(held, fcntl.LOCK_UN)
     return process.returncode
+
+
+def _stop_training(process: "subprocess.Popen[bytes]") -> None:
+    """Interrupt a trial whose training has started: it writes a checkpoint, and DVC, which ignores Ctrl-C meanwhile,
+    ends with it. One that takes longer than STOP_SECONDS stops by itself, when it notices that its worker has ended."""
+    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(STOP_SECONDS)
 
 
 LAST = {"beat": 0.0}
@@ -96,7 +116,7 @@ def git(*arguments: str) -> str:
 
 
 def dvc(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "dvc", *arguments], env=environment(), capture_output=True)
+    subprocess.run([*DVC, *arguments], env=environment(), capture_output=True)
 
 
 def experiments() -> dict[str, str]:

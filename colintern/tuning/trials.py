@@ -15,15 +15,16 @@ import numpy as np
 
 from colintern.evaluation.scores import BYTES as NUMBER
 from colintern.training.study import MEASURED, SETTINGS, SIZE, STARTED, STOPPED
-from colintern.tuning.experiments import Taken, children, dvc, experiment, experiments, git
+from colintern.tuning.experiments import Taken, children, dvc, experiment, experiments, git, wait
 from colintern.tuning.space import BYTES, Search
 from colintern.tuning.store import Store
 
 SLOT, CAUSE, EXPERIMENT, COMPUTED, CPU = "slot", "cause", "experiment", "pages computed", "CPU seconds"
 FULL = "size"  # of a study: {pool_factor, dim} of params.yaml
-AGAIN = re.compile(
-    r"exited with 75|Unable to acquire (?:\w+ )?lock|is busy, it is being blocked"
-)  # not the settings' fault
+# Not the settings' fault: a signal, a lock that DVC does not wait for.
+AGAIN = re.compile(r"exited with 75|Unable to acquire (?:\w+ )?lock|is busy, it is being blocked")
+RETRY_SECONDS = 5
+LINE = 200  # characters of a cause on the terminal
 SCORE = "dev_ndcg_at_5"  # in metrics/train.json
 
 
@@ -140,8 +141,9 @@ def tell(study: Any, store: Store, trial: Taken, name: str, code: int, text: str
         study.tell(trial.number, state=TrialState.PRUNED)
         return f"pruned    after evaluation {attributes[STOPPED]}"
     if AGAIN.search(text):
+        wait(RETRY_SECONDS, store, trial)
         put_back(study, trial.number)
-        return "put back: stopped from outside"
+        return f"put back: {cause(text)}"[:LINE]
     return fail(study, store, trial, cause(text))
 
 
@@ -150,7 +152,7 @@ def fail(study: Any, store: Store, trial: Taken, why: str) -> str:
 
     store.optuna.set_trial_user_attr(trial.id, CAUSE, why)
     study.tell(trial.number, state=TrialState.FAIL)
-    return f"failed    {why[:200]}"
+    return f"failed    {why[:LINE]}"
 
 
 def finish(study: Any, store: Store, trial: Taken, name: str) -> str:
