@@ -8,6 +8,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unicodedata import normalize
@@ -26,6 +28,7 @@ from colintern.data.own import make
 from colintern.data.rendering import PageRef, group_pages
 from colintern.data.sources import _kind
 from colintern.data.trainset import asked, training_data
+from colintern.files.lock import mark_in_use
 from colintern.params import UserError, load
 
 DOCS = "data/own/docs"
@@ -334,7 +337,35 @@ def test_what_is_unchanged_is_not_made_again_and_what_is_changed_is(folder):
     with pytest.raises(UserError, match=r"data/own/docs/0\.png: changed since the pages were made.*fetch-data"):
         training_data(params)
     again = make(DOCS, jsonl.collect)
-    assert again.made != own.made and not Path(own.made).exists()
+    assert again.made != own.made
+
+
+MARK = (
+    "import sys; from pathlib import Path; from colintern.files.lock import mark_in_use; mark_in_use(Path(sys.argv[1]))"
+)
+
+
+def test_pages_stay_while_they_are_read_and_until_newer_ones_were(folder):
+    """As for a run of `--temp` or of the queue, under which the folder is changed in the workspace."""
+
+    def make_changed(number: int) -> Path:
+        (folder / "0.png").write_bytes(png_bytes(page_image(f"page {number}")))
+        return Path(make(DOCS, jsonl.collect).made).absolute()
+
+    many(folder)
+    held, read, last_read, unread = (make_changed(number) for number in range(4))
+    assert [path.is_dir() for path in (held, read, last_read, unread)] == [False, False, True, True], "none was read"
+    held, read, last_read = make_changed(4), None, None
+    mark_in_use(held)
+    for number in (5, 6):
+        read, last_read = last_read, make_changed(number)
+        subprocess.run([sys.executable, "-c", MARK, last_read], check=True, cwd=ROOT)
+    unread, new = make_changed(7), make_changed(8)
+    assert [path.is_dir() for path in (held, read, last_read, unread, new)] == [True, False, True, False, True]
+    (folder / "0.png").write_bytes(png_bytes(page_image("page 6")))
+    written = (last_read / "summary.json").stat().st_mtime_ns
+    make(DOCS, jsonl.collect)
+    assert (last_read / "summary.json").stat().st_mtime_ns == written, "the former folder needs no new pages"
 
 
 def test_folders_whose_names_differ_in_punctuation_or_script_keep_their_own_pages(folder):

@@ -2,7 +2,8 @@
 
 A folder of PDFs, or of JSON lines and images, becomes `data/own/.made/<folder>/<key>/train` and `beir`, split by page.
 The key is a hash of every file of the folder and of the code that reads it: the same folder is made once, a changed one
-again. Deleting `data/own/.made` costs only the time to make it.
+again. The pages that a stage has last read are kept beside the new ones, and any others as long as a process reads
+them. Deleting `data/own/.made` costs only the time to make it.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,7 @@ from colintern.data.formats import CorpusPage, Qrel, Query, TrainingRow, write_b
 from colintern.data.splits import assign
 from colintern.files.identity import content_hash
 from colintern.files.jsonfile import dumps
-from colintern.files.lock import locked
+from colintern.files.lock import is_in_use, last_read, locked
 from colintern.files.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, local_files, root, source_files
 from colintern.files.regular import LINKED_FOLDER, list_files
 from colintern.params import UserError
@@ -81,16 +82,20 @@ def make(folder: str, collect: Callable[[Path, Shelf], Collected]) -> Own:
     name = f"{re.sub(r'[^A-Za-z0-9.]+', '-', folder).strip('-.')}-{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
     made = f"{MADE}/{name}/{key}"
     home = root() / made
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with locked(home.with_suffix(".lock")):
+    with locked(home.parent / "make.lock"):
         summary = _known(home)
         if summary is None:
-            for older in home.parent.iterdir():
-                if older.is_dir():
-                    shutil.rmtree(older)
+            _remove([home, *home.parent.glob("*.partial")])  # damaged, or left by a process that was killed
             summary = _write(home, folder, collect, {*made_from["files"], *linked})
+            older = [path for path in home.parent.iterdir() if path.is_dir() and path != home]
+            _remove(path for path in sorted(older, key=last_read)[:-1] if not is_in_use(path))
     print(_words(folder, summary))
     return Own(made, made_from, summary)
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _known(home: Path) -> dict[str, Any] | None:
@@ -143,6 +148,7 @@ def _write(
         },
     }
     (partial / "summary.json").write_text(dumps(summary), encoding="utf-8")
+    os.utime(partial, (0, 0))  # no stage has read it, see `last_read`
     os.replace(partial, home)
     return summary
 

@@ -1,10 +1,11 @@
-"""One process at a time: a lock on a file, which a process that dies lets go of."""
+"""One process at a time: a lock on a file, which a process that dies lets go of. And folders that are being read."""
 
 import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from colintern.params import UserError
@@ -52,3 +53,29 @@ def locked_or_refused(folder: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+@cache
+def mark_in_use(folder: Path) -> None:
+    """Hold a shared lock on `folder` until this process ends, and record when it was last read; see `is_in_use`."""
+    with suppress(OSError):  # it is missing, or its file system knows no locks
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)
+        os.utime(folder)
+
+
+def is_in_use(folder: Path) -> bool:
+    """Return whether a process has marked `folder` as in use, or may have: some file systems know no locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def last_read(folder: Path) -> tuple[float, float]:
+    """Return when a process last marked `folder` as in use, and when the folder was made, in seconds since 1970."""
+    found = folder.stat()
+    return found.st_mtime, found.st_ctime

@@ -19,6 +19,7 @@ from colintern.files.digests import Digests, digests_at
 from colintern.files.hub import Choice, HubFile
 from colintern.files.hub_errors import Repo
 from colintern.files.identity import fingerprint
+from colintern.files.lock import mark_in_use
 from colintern.files.regular import MISSING, describe_refused, irregular_type, list_files
 from colintern.params import Params, UserError, root
 from colintern.rules import kernel_at
@@ -285,6 +286,8 @@ def checked_folder(entry: dict[str, Any], key: str, kind: str, anew: bool = Fals
         if hub.outside(name):
             raise UserError(f"{MANIFEST}: {name!r} points outside {files.folder}")
     folder = root() / files.folder
+    if files.made_from:
+        mark_in_use(folder.parent.resolve())
     if files.revision:
         repo = Repo(key, files.folder, files.revision, kind)
         folder = hub.folder(repo)
