@@ -35,11 +35,11 @@ from colintern.modeling.dropout import RowDropout
 from colintern.modeling.features import Page
 from colintern.modeling.layers import checkpoint_layers, compile_layers, recomputed
 from colintern.modeling.lora import add_lora
-from colintern.params import Params, UserError, exit_on_user_error, load
+from colintern.params import OutOfMemory, Params, UserError, exit_on_user_error, load
 from colintern.processor import ColIntern3_5Processor
 from colintern.training.loss import maxsim_matrix
 from colintern.training.pairs import Pair
-from colintern.training.trainer import ContrastiveTrainer, DevSet, OutOfMemory, arguments
+from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
 
 RECIPE, TOKENIZER = Path("recipes/internvl3_5-1b.yaml"), Path("demo/base")
 ROOFLINE = {"H200": 0.53, "A100": 1.46}  # seconds of a step of 64 pages of 6 tiles, everything fused

@@ -2,6 +2,7 @@
 
 rules        what a value of params.yaml must be
 terminal     text that is printed
+memory       whether an error reports lack of memory
 params       params.yaml as a checked object
 tiles        how a page is cut
 pixels       what any image is as a page

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, get_args, get_type_hints
 
+from colintern.memory import describe_out_of_memory
 from colintern.rules import (
     FILLED,
     KERNEL,
@@ -48,6 +49,12 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class OutOfMemory(UserError):
+    """The memory is too small; the message says what to change. The process exits with 6."""
+
+    exit_code = 6
+
+
 def root() -> Path:
     """Return the folder of the pipeline, with the files that git does not track.
 
@@ -70,7 +77,8 @@ def root() -> Path:
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Around a program's main (as `with` or as a decorator): print a UserError on stderr and exit with its code; with 2
-    for a file or folder that may not be written or read, and for a full disk. What is printed meanwhile is escaped."""
+    for a file or folder that may not be written or read, and for a full disk; with 6 where memory is missing. What is
+    printed meanwhile is escaped."""
     try:
         with escape_output():
             yield
@@ -78,10 +86,14 @@ def exit_on_user_error() -> Iterator[None]:
         print(escape_controls(f"error: {problem}"), file=sys.stderr)
         raise SystemExit(problem.exit_code) from problem
     except Exception as problem:
-        if not (words := _place_fault(problem)):
+        if words := _place_fault(problem):
+            code = UserError.exit_code
+        elif words := describe_out_of_memory(problem):
+            code = OutOfMemory.exit_code
+        else:
             raise
         print(escape_controls(f"error: {words}"), file=sys.stderr)
-        raise SystemExit(UserError.exit_code) from problem
+        raise SystemExit(code) from problem
 
 
 def _place_fault(problem: Exception) -> str:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -102,13 +102,6 @@ def _homeless() -> bool:
     except FileNotFoundError:
         return True
     return False
-
-
-def outlive(seed: Callable[[int], None], number: int) -> None:
-    """Begin a process that loads data: at SIGTERM, which may be sent to a whole group, it is still needed, and torch's
-    own handler would end it. It ends with its trainer."""
-    seed(number)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager

@@ -22,16 +22,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from colintern.memory import is_out_of_memory
 from colintern.params import Params, UserError
 
 MINUTE = 60
 GRACE = 45  # seconds that a signalled process has for its checkpoint, and a hung one before it is killed
+POLL = timedelta(seconds=1)
+ENDED_BY_SIGTERM = (75, -signal.SIGTERM)  # exit codes
+FAILED = b"failed"  # no JSON
 PDEATHSIG = 1  # of prctl
 SIDES = ("query", "page")
 PRECISION = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
-# Lack of memory under other names. Kernels and what cuDNN and Triton compile are loaded beside torch's allocator, which
-# by then may hold all there is: torch's AcceleratorError, or a RuntimeError, and no OutOfMemoryError.
-NO_ROOM = ("DefaultCPUAllocator", "out of memory", "OUT_OF_MEMORY", "STATUS_ALLOC_FAILED")
 
 
 def start(params: Params, module: str) -> None:
@@ -81,7 +82,9 @@ def _torchrun(size: int, threads: int, module: str) -> int:
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
         print(f"error: of {size} processes these failed: {codes}, by rank", file=sys.stderr)
-        return next((code for code in codes.values() if code > 1), 1)
+        # The launcher ends those that are left with SIGTERM: what they exit with then is not why the run failed.
+        causes = [code for code in codes.values() if code not in ENDED_BY_SIGTERM]
+        return next((code for code in causes or codes.values() if code > 1), 1)
     except SignalException:
         return 75
     return 0
@@ -134,21 +137,28 @@ class Processes:
 
         Raises:
             torch.distributed.DistNetworkError: the first process is gone.
+            SystemExit: `do` failed in it; it says why.
         """
         if self.size == 1:
             return do()
         self.told += 1
         key = f"told-{self.told}"
         if self.main:
-            value = do()
+            try:
+                value = do()
+            except BaseException:
+                self.store.set(key, FAILED)
+                raise
             self.store.set(key, json.dumps(value))
             return value
         while True:
             try:
-                self.store.wait([key], timedelta(seconds=MINUTE))
-                return json.loads(self.store.get(key))
+                self.store.wait([key], POLL)  # no longer: a signal is only seen between two
             except dist.DistStoreError:
                 continue  # it still works: a large data set is hashed for many minutes
+            if (value := self.store.get(key)) == FAILED:
+                raise SystemExit(1)
+            return json.loads(value)
 
     def barrier(self) -> None:
         """Go on when all have come here."""
@@ -172,8 +182,8 @@ class Processes:
         done, failed = None, False
         try:
             done = do()
-        except RuntimeError as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in NO_ROOM)):
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not is_out_of_memory(error):
                 raise
             failed = True
         if self.any(failed):

@@ -33,6 +33,7 @@ from colintern.modeling.layers import recomputed
 from colintern.modeling.lora import add_lora, count, faults
 from colintern.modeling.saving import complete_adapter
 from colintern.modeling.weights import statistics
+from colintern.modeling.workers import check_workers, loader_processes
 from colintern.params import Params, UserError, root
 from colintern.processor import ColIntern3_5Processor
 from colintern.training.checkpoints import SAVING, Interrupted, Signals, check_room, newest, room, shown, size
@@ -58,11 +59,12 @@ def train(params: Params, out: Path, own: Processes = ALONE) -> dict[str, Any]:
             another process trains this very run, the training set is smaller than a batch, or the processes share no
             folder.
         NonFiniteError: the loss is not finite.
-        OutOfMemory: one page does not fit the memory.
+        OutOfMemory: one page does not fit the memory, or a process that loads data was killed.
         Interrupted: SIGTERM or SIGINT; a checkpoint is there.
         Pruned: the study that this run is a trial of stopped it.
     """
     check_tracker(params)
+    check_workers(params.workers)
     settle(params.threads)
     set_deterministic(params.deterministic)
     base = own.first(lambda: check_base(params))
@@ -70,7 +72,7 @@ def train(params: Params, out: Path, own: Processes = ALONE) -> dict[str, Any]:
     scratch = root() / ".scratch" / f"train-{fingerprint(identity)[:16]}"
     signals = Signals(own)
     own.first(lambda: forget_ended(scratch))
-    with held(scratch) if own.main else nullcontext(), signals.watch():
+    with held(scratch) if own.main else nullcontext(), signals.watch(), loader_processes(params.workers):
         own.first(lambda: None)  # the first process holds the lock
         told = reporter(own)
         trainer = prepare(params, base, scratch, own)
@@ -136,7 +138,8 @@ def full_disk_told(made: Path, trainer: ContrastiveTrainer, what: Callable[[], s
         yield
     except (OSError, RuntimeError, SafetensorError):
         shutil.rmtree(made, ignore_errors=True)
-        check_room(made.parent, size(trained(trainer)), f"{what()} would")
+        if made.parent.is_dir():  # else another process has taken it away, which failed first
+            check_room(made.parent, size(trained(trainer)), f"{what()} would")
         raise
 
 

@@ -27,9 +27,10 @@ from colintern.modeling.embed import embed_features, embed_queries
 from colintern.modeling.features import PageFeatures
 from colintern.modeling.fp8 import rounded
 from colintern.modeling.layers import checkpoint_layers, compile_layers
-from colintern.params import Params, UserError
+from colintern.modeling.workers import seed_and_start_worker
+from colintern.params import OutOfMemory, Params, UserError
 from colintern.processor import ColIntern3_5Processor
-from colintern.training.checkpoints import SAVING, Checkpoints, outlive
+from colintern.training.checkpoints import SAVING, Checkpoints
 from colintern.training.health import calmer
 from colintern.training.loss import contrastive_loss, false_negatives, maxsim_matrix
 from colintern.training.pairs import Collator, Pair
@@ -45,12 +46,6 @@ class NonFiniteError(UserError):
     """The loss, a gradient or a weight is NaN or infinite; nothing of that run is kept. The process exits with 5."""
 
     exit_code = 5
-
-
-class OutOfMemory(UserError):
-    """One page does not fit the memory. The process exits with 6."""
-
-    exit_code = 6
 
 
 class Tally(TrainerCallback, ExportableState):
@@ -114,7 +109,7 @@ class ContrastiveTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
         inner: Any = getattr(loader, "base_dataloader", loader)  # of accelerate's wrapper
-        inner.worker_init_fn = partial(outlive, inner.worker_init_fn)
+        inner.worker_init_fn = partial(seed_and_start_worker, inner.worker_init_fn)
         return loader
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:

@@ -1,0 +1,139 @@
+"""Processes that load data: however a run ends, they end with it, and the run says why; see processes.py."""
+
+import contextlib
+import errno
+import multiprocessing.popen_fork
+import os
+import re
+import resource
+from pathlib import Path
+
+import psutil
+import pytest
+from processes import kill
+from small_run import OUT, Run, params
+from test_processes import free_port, rank_of
+
+from colintern.modeling.workers import check_workers
+from colintern.params import UserError
+
+SECONDS = 60  # a whole run takes five; before, these waited for ever
+
+
+def fail(where: str) -> None:
+    """Raise an error that nobody expects, in the place of that name."""
+    from transformers import TrainerCallback
+
+    from colintern.modeling import features
+    from colintern.training import checkpoints, pairs, trainer
+
+    def bug(*args, **kwargs):
+        raise ZeroDivisionError(f"a bug in {where}")
+
+    def collate(self, rows):
+        return {"cannot be pickled": lambda: rows}
+
+    def refuse_fork(*args):
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    owner, name, replacement = {
+        "step": (trainer.ContrastiveTrainer, "training_step", bug),
+        "loss": (trainer, "contrastive_loss", bug),
+        "evaluation": (trainer.DevSet, "ndcg", bug),
+        "callback": (trainer.Watch, "on_step_end", bug),
+        "save": (checkpoints, "seal", bug),
+        "batch": (pairs.Collator, "__call__", bug),
+        "page": (features.Tiles, "__getitem__", bug),
+        "queue": (pairs.Collator, "__call__", collate),
+        "killed": (pairs.Collator, "__call__", lambda *args: kill()),
+        "fork": (multiprocessing.popen_fork.Popen, "_launch", refuse_fork),
+    }[where]
+    assert hasattr(owner, name) or issubclass(owner, TrainerCallback), where
+    setattr(owner, name, replacement)
+
+
+def fail_in_rank(rank: int, port: int) -> None:
+    """One of two processes; the second one fails in its first step."""
+    rank_of(2, rank, port)
+    if rank:
+        fail("step")
+
+
+def limit_memory(size: int) -> None:
+    """As `ulimit -v` does, this many bytes above what the process has."""
+    taken = psutil.Process().memory_info().vms + size
+    resource.setrlimit(resource.RLIMIT_AS, (taken, taken))
+
+
+def ended(place: Run, *arguments: object) -> int:
+    """The exit code of a run that fails, which leaves no process and no result behind."""
+    process = place.start(*arguments)
+    process.join(SECONDS)
+    assert process.exitcode is not None, f"hangs: {place.log}"
+    assert not (place.folder / OUT).exists()
+    left = [p.pid for p in psutil.process_iter() if p.pid != os.getpid() and _works_in(p, place.folder)]
+    assert not left, place.log
+    return process.exitcode
+
+
+def _works_in(process: psutil.Process, folder: Path) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.cwd() == str(folder)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("where", "workers"),
+    [
+        *((where, 1) for where in ("step", "loss", "evaluation", "callback", "save", "batch", "page")),
+        *(("step", workers) for workers in (0, 4)),
+    ],
+)
+def test_a_bug_ends_the_run_with_its_traceback(place, where, workers):
+    with contextlib.chdir(place.folder):
+        params(lr="2e-3", workers=workers)
+    assert ended(place, fail, where) == 1
+    assert "Traceback" in place.log and f"a bug in {where}" in place.log
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (
+            "killed",
+            r"error: DataLoader worker \(pid\(?s?\)? \d+\) .*; if nobody killed it, memory ran out: lower workers, 1,",
+        ),
+        ("queue", r"a worker cannot send a batch: .*\nerror: DataLoader worker .*; if nobody killed it"),
+        ("fork", r"error: workers: 1: no more processes can be started here: Resource temporarily unavailable; lower"),
+    ],
+)
+def test_a_worker_that_is_lost_is_one_sentence(place, where, message):
+    with contextlib.chdir(place.folder):
+        params(lr="2e-3", workers=1)
+    assert ended(place, fail, where) == 6, place.log
+    assert "Traceback" not in place.log
+    assert re.search(message, place.log), place.log
+
+
+def test_a_bug_in_one_rank_ends_all(place):
+    with contextlib.chdir(place.folder):
+        params(lr="2e-3", workers=1)
+    port = free_port()
+    ranks = [place.start(fail_in_rank, rank, port) for rank in range(2)]
+    for process in ranks:
+        process.join(SECONDS)
+    assert None not in {process.exitcode for process in ranks} and 0 not in {process.exitcode for process in ranks}
+    assert "a bug in step" in place.log and not (place.folder / OUT).exists()
+
+
+def test_too_little_memory_is_one_sentence(place):
+    assert ended(place, limit_memory, 2**20) == 6, place.log
+    assert "Traceback" not in place.log
+    assert re.search(r"error: out of memory: .*; `ulimit -v` allows \d+\.\d GB; give this process more", place.log)
+
+
+def test_more_workers_than_a_machine_has_use_for_are_refused(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    check_workers(8)
+    with pytest.raises(UserError, match="workers: 9 is not valid on a machine of 2 CPUs; it must be from 0 to 8"):
+        check_workers(9)
