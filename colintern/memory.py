@@ -1,20 +1,20 @@
-"""Recognise lack of memory: torch, CUDA, Python and the C library each report it in words and types of their own."""
+"""Recognize out-of-memory errors: torch, CUDA, Python and the C library report them with different types and words."""
 
 import errno
 import re
 import resource
 from pathlib import Path
 
-# Kernels and what cuDNN and Triton compile are loaded beside torch's allocator, which by then may hold all there is: a
-# RuntimeError, and no OutOfMemoryError.
-MESSAGES = (
+# Not only OutOfMemoryError: kernels compiled by cuDNN and Triton are loaded outside torch's allocator, which may
+# already have reserved all memory; that fails with a plain RuntimeError.
+OOM_MESSAGES = (
     *("out of memory", "OUT_OF_MEMORY", "STATUS_ALLOC_FAILED", "DefaultCPUAllocator", "std::bad_alloc"),
     *("Cannot allocate memory", "cannot allocate memory", "can't start new thread", "failed to map segment"),
     *("unable to allocate shared memory", "MemoryError"),
 )
-HINT = "give this process more memory, or lower workers, batch_size, micro_batch_size or eval_batch_size"
-FULL_ADDRESS_SPACE = 0.9  # of `ulimit -v`: a library that cannot be loaded is larger than what is left
-SHOWN = 200  # characters of an error's last line
+OOM_HINT = "give this process more memory, or lower workers, batch_size, micro_batch_size or eval_batch_size"
+MIN_ADDRESS_SPACE_USE = 0.9  # share of `ulimit -v` from which any error counts as out of memory
+MAX_MESSAGE_CHARACTERS = 200
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -22,23 +22,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError)
         or getattr(error, "errno", None) == errno.ENOMEM
-        or any(message in str(error) for message in MESSAGES)
+        or any(message in str(error) for message in OOM_MESSAGES)
     )
 
 
 def describe_out_of_memory(error: BaseException) -> str:
-    """Describe a failure for lack of memory in one line; "" if the error has another cause.
+    """Describe an out-of-memory error in one line; return "" if the error has another cause.
 
-    A process that has reached the limit of its address space counts, whatever the error says: libraries swallow the
-    lack, and fail later because they are half imported, for example.
+    Any error counts once the process has used nearly all of `ulimit -v`: libraries hide the failed allocation and raise
+    an unrelated error later, for example from a half-imported module.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     allowed = ""
     if limit != resource.RLIM_INFINITY:
         allowed = f"; `ulimit -v` allows {limit / 1e9:.1f} GB"
         peak = re.search(r"VmPeak:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        is_at_limit = peak is not None and int(peak[1]) * 1024 > FULL_ADDRESS_SPACE * limit
+        is_at_limit = peak is not None and int(peak[1]) * 1024 > MIN_ADDRESS_SPACE_USE * limit
     if not (is_out_of_memory(error) or (allowed and is_at_limit)):
         return ""
     last_line = (str(error).strip().splitlines() or [""])[-1]
-    return f"out of memory: {type(error).__name__}: {last_line[:SHOWN]}{allowed}; {HINT}"
+    return f"out of memory: {type(error).__name__}: {last_line[:MAX_MESSAGE_CHARACTERS]}{allowed}; {OOM_HINT}"

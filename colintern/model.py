@@ -34,8 +34,8 @@ from colintern.files.adapter import (
     name_head_copy,
     read_adapter_files,
     read_tensors,
-    require_sound,
     shorten,
+    validate_adapter,
 )
 
 EMBEDDING_DIM = 128
@@ -215,7 +215,7 @@ def read_checked_adapter(folder: Path, base: str | InternVLConfig | None = None)
         UserError: a file is damaged, or the first of `colintern.files.adapter.find_faults`.
     """
     files = read_adapter_files(folder)
-    require_sound(files, meta_model(base or str(files.config.base_model_name_or_path), files.config.revision))
+    validate_adapter(files, meta_model(base or str(files.config.base_model_name_or_path), files.config.revision))
     return files
 
 

@@ -1,8 +1,9 @@
-"""check-params: refuse a params.yaml with an unknown, missing or invalid key.
+"""check-params: validate params.yaml; fail on an unknown, missing or invalid key.
 
     python -m stages.check_params
 
-Input: params.yaml. Output: data/params-check.txt, always the same line; exit 2 with all problems.
+Input: params.yaml. Output: data/params-check.txt, whose content never changes, so that a valid edit reruns no other
+stage. Lists all problems and exits with 2 if there are any.
 """
 
 from pathlib import Path

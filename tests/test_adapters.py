@@ -152,7 +152,7 @@ def test_a_weight_that_is_not_finite_is_refused_and_named(top, file):
 
     change(top / "adapter" / file, edit)
     name = sorted(load_file(top / "adapter" / file))[-1]
-    refused(check(top), 1, f"{name} has NaN or infinite values (1 such weights)", "finite")
+    refused(check(top), 1, f"{name} has NaN or infinite values (1 such tensors)", "finite")
     told = json.loads(check(top, "--json").stdout, parse_constant=pytest.fail)
     assert not told["ok"] and [row["std"] for row in told["now"].values()].count(None) == 1
 

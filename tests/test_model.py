@@ -146,7 +146,7 @@ def test_a_complete_adapter_from_elsewhere_has_the_vectors_that_it_has_in_peft(t
 UP = "base_model.model.language_model.layers.1.mlp.up_proj.lora_"
 COPY = "base_model.model.custom_text_proj.base_layer."
 WRONG_WEIGHTS = {
-    "no tensors": (lambda state: {}, "holds no weights, but adapter_config.json implies 30"),
+    "no tensors": (lambda state: {}, "contains no weights, but adapter_config.json implies 30"),
     "half": (lambda state: dict(list(state.items())[:16]), r"lacks base_model\.model\..* and \d+ more"),
     "integers": (lambda state: {k: v.int() for k, v in state.items()}, "is int32; expected float32"),
     "one integer": (lambda state: state | {f"{UP}A.weight": state[f"{UP}A.weight"].long()}, "up_proj.lora_A.* int64"),
@@ -239,7 +239,7 @@ def test_a_damaged_head_is_refused_and_named(adapter, damage):
     else:
         bias = state.pop("custom_text_proj.bias")
         save_file(state | ({"bias": bias} if damage == "other key" else {}), file)
-    with pytest.raises(ValueError, match=r"head\.safetensors: (cannot be read|holds .* expected custom_text_proj)"):
+    with pytest.raises(ValueError, match=r"head\.safetensors: (cannot be read|contains .* expected custom_text_proj)"):
         load(adapter[0])
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from colintern.files import isolation, parallel
-from colintern.files.isolation import Failure, IsolatedPool, Limits, try_call
+from colintern.files.isolation import CallLimits, Failure, IsolatedPool, try_call
 from colintern.files.parallel import spread
 from colintern.params import UserError
 
@@ -71,16 +71,16 @@ def act(actions: Sequence[str]) -> Iterator[object]:
 
 
 def test_a_call_that_ends_its_process_costs_no_other(monkeypatch):
-    monkeypatch.setattr(isolation, "GROWTH_SECONDS", 0.0)
-    monkeypatch.setattr(isolation, "WALL_FACTOR", 100)  # other tests may have the CPU
+    monkeypatch.setattr(isolation, "SECOND_WORKER_DELAY_SECONDS", 0.0)
+    monkeypatch.setattr(isolation, "WALL_TIME_FACTOR", 100)  # other tests may have the CPU
     groups = [["a", "SIGKILL", "b", "SIGSEGV"], ["spin", "c"], ["memory", "d", "exit"]]
-    with IsolatedPool(Limits(1, 2**31), processes=2) as pool:
+    with IsolatedPool(CallLimits(1, 2**31), processes=2) as pool:
         found = list(pool.map(act, groups))
         assert [one[0] for one in found if not isinstance(one, Failure)] == ["a", "b", "c", "d"]
         reasons = [one.reason for one in found if isinstance(one, Failure)]
         expected = ["SIGKILL", "SIGSEGV", "more than 1 s of CPU", "needs more memory", "with exit code 3"]
         assert all(words in reason for words, reason in zip(expected, reasons, strict=True)), reasons
-        monkeypatch.setattr(isolation, "WALL_FACTOR", 3)
+        monkeypatch.setattr(isolation, "WALL_TIME_FACTOR", 3)
         assert [one[0] for one in pool.map(act, [["e", "sleep"]])] == ["e", "did not finish in 3 s"]
         monkeypatch.undo()
         with pytest.raises(OSError, match="No space left"):
@@ -91,7 +91,7 @@ def test_a_call_that_ends_its_process_costs_no_other(monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_worker_outlives_its_parent(number):
-    main = "from test_parallel import *\nwith IsolatedPool(Limits(60, 2**31)) as pool:\n"
+    main = "from test_parallel import *\nwith IsolatedPool(CallLimits(60, 2**31)) as pool:\n"
     main += "    for result in pool.map(act, [['a', 'spin']]):\n        print(result, flush=True)"
     with subprocess.Popen(
         [sys.executable, "-c", main], cwd=os.path.dirname(__file__), start_new_session=True,
@@ -106,5 +106,8 @@ def test_no_worker_outlives_its_parent(number):
 
 def test_a_worker_that_does_not_start_ends_the_work(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with IsolatedPool(Limits(1, 2**31)) as pool, pytest.raises(UserError, match=r"cannot be started: .* exit code 1"):
+    with (
+        IsolatedPool(CallLimits(1, 2**31)) as pool,
+        pytest.raises(UserError, match=r"cannot be started: exit code 1; see the messages above"),
+    ):
         list(pool.map(act, [["a"]]))

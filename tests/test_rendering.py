@@ -14,7 +14,7 @@ from colintern.data.collected import Collected, Shelf
 from colintern.data.own import make
 from colintern.data.rendering import LIMITS, MAX_TEXT
 from colintern.files import isolation
-from colintern.files.isolation import Limits
+from colintern.files.isolation import CallLimits
 from colintern.search import sources as searched
 
 
@@ -63,9 +63,9 @@ def pages_and_reasons(folder: Path, shelf: Path, kind: str = "pages") -> tuple[s
 
 
 def test_a_page_that_takes_too_long_is_left_out_and_the_next_is_there(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(pdfs, "LIMITS", Limits(seconds=1, memory=LIMITS.memory))
-    monkeypatch.setattr(isolation, "GROWTH_SECONDS", 0.0)
-    monkeypatch.setattr(isolation, "WALL_FACTOR", 100)  # other tests may have the CPU
+    monkeypatch.setattr(pdfs, "LIMITS", CallLimits(seconds=1, memory=LIMITS.memory))
+    monkeypatch.setattr(isolation, "SECOND_WORKER_DELAY_SECONDS", 0.0)
+    monkeypatch.setattr(isolation, "WALL_TIME_FACTOR", 100)  # other tests may have the CPU
     write_slow_pages(folder)
     pages, reasons = pages_and_reasons(folder, tmp_path / "shelf")
     names = ["inflates", "itself", "nested", "paths", "tiles"]
@@ -111,7 +111,7 @@ def test_what_pdfium_raises_for_a_page_or_a_file_costs_that_alone(folder, tmp_pa
         "cropbox.pdf#page=1": "its visible area is 0 x 0 points",
         "cut.pdf": "not a readable PDF: ",
         "locked.pdf": "not a readable PDF: .*password",
-        "million.pdf": "not a readable PDF: 1,000,000 pages in",
+        "million.pdf": "not a readable PDF: it declares 1,000,000 pages in",
         "wide.pdf#page=1": "megapixels, more than 89",
     }
     assert reasons.keys() == expected.keys()
@@ -145,7 +145,7 @@ def test_an_outline_entry_that_is_no_good_costs_that_entry(folder, capsys):
     expected = {
         "beyond.pdf, outline entry 1": "points at page 58; the file has 2",
         "beyond.pdf, outline entry 2": "points at no page of its file",
-        "circle.pdf, outline entry 3": "leads back to an entry before it",
+        "circle.pdf, outline entry 3": "links back to an earlier entry",
         "far.pdf, outline entry 1": "points into another file",
         "titles.pdf, outline entry 1": "its title is not text",
         "titles.pdf, outline entry 2": "its title is not text",
@@ -165,7 +165,7 @@ def test_pages_are_the_same_in_one_process_and_in_several(folder, tmp_path, monk
         shelf.mkdir()
         return pdfs.collect(folder, Shelf(shelf))
 
-    monkeypatch.setattr(isolation, "GROWTH_SECONDS", 0.0)
+    monkeypatch.setattr(isolation, "SECOND_WORKER_DELAY_SECONDS", 0.0)
     one, several = collected(1), collected(3)
     assert [(name, page.key) for name, page in one.pages.items()] == [
         (n, page.key) for n, page in several.pages.items()

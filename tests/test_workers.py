@@ -1,4 +1,4 @@
-"""Processes that load data: however a run ends, they end with it, and the run says why; see processes.py."""
+"""DataLoader workers end with their run, however it ends, and the run reports the cause; see processes.py."""
 
 import contextlib
 import errno
@@ -17,11 +17,11 @@ from test_processes import free_port, rank_of
 from colintern.modeling.workers import check_workers
 from colintern.params import UserError
 
-SECONDS = 60  # a whole run takes five; before, these waited for ever
+RUN_TIMEOUT_SECONDS = 60  # a run takes 5 s
 
 
-def fail(where: str) -> None:
-    """Raise an error that nobody expects, in the place of that name."""
+def inject_fault(where: str) -> None:
+    """Replace the named function with one that fails."""
     from transformers import TrainerCallback
 
     from colintern.modeling import features
@@ -52,23 +52,23 @@ def fail(where: str) -> None:
     setattr(owner, name, replacement)
 
 
-def fail_in_rank(rank: int, port: int) -> None:
-    """One of two processes; the second one fails in its first step."""
+def inject_fault_in_rank(rank: int, port: int) -> None:
+    """Join a group of two ranks; make rank 1 inject_fault in its first step."""
     rank_of(2, rank, port)
     if rank:
-        fail("step")
+        inject_fault("step")
 
 
 def limit_memory(size: int) -> None:
-    """As `ulimit -v` does, this many bytes above what the process has."""
+    """Limit the address space to `size` bytes more than the process uses now, as `ulimit -v` does."""
     taken = psutil.Process().memory_info().vms + size
     resource.setrlimit(resource.RLIMIT_AS, (taken, taken))
 
 
-def ended(place: Run, *arguments: object) -> int:
-    """The exit code of a run that fails, which leaves no process and no result behind."""
+def run_until_failure(place: Run, *arguments: object) -> int:
+    """Run to a failure and return its exit code; assert that no process and no result is left."""
     process = place.start(*arguments)
-    process.join(SECONDS)
+    process.join(RUN_TIMEOUT_SECONDS)
     assert process.exitcode is not None, f"hangs: {place.log}"
     assert not (place.folder / OUT).exists()
     left = [p.pid for p in psutil.process_iter() if p.pid != os.getpid() and _works_in(p, place.folder)]
@@ -92,7 +92,7 @@ def _works_in(process: psutil.Process, folder: Path) -> bool:
 def test_a_bug_ends_the_run_with_its_traceback(place, where, workers):
     with contextlib.chdir(place.folder):
         params(lr="2e-3", workers=workers)
-    assert ended(place, fail, where) == 1
+    assert run_until_failure(place, inject_fault, where) == 1
     assert "Traceback" in place.log and f"a bug in {where}" in place.log
 
 
@@ -101,16 +101,16 @@ def test_a_bug_ends_the_run_with_its_traceback(place, where, workers):
     [
         (
             "killed",
-            r"error: DataLoader worker \(pid\(?s?\)? \d+\) .*; if nobody killed it, memory ran out: lower workers, 1,",
+            r"error: DataLoader worker \(pid\(?s?\)? \d+\) .*; it probably ran out of memory\. Lower workers \(now 1\)",
         ),
-        ("queue", r"a worker cannot send a batch: .*\nerror: DataLoader worker .*; if nobody killed it"),
-        ("fork", r"error: workers: 1: no more processes can be started here: Resource temporarily unavailable; lower"),
+        ("queue", r"a worker cannot send a batch: .*\nerror: DataLoader worker .*; it probably ran out of memory"),
+        ("fork", r"error: workers: 1: cannot start another process \(Resource temporarily unavailable\); lower"),
     ],
 )
-def test_a_worker_that_is_lost_is_one_sentence(place, where, message):
+def test_a_lost_worker_is_reported_without_a_traceback(place, where, message):
     with contextlib.chdir(place.folder):
         params(lr="2e-3", workers=1)
-    assert ended(place, fail, where) == 6, place.log
+    assert run_until_failure(place, inject_fault, where) == 6, place.log
     assert "Traceback" not in place.log
     assert re.search(message, place.log), place.log
 
@@ -119,20 +119,20 @@ def test_a_bug_in_one_rank_ends_all(place):
     with contextlib.chdir(place.folder):
         params(lr="2e-3", workers=1)
     port = free_port()
-    ranks = [place.start(fail_in_rank, rank, port) for rank in range(2)]
+    ranks = [place.start(inject_fault_in_rank, rank, port) for rank in range(2)]
     for process in ranks:
-        process.join(SECONDS)
+        process.join(RUN_TIMEOUT_SECONDS)
     assert None not in {process.exitcode for process in ranks} and 0 not in {process.exitcode for process in ranks}
     assert "a bug in step" in place.log and not (place.folder / OUT).exists()
 
 
-def test_too_little_memory_is_one_sentence(place):
-    assert ended(place, limit_memory, 2**20) == 6, place.log
+def test_lack_of_memory_is_reported_without_a_traceback(place):
+    assert run_until_failure(place, limit_memory, 2**20) == 6, place.log
     assert "Traceback" not in place.log
     assert re.search(r"error: out of memory: .*; `ulimit -v` allows \d+\.\d GB; give this process more", place.log)
 
 
-def test_more_workers_than_a_machine_has_use_for_are_refused(monkeypatch):
+def test_too_many_workers_are_refused(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     check_workers(8)
     with pytest.raises(UserError, match="workers: 9 is not valid on a machine of 2 CPUs; it must be from 0 to 8"):

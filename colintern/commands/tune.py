@@ -36,7 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=_whole,
         default=30,
         metavar="SECONDS",
-        help="a worker that is silent for twice that was killed",
+        help="a worker without a heartbeat for twice that is considered dead",
     )
     add("--warm-start", action="store_true", help="learn from finished experiments with this code and these data first")
     add("--apply", action="store_true", help="write the best settings into params.yaml")

@@ -23,7 +23,7 @@ from colintern.data.formats import CorpusPage, Qrel, Query, TrainingRow, write_b
 from colintern.data.splits import assign
 from colintern.files.identity import content_hash
 from colintern.files.jsonfile import dumps
-from colintern.files.lock import is_in_use, last_read, locked
+from colintern.files.lock import get_last_use, is_in_use, locked
 from colintern.files.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, local_files, root, source_files
 from colintern.files.regular import LINKED_FOLDER, list_files
 from colintern.params import UserError
@@ -88,7 +88,7 @@ def make(folder: str, collect: Callable[[Path, Shelf], Collected]) -> Own:
             _remove([home, *home.parent.glob("*.partial")])  # damaged, or left by a process that was killed
             summary = _write(home, folder, collect, {*made_from["files"], *linked})
             older = [path for path in home.parent.iterdir() if path.is_dir() and path != home]
-            _remove(path for path in sorted(older, key=last_read)[:-1] if not is_in_use(path))
+            _remove(path for path in sorted(older, key=get_last_use)[:-1] if not is_in_use(path))
     print(_words(folder, summary))
     return Own(made, made_from, summary)
 
@@ -148,7 +148,7 @@ def _write(
         },
     }
     (partial / "summary.json").write_text(dumps(summary), encoding="utf-8")
-    os.utime(partial, (0, 0))  # no stage has read it, see `last_read`
+    os.utime(partial, (0, 0))  # no stage has read it, see `get_last_use`
     os.replace(partial, home)
     return summary
 

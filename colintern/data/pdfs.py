@@ -15,7 +15,15 @@ from tqdm.auto import tqdm
 from colintern.data.collected import Bad, Collected, Shelf, inside, json_lines, query_fault, split_fault, torn
 from colintern.data.pseudo import Text, pseudo_queries
 from colintern.data.query_table import COLUMNS, csv_rows
-from colintern.data.rendering import LIMITS, MAX_TEXT, PageRef, count_pages, group_pages, read_outlines, store_pages
+from colintern.data.rendering import (
+    LIMITS,
+    MAX_TEXT,
+    PageRef,
+    count_pages,
+    group_pages,
+    read_outlines,
+    render_and_store_pages,
+)
 from colintern.files.isolation import Failure, IsolatedPool
 from colintern.files.regular import irregular_type, list_files
 from colintern.params import UserError
@@ -97,7 +105,7 @@ def _store_pages(
     texts: dict[str, list[str]] = {name: [] for name in counts}
     pages = [(name, index) for name, count in counts.items() for index in range(count)]
     groups = group_pages(PageRef(files[name], index) for name, index in pages)
-    results = pool.map(partial(store_pages, shelf), groups)
+    results = pool.map(partial(render_and_store_pages, shelf), groups)
     bar = tqdm(results, "rendering", len(pages), unit="page", disable=None)
     for (name, index), page in zip(pages, bar, strict=True):
         where = _name(name, index)

@@ -1,7 +1,7 @@
-"""Render the pages of PDFs, and read their texts and outlines: pdfium, called in the processes of an `IsolatedPool`.
+"""Render PDF pages and read their text and outlines with pdfium, in the worker processes of an `IsolatedPool`.
 
-pdfium crashes, hangs or takes all memory on some files, and pypdfium2 raises many types of errors: each costs a page,
-an outline entry or a file, with its reason.
+pdfium crashes, hangs or exhausts memory on some files, and pypdfium2 raises many types of errors. Each failure skips
+one page, outline entry or file, and reports the reason.
 """
 
 import ctypes
@@ -16,16 +16,16 @@ from PIL import Image
 
 from colintern.data.collected import Shelf, Stored
 from colintern.data.images import BadImage, check_size, png_bytes
-from colintern.files.isolation import Failure, Limits, try_call
+from colintern.files.isolation import CallLimits, Failure, try_call
 
 # Pixels an inch: an A4 page is 1,191 x 1,684, more than InternVL3.5 takes in at 12 tiles.
 DPI = 144
-# Pages a group, or a 64th of a file's: for each it is opened again, and its pages counted up to the first.
-CHUNK = 8
-# A usual page takes a tenth of a second, a map or a scan of 89 megapixels some ten seconds and 1.5 GB.
-LIMITS = Limits(seconds=30, memory=4 * 2**30)
-MAX_TEXT = 100_000  # characters of a page's text that are read; a newspaper page has 30,000
-REMOTE = (pdfium_c.PDFACTION_REMOTEGOTO, pdfium_c.PDFACTION_EMBEDDEDGOTO)
+# A large file gets about 64 groups. Each group opens the file again, and pdfium walks the page tree to its first page.
+MIN_PAGES_PER_GROUP = 8
+# A typical page takes 0.1 s; a map or an 89-megapixel scan takes about 10 s and 1.5 GB.
+LIMITS = CallLimits(seconds=30, memory=4 * 2**30)
+MAX_TEXT = 100_000  # characters per page; a newspaper page has 30,000
+REMOTE_ACTIONS = (pdfium_c.PDFACTION_REMOTEGOTO, pdfium_c.PDFACTION_EMBEDDEDGOTO)
 
 
 class PageRef(NamedTuple):
@@ -35,7 +35,7 @@ class PageRef(NamedTuple):
     page: int
 
 
-class Rendered(NamedTuple):
+class RenderedPage(NamedTuple):
     """A page's image, its text, and the number of characters of the text before it was cut to `MAX_TEXT`."""
 
     image: Stored
@@ -55,7 +55,7 @@ def group_pages(pages: Iterable[PageRef]) -> list[list[PageRef]]:
     groups = []
     for _, file_pages in groupby(pages, lambda page: page.path):
         rest = list(file_pages)
-        size = max(CHUNK, len(rest) // 64)
+        size = max(MIN_PAGES_PER_GROUP, len(rest) // 64)
         groups += [rest[start : start + size] for start in range(0, len(rest), size)]
     return groups
 
@@ -70,16 +70,16 @@ def read_outlines(paths: Sequence[Path]) -> Iterator[Outline | Failure]:
     return (try_call(_read_outline, path) for path in paths)
 
 
-def draw_pages(pages: Sequence[PageRef]) -> Iterator[Image.Image | Failure]:
+def render_pages(pages: Sequence[PageRef]) -> Iterator[Image.Image | Failure]:
     """Render pages of one PDF."""
-    return _map_pages(_draw_page, pages)
+    return _map_pages(_render_page, pages)
 
 
-def store_pages(shelf: Shelf, pages: Sequence[PageRef]) -> Iterator[Rendered | Failure]:
+def render_and_store_pages(shelf: Shelf, pages: Sequence[PageRef]) -> Iterator[RenderedPage | Failure]:
     """Render pages of one PDF, store their images, and read their texts."""
-    for page in _map_pages(_read_page, pages):
+    for page in _map_pages(_render_and_read_text, pages):
         # Outside of `try_call`: a full disk is no fault of the page.
-        yield page if isinstance(page, Failure) else Rendered(shelf.put(page[0]), *page[1:])
+        yield page if isinstance(page, Failure) else RenderedPage(shelf.put(page[0]), *page[1:])
 
 
 def _map_pages(function: Callable[[pdfium.PdfPage], Any], pages: Sequence[PageRef]) -> Iterator[Any]:
@@ -96,25 +96,25 @@ def _open_pdf(path: Path) -> pdfium.PdfDocument:
     return pdf
 
 
-def _draw_page(page: pdfium.PdfPage) -> Image.Image:
+def _render_page(page: pdfium.PdfPage) -> Image.Image:
     width, height = page.get_size()
     if not (width > 0 and height > 0):
-        raise BadImage(f"its visible area is {width:g} x {height:g} points; is its CropBox outside its MediaBox?")
+        raise BadImage(f"its visible area is {width:g} x {height:g} points; its CropBox may be outside its MediaBox")
     check_size(round(width * DPI / 72), round(height * DPI / 72))
     return page.render(scale=DPI / 72).to_pil()
 
 
-def _read_page(page: pdfium.PdfPage) -> tuple[bytes, str, int]:
+def _render_and_read_text(page: pdfium.PdfPage) -> tuple[bytes, str, int]:
     text = page.get_textpage()
     characters = text.count_chars()
-    return png_bytes(_draw_page(page)), text.get_text_range(0, min(characters, MAX_TEXT)), characters
+    return png_bytes(_render_page(page)), text.get_text_range(0, min(characters, MAX_TEXT)), characters
 
 
 def _count_pages(path: Path) -> int:
     with _open_pdf(path) as pdf:
         pages, size = len(pdf), path.stat().st_size
-    if pages > size:  # the number is the file's own statement
-        raise ValueError(f"{pages:,} pages in {size:,} bytes")
+    if pages > size:  # the page count is read from the file and may be false
+        raise ValueError(f"it declares {pages:,} pages in {size:,} bytes")
     return pages
 
 
@@ -153,15 +153,15 @@ def _read_target(entry: pdfium.PdfBookmark | None, pages: int) -> tuple[str, int
     """Return the title and page of an outline entry; None for one that points at no page, such as a URL.
 
     Raises:
-        ValueError: it points at a page that its file does not have, its title is not text, or it closes a circle.
+        ValueError: the target page does not exist, the title cannot be decoded, or the entry is part of a cycle.
     """
     if entry is None:
-        raise ValueError("leads back to an entry before it")
+        raise ValueError("links back to an earlier entry")
     target = entry.get_dest()
     if target is None:
         return None
     action = pdfium_c.FPDFBookmark_GetAction(entry)
-    if action and pdfium_c.FPDFAction_GetType(action) in REMOTE:
+    if action and pdfium_c.FPDFAction_GetType(action) in REMOTE_ACTIONS:
         raise ValueError("points into another file")
     index = target.get_index()
     if index is None:

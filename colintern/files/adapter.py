@@ -1,4 +1,4 @@
-"""The files of an adapter folder, and the check that an adapter passes before it is used (`find_faults`)."""
+"""Read the files of an adapter folder, and validate them (`find_faults`)."""
 
 import copy
 import os
@@ -45,7 +45,7 @@ class AdapterFiles(NamedTuple):
 
 
 class AdapterFault(NamedTuple):
-    """A reason not to use an adapter; `check`: the finding of `colintern check-adapter` that it belongs to."""
+    """An error in an adapter; `check` is the name of the `colintern check-adapter` check that reports it."""
 
     check: str
     file: str
@@ -72,7 +72,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     """Read adapter_config.json.
 
     Raises:
-        UserError: it is damaged, or is not of LoRA on a named base.
+        UserError: the file is damaged, is not a LoRA configuration or names no base model.
     """
     file = folder / CONFIG_FILE
     content = read_json_object(file)
@@ -86,7 +86,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
             lambda value: value is None or (isinstance(value, dict) and all(map(_is_alpha, value.values()))),
             f"an object of names with numbers above 0 and at most {MAX_ALPHA:g}",
         ),
-        ("alora_invocation_tokens", lambda value: not value, "null: its LoRA would work after these tokens only"),
+        ("alora_invocation_tokens", lambda value: not value, "null: activated LoRA (aLoRA) is not supported"),
     ):
         if not is_valid(content.get(key)):
             raise UserError(f"{file}: {key}: {reprlib.repr(content.get(key))} is not valid; it must be {words}")
@@ -123,11 +123,12 @@ def _read_head(folder: Path, weights: State) -> State:
         head = {key: weights[PREFIX + key] for key in HEAD_KEYS}
     else:
         raise UserError(
-            f"{file}: missing. It holds the base weights of custom_text_proj, without which the adapter would sit on a "
-            f"random projection; copy it from the run that trained {folder}"
+            f"{file}: missing. It contains the base weights of custom_text_proj; without them the adapter would be "
+            f"applied to a randomly initialized projection. Copy it from the run that trained {folder}"
         )
     if sorted(head) != sorted(HEAD_KEYS):
-        raise UserError(f"{file}: holds {shorten(sorted(head))}, expected {shorten(sorted(HEAD_KEYS))}")
+        names = f"{shorten(sorted(head))}, expected {shorten(sorted(HEAD_KEYS))}"
+        raise UserError(f"{file}: contains {names}; copy it again from the training run")
     return head
 
 
@@ -136,14 +137,14 @@ def name_head_copy(key: str, has_lora: bool) -> str:
     return PREFIX + (key.replace(".", ".base_layer.") if has_lora else key)
 
 
-def require_sound(files: AdapterFiles, base: nn.Module | None) -> None:
-    """Raise UserError for the first of `find_faults`."""
+def validate_adapter(files: AdapterFiles, base: nn.Module | None) -> None:
+    """Raise UserError for the first error that `find_faults` yields."""
     for fault in find_faults(files, base):
         raise UserError(f"{files.folder / fault.file}: {fault.message}")
 
 
 def find_faults(files: AdapterFiles, base: nn.Module | None) -> Iterator[AdapterFault]:
-    """Yield what is wrong with an adapter's tensors, the most basic first.
+    """Yield an adapter's errors: shapes and names, data types, non-finite values, untrained weights, head.
 
     Args:
         files: see `read_adapter_files`.
@@ -168,7 +169,9 @@ def find_faults(files: AdapterFiles, base: nn.Module | None) -> Iterator[Adapter
     broken = [(file, name) for file, name, value in tensors if not value.float().isfinite().all()]
     if broken:
         file, name = broken[0]
-        yield AdapterFault("finite", file, f"{name} has NaN or infinite values ({len(broken)} such weights)")
+        yield AdapterFault(
+            "finite", file, f"{name} has NaN or infinite values ({len(broken)} such tensors); use another checkpoint"
+        )
     if message := _find_untrained(files.weights):
         yield AdapterFault("trained", WEIGHTS_FILE, message)
     if message := _find_head_fault(files):
@@ -178,7 +181,7 @@ def find_faults(files: AdapterFiles, base: nn.Module | None) -> Iterator[Adapter
 def _expect_shapes(files: AdapterFiles, base: nn.Module) -> dict[str, torch.Size]:
     """Return the names and shapes of the tensors that PEFT would save for an adapter of this configuration."""
     config, file = copy.deepcopy(files.config), files.folder / CONFIG_FILE
-    hint = "write its regular expressions without repetitions inside a repeated group, as in (a+)+"
+    hint = "remove nested quantifiers such as (a+)+ from its regular expressions"
     too_slow = f"{file}: PEFT needs more than {MAX_CPU_SECONDS:g} s to match its patterns against module names; {hint}"
     try:
         with _limit_cpu_time(MAX_CPU_SECONDS, too_slow), torch.device("meta"), warnings.catch_warnings(action="ignore"):
@@ -193,10 +196,10 @@ def _expect_shapes(files: AdapterFiles, base: nn.Module) -> dict[str, torch.Size
 
 def _find_name_fault(files: AdapterFiles, expected: dict[str, torch.Size]) -> str:
     if not files.weights:
-        return f"holds no weights, but {CONFIG_FILE} implies {len(expected)}"
+        return f"contains no weights, but {CONFIG_FILE} implies {len(expected)}; copy both files from the same run"
     has_lora = f"{PREFIX}custom_text_proj.lora_A.weight" in expected
     copies = {name_head_copy(key, has_lora): value.shape for key, value in files.head.items()}
-    if copies.keys() & files.weights.keys():  # adapters made before there was a copy have none
+    if copies.keys() & files.weights.keys():  # older adapters have no copy of the head
         expected = expected | copies
     parts = []
     if missing := sorted(expected.keys() - files.weights.keys()):
@@ -205,7 +208,8 @@ def _find_name_fault(files: AdapterFiles, expected: dict[str, torch.Size]) -> st
         parts.append(f"has unexpected {shorten(unexpected)}")
     if shape := _find_shape_fault(files.weights, expected):
         parts.append(shape)
-    return f"does not fit {CONFIG_FILE} on this base: {'; '.join(parts)}" if parts else ""
+    hint = "use both files of one run, with its base"
+    return f"does not match {CONFIG_FILE} on this base: {'; '.join(parts)}; {hint}" if parts else ""
 
 
 def _find_shape_fault(tensors: State, expected: dict[str, torch.Size]) -> str:
@@ -233,9 +237,9 @@ def _find_head_fault(files: AdapterFiles) -> str:
     for key, value in files.head.items():
         for name in (name_head_copy(key, True), name_head_copy(key, False)):
             if name in files.weights and not torch.equal(files.weights[name].float(), value.float()):
-                return f"{key} differs from its copy in {WEIGHTS_FILE}, so one of the two files is of another run"
+                return f"{key} differs from its copy in {WEIGHTS_FILE}: copy both files from one run"
     if not files.head["custom_text_proj.weight"].any():
-        return "custom_text_proj.weight is all zero: every page would get the same vectors"
+        return "custom_text_proj.weight is all zero, so every page would get the same vectors; use another checkpoint"
     return ""
 
 

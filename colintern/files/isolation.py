@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 from colintern.params import UserError
 
-WALL_FACTOR = 10  # times the CPU seconds: the bound on a call's wall time, for one that waits or shares its CPU
-GROWTH_SECONDS = 2.0  # of work, before a second worker is worth the CPU time that its imports take
-PDEATHSIG = 1  # of prctl
+WALL_TIME_FACTOR = 10  # wall-time limit per second of the CPU limit: a call may wait or share its CPU
+SECOND_WORKER_DELAY_SECONDS = 2.0  # more workers are started only after this: each spends CPU time on imports
+PR_SET_PDEATHSIG = 1  # option of prctl(2)
 
 
-class Limits(NamedTuple):
-    """Bounds on one call: CPU seconds, and bytes of memory of its process."""
+class CallLimits(NamedTuple):
+    """Bounds on one call: CPU time, and memory of its process in bytes."""
 
     seconds: int
     memory: int
@@ -43,10 +43,10 @@ class IsolatedPool:
 
     Args:
         limits: bounds on each call.
-        processes: the most workers at once; 0 for one a CPU.
+        processes: maximum number of workers; 0 means one per CPU.
     """
 
-    def __init__(self, limits: Limits, processes: int = 0):
+    def __init__(self, limits: CallLimits, processes: int = 0):
         self.limits, self.processes = limits, processes or os.cpu_count() or 1
         self.workers: list[_Worker] = []
         self.started = time.monotonic()
@@ -59,9 +59,9 @@ class IsolatedPool:
             worker.end()
 
     def map(self, function: Callable[[Sequence[Any]], Iterator[Any]], groups: Sequence[Sequence[Any]]) -> Iterator[Any]:
-        """Yield a result for each argument of each group, in their order; `Failure` where its call ended the process.
+        """Yield one result per argument, in their order; a `Failure` where the call crashed or exceeded a limit.
 
-        A large result waits in its worker until it is read here, so that one worker holds one of them in memory.
+        Workers send large results only as they are read here, so each holds at most one in memory.
 
         Args:
             function: yields a result for each argument of a group; picklable. After a call that ended the process it
@@ -92,7 +92,7 @@ class IsolatedPool:
         while waiting:
             worker = next((worker for worker in self.workers if not worker.group), None)
             if worker is None:
-                grows = not self.workers or time.monotonic() > self.started + GROWTH_SECONDS
+                grows = not self.workers or time.monotonic() > self.started + SECOND_WORKER_DELAY_SECONDS
                 if not grows or len(self.workers) >= self.processes:
                     return
                 worker = _Worker(self.limits)
@@ -117,7 +117,7 @@ class IsolatedPool:
 class _Worker:
     """A process and the arguments that it still has to process; `first` is the number of the first of them."""
 
-    def __init__(self, limits: Limits):
+    def __init__(self, limits: CallLimits):
         self.limits, self.is_ready = limits, False
         self.first, self.deadline = 0, 0.0
         self.group: Sequence[Any] = []
@@ -137,7 +137,7 @@ class _Worker:
             self.connection.send((function, group))
 
     def _extend_deadline(self) -> None:
-        self.deadline = time.monotonic() + self.limits.seconds * WALL_FACTOR
+        self.deadline = time.monotonic() + self.limits.seconds * WALL_TIME_FACTOR
 
     def receive(self, late: bool) -> dict[int, Any]:
         """Return the next result by its number; `Failure` where the process ended, or is `late` and killed here.
@@ -151,9 +151,11 @@ class _Worker:
             result = self.connection.recv()
         except (EOFError, OSError):
             self.end(late)
-            result = Failure(self._reason(late))
             if not self.is_ready:
-                raise UserError(f"a process that opens documents cannot be started: {result.reason}") from None
+                raise UserError(
+                    f"a worker process cannot be started: {self._describe_exit()}; see the messages above"
+                ) from None
+            result = Failure(self._reason(late))
         self._extend_deadline()
         if not self.is_ready:
             self.is_ready = True
@@ -162,7 +164,7 @@ class _Worker:
         return {self.first - 1: result}
 
     def end(self, kill: bool = True) -> None:
-        """Kill the process unless it is ending by itself, and wait for its end."""
+        """Wait for the process to exit, killing it first if `kill`, and close the connection."""
         if kill:
             self.process.kill()
         self.process.wait()
@@ -171,11 +173,16 @@ class _Worker:
     def _reason(self, late: bool) -> str:
         code = self.process.returncode
         if late:
-            return f"did not finish in {self.limits.seconds * WALL_FACTOR} s"
+            return f"did not finish in {self.limits.seconds * WALL_TIME_FACTOR} s"
         if code == -signal.SIGXCPU:
             return f"takes more than {self.limits.seconds} s of CPU time"
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        return f"its process ended {how}: damaged, or it needs more than {self.limits.memory / 1e9:.1f} GB of memory"
+        memory = f"{self.limits.memory / 1e9:.1f} GB of memory"
+        return f"its process ended ({self._describe_exit()}): it is damaged, or needs more than {memory}"
+
+    def _describe_exit(self) -> str:
+        """Return how the process ended: its signal or its exit code."""
+        code = self.process.returncode
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def run_worker(descriptor: int, seconds: int, memory: int) -> None:
@@ -184,7 +191,7 @@ def run_worker(descriptor: int, seconds: int, memory: int) -> None:
     Ctrl-C, which reaches the whole process group, is ignored: the parent ends its workers.
     """
     if sys.platform == "linux":  # elsewhere a call outlives a killed parent until its limit of CPU time
-        ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # where memory is short, this process goes first
     _lower_limit(resource.RLIMIT_CORE, 0)

@@ -1,4 +1,4 @@
-"""One process at a time: a lock on a file, which a process that dies lets go of. And folders that are being read."""
+"""One process at a time: a lock on a file, released when its process ends. And shared locks on folders in use."""
 
 import fcntl
 import os
@@ -75,7 +75,10 @@ def is_in_use(folder: Path) -> bool:
     return False
 
 
-def last_read(folder: Path) -> tuple[float, float]:
-    """Return when a process last marked `folder` as in use, and when the folder was made, in seconds since 1970."""
-    found = folder.stat()
-    return found.st_mtime, found.st_ctime
+def get_last_use(folder: Path) -> tuple[float, float]:
+    """Return the sort key (mtime, ctime) of a folder's last use, in seconds since 1970.
+
+    `mark_in_use` sets mtime; where it is 0, no process has read the folder, and ctime orders such folders.
+    """
+    stat = folder.stat()
+    return stat.st_mtime, stat.st_ctime

@@ -8,7 +8,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
-from colintern.files.adapter import WEIGHTS_FILE, is_adapter, read_adapter_config, read_adapter_files, require_sound
+from colintern.files.adapter import WEIGHTS_FILE, is_adapter, read_adapter_config, read_adapter_files, validate_adapter
 from colintern.files.hub_errors import brief
 from colintern.files.identity import content_hash, read_identity
 from colintern.model import attention_kernel
@@ -45,7 +45,7 @@ class Alone(NamedTuple):
             require_merged(folder)
             return cls(folder, revision or content_hash(folder)[:40], False)
         require_adapter(folder)
-        require_sound(read_adapter_files(folder), None)
+        validate_adapter(read_adapter_files(folder), None)
         return cls(folder, revision or content_hash(folder / WEIGHTS_FILE)[:40], True)
 
     @property

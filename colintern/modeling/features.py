@@ -24,7 +24,7 @@ from colintern.files.identity import content_hash
 from colintern.files.lock import locked
 from colintern.modeling import fp8
 from colintern.modeling.cache import TensorCache
-from colintern.modeling.workers import check_workers, loader_processes, start_worker
+from colintern.modeling.workers import check_workers, init_worker, stop_workers_on_exit
 from colintern.pixels import rgb
 
 SAMPLE = 64  # pages over which the error of fp8 is told: always the same, whatever the cache holds
@@ -123,14 +123,14 @@ class PageFeatures:
             self.cache.keep(distinct)
             may = not self.cache.full
             missing = {key: page for key, page in distinct.items() if may and key not in self.cache}
-            held.enter_context(loader_processes(workers))
+            held.enter_context(stop_workers_on_exit(workers))
             # A generator of its own: the loader must not draw from the training's random numbers.
             loader = DataLoader(
                 Tiles(list(missing.values()), self.processor),
                 batch_size=None,
                 num_workers=workers if missing else 0,
                 generator=torch.Generator(),
-                worker_init_fn=start_worker,
+                worker_init_fn=init_worker,
             )
             bar = tqdm(loader, desc="page features", unit="page", disable=None if missing else True)
             for key, tiles in zip(missing, bar, strict=True):

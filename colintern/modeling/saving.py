@@ -18,14 +18,14 @@ LoRA of rank {rank} (alpha {alpha:g}) on `{base}`{at_revision}, for visual docum
 each become many 128-d vectors, scored by MaxSim. A page has at most {max_visual_tokens} visual tokens, a query at most
 {max_query_tokens} tokens.
 
-With colintern (`colintern evaluate` and `colintern search` take this folder too). The path of a base that is a folder
-is relative to the working folder:
+With colintern (`colintern evaluate` and `colintern search` take this folder too). If the base is a local
+folder, its path is relative to the current working directory:
 
 ```python
 from colintern.model import ColIntern3_5
 from colintern.processor import ColIntern3_5Processor
 
-folder = "."  # where this file is
+folder = "."  # the folder of this README
 model = ColIntern3_5.from_pretrained(folder)
 processor = ColIntern3_5Processor.from_pretrained(folder)
 ```
@@ -36,24 +36,25 @@ With plain PEFT:
 from colintern.model import ColIntern3_5
 from peft import PeftModel
 
+folder = "."  # the folder of this README
 base = ColIntern3_5.from_pretrained({base!r}{revision_argument})
 model = PeftModel.from_pretrained(base, folder).eval()
 ```
 
-The base has no projection head, so `from_pretrained` draws one at random. The head that this adapter was trained over
-is in `adapter_model.safetensors` as `base_model.model.custom_text_proj.base_layer.*`, where PEFT finds it, and again in
-`head.safetensors`.
+The base model has no projection head, so `from_pretrained` initializes one randomly. The head that this adapter was
+trained with is in `adapter_model.safetensors` as `base_model.model.custom_text_proj.base_layer.*`, where PEFT finds it,
+and again in `head.safetensors`.
 
 The adapter is derived from `{base}`, whose license applies to it.
 """
 
 
-def complete_adapter(wrapped: Any, processor: Any, folder: Path) -> None:
-    """Add the head, the processor and a README to the folder in which PEFT has saved an adapter.
+def save_adapter_extras(wrapped: Any, processor: Any, folder: Path) -> None:
+    """Save the head, the processor and a README into a folder in which PEFT has saved an adapter.
 
     Args:
         wrapped: the PeftModel.
-        processor: saved with the bounds that it was trained with.
+        processor: saved with the token limits used in training.
     """
     wrapped.base_model.model.save_head(folder)
     processor.save_pretrained(folder)

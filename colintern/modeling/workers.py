@@ -1,4 +1,4 @@
-"""The processes that load data, `workers` of them: how many a machine may have, how each begins, how all end."""
+"""Limit the number of DataLoader workers, set them up, and stop them."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ LOADER_ERROR = re.compile(r"DataLoader worker \(pid.*")  # torch's, of a worker 
 
 
 def check_workers(workers: int) -> None:
-    """Refuse more workers than this machine has use for: each is a copy of the process, and takes its time to start.
+    """Refuse more workers than this machine can use: each is a copy of the process.
 
     Raises:
         UserError: there are too many.
@@ -29,50 +29,53 @@ def check_workers(workers: int) -> None:
         raise UserError(f"workers: {workers} is not valid on a machine of {cpus} CPUs; it must be from 0 to {most}")
 
 
-def start_worker(number: int) -> None:
-    """Begin a worker. It ignores SIGTERM, which may be sent to a whole process group, because its trainer still needs
-    it for the step under way, and torch's own handler would end it; `loader_processes` ends it."""
+def init_worker(number: int) -> None:
+    """Set up a DataLoader worker: ignore SIGTERM, and exit if a batch cannot be sent.
+
+    SIGTERM may reach the whole process group while the trainer still needs this worker to finish its current step;
+    torch's handler would end it.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]
+    Queue._on_queue_feeder_error = staticmethod(exit_on_send_error)  # type: ignore[attr-defined]
 
 
-def seed_and_start_worker(seed: Callable[[int], None], number: int) -> None:
-    """Begin a worker whose loader has an initialisation of its own, `seed`."""
-    seed(number)
-    start_worker(number)
+def seed_and_init_worker(worker_init_fn: Callable[[int], None], number: int) -> None:
+    """Call the DataLoader's own `worker_init_fn`, then `init_worker`."""
+    worker_init_fn(number)
+    init_worker(number)
 
 
-def end_worker(error: Exception, batch: Any) -> None:
-    """End this worker, which cannot send a batch. Python would drop the batch, and the trainer wait for it for ever."""
+def exit_on_send_error(error: Exception, batch: Any) -> None:
+    """Exit this worker because it cannot send a batch; Python would drop the batch, and the trainer wait forever."""
     print(f"a worker cannot send a batch: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
 @contextmanager
-def loader_processes(workers: int) -> Iterator[None]:
-    """Around whatever loads data in processes: they are gone when it has ended, however it has.
+def stop_workers_on_exit(workers: int) -> Iterator[None]:
+    """Kill the DataLoader workers when the `with` block ends, normally or with an error.
 
-    They have to be killed: Python sends those that are left at its exit SIGTERM, which they ignore, and waits for them.
+    SIGTERM is not enough: the workers ignore it (see `init_worker`), and Python would wait for them at exit.
 
     Raises:
-        OutOfMemory: one of them was killed, ended by itself, or could not be started.
+        OutOfMemory: a worker was killed, exited or could not be started.
     """
     try:
         yield
     except BlockingIOError as error:  # of fork
         raise OutOfMemory(
-            f"workers: {workers}: no more processes can be started here: {error.strerror}; lower workers, or raise the "
-            "limit of `ulimit -u` or of the container"
+            f"workers: {workers}: cannot start another process ({error.strerror}); lower workers, or raise `ulimit -u` "
+            "or the container's process limit"
         ) from error
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
         lost = LOADER_ERROR.search(str(error))
         if isinstance(error, RuntimeError) and not lost:
             raise
         # Not a RuntimeError: torch looks at a batch before the system has noticed that its worker is gone.
-        what = lost[0].rstrip(" .") if lost else "DataLoader worker is gone"
+        what = lost[0].rstrip(" .") if lost else "a DataLoader worker exited"
         raise OutOfMemory(
-            f"{what}; if nobody killed it, memory ran out: lower workers, {workers}, or batch_size; the same command "
-            "resumes from the last checkpoint"
+            f"{what}; it probably ran out of memory. Lower workers (now {workers}) or batch_size and run the same "
+            "command again: it resumes from the last checkpoint"
         ) from error
     finally:
         if left := [process for process in multiprocessing.active_children() if process.daemon]:

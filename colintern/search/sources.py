@@ -11,7 +11,7 @@ from PIL import Image
 
 from colintern.data.collected import Bad
 from colintern.data.images import BadImage, decode
-from colintern.data.rendering import DPI, LIMITS, PageRef, count_pages, draw_pages, group_pages
+from colintern.data.rendering import DPI, LIMITS, PageRef, count_pages, group_pages, render_pages
 from colintern.files.identity import content_hash
 from colintern.files.isolation import Failure, IsolatedPool
 from colintern.files.regular import LINKED_FOLDER, MISSING, irregular_type, list_files
@@ -96,7 +96,7 @@ def images(wanted: list[Source], bad: list[Bad]) -> Iterator[tuple[Source, Image
     """The pages rendered, in their order; those that cannot be go to `bad`."""
     groups = group_pages(PageRef(source.path, source.page) for source in wanted if source.page is not None)
     with IsolatedPool(LIMITS, processes=1) as pool:  # one: each rendered page takes megabytes
-        drawn = pool.map(draw_pages, groups)
+        drawn = pool.map(render_pages, groups)
         for source in wanted:
             try:
                 page = decode(source.path.read_bytes()) if source.page is None else next(drawn)

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from colintern.files.identity import content_hash
 from colintern.files.outs import ENDED
-from colintern.modeling.saving import complete_adapter
+from colintern.modeling.saving import save_adapter_extras
 from colintern.params import UserError, root
 from colintern.training.processes import Processes
 
@@ -47,7 +47,7 @@ class Checkpoints(TrainerCallback):
 
     def _seal(self, name: str, model: Any) -> None:
         made = self.folder / SAVING / name
-        complete_adapter(model, self.processor, made)
+        save_adapter_extras(model, self.processor, made)
         seal(made, self.folder / name)
         shutil.copyfile(self.folder / name / STATE, self.folder / SAVING / STATE)
         os.replace(self.folder / SAVING / STATE, self.folder / STATE)

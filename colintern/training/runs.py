@@ -31,9 +31,9 @@ from colintern.modeling.features import FEATURES, PageFeatures
 from colintern.modeling.host import settle
 from colintern.modeling.layers import recomputed
 from colintern.modeling.lora import add_lora, count, faults
-from colintern.modeling.saving import complete_adapter
+from colintern.modeling.saving import save_adapter_extras
 from colintern.modeling.weights import statistics
-from colintern.modeling.workers import check_workers, loader_processes
+from colintern.modeling.workers import check_workers, stop_workers_on_exit
 from colintern.params import Params, UserError, root
 from colintern.processor import ColIntern3_5Processor
 from colintern.training.checkpoints import SAVING, Interrupted, Signals, check_room, newest, room, shown, size
@@ -72,7 +72,7 @@ def train(params: Params, out: Path, own: Processes = ALONE) -> dict[str, Any]:
     scratch = root() / ".scratch" / f"train-{fingerprint(identity)[:16]}"
     signals = Signals(own)
     own.first(lambda: forget_ended(scratch))
-    with held(scratch) if own.main else nullcontext(), signals.watch(), loader_processes(params.workers):
+    with held(scratch) if own.main else nullcontext(), signals.watch(), stop_workers_on_exit(params.workers):
         own.first(lambda: None)  # the first process holds the lock
         told = reporter(own)
         trainer = prepare(params, base, scratch, own)
@@ -221,7 +221,7 @@ def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any]
     wrapped: Any = trainer.model
     with full_disk_told(partial, trainer, lambda: "the adapter"):
         wrapped.save_pretrained(partial)
-        complete_adapter(wrapped, trainer.processor, partial)
+        save_adapter_extras(wrapped, trainer.processor, partial)
     (partial / "identity.json").write_text(dumps(identity))
     # No train_loss or total_flos: the first differs after a resume, and both are of no use to a reader of this file.
     state = {

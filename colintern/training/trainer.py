@@ -27,7 +27,7 @@ from colintern.modeling.embed import embed_features, embed_queries
 from colintern.modeling.features import PageFeatures
 from colintern.modeling.fp8 import rounded
 from colintern.modeling.layers import checkpoint_layers, compile_layers
-from colintern.modeling.workers import seed_and_start_worker
+from colintern.modeling.workers import seed_and_init_worker
 from colintern.params import OutOfMemory, Params, UserError
 from colintern.processor import ColIntern3_5Processor
 from colintern.training.checkpoints import SAVING, Checkpoints
@@ -109,7 +109,7 @@ class ContrastiveTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
         inner: Any = getattr(loader, "base_dataloader", loader)  # of accelerate's wrapper
-        inner.worker_init_fn = partial(seed_and_start_worker, inner.worker_init_fn)
+        inner.worker_init_fn = partial(seed_and_init_worker, inner.worker_init_fn)
         return loader
 
     def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:

@@ -32,16 +32,18 @@ class Taken(NamedTuple):
 
 
 def experiment(store: Store, trial: Taken, name: str, log: Path, check: Callable[[], None], *options: str) -> int:
-    """`dvc exp run --temp` of the train stage with the trial's settings; its exit code. What it prints goes to `log`.
+    """Run the train stage with a trial's settings through `dvc exp run --temp`, and return DVC's exit code.
 
-    `check` raises UserError where the workspace is no longer what the study was made with. It is asked before DVC takes
-    what the workspace holds, and again once it has: the train stage stops by itself when its worker has ended.
+    Records the trial's heartbeat meanwhile, and waits while another command, such as `dvc push`, holds DVC's lock.
 
-    DVC waits while another command, such as `dvc push`, holds its lock.
+    Only one worker of this repository starts an experiment at a time: DVC stashes in the workspace and applies the
+    first stash it finds. The DVC process inherits the lock, so the lock survives a killed worker. That DVC process is
+    not killed; its train stage exits when it finds that its worker is gone (`training.reporter`).
 
-    While it runs the storage gets signs of life. Of this repository's workers one at a time starts an experiment: DVC
-    stashes in the workspace, and takes the first stash it finds. DVC holds that lock too, so that it outlives a worker
-    that is killed; DVC itself is left alone then, and the train stage notices (`training.reporter`).
+    Args:
+        log: receives the output of DVC.
+        check: raises UserError if the workspace differs from the one the study was created with. Called before DVC
+            copies the workspace, and again afterwards.
     """
     told = {STORAGE: store.url, STUDY: store.study, TRIAL: str(trial.number), OWNER: str(os.getpid())}
     changes = [part for key, value in trial.values.items() for part in ("-S", override(key, value))]
@@ -58,7 +60,7 @@ def experiment(store: Store, trial: Taken, name: str, log: Path, check: Callable
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is this process's affair
+            start_new_session=True,  # Ctrl-C must reach only this process
             pass_fds=[held.fileno()],
         )
         started = False
@@ -80,8 +82,8 @@ def experiment(store: Store, trial: Taken, name: str, log: Path, check: Callable
 
 
 def _stop_training(process: "subprocess.Popen[bytes]") -> None:
-    """Interrupt a trial whose training has started: it writes a checkpoint, and DVC, which ignores Ctrl-C meanwhile,
-    ends with it. One that takes longer than STOP_SECONDS stops by itself, when it notices that its worker has ended."""
+    """Send SIGINT to a running training, which DVC ignores, and wait up to STOP_SECONDS for its checkpoint; a training
+    that takes longer exits once it finds its worker gone."""
     with suppress(ProcessLookupError, subprocess.TimeoutExpired):
         os.killpg(process.pid, signal.SIGINT)
         process.wait(STOP_SECONDS)
