@@ -78,7 +78,7 @@ def test_a_call_that_ends_its_process_costs_no_other(monkeypatch):
         found = list(pool.map(act, groups))
         assert [one[0] for one in found if not isinstance(one, Failure)] == ["a", "b", "c", "d"]
         reasons = [one.reason for one in found if isinstance(one, Failure)]
-        expected = ["SIGKILL", "SIGSEGV", "more than 1 s of CPU", "needs more memory", "with exit code 3"]
+        expected = ["SIGKILL", "SIGSEGV", "more than 1 s of CPU", "needs more memory", "(exit code 3)"]
         assert all(words in reason for words, reason in zip(expected, reasons, strict=True)), reasons
         monkeypatch.setattr(isolation, "WALL_TIME_FACTOR", 3)
         assert [one[0] for one in pool.map(act, [["e", "sleep"]])] == ["e", "did not finish in 3 s"]
