@@ -169,7 +169,7 @@ def _find_damaged_file(folder: Path) -> str:
     except Exception:
         return TOKENIZER_FILE
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)  # a local folder # nosec B615
         tokenizer(f"a{tokenizer.context_image_token}{tokenizer.start_image_token}{tokenizer.end_image_token}")
     except Exception:
         return TOKENIZER_CONFIG
