@@ -114,9 +114,9 @@ def test_its_readme_loads_it_here_and_in_plain_peft(top, processor, pages, monke
     text = Path("adapter/README.md").read_text()
     assert "More Information Needed" not in text and "on `demo/base`" in text and "license" in text
     ours, peft = re.findall(r"```python\n(.+?)```", text, re.S)
-    found: list[dict] = [{}, {"folder": "adapter"}]
-    exec(ours.replace('"."', '"adapter"'), found[0])
-    exec(peft, found[1])
+    found: list[dict] = [{}, {}]
+    for code, names in zip((ours, peft), found, strict=True):
+        exec(code.replace('"."', '"adapter"'), names)
     pair = [embed_pages(names["model"].float(), processor, pages, 4) for names in found]
     assert all(torch.equal(a, b) for a, b in zip(*pair, strict=True))
 
