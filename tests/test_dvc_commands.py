@@ -71,8 +71,8 @@ class Repo(NamedTuple):
 
 
 def bare_environment(home: Path) -> dict[str, str]:
-    """This process's, without any git identity, and with the interpreter's folder first on PATH."""
-    dropped = ("GIT_AUTHOR_", "GIT_COMMITTER_", "GIT_CONFIG", "DVC_", "PYTEST_", *GIT_MADE_KEYS)
+    """This process's, without any git identity or outer make, and with the interpreter's folder first on PATH."""
+    dropped = ("GIT_AUTHOR_", "GIT_COMMITTER_", "GIT_CONFIG", "DVC_", "PYTEST_", "MAKE", "MFLAGS", *GIT_MADE_KEYS)
     env = {key: value for key, value in os.environ.items() if not key.startswith(dropped) and key != "EMAIL"}
     return env | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

@@ -113,7 +113,7 @@ def edit(file: Path, which: str, value: float) -> None:
         (lambda at: edit(at / "adapter_model.safetensors", "lora_B", 0.0), "every lora_B is zero, as before the first"),
         (lambda at: edit(at / "adapter_model.safetensors", "custom_text_proj.lora_B", 0.0), "1 of 15 lora_B, such as"),
         (lambda at: edit(at / "adapter_model.safetensors", "q_proj.lora_A", float("nan")), "has NaN or infinite"),
-        (lambda at: (at / "head.safetensors").unlink(), r"head.safetensors: missing. It holds the base weights"),
+        (lambda at: (at / "head.safetensors").unlink(), r"head.safetensors: missing. It contains the base weights"),
         (lambda at: (at / "head.safetensors").write_bytes(b"torn"), r"head.safetensors: cannot be read"),
         (lambda at: (at / "adapter_model.safetensors").unlink(), "holds no adapter_model.safetensors"),
         (lambda at: (at / "adapter_model.safetensors").write_bytes(b"torn"), "adapter_model.safetensors: cannot be"),

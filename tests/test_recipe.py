@@ -41,7 +41,18 @@ def copy(tmp_path: Path) -> Path:
     root = tmp_path / "checkout"
     (root / "demo" / "base").mkdir(parents=True)
     (root / "colintern" / "files").mkdir(parents=True)
-    for name in ("__init__", "cli", "files/__init__", "files/paths", "params", "rules", "terminal", "tiles"):
+    for name in (
+        "__init__",
+        "cli",
+        "files/__init__",
+        "files/paths",
+        "files/regular",
+        "memory",
+        "params",
+        "rules",
+        "terminal",
+        "tiles",
+    ):
         shutil.copy(ROOT / "colintern" / f"{name}.py", root / "colintern" / f"{name}.py")
     shutil.copytree(ROOT / "colintern" / "commands", root / "colintern" / "commands")
     shutil.copytree(ROOT / "recipes", root / "recipes")

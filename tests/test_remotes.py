@@ -91,7 +91,7 @@ def test_where_dvc_lock_was_never_committed_the_run_cache_carries_training_all_t
     """DVC's own push leaves out what `cache: false` keeps in git, and without it a run counts as none."""
     metrics = store.object(md5(repo, "metrics/train.json"))
     assert not metrics.exists(), "DVC pushes it by now: cluster/push_runs.py can go"
-    assert "4 runs with " in repo.output(documented("python cluster/push_runs.py"))
+    assert "5 runs with " in repo.output(documented("python cluster/push_runs.py"))
     assert metrics.is_file()
     clone.output("git checkout -q main~1")  # no dvc.lock, no metrics
     output = clone.output(documented("dvc repro --pull"))

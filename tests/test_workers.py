@@ -6,6 +6,7 @@ import multiprocessing.popen_fork
 import os
 import re
 import resource
+import shutil
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ from small_run import OUT, Run, params
 from test_processes import free_port, rank_of
 
 from colintern.modeling.workers import check_workers
-from colintern.params import UserError
+from colintern.params import UserError, exit_on_user_error
 
 RUN_TIMEOUT_SECONDS = 60  # a run takes 5 s
 
@@ -59,12 +60,6 @@ def inject_fault_in_rank(rank: int, port: int) -> None:
         inject_fault("step")
 
 
-def limit_memory(size: int) -> None:
-    """Limit the address space to `size` bytes more than the process uses now, as `ulimit -v` does."""
-    taken = psutil.Process().memory_info().vms + size
-    resource.setrlimit(resource.RLIMIT_AS, (taken, taken))
-
-
 def run_until_failure(place: Run, *arguments: object) -> int:
     """Run to a failure and return its exit code; assert that no process and no result is left."""
     process = place.start(*arguments)
@@ -90,6 +85,7 @@ def _works_in(process: psutil.Process, folder: Path) -> bool:
     ],
 )
 def test_a_bug_ends_the_run_with_its_traceback(place, where, workers):
+    shutil.rmtree(place.folder / "data" / ".features", ignore_errors=True)  # of the run that the fixture may have made
     with contextlib.chdir(place.folder):
         params(lr="2e-3", workers=workers)
     assert run_until_failure(place, inject_fault, where) == 1
@@ -126,10 +122,35 @@ def test_a_bug_in_one_rank_ends_all(place):
     assert "a bug in step" in place.log and not (place.folder / OUT).exists()
 
 
-def test_lack_of_memory_is_reported_without_a_traceback(place):
-    assert run_until_failure(place, limit_memory, 2**20) == 6, place.log
-    assert "Traceback" not in place.log
-    assert re.search(r"error: out of memory: .*; `ulimit -v` allows \d+\.\d GB; give this process more", place.log)
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        RuntimeError("unable to mmap 903168 bytes from file <filename not specified>: Cannot allocate memory (12)"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+    ],
+)
+def test_lack_of_memory_is_reported_without_a_traceback(error, capsys):
+    with pytest.raises(SystemExit) as stopped, exit_on_user_error():
+        raise error
+    assert stopped.value.code == 6
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: out of memory: {type(error).__name__}: ") and "; give this process more mem" in told
+
+
+def test_any_error_at_the_limit_of_the_address_space_is_lack_of_memory(monkeypatch, capsys):
+    """As of a module that is half imported."""
+    size = psutil.Process().memory_info().vms
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (size, size))
+    with pytest.raises(SystemExit) as stopped, exit_on_user_error():
+        raise AttributeError("half imported")
+    assert stopped.value.code == 6
+    assert f"AttributeError: half imported; `ulimit -v` allows {size / 1e9:.1f} GB" in capsys.readouterr().err
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (2 * size + 2**34, -1))
+    with pytest.raises(AttributeError), exit_on_user_error():
+        raise AttributeError("a bug")
 
 
 def test_too_many_workers_are_refused(monkeypatch):
