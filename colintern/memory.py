@@ -1,8 +1,10 @@
 """Recognize out-of-memory errors: torch, CUDA, Python and the C library report them with different types and words."""
 
 import errno
+import mmap
 import re
 import resource
+import threading
 from pathlib import Path
 
 # Not only OutOfMemoryError: kernels compiled by cuDNN and Triton are loaded outside torch's allocator, which may
@@ -13,6 +15,7 @@ OOM_MESSAGES = (
     *("unable to allocate shared memory", "MemoryError"),
 )
 OOM_HINT = "give this process more memory, or lower workers, batch_size, micro_batch_size or eval_batch_size"
+THREAD_RESERVE_BYTES = 256 * 1024**2  # a stack of 8 MiB, an arena of malloc of up to 128 MiB, and some for Python
 MIN_ADDRESS_SPACE_USE = 0.9  # share of `ulimit -v` from which any error counts as out of memory
 MAX_MESSAGE_CHARACTERS = 200
 
@@ -42,3 +45,21 @@ def describe_out_of_memory(error: BaseException) -> str:
         return ""
     last_line = (str(error).strip().splitlines() or [""])[-1]
     return f"out of memory: {type(error).__name__}: {last_line[:MAX_MESSAGE_CHARACTERS]}{allowed}; {OOM_HINT}"
+
+
+def refuse_threads_without_memory() -> None:
+    """Under `ulimit -v`, make `Thread.start` raise OSError (ENOMEM) when less than THREAD_RESERVE_BYTES are left.
+
+    `Thread.start` waits until the new thread has started; a thread that runs out of memory before that leaves it
+    waiting forever.
+    """
+    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY or hasattr(threading.Thread.start, "checks"):
+        return
+    start = threading.Thread.start
+
+    def start_if_memory_is_left(thread: threading.Thread) -> None:
+        mmap.mmap(-1, THREAD_RESERVE_BYTES).close()
+        start(thread)
+
+    start_if_memory_is_left.checks = True  # type: ignore[attr-defined]
+    threading.Thread.start = start_if_memory_is_left  # type: ignore[method-assign,assignment]

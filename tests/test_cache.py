@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import IRREGULAR
 
+from colintern.files.lock import locked, locked_or_refused
 from colintern.modeling import cache as module
 from colintern.modeling.cache import TensorCache
+from colintern.params import UserError
 
 MB = 10**6
 
@@ -174,6 +176,15 @@ def test_a_shard_that_is_no_regular_file_is_never_opened_and_named_once(tmp_path
     shard.unlink()
     os.mkfifo(shard)
     assert [late.get(f"k{key}") is None for key in range(7)].count(True) >= 1, "nor one that was found regular"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in IRREGULAR if kind != "a dangling link"])
+def test_a_lock_that_is_no_regular_file_is_refused_by_name(tmp_path, kind):
+    IRREGULAR[kind](tmp_path / "write.lock")
+    for lock in (locked(tmp_path / "write.lock"), locked_or_refused(tmp_path / "write")):
+        with pytest.raises((UserError, OSError), match=f"{kind}, not a regular file|symbolic links") as refused, lock:
+            pass
+        assert str(tmp_path / "write.lock") in str(refused.value)
 
 
 def test_deleting_the_folder_under_a_reader_costs_no_more_than_the_tensors(tmp_path):

@@ -7,6 +7,8 @@ import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -158,3 +160,21 @@ def test_too_many_workers_are_refused(monkeypatch):
     check_workers(8)
     with pytest.raises(UserError, match="workers: 9 is not valid on a machine of 2 CPUs; it must be from 0 to 8"):
         check_workers(9)
+
+
+START_A_THREAD = """
+import re, resource, sys, threading
+from colintern.params import exit_on_user_error
+
+size = 1024 * int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1])
+resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[1]) * 1024**2,) * 2)
+with exit_on_user_error():
+    threading.Thread(target=print, args=["started"]).start()
+"""
+
+
+@pytest.mark.parametrize(("mebibytes", "code", "told"), [(100, 6, "error: out of memory: "), (600, 0, "started\n")])
+def test_a_thread_is_refused_where_it_could_run_out_of_memory_before_it_started(mebibytes, code, told):
+    """Its `start` would wait forever."""
+    found = subprocess.run([sys.executable, "-c", START_A_THREAD, str(mebibytes)], capture_output=True, text=True)
+    assert found.returncode == code and (found.stdout + found.stderr).startswith(told), found.stderr

@@ -7,17 +7,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import TextIO
 
+from colintern.files.regular import irregular_type
 from colintern.params import UserError
 
 ORPHANS = 30  # seconds after which a killed trainer's data loader should have ended; it looks every 5
 
 
+def open_lock(path: Path) -> TextIO:
+    """Open a lock file, and create it and its folder if they are missing.
+
+    Raises:
+        UserError: it is a folder, a named pipe or a device; opening a pipe would block.
+        OSError: it may not be created or written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and (kind := irregular_type(path)):
+        raise UserError(f"{path}: is {kind}, not a regular file; delete it, it is then created again")
+    return path.open("a+")
+
+
 @contextmanager
 def locked(path: Path, waiting: str = "") -> Iterator[None]:
     """Hold `path`; where another process has it, print `waiting` and wait. A process that dies lets go of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with open_lock(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -34,9 +48,8 @@ def locked_or_refused(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it; its PID is named.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_suffix(".lock")
-    with lock.open("a+") as file:
+    with open_lock(lock) as file:
         for _ in range(ORPHANS):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -19,7 +19,7 @@ from colintern.files.digests import Digests, digests_at
 from colintern.files.hub import Choice, HubFile
 from colintern.files.hub_errors import Repo
 from colintern.files.identity import fingerprint
-from colintern.files.lock import mark_in_use
+from colintern.files.lock import mark_in_use, open_lock
 from colintern.files.regular import MISSING, describe_refused, irregular_type, list_files
 from colintern.params import Params, UserError, root
 from colintern.rules import kernel_at
@@ -132,8 +132,7 @@ def arrow_cache() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ["HF_DATASETS_CACHE"] = str(cache)
     os.environ.setdefault("MTEB_CACHE", str(root() / "data" / ".mteb"))
-    cache.mkdir(parents=True, exist_ok=True)
-    lock = os.open(cache / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # held until this process ends
+    lock = os.dup(open_lock(cache / ".lock").fileno())  # held until this process ends
     # A copy that `dvc exp run --temp` makes has another manifest, and shares the cache with the workspace.
     if root().resolve() == Path.cwd() and Path(MANIFEST).is_file():
         with suppress(BlockingIOError):

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from colintern.files.lock import open_lock
 from colintern.params import override, root
 from colintern.training.study import OWNER, STARTED, STORAGE, STUDY, TRIAL
 from colintern.tuning.store import Store
@@ -49,8 +50,7 @@ def experiment(store: Store, trial: Taken, name: str, log: Path, check: Callable
     changes = [part for key, value in trial.values.items() for part in ("-S", override(key, value))]
     log.parent.mkdir(parents=True, exist_ok=True)
     lock = root() / ".scratch" / "tune-start.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as held, log.open("wb") as output:
+    with open_lock(lock) as held, log.open("wb") as output:
         while not _locked(held):
             wait(0.5, store, trial)
         check()
