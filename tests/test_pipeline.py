@@ -4,10 +4,15 @@ import ast
 import itertools
 import os
 import re
+import sys
+import tomllib
 from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from pipeline_facts import ALL_KEYS, KEYS, ROOT, facts, imports
 from ruamel.yaml import YAML
 
@@ -126,3 +131,34 @@ def test_the_hash_of_nothing_is_refused(tmp_path):
     for name, why in (("gone.py", "no such file"), ("empty", "holds no file"), ("pipe", "no such file")):
         with pytest.raises(UserError, match=f"{tmp_path / name}: {why}"):
             content_hash(tmp_path / name)
+
+
+def test_every_imported_package_is_declared():
+    """Installed as a dependency of another package alone, it may be missing after an update of that package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    installed = packages_distributions()
+    own = {"colintern", "stages", "bench", "cluster", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+
+    def undeclared(declared: list[str], *tops: str) -> set[str]:
+        names = {canonicalize_name(Requirement(line).name) for line in declared}
+        modules = {module for top in tops for path in (ROOT / top).rglob("*.py") for module in _imported(path)}
+        return {
+            module
+            for module in modules - own - sys.stdlib_module_names
+            if not names & {canonicalize_name(name) for name in installed.get(module, [_namespace(module)])}
+        }
+
+    assert undeclared(project["dependencies"], "colintern", "stages", "cluster", ".github/scripts") == set()
+    assert undeclared(project["dependencies"] + project["optional-dependencies"]["dev"], "bench", "tests") == set()
+
+
+def _imported(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    return {name.partition(".")[0] for name in names}
+
+
+def _namespace(module: str) -> str:
+    """The distribution of a namespace package, which its metadata may not name."""
+    return {"ruamel": "ruamel-yaml"}.get(module, module)
