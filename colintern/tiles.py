@@ -3,7 +3,8 @@
 InternVL reads a page as a grid of square tiles, plus a thumbnail of the whole page, each tile costing the same
 number of visual tokens (256 for InternVL3.5, whose tiles are 448 px). transformers' own tiler takes the grid whose
 aspect ratio is closest and always adds the thumbnail, so an A4 page jumps from 3 tiles to 7 and "1536 tokens"
-cannot be had. Here the budget is a hard bound: the sharpest grid under it, and the thumbnail when it still fits.
+cannot be had. Here the budget is a hard bound: the smallest grid under it that is as sharp as possible to within 2 %,
+and the thumbnail when it still fits.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import NamedTuple
 from colintern.params import UserError
 
 INTERNVL_TILE, INTERNVL_TOKENS = 448, 256  # pixels a side and visual tokens of a tile, in every InternVL3.5 on the hub
+MIN_SHARPNESS = 0.98  # of the sharpest grid; what is lost beyond it is not worth another tile
 
 
 class Grid(NamedTuple):
@@ -28,17 +30,17 @@ class Grid(NamedTuple):
 
 
 def choose_grid(width: int, height: int, max_tiles: int, tile: int) -> Grid:
-    """The grid that keeps most of the page's resolution with at most `max_tiles` tiles of `tile` x `tile` pixels.
+    """Choose the grid that shows a page in at most `max_tiles` tiles of `tile` x `tile` pixels.
 
     A page stretched onto `cols` x `rows` tiles is as sharp as its worse axis, min(cols * tile / width,
-    rows * tile / height), and enlarging beyond 1 adds no information. Among equally sharp grids the one with the
-    fewest tiles wins, then the one that distorts least.
+    rows * tile / height), and enlarging beyond 1 adds no information. Of the grids with at least 98 % of the sharpness
+    that the bound allows, the one with the fewest tiles is chosen, then the sharpest, then the one that distorts least.
 
     >>> choose_grid(1240, 1754, max_tiles=6, tile=448)    # A4 at 150 dpi, 1536 tokens
     Grid(cols=2, rows=3, thumbnail=False)
     >>> choose_grid(1240, 1754, max_tiles=7, tile=448)    # 1792 tokens
     Grid(cols=2, rows=3, thumbnail=True)
-    >>> choose_grid(300, 300, max_tiles=12, tile=448)     # nothing to gain from a second tile
+    >>> choose_grid(450, 448, max_tiles=12, tile=448)     # little to gain from a second tile
     Grid(cols=1, rows=1, thumbnail=False)
 
     Args:
@@ -54,13 +56,17 @@ def choose_grid(width: int, height: int, max_tiles: int, tile: int) -> Grid:
     if max_tiles < 1:
         raise ValueError(f"max_tiles={max_tiles}: at least one tile is needed to show a page")
 
-    def rank(grid: tuple[int, int]) -> tuple[float, int, float]:
+    def sharpness(grid: tuple[int, int]) -> float:
+        return min(grid[0] * tile / width, grid[1] * tile / height, 1.0)
+
+    def rank(grid: tuple[int, int]) -> tuple[int, float, float]:
         cols, rows = grid
-        across, down = cols * tile / width, rows * tile / height
-        return (-min(across, down, 1.0), cols * rows, max(across / down, down / across))
+        distortion = (cols * height) / (rows * width)
+        return (cols * rows, -sharpness(grid), max(distortion, 1 / distortion))
 
     grids = [(cols, rows) for cols in range(1, max_tiles + 1) for rows in range(1, max_tiles // cols + 1)]
-    cols, rows = min(grids, key=rank)
+    enough = MIN_SHARPNESS * max(map(sharpness, grids))
+    cols, rows = min((grid for grid in grids if sharpness(grid) >= enough), key=rank)
     return Grid(cols, rows, thumbnail=1 < cols * rows < max_tiles)
 
 

@@ -34,6 +34,13 @@ def test_the_bound_is_never_exceeded_and_a_larger_one_never_shows_less():
         assert sharpness == sorted(sharpness)
 
 
+@pytest.mark.parametrize(
+    ("size", "tile", "tiles"), [((113, 112), 112, 1), ((112, 114), 112, 1), ((115, 112), 112, 3), ((456, 905), 448, 3)]
+)
+def test_a_few_pixels_too_many_cost_no_tile(size, tile, tiles):
+    assert choose_grid(*size, max_tiles=12, tile=tile).tiles == tiles
+
+
 def test_landscape_is_portrait_turned():
     for bound in range(1, 30):
         a, b = choose_grid(*A4, bound, 448), choose_grid(*A4[::-1], bound, 448)
