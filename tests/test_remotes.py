@@ -87,6 +87,17 @@ def test_a_second_clone_pulls_and_runs_nothing(repo, clone):
     assert "NAME" in repo.output("dvc exp list")
 
 
+def test_the_adapter_is_an_artifact_that_dvc_finds_by_name(repo, clone):
+    clone.output(documented('git tag -a retriever@v1.0.0 -m "Baseline"'), **IDENTITY)
+    clone.output(documented("dvc artifacts get . retriever --rev v1.0.0 --out retriever"))
+
+    def contents(folder: Path) -> dict[Path, bytes]:
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    assert contents(clone.path / "retriever") == contents(repo.path / "experiments" / "colintern")
+    assert (clone.path / "retriever" / "adapter_model.safetensors").is_file()
+
+
 def test_where_dvc_lock_was_never_committed_the_run_cache_carries_training_all_the_same(repo, clone, store):
     """DVC's own push leaves out what `cache: false` keeps in git, and without it a run counts as none."""
     metrics = store.object(md5(repo, "metrics/train.json"))
