@@ -69,7 +69,8 @@ class ColIntern3_5Encoder(AbsEncoder):
         self.embeddings = embeddings
         self.pool_factor, self.dim = pool_factor, dim
         self.page_count = self.vector_count = 0
-        parameters = sum(p.numel() for p in model.parameters())
+        # LoRA adds none: merging it into the layers changes no vector.
+        parameters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
         self.mteb_model_meta = _meta(name, revision, parameters, settings=settings)
 
     def encode(  # type: ignore[override]  # a list: one padded tensor would take the longest page's memory for each page

@@ -68,6 +68,8 @@ def test_an_adapter_merged_by_whomever_embeds_as_it_does(folder, processor, page
     encoders = {"merged": ColIntern3_5Encoder(merged, processor, "colintern/here", "1")}
     encoders |= {"merged on loading": load(folder, dtype="float32", merge=True)}
     encoders |= {"merged folder": load(tmp_path / "merged", dtype="float32")}
+    [parameters] = {encoder.mteb_model_meta.n_parameters for encoder in (plain, *encoders.values())}
+    assert parameters == sum(p.numel() for p in merged.parameters())
     for name, encoder in encoders.items():
         assert not any("lora" in key for key, _ in encoder.model.named_parameters()), name
         for a, b in zip(encoder.pages(pages), want, strict=True):

@@ -132,7 +132,8 @@ def arrow_cache() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ["HF_DATASETS_CACHE"] = str(cache)
     os.environ.setdefault("MTEB_CACHE", str(root() / "data" / ".mteb"))
-    lock = os.dup(open_lock(cache / ".lock").fileno())  # held until this process ends
+    with open_lock(cache / ".lock") as file:
+        lock = os.dup(file.fileno())  # the copy is held until this process ends
     # A copy that `dvc exp run --temp` makes has another manifest, and shares the cache with the workspace.
     if root().resolve() == Path.cwd() and Path(MANIFEST).is_file():
         with suppress(BlockingIOError):
