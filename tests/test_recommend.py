@@ -11,16 +11,15 @@ import pytest
 from conftest import BASE, ROOT
 from pages import documented, words
 
+from colintern import guide as guide_rules
 from colintern.cli import main
 from colintern.commands.recommend import _head, _memory_table
+from colintern.guide import DEMO, EPOCHS, bounds_for, optimal_lr, optimal_rank
 from colintern.params import UserError, load
 from colintern.planning import costs as costs_module
-from colintern.planning import guide as guide_rules
 from colintern.planning import recommend as rules
 from colintern.planning.costs import Costs
-from colintern.planning.doctor import DEMO, bounds_for
 from colintern.planning.gpus import GPUS, find
-from colintern.planning.guide import EPOCHS, optimal_lr, optimal_rank
 from colintern.planning.recommend import steps_of, warmup_of
 
 COUNTED: dict[tuple[str, ...], Costs] = {}

@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> None:
     memory = _memory(args.gpu_memory)
     import torch
 
+    from colintern import guide
     from colintern.modeling.bases import config
-    from colintern.planning import guide
     from colintern.planning import recommend as rules
     from colintern.planning.costs import Costs, parameters
     from colintern.planning.gpus import GPUS
