@@ -148,7 +148,9 @@ def test_what_is_written_changes_values_only_and_is_what_was_printed(checkout, c
     before = RECIPE
     (checkout / "params.yaml").write_text(RECIPE)  # internvl3_5-1b is its base
     main([*words(documented("colintern recommend --base internvl3_5-1b --gpu rtx-5090"))[1:], "--write", "--json"])
-    told = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    told = json.loads(printed.out)
+    assert printed.err == "recommend: counting memory and operations of a training step of internvl3_5-1b\n"
     values = {value["key"]: value["value"] for value in told["values"]}
     params = load("params.yaml")
     assert {key: getattr(params, key) for key in values} == values

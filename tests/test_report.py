@@ -104,6 +104,7 @@ def write_health() -> None:
 def report(evaluated) -> Path:
     code, log = fork(evaluated, "report", "adapter", "--out", "report.html")
     assert code == 0, log
+    assert re.search(r"report: drawing the worst 30 of \d+ queries below NDCG@5 1", log), log
     assert re.search(r"report.html: 30 queries with 90 pages, \d\.\d MB", log), log
     return evaluated / "report.html"
 
