@@ -251,4 +251,4 @@ def test_a_sound_folder_is_read(two_steps, monkeypatch):
 
 
 def test_no_adapter_at_all_is_named(tmp_path):
-    refused(check(tmp_path), 2, "adapter: is no folder")
+    refused(check(tmp_path), 2, "FOLDER: adapter: does not exist, or is no folder here")
