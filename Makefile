@@ -112,12 +112,14 @@ engine-proof:  ## run image and docker-repro as they are, with a docker made for
 
 $(UV):
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "colintern needs Python 3.11 or newer, this is %d.%d" % v[:2])'
+	echo "make: installing uv into .tools" >&2
 	$(PYTHON) -m venv .tools
 	.tools/bin/pip install -q --disable-pip-version-check --require-hashes -r docker/uv.txt
 
 # The colintern command points into this folder (-e), so the code itself is never stale.
 $(ENV): requirements.txt | $(UV)
 	@$(UV) venv -q --allow-existing --python $(PYTHON) .venv
-	$(UV) pip install -q --python .venv/bin/python --require-hashes -r requirements.txt
+	echo "make: installing $$(grep -c '==' requirements.txt) packages into .venv; this downloads several GB and takes minutes" >&2
+	$(UV) pip install --python .venv/bin/python --require-hashes -r requirements.txt
 	$(UV) pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
 	touch $@

@@ -19,12 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from colintern.guide import bounds_for
 from colintern.params import Params, load
 from colintern.training.health import COLLAPSED, LEARNED, TOO_SLOW, UNDERTRAINED, Health, health
 
 FOLDER = Path(__file__).parents[1] / "tests" / "curves"
 PAGES, DEV, TEST, SEEDS = 320, 60, 60, (0, 2, 1)
 TUNED_ON = 0  # seed
+BOUNDS = bounds_for(1_028_224)  # of demo/base, which all of them are of
 SHORTER = 3  # epochs, where the seed is not 0 and the setting does not say
 SMALL = {"batch_size": 16, "micro_batch_size": 16, "lr": 4e-3, "epochs": 5, "warmup_steps": 20, "threads": 1}
 WITHOUT_HEAD = [r"language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"]
@@ -129,7 +131,7 @@ def judge(file: Path) -> tuple[dict[str, Any], Health]:
     """A recorded run and what the rules say of it."""
     found = json.loads(file.read_text())
     chance = sum(1 / math.log2(rank + 1) for rank in range(1, 6)) / found["pages"]
-    return found, health(found["log"], dataclasses.replace(load(), **found["params"]), chance)
+    return found, health(found["log"], dataclasses.replace(load(), **found["params"]), chance, BOUNDS)
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:

@@ -59,7 +59,7 @@ def run(params: Params) -> tuple[float, float, str]:
         before = test.ndcg(trainer.model, trainer.processor, params)
         trainer.train()
         after = test.ndcg(trainer.model, trainer.processor, params)
-        return before, after, health(trainer.state.log_history, params, trainer.dev.chance).verdict
+        return before, after, health(trainer.state.log_history, params, trainer.dev.chance, trainer.bounds).verdict
 
 
 @exit_on_user_error()

@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from colintern.guide import BATCH
 from colintern.params import exit_on_user_error, load
-from colintern.planning.guide import BATCH
 
 SPACE = Path(__file__).with_suffix(".yaml")
 # Its "Critical Training Parameters" and LoraConfig, for 1B: the smallest base that its rules are for. Epochs, its 5,

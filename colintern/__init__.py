@@ -1,6 +1,7 @@
 """Train, evaluate and compare ColIntern3.5 visual document retrievers.
 
 rules        what a value of params.yaml must be
+guide        the training guide's rules by the size of the base
 terminal     text that is printed
 memory       whether an error reports lack of memory
 params       params.yaml as a checked object

@@ -22,8 +22,8 @@ from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
+from colintern.files.progress import ProgressBar
 from colintern.maxsim import maxsim_scores
 from colintern.modeling.alone import Alone
 from colintern.modeling.cache import TensorCache
@@ -87,7 +87,7 @@ class ColIntern3_5Encoder(AbsEncoder):
         """
         rows: list[Tensor] = []
         what = "pages" if prompt_type == PromptType.document else "queries"
-        for batch in tqdm(inputs, desc=f"{task_metadata.name}: {what}", disable=None):
+        for batch in ProgressBar(inputs, desc=f"{task_metadata.name}: {what}"):
             if prompt_type == PromptType.query and "text" in batch:
                 found = embed_queries(self.model, self.processor, batch["text"], len(batch["text"]))
                 rows += cut(found, self.dim)

@@ -42,3 +42,8 @@ def escape_output() -> Iterator[None]:
 def print_coloured(text: str) -> None:
     """Print text that holds escape sequences of our own; other people's words in it are escaped by the caller."""
     print(text, file=getattr(sys.stdout, "stream", sys.stdout))
+
+
+def print_phase(text: str) -> None:
+    """Print what a command does next, to stderr, because stdout may be JSON."""
+    print(escape_controls(text), file=sys.stderr, flush=True)

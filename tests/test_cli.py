@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -46,7 +48,11 @@ REFUSED = {
     "evaluate ../adapters/one": "MODEL: '../adapters/one' is no folder here",
     "evaluate adapter --out demo": "--out: demo exists and is no evaluation",
     "evaluate adapter --out params.yaml/new": "--out: params.yaml is a file",
-    "check-adapter nowhere": "nowhere: is no folder; give that of an adapter",
+    "evaluate adapter --benchmarks no/where": "benchmarks: 'no/where' is no folder here",
+    "evaluate adapter --benchmarks demo": "data/manifest.json: missing",
+    "check-adapter nowhere": "FOLDER: nowhere: does not exist, or is no folder here",
+    "check-adapter demo": "adapter_model.safetensors; give the folder of an adapter, or copy the whole folder again",
+    "check-adapter experiments/colintern": "or run the stage that makes it: dvc repro train",
     "check-adapter adapter --base nowhere": "--base: nowhere is no folder here",
     "mine --adapter demo": "--adapter: demo: holds no adapter_model.safetensors; give",
     "mine --adapter adapter --out demo": "--out: demo is a folder",
@@ -58,21 +64,37 @@ REFUSED = {
 }
 
 
-def test_wrong_paths_are_refused_before_anything_slow_is_imported(tmp_path):
-    shutil.copytree(ROOT / "demo" / "base", tmp_path / "demo" / "base")
-    shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
+NEED_PARAMS = ("report adapter", "export adapter --out new", "search adapter adapter word", "mine --adapter adapter")
+
+
+def refusals(folder: Path, lines: Iterable[str]) -> list[tuple[str, str]]:
+    """Run command lines in a folder, without slow libraries; return the message and the exit code of each."""
+    words = json.dumps([line.split() for line in lines])
+    done = subprocess.run([sys.executable, "-c", WITHOUT_LIBRARIES, words], cwd=folder, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    return re.findall(r"(?ms)(.*?)^exit (.*?)\n", done.stderr)
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
     (tmp_path / "adapter").mkdir()
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (tmp_path / "adapter" / name).touch()
-    lines = json.dumps([line.split() for line in REFUSED])
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_LIBRARIES, lines], cwd=tmp_path, capture_output=True, text=True
-    )
-    told = re.split(r"(?m)^exit (.*)\n", done.stderr)
-    assert "Traceback" not in done.stderr, done.stderr
-    for (line, words), message, code in zip(REFUSED.items(), told[::2], told[1::2], strict=False):
+    return tmp_path / "adapter"
+
+
+def test_wrong_paths_are_refused_before_anything_slow_is_imported(adapter, tmp_path):
+    shutil.copytree(ROOT / "demo" / "base", tmp_path / "demo" / "base")
+    shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
+    (tmp_path / "experiments" / "colintern").mkdir(parents=True)
+    for (line, words), (message, code) in zip(REFUSED.items(), refusals(tmp_path, REFUSED), strict=True):
         assert words in message and code == "2", (line, message)
-    assert len(told) == 2 * len(REFUSED) + 1 and not (tmp_path / "new").exists()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_missing_params_file_is_reported_before_anything_slow_is_imported(adapter, tmp_path):
+    for line, (message, code) in zip(NEED_PARAMS, refusals(tmp_path, NEED_PARAMS), strict=True):
+        assert "params.yaml: cannot be read" in message and code == "2", (line, message)
 
 
 def test_a_folder_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
@@ -112,6 +134,6 @@ def test_the_version_is_that_of_the_project(capsys):
     assert ended.value.code == 0 and capsys.readouterr().out == f"colintern {project['version']}\n"
 
 
-@pytest.mark.parametrize("name", ["exported/model.safetensors", "found.html"])
+@pytest.mark.parametrize("name", ["exported/model.safetensors", "found.html", "data/mined/negatives.parquet"])
 def test_git_ignores_what_the_pages_tell_people_to_write(name):
     assert subprocess.run(["git", "check-ignore", "--quiet", name], cwd=ROOT).returncode == 0

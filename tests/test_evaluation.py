@@ -475,7 +475,7 @@ def test_only_the_models_evaluated_last_are_kept(params, monkeypatch):
 
 def test_a_folder_that_is_no_adapter_is_named(params, workspace):
     adapter = Path("adapter")
-    with pytest.raises(UserError, match=r"adapter: holds no adapter_model.safetensors; .* dvc repro train"):
+    with pytest.raises(UserError, match=r"adapter: holds no adapter_model.safetensors; copy the whole"):
         subjects(params, adapter)
     adapter.mkdir()
     (adapter / "config.json").write_text("{}")
@@ -530,7 +530,23 @@ def test_the_guides_words_have_no_gaps():
     assert [target("VidoreDocVQARetrieval", value) for value in (0.64, 0.65, 0.81)] == [
         "below 65-80", "within 65-80", "above 65-80"
     ]  # fmt: skip
-    assert target("Other", 0.5) == "" and band("demo", 0.8) == ""
+    assert target("Other", 0.5) == ""
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "expected"),
+    [
+        ("ViDoRe(v2)", "good"), ("ViDoRe(v1&v2)", "good"), ("VidoreDocVQARetrieval", "good"),
+        ("Vidore2ESGReportsHLRetrieval", "good"), ("ViDoRe(v3)", "no band"), ("ViDoRe(v3.1)", "no band"),
+        ("Vidore3HrRetrieval", "no band"), ("Vidore3HrRetrieval.v2", "no band"), ("demo", ""), ("KoViDoRe(v2)", ""),
+        ("vidore-of-mine", ""),
+    ],
+)  # fmt: skip
+def test_the_guides_bands_are_for_vidore_v1_and_v2_only(benchmark, expected):
+    assert band(benchmark, 0.6) == expected
+    values = dict.fromkeys(METRICS, 0.6)
+    [_, _, line, *_] = table({"trained": {benchmark: values | {"tasks": {"Task": values}}}}).splitlines()
+    assert len(line) <= 80 and line.endswith(f" 60.0    60.0 {expected}".rstrip()), line
 
 
 def test_report_rows_and_table():

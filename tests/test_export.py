@@ -37,6 +37,7 @@ def top(evaluated, tmp_path):  # noqa: F811
 def test_it_scores_as_its_adapter_and_its_card_holds_the_results(top, pages):
     code, log = fork(top, "export", "adapter", "--out", "exported/demo")
     assert code == 0 and "its results are in its card" in log, log
+    assert "export: checking adapter" in log and "export: merging adapter into its base, writing exported/demo" in log
     out = top / "exported" / "demo"
     assert {file.name for file in out.iterdir()} == FILES
     assert len({file.stat().st_mode for file in out.iterdir()}) == 1

@@ -1,9 +1,11 @@
 """The rules of training health: on recorded runs, on curves made for each, and as they are said while a run goes."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
+import re
 import time
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import torch
 from conftest import ROOT
 
 from bench.curves import EXPECTED, FOLDER, TUNED_ON, judge
+from colintern.guide import bounds_for
 from colintern.params import load
 from colintern.training.health import BAD, OK, WARN, Curve, findings, health, line, report, stored
 from colintern.training.watch import Pace, Watch, memory_share, pace_findings
@@ -19,10 +22,11 @@ from colintern.training.watch import Pace, Watch, memory_share, pace_findings
 CURVES = sorted(FOLDER.glob("*.json"))
 PARAMS = dataclasses.replace(load(ROOT / "recipes" / "demo.yaml"), epochs=4, warmup_steps=10)
 CHANCE = 0.03
+BOUNDS = bounds_for(1_028_224)  # of demo/base: lr 3e-3 to 1e-2, batch 32
 REMEDIES = {
     "good": "",
     "good, cosine, batch 32": "",
-    "lr 5e-5": "lr: 0.00015;",
+    "lr 5e-5": "lr: 0.003;",
     "lr 2e-2": "lr: 0.0067,",
     "batch 2, 1 epoch": "batch_size: 32",
     "1 epoch": "epochs: 5",
@@ -54,9 +58,9 @@ def test_more_digits_and_longer_logs_change_no_verdict(name):
     chance = judgement_chance(found)
     losses = [row for row in found["log"] if "loss" in row]
     rest = [row for row in found["log"] if "loss" not in row]
-    assert health([*losses[1::2], *rest], params, chance).verdict == judgement.verdict
+    assert health([*losses[1::2], *rest], params, chance, BOUNDS).verdict == judgement.verdict
     exact = [row | {"loss": row["loss"] * (1 + 1e-5)} for row in losses]
-    assert health([*exact, *rest], params, chance).verdict == judgement.verdict
+    assert health([*exact, *rest], params, chance, BOUNDS).verdict == judgement.verdict
 
 
 def judgement_chance(found) -> float:
@@ -87,11 +91,11 @@ def curve(
 
 
 def verdicts(log, params=PARAMS) -> dict[str, str]:
-    return {f.name: f.verdict for f in findings(Curve(log, params, CHANCE, done=True)) if f.verdict != OK}
+    return {f.name: f.verdict for f in findings(Curve(log, params, CHANCE, BOUNDS, done=True)) if f.verdict != OK}
 
 
 def test_a_good_curve_breaks_no_rule():
-    judgement = health(curve(), PARAMS, CHANCE)
+    judgement = health(curve(), PARAMS, CHANCE, BOUNDS)
     assert (judgement.verdict, judgement.why, judgement.remedy) == ("learned", "", "")
     assert [f.verdict for f in judgement.findings] == [OK] * 8
 
@@ -122,7 +126,7 @@ def test_a_good_curve_breaks_no_rule():
 def test_each_rule_speaks_where_it_is_broken(log, broken, verdict):
     found = verdicts(log)
     assert {name: found.get(name) for name in broken} == broken
-    judgement = health(log, PARAMS, CHANCE)
+    judgement = health(log, PARAMS, CHANCE, BOUNDS)
     assert judgement.verdict == verdict
     assert all(f.remedy for f in judgement.findings if f.verdict != OK)
 
@@ -137,73 +141,117 @@ def test_hard_negatives_count_as_pages_of_the_batch():
     """The loss of a model that knows nothing is log(96) with two negatives a row: 4.56, not 3.47."""
     params = dataclasses.replace(PARAMS, negatives=2)
     flat = curve(share=lambda x: 1.0, pages=96, dev=(0.5,) * 4)
-    assert health(flat, params, CHANCE).verdict == "collapsed"
+    assert health(flat, params, CHANCE, BOUNDS).verdict == "collapsed"
     fallen = curve(share=lambda x: 0.9, pages=32, dev=(0.5,) * 4)  # above log(32) x 0.85, far below log(96)
-    assert health(fallen, PARAMS, CHANCE).verdict == "too slow"
+    assert health(fallen, PARAMS, CHANCE, BOUNDS).verdict == "too slow"
     assert verdicts(fallen, params)["loss by epoch"] == WARN
 
 
 def test_the_remedy_follows_from_the_cause():
-    dead = health(curve(share=lambda x: 1.0, norm=lambda x: 0.001), PARAMS, CHANCE)
-    slow = health(curve(share=lambda x: 1.0 - 0.1 * x), PARAMS, CHANCE)
-    short = health(curve(share=lambda x: max(0.7, 1.1 - 3 * x)), PARAMS, CHANCE)
-    assert dead.remedy.startswith("lr: 0.002,") and slow.remedy.startswith("lr: 0.018;")
+    dead = health(curve(share=lambda x: 1.0, norm=lambda x: 0.001), PARAMS, CHANCE, BOUNDS)
+    slow = health(curve(share=lambda x: 1.0 - 0.1 * x), PARAMS, CHANCE, BOUNDS)
+    short = health(curve(share=lambda x: max(0.7, 1.1 - 3 * x)), PARAMS, CHANCE, BOUNDS)
+    assert dead.remedy.startswith("lr: 0.003, the lowest for this size, or more warmup_steps than 10;")
+    assert slow.remedy.startswith("lr: 0.01, the highest for this size, and epochs: 8;")
     assert short.remedy == "epochs: 8"
+
+
+FAULTY_CURVES = [
+    curve(share=lambda x: math.nan if x > 0.5 else 1.0),
+    curve(share=lambda x: 1.0, norm=lambda x: 0.001),
+    curve(share=lambda x: 1.0 - 0.1 * x),
+    curve(share=lambda x: max(0.7, 1.1 - 3 * x)),
+    curve(share=lambda x: 0.3 + 0.2 * (round(x * 40) % 2)),
+    curve(norm=lambda x: 30.0 if round(x * 40) % 3 == 0 else 1.5),
+    curve(dev=(0.5, 0.9, 0.8, 0.6)),
+    curve(dev=(0.5, 0.3, 0.1, 0.04)),
+]
+
+
+@pytest.mark.parametrize("size", [1_028_224, 905_300_000, 4_700_000_000])
+def test_remedies_stay_within_the_bounds_and_the_training_pairs(size):
+    bounds = bounds_for(size)
+    low, high = bounds.lr
+    rates = (low / 30, low, (low * high) ** 0.5, high, 30 * high)
+    for log, lr, batch, epochs in itertools.product(FAULTY_CURVES, rates, (2, 8, 32, 64, 4096), (1, 4, 8)):
+        scaled = [row | {"epoch": row["epoch"] * epochs / 4} for row in log]
+        params = dataclasses.replace(PARAMS, lr=lr, batch_size=batch, epochs=epochs)
+        pairs = Curve(scaled, params, CHANCE, bounds, done=True).pairs
+        assert pairs == 200 // epochs * batch
+        for finding in health(scaled, params, CHANCE, bounds).findings:
+            assert bool(finding.remedy) == (finding.verdict != OK)
+            for value in re.findall(r"\blr: ([\d.e-]+)", finding.remedy):
+                assert low <= float(value) <= high and float(value) != lr, finding
+            for value in re.findall(r"\bbatch_size: (\d+)", finding.remedy):
+                assert max(batch + 1, bounds.batch) <= int(value) <= pairs, finding
+            for value in re.findall(r"\bepochs: (\d+)", finding.remedy):
+                assert int(value) > epochs, finding
+            assert "fewer epochs" not in finding.remedy or epochs > bounds.epochs, finding
+
+
+def test_a_batch_larger_than_the_data_is_suggested_with_more_pairs():
+    few = [row | {"epoch": row["epoch"] * 10} for row in curve(share=lambda x: 1.0 - 0.1 * x)]  # 5 steps an epoch
+    params = dataclasses.replace(PARAMS, batch_size=4, epochs=40)
+    assert "more training pairs, for batch_size 32 (an epoch uses 20);" in health(few, params, CHANCE, BOUNDS).remedy
 
 
 def test_a_run_of_one_epoch_is_too_slow_where_its_first_quarter_was():
     """The first curve is that of the demo with lr 5e-5: 0.94 of log(32) after a quarter, 0.80 at the end."""
     params = dataclasses.replace(PARAMS, epochs=1)
     slow, short = (
-        health([row | {"epoch": row["epoch"] / 4} for row in curve(share)], params, CHANCE)
+        health([row | {"epoch": row["epoch"] / 4} for row in curve(share)], params, CHANCE, BOUNDS)
         for share in (lambda x: 0.8 + 0.46 * math.exp(-4.8 * x), lambda x: max(0.7, 1.1 - 3 * x))
     )
-    assert (slow.verdict, slow.remedy[:10]) == ("too slow", "lr: 0.018;")
+    assert (slow.verdict, slow.remedy[:9]) == ("too slow", "lr: 0.01,")
     assert (short.verdict, short.remedy) == ("undertrained", "epochs: 5")
 
 
 def test_a_warm_up_that_outlasts_the_run_is_made_shorter():
     """No more of a learning rate that never came to its peak."""
     slow = curve(share=lambda x: 1.0 - 0.1 * x)
-    assert health(slow, dataclasses.replace(PARAMS, warmup_steps=400), CHANCE).remedy == "warmup_steps: 20"
+    assert health(slow, dataclasses.replace(PARAMS, warmup_steps=400), CHANCE, BOUNDS).remedy == "warmup_steps: 20"
 
 
 def test_a_ranking_that_was_better_before_asks_for_less_and_not_for_more(capsys):
     """Trial with lr 0.018 of a study: dev 0.454, then chance, while the loss has risen by less than a tenth."""
     replay(curve(share=lambda x: 0.8 if x < 0.4 else 0.84, dev=(0.4, 0.03)))
     said = capsys.readouterr().out
-    assert "bad  dev NDCG@5" in said and "lr: 0.002, or more" in said and "lr: 0.018" not in said
+    assert "bad  dev NDCG@5" in said and "lr: 0.003, the lowest" in " ".join(said.split()) and "lr: 0.01" not in said
 
 
 def test_a_run_of_one_epoch_is_not_told_to_take_fewer():
-    found = health(curve(dev=(0.5, 0.9, 0.8, 0.6)), dataclasses.replace(PARAMS, epochs=1), CHANCE).findings
-    assert [f.remedy for f in found if f.name == "dev NDCG@5"] == ["a lower lr"]
+    found = health(curve(dev=(0.5, 0.9, 0.8, 0.6)), dataclasses.replace(PARAMS, epochs=1), CHANCE, BOUNDS).findings
+    assert [f.remedy for f in found if f.name == "dev NDCG@5"] == [
+        "lr: 0.003, the lowest for this size, or more warmup_steps than 10"
+    ]
 
 
 def test_what_is_stored_can_be_compared_and_holds_the_remedy():
-    found = stored(health(curve(dev=(0.5, 0.9, 0.8, 0.6)), PARAMS, CHANCE).findings)
-    assert found["wrong"] == {"dev NDCG@5": "warn -> fewer epochs, or a lower lr"}
+    found = stored(health(curve(dev=(0.5, 0.9, 0.8, 0.6)), PARAMS, CHANCE, BOUNDS).findings)
+    assert found["wrong"] == {
+        "dev NDCG@5": "warn -> fewer epochs, or lr: 0.003, the lowest for this size, or more warmup_steps than 10"
+    }
     assert found["values"]["dev NDCG@5"] == 0.6 and len(found["values"]) == 8
 
 
 def test_chance_is_high_among_a_few_dev_pages():
     """Of 5 pages a random ranking scores 0.59, and no score is twice that."""
-    assert health(curve(dev=(0.7, 0.8, 0.9, 0.95)), PARAMS, 0.59).verdict == "learned"
-    assert health(curve(dev=(0.7, 0.7, 0.7, 0.7)), PARAMS, 0.59).verdict == "collapsed"
+    assert health(curve(dev=(0.7, 0.8, 0.9, 0.95)), PARAMS, 0.59, BOUNDS).verdict == "learned"
+    assert health(curve(dev=(0.7, 0.7, 0.7, 0.7)), PARAMS, 0.59, BOUNDS).verdict == "collapsed"
 
 
 def test_a_symmetric_loss_with_negatives_knows_nothing_below_log_of_the_pages():
     """32 queries, 128 pages: (log 128 + log 32) / 2 = 4.16, and log 128 is 4.85."""
     params = dataclasses.replace(PARAMS, symmetric_loss=True, negatives=3, batch_size=32)
     log = curve(share=lambda x: 1.0, norm=lambda x: 0.001, dev=(0.03,) * 4, pages=64)  # (log 64) is that mean
-    judged = health(log, params, CHANCE)
-    assert judged.verdict == "collapsed" and f"lr: {params.lr / 3:.2g}, or more warmup" in judged.remedy
+    judged = health(log, params, CHANCE, BOUNDS)
+    assert judged.verdict == "collapsed" and judged.remedy.startswith("lr: 0.003, the lowest")
     assert "1.00 of 4.16" in report(judged)
 
 
 def replay(log, start=0, params=PARAMS) -> Watch:
     """Show a watch the rows one by one, as the Trainer does."""
-    watch = Watch(params, CHANCE)
+    watch = Watch(params, CHANCE, BOUNDS)
     ordered = sorted(log, key=lambda row: row["step"])
     watch.on_train_begin(None, SimpleNamespace(log_history=ordered[:start], global_step=0), None)
     for n in range(start + 1, len(ordered) + 1):
@@ -239,9 +287,12 @@ def test_a_log_without_a_whole_epoch_in_it_is_judged_at_its_end():
     """A row every 15 of 18 steps of the only epoch; a row beyond the first epoch only."""
     params = dataclasses.replace(PARAMS, epochs=1)
     short = [{"step": 15, "epoch": 15 / 18, "loss": 3.4, "grad_norm": 2.0, "learning_rate": 1e-3}]
-    assert health([*short, {"step": 18, "epoch": 1.0, "eval_ndcg_at_5": 0.3}], params, CHANCE).verdict == "collapsed"
+    assert (
+        health([*short, {"step": 18, "epoch": 1.0, "eval_ndcg_at_5": 0.3}], params, CHANCE, BOUNDS).verdict
+        == "collapsed"
+    )
     late = [{"step": 60, "epoch": 1.5, "loss": 0.5, "grad_norm": 2.0, "learning_rate": 1e-3}]
-    assert health(late, dataclasses.replace(PARAMS, epochs=2), CHANCE).verdict == "learned"
+    assert health(late, dataclasses.replace(PARAMS, epochs=2), CHANCE, BOUNDS).verdict == "learned"
 
 
 def test_the_machines_values_are_judged_by_the_guides_bands():

@@ -228,6 +228,8 @@ def test_mined_negatives_train(tmp_path):
     done = colintern("--top", "12", "--margin", "0.999", "--keep", "3")
     assert done.returncode == 0, done.stderr
     assert "40 rows" in done.stdout and "left out: " in done.stdout
+    phases = ["mine: checking the base and the training pages", "mine: loading experiments/colintern"]
+    assert [line for line in done.stderr.splitlines() if line.startswith("mine: ")] == phases
     first = Path(MINED).read_bytes()
     made = json.loads(parquet.read_schema(MINED).metadata[b"colintern"])
     assert made["limits"] == {"top": 12, "margin": 0.999, "keep": 3} and len(made["adapter_sha256"]) == 64

@@ -34,7 +34,7 @@ ROOMS = [
     {"files"},
     {"tiles", "pixels", "maxsim", "causal"},
     {"params"},
-    {"rules", "terminal", "memory"},
+    {"rules", "guide", "terminal", "memory"},
 ]
 
 

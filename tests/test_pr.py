@@ -136,6 +136,16 @@ def test_a_base_that_is_none_is_refused(clone):
         assert done.returncode == 2 and f"error: BASE: '{base}' is no revision here" in done.stdout
 
 
+def test_head_as_its_own_base_is_refused_with_what_to_do(clone):
+    for prepare, base, said in (
+        ("true", "faster", "check out the branch to compare, or give an older commit, such as make"),
+        ("echo >> eval.py", "HEAD", "commit your changes on a branch first, or"),
+    ):
+        done = clone.run(f"{prepare} && {RUN}/pr_report.py {base}")
+        assert done.returncode == 2 and f"error: BASE: '{base}' is the commit that is checked out" in done.stdout
+        assert said in done.stdout, done.stdout
+
+
 def edit_lock(repo: Repo, change) -> None:
     yaml = YAML()
     lock = yaml.load(repo.path / "dvc.lock")

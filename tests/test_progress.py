@@ -7,6 +7,7 @@ import re
 import struct
 import termios
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import ROOT
 from processes import kill
 from small_run import STEPS, at_step
 
+from colintern.files import progress as bars
 from colintern.params import load
 from colintern.training import progress
 from colintern.training.progress import Progress
@@ -89,3 +91,19 @@ def test_rows_of_a_long_run_come_every_half_minute(monkeypatch, capsys, seconds)
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 199 if seconds == 0 else len(rows) < 40
     assert max(map(len, rows)) <= 80
+
+
+def test_a_log_gets_a_line_of_a_long_loop_every_half_minute_and_none_of_a_short_one(monkeypatch, capsys):
+    assert bars.LOG_INTERVAL == 30
+    monkeypatch.setattr(bars, "LOG_INTERVAL", 0.1)
+    assert sum(bars.ProgressBar([1, 2, 3], desc="short")) == 6
+    with bars.ProgressBar(total=10, desc="fetching") as bar:
+        bar.write("a file failed; trying again in 1 s")
+    assert "\r" not in capsys.readouterr().err
+    for _ in bars.ProgressBar(range(35), desc="indexing", unit="page"):
+        time.sleep(0.01)
+    text = capsys.readouterr().err
+    *lines, last = text.strip().splitlines()
+    assert 2 <= len(lines) <= 4 and re.match(r"indexing: 35/35 \[00:00<00:00, +\d+", last), lines
+    assert all(re.match(r"indexing: \d+/35 \[00:00<00:00, +[\d.]+page/s\]$", line) for line in lines), lines
+    assert "\r" not in text and "\x1b" not in text

@@ -11,16 +11,15 @@ import pytest
 from conftest import BASE, ROOT
 from pages import documented, words
 
+from colintern import guide as guide_rules
 from colintern.cli import main
 from colintern.commands.recommend import _head, _memory_table
+from colintern.guide import DEMO, EPOCHS, bounds_for, optimal_lr, optimal_rank
 from colintern.params import UserError, load
 from colintern.planning import costs as costs_module
-from colintern.planning import guide as guide_rules
 from colintern.planning import recommend as rules
 from colintern.planning.costs import Costs
-from colintern.planning.doctor import DEMO, bounds_for
 from colintern.planning.gpus import GPUS, find
-from colintern.planning.guide import EPOCHS, optimal_lr, optimal_rank
 from colintern.planning.recommend import steps_of, warmup_of
 
 COUNTED: dict[tuple[str, ...], Costs] = {}
@@ -149,7 +148,9 @@ def test_what_is_written_changes_values_only_and_is_what_was_printed(checkout, c
     before = RECIPE
     (checkout / "params.yaml").write_text(RECIPE)  # internvl3_5-1b is its base
     main([*words(documented("colintern recommend --base internvl3_5-1b --gpu rtx-5090"))[1:], "--write", "--json"])
-    told = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    told = json.loads(printed.out)
+    assert printed.err == "recommend: counting memory and operations of a training step of internvl3_5-1b\n"
     values = {value["key"]: value["value"] for value in told["values"]}
     params = load("params.yaml")
     assert {key: getattr(params, key) for key in values} == values

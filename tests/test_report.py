@@ -21,6 +21,7 @@ from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import png_bytes
 from colintern.files.jsonfile import dumps
 from colintern.files.manifest import BEIR_SUFFIXES, local_files
+from colintern.guide import bounds_for
 from colintern.maxsim import maxsim_scores
 from colintern.modeling.embed import embed_queries
 from colintern.modeling.pooling import cut
@@ -95,7 +96,7 @@ def evaluated(tmp_path_factory, processor, pages) -> Path:
 
 def write_health() -> None:
     state = json.loads(Path("adapter/trainer_state.json").read_text())
-    judged = health(state["log_history"], load_params(), chance=0.5)
+    judged = health(state["log_history"], load_params(), 0.5, bounds_for(0))
     Path("adapter", HEALTH).write_text(dumps({"verdict": judged.verdict} | stored(judged.findings)))
 
 
@@ -103,6 +104,7 @@ def write_health() -> None:
 def report(evaluated) -> Path:
     code, log = fork(evaluated, "report", "adapter", "--out", "report.html")
     assert code == 0, log
+    assert re.search(r"report: drawing the worst 30 of \d+ queries below NDCG@5 1", log), log
     assert re.search(r"report.html: 30 queries with 90 pages, \d\.\d MB", log), log
     return evaluated / "report.html"
 

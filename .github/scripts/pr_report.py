@@ -53,6 +53,12 @@ def lock() -> str:
 def report(revision: str) -> str:
     base, head = commit(revision), commit("HEAD")
     dirty = run("git", "status", "--porcelain", "--untracked-files=no")[1]
+    if base == head:
+        first = "commit your changes on a branch first" if dirty else "check out the branch to compare"
+        refuse(
+            f"BASE: {revision!r} is the commit that is checked out, {head}, so there is nothing to compare: {first}, "
+            f"or give an older commit, such as make pr-report BASE=HEAD~1"
+        )
     parts = [
         f"## {head} against {base}",
         "Changes that are not committed are not in this." if dirty else "",

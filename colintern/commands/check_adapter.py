@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from colintern.files.paths import require_model
 from colintern.params import UserError, root
 
 SUMMARY = "tell whether an adapter was trained, is whole, and fits its base; exit 1 if not"
@@ -21,8 +22,7 @@ def run(args: argparse.Namespace) -> None:
     import math
     import warnings
 
-    if not args.folder.is_dir():
-        raise UserError(f"{args.folder}: is no folder; give that of an adapter, such as experiments/colintern")
+    require_model("FOLDER", args.folder, merged=False)
     if args.base and not (root() / args.base).is_dir():
         raise UserError(f"--base: {args.base} is no folder here; give the one the adapter was trained on")
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own

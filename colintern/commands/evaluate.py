@@ -43,8 +43,15 @@ def run(args: argparse.Namespace) -> None:
     import csv
     import warnings
 
-    from colintern.files.manifest import arrow_cache
+    from colintern.files.manifest import arrow_cache, benchmark_folder, local
 
+    for benchmark in settings[0].benchmarks:
+        if local(benchmark):
+            benchmark_folder(benchmark)
+        elif "/" in benchmark:
+            raise UserError(
+                f"benchmarks: {benchmark!r} is no folder here, and no benchmark of mteb's has a / in its name"
+            )
     arrow_cache()
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.data.benchmarks import from_cache, tasks_for  # `datasets` reads the environment when it is imported

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from colintern.files.paths import require_model, require_writable
 from colintern.params import UserError, load, on_hub
+from colintern.terminal import print_phase
 
 SUMMARY = "write an adapter as a merged model with processor and card; push it to the hub only if asked"
 EXAMPLE = "colintern export experiments/colintern --out exported"
@@ -25,6 +26,8 @@ def run(args: argparse.Namespace) -> None:
     require_model("MODEL", args.model, merged=False)
     if args.push is not None and not on_hub(args.push):
         raise UserError(f"--push: {args.push!r} is no repository; write owner/name")
+    params = load()
+    print_phase(f"export: checking {args.model} and its base")
     import warnings
 
     from colintern.files.manifest import arrow_cache
@@ -40,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     if args.push and offline:
         raise UserError(f"--push: {args.push} cannot be reached, because HF_HUB_OFFLINE is set")
     stay_offline()
-    why = export(load(), args.model, args.out, args.name or args.out.resolve().name)
+    why = export(params, args.model, args.out, args.name or args.out.resolve().name)
     size = sum(file.stat().st_size for file in args.out.iterdir())
     card = f"without results in its card: {why}" if why else "its results are in its card"
     print(f"{args.out}: {size / 1e6:.1f} MB; {card}")

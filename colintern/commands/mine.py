@@ -5,6 +5,7 @@ from pathlib import Path
 
 from colintern.files.paths import require_model, require_new_file
 from colintern.params import UserError, load, root
+from colintern.terminal import print_phase
 
 SUMMARY = "find hard negatives for the training set with a trained adapter"
 EXAMPLE = "colintern mine --adapter experiments/colintern --out data/mined/negatives.parquet"
@@ -46,10 +47,12 @@ def run(args: argparse.Namespace) -> None:
             )
     require_model("--adapter", args.adapter, merged=False)
     require_new_file("--out", root() / args.out)
+    params = load()
     from colintern.files.manifest import ready
 
-    params = load()
+    print_phase("mine: checking the base and the training pages")
     ready(params)
+    print_phase(f"mine: loading {args.adapter}")
     from colintern.training.mining import (  # only now: `datasets` looks at its import whether it may ask the hub
         Limits,
         mine,

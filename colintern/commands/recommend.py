@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from colintern.files.paths import require_base
 from colintern.params import Params, UserError, load, write
 from colintern.rules import mixture
+from colintern.terminal import print_phase
 
 if TYPE_CHECKING:
     from colintern.planning.recommend import Plan, Value
@@ -41,10 +42,11 @@ def run(args: argparse.Namespace) -> None:
     require_base(base, params)
     data, rows, pages = _data(args, params)
     memory = _memory(args.gpu_memory)
+    print_phase(f"recommend: counting memory and operations of a training step of {base}")
     import torch
 
+    from colintern import guide
     from colintern.modeling.bases import config
-    from colintern.planning import guide
     from colintern.planning import recommend as rules
     from colintern.planning.costs import Costs, parameters
     from colintern.planning.gpus import GPUS

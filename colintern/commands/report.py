@@ -5,6 +5,7 @@ from pathlib import Path
 
 from colintern.files.paths import require_model, require_new_file
 from colintern.params import UserError, load
+from colintern.terminal import print_phase
 
 SUMMARY = "write an HTML file on an evaluated model: verdict, curves, scores, worst queries with heatmaps"
 EXAMPLE = "colintern report experiments/colintern"
@@ -33,6 +34,8 @@ def run(args: argparse.Namespace) -> None:
     if args.results and not (args.results / "run.json").is_file():
         raise UserError(f"--results: {args.results} holds no run.json; give an evaluation's folder")
     require_new_file("--out", args.out or Path("results/report/name.html"))
+    params = load()
+    print_phase(f"report: reading the evaluation of {args.model}")
     import warnings
 
     from colintern.files.manifest import arrow_cache
@@ -46,13 +49,13 @@ def run(args: argparse.Namespace) -> None:
     from colintern.reporting.report import report
 
     stay_offline()
-    params = load()
     subject = subjects(params, args.model)["trained"]
     folder = find(subject.revision, args.results)
     params = as_evaluated(params, folder)
     found = evaluation(params, folder)
     subject = subjects(params, args.model)["trained"]
     tasks, rows = [task for _, task in found.pairs], worst(found.rows)
+    print_phase(f"report: drawing the worst {min(args.worst, len(rows))} of {len(rows)} queries below NDCG@5 1")
     cases, passed = failures(subject.encoder(), tasks, rows, args.worst) if rows and args.worst else ([], 0)
     out = args.out or Path("results/report") / f"{args.model.resolve().name}-{subject.revision[:8]}.html"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     if args.html:
         require_new_file("--html", args.html)
     require_writable("--index", args.index or root() / INDEX)
+    params = load()
     import time
     import warnings
 
@@ -58,7 +59,6 @@ def run(args: argparse.Namespace) -> None:
     from colintern.search.index import Index, identity
 
     stay_offline()
-    params = load()
     subject = subjects(params, args.model)["trained"]
     encoder = subject.encoder()
     model, processor = encoder.model, encoder.processor

@@ -10,8 +10,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from colintern.data.collected import Bad, Collected, Shelf, inside, json_lines, query_fault, split_fault, torn
 from colintern.data.pseudo import Text, pseudo_queries
 from colintern.data.query_table import COLUMNS, csv_rows
@@ -25,6 +23,7 @@ from colintern.data.rendering import (
     render_and_store_pages,
 )
 from colintern.files.isolation import Failure, IsolatedPool
+from colintern.files.progress import ProgressBar
 from colintern.files.regular import irregular_type, list_files
 from colintern.params import UserError
 
@@ -106,7 +105,7 @@ def _store_pages(
     pages = [(name, index) for name, count in counts.items() for index in range(count)]
     groups = group_pages(PageRef(files[name], index) for name, index in pages)
     results = pool.map(partial(render_and_store_pages, shelf), groups)
-    bar = tqdm(results, "rendering", len(pages), unit="page", disable=None)
+    bar = ProgressBar(results, "rendering", len(pages), unit="page")
     for (name, index), page in zip(pages, bar, strict=True):
         where = _name(name, index)
         if isinstance(page, Failure):

@@ -1,5 +1,6 @@
 """Scores as a table for people, beside what the guide asks for and what others have published."""
 
+import re
 from typing import NamedTuple
 
 from colintern.evaluation.scores import METRICS, Scores, short
@@ -7,6 +8,8 @@ from colintern.evaluation.scores import METRICS, Scores, short
 # The guide's bands of NDCG@5, lower bound first. It says nothing of 0.30 to 0.50 and of more than 0.85: the first is
 # called fair here, the second excellent.
 BANDS = ((0.70, "excellent"), (0.50, "good"), (0.30, "fair"), (0.10, "poor"), (0.0, "broken"))
+BANDED = re.compile(r"ViDoRe\(v(1|2|1&v2)\)|Vidore2?[A-Z]\w*")  # benchmarks and tasks that the guide knew
+NO_BAND = "no band"
 TARGETS = {  # the guide's, NDCG@5
     "VidoreArxivQARetrieval": (0.60, 0.75),
     "VidoreDocVQARetrieval": (0.65, 0.80),
@@ -42,8 +45,10 @@ COLUMNS = ("v1", "v2 all", "v2 en", "Arxiv", "DocVQA", "Info", "TatDQA")
 
 
 def band(benchmark: str, ndcg: float) -> str:
-    """The guide's word for an NDCG@5 of 0 to 1 on ViDoRe; "" for the demo and other pages, of which it says nothing."""
-    return next(word for low, word in BANDS if ndcg >= low) if benchmark.lower().startswith("vidore") else ""
+    """Return the guide's band of an NDCG@5 from 0 to 1 on ViDoRe v1 or v2, `NO_BAND` on a later one, "" on others."""
+    if BANDED.fullmatch(benchmark):
+        return next(word for low, word in BANDS if ndcg >= low)
+    return NO_BAND if benchmark.startswith(("ViDoRe", "Vidore")) else ""
 
 
 def target(task: str, ndcg: float) -> str:
@@ -58,7 +63,7 @@ def target(task: str, ndcg: float) -> str:
 def table(by_model: dict[str, Scores]) -> str:
     """The scores x100 as text of at most 80 columns: each benchmark's tasks, then its means, for each model.
 
-    The last column is the guide's word for a mean, and its target for a task, both of NDCG@5.
+    The last column is the guide's band for a mean, and its target for a task, both of NDCG@5.
     """
     lines = [f"{'x100':<34}{'model':<10}{'ndcg@5':>7}{'ndcg@10':>8}{'rec@100':>8} verdict"]
     for benchmark in next(iter(by_model.values())):

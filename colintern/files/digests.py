@@ -16,7 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
+from colintern.files.progress import ProgressBar
 
 RECORD = "data/.digests.json"  # below the repository's root; deleting it costs the time to hash again
 WORKERS = 8  # hashing leaves the interpreter alone, so threads use as many cores
@@ -57,7 +57,7 @@ class Digests:
         total = sum(file.stat().st_size for file in files)
         found = []
         with (
-            tqdm(total=total, unit="B", unit_scale=True, desc="checking", disable=None, delay=2) as bar,
+            ProgressBar(total=total, unit="B", unit_scale=True, desc="checking", delay=2) as bar,
             ThreadPoolExecutor(WORKERS) as pool,
         ):
             for digest in pool.map(partial(self, anew=anew), files):

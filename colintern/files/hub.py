@@ -22,10 +22,11 @@ from huggingface_hub._tree_cache import TreeCacheEntry, read_tree_cache, write_t
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils.sha import git_hash
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from colintern.files.digests import Digests
 from colintern.files.hub_errors import PASSING, OfflineError, Repo, brief, explained, offline
+from colintern.files.progress import ProgressBar
 from colintern.files.regular import DANGLING, MISSING, irregular_type
 from colintern.params import UserError
 
@@ -161,7 +162,7 @@ def get(files: Iterable[HubFile], digests: Digests) -> None:
         print(f"fetching {len(missing)} files, {total / 1e9:.2f} GB, into {constants.HF_HUB_CACHE}", flush=True)
     stop = threading.Event()
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="fetching", disable=None, delay=1) as bar,
+        ProgressBar(total=total, unit="B", unit_scale=True, desc="fetching", delay=1) as bar,
         ThreadPool(WORKERS) as pool,  # of daemon threads: Ctrl-C ends the process, not the transfers under way
     ):
         try:

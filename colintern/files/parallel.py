@@ -8,8 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
 
-from tqdm.auto import tqdm
-
+from colintern.files.progress import ProgressBar
 from colintern.params import UserError
 
 START = 2.0  # seconds that a process takes to import what its function needs
@@ -25,7 +24,7 @@ def spread(function: Callable[[Any], Any], tasks: Sequence[Any], label: str, uni
     """
     here = 0
     end = time.monotonic() + START
-    with tqdm(total=len(tasks), desc=label, unit=unit, disable=None) as bar:
+    with ProgressBar(total=len(tasks), desc=label, unit=unit) as bar:
         while here < len(tasks) and time.monotonic() < end:
             yield function(tasks[here])
             bar.update()

@@ -7,6 +7,7 @@ from colintern.files.regular import require_regular_file
 from colintern.params import Params, UserError, at_commit, on_hub, root
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+TRAIN_OUT = Path("experiments/colintern")  # of dvc.yaml
 PRESETS = ("internvl3_5-1b", "internvl3_5-2b", "internvl3_5-4b", "internvl3_5-8b")  # configs that are shipped
 
 
@@ -25,10 +26,17 @@ def require_model(key: str, folder: Path, merged: bool = True) -> None:
         if not os.path.lexists(folder / name):
             merged_too = ", nor a merged model's config.json" if merged else ""
             raise UserError(
-                f"{key}: {folder}: holds no {name}{merged_too}; give the folder of an adapter, or run the stage that "
-                f"makes it: dvc repro train"
+                f"{key}: {folder}: holds no {name}{merged_too}; give the folder of an adapter, or "
+                f"{suggest_adapter_source(folder)}"
             )
         require_regular_file(folder / name)
+
+
+def suggest_adapter_source(folder: Path) -> str:
+    """Suggest how to get a whole adapter: from the stage train if the folder is its out, else from its origin."""
+    if folder.resolve() == TRAIN_OUT.resolve():
+        return "run the stage that makes it: dvc repro train"
+    return "copy the whole folder again from where it was trained or downloaded"
 
 
 def require_evaluated_model(name: str) -> None:

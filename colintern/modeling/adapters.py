@@ -18,6 +18,7 @@ from colintern.files.adapter import ADAPTER, AdapterFiles, find_faults, read_ada
 from colintern.files.hub_errors import Repo
 from colintern.files.identity import IDENTITY_FILE, read_identity
 from colintern.files.manifest import digests
+from colintern.files.paths import suggest_adapter_source
 from colintern.model import meta_model
 from colintern.modeling.embed import embed_pages, embed_queries
 from colintern.modeling.loading import load_model, read_processor
@@ -53,14 +54,14 @@ def read_adapter(folder: Path) -> Adapter:
         raise UserError(f"{folder}: is no folder; give that of an adapter, such as experiments/colintern")
     for name in (*ADAPTER, IDENTITY_FILE):
         if not os.path.lexists(folder / name):
-            raise UserError(f"{folder / name}: missing; run the stage that makes it: dvc repro train")
+            raise UserError(f"{folder / name}: missing; {suggest_adapter_source(folder)}")
     files, identity = read_adapter_files(folder), read_identity(folder)
     lacking = [key for key in ("base", "start", "params") if key not in identity]
     lacking += [f"base.{key}" for key in ("folder", "revision", "files") if key not in identity.get("base", {})]
     if lacking or "head" not in identity["start"]:
         raise UserError(
             f"{folder / IDENTITY_FILE}: does not say what training started from (no {(lacking or ['start.head'])[0]})"
-            f", so it is older than this check; make the adapter again: dvc repro -f train"
+            f", so it is older than this check; train it again with this version, such as with dvc repro -f train"
         )
     return Adapter(files, identity)
 

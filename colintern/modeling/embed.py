@@ -33,7 +33,7 @@ def embed_features(model: nn.Module, processor: Any, features: Iterable[Tensor],
     return _embed(model, process, features, batch_size)
 
 
-def embed_queries(model: nn.Module, processor: Any, queries: Sequence[str], batch_size: int) -> list[Tensor]:
+def embed_queries(model: nn.Module, processor: Any, queries: Iterable[str], batch_size: int) -> list[Tensor]:
     """One (tokens, 128) float32 tensor a query, on the CPU, in the order of `queries`; see `embed_pages`."""
     return _embed(model, processor.process_queries, queries, batch_size)
 

@@ -18,10 +18,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from colintern.files.identity import content_hash
 from colintern.files.lock import locked
+from colintern.files.progress import ProgressBar
 from colintern.modeling import fp8
 from colintern.modeling.cache import TensorCache
 from colintern.modeling.workers import check_workers, init_worker, stop_workers_on_exit
@@ -132,7 +132,7 @@ class PageFeatures:
                 generator=torch.Generator(),
                 worker_init_fn=init_worker,
             )
-            bar = tqdm(loader, desc="page features", unit="page", disable=None if missing else True)
+            bar = ProgressBar(loader, desc="page features", unit="page", disable=not missing)
             for key, tiles in zip(missing, bar, strict=True):
                 self._put(key, tiles)
                 computed += 1

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from colintern.files.adapter import CONFIG_FILE, WEIGHTS_FILE, describe_error, read_adapter_config
 from colintern.files.jsonfile import read_json_object
+from colintern.files.paths import suggest_adapter_source
 from colintern.files.regular import require_regular_file
 from colintern.model import ColIntern3_5
 from colintern.modeling.attention import implementation
@@ -27,7 +28,7 @@ def require_adapter(adapter: Path) -> None:
     """Raises UserError where a folder holds no adapter."""
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         if not (adapter / name).is_file():
-            raise UserError(f"{adapter}: holds no {name}; run the stage that makes it: dvc repro train")
+            raise UserError(f"{adapter}: holds no {name}; {suggest_adapter_source(adapter)}")
 
 
 def require_merged(folder: Path) -> None:

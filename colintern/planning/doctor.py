@@ -9,11 +9,11 @@ from collections.abc import Callable
 from textwrap import fill
 from typing import Any, NamedTuple
 
+from colintern.guide import DEMO, Bounds, bounds_for
 from colintern.model import meta_model
 from colintern.modeling.attention import lacking
 from colintern.modeling.lora import FLOAT32, examine, faults, notes
 from colintern.params import Params, UserError
-from colintern.planning.guide import BATCH, EPOCHS, SMALLEST, lr_bounds, optimal_lr, other_lr
 from colintern.planning.machine import Machine, machine
 from colintern.rules import kernel_at
 from colintern.training.checkpoints import room
@@ -23,28 +23,6 @@ GB = 1e9
 RESERVE = 2 * 2**30  # left free by the feature cache
 DRIVERS = {"12": "525.60.13", "13": "580.65.06"}  # oldest Linux driver of a CUDA series: NVIDIA, CUDA release notes
 GUIDE_GPU = 16 * 2**30  # the guide's least GPU
-
-
-class Bounds(NamedTuple):
-    """What is expected of a base; `lr` from the one to the other."""
-
-    name: str
-    epochs: int
-    batch: int
-    lr: tuple[float, float]
-    lr_source: str
-
-
-DEMO = "demo"  # every base that the guide's rules do not reach
-
-
-def bounds_for(parameters: int) -> Bounds:
-    """What is expected of a base of so many parameters."""
-    if parameters < SMALLEST:
-        return Bounds(DEMO, 1, 32, (3e-3, 1e-2), "6e-3 gives 82.7, 5e-4 58.3, 2e-2 collapses")
-    rates = sorted({optimal_lr(parameters), other_lr(parameters)}, reverse=True)
-    source = "the guide: " + " or ".join(f"{rate:g}" for rate in rates)
-    return Bounds(f"{parameters / 1e9:.1f} B", EPOCHS, BATCH, lr_bounds(parameters), source)
 
 
 class Facts(NamedTuple):

@@ -9,10 +9,10 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from colintern.guide import BATCH, EPOCHS, SMALLEST, optimal_lr, optimal_rank
 from colintern.params import UserError
 from colintern.planning.costs import Costs, Setting, Step
 from colintern.planning.gpus import ASSUMED, GPUS, Gpu, seconds
-from colintern.planning.guide import BATCH, EPOCHS, SMALLEST, optimal_lr, optimal_rank
 from colintern.tiles import INTERNVL_TILE, choose_grid
 
 GIB = 2**30

@@ -17,8 +17,9 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from colintern.files import hub
 from colintern.files.hub_errors import Repo, explained, offline
 from colintern.files.manifest import MANIFEST
+from colintern.guide import DEMO
 from colintern.params import Params, on_hub
-from colintern.planning.doctor import DEMO, FAIL, PASS, WARN, Answer, Facts
+from colintern.planning.doctor import FAIL, PASS, WARN, Answer, Facts
 from colintern.rules import kernel_at, mixture, unsupported_path_characters
 
 TIMEOUT = 10  # seconds for an answer of the hub

@@ -15,6 +15,7 @@ from colintern.modeling.loading import load_processor
 from colintern.params import Params, UserError
 from colintern.reporting.card import card
 from colintern.reporting.evaluated import FULL, Evaluation, as_evaluated, evaluation, find
+from colintern.terminal import print_phase
 
 
 def export(params: Params, folder: Path, out: Path, name: str) -> str:
@@ -32,6 +33,7 @@ def export(params: Params, folder: Path, out: Path, name: str) -> str:
         raise UserError(f"{folder}: {wrong[0].name}: {wrong[0].found}; see: colintern check-adapter {folder}")
     revision = subjects(params, folder)["trained"].revision
     found, why = _evaluation(params, revision)
+    print_phase(f"export: merging {folder} into its base, writing {out}")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -63,6 +65,7 @@ def push(folder: Path, name: str) -> str:
     Raises:
         UserError: what the hub says, such as a token that may not write.
     """
+    print_phase(f"export: pushing {folder} to {name}")
     api = HfApi()
     try:
         api.create_repo(name, private=True, exist_ok=True)

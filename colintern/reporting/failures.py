@@ -8,6 +8,7 @@ from mteb.abstasks.abstask import AbsTask
 
 from colintern.data.benchmarks import from_cache
 from colintern.evaluation.scores import short
+from colintern.files.progress import ProgressBar
 from colintern.modeling.embed import embed_queries
 from colintern.modeling.pooling import cut
 from colintern.mteb_model import ColIntern3_5Encoder
@@ -49,12 +50,14 @@ def failures(
     by_name = {task.metadata.name: task for task in tasks}
     corpora: dict[str, Corpus] = {}
     cases: list[Case] = []
-    for seen, row in enumerate(rows):
-        if len(cases) == number:
-            return cases, seen - number
-        corpus = corpora.get(row["task"]) or corpora.setdefault(row["task"], Corpus(by_name[row["task"]]))
-        if right := corpus.right(row["subset"], row["query_id"]):
-            cases.append(_failure(encoder, corpus, row, right))
+    with ProgressBar(total=min(number, len(rows)), desc="worst queries", unit="query") as bar:
+        for seen, row in enumerate(rows):
+            if len(cases) == number:
+                return cases, seen - number
+            corpus = corpora.get(row["task"]) or corpora.setdefault(row["task"], Corpus(by_name[row["task"]]))
+            if right := corpus.right(row["subset"], row["query_id"]):
+                cases.append(_failure(encoder, corpus, row, right))
+                bar.update()
     return cases, len(rows) - len(cases)
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from colintern.data.collected import Bad
 from colintern.files.identity import content_hash, fingerprint
 from colintern.files.jsonfile import dumps
 from colintern.files.lock import locked
+from colintern.files.progress import ProgressBar
 from colintern.files.regular import MISSING, irregular_type
 from colintern.maxsim import maxsim_scores
 from colintern.modeling.cache import TensorCache
@@ -90,7 +90,7 @@ class Index:
     def fill(self, wanted: Sequence[Source], model: Any, processor: Any, batch: int, bad: list[Bad]) -> int:
         """Embed the pages that are not known; how many were embedded. What cannot be rendered goes to `bad`."""
         todo = self.missing(wanted)
-        pages = iter(tqdm(images(todo, bad), total=len(todo), desc="indexing", unit="page", disable=None))
+        pages = iter(ProgressBar(images(todo, bad), total=len(todo), desc="indexing", unit="page"))
         done = unsaved = 0
         try:
             while part := list(islice(pages, batch)):

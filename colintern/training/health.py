@@ -14,6 +14,7 @@ from statistics import mean, median
 from textwrap import wrap
 from typing import Any, NamedTuple
 
+from colintern.guide import Bounds
 from colintern.params import Params
 
 OK, WARN, BAD = "ok", "warn", "bad"
@@ -24,7 +25,6 @@ SLOW, UNFIT = 0.85, 0.65  # shares of log(P): after an epoch, and at the end of 
 GUIDE = [loss / math.log(16) for loss in (1.50, 1.20, 1.00, 0.85, 0.75)]  # its healthy training, by epoch
 ROUGH = 0.05  # share of log(P) by which rows may jump
 DEAD, JUMP = 0.1, 5  # gradient norm below which nothing moves; times the median that is a spike
-SMALL = 32  # the demo's batch; 8 collapses (README, sensitivity)
 MATCH = "look whether the queries belong to their pages"
 HEALTH = "health.json"  # in an adapter's folder: the verdict and what each rule found
 FEW = 3  # rows without which nothing is said
@@ -62,11 +62,12 @@ class Curve:
     Args:
         log: rows as in trainer_state.json: step, epoch, and loss, grad_norm and learning_rate, or eval_ndcg_at_5.
         chance: NDCG@5 of a random ranking of the dev pages.
+        bounds: recommended for the base's size; every remedy stays within them.
         done: the run is over, also where its last steps are in no row.
     """
 
-    def __init__(self, log: Sequence[Mapping[str, Any]], params: Params, chance: float, done: bool):
-        self.params, self.chance, self.done = params, chance, done
+    def __init__(self, log: Sequence[Mapping[str, Any]], params: Params, chance: float, bounds: Bounds, done: bool):
+        self.params, self.chance, self.bounds, self.done = params, chance, bounds, done
         self.rows = [row for row in log if "loss" in row]
         asked = [row for row in log if "eval_ndcg_at_5" in row]
         self.dev = [row["eval_ndcg_at_5"] for row in asked]
@@ -86,6 +87,11 @@ class Curve:
     def steps(self) -> float:
         """Of the whole run."""
         return self.params.epochs * self.step / self.rows[-1]["epoch"]
+
+    @property
+    def pairs(self) -> int:
+        """Count the training pairs that the steps of an epoch use; the data may have up to a batch more."""
+        return round(self.steps / self.params.epochs) * self.params.batch_size
 
     @property
     def least(self) -> float:
@@ -132,9 +138,33 @@ class Answer(NamedTuple):
     remedy: str
 
 
-def calmer(params: Params) -> str:
-    """What to do about a training that is thrown off."""
-    return f"lr: {params.lr / 3:.2g}, or more warmup_steps than {params.warmup_steps}"
+def suggest_lower_lr(params: Params, bounds: Bounds) -> str:
+    """Suggest a third of the lr, or the lowest of the bounds, against an unstable training."""
+    low, high = bounds.lr
+    lr = min(max(params.lr / 3, low), high)
+    warmup = f"more warmup_steps than {params.warmup_steps}"
+    if lr >= params.lr:
+        return f"{warmup}; no lower lr than {low:g} is recommended for this size"
+    return f"lr: {lr:.2g}{', the lowest for this size,' if lr == low else ','} or {warmup}"
+
+
+def suggest_higher_lr(params: Params, bounds: Bounds) -> str:
+    """Suggest three times the lr, or the highest of the bounds and more epochs, against a slow training."""
+    low, high = bounds.lr
+    lr = min(max(3 * params.lr, low), high)
+    epochs = f"epochs: {2 * params.epochs}"
+    if lr == params.lr:
+        return f"{epochs}; no higher lr than {high:g} is recommended for this size"
+    return f"lr: {lr:.2g}" + (f", the highest for this size, and {epochs}" if lr == high else "")
+
+
+def suggest_larger_batch(c: Curve, batch_size: int) -> str:
+    """Suggest a batch size, or more data where the data cannot fill it; "" where the batch is as large already."""
+    if c.params.batch_size >= batch_size:
+        return ""
+    if batch_size > c.pairs:
+        return f"more training pairs, for batch_size {batch_size} (an epoch uses {c.pairs})"
+    return f"batch_size: {batch_size}"
 
 
 def dead(c: Curve) -> bool:
@@ -149,15 +179,15 @@ def cure(c: Curve) -> str:
     fell = dead(c) or lost or mean(c.tail) > 1.1 * min(c.losses)  # it was better before
     if not fell and c.params.warmup_steps >= c.steps:  # the learning rate never came to its peak
         return f"warmup_steps: {int(c.steps / 10)}"
-    larger = "" if c.params.batch_size >= SMALL else f"; batch_size: {SMALL}"
-    return f"{calmer(c.params) if fell else f'lr: {3 * c.params.lr:.2g}'}{larger}; else {MATCH}"
+    lr = (suggest_lower_lr if fell else suggest_higher_lr)(c.params, c.bounds)
+    return "; ".join(filter(None, [lr, suggest_larger_batch(c, c.bounds.batch), f"else {MATCH}"]))
 
 
 def finite(c: Curve) -> Answer | None:
     numbers = [row[key] for row in c.rows for key in ("loss", "grad_norm") if key in row]
     wrong = sum(not math.isfinite(number) for number in numbers)
     seen = f"{wrong} of {len(numbers)} losses and norms are NaN or infinite"
-    return Answer(False, wrong > 0, wrong, seen, calmer(c.params))
+    return Answer(False, wrong > 0, wrong, seen, suggest_lower_lr(c.params, c.bounds))
 
 
 def known(c: Curve) -> Answer | None:
@@ -192,7 +222,9 @@ def rough(c: Curve) -> Answer | None:
         return None
     # Second differences: a steady fall is not rough; their median: nor is the step from one epoch to the next.
     jump = median(abs(b - (a + d) / 2) for a, b, d in zip(losses, losses[1:], losses[2:], strict=False))
-    remedy = f"batch_size: {max(SMALL, 2 * c.params.batch_size)}, lr: {c.params.lr / 2:.2g}"
+    lower = min(max(c.params.lr / 2, c.bounds.lr[0]), c.bounds.lr[1])
+    lr = f"lr: {lower:.2g}" if lower < c.params.lr else ""
+    remedy = ", ".join(filter(None, [suggest_larger_batch(c, max(c.bounds.batch, 2 * c.params.batch_size)), lr]))
     return Answer(jump > ROUGH, jump > 2 * ROUGH, jump, f"rows jump by {jump:.3f} of {c.unit}", remedy)
 
 
@@ -203,7 +235,7 @@ def gradient(c: Curve) -> Answer | None:
     usual = median(norms)
     spikes = sum(norm > JUMP * usual for norm in norms) / len(norms)
     seen = f"{usual:.2g} (guide: 1-3), highest {max(norms):.2g}, {spikes:.0%} spikes"
-    return Answer(spikes > 0.05, dead(c) or spikes > 0.2, usual, seen, calmer(c.params))
+    return Answer(spikes > 0.05, dead(c) or spikes > 0.2, usual, seen, suggest_lower_lr(c.params, c.bounds))
 
 
 def learning_rate(c: Curve) -> Answer | None:
@@ -222,7 +254,8 @@ def dev_score(c: Curve) -> Answer | None:
         return None
     last, best = c.dev[-1], max(c.dev)
     seen = f"{last:.3f}, best {best:.3f}, chance {c.chance:.3f}"
-    remedy = cure(c) if last < c.least else "a lower lr" if c.params.epochs == 1 else "fewer epochs, or a lower lr"
+    fewer = "fewer epochs, or " if c.params.epochs > c.bounds.epochs else ""
+    remedy = cure(c) if last < c.least else fewer + suggest_lower_lr(c.params, c.bounds)
     return Answer(last < 0.8 * best, last < c.least, last, seen, remedy)
 
 
@@ -246,7 +279,7 @@ def findings(curve: Curve) -> list[Finding]:
     return [judged(name, words, *answer) for name, words, answer in answers if answer]
 
 
-def health(log: Sequence[Mapping[str, Any]], params: Params, chance: float) -> Health:
+def health(log: Sequence[Mapping[str, Any]], params: Params, chance: float, bounds: Bounds) -> Health:
     """A finished run, judged: the first that holds of
 
     - `diverged`: something is not finite;
@@ -255,7 +288,7 @@ def health(log: Sequence[Mapping[str, Any]], params: Params, chance: float) -> H
     - `undertrained`: the loss ends high, but was falling from the start;
     - `learned`.
     """
-    curve = Curve(log, params, chance, done=True)
+    curve = Curve(log, params, chance, bounds, done=True)
     found = findings(curve)
     by_name = {finding.name: finding for finding in found}
 

@@ -7,16 +7,17 @@ arXiv 2407.15831).
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from colintern.data.trainset import asked
 from colintern.files.identity import content_hash, versions
 from colintern.files.manifest import check_base
+from colintern.files.progress import ProgressBar
 from colintern.maxsim import maxsim_scores
 from colintern.modeling.embed import embed_features, embed_queries
 from colintern.modeling.features import FEATURES, Page, PageFeatures
@@ -62,12 +63,13 @@ def mine(params: Params, adapter: Path, limits: Limits) -> Found:
     features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)
     features.fill(pages, params.workers)
     queries = list(dict.fromkeys(row.query for row in train))
-    tokens = embed_queries(model, processor, queries, params.eval_batch_size)
+    bar = ProgressBar(queries, desc="embedding queries", unit="query")
+    tokens = embed_queries(model, processor, bar, params.eval_batch_size)
     ranking = Ranking(train, queries, limits.top)
-    for start in tqdm(range(0, len(pages), CHUNK), desc="ranking pages", unit=f"{CHUNK} pages", disable=None):
-        part = pages[start : start + CHUNK]
-        embedded = embed_features(model, processor, map(features, part), params.eval_batch_size)
-        ranking.add(part, maxsim_scores(tokens, embedded))
+    page_features = map(features, ProgressBar(pages, desc="ranking pages", unit="page"))
+    for start in range(0, len(pages), CHUNK):
+        embedded = embed_features(model, processor, islice(page_features, CHUNK), params.eval_batch_size)
+        ranking.add(pages[start : start + CHUNK], maxsim_scores(tokens, embedded))
     rows, right, close = select(train, ranking, limits, unfit)
     provenance = {
         "adapter": str(adapter),

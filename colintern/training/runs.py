@@ -231,7 +231,7 @@ def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any]
         "log_history": steps + dev,
     }
     (partial / "trainer_state.json").write_text(dumps(state))
-    judged = health(log, params, trainer.dev.chance)
+    judged = health(log, params, trainer.dev.chance, trainer.bounds)
     found = {"verdict": judged.verdict, "masked_pairs": trainer.tally.total} | stored(judged.findings)
     (partial / HEALTH).write_text(dumps(found))
     shutil.rmtree(out, ignore_errors=True)

@@ -21,17 +21,19 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from colintern.guide import bounds_for
 from colintern.maxsim import maxsim_scores, ndcg_at_k
 from colintern.modeling.dropout import Masks
 from colintern.modeling.embed import embed_features, embed_queries
 from colintern.modeling.features import PageFeatures
 from colintern.modeling.fp8 import rounded
 from colintern.modeling.layers import checkpoint_layers, compile_layers
+from colintern.modeling.lora import count
 from colintern.modeling.workers import seed_and_init_worker
 from colintern.params import OutOfMemory, Params, UserError
 from colintern.processor import ColIntern3_5Processor
 from colintern.training.checkpoints import SAVING, Checkpoints
-from colintern.training.health import calmer
+from colintern.training.health import suggest_lower_lr
 from colintern.training.loss import contrastive_loss, false_negatives, maxsim_matrix
 from colintern.training.pairs import Collator, Pair
 from colintern.training.parts import places, restored, take
@@ -91,14 +93,15 @@ class ContrastiveTrainer(Trainer):
     ):
         self.processes = processes
         self.params, self.dev, self.processor, self.tally = params, dev, processor, Tally()
-        self.remedy = f"try {calmer(params)}"
+        self.bounds = bounds_for(count(kwargs["model"], params.lora_targets)["total_parameters"])
+        self.remedy = f"try {suggest_lower_lr(params, self.bounds)}"
         self.micro, self.low_precision = params.micro_batch_size, params.dtype == "bfloat16"
         self.masks = Masks(kwargs["model"], params.seed, torch.bfloat16 if self.low_precision else torch.float32)
         self.pace = Pace()
         checkpoint_layers(kwargs["model"], params.gradient_checkpointing)
         checkpoints = Checkpoints(Path(kwargs["args"].output_dir).parent, processor, self.processes)
         kwargs["model"]._is_accelerate_prepared = True  # `Processes` sums gradients; accelerate would take their mean
-        own = [self.tally, checkpoints, Watch(params, dev.chance), self.pace, *callbacks]
+        own = [self.tally, checkpoints, Watch(params, dev.chance, self.bounds), self.pace, *callbacks]
         super().__init__(data_collator=Collator(processor), eval_dataset=dev, callbacks=own, **kwargs)
         for stock in (PrinterCallback, ProgressCallback):
             self.remove_callback(stock)

@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from colintern.guide import Bounds
 from colintern.params import Params
 from colintern.training.health import BAD, OK, WARN, Curve, Finding, findings, judged, line
 
@@ -26,8 +27,8 @@ QUERY = ("nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nou
 class Watch(TrainerCallback):
     """Says what the rules of `health` find wrong, when they begin to; quiet otherwise."""
 
-    def __init__(self, params: Params, chance: float):
-        self.params, self.chance = params, chance
+    def __init__(self, params: Params, chance: float, bounds: Bounds):
+        self.params, self.chance, self.bounds = params, chance, bounds
         self.known: dict[str, int] = {}  # the worst that was said, by rule
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -42,7 +43,7 @@ class Watch(TrainerCallback):
                 self.known[finding.name] = rank
 
     def _found(self, state: Any) -> list[Finding]:
-        return findings(Curve(state.log_history, self.params, self.chance, done=False))
+        return findings(Curve(state.log_history, self.params, self.chance, self.bounds, done=False))
 
 
 class Pace(TrainerCallback):

@@ -1,8 +1,10 @@
 """The training guide's rules that follow from the size of the base, each in this one place.
 
-Where the guide says two things both are here, and which one is recommended. What a value is held against
-(colintern/planning/doctor.py) takes both in.
+Where the guide says two things both are here, and which one is recommended. The bounds include both; the doctor checks
+settings against them, and the remedies of training health stay within them.
 """
+
+from typing import NamedTuple
 
 SMALLEST = 200_000_000  # parameters; colSmol-256M is the smallest retriever of this kind whose scores are published
 BATCH, EPOCHS = 64, 5
@@ -52,3 +54,25 @@ def optimal_rank(parameters: int) -> int:
         ValueError: see `optimal_lr`.
     """
     return {7e-5: 16, 5e-5: 32, 3e-5: 64}[optimal_lr(parameters)]
+
+
+class Bounds(NamedTuple):
+    """Bound the settings recommended for a base: minimum epochs and batch size, lowest and highest lr."""
+
+    name: str
+    epochs: int
+    batch: int
+    lr: tuple[float, float]
+    lr_source: str
+
+
+DEMO = "demo"  # the name of the bounds of every base smaller than the guide has rules for
+
+
+def bounds_for(parameters: int) -> Bounds:
+    """Look up the bounds for a base by its number of parameters, with its head."""
+    if parameters < SMALLEST:
+        return Bounds(DEMO, 1, 32, (3e-3, 1e-2), "6e-3 gives 82.7, 5e-4 58.3, 2e-2 collapses")
+    rates = sorted({optimal_lr(parameters), other_lr(parameters)}, reverse=True)
+    source = "the guide: " + " or ".join(f"{rate:g}" for rate in rates)
+    return Bounds(f"{parameters / 1e9:.1f} B", EPOCHS, BATCH, lr_bounds(parameters), source)
