@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
@@ -145,6 +146,11 @@ def test_the_report_fits_80_columns_and_is_the_same_twice(two, capsys):
     assert lines[-1] == "lr: 0.1 -> 0.2"
     assert "10 most changed queries" in "\n".join(lines)
     assert "0.0 100.0  30 -> 1" in "\n".join(lines)
+    assert {"    task: DocVQA", "    b: page id page-1"} <= set(lines)
+    assert sum(line.startswith("  query id query-test-") for line in lines) == 10
+    for folder in two:  # as results of older versions are
+        file = Path(folder, "queries", "trained.parquet")
+        pq.write_table(pq.read_table(file).drop_columns(["query", "top_names"]), file)
     main(["compare", *two])
     assert capsys.readouterr().out.splitlines() == lines
 

@@ -204,7 +204,8 @@ def _task(pair: dict[str, Any]) -> str:
 
 def _first_pages(found: Difference, pair: dict[str, Any]) -> list[str]:
     """The lines below a query: its task, where several are compared, and the first page in each evaluation."""
-    lines = [f"    task: {_task(pair)}"] if len({_task(one) for one in found.changed}) > 1 else []
+    several = sum(not row.benchmark for row in found.rows) > 1 or pair["subset"] != "default"
+    lines = [f"    task: {_task(pair)}"] if several else []
     sides = {"a": "before", "b": "after"} if pair["page_before"] != pair["page_after"] else {"a, b": "after"}
     for name, side in sides.items():
         start, link = f"    {name}: ", pair[f"link_{side}"]
