@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
 from colintern.cli import main
+from colintern.data.page_labels import count_columns, label_page
 from colintern.evaluation import queries
 from colintern.evaluation.comparison import RESAMPLES, Row, compare, holm
 from colintern.evaluation.differences import difference, markdown, text
@@ -144,8 +146,69 @@ def test_the_report_fits_80_columns_and_is_the_same_twice(two, capsys):
     assert lines[-1] == "lr: 0.1 -> 0.2"
     assert "10 most changed queries" in "\n".join(lines)
     assert "0.0 100.0  30 -> 1" in "\n".join(lines)
+    assert {"    task: DocVQA", "    b: page id page-1"} <= set(lines)
+    assert sum(line.startswith("  query id query-test-") for line in lines) == 10
+    for folder in two:  # as results of older versions are
+        file = Path(folder, "queries", "trained.parquet")
+        pq.write_table(pq.read_table(file).drop_columns(["query", "top_names"]), file)
     main(["compare", *two])
     assert capsys.readouterr().out.splitlines() == lines
+
+
+HARD_NAMES = {  # of a page in its corpus -> how it is shown, and the end of its URL
+    "manual.pdf#page=36": ("manual.pdf, page 36", "/manual.pdf#page=36"),
+    "sub dir/50% Größe #2.PDF#page=1": (
+        "sub dir/50% Größe #2.PDF, page 1",
+        "/sub%20dir/50%25%20Gr%C3%B6%C3%9Fe%20%232.PDF#page=1",
+    ),
+    "\x1b]0;a\u202e|`b.png": ("\\x1b]0;a\\u202e|`b.png", "/%1B%5D0%3Ba%E2%80%AE%7C%60b.png"),
+    "取扱説明書" * 12 + ".png": (
+        "取扱説明書" * 12 + ".png",
+        "/" + "%E5%8F%96%E6%89%B1%E8%AA%AC%E6%98%8E%E6%9B%B8" * 12 + ".png",
+    ),
+}
+
+
+def test_pages_are_named_by_their_files_and_queries_by_their_words(tmp_path_factory, monkeypatch, capsys):
+    """Within 80 columns, whatever the names and the words are; old results have ids only."""
+    tmp_path = tmp_path_factory.mktemp("c").resolve()  # short, so that a link fits a line
+    own = (tmp_path / "own").as_uri()
+    monkeypatch.chdir(tmp_path)
+    words = ["how is a | package *removed*?", "说明书在哪里" * 20, "two\nlines\x1b[2J", "long " * 99, "`@someone`"]
+    places = {("docs", "DocsRetrieval", "default"): [1, 2, 3, 4, 9]}
+    for side, ranks_ in (("a", [1, 2, 3, 4, 9]), ("b", [9, 9, 9, 9, 1])):
+        write(tmp_path / side, {key: ranks_ for key in places})
+        rows = outcome(side).queries
+        for row, query, name in zip(rows, words, [*HARD_NAMES, None], strict=True):
+            row |= {"query": query, "top_names": [name]}
+        queries.write(Path(side, "queries", "trained.parquet"), rows)
+        run = json.loads(Path(side, "run.json").read_text())
+        Path(side, "run.json").write_text(json.dumps(run | {"folders": {"DocsRetrieval": "own"}}))
+    for name in HARD_NAMES:
+        file = Path("own", name.partition("#page=")[0])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    main(["compare", "a", "b"])
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert max(map(count_columns, lines)) <= 80 and "\x1b" not in out
+    assert "  how is a | package *removed*?                       " in out and "long long..." in out
+    shown = [text for text, _ in HARD_NAMES.values()][:3]
+    assert all(f"    a: {text}" in lines for text in shown) and "    a: page id page-9" in lines
+    assert "    a: ..." + ("取扱説明書" * 12)[-33:] + ".png" in lines
+    links = [line.strip() for line in lines if "file://" in line]
+    assert links == [url for name in HARD_NAMES if len(url := own + HARD_NAMES[name][1]) <= 74 for _ in "ab"]
+    assert "links longer than a line, left out: " in out, "one of 1,080 characters"
+    main(["compare", "a", "b", "--json"])
+    [found] = json.loads(capsys.readouterr().out)
+    urls = {pair["name_before"]: pair["link_before"] for pair in found["changed"]}
+    assert urls == {name: own + end for name, (_, end) in HARD_NAMES.items()} | {None: ""}
+    main(["compare", "a", "b", "--md"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if "->" in line and "<code>" in line]
+    assert len(rows) == 5 and all(line.count("|") == 8 for line in rows)
+    assert any("<code>how is a &#124; package &#42;removed&#42;?</code>" in line for line in rows)
+    Path("own", "manual.pdf").unlink()
+    assert label_page("1", "manual.pdf#page=36", "own") == ("manual.pdf, page 36", "")
 
 
 def test_a_task_is_the_same_by_its_own_name_and_in_a_benchmark(tmp_path):

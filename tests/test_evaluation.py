@@ -32,6 +32,7 @@ from colintern.data.benchmarks import tasks_for
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import decode, png_bytes
 from colintern.evaluation import tasks as evaluation
+from colintern.evaluation.queries import read_page_names
 from colintern.evaluation.scores import (
     METRICS,
     SIZES,
@@ -419,11 +420,20 @@ def test_each_query_is_kept_with_what_mteb_scored_it_with(params):
         torch.testing.assert_close(found[i, top], found[i].topk(5).values)
         assert len(set(top)) == 5
         wrong = max(score for page, score in enumerate(found[i].tolist()) if page != i)
+        assert row["query"] == " ".join(map(str, asked[i])) and row["top_names"] == [f"{page}.png" for page in top]
         assert (row["right_score"], row["wrong_score"]) == pytest.approx((found[i, i].item(), wrong), abs=1e-4)
         assert row["ndcg_at_5"] == (round(1 / math.log2(row["rank"] + 1), 6) if row["rank"] <= 5 else 0)
     run = json.loads(Path("out/run.json").read_text())
     assert run["params"] == {"benchmarks": [FOLDER], "lr": 0.1, "threads": 1}
     assert list(run["data"]) == ["SomeDocsRetrieval"]
+
+
+def test_names_are_of_one_page_and_read_through_a_filter():
+    pages = [{"bytes": b"1", "path": name} for name in ("a.png", "b.png", "b.png", None, "", "c.png")]
+    corpus = datasets.Dataset.from_dict({"id": list("123456"), "image": pages}).cast_column("image", datasets.Image())
+    assert read_page_names(corpus) == {"1": "a.png", "6": "c.png"}
+    assert read_page_names(corpus.select([5, 1])) == {"6": "c.png", "2": "b.png"}
+    assert read_page_names(corpus.remove_columns("image")) == {}
 
 
 def unloadable() -> ColIntern3_5Encoder:

@@ -17,17 +17,18 @@ from unicodedata import normalize
 import pyarrow.parquet as pq
 import pytest
 from conftest import IRREGULAR, ROOT, irregular_files, page_image
-from pdf_writer import write_pdf
+from pdf_writer import stream, write_odd_page, write_pdf
 from PIL import Image
 
 from colintern.data import formats, jsonl, pdfs, pseudo
 from colintern.data.checks import check_share, quarantine
 from colintern.data.collected import MAX_QUERY_CHARACTERS, Collected, Shelf
 from colintern.data.images import png_bytes
-from colintern.data.own import make
-from colintern.data.rendering import PageRef, group_pages
+from colintern.data.own import MADE, make
+from colintern.data.rendering import PageRef, group_pages, render_and_store_pages
 from colintern.data.sources import _kind
 from colintern.data.trainset import asked, training_data
+from colintern.files.isolation import IsolatedPool
 from colintern.files.lock import mark_in_use
 from colintern.params import UserError, load
 
@@ -741,6 +742,138 @@ def test_what_a_page_or_file_costs_is_paid_once_and_not_for_each_question(folder
     own = make(DOCS, pdfs.collect)
     assert own.summary["queries"] == {"train": 300, "dev": 300, "test": 300}
     assert located.calls == 1 and hashed.calls < 100
+
+
+@pytest.fixture
+def rendered(monkeypatch) -> list[str]:
+    """The pages that worker processes were sent to render, in order; the test empties the list."""
+    sent: list[str] = []
+    real = IsolatedPool.map
+
+    def record(self, function, groups):
+        if getattr(function, "func", None) is render_and_store_pages:
+            sent.extend(f"{page.path.name} {page.page + 1}" for group in groups for page in group)
+        return real(self, function, groups)
+
+    monkeypatch.setattr(IsolatedPool, "map", record)
+    return sent
+
+
+def three_pdfs(folder: Path) -> None:
+    """Pages and a question for each split, one PDF each."""
+    rows = []
+    for name, split in (("a", "train"), ("b", "dev"), ("c", "test")):
+        write_pdf(folder / f"{name}.pdf", [[f"{name}{page}"] for page in range(3)])
+        rows.append(f"where is {name},{name}.pdf,1,{split}\n")
+    (folder / "queries.csv").write_text("query,file,page,split\n" + "".join(rows))
+
+
+def kept(pages: str = "*") -> set[Path]:
+    return {path for path in Path(MADE).glob(f"*/rendered/{pages}") if path.is_file()}
+
+
+def test_only_pages_of_new_and_changed_pdfs_are_rendered(folder, rendered, capsys):
+    three_pdfs(folder)
+    make(DOCS, pdfs.collect)
+    assert rendered == [f"{name}.pdf {page}" for name in "abc" for page in (1, 2, 3)]
+    images = {path: path.stat().st_mtime_ns for path in kept("images/*")}
+    assert len(images) == 9 and len(kept()) == 3
+    rendered.clear()
+
+    questions = (folder / "queries.csv").read_text()
+    (folder / "queries.csv").write_text(questions + "another one,c.pdf,2,test\n")
+    own = make(DOCS, pdfs.collect)
+    assert "another one" in [row["query"] for row in table(own.made, "beir/queries/*.parquet")]
+    assert rendered == [] and "rendered before: 9 of 9 pages" in capsys.readouterr().out
+    write_pdf(folder / "new.pdf", [["new"]])
+    (folder / "b.pdf").rename(folder / "renamed.pdf")
+    (folder / "queries.csv").write_text(questions.replace("b.pdf", "renamed.pdf"))
+    make(DOCS, pdfs.collect)
+    assert rendered == ["new.pdf 1"] and images.items() <= {p: p.stat().st_mtime_ns for p in kept("images/*")}.items()
+    rendered.clear()
+
+    (folder / "new.pdf").unlink()
+    write_pdf(folder / "c.pdf", [["c0"], ["changed"]])
+    own = make(DOCS, pdfs.collect)
+    assert rendered == ["c.pdf 1", "c.pdf 2"]
+    assert len(kept()) == 3 and len(kept("images/*")) == 8, "what no PDF of the folder has is deleted"
+    shutil.rmtree(MADE)
+    assert make(DOCS, pdfs.collect).summary == own.summary, "as where nothing was kept"
+
+
+def test_what_is_kept_of_a_pdf_is_its_outline_and_its_faults_too(folder, rendered):
+    handbook(folder)
+    write_pdf(folder / "faults.pdf", [["one"], ["two"]], [("one", 0), ("points nowhere", 1)])
+    data = (folder / "faults.pdf").read_bytes()
+    (folder / "faults.pdf").write_bytes(re.sub(rb"(points nowhere.*?/Dest \[)\d+", rb"\g<1>9", data))
+    words = stream(b"BT /F1 1 Tf " + b"(many words in one page) Tj " * 5000 + b"ET")
+    write_odd_page(folder / "wordy.pdf", words, "/Resources << /Font << /F1 7 0 R >> >>")
+    first = make(DOCS, pdfs.collect)
+    (folder / "more.txt").touch()
+    rendered.clear()
+    second = make(DOCS, pdfs.collect)
+    assert second.made != first.made and rendered == []
+    assert second.summary["files"] == first.summary["files"] and second.summary["bad"] == first.summary["bad"]
+    assert second.summary["kinds"] == first.summary["kinds"]
+    assert list(bad_rows(second)) == ["faults.pdf, outline entry 2", "wordy.pdf#page=1"]
+
+
+def damage_image(top: Path) -> None:
+    path = min((top / "images").iterdir())
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def change_renderer(top: Path) -> None:
+    for path in top.glob("*.json"):
+        path.write_text(path.read_text().replace('"renderer": "', '"renderer": "0'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "again"),
+    [
+        (damage_image, 1),
+        (lambda top: min((top / "images").iterdir()).unlink(), 1),
+        (lambda top: min(top.glob("*.json")).write_text('{"renderer": '), 3),
+        (lambda top: min(top.glob("*.json")).write_text("[]"), 3),
+        (change_renderer, 9),
+        (shutil.rmtree, 9),
+    ],
+    ids=["damaged image", "missing image", "torn list", "other list", "other renderer", "nothing"],
+)
+def test_what_is_damaged_or_of_another_renderer_is_rendered_again(folder, rendered, damage, again):
+    three_pdfs(folder)
+    before = make(DOCS, pdfs.collect).summary["files"]
+    damage(next(Path(MADE).glob("*/rendered")))
+    (folder / "more.txt").touch()
+    rendered.clear()
+    assert make(DOCS, pdfs.collect).summary["files"] == before and len(rendered) == again
+
+
+def test_pages_that_failed_are_tried_again_and_those_of_a_run_that_fails_later_are_kept(folder, rendered):
+    three_pdfs(folder)
+    write_pdf(folder / "poster.pdf", [["large"]], size=(14_000, 14_000))
+    questions = (folder / "queries.csv").read_text()
+    (folder / "queries.csv").write_text(questions + '"stray,a.pdf,1\n')
+    with pytest.raises(UserError, match=r"queries\.csv: the row that begins in line 5"):
+        make(DOCS, pdfs.collect)
+    (folder / "queries.csv").write_text(questions)
+    rendered.clear()
+    assert list(bad_rows(make(DOCS, pdfs.collect))) == ["poster.pdf#page=1"] and rendered == ["poster.pdf 1"]
+
+
+def test_pages_of_a_pdf_that_changes_while_it_is_read_are_not_kept(folder, rendered, monkeypatch):
+    three_pdfs(folder)
+    store_pages = pdfs._store_pages
+
+    def change(files, *arguments):
+        for name in store_pages(files, *arguments):
+            if name == "b.pdf":
+                write_pdf(files[name], [["other"]])
+            yield name
+
+    monkeypatch.setattr(pdfs, "_store_pages", change)
+    make(DOCS, pdfs.collect)
+    assert len(kept()) == 2 and not any('"b0"' in path.read_text() for path in kept())
 
 
 def test_a_document_is_opened_as_often_however_many_pages_it_has():

@@ -20,7 +20,7 @@ from colintern.data.demo import corpus
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import png_bytes
 from colintern.files.jsonfile import dumps
-from colintern.files.manifest import BEIR_SUFFIXES, local_files
+from colintern.files.manifest import BEIR_SUFFIXES, local_files, source_files
 from colintern.guide import bounds_for
 from colintern.maxsim import maxsim_scores
 from colintern.modeling.embed import embed_queries
@@ -40,6 +40,8 @@ from colintern.training.health import HEALTH, health, stored
 
 SET = "data/own/pages"
 HOSTILE = '<script>alert(1)</script> & "Oslo" <img src=http://example.org/x onerror=alert(1)>'
+DOCUMENTS = "data/own/docs"
+HARD_NAME = "sub dir/50% Größe #2.pdf#page=36"
 SECONDS = 3.0  # to open 90 pages; measured 0.3 on two slow cores
 
 
@@ -69,7 +71,7 @@ def write_set() -> None:
     queries = [HOSTILE, *(page.queries[0] for page in pages[1:])]
     write_beir(
         Path(SET),
-        [CorpusPage(number, image, f"{number}.png") for number, image in enumerate(images)],
+        [CorpusPage(number, image, f"{number}.png" if number else HARD_NAME) for number, image in enumerate(images)],
         [Query(number, query) for number, query in enumerate(queries)],
         [Qrel(number, number) for number in range(len(pages))],
     )
@@ -86,7 +88,10 @@ def evaluated(tmp_path_factory, processor, pages) -> Path:
         Path("params.yaml").write_text(text)
         write_set()
         manifest = json.loads(Path("data/manifest.json").read_text())
-        manifest["evaluation"] = {SET: local_files(SET, BEIR_SUFFIXES)._asdict()}
+        Path(DOCUMENTS, "sub dir").mkdir(parents=True)
+        Path(DOCUMENTS, HARD_NAME.partition("#page")[0]).touch()
+        made_from = {"folder": DOCUMENTS, "files": source_files(DOCUMENTS), "pseudo": False}
+        manifest["evaluation"] = {SET: local_files(SET, BEIR_SUFFIXES)._replace(made_from=made_from)._asdict()}
         Path("data/manifest.json").write_text(dumps(manifest))
         write_health()
     code, log = fork(top, "evaluate", "adapter")
@@ -153,6 +158,21 @@ def test_text_from_data_stays_text(report, tab):
     heads = json.loads(tab.value("JSON.stringify([...document.querySelectorAll('.case h3')].map(h => h.textContent))"))
     assert len(heads) == 30 and any(head.endswith(HOSTILE) for head in heads)
     assert tab.value("document.querySelectorAll('script, .case h3 *').length") == 0
+
+
+def test_pages_are_named_by_their_files_with_a_link_where_there_is_one(report, tab):
+    tab.show(report)
+    captions = json.loads(
+        tab.value(
+            "JSON.stringify([...document.querySelectorAll('figcaption .dim')].map(dim => "
+            "[dim.textContent.split(' · ')[0], dim.querySelector('a') ? dim.querySelector('a').href : '']))"
+        )
+    )
+    names = dict(captions)
+    url = f"{report.parent.resolve().as_uri()}/{DOCUMENTS}/sub%20dir/50%25%20Gr%C3%B6%C3%9Fe%20%232.pdf#page=36"
+    assert names.pop("sub dir/50% Größe #2.pdf, page 36") == url
+    assert set(names.values()) == {""} and all(re.fullmatch(r"\d+\.png", name) for name in names)
+    assert "-test-" not in report.read_text()
 
 
 def test_the_same_inputs_give_the_same_bytes(report, evaluated):

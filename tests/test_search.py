@@ -14,6 +14,7 @@ from processes import FORKS
 from test_adapters import trained
 from test_report import fork, run
 
+from colintern.data.page_labels import count_columns
 from colintern.maxsim import maxsim_scores
 from colintern.modeling.embed import embed_pages, embed_queries
 from colintern.params import UserError
@@ -68,7 +69,9 @@ def test_the_second_time_nothing_is_computed_and_only_what_is_new_later(top):
     names = {"three.pdf, page 1", "three.pdf, page 2", "three.pdf, page 3", "below/one.pdf, page 1", "scan.png"}
     assert set(ranking(first)) == names
     assert all(len(line) <= 80 for line in first.splitlines())
-    assert (top / "found.html").read_text().count("<img") == 5
+    html = (top / "found.html").read_text()
+    assert html.count("<img") == 5
+    assert f'<a href="{(top / "documents").resolve().as_uri()}/three.pdf#page=2">three.pdf, page 2</a>' in html
     _, second = fork(top, "search", "adapter", "documents", "from Oslo")
     assert new(second) == 0 and ranking(second) == ranking(first)
     write_pdf(top / "documents" / "three.pdf", [[WORDS[0]], ["paid"], [WORDS[2]]])  # one page changed
@@ -280,6 +283,11 @@ def test_the_terminal_is_80_columns_wide():
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80 and lines[0].split() == ["rank", "1", "rank", "2", "rank", "3"]
     assert lines[-1].endswith("@" * 8) and not lines[1].strip()
+    ranked = [("取扱説明書" * 20 + ".pdf, page 7", 1.0), ("\x1b[2J" * 30, 2.0)]
+    short, long = "file:///" + "a" * 68, "file:///" + "b" * 69
+    rows = listing(ranked, [short, long]).splitlines()
+    assert max(map(count_columns, rows)) == 80 and "    " + short in rows and long not in "".join(rows)
+    assert rows[1].endswith(".pdf, page 7") and rows[-1].startswith("links longer than a line, left out: 1; --html")
     _, *rows = listing([("a" * 200 + ".pdf, page 7", 1.0), ("b c " * 90, 123.456), ("short.png", 0.5)]).splitlines()
     assert max(map(len, rows)) == 80 and rows[2].endswith("  short.png")
     assert re.search(r"  \.\.\.a+\.pdf, page 7$", rows[0]), "which page it is stands at the end"

@@ -95,13 +95,13 @@ def _show(args, index, processor, vectors, ranked, searched) -> None:
     from colintern.search.listing import MAPS, listing, maps
     from colintern.search.sources import images, reasons, shown
 
-    print(listing([(source.name, score) for source, score in ranked]))
+    print(listing([(source.name, score) for source, score in ranked], [source.link for source, _ in ranked]))
     chosen = [source for source, _ in ranked[: len(ranked) if args.html else MAPS]]
     bad: list = []  # pages of the index that cannot be rendered any more
     drawn = dict(images(chosen, bad))
     _print_left_out(bad)
     seen = [
-        Seen(source.name, f"rank {rank}", "found", drawn[source], index.tokens(source).float())
+        Seen(source.name, f"rank {rank}", "found", drawn[source], index.tokens(source).float(), link=source.link)
         for rank, source in enumerate(chosen, start=1)
         if source in drawn
     ]

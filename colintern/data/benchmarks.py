@@ -91,7 +91,7 @@ def _resolve(entry: str) -> tuple[str, list[AbsTask]]:
     if local(entry):
         folder = benchmark_folder(entry)
         label, task = called(entry, folder)
-        return label, [_folder_task(folder, task, arrow_name(read(MANIFEST)["evaluation"][entry]))]
+        return label, [_folder_task(folder, task, read(MANIFEST)["evaluation"][entry])]
     try:
         benchmark = mteb.get_benchmark(entry)
         return benchmark.name, list(benchmark.tasks)  # its name, which differs from the entry if that is an alias
@@ -110,8 +110,11 @@ def _resolve(entry: str) -> tuple[str, list[AbsTask]]:
         ) from None
 
 
-def _folder_task(folder: Path, name: str, arrow: str) -> AbsTask:
-    """A ViDoRe (v1) task that reads `folder` instead of the hub; its revision is a hash of the folder's data."""
+def _folder_task(folder: Path, name: str, entry: dict[str, Any]) -> AbsTask:
+    """A ViDoRe (v1) task that reads `folder` instead of the hub; its revision is a hash of the folder's data.
+
+    `documents`: the folder from which its pages were made, "" if they were made from none.
+    """
     check_beir(folder)
     vidore = type(mteb.get_task("VidoreDocVQARetrieval"))
     metadata = vidore.metadata.model_copy(
@@ -124,7 +127,9 @@ def _folder_task(folder: Path, name: str, arrow: str) -> AbsTask:
         }
     )
     # A class of its own, because mteb falls back to the metadata of the class when it unloads the data.
-    return type(name, (_Folder, vidore), {"metadata": metadata, "arrow_name": arrow})()
+    documents = (entry.get("made_from") or {}).get("folder", "")
+    attributes = {"metadata": metadata, "arrow_name": arrow_name(entry), "documents": documents}
+    return type(name, (_Folder, vidore), attributes)()
 
 
 class PageImage(Image):

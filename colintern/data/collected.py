@@ -63,9 +63,13 @@ class Collected:
 
 
 class Shelf(NamedTuple):
-    """A folder in which page images wait, equal ones once, until they are written as parquet."""
+    """A folder in which page images wait, equal ones once, until they are written as parquet.
+
+    `rendered`: where rendered pages are kept for the next time, None if they are not.
+    """
 
     folder: Path
+    rendered: Path | None = None
 
     def put(self, data: bytes) -> Stored:
         key = hashlib.sha256(data).hexdigest()

@@ -3,7 +3,8 @@
 A folder of PDFs, or of JSON lines and images, becomes `data/own/.made/<folder>/<key>/train` and `beir`, split by page.
 The key is a hash of every file of the folder and of the code that reads it: the same folder is made once, a changed one
 again. The pages that a stage has last read are kept beside the new ones, and any others as long as a process reads
-them. Deleting `data/own/.made` costs only the time to make it.
+them. Rendered pages are kept apart, by the content of their PDF, so that only what is new is rendered. Deleting
+`data/own/.made` costs only the time to make it.
 """
 
 import hashlib
@@ -29,9 +30,10 @@ from colintern.files.regular import LINKED_FOLDER, list_files
 from colintern.params import UserError
 
 MADE = "data/own/.made"
+RENDERED = "rendered"  # beside the keys of a folder, see `rendered.py`
 CODE = (
     *("own.py", "collected.py", "pdfs.py", "query_table.py", "jsonl.py", "pseudo.py", "splits.py", "images.py"),
-    *("formats.py", "rendering.py", "../pixels.py"),
+    *("formats.py", "rendering.py", "rendered.py", "../pixels.py"),
 )
 LIBRARIES = ("pypdfium2", "pillow", "pyarrow")
 
@@ -87,7 +89,7 @@ def make(folder: str, collect: Callable[[Path, Shelf], Collected]) -> Own:
         if summary is None:
             _remove([home, *home.parent.glob("*.partial")])  # damaged, or left by a process that was killed
             summary = _write(home, folder, collect, {*made_from["files"], *linked})
-            older = [path for path in home.parent.iterdir() if path.is_dir() and path != home]
+            older = [path for path in home.parent.iterdir() if path.is_dir() and path.name not in (key, RENDERED)]
             _remove(path for path in sorted(older, key=get_last_use)[:-1] if not is_in_use(path))
     print(_words(folder, summary))
     return Own(made, made_from, summary)
@@ -113,7 +115,7 @@ def _write(
 ) -> dict[str, Any]:
     """Read the folder, in which `there` is, and write its parts; the result appears whole or not at all."""
     partial = home.with_suffix(".partial")
-    shelf = Shelf(partial / "shelf")
+    shelf = Shelf(partial / "shelf", home.parent / RENDERED)
     shelf.folder.mkdir(parents=True)
     found = collect(root() / folder, shelf)
     pages, asks, names = _distinct(found)

@@ -6,23 +6,28 @@ file the PDFs' own text layer is asked: pseudo-queries, named so wherever their 
 """
 
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from colintern.data.collected import Bad, Collected, Shelf, inside, json_lines, query_fault, split_fault, torn
 from colintern.data.pseudo import Text, pseudo_queries
 from colintern.data.query_table import COLUMNS, csv_rows
+from colintern.data.rendered import RenderedPdf, RenderedStore, complete
 from colintern.data.rendering import (
     LIMITS,
     MAX_TEXT,
     PageRef,
+    RenderedPage,
     count_pages,
     group_pages,
     read_outlines,
     render_and_store_pages,
 )
 from colintern.files.isolation import Failure, IsolatedPool
+from colintern.files.manifest import digests
 from colintern.files.progress import ProgressBar
 from colintern.files.regular import irregular_type, list_files
 from colintern.params import UserError
@@ -35,22 +40,40 @@ def collect(folder: Path, shelf: Shelf) -> Collected:
     """Every page of the folder's PDFs, and the queries for them."""
     found = Collected()
     files = {path.relative_to(folder).as_posix(): path for path in pdf_files(folder)}
+    store = RenderedStore(shelf.rendered or shelf.folder)
+    hashed = zip(files, digests().many(list(files.values())), strict=True)
+    hashes = {name: digest["sha256"] for name, digest in hashed}
+    documents = {name: store.load(sha256) for name, sha256 in hashes.items()}
     with IsolatedPool(LIMITS) as pool:
-        counts = _count_pages(files, pool, found)
-        outlines = _read_outlines({name: files[name] for name in counts}, pool, found)
-        texts = _store_pages(files, counts, shelf, pool, found)
+        counts = _count_pages(files, documents, pool, found)
+        documents = {name: documents[name] for name in counts}
+        outlines = _read_outlines(files, documents, pool, found)
+        for name in _store_pages(files, documents, store.shelf, pool, found):
+            if _has_hash(files[name], hashes[name]):  # else it was changed while it was read
+                store.save(hashes[name], documents[name])
     found.read = set(files)
     if given := _query_file(folder):
         found.read.add(given.name)
         _read_queries(folder, given, counts, found)
     else:
-        documents = [Text(texts[name], outlines[name]) for name in counts]
+        texts = [
+            Text([document.get_text(index) for index in range(counts[name])], outlines[name])
+            for name, document in documents.items()
+        ]
         names = list(counts)
-        for query in pseudo_queries(documents):
+        for query in pseudo_queries(texts):
             page_name = _name(names[query.document], query.page)
             if page_name in found.pages:
                 found.add_query(query.query, page_name, query.kind)
+    store.prune(set(hashes.values()), documents.values())
     return found
+
+
+def _has_hash(file: Path, sha256: str) -> bool:
+    try:
+        return digests()(file)["sha256"] == sha256
+    except OSError:  # it was deleted
+        return False
 
 
 def pdf_files(folder: Path) -> list[Path]:
@@ -67,29 +90,35 @@ def _name(file: str, index: int) -> str:
     return f"{file}#page={index + 1}"
 
 
-def _count_pages(files: dict[str, Path], pool: IsolatedPool, found: Collected) -> dict[str, int]:
+def _count_pages(
+    files: dict[str, Path], documents: dict[str, RenderedPdf], pool: IsolatedPool, found: Collected
+) -> dict[str, int]:
     """Count the pages of each file; one that cannot be used counts as one bad page."""
     counts: dict[str, int] = {}
-    for name, count in zip(files, pool.map(count_pages, [[path] for path in files.values()]), strict=True):
+    known = {name: document.count for name, document in documents.items()}
+    for name, count in complete(known, lambda missing: pool.map(count_pages, [[files[name]] for name in missing])):
         if torn(name):  # no parquet file takes it
             where = name.encode(errors="backslashreplace").decode()
             found.bad.append(Bad(where, "its name is not UTF-8; rename it", "pages"))
         elif isinstance(count, Failure):
             found.bad.append(Bad(name, f"not a readable PDF: {count.reason}", "pages"))
         else:
-            counts[name] = count
+            counts[name] = documents[name].count = count
     found.rows["pages"] += len(files) - len(counts) + sum(counts.values())
     return counts
 
 
-def _read_outlines(files: dict[str, Path], pool: IsolatedPool, found: Collected) -> dict[str, list[tuple[str, int]]]:
+def _read_outlines(
+    files: dict[str, Path], documents: dict[str, RenderedPdf], pool: IsolatedPool, found: Collected
+) -> dict[str, list[tuple[str, int]]]:
     """Read the outline entries that point at pages of their file, as (title, page from 0), by file."""
     outlines: dict[str, list[tuple[str, int]]] = {}
-    for name, outline in zip(files, pool.map(read_outlines, [[path] for path in files.values()]), strict=True):
+    known = {name: document.outline for name, document in documents.items()}
+    for name, outline in complete(known, lambda missing: pool.map(read_outlines, [[files[name]] for name in missing])):
         if isinstance(outline, Failure):
             outlines[name], faults = [], {f"{name}, outline": outline.reason}
         else:
-            outlines[name] = outline.entries
+            documents[name].outline, outlines[name] = outline, outline.entries
             faults = {f"{name}, outline entry {number}": reason for number, reason in outline.faults.items()}
         if faults:
             found.rows[OUTLINE] += len(outlines[name]) + len(faults)
@@ -98,27 +127,37 @@ def _read_outlines(files: dict[str, Path], pool: IsolatedPool, found: Collected)
 
 
 def _store_pages(
-    files: dict[str, Path], counts: dict[str, int], shelf: Shelf, pool: IsolatedPool, found: Collected
-) -> dict[str, list[str]]:
-    """Put the pages of each file into `found`; return their texts, by file."""
-    texts: dict[str, list[str]] = {name: [] for name in counts}
-    pages = [(name, index) for name, count in counts.items() for index in range(count)]
-    groups = group_pages(PageRef(files[name], index) for name, index in pages)
-    results = pool.map(partial(render_and_store_pages, shelf), groups)
-    bar = ProgressBar(results, "rendering", len(pages), unit="page")
-    for (name, index), page in zip(pages, bar, strict=True):
-        where = _name(name, index)
-        if isinstance(page, Failure):
-            found.bad.append(Bad(where, page.reason, "pages"))
-            texts[name].append("")
-            continue
-        found.pages[where] = page.image
-        texts[name].append(page.text)
-        if page.characters > MAX_TEXT:
-            cut = f"its text has {page.characters:,} characters, of which {MAX_TEXT:,} are read"
-            found.rows[TEXT] = len(pages)
-            found.bad.append(Bad(where, cut, TEXT))
-    return texts
+    files: dict[str, Path], documents: dict[str, RenderedPdf], shelf: Shelf, pool: IsolatedPool, found: Collected
+) -> Iterator[str]:
+    """Put the pages of each file into `found` and `documents`; yield the files of which pages were rendered."""
+    known = {
+        (name, index): document.pages.get(index)
+        for name, document in documents.items()
+        for index in range(document.count or 0)
+    }
+    missing = sum(page is None for page in known.values())
+    if missing < len(known):
+        print(f"rendered before: {len(known) - missing} of {len(known)} pages")
+
+    def render(pages: Sequence[tuple[str, int]]) -> Iterable[RenderedPage | Failure]:
+        groups = group_pages(PageRef(files[name], index) for name, index in pages)
+        results = pool.map(partial(render_and_store_pages, shelf), groups)
+        return ProgressBar(results, "rendering", len(pages), unit="page", disable=not pages)
+
+    for name, pages in groupby(complete(known, render), lambda item: item[0][0]):
+        document, kept = documents[name], len(documents[name].pages)
+        for (_, index), page in pages:
+            where = _name(name, index)
+            if isinstance(page, Failure):
+                found.bad.append(Bad(where, page.reason, "pages"))
+                continue
+            document.pages[index], found.pages[where] = page, page.image
+            if page.characters > MAX_TEXT:
+                cut = f"its text has {page.characters:,} characters, of which {MAX_TEXT:,} are read"
+                found.rows[TEXT] = len(known)
+                found.bad.append(Bad(where, cut, TEXT))
+        if len(document.pages) > kept:
+            yield name
 
 
 def _query_file(folder: Path) -> Path | None:

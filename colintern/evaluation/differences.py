@@ -1,7 +1,9 @@
 """Two evaluations side by side: rows with intervals and tests, the queries that changed most, other settings."""
 
+import re
 from typing import Any, NamedTuple
 
+from colintern.data.page_labels import fit_columns, label_page, label_query, pad_columns
 from colintern.evaluation.comparison import LEVEL, RESAMPLES, Row, compare
 from colintern.evaluation.outcomes import Outcome
 from colintern.evaluation.queries import KEY
@@ -9,6 +11,9 @@ from colintern.evaluation.scores import short
 from colintern.params import UserError
 
 CHANGED = 10  # queries shown
+WIDTH, QUERY_WIDTH, LINK_WIDTH = 80, 52, 74  # columns of a line, and of a query and a link in it
+MARKDOWN_WIDTH = 100  # of a query or name in a cell
+MARKUP = re.compile(r"[\\`*_{}\[\]<>&|~!$]")  # has a meaning in GitHub's Markdown
 BEYOND = 1001  # a rank for pages that are not among mteb's 1,000 best
 Tasks = dict[tuple[str, str], dict[tuple[str, str], dict[str, Any]]]  # (benchmark, task) -> (subset, query) -> row
 
@@ -41,13 +46,14 @@ def difference(a: Outcome, b: Outcome, metric: str) -> Difference:
         if reason := _why_not(before, after, revisions, (a.name, b.name)):
             left_out[f"{benchmark}, {short(task)}"] = reason
             continue
-        pairs += [_pair(before[query], after[query], metric) for query in sorted(before)]
+        folders = [one.run.get("folders", {}).get(task, "") for one in (a, b)]
+        pairs += [_pair(before[query], after[query], metric) | {"folders": folders} for query in sorted(before)]
     if not pairs:
         reasons = "; ".join(f"{task}: {reason}" for task, reason in left_out.items())
         raise UserError(f"{a.name} and {b.name} cannot be compared: {reasons or 'neither has results'}")
     distinct = {(pair["task"], pair["subset"], pair["query_id"]): pair for pair in pairs}  # of several benchmarks
     ordered = sorted(distinct.items(), key=lambda item: (*_change(item[1]), item[0]))
-    changed = [pair for _, pair in ordered[:CHANGED] if pair["after"] != pair["before"]]
+    changed = [_with_labels(pair) for _, pair in ordered[:CHANGED] if pair["after"] != pair["before"]]
     settings = [one.run["params"] for one in (a, b)]
     keys = sorted(settings[0].keys() | settings[1].keys())
     params = {key: (settings[0].get(key), settings[1].get(key)) for key in keys}
@@ -90,7 +96,18 @@ def _pair(before: dict[str, Any], after: dict[str, Any], metric: str) -> dict[st
         "rank_after": after["rank"],
         "page_before": before["top_pages"][0],
         "page_after": after["top_pages"][0],
+        "name_before": (before.get("top_names") or [None])[0],
+        "name_after": (after.get("top_names") or [None])[0],
+        "query": before.get("query") or after.get("query"),
     }
+
+
+def _with_labels(pair: dict[str, Any]) -> dict[str, Any]:
+    """Add the URLs of the first pages' files, "" for those that are not here, and what is read of them."""
+    for side, folder in zip(("before", "after"), pair["folders"], strict=True):
+        text, link = label_page(pair[f"page_{side}"], pair[f"name_{side}"], folder)
+        pair |= {f"label_{side}": text, f"link_{side}": link}
+    return {key: value for key, value in pair.items() if key != "folders"}
 
 
 def _change(pair: dict[str, Any]) -> tuple[float, int]:
@@ -106,7 +123,7 @@ def as_json(found: Difference) -> dict[str, Any]:
 
 
 def text(found: Difference) -> str:
-    """At most 80 columns, but for the names of queries and the values of settings."""
+    """At most 80 columns, but for the names of evaluations and the values of settings."""
     lines = [
         f"a: {found.a}",
         f"b: {found.b}",
@@ -123,9 +140,12 @@ def text(found: Difference) -> str:
     if found.changed:
         lines.append(f"{f'{len(found.changed)} most changed queries':<54}{'a':>6}{'b':>6}  rank")
     for pair in found.changed:
-        name = f"  {_query(pair)}"
+        words = fit_columns(label_query(pair["query_id"], pair["query"]), QUERY_WIDTH)
         scores = f"{100 * pair['before']:>6.1f}{100 * pair['after']:>6.1f}"
-        lines.append(f"{name:<54}{scores}  {_ranks(pair)}")
+        lines += [f"  {pad_columns(words, QUERY_WIDTH)}{scores}  {_ranks(pair)}", *_first_pages(found, pair)]
+    links = [pair[f"link_{side}"] for pair in found.changed for side in ("before", "after")]
+    if too_long := len({link for link in links if len(link) > LINK_WIDTH}):
+        lines.append(f"links longer than a line, left out: {too_long}; --json has them")
     lines += [f"not compared: {task}: {reason}" for task, reason in found.left_out.items()]
     if not found.params:
         lines.append("no setting differs")
@@ -146,9 +166,14 @@ def markdown(found: Difference) -> str:
         lines.append(f"| {name} | {change} | {_interval(row)} | {row.p:.4f} | {_counts(row)} | {row.verdict} |")
     lines += ["", summary(found)]
     if found.changed:
-        lines += ["", f"| {len(found.changed)} most changed queries | a | b | rank |", "|---|---:|---:|---|"]
+        head = f"| {len(found.changed)} most changed queries | task | a | b | rank | first page in a | in b |"
+        lines += ["", head, "|---|---|---:|---:|---|---|---|"]
     for pair in found.changed:
-        lines.append(f"| {_query(pair)} | {100 * pair['before']:.1f} | {100 * pair['after']:.1f} | {_ranks(pair)} |")
+        scores = f"{100 * pair['before']:.1f} | {100 * pair['after']:.1f} | {_ranks(pair)}"
+        query, *pages = map(
+            _cell, (label_query(pair["query_id"], pair["query"]), pair["label_before"], pair["label_after"])
+        )
+        lines.append(f"| {query} | {_task(pair)} | {scores} | {pages[0]} | {pages[1]} |")
     if found.params:
         lines += ["", "| setting | a | b |", "|---|---|---|"]
     lines += [f"| {key} | {a} | {b} |" for key, (a, b) in _settings(found)]
@@ -172,9 +197,27 @@ def _counts(row: Row) -> str:
     return f"{row.wins}/{row.losses}/{row.ties}"
 
 
-def _query(pair: dict[str, Any]) -> str:
+def _task(pair: dict[str, Any]) -> str:
     subset = "" if pair["subset"] == "default" else f", {pair['subset']}"
-    return f"{short(pair['task'])}{subset}, {pair['query_id']}"
+    return f"{short(pair['task'])}{subset}"
+
+
+def _first_pages(found: Difference, pair: dict[str, Any]) -> list[str]:
+    """The lines below a query: its task, where several are compared, and the first page in each evaluation."""
+    several = sum(not row.benchmark for row in found.rows) > 1 or pair["subset"] != "default"
+    lines = [f"    task: {_task(pair)}"] if several else []
+    sides = {"a": "before", "b": "after"} if pair["page_before"] != pair["page_after"] else {"a, b": "after"}
+    for name, side in sides.items():
+        start, link = f"    {name}: ", pair[f"link_{side}"]
+        lines.append(start + fit_columns(pair[f"label_{side}"], WIDTH - len(start), keep_end=True))
+        lines += [f"{link:>{len(link) + WIDTH - LINK_WIDTH}}"] if link and len(link) <= LINK_WIDTH else []
+    return lines
+
+
+def _cell(text: str) -> str:
+    """Return a text of the user's data as code in a cell of a table: nothing in it is markup or a mention."""
+    line = MARKUP.sub(lambda found: f"&#{ord(found[0])};", fit_columns(text, MARKDOWN_WIDTH))
+    return f"<code>{line}</code>"
 
 
 def _ranks(pair: dict[str, Any]) -> str:

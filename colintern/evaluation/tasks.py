@@ -60,8 +60,10 @@ def evaluate(subjects: Mapping[str, Subject], params: Params, out: Path) -> dict
         _gather(partial, name, pairs, folders)
     trained = subjects["trained"]
     data = {task.metadata.name: task.metadata.dataset["revision"] for _, task in pairs}
+    own = {task.metadata.name: getattr(task, "documents", "") for _, task in pairs}
+    documents = {name: place for name, place in own.items() if place}  # folders whose files the pages are
     settings = trained.params | trained.identity["params"] | {"benchmarks": list(params.benchmarks)}
-    run = {"revision": trained.revision, "params": settings, "data": data, "size": sizes}
+    run = {"revision": trained.revision, "params": settings, "data": data, "size": sizes, "folders": documents}
     (partial / "run.json").write_text(dumps(run))
     shutil.rmtree(out, ignore_errors=True)
     partial.replace(out)

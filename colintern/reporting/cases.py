@@ -10,10 +10,11 @@ from torch import Tensor
 from colintern.reporting.heatmaps import SimilarityMap, layout, similarity_map, standing_out
 from colintern.reporting.pictures import heat, picture
 from colintern.reporting.words import query_words
+from colintern.terminal import escape_controls
 
 
 class Sheet(NamedTuple):
-    """A page that is shown: its name, what is said of it, its picture (a data URI) and size.
+    """A page that is shown: its name and the URL of its file, what is said of it, its picture (a data URI) and size.
 
     `heat`, `small`: its maps and its thumbnail's, see `pictures.heat`; first that of the whole query, then one for
     each token; `small` is "" where there is no thumbnail. `score`: MaxSim. `elsewhere`: query tokens whose best place
@@ -21,6 +22,7 @@ class Sheet(NamedTuple):
     """
 
     name: str
+    link: str
     caption: str
     kind: str
     score: float
@@ -50,7 +52,7 @@ class Case(NamedTuple):
 
 class Seen(NamedTuple):
     """A page to be shown: `kind` is right, wrong or found; `tokens` are the model's (tokens, dim), from which maps are
-    made; `ranked`, if it is not these, what scores come from: (fewer, dim), pooled.
+    made; `ranked`, if it is not these, what scores come from: (fewer, dim), pooled; `link`: the URL of its file or "".
     """
 
     name: str
@@ -59,6 +61,7 @@ class Seen(NamedTuple):
     image: Image.Image
     tokens: Tensor
     ranked: Tensor | None = None
+    link: str = ""
 
 
 def case(processor: Any, query: str, vectors: Tensor, pages: Sequence[Seen], facts: dict[str, Any]) -> Case:
@@ -85,15 +88,14 @@ def case(processor: Any, query: str, vectors: Tensor, pages: Sequence[Seen], fac
     ]
     lead = [None] * len(words) if len(best) < 2 else (best[0] - best[1]).tolist()
     tokens = [Token(word.text, word.own, one) for word, one in zip(words, lead, strict=True)]
-    return Case(query, facts, tokens, sheets)
+    return Case(escape_controls(query), facts, tokens, sheets)
 
 
 def _sheet(page: Seen, found: SimilarityMap, heats: list[str], score: float) -> Sheet:
     elsewhere = int((~found.on_page).sum())
     small = heats[1] if len(heats) > 1 else ""
-    return Sheet(
-        page.name, page.caption, page.kind, score, picture(page.image), page.image.size, heats[0], small, elsewhere
-    )
+    drawn = picture(page.image), page.image.size, heats[0], small
+    return Sheet(escape_controls(page.name), page.link, page.caption, page.kind, score, *drawn, elsewhere)
 
 
 def _parts(found: SimilarityMap) -> list[Tensor]:

@@ -7,6 +7,8 @@ from datasets import Dataset
 from mteb.abstasks.abstask import AbsTask
 
 from colintern.data.benchmarks import from_cache
+from colintern.data.page_labels import label_page
+from colintern.evaluation.queries import read_page_names
 from colintern.evaluation.scores import short
 from colintern.files.progress import ProgressBar
 from colintern.modeling.embed import embed_queries
@@ -26,14 +28,17 @@ class Corpus:
         loaded.convert_v1_dataset_format_to_v2(num_proc=1)
         self.subsets = loaded.dataset
         self.places: dict[int, dict[str, int]] = {}
+        self.names: dict[int, dict[str, str]] = {}
 
     def row(self, subset: str, kind: str, key: str) -> dict[str, Any]:
-        """`kind`: corpus or queries."""
+        """`kind`: corpus or queries; a page has its file's name as `name`, None where it has none."""
         for split in self.subsets[subset].values():
             table: Dataset = split[kind]
             places = self.places.setdefault(id(table), {name: i for i, name in enumerate(table["id"])})
             if key in places:
-                return table[places[key]]
+                if kind == "corpus" and id(table) not in self.names:
+                    self.names[id(table)] = read_page_names(table)
+                return table[places[key]] | {"name": self.names.get(id(table), {}).get(key)}
         raise KeyError(f"{kind} {key}")
 
     def right(self, subset: str, query: str) -> list[str]:
@@ -56,12 +61,16 @@ def failures(
                 return cases, seen - number
             corpus = corpora.get(row["task"]) or corpora.setdefault(row["task"], Corpus(by_name[row["task"]]))
             if right := corpus.right(row["subset"], row["query_id"]):
-                cases.append(_failure(encoder, corpus, row, right))
+                documents = getattr(by_name[row["task"]], "documents", "")
+                cases.append(_failure(encoder, corpus, row, right, documents))
                 bar.update()
     return cases, len(rows) - len(cases)
 
 
-def _failure(encoder: ColIntern3_5Encoder, corpus: Corpus, row: dict[str, Any], right: list[str]) -> Case:
+def _failure(
+    encoder: ColIntern3_5Encoder, corpus: Corpus, row: dict[str, Any], right: list[str], documents: str
+) -> Case:
+    """`documents`: the folder whose files are the pages, "" where they are of none."""
     subset, top = row["subset"], row["top_pages"]
     best = next((page for page in top if page in right), right[0])
     wrong = [page for page in top if page not in right][:WRONG]
@@ -69,16 +78,18 @@ def _failure(encoder: ColIntern3_5Encoder, corpus: Corpus, row: dict[str, Any], 
     if best not in top and len(right) > 1:
         captions[best] = f"one of {len(right)} right pages, the first of which has rank {row['rank'] or 'beyond 1,000'}"
     names = [best, *wrong]
-    images = [corpus.row(subset, "corpus", name)["image"] for name in names]
+    found = [corpus.row(subset, "corpus", name) for name in names]
+    labels = [label_page(name, page.get("name"), documents) for name, page in zip(names, found, strict=True)]
     query = corpus.row(subset, "queries", row["query_id"])["text"]
     [vectors] = cut(embed_queries(encoder.model, encoder.processor, [query], 1), encoder.dim)
-    whole = encoder.pages(images)
+    kinds = ["right" if name == best else "wrong" for name in names]
+    whole = encoder.pages([page["image"] for page in found])
     pages = [
-        Seen(name, captions[name], "right" if name == best else "wrong", image, tokens, ranked)
-        for name, image, tokens, ranked in zip(
-            names, images, cut(whole, encoder.dim), encoder.smaller(whole), strict=True
+        Seen(label.text, captions[name], kind, page["image"], tokens, ranked, label.link)
+        for name, label, kind, page, tokens, ranked in zip(
+            names, labels, kinds, found, cut(whole, encoder.dim), encoder.smaller(whole), strict=True
         )
     ]
-    facts = {"task": short(row["task"]), "id": row["query_id"], "ndcg": row["ndcg_at_5"], "rank": row["rank"]}
+    facts = {"task": short(row["task"]), "ndcg": row["ndcg_at_5"], "rank": row["rank"]}
     facts |= {"subset": "" if subset == "default" else subset}
     return case(encoder.processor, query, vectors, pages, facts)

@@ -6,23 +6,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
-from colintern.terminal import escape_controls
+from colintern.data.page_labels import fit_columns
 
-NAME = 65  # characters of a page's name
+WIDTH = 80
+NAME = 65  # columns of a page's name
+LINK_INDENT = 4
 SHADES = " .:-=+*#%@"
 ACROSS, DOWN, MAPS = 24, 14, 3  # characters of a map, and maps side by side: 3 x 24 and what is between them
 
 
-def listing(ranked: Sequence[tuple[str, float]]) -> str:
-    """(name, score) of pages, best first."""
-    rows = [f"{rank:>4}{score:>9.3f}  {_tail(name)}" for rank, (name, score) in enumerate(ranked, start=1)]
-    return "\n".join([f"{'rank':>4}{'score':>9}  page", *rows])
-
-
-def _tail(name: str) -> str:
-    """A name on one line; a long one loses its beginning, because page and file stand at its end."""
-    line = escape_controls(" ".join(name.split()))
-    return line if len(line) <= NAME else f"...{line[3 - NAME :]}"
+def listing(ranked: Sequence[tuple[str, float]], links: Sequence[str] = ()) -> str:
+    """List (name, score) of pages, best first, each with the URL of its file below it, where that fits the line."""
+    rows = [f"{'rank':>4}{'score':>9}  page"]
+    for rank, ((name, score), link) in enumerate(zip(ranked, links or [""] * len(ranked), strict=True), start=1):
+        # A long name loses its beginning, because page and file stand at its end.
+        rows.append(f"{rank:>4}{score:>9.3f}  {fit_columns(name, NAME, keep_end=True)}")
+        if link and LINK_INDENT + len(link) <= WIDTH:
+            rows.append(" " * LINK_INDENT + link)
+    if too_long := sum(LINK_INDENT + len(link) > WIDTH for link in links):
+        rows.append(f"links longer than a line, left out: {too_long}; --html FILE has them")
+    return "\n".join(rows)
 
 
 def maps(grids: Sequence[Tensor]) -> str:

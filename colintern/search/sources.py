@@ -11,6 +11,7 @@ from PIL import Image
 
 from colintern.data.collected import Bad
 from colintern.data.images import BadImage, decode
+from colintern.data.page_labels import get_file_url
 from colintern.data.rendering import DPI, LIMITS, PageRef, count_pages, group_pages, render_pages
 from colintern.files.identity import content_hash
 from colintern.files.isolation import Failure, IsolatedPool
@@ -31,6 +32,11 @@ class Source(NamedTuple):
     path: Path
     page: int | None
     key: str
+
+    @property
+    def link(self) -> str:
+        """The URL of the file, and of the page in it."""
+        return get_file_url(self.path, None if self.page is None else self.page + 1)
 
 
 def sources(place: Path) -> tuple[list[Source], list[Bad]]:

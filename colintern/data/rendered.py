@@ -1,0 +1,117 @@
+"""Keep rendered pages on disk by the content of their PDF: what was rendered once is read from there.
+
+A store is a folder. `<sha256 of a PDF>.json` holds page count, outline and pages of that file; `images/<sha256>` holds
+page images. Pages that failed are not kept, since the reason may be a machine short of memory or time.
+"""
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+from colintern.data.collected import Shelf, Stored
+from colintern.data.rendering import Outline, RenderedPage
+from colintern.files.identity import content_hash, fingerprint
+from colintern.files.isolation import Failure
+from colintern.params import UserError
+
+CODE = ("rendered.py", "rendering.py", "images.py", "../pixels.py")
+LIBRARIES = ("pypdfium2", "pillow")
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+@dataclass
+class RenderedPdf:
+    """What is known of a PDF. `count`: its pages, None if they were not counted; `pages`: by number from 0."""
+
+    count: int | None = None
+    outline: Outline | None = None
+    pages: dict[int, RenderedPage] = field(default_factory=dict)
+
+    def get_text(self, number: int) -> str:
+        """Return the text of a page, "" where it could not be rendered."""
+        return self.pages[number].text if number in self.pages else ""
+
+
+class RenderedStore:
+    """The rendered pages below `folder`, which one process at a time may use."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.shelf = Shelf(folder / "images")
+        self.shelf.folder.mkdir(parents=True, exist_ok=True)
+        facts = {"code": [content_hash(Path(__file__).parent / name) for name in CODE]}
+        self.renderer = fingerprint(facts | {"versions": {name: version(name) for name in LIBRARIES}})
+
+    def load(self, sha256: str) -> RenderedPdf:
+        """Load what is kept of a PDF; nothing of another renderer's, and no image that is missing or damaged."""
+        try:
+            kept = json.loads(self._get_file(sha256).read_text(encoding="utf-8"))
+            if kept["renderer"] != self.renderer:
+                return RenderedPdf()
+            outline = kept["outline"] and Outline(
+                [tuple(entry) for entry in kept["outline"][0]], dict(kept["outline"][1])
+            )
+            pages = {
+                number: RenderedPage(Stored(self.shelf.folder / key, key), text, characters)
+                for number, key, text, characters in kept["pages"]
+            }
+        except (OSError, ValueError, KeyError, TypeError):  # not kept, or damaged
+            return RenderedPdf()
+        return RenderedPdf(kept["count"], outline, {n: page for n, page in pages.items() if _is_intact(page.image)})
+
+    def save(self, sha256: str, pdf: RenderedPdf) -> None:
+        """Keep what is known of a PDF."""
+        outline = pdf.outline and [pdf.outline.entries, list(pdf.outline.faults.items())]
+        content = {
+            "renderer": self.renderer,
+            "count": pdf.count,
+            "outline": outline,
+            "pages": [(n, page.image.key, page.text, page.characters) for n, page in pdf.pages.items()],
+        }
+        partial = self._get_file(sha256).with_suffix(".partial")
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(partial, self._get_file(sha256))
+
+    def prune(self, hashes: Collection[str], pdfs: Iterable[RenderedPdf]) -> None:
+        """Delete what is kept of all but the PDFs with these sha256, and the images of all but these PDFs."""
+        names = {self._get_file(sha256).name for sha256 in hashes}
+        images = {page.image.key for pdf in pdfs for page in pdf.pages.values()}
+        _delete_others(self.folder, names)
+        _delete_others(self.shelf.folder, images)
+
+    def _get_file(self, sha256: str) -> Path:
+        return self.folder / f"{sha256}.json"
+
+
+def complete(
+    known: Mapping[K, V | None], compute: Callable[[Sequence[K]], Iterable[V | Failure]]
+) -> Iterator[tuple[K, V | Failure]]:
+    """Yield the items of a mapping in their order; `compute` gives the values of those keys that have none."""
+    values = iter(compute([key for key, value in known.items() if value is None]))
+    for key, value in known.items():
+        yield key, next(values) if value is None else value
+
+
+def _is_intact(image: Stored) -> bool:
+    """Tell whether an image is what was written; a damaged one is deleted, so that it is written again."""
+    try:
+        if content_hash(image.path) == image.key:
+            return True
+    except (OSError, UserError):  # UserError: it is missing
+        return False
+    image.path.unlink()
+    return False
+
+
+def _delete_others(folder: Path, names: Collection[str]) -> None:
+    for path in folder.iterdir():
+        if path.name not in names and not path.is_dir():
+            with suppress(OSError):
+                path.unlink()
