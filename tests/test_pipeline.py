@@ -26,6 +26,7 @@ ROOMS = [
     {"mteb_model"},
     {"data", "modeling"},
     {"model", "processor"},
+    {"interpretability"},
     {"files"},
     {"tiles", "pixels", "maxsim", "causal"},
     {"params"},
