@@ -200,13 +200,16 @@ class ColIntern3_5(InternVLModel):
             (B, L, 128): unit vectors, zeros where `attention_mask` is 0 and where `mask_non_image_embeddings` says.
 
         Raises:
-            ValueError: a batch that is padded on the left.
+            ValueError: a batch that is padded on the left, or not as many tiles as its rows have image tokens for.
         """
         if (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
             raise ValueError("attention_mask: ColIntern3_5 takes right-padded batches; set padding_side='right'")
         if pixel_values is not None:
             tokens = (input_ids == self.config.image_token_id).sum(1)
-            pages = pixel_values.split((tokens // self.config.image_seq_length).tolist())
+            counts = (tokens // self.config.image_seq_length).tolist()
+            if sum(counts) != len(pixel_values):
+                raise ValueError(f"pixel_values: {len(pixel_values)} tiles, but the rows of input_ids have {counts}")
+            pages = pixel_values.split(counts)
             image_features = torch.cat([self.page_features(tiles) for tiles in pages if len(tiles)])
         images = None if image_features is None else {"image": BaseModelOutputWithPooling(pooler_output=image_features)}
         # Causal attention never looks right, so right padding needs no attention mask, and a page's embeddings

@@ -107,7 +107,7 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
             kwargs: the class's arguments, in place of the saved ones, and transformers' own (revision, token, ...).
 
         Raises:
-            TypeError: another keyword, which transformers would ignore, or two names for one argument.
+            TypeError: another keyword, which transformers would ignore, `use_fast=False`, or two names of the bound.
         """
         known = {name for name in signature(cls).parameters if name != "kwargs"} | HUB_KEYWORDS
         if unknown := sorted(kwargs.keys() - known):
@@ -116,6 +116,8 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
                 f"max_visual_tokens and max_query_tokens; of transformers' keywords it takes "
                 f"{', '.join(sorted(name for name in HUB_KEYWORDS if name[0] != '_'))}"
             )
+        if not kwargs.get("use_fast", True):
+            raise TypeError("use_fast=False: the slow image processor cannot cut a page into tiles; leave it out")
         if max_num_visual_tokens is not None:
             if "max_visual_tokens" in kwargs:
                 raise TypeError("max_num_visual_tokens and max_visual_tokens are one argument; give one of them")
@@ -135,15 +137,15 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
 
         Raises:
             TypeError: another keyword, or another value of one.
-            ValueError: other numbers of image tokens and of images, or neither images nor text.
+            ValueError: other numbers of image tokens and of images, neither images nor text, or an empty text.
         """
         for name, value in kwargs.items():
             if name not in CALL_KEYWORDS or value not in CALL_KEYWORDS[name]:
                 raise TypeError(f"{type(self).__name__}: {name}={value!r} is not supported; leave it out")
-        pages = [] if images is None else _flatten(images)
+        pages = [] if images is None else _as_list(images)
         if text is None:
             return self.process_images(pages)
-        parts = [row.split(self.image_token) for row in ([text] if isinstance(text, str) else text)]
+        parts = [row.split(self.image_token) for row in _as_list(text)]
         if (places := sum(len(row) - 1 for row in parts)) != len(pages):
             raise ValueError(f"{places} image tokens ({self.image_token}) in the texts, but {len(pages)} images")
         tiles = [self.page_tiles(page) for page in pages]
@@ -176,6 +178,7 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
             pixel_values: (sum of the pages' tiles, 3, tile, tile) float32, page after page, each page row by row
                 and its thumbnail last.
         """
+        images = _as_list(images)
         tiles = [self.page_tiles(image) for image in images]
         return self._add_pages(self.page_tokens([len(t) for t in tiles]), images, tiles)
 
@@ -215,7 +218,7 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
     def _cut(self, image: Image.Image) -> torch.Tensor:
         """The page's tiles as (n, 3, tile, tile) uint8."""
         if not isinstance(image, Image.Image):
-            raise TypeError(f"{image!r:.60}: a page is a Pillow image")
+            raise TypeError(f"a page of type {type(image).__name__}: expected a Pillow image")
         page = pil_to_tensor(rgb(image))
         grid, side, resample = self.grid(page.shape[1:]), self.tile, self.image_processor.resample
         resize = self.image_processor.resize
@@ -229,7 +232,7 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
 
     def process_texts(self, texts: list[str]) -> BatchFeature:
         """A batch of texts as they are, without prefix or augmentation: input_ids and attention_mask, (B, L)."""
-        return self._pad([self._ids(text) for text in texts])
+        return self._pad([self._ids(text) for text in _as_list(texts)])
 
     def process_queries(
         self,
@@ -260,7 +263,7 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         tail = self._tail(suffix)
         room = self.max_query_tokens - len(tail)
         rows = []
-        for text in texts if texts is not None else queries or []:
+        for text in _as_list(texts if texts is not None else queries):
             if not text.strip():
                 raise ValueError(f"query {text!r}: a query needs at least one word")
             ids = self._ids(self.query_text(text))
@@ -289,6 +292,8 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
     def _pad(self, rows: list[list[int]]) -> BatchFeature:
         if not rows:
             raise ValueError("an empty batch: at least one page or query is needed")
+        if not all(rows):
+            raise ValueError("an empty text: at least one token is needed")
         ids = pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=self.tokenizer.pad_token_id)
         lengths = torch.tensor([len(r) for r in rows])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
@@ -317,11 +322,11 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         return maxsim_scores(queries, pages, device or pages[0].device)
 
 
-def _flatten(images) -> list[Image.Image]:
-    """The page images of one image, of a list, or of transformers' list of lists."""
-    if isinstance(images, list | tuple):
-        return [page for image in images for page in _flatten(image)]
-    return [images]
+def _as_list(items) -> list:
+    """One page or text, several, or transformers' lists of lists, as one list."""
+    if isinstance(items, str | Image.Image):
+        return [items]
+    return [part for item in items for part in (_as_list(item) if isinstance(item, list | tuple) else [item])]
 
 
 def _strip_padding(kind: str, items) -> list[torch.Tensor]:

@@ -350,6 +350,12 @@ def test_colpali_engines_trainers_train_it(processor, pages, tmp_path):
     assert torch.equal(embed(load(tmp_path), processor, pages), here)
 
 
+def test_tiles_that_are_not_those_of_the_rows_are_refused(model, processor, pages):
+    batch = processor.process_images(pages[:2])
+    with pytest.raises(ValueError, match=r"pixel_values: 2 tiles, but the rows of input_ids have \[6, 1\]"):
+        model(**{key: value[:2] for key, value in batch.items()})  # as a batch of colpali-engine's is sliced
+
+
 def test_a_page_beside_rows_of_text(model, processor, pages):
     texts = ["from Oslo", "a longer text about milk"]
     batch = processor(text=[texts[0], processor.visual_prompt_prefix, texts[1]], images=pages[:1])

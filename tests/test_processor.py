@@ -66,6 +66,8 @@ def test_colpali_engines_name_of_the_bound_and_no_unknown_keyword(tmp_path):
     for keyword in ("max_num_visual_token", "max_pixels", "padding_side", "size", "trust_remote_code"):
         with pytest.raises(TypeError, match=f"unknown keyword {keyword}; its bounds are max_visual_tokens and"):
             load(BASE, **{keyword: 48})
+    with pytest.raises(TypeError, match="use_fast=False"):
+        load(BASE, use_fast=False)
     with pytest.raises(TypeError, match="give one of them"):
         load(BASE, max_visual_tokens=96, max_num_visual_tokens=48)
     with pytest.raises(ValueError, match="max_visual_tokens=15"):
@@ -86,6 +88,9 @@ def test_a_call_is_process_images_within_the_bound(processor, pages):
     two = processor(text=f"a {processor.image_token} b {processor.image_token}", images=pages[1:3])
     assert processor.get_image_mask(two).sum() == processor.get_image_mask(want)[1:3].sum()
     assert torch.equal(two["pixel_values"], processor.process_images(pages[1:3])["pixel_values"])
+    for one in (processor.process_images(pages[0]), processor.process_images(page for page in pages[:1])):
+        assert torch.equal(one["pixel_values"], processor.process_images(pages[:1])["pixel_values"])
+        assert processor.get_local_image_mask(one).sum() == 96
     text = processor(text=["from Halde"])
     assert text.keys() == {"input_ids", "attention_mask"}
     assert torch.equal(text["input_ids"], processor.process_texts(["from Halde"])["input_ids"])
@@ -101,7 +106,9 @@ def test_a_call_is_process_images_within_the_bound(processor, pages):
         ({"text": ["no image token"]}, ValueError, "0 image tokens .* but 1 images"),
         ({"text": ["<IMG_CONTEXT>"], "images": None}, ValueError, "1 image tokens .* but 0 images"),
         ({"images": None}, ValueError, "an empty batch"),
-        ({"images": ["page.png"]}, TypeError, "'page.png'.*Pillow image"),
+        ({"images": ["page.png"]}, TypeError, "of type str: expected a Pillow image"),
+        ({"text": ""}, ValueError, "0 image tokens"),
+        ({"text": ["a", ""], "images": None}, ValueError, "an empty text"),
     ],
 )
 def test_a_call_refuses_what_it_does_not_do(processor, pages, options, error, message):
@@ -118,6 +125,19 @@ def test_a_bound_that_leaves_no_word_of_a_query_is_refused():
 def test_patches_across_and_down(processor):
     assert processor.get_n_patches((336, 224)) == (8, 12)
     assert processor.get_n_patches((112, 224)) == (8, 4)
+    wide, tall, square, small = (
+        processor.get_n_patches(size, 14) for size in ((300, 600), (600, 300), (500, 500), (9, 9))
+    )
+    assert 1.5 <= wide[0] / wide[1] <= 2.5 and tall == wide[::-1] and square[0] == square[1] and small == (4, 4)
+    with pytest.raises(TypeError, match="patchsize"):
+        processor.get_n_patches((112, 224), patchsize=14)
+
+
+def test_a_chat_template_makes_the_same_page(processor, pages, monkeypatch):
+    monkeypatch.setattr(processor, "chat_template", processor.visual_prompt_prefix)
+    messages = [{"role": "user", "content": [{"type": "image", "image": pages[0]}]}]
+    got, want = processor.apply_chat_template(messages, tokenize=True, return_dict=True), processor(pages[0])
+    assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
 
 
 @pytest.mark.parametrize(("size", "thumbnail"), [((224, 112), True), ((224, 336), False), ((112, 112), False)])
@@ -164,8 +184,9 @@ def test_masks_are_of_the_page_they_belong_to(processor, pages):
 def test_one_form_of_a_query(processor):
     ids = processor.process_queries(["the invoice from Halde"])["input_ids"][0]
     assert processor.tokenizer.decode(ids) == "Query: the invoice from Halde" + "<|endoftext|>" * 10
-    same = processor.process_queries(queries=["the invoice from Halde"])["input_ids"][0]
-    assert ids.tolist() == same.tolist()
+    for queries in (["the invoice from Halde"], "the invoice from Halde"):
+        same = processor.process_queries(queries=queries)["input_ids"]
+        assert len(same) == 1 and ids.tolist() == same[0].tolist()
 
 
 def test_texts_are_left_as_they_are(processor):
