@@ -34,12 +34,15 @@ def maxsim_scores(
         (number of queries, number of pages) float32 on the CPU.
 
     Raises:
-        ValueError: a query or page without tokens, or a score that is not finite.
+        ValueError: a query or page without tokens or of another dim, or a score that is not finite.
     """
+    dim = queries[0].shape[1:] if len(queries) else None
     for kind, items in (("query", queries), ("page", pages)):
         for i, tokens in enumerate(items):
-            if tokens.dim() != 2 or not len(tokens):
-                raise ValueError(f"{kind} {i}: embeddings of shape {tuple(tokens.shape)}, expected (tokens >= 1, dim)")
+            if tokens.dim() != 2 or not len(tokens) or dim not in (None, tokens.shape[1:]):
+                raise ValueError(
+                    f"{kind} {i}: embeddings of shape {tuple(tokens.shape)}, expected (tokens >= 1, dim), of one dim"
+                )
     scores = torch.empty(len(queries), len(pages))
     if not scores.numel():
         return scores

@@ -51,19 +51,39 @@ KEY_MAPPING = {
 
 
 class ColIntern3_5(InternVLModel):
-    """Pages and queries as many 128-d unit vectors; the score of a pair is MaxSim."""
+    """Pages and queries as many 128-d unit vectors; the score of a pair is MaxSim.
+
+    Args:
+        config: of the base.
+        mask_non_image_embeddings: as in colpali-engine, a page keeps only the vectors of its visual tokens; those of
+            its prompt become zeros. Rows without an image are not changed.
+    """
 
     main_input_name = "input_ids"
+    dim = EMBEDDING_DIM  # colpali-engine's name, as padding_side, patch_size and spatial_merge_size are
+    padding_side = "right"
 
-    def __init__(self, config: InternVLConfig):
+    def __init__(self, config: InternVLConfig, mask_non_image_embeddings: bool = False):
         super().__init__(config)
+        self.mask_non_image_embeddings = mask_non_image_embeddings
         self.custom_text_proj = nn.Linear(config.get_text_config().hidden_size, EMBEDDING_DIM)
         self.post_init()
+
+    @property
+    def patch_size(self) -> int:
+        """Side in pixels of a patch of the vision tower."""
+        size: Any = self.config.vision_config.patch_size  # type: ignore[union-attr]
+        return int(size[0] if isinstance(size, list | tuple) else size)
+
+    @property
+    def spatial_merge_size(self) -> int:
+        """Patches across, and down, one visual token."""
+        return round(1 / self.config.downsample_ratio)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        path: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
         revision: str | None = None,
         base: str | None = None,
@@ -74,19 +94,22 @@ class ColIntern3_5(InternVLModel):
         """Load a base, an adapter or a merged model.
 
         Args:
-            path: hub id or folder: with adapter_config.json it is an adapter (its base and its head are loaded
-                with it, see `read_checked_adapter`), else a checkpoint with or without `custom_text_proj`.
-            revision: hub commit of what is at `path`; an adapter itself names the commit of its base.
+            pretrained_model_name_or_path: hub id or folder: with adapter_config.json it is an adapter (its base and its
+                head are loaded with it, see `read_checked_adapter`), else a checkpoint with or without
+                `custom_text_proj`.
+            revision: hub commit of what is there; an adapter itself names the commit of its base.
             base: where an adapter's base is, if not where the adapter says.
             merge: fold the adapter into the base weights; without it the LoRA layers stay visible.
             seed: draws the head where the checkpoint has none, independently of the global random state.
-            kwargs: passed on to transformers (dtype, attn_implementation, ...).
+            kwargs: passed on to transformers (dtype, attn_implementation, ...) and to `__init__`.
 
         Raises:
+            TypeError: a keyword that none of them knows.
             ValueError: weights that are missing or left over, an adapter without its head, or `merge` on a folder
                 that holds no adapter.
             UserError: see `read_checked_adapter`.
         """
+        path = pretrained_model_name_or_path
         folder = Path(path) if Path(path).is_dir() else _hub_adapter(str(path), revision)
         if folder and is_adapter(folder):
             files = read_checked_adapter(folder, base)
@@ -167,30 +190,36 @@ class ColIntern3_5(InternVLModel):
 
         Args:
             input_ids, attention_mask: (B, L), padded on the right.
-            pixel_values: (tiles of the whole batch, 3, tile, tile), as `process_images` makes them.
+            pixel_values: (tiles of the whole batch, 3, tile, tile), as `process_images` makes them; rows of text
+                between the pages have none.
             image_features: instead of `pixel_values`, what `page_features` made of them, page after page.
+            kwargs: passed on to the language model; `return_dict` and `use_cache`, which PEFT and scripts for
+                colpali-engine's models pass, change nothing.
 
         Returns:
-            (B, L, 128): unit vectors, zeros where `attention_mask` is 0.
+            (B, L, 128): unit vectors, zeros where `attention_mask` is 0 and where `mask_non_image_embeddings` says.
 
         Raises:
-            ValueError: a batch that is padded on the left.
+            ValueError: a batch that is padded on the left, or not as many tiles as its rows have image tokens for.
         """
         if (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
             raise ValueError("attention_mask: ColIntern3_5 takes right-padded batches; set padding_side='right'")
         if pixel_values is not None:
             tokens = (input_ids == self.config.image_token_id).sum(1)
-            pages = pixel_values.split((tokens // self.config.image_seq_length).tolist())
-            image_features = torch.cat([self.page_features(tiles) for tiles in pages])
+            counts = (tokens // self.config.image_seq_length).tolist()
+            if sum(counts) != len(pixel_values):
+                raise ValueError(f"pixel_values: {len(pixel_values)} tiles, but the rows of input_ids have {counts}")
+            pages = pixel_values.split(counts)
+            image_features = torch.cat([self.page_features(tiles) for tiles in pages if len(tiles)])
         images = None if image_features is None else {"image": BaseModelOutputWithPooling(pooler_output=image_features)}
         # Causal attention never looks right, so right padding needs no attention mask, and a page's embeddings
         # cannot depend on the pages beside it.
-        hidden = (
-            super()
-            .forward(input_ids=input_ids, mm_encoder_outputs=images, use_cache=False, return_dict=True, **kwargs)
-            .last_hidden_state
-        )
+        kwargs |= {"use_cache": False, "return_dict": True}
+        hidden = super().forward(input_ids=input_ids, mm_encoder_outputs=images, **kwargs).last_hidden_state
         embeddings = normalize(self.custom_text_proj(hidden).float(), dim=-1)
+        if self.mask_non_image_embeddings:
+            visual = input_ids == self.config.image_token_id
+            attention_mask = attention_mask * (visual | ~visual.any(dim=1, keepdim=True))
         return embeddings.masked_fill(attention_mask.unsqueeze(-1) == 0, 0.0)
 
     def page_features(self, tiles: torch.Tensor) -> torch.Tensor:

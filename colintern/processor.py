@@ -2,10 +2,12 @@
 
 It is transformers' `InternVLProcessor` with three differences: tiles come from `colintern.tiles` (a hard bound on
 visual tokens), padding is on the right (the stock processor pads left whatever the tokenizer says), and one
-function formats a query, for training, evaluation and search alike.
+function formats a query, for training, evaluation and search alike. docs/colpali-engine.md shows its use in scripts
+written for colpali-engine's models.
 """
 
 import logging
+from inspect import signature
 from typing import ClassVar
 
 import torch
@@ -16,14 +18,30 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import BatchFeature, InternVLProcessor
 from transformers.image_utils import SizeDict
 
+from colintern.interpretability import InterpretabilityMixin
 from colintern.maxsim import maxsim_scores
 from colintern.pixels import rgb
 from colintern.tiles import Grid, choose_grid
 
 logger = logging.getLogger(__name__)
 
+HUB_KEYWORDS = {  # of transformers' `from_pretrained`, and device_map, which colpali-engine's scripts pass
+    *("_commit_hash", "_from_auto", "_from_pipeline", "cache_dir", "device_map", "force_download", "local_files_only"),
+    *("proxies", "return_unused_kwargs", "revision", "subfolder", "token", "use_fast"),
+}
+CALL_KEYWORDS = {  # of transformers' processors, with the values that change nothing here
+    "add_special_tokens": (False,),
+    "audio": (None,),
+    "max_length": (None,),
+    "padding": (True, "longest"),
+    "padding_side": ("right",),
+    "return_tensors": ("pt",),
+    "truncation": (False, None),
+    "videos": (None,),
+}
 
-class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
+
+class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor, InternVLProcessor):
     """Turns page images and query strings into right-padded batches for `ColIntern3_5`.
 
     Args:
@@ -42,6 +60,7 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
         "<|im_start|>user\n",
         "\nDescribe the image.<|im_end|><|endoftext|>",
     )
+    visual_prompt_prefix: ClassVar[str] = "<IMG_CONTEXT>".join(visual_prompt)
 
     def __init__(
         self,
@@ -76,6 +95,68 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
         self._before_tiles = [*self._ids(before), self.start_image_token_id]
         self._after_tiles = [self.end_image_token_id, *self._ids(after)]
 
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path, *, max_num_visual_tokens: int | None = None, **kwargs
+    ):
+        """Load a processor.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id.
+            max_num_visual_tokens: colpali-engine's name of `max_visual_tokens`.
+            kwargs: the class's arguments, in place of the saved ones, and transformers' own (revision, token, ...).
+
+        Raises:
+            TypeError: another keyword, which transformers would ignore, `use_fast=False`, or two names of the bound.
+        """
+        known = {name for name in signature(cls).parameters if name != "kwargs"} | HUB_KEYWORDS
+        if unknown := sorted(kwargs.keys() - known):
+            raise TypeError(
+                f"{cls.__name__}.from_pretrained: unknown keyword {', '.join(unknown)}; its bounds are "
+                f"max_visual_tokens and max_query_tokens; of transformers' keywords it takes "
+                f"{', '.join(sorted(name for name in HUB_KEYWORDS if name[0] != '_'))}"
+            )
+        if not kwargs.get("use_fast", True):
+            raise TypeError("use_fast=False: the slow image processor cannot cut a page into tiles; leave it out")
+        if max_num_visual_tokens is not None:
+            if "max_visual_tokens" in kwargs:
+                raise TypeError("max_num_visual_tokens and max_visual_tokens are one argument; give one of them")
+            kwargs["max_visual_tokens"] = max_num_visual_tokens
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
+        """Process pages, texts, or texts with a page at each image token, within the same bound as `process_images`.
+
+        Args:
+            images: page images, or one; in the order of the image tokens of all texts.
+            text: texts, or one, without prefix or augmentation; None: `visual_prompt_prefix` for each page.
+            kwargs: transformers' keywords at the values of `CALL_KEYWORDS`, the only ones there are here.
+
+        Returns:
+            See `process_images`; without images no `pixel_values`.
+
+        Raises:
+            TypeError: another keyword, or another value of one.
+            ValueError: other numbers of image tokens and of images, neither images nor text, or an empty text.
+        """
+        for name, value in kwargs.items():
+            if name not in CALL_KEYWORDS or value not in CALL_KEYWORDS[name]:
+                raise TypeError(f"{type(self).__name__}: {name}={value!r} is not supported; leave it out")
+        pages = [] if images is None else _as_list(images)
+        if text is None:
+            return self.process_images(pages)
+        parts = [row.split(self.image_token) for row in _as_list(text)]
+        if (places := sum(len(row) - 1 for row in parts)) != len(pages):
+            raise ValueError(f"{places} image tokens ({self.image_token}) in the texts, but {len(pages)} images")
+        tiles = [self.page_tiles(page) for page in pages]
+        counts, rows = iter(tiles), []
+        for before, *after in parts:
+            rows.append(self._ids(before))
+            for rest in after:
+                rows[-1] += [self.start_image_token_id, *self._visual_ids(len(next(counts))), self.end_image_token_id]
+                rows[-1] += self._ids(rest)
+        return self._add_pages(self._pad(rows), pages, tiles)
+
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -97,15 +178,30 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
             pixel_values: (sum of the pages' tiles, 3, tile, tile) float32, page after page, each page row by row
                 and its thumbnail last.
         """
+        images = _as_list(images)
         tiles = [self.page_tiles(image) for image in images]
-        batch = self.page_tokens([len(t) for t in tiles])
-        batch["pixel_values"] = torch.cat(tiles)
+        return self._add_pages(self.page_tokens([len(t) for t in tiles]), images, tiles)
+
+    def _add_pages(self, batch: BatchFeature, images: list[Image.Image], tiles: list[torch.Tensor]) -> BatchFeature:
+        """Add the pages' tiles, and as an attribute, which is no input of the model, how these lie on the pages."""
+        if tiles:
+            batch["pixel_values"] = torch.cat(tiles)
+        batch.grids = [  # type: ignore[attr-defined]
+            self.grid((image.height, image.width)) for image in images
+        ]
         return batch
 
     def page_tokens(self, tiles: list[int]) -> BatchFeature:
         """input_ids and attention_mask of pages of so many tiles each."""
-        visual = [self.image_token_id] * self.image_seq_length
-        return self._pad([self._before_tiles + visual * n + self._after_tiles for n in tiles])
+        return self._pad([self._before_tiles + self._visual_ids(n) + self._after_tiles for n in tiles])
+
+    def _visual_ids(self, tiles: int) -> list[int]:
+        return [self.image_token_id] * (self.image_seq_length * tiles)
+
+    @property
+    def image_seq_len(self) -> int:
+        """Visual tokens of a tile: colpali-engine's name of `image_seq_length`."""
+        return self.image_seq_length
 
     @property
     def text_before(self) -> int:
@@ -121,6 +217,8 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
 
     def _cut(self, image: Image.Image) -> torch.Tensor:
         """The page's tiles as (n, 3, tile, tile) uint8."""
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"a page of type {type(image).__name__}: expected a Pillow image")
         page = pil_to_tensor(rgb(image))
         grid, side, resample = self.grid(page.shape[1:]), self.tile, self.image_processor.resample
         resize = self.image_processor.resize
@@ -134,7 +232,7 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
 
     def process_texts(self, texts: list[str]) -> BatchFeature:
         """A batch of texts as they are, without prefix or augmentation: input_ids and attention_mask, (B, L)."""
-        return self._pad([self._ids(text) for text in texts])
+        return self._pad([self._ids(text) for text in _as_list(texts)])
 
     def process_queries(
         self,
@@ -165,7 +263,7 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
         tail = self._tail(suffix)
         room = self.max_query_tokens - len(tail)
         rows = []
-        for text in texts if texts is not None else queries or []:
+        for text in _as_list(texts if texts is not None else queries):
             if not text.strip():
                 raise ValueError(f"query {text!r}: a query needs at least one word")
             ids = self._ids(self.query_text(text))
@@ -194,6 +292,8 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
     def _pad(self, rows: list[list[int]]) -> BatchFeature:
         if not rows:
             raise ValueError("an empty batch: at least one page or query is needed")
+        if not all(rows):
+            raise ValueError("an empty text: at least one token is needed")
         ids = pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=self.tokenizer.pad_token_id)
         lengths = torch.tensor([len(r) for r in rows])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
@@ -205,59 +305,33 @@ class ColIntern3_5Processor(BaseVisualRetrieverProcessor, InternVLProcessor):
 
     @staticmethod
     def score_multi_vector(qs, ps, batch_size: int = 128, device=None) -> torch.Tensor:
-        """MaxSim scores, (n_queries, n_pages) float32 on the CPU.
+        """MaxSim scores, (n_queries, n_pages) float32 on the CPU, without a gradient.
 
         Unlike colpali-engine's, no padding takes part in the maximum: all-zero rows are the padding `ColIntern3_5`
         writes, in a padded (n, length, 128) tensor as in the list that colpali-engine's users make of it.
-        """
-        qs, ps = ([e[(e != 0).any(-1)] for e in es] for es in (qs, ps))  # a row with NaN is broken, not padding
-        return maxsim_scores(qs, ps)
-
-    def get_n_patches(self, image_size: tuple[int, int], *args, **kwargs) -> tuple[int, int]:
-        """Visual tokens across and down a page of `image_size` = (height, width), its thumbnail left out.
-
-        As colpali-engine's base class has it; Pillow's `image.size` is (width, height), and would transpose the page.
-        """
-        grid, side = self.grid(image_size), int(self.image_seq_length**0.5)
-        return grid.cols * side, grid.rows * side
-
-    def get_image_mask(self, batch_images: BatchFeature) -> torch.Tensor:
-        """(B, L) bool: True where a token is a visual token, those of a thumbnail included."""
-        return batch_images.input_ids == self.image_token_id
-
-    def rearrange_image_embeddings(
-        self, image_embeddings: torch.Tensor, image_mask: torch.Tensor, n_patches: tuple[int, int]
-    ) -> torch.Tensor:
-        """A page's tokens where they lie on it, (across, down, dim), its thumbnail left out.
 
         Args:
-            image_embeddings, image_mask: (L, dim), and (L,) of `get_image_mask`.
-            n_patches: (across, down) of `get_n_patches`.
+            qs, ps: queries and pages: (tokens, dim) tensors or arrays, or all of them as one padded (n, tokens, dim).
+            batch_size: for colpali-engine's signature, without meaning: pages are read one by one.
+            device: where it is computed; None: where the first page is.
 
         Raises:
-            ValueError: a mask that is not of a page of so many tokens.
+            ValueError: no queries or pages, one without tokens, dims that differ, or a score that is not finite.
         """
-        (across, down), side = n_patches, int(self.image_seq_length**0.5)
-        tokens, count = image_embeddings[image_mask], across * down
-        if len(tokens) not in (count, count + self.image_seq_length):
-            raise ValueError(
-                f"n_patches={n_patches}: {len(tokens)} visual tokens are not {count}, nor with a thumbnail"
-            )
-        tiles = tokens[:count].reshape(down // side, across // side, side, side, -1)
-        return tiles.permute(1, 3, 0, 2, 4).reshape(across, down, -1)
+        queries, pages = _strip_padding("queries", qs), _strip_padding("pages", ps)
+        return maxsim_scores(queries, pages, device or pages[0].device)
 
-    def get_similarity_maps_from_embeddings(
-        self,
-        image_embeddings: torch.Tensor,
-        query_embeddings: torch.Tensor,
-        n_patches: tuple[int, int] | list[tuple[int, int]],
-        image_mask: torch.Tensor,
-    ) -> list[torch.Tensor]:
-        """One (query tokens, across, down) for each page, as `plot_similarity_map` of colpali-engine takes it.
 
-        Not colpali-engine's function of this name: that expects tokens row by row of the page, ours come tile by tile.
-        """
-        sizes = n_patches if isinstance(n_patches, list) else [n_patches] * len(image_embeddings)
-        pages = zip(image_embeddings, image_mask, sizes, strict=True)
-        grids = [self.rearrange_image_embeddings(*page) for page in pages]
-        return [torch.einsum("nk,ijk->nij", q, grid) for q, grid in zip(query_embeddings, grids, strict=True)]
+def _as_list(items) -> list:
+    """One page or text, several, or transformers' lists of lists, as one list."""
+    if isinstance(items, str | Image.Image):
+        return [items]
+    return [part for item in items for part in (_as_list(item) if isinstance(item, list | tuple) else [item])]
+
+
+def _strip_padding(kind: str, items) -> list[torch.Tensor]:
+    """The (tokens, dim) tensors of tensors or arrays, without a gradient and without their all-zero rows."""
+    if not len(items):
+        raise ValueError(f"score_multi_vector: no {kind}")
+    rows = [torch.as_tensor(item).detach() for item in items]
+    return [row[(row != 0).any(-1)] if row.dim() == 2 else row for row in rows]  # NaN is broken, not padding

@@ -1,10 +1,15 @@
 """The geometry of heatmaps: exact, against the real tower; bench/heatmap.py measures the demo's."""
 
 import json
+import re
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import BASE, ROOT
+from matplotlib import pyplot
 from PIL import Image, ImageDraw
 
 from colintern.modeling.embed import embed_pages
@@ -99,3 +104,72 @@ def test_after_training_the_hottest_cell_lies_on_the_answer(processor):
     model = ColIntern3_5.from_pretrained(adapter, base=str(BASE), dtype=torch.float32)
     found = measure(model, processor, corpus("test", 60, 1, seed=0))
     assert found.cases >= BOUND > 2 * found.cells
+
+
+@pytest.fixture
+def interpretability(monkeypatch):
+    """colpali-engine's module, with what it needs of einops and seaborn where these, which are extras, are missing."""
+
+    def rearrange(array, pattern, h=0, w=0):
+        assert pattern in ("(h w) c -> w h c", "h w -> w h")
+        return (array.reshape(h, w, -1) if h else array).swapaxes(0, 1)
+
+    pretended = {"einops": {"rearrange": rearrange}, "seaborn": {"color_palette": lambda name, as_cmap: "viridis"}}
+    for name in [name for name in pretended if not find_spec(name)]:
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**pretended[name]))
+    pyplot.switch_backend("agg")
+    from colpali_engine import interpretability
+
+    return interpretability
+
+
+@pytest.mark.parametrize(
+    ("size", "bound", "grid"),
+    [((224, 336), 96, Grid(2, 3, False)), ((336, 224), 112, Grid(3, 2, True)), ((112, 112), 96, Grid(1, 1, False))],
+)
+def test_colpali_engines_maps_are_right_or_refused(local, interpretability, size, bound, grid):
+    """By the steps of its README; a query of the spot's own token is most like the spot."""
+    processor = ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=bound)
+    assert processor.grid(size[::-1]) == grid
+    blank = Image.new("RGB", size, "white")
+    theirs = interpretability.get_similarity_maps_from_embeddings
+    for x, y in ((0, 0), (84, 0), (0, 84), (size[0] - CELL, 28), (size[0] - CELL, size[1] - CELL)):
+        image = blank.copy()
+        ImageDraw.Draw(image).rectangle((x + 4, y + 4, x + CELL - 5, y + CELL - 5), fill="black")
+        batch = processor.process_images([image])
+        with torch.no_grad():
+            page, plain = local(**batch), local(**processor.process_images([blank]))
+        mask, tiles = processor.get_image_mask(batch), processor.get_local_image_mask(batch)
+        query = page[:, ((page - plain).norm(dim=-1) * tiles).argmax(dim=1)]
+        if grid.tiles > 1:
+            with pytest.raises(
+                ValueError, match=r"\(height, width\)\) .* the processor's get_similarity_maps_from_emb"
+            ):
+                processor.get_n_patches(image_size=image.size, patch_size=local.patch_size)
+            with pytest.raises(ValueError, match=r"\(height, width\); Pillow's"):
+                processor.get_similarity_maps_from_embeddings(
+                    page, query, processor.get_n_patches(image.size), processor.get_image_mask(batch)
+                )
+        else:
+            for keyword in ({"patch_size": local.patch_size}, {"spatial_merge_size": local.spatial_merge_size}):
+                [found] = theirs(page, query, processor.get_n_patches(image_size=image.size, **keyword), mask)
+                assert divmod(int(found[0].argmax()), found.shape[2]) == (x // CELL, y // CELL)
+        [found] = processor.get_similarity_maps_from_embeddings(page, query, processor.get_n_patches(size[::-1]), tiles)
+        assert divmod(int(found[0].argmax()), found.shape[2]) == (x // CELL, y // CELL)
+    [(figure, axes)] = interpretability.plot_all_similarity_maps(image, ["spot"], found)
+    shown = torch.tensor(axes.images[1].get_array())
+    top, left = divmod(int(shown.argmax()), size[0])
+    assert (left // CELL, top // CELL) == (x // CELL, y // CELL)
+    pyplot.close(figure)
+
+
+def test_the_examples_of_the_page_for_colpali_engine(interpretability, tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "colpali-engine.md").read_text()
+    code = "".join(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S))
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (224, 336), "white").save("page.png")
+    names = {}
+    exec(code.replace('"experiments/colintern"', repr(str(BASE))), names)
+    assert names["similarity_maps"].shape[1:] == (8, 12)
+    assert len(names["tokens"]) == len(names["similarity_maps"])
+    assert Image.open("similarity_map.png").size[0] > 100

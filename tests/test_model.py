@@ -23,8 +23,8 @@ TARGETS = [
 ]
 
 
-def load(path, **kwargs) -> ColIntern3_5:
-    return ColIntern3_5.from_pretrained(path, **({"dtype": torch.float32} | kwargs))
+def load(*path, **kwargs) -> ColIntern3_5:
+    return ColIntern3_5.from_pretrained(*path, **({"dtype": torch.float32} | kwargs))
 
 
 def embed(model, processor, pages) -> torch.Tensor:
@@ -317,6 +317,78 @@ def test_the_frozen_tower_stays_out_of_the_graph(model, processor, pages):
     tower.register_full_backward_hook(lambda *_: ran.update(backward=ran["backward"] + 1))
     wrapped(**processor.process_images(pages)).sum().backward()
     assert ran == {"forward": len(pages), "backward": 0}
+
+
+def test_colpali_engines_trainers_train_it(processor, pages, tmp_path):
+    from colpali_engine.data.dataset import ColPaliEngineDataset
+    from colpali_engine.trainer.colmodel_training import ColModelTraining, ColModelTrainingConfig
+    from transformers import TrainingArguments
+
+    rows = [{"query": f"which page is number {i}", "pos_target": page} for i, page in enumerate(pages)]
+    data = ColPaliEngineDataset(rows)
+    training = ColModelTraining(
+        ColModelTrainingConfig(
+            model=load(BASE),
+            processor=processor,
+            train_dataset=data,
+            eval_dataset=data,
+            output_dir=str(tmp_path),
+            tr_args=TrainingArguments(
+                str(tmp_path), use_cpu=True, max_steps=1, eval_strategy="steps", eval_steps=1, save_strategy="no",
+                per_device_train_batch_size=4, learning_rate=1e-2, report_to=[], disable_tqdm=True,
+            ),
+            peft_config=LoraConfig(r=2, target_modules="|".join(TARGETS), task_type="FEATURE_EXTRACTION"),
+        )
+    )  # fmt: skip
+    queries = training.collator([data[0]])["query_input_ids"]
+    assert torch.equal(queries, processor.process_queries([rows[0]["query"]])["input_ids"])
+    training.train()
+    training.save()
+    training.model.save_head(tmp_path)
+    here = embed(training.model.eval(), processor, pages)
+    assert not torch.equal(here, embed(load(BASE), processor, pages)), "it learned"
+    assert torch.equal(embed(load(tmp_path), processor, pages), here)
+
+
+def test_tiles_that_are_not_those_of_the_rows_are_refused(model, processor, pages):
+    batch = processor.process_images(pages[:2])
+    with pytest.raises(ValueError, match=r"pixel_values: 2 tiles, but the rows of input_ids have \[6, 1\]"):
+        model(**{key: value[:2] for key, value in batch.items()})  # as a batch of colpali-engine's is sliced
+
+
+def test_a_page_beside_rows_of_text(model, processor, pages):
+    texts = ["from Oslo", "a longer text about milk"]
+    batch = processor(text=[texts[0], processor.visual_prompt_prefix, texts[1]], images=pages[:1])
+    with torch.no_grad():
+        rows = model(**batch)
+        alone = [*model(**processor.process_texts(texts)), model(**processor.process_images(pages[:1]))[0]]
+    for row, other in zip((rows[0], rows[2], rows[1]), alone, strict=True):
+        torch.testing.assert_close(row[: len(other)], other, atol=1e-5, rtol=0)
+
+
+def test_a_page_without_its_prompt(model, processor, pages):
+    batch = processor(text=["from Oslo", processor.visual_prompt_prefix], images=pages[0])
+    masked = load(BASE, mask_non_image_embeddings=True)
+    with torch.no_grad():
+        whole, part = model(**batch), masked(**batch)
+    visual = processor.get_image_mask(batch)
+    assert visual.sum(1).tolist() == [0, 96]
+    assert torch.equal(part[0], whole[0]), "a text has no image to keep"
+    assert torch.equal(part[1], whole[1] * visual[1][:, None]) and not torch.equal(part[1], whole[1])
+    assert not model.mask_non_image_embeddings
+
+
+def test_the_names_of_colpali_engines_models(model, adapter):
+    folder, wrapped = adapter
+    for one in (model, wrapped, load(pretrained_model_name_or_path=folder, mask_non_image_embeddings=True)):
+        assert (one.dim, one.padding_side, one.patch_size, one.spatial_merge_size) == (128, "right", 14, 2)
+    assert one.mask_non_image_embeddings
+    with pytest.raises(TypeError, match="max_pixels"):
+        load(BASE, max_pixels=1)
+    same = ColIntern3_5.from_pretrained(
+        BASE, torch_dtype=torch.float32, device_map="cpu", attn_implementation=None, trust_remote_code=True
+    )
+    assert torch.equal(same.custom_text_proj.weight, model.custom_text_proj.weight)
 
 
 def test_attention_auto_takes_flash_attention_only_where_it_works(monkeypatch):

@@ -136,6 +136,18 @@ def test_results_are_copied_and_a_bad_object_removed_by_awss_command(cloud, tmp_
     assert (tmp_path / "dvc.lock").read_text() == "there"
 
 
+def test_colpali_engine_draws_our_maps_with_its_extra(tmp_path):
+    """The packages that tests/test_heatmaps.py otherwise replaces; what they need is in the lock."""
+    install = "pip install einops seaborn"
+    assert f"`{install}`" in (ROOT / "docs" / "colpali-engine.md").read_text()
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    options = ["-q", "--no-deps", "--target", tmp_path / "extra"]
+    subprocess.run([tmp_path / "venv" / "bin" / "pip", *words(install)[1:], *options], check=True)
+    paths = os.pathsep.join(map(str, (tmp_path / "extra", ROOT)))
+    tests = ["-m", "pytest", "-q", "-n", "0", "tests/test_heatmaps.py", "-k", "colpali"]
+    subprocess.run([sys.executable, *tests], check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths})
+
+
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory) -> Iterator[dict[str, str]]:
     """Debian's Slurm, one node that says it has sixteen cores and four GPUs: the variable its commands need."""

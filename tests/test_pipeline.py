@@ -31,6 +31,7 @@ ROOMS = [
     {"mteb_model"},
     {"data", "modeling"},
     {"model", "processor"},
+    {"interpretability"},
     {"files"},
     {"tiles", "pixels", "maxsim", "causal"},
     {"params"},

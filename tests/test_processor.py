@@ -57,6 +57,65 @@ def test_a_bound_below_one_tile_is_refused():
         ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=15)
 
 
+def test_colpali_engines_name_of_the_bound_and_no_unknown_keyword(tmp_path):
+    load = ColIntern3_5Processor.from_pretrained
+    bounded = load(pretrained_model_name_or_path=BASE, max_num_visual_tokens=48, device_map="cpu", use_fast=True)
+    assert bounded.max_visual_tokens == 48 and load(BASE, revision="main", token=None).max_visual_tokens == 96
+    bounded.save_pretrained(tmp_path)
+    assert load(tmp_path).max_visual_tokens == 48
+    for keyword in ("max_num_visual_token", "max_pixels", "padding_side", "size", "trust_remote_code"):
+        with pytest.raises(TypeError, match=f"unknown keyword {keyword}; its bounds are max_visual_tokens and"):
+            load(BASE, **{keyword: 48})
+    with pytest.raises(TypeError, match="use_fast=False"):
+        load(BASE, use_fast=False)
+    with pytest.raises(TypeError, match="give one of them"):
+        load(BASE, max_visual_tokens=96, max_num_visual_tokens=48)
+    with pytest.raises(ValueError, match="max_visual_tokens=15"):
+        load(BASE, max_num_visual_tokens=15)
+
+
+def test_a_call_is_process_images_within_the_bound(processor, pages):
+    want = processor.process_images(pages)
+    prompts = [processor.visual_prompt_prefix] * len(pages)
+    for got in (
+        processor(text=prompts, images=pages, padding="longest", return_tensors="pt"),
+        processor(images=[[page] for page in pages]),
+        processor(pages, videos=None),
+    ):
+        assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
+        assert torch.equal(processor.get_local_image_mask(got), processor.get_local_image_mask(want))
+    assert processor.get_image_mask(got).sum(1).max() <= processor.max_visual_tokens
+    two = processor(text=f"a {processor.image_token} b {processor.image_token}", images=pages[1:3])
+    assert processor.get_image_mask(two).sum() == processor.get_image_mask(want)[1:3].sum()
+    assert torch.equal(two["pixel_values"], processor.process_images(pages[1:3])["pixel_values"])
+    for one in (processor.process_images(pages[0]), processor.process_images(page for page in pages[:1])):
+        assert torch.equal(one["pixel_values"], processor.process_images(pages[:1])["pixel_values"])
+        assert processor.get_local_image_mask(one).sum() == 96
+    text = processor(text=["from Halde"])
+    assert text.keys() == {"input_ids", "attention_mask"}
+    assert torch.equal(text["input_ids"], processor.process_texts(["from Halde"])["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_patches": 12}, TypeError, "max_patches=12"),
+        ({"padding": "max_length"}, TypeError, "padding='max_length'"),
+        ({"return_tensors": "np"}, TypeError, "return_tensors='np'"),
+        ({"videos": ["a.mp4"]}, TypeError, "videos="),
+        ({"text": ["no image token"]}, ValueError, "0 image tokens .* but 1 images"),
+        ({"text": ["<IMG_CONTEXT>"], "images": None}, ValueError, "1 image tokens .* but 0 images"),
+        ({"images": None}, ValueError, "an empty batch"),
+        ({"images": ["page.png"]}, TypeError, "of type str: expected a Pillow image"),
+        ({"text": ""}, ValueError, "0 image tokens"),
+        ({"text": ["a", ""], "images": None}, ValueError, "an empty text"),
+    ],
+)
+def test_a_call_refuses_what_it_does_not_do(processor, pages, options, error, message):
+    with pytest.raises(error, match=message):
+        processor(**{"images": pages[:1]} | options)
+
+
 def test_a_bound_that_leaves_no_word_of_a_query_is_refused():
     """Of 14 tokens the prefix takes 4 and the augmentation 10; a cut at a negative place would leave most of it."""
     with pytest.raises(ValueError, match=r"max_query_tokens=14: .* take 14 tokens .* must be 15 or more"):
@@ -66,6 +125,19 @@ def test_a_bound_that_leaves_no_word_of_a_query_is_refused():
 def test_patches_across_and_down(processor):
     assert processor.get_n_patches((336, 224)) == (8, 12)
     assert processor.get_n_patches((112, 224)) == (8, 4)
+    wide, tall, square, small = (
+        processor.get_n_patches(size, 14) for size in ((300, 600), (600, 300), (500, 500), (9, 9))
+    )
+    assert 1.5 <= wide[0] / wide[1] <= 2.5 and tall == wide[::-1] and square[0] == square[1] and small == (4, 4)
+    with pytest.raises(TypeError, match="patchsize"):
+        processor.get_n_patches((112, 224), patchsize=14)
+
+
+def test_a_chat_template_makes_the_same_page(processor, pages, monkeypatch):
+    monkeypatch.setattr(processor, "chat_template", processor.visual_prompt_prefix)
+    messages = [{"role": "user", "content": [{"type": "image", "image": pages[0]}]}]
+    got, want = processor.apply_chat_template(messages, tokenize=True, return_dict=True), processor(pages[0])
+    assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
 
 
 @pytest.mark.parametrize(("size", "thumbnail"), [((224, 112), True), ((224, 336), False), ((112, 112), False)])
@@ -81,15 +153,40 @@ def test_similarity_maps_show_a_token_at_its_place(processor, size, thumbnail):
         page[0, visual[number]] = 1
         [found] = processor.get_similarity_maps_from_embeddings(page, torch.ones(1, 1, 1), (across, down), mask)
         assert found.shape == (1, across, down) and found.nonzero().tolist() == [[0, x, y]]
-    with pytest.raises(ValueError, match="visual tokens are not"):
-        processor.get_similarity_maps_from_embeddings(page, torch.ones(1, 1, 1), (across + 4, down + 4), mask)
+    local = processor.get_local_image_mask(batch)
+    assert local.sum() == across * down == mask.sum() - processor.image_seq_len * thumbnail
+    [same] = processor.get_similarity_maps_from_embeddings(page, torch.ones(1, 1, 1), (across, down), local)
+    assert torch.equal(same, found)
+    for wrong, known in (((across + 4, down + 4), "the pages have"), ((across + 4, down + 4), None)):
+        with pytest.raises(ValueError, match=known or "visual tokens are not"):
+            processor.get_similarity_maps_from_embeddings(
+                page, torch.ones(1, 1, 1), wrong, mask if known else mask.clone()
+            )
+
+
+def test_masks_are_of_the_page_they_belong_to(processor, pages):
+    batch = processor.process_images(pages).to("cpu", torch.bfloat16)
+    mask, local = processor.get_image_mask(batch), processor.get_local_image_mask(batch)
+    assert mask.shape == local.shape == batch["input_ids"].shape and mask.dtype == local.dtype == torch.bool
+    sizes = [processor.get_n_patches(page.size[::-1], 14) for page in pages]
+    assert local.sum(1).tolist() == [across * down for across, down in sizes]
+    thumbnails = [processor.grid(page.size[::-1]).thumbnail for page in pages]
+    assert (mask.sum(1) - local.sum(1)).tolist() == [16 * thumbnail for thumbnail in thumbnails]
+    assert set(thumbnails) == {True, False} and not (local & ~mask).any()
+    with pytest.raises(ValueError, match="as process_images returned it"):
+        processor.get_local_image_mask(processor.page_tokens([5]))
+    maps = processor.get_similarity_maps_from_embeddings(
+        torch.rand(*mask.shape, 8), torch.rand(len(pages), 3, 8), sizes, mask
+    )
+    assert [tuple(found.shape) for found in maps] == [(3, *size) for size in sizes]
 
 
 def test_one_form_of_a_query(processor):
     ids = processor.process_queries(["the invoice from Halde"])["input_ids"][0]
     assert processor.tokenizer.decode(ids) == "Query: the invoice from Halde" + "<|endoftext|>" * 10
-    same = processor.process_queries(queries=["the invoice from Halde"])["input_ids"][0]
-    assert ids.tolist() == same.tolist()
+    for queries in (["the invoice from Halde"], "the invoice from Halde"):
+        same = processor.process_queries(queries=queries)["input_ids"]
+        assert len(same) == 1 and ids.tolist() == same[0].tolist()
 
 
 def test_texts_are_left_as_they_are(processor):
@@ -153,6 +250,35 @@ def test_scores_are_maxsim_without_padding(processor):
     padded[0, 0, 1] = torch.nan
     with pytest.raises(ValueError, match="embeddings are broken"):
         processor.score(q[None], padded)
+
+
+def test_scores_of_what_colpali_engines_users_pass(processor):
+    torch.manual_seed(0)
+    qs, ps = [[torch.nn.functional.normalize(torch.randn(n, 32), dim=-1) for n in of] for of in ((2, 4), (8, 4, 16))]
+    want = torch.stack([torch.stack([(q @ p.T).amax(1).sum() for p in ps]) for q in qs])
+    pad = torch.nn.utils.rnn.pad_sequence
+    for q, p in (
+        (qs, ps),
+        (pad(qs, batch_first=True), pad(ps, batch_first=True)),
+        ([q.numpy() for q in qs], [p.numpy() for p in ps]),
+        (pad(qs, batch_first=True).numpy(), ps),
+        ([q.clone().requires_grad_() for q in qs], [p.clone().requires_grad_() for p in ps]),
+    ):
+        scores = processor.score(q, p, device="cpu", batch_size=1)
+        assert not scores.requires_grad and scores.dtype == torch.float32
+        torch.testing.assert_close(scores, want)
+    for q, p, message in (
+        ([], ps, "no queries"),
+        (qs, [], "no pages"),
+        (torch.empty(0, 4, 32), ps, "no queries"),
+        (qs[0], ps, r"query 0: embeddings of shape \(32,\)"),
+        (qs, [ps[0], ps[1][:, :16]], r"page 1: embeddings of shape \(4, 16\)"),
+        (qs, [torch.zeros(3, 32)], r"page 0: embeddings of shape \(0, 32\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor.score(q, p)
+    with pytest.raises(NotImplementedError, match="meta"):  # a device without data: computed there, not on the CPU
+        processor.score(qs, ps, device="meta")
 
 
 def test_the_bounds_travel_with_the_processor(processor, tmp_path):
