@@ -13,7 +13,7 @@ from colintern.tiles import Grid
 
 
 class InterpretabilityMixin:
-    """The methods of a processor that put a page's visual tokens, which come tile by tile, where they lie."""
+    """Methods of a processor that put a page's visual tokens, which come tile by tile, in the order of the page."""
 
     image_seq_length: int
     image_token_id: int
@@ -22,7 +22,7 @@ class InterpretabilityMixin:
     def get_n_patches(
         self, image_size: tuple[int, int], *args, patch_size: int | None = None, spatial_merge_size: int | None = None
     ) -> tuple[int, int]:
-        """Visual tokens across and down a page of `image_size` = (height, width), its thumbnail left out.
+        """Count the visual tokens across and down a page of `image_size` = (height, width), without its thumbnail.
 
         As colpali-engine's base class has it; Pillow's `image.size` is (width, height), and would transpose the page.
 
@@ -54,11 +54,14 @@ class InterpretabilityMixin:
         return mask
 
     def get_local_image_mask(self, batch_images: BatchFeature) -> Tensor:
-        """(B, L) bool: True where a token is a visual token, those of a thumbnail left out.
+        """Mark the visual tokens of a batch, those of a thumbnail left out.
 
         Args:
             batch_images: as the processor returned it, on any device: input_ids alone do not tell a thumbnail from
                 another tile.
+
+        Returns:
+            (B, L) bool.
 
         Raises:
             ValueError: a batch made otherwise.
@@ -99,7 +102,7 @@ class InterpretabilityMixin:
         n_patches: tuple[int, int] | list[tuple[int, int]],
         image_mask: Tensor,
     ) -> list[Tensor]:
-        """One (query tokens, across, down) for each page, as `plot_similarity_map` of colpali-engine takes it.
+        """Return one (query tokens, across, down) for each page, as colpali-engine's `plot_similarity_map` takes it.
 
         Not colpali-engine's function of this name: that expects tokens row by row of the page, ours come tile by tile.
 

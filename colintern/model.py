@@ -71,13 +71,13 @@ class ColIntern3_5(InternVLModel):
 
     @property
     def patch_size(self) -> int:
-        """Side in pixels of a patch of the vision tower."""
+        """Return the side in pixels of a patch of the vision tower."""
         size: Any = self.config.vision_config.patch_size  # type: ignore[union-attr]
         return int(size[0] if isinstance(size, list | tuple) else size)
 
     @property
     def spatial_merge_size(self) -> int:
-        """Patches across, and down, one visual token."""
+        """Return the patches across, and down, one visual token."""
         return round(1 / self.config.downsample_ratio)
 
     @classmethod

@@ -116,7 +116,7 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
                 f"max_visual_tokens and max_query_tokens; of transformers' keywords it takes "
                 f"{', '.join(sorted(name for name in HUB_KEYWORDS if name[0] != '_'))}"
             )
-        if not kwargs.get("use_fast", True):
+        if kwargs.get("use_fast") is False:
             raise TypeError("use_fast=False: the slow image processor cannot cut a page into tiles; leave it out")
         if max_num_visual_tokens is not None:
             if "max_visual_tokens" in kwargs:
@@ -200,7 +200,7 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
 
     @property
     def image_seq_len(self) -> int:
-        """Visual tokens of a tile: colpali-engine's name of `image_seq_length`."""
+        """Return the visual tokens of a tile; colpali-engine's name of `image_seq_length`."""
         return self.image_seq_length
 
     @property
@@ -305,7 +305,7 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
 
     @staticmethod
     def score_multi_vector(qs, ps, batch_size: int = 128, device=None) -> torch.Tensor:
-        """MaxSim scores, (n_queries, n_pages) float32 on the CPU, without a gradient.
+        """Compute MaxSim scores, (n_queries, n_pages) float32 on the CPU, without a gradient.
 
         Unlike colpali-engine's, no padding takes part in the maximum: all-zero rows are the padding `ColIntern3_5`
         writes, in a padded (n, length, 128) tensor as in the list that colpali-engine's users make of it.
@@ -323,14 +323,14 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
 
 
 def _as_list(items) -> list:
-    """One page or text, several, or transformers' lists of lists, as one list."""
+    """Flatten one page or text, several, or transformers' lists of lists into one list."""
     if isinstance(items, str | Image.Image):
         return [items]
     return [part for item in items for part in (_as_list(item) if isinstance(item, list | tuple) else [item])]
 
 
 def _strip_padding(kind: str, items) -> list[torch.Tensor]:
-    """The (tokens, dim) tensors of tensors or arrays, without a gradient and without their all-zero rows."""
+    """Convert embeddings to (tokens, dim) tensors without a gradient and without their all-zero rows."""
     if not len(items):
         raise ValueError(f"score_multi_vector: no {kind}")
     rows = [torch.as_tensor(item).detach() for item in items]
