@@ -56,6 +56,7 @@ REFUSED = {
     "check-adapter adapter --base nowhere": "--base: nowhere is no folder here",
     "mine --adapter demo": "--adapter: demo: holds no adapter_model.safetensors; give",
     "mine --adapter adapter --out demo": "--out: demo is a folder",
+    "mine --adapter adapter --out ../negatives.parquet": "--out: ../negatives.parquet is outside the repository; give",
     "verify --base nowhere/a/base": "nowhere/a/base/config.json cannot be used",
     "verify --base org/name": "needs its commit: write org/name@<40 hex digits>",
     "verify --params nowhere.yaml": "nowhere.yaml: cannot be read",

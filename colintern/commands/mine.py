@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
                 f"{name}: {value} is not valid; it must be {'0 < x <= 1' if name == '--margin' else '1 or more'}"
             )
     require_model("--adapter", args.adapter, merged=False)
+    if not (root() / args.out).resolve().is_relative_to(root().resolve()):
+        raise UserError(f"--out: {args.out} is outside the repository; give a path below it, as negatives_file needs")
     require_new_file("--out", root() / args.out)
     params = load()
     from colintern.files.manifest import ready
