@@ -10,7 +10,7 @@ pixels       what any image is as a page
 maxsim       the score
 causal       attention on a CPU
 model        the model: a page or a query in, many vectors out
-interpretability  where on a page its tokens lie
+interpretability  similarity maps with colpali-engine's method names
 processor    pages and queries as the model's input
 files/       bytes on disk: what is fetched from a hub, hashed, listed, locked
 data/        from sources to checked rows

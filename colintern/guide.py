@@ -57,7 +57,7 @@ def optimal_rank(parameters: int) -> int:
 
 
 class Bounds(NamedTuple):
-    """Bound the settings recommended for a base: minimum epochs and batch size, lowest and highest lr."""
+    """Recommended settings for a base: minimum epochs and batch size, lowest and highest lr."""
 
     name: str
     epochs: int
@@ -66,7 +66,7 @@ class Bounds(NamedTuple):
     lr_source: str
 
 
-DEMO = "demo"  # the name of the bounds of every base smaller than the guide has rules for
+DEMO = "demo"  # bounds of bases with fewer than SMALLEST parameters
 
 
 def bounds_for(parameters: int) -> Bounds:

@@ -1,15 +1,28 @@
-"""Where on a page its tokens lie, with the methods of colpali-engine's processors for similarity maps.
+"""Similarity maps: put a page's visual tokens in page order, with colpali-engine's method names.
 
 Shapes: B pages, L tokens of a padded page, D dimensions of an embedding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import BatchFeature
 
 from colintern.tiles import Grid
+
+
+class PageBatch(BatchFeature):
+    """A batch with the tile grid of each of its pages in `grids`, which is no input of the model."""
+
+    grids: Sequence[Grid] = ()
+
+    def __getstate__(self):
+        return super().__getstate__() | {"grids": self.grids}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.grids = state["grids"]
 
 
 class InterpretabilityMixin:
@@ -27,9 +40,9 @@ class InterpretabilityMixin:
         As colpali-engine's base class has it; Pillow's `image.size` is (width, height), and would transpose the page.
 
         Args:
-            args: a patch size after `image_size`, as colpali-engine's classes take it, without meaning here.
-            patch_size, spatial_merge_size: the keywords of colpali-engine's README, which goes on with `image.size` and
-                its own `get_similarity_maps_from_embeddings`. That is right for a page of one tile only.
+            args: a patch size, accepted for colpali-engine's signature and without effect.
+            patch_size, spatial_merge_size: the keywords of colpali-engine's README, which continues with its own
+                `get_similarity_maps_from_embeddings`. That function does not know the order of tokens of several tiles.
 
         Raises:
             ValueError: one of these keywords for a page of several tiles.
@@ -48,7 +61,7 @@ class InterpretabilityMixin:
         return grid.cols * side, grid.rows * side
 
     def get_image_mask(self, batch_images: BatchFeature) -> Tensor:
-        """(B, L) bool: True where a token is a visual token, those of a thumbnail included."""
+        """Mark the visual tokens of a batch, (B, L) bool, including those of thumbnails."""
         mask = batch_images.input_ids == self.image_token_id
         mask.grids = getattr(batch_images, "grids", [])  # for the check of n_patches
         return mask
@@ -70,30 +83,34 @@ class InterpretabilityMixin:
         grids: list[Grid] = mask.grids  # type: ignore[attr-defined]
         local = [index < grid.cols * grid.rows * size for grid in grids for index in range(grid.tiles * size)]
         if mask.sum() != len(local):
-            raise ValueError("get_local_image_mask takes a batch as process_images returned it, with all of its pages")
+            raise ValueError(
+                f"get_local_image_mask: {int(mask.sum())} visual tokens, but the grids of the batch describe "
+                f"{len(local)}; pass the PageBatch that process_images returned, with all of its pages"
+            )
         mask[mask.clone()] = torch.tensor(local, dtype=torch.bool, device=mask.device)
         return mask
 
     def rearrange_image_embeddings(
         self, image_embeddings: Tensor, image_mask: Tensor, n_patches: tuple[int, int]
     ) -> Tensor:
-        """A page's tokens where they lie on it, (across, down, D), its thumbnail left out.
+        """Arrange a page's tokens by position, (across, down, D), without the thumbnail.
 
         Args:
             image_embeddings, image_mask: (L, D), and (L,) of `get_image_mask`.
             n_patches: (across, down) of `get_n_patches`.
 
         Raises:
-            ValueError: a mask that is not of a page of so many tokens.
+            ValueError: the mask is not that of a page of this size.
         """
         (across, down), side = n_patches, int(self.image_seq_length**0.5)
         tokens, count = image_embeddings[image_mask], across * down
-        if len(tokens) not in (count, count + self.image_seq_length):
+        if across % side or down % side or len(tokens) not in (count, count + self.image_seq_length):
             raise ValueError(
-                f"n_patches={n_patches}: {len(tokens)} visual tokens are not {count}, nor with a thumbnail"
+                f"n_patches={n_patches}: expected {count} visual tokens, or {count + self.image_seq_length} with a "
+                f"thumbnail, but image_mask selects {len(tokens)}; call get_n_patches((height, width)) for this page"
             )
-        tiles = tokens[:count].reshape(down // side, across // side, side, side, -1)
-        return tiles.permute(1, 3, 0, 2, 4).reshape(across, down, -1)
+        tiles = tokens[:count].reshape(down // side, across // side, side, side, tokens.shape[-1])
+        return tiles.permute(1, 3, 0, 2, 4).reshape(across, down, tokens.shape[-1])
 
     def get_similarity_maps_from_embeddings(
         self,

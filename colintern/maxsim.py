@@ -41,7 +41,8 @@ def maxsim_scores(
         for i, tokens in enumerate(items):
             if tokens.dim() != 2 or not len(tokens) or dim not in (None, tokens.shape[1:]):
                 raise ValueError(
-                    f"{kind} {i}: embeddings of shape {tuple(tokens.shape)}, expected (tokens >= 1, dim), of one dim"
+                    f"{kind} {i}: embeddings of shape {tuple(tokens.shape)}; expected (tokens >= 1, "
+                    f"{'dim' if dim is None else dim[0] if dim else 'dim'}), with the dim of query 0"
                 )
     scores = torch.empty(len(queries), len(pages))
     if not scores.numel():

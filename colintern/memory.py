@@ -47,19 +47,19 @@ def describe_out_of_memory(error: BaseException) -> str:
     return f"out of memory: {type(error).__name__}: {last_line[:MAX_MESSAGE_CHARACTERS]}{allowed}; {OOM_HINT}"
 
 
-def refuse_threads_without_memory() -> None:
-    """Under `ulimit -v`, make `Thread.start` raise OSError (ENOMEM) when less than THREAD_RESERVE_BYTES are left.
+def patch_thread_start_to_check_memory() -> None:
+    """Patch `Thread.start` to raise OSError (ENOMEM) if fewer than THREAD_RESERVE_BYTES of `ulimit -v` are left.
 
     `Thread.start` waits until the new thread has started; a thread that runs out of memory before that leaves it
     waiting forever.
     """
-    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY or hasattr(threading.Thread.start, "checks"):
-        return
     start = threading.Thread.start
+    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY or hasattr(start, "checks_memory"):
+        return
 
     def start_if_memory_is_left(thread: threading.Thread) -> None:
         mmap.mmap(-1, THREAD_RESERVE_BYTES).close()
         start(thread)
 
-    start_if_memory_is_left.checks = True  # type: ignore[attr-defined]
+    start_if_memory_is_left.checks_memory = True  # type: ignore[attr-defined]
     threading.Thread.start = start_if_memory_is_left  # type: ignore[method-assign,assignment]

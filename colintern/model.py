@@ -197,7 +197,8 @@ class ColIntern3_5(InternVLModel):
                 colpali-engine's models pass, change nothing.
 
         Returns:
-            (B, L, 128): unit vectors, zeros where `attention_mask` is 0 and where `mask_non_image_embeddings` says.
+            (B, L, 128): unit vectors, zeros where `attention_mask` is 0, and with
+            `mask_non_image_embeddings` also at a page's other tokens.
 
         Raises:
             ValueError: a batch that is padded on the left, or not as many tiles as its rows have image tokens for.
@@ -208,7 +209,10 @@ class ColIntern3_5(InternVLModel):
             tokens = (input_ids == self.config.image_token_id).sum(1)
             counts = (tokens // self.config.image_seq_length).tolist()
             if sum(counts) != len(pixel_values):
-                raise ValueError(f"pixel_values: {len(pixel_values)} tiles, but the rows of input_ids have {counts}")
+                raise ValueError(
+                    f"pixel_values: {len(pixel_values)} tiles, but input_ids holds image tokens for {sum(counts)} "
+                    f"({counts} by row); split a batch by pages, not each tensor by rows"
+                )
             pages = pixel_values.split(counts)
             image_features = torch.cat([self.page_features(tiles) for tiles in pages if len(tiles)])
         images = None if image_features is None else {"image": BaseModelOutputWithPooling(pooler_output=image_features)}

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, get_args, get_type_hints
 
-from colintern.memory import describe_out_of_memory, refuse_threads_without_memory
+from colintern.memory import describe_out_of_memory, patch_thread_start_to_check_memory
 from colintern.rules import (
     FILLED,
     KERNEL,
@@ -79,7 +79,7 @@ def exit_on_user_error() -> Iterator[None]:
     """Around a program's main (as `with` or as a decorator): print a UserError on stderr and exit with its code; with 2
     for a file or folder that may not be written or read, and for a full disk; with 6 where memory is missing. What is
     printed meanwhile is escaped."""
-    refuse_threads_without_memory()
+    patch_thread_start_to_check_memory()
     try:
         with escape_output():
             yield

@@ -7,6 +7,7 @@ written for colpali-engine's models.
 """
 
 import logging
+import os
 from inspect import signature
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import BatchFeature, InternVLProcessor
 from transformers.image_utils import SizeDict
 
-from colintern.interpretability import InterpretabilityMixin
+from colintern.interpretability import InterpretabilityMixin, PageBatch
 from colintern.maxsim import maxsim_scores
 from colintern.pixels import rgb
 from colintern.tiles import Grid, choose_grid
@@ -112,8 +113,8 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         known = {name for name in signature(cls).parameters if name != "kwargs"} | HUB_KEYWORDS
         if unknown := sorted(kwargs.keys() - known):
             raise TypeError(
-                f"{cls.__name__}.from_pretrained: unknown keyword {', '.join(unknown)}; its bounds are "
-                f"max_visual_tokens and max_query_tokens; of transformers' keywords it takes "
+                f"{cls.__name__}.from_pretrained: unknown keyword {', '.join(unknown)}; remove it. The processor's own "
+                "settings are max_visual_tokens (or max_num_visual_tokens) and max_query_tokens; transformers' are "
                 f"{', '.join(sorted(name for name in HUB_KEYWORDS if name[0] != '_'))}"
             )
         if kwargs.get("use_fast") is False:
@@ -130,14 +131,14 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         Args:
             images: page images, or one; in the order of the image tokens of all texts.
             text: texts, or one, without prefix or augmentation; None: `visual_prompt_prefix` for each page.
-            kwargs: transformers' keywords at the values of `CALL_KEYWORDS`, the only ones there are here.
+            kwargs: transformers' keywords; only the values in `CALL_KEYWORDS` are accepted.
 
         Returns:
             See `process_images`; without images no `pixel_values`.
 
         Raises:
             TypeError: another keyword, or another value of one.
-            ValueError: other numbers of image tokens and of images, neither images nor text, or an empty text.
+            ValueError: the numbers of image tokens and images differ, both are missing, or a text is empty.
         """
         for name, value in kwargs.items():
             if name not in CALL_KEYWORDS or value not in CALL_KEYWORDS[name]:
@@ -182,16 +183,14 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         tiles = [self.page_tiles(image) for image in images]
         return self._add_pages(self.page_tokens([len(t) for t in tiles]), images, tiles)
 
-    def _add_pages(self, batch: BatchFeature, images: list[Image.Image], tiles: list[torch.Tensor]) -> BatchFeature:
-        """Add the pages' tiles, and as an attribute, which is no input of the model, how these lie on the pages."""
+    def _add_pages(self, batch: PageBatch, images: list[Image.Image], tiles: list[torch.Tensor]) -> BatchFeature:
+        """Add the pages' tiles and grids to a batch of tokens."""
         if tiles:
             batch["pixel_values"] = torch.cat(tiles)
-        batch.grids = [  # type: ignore[attr-defined]
-            self.grid((image.height, image.width)) for image in images
-        ]
+        batch.grids = [self.grid((image.height, image.width)) for image in images]
         return batch
 
-    def page_tokens(self, tiles: list[int]) -> BatchFeature:
+    def page_tokens(self, tiles: list[int]) -> PageBatch:
         """input_ids and attention_mask of pages of so many tiles each."""
         return self._pad([self._before_tiles + self._visual_ids(n) + self._after_tiles for n in tiles])
 
@@ -218,7 +217,9 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
     def _cut(self, image: Image.Image) -> torch.Tensor:
         """The page's tiles as (n, 3, tile, tile) uint8."""
         if not isinstance(image, Image.Image):
-            raise TypeError(f"a page of type {type(image).__name__}: expected a Pillow image")
+            raise TypeError(
+                f"a page of type {type(image).__name__}: expected a Pillow image; open a file with PIL.Image.open"
+            )
         page = pil_to_tensor(rgb(image))
         grid, side, resample = self.grid(page.shape[1:]), self.tile, self.image_processor.resample
         resize = self.image_processor.resize
@@ -289,7 +290,7 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
             cut += sum(len(ids) > room for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"])
         return cut
 
-    def _pad(self, rows: list[list[int]]) -> BatchFeature:
+    def _pad(self, rows: list[list[int]]) -> PageBatch:
         if not rows:
             raise ValueError("an empty batch: at least one page or query is needed")
         if not all(rows):
@@ -297,7 +298,7 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         ids = pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=self.tokenizer.pad_token_id)
         lengths = torch.tensor([len(r) for r in rows])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        return BatchFeature({"input_ids": ids, "attention_mask": mask})
+        return PageBatch({"input_ids": ids, "attention_mask": mask})
 
     def score(self, qs, ps, device=None, **kwargs) -> torch.Tensor:
         """MaxSim of every query with every page: see `score_multi_vector`."""
@@ -318,20 +319,20 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         Raises:
             ValueError: no queries or pages, one without tokens, dims that differ, or a score that is not finite.
         """
-        queries, pages = _strip_padding("queries", qs), _strip_padding("pages", ps)
+        queries, pages = _strip_padding("qs", qs), _strip_padding("ps", ps)
         return maxsim_scores(queries, pages, device or pages[0].device)
 
 
 def _as_list(items) -> list:
     """Flatten one page or text, several, or transformers' lists of lists into one list."""
-    if isinstance(items, str | Image.Image):
+    if isinstance(items, str | bytes | os.PathLike | Image.Image):
         return [items]
     return [part for item in items for part in (_as_list(item) if isinstance(item, list | tuple) else [item])]
 
 
-def _strip_padding(kind: str, items) -> list[torch.Tensor]:
+def _strip_padding(name: str, items) -> list[torch.Tensor]:
     """Convert embeddings to (tokens, dim) tensors without a gradient and without their all-zero rows."""
     if not len(items):
-        raise ValueError(f"score_multi_vector: no {kind}")
+        raise ValueError(f"score_multi_vector: {name} is empty; pass at least one embedding")
     rows = [torch.as_tensor(item).detach() for item in items]
     return [row[(row != 0).any(-1)] if row.dim() == 2 else row for row in rows]  # NaN is broken, not padding

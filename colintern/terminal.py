@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
+TERMINAL_COLUMNS = 80  # width of the tables that are printed
 # All control characters but newline and tab, and what breaks a line or turns its direction.
 COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 

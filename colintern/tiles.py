@@ -14,7 +14,7 @@ from typing import NamedTuple
 from colintern.params import UserError
 
 INTERNVL_TILE, INTERNVL_TOKENS = 448, 256  # pixels a side and visual tokens of a tile, in every InternVL3.5 on the hub
-MIN_SHARPNESS = 0.98  # of the sharpest grid; what is lost beyond it is not worth another tile
+MIN_SHARPNESS = 0.98  # relative to the sharpest grid: up to 2 % may be lost to save tiles
 
 
 class Grid(NamedTuple):
@@ -33,8 +33,9 @@ def choose_grid(width: int, height: int, max_tiles: int, tile: int) -> Grid:
     """Choose the grid that shows a page in at most `max_tiles` tiles of `tile` x `tile` pixels.
 
     A page stretched onto `cols` x `rows` tiles is as sharp as its worse axis, min(cols * tile / width,
-    rows * tile / height), and enlarging beyond 1 adds no information. Of the grids with at least 98 % of the sharpness
-    that the bound allows, the one with the fewest tiles is chosen, then the sharpest, then the one that distorts least.
+    rows * tile / height), and enlarging beyond 1 adds no information. Of the grids with at least MIN_SHARPNESS of the
+    sharpness that the bound allows, the one with the fewest tiles is chosen, then the sharpest, then the one that
+    distorts least.
 
     >>> choose_grid(1240, 1754, max_tiles=6, tile=448)    # A4 at 150 dpi, 1536 tokens
     Grid(cols=2, rows=3, thumbnail=False)

@@ -48,7 +48,7 @@ REFUSED = {
     "evaluate ../adapters/one": "MODEL: '../adapters/one' is no folder here",
     "evaluate adapter --out demo": "--out: demo exists and is no evaluation",
     "evaluate adapter --out params.yaml/new": "--out: params.yaml is a file",
-    "evaluate adapter --benchmarks no/where": "benchmarks: 'no/where' is no folder here",
+    "evaluate adapter --benchmarks no/where": "benchmarks: 'no/where': no such folder",
     "evaluate adapter --benchmarks demo": "data/manifest.json: missing",
     "check-adapter nowhere": "FOLDER: nowhere: does not exist, or is no folder here",
     "check-adapter demo": "adapter_model.safetensors; give the folder of an adapter, or copy the whole folder again",
@@ -68,7 +68,7 @@ REFUSED = {
 NEED_PARAMS = ("report adapter", "export adapter --out new", "search adapter adapter word", "mine --adapter adapter")
 
 
-def refusals(folder: Path, lines: Iterable[str]) -> list[tuple[str, str]]:
+def collect_refusals(folder: Path, lines: Iterable[str]) -> list[tuple[str, str]]:
     """Run command lines in a folder, without slow libraries; return the message and the exit code of each."""
     words = json.dumps([line.split() for line in lines])
     done = subprocess.run([sys.executable, "-c", WITHOUT_LIBRARIES, words], cwd=folder, capture_output=True, text=True)
@@ -88,13 +88,13 @@ def test_wrong_paths_are_refused_before_anything_slow_is_imported(adapter, tmp_p
     shutil.copytree(ROOT / "demo" / "base", tmp_path / "demo" / "base")
     shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
     (tmp_path / "experiments" / "colintern").mkdir(parents=True)
-    for (line, words), (message, code) in zip(REFUSED.items(), refusals(tmp_path, REFUSED), strict=True):
+    for (line, words), (message, code) in zip(REFUSED.items(), collect_refusals(tmp_path, REFUSED), strict=True):
         assert words in message and code == "2", (line, message)
     assert not (tmp_path / "new").exists()
 
 
 def test_a_missing_params_file_is_reported_before_anything_slow_is_imported(adapter, tmp_path):
-    for line, (message, code) in zip(NEED_PARAMS, refusals(tmp_path, NEED_PARAMS), strict=True):
+    for line, (message, code) in zip(NEED_PARAMS, collect_refusals(tmp_path, NEED_PARAMS), strict=True):
         assert "params.yaml: cannot be read" in message and code == "2", (line, message)
 
 

@@ -201,8 +201,18 @@ def test_pages_are_named_by_their_files_and_queries_by_their_words(tmp_path_fact
     assert "links longer than a line, left out: " in out, "one of 1,080 characters"
     main(["compare", "a", "b", "--json"])
     [found] = json.loads(capsys.readouterr().out)
-    urls = {pair["name_before"]: pair["link_before"] for pair in found["changed"]}
-    assert urls == {name: own + end for name, (_, end) in HARD_NAMES.items()} | {None: ""}
+    urls = {name: own + end for name, (_, end) in HARD_NAMES.items()} | {None: ""}
+    assert urls == {pair["name_before"]: pair["link_before"] for pair in found["changed"]}
+    older = outcome("b")  # an evaluation by a version that recorded no names, with the same first pages
+    rows = [
+        {key: value for key, value in row.items() if key not in ("query", "top_names")}
+        | {"top_pages": named["top_pages"]}
+        for row, named in zip(older.queries, outcome("a").queries, strict=True)
+    ]
+    older = older._replace(queries=rows, run={key: value for key, value in older.run.items() if key != "folders"})
+    for pair in difference(outcome("a"), older, "ndcg_at_5").changed:
+        assert (pair["label_after"], pair["link_after"]) == (pair["label_before"], pair["link_before"])
+        assert pair["query"] in words and pair["link_after"] == urls[pair["name_after"]]
     main(["compare", "a", "b", "--md"])
     rows = [line for line in capsys.readouterr().out.splitlines() if "->" in line and "<code>" in line]
     assert len(rows) == 5 and all(line.count("|") == 8 for line in rows)

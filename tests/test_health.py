@@ -151,8 +151,8 @@ def test_the_remedy_follows_from_the_cause():
     dead = health(curve(share=lambda x: 1.0, norm=lambda x: 0.001), PARAMS, CHANCE, BOUNDS)
     slow = health(curve(share=lambda x: 1.0 - 0.1 * x), PARAMS, CHANCE, BOUNDS)
     short = health(curve(share=lambda x: max(0.7, 1.1 - 3 * x)), PARAMS, CHANCE, BOUNDS)
-    assert dead.remedy.startswith("lr: 0.003, the lowest for this size, or more warmup_steps than 10;")
-    assert slow.remedy.startswith("lr: 0.01, the highest for this size, and epochs: 8;")
+    assert dead.remedy.startswith("lr: 0.003, the lowest for a base of this size, or more warmup_steps than 10;")
+    assert slow.remedy.startswith("lr: 0.01, the highest for a base of this size, and epochs: 8;")
     assert short.remedy == "epochs: 8"
 
 
@@ -192,7 +192,10 @@ def test_remedies_stay_within_the_bounds_and_the_training_pairs(size):
 def test_a_batch_larger_than_the_data_is_suggested_with_more_pairs():
     few = [row | {"epoch": row["epoch"] * 10} for row in curve(share=lambda x: 1.0 - 0.1 * x)]  # 5 steps an epoch
     params = dataclasses.replace(PARAMS, batch_size=4, epochs=40)
-    assert "more training pairs, for batch_size 32 (an epoch uses 20);" in health(few, params, CHANCE, BOUNDS).remedy
+    assert (
+        "more training pairs: batch_size 32 is recommended, an epoch has only 20;"
+        in health(few, params, CHANCE, BOUNDS).remedy
+    )
 
 
 def test_a_run_of_one_epoch_is_too_slow_where_its_first_quarter_was():
@@ -222,14 +225,15 @@ def test_a_ranking_that_was_better_before_asks_for_less_and_not_for_more(capsys)
 def test_a_run_of_one_epoch_is_not_told_to_take_fewer():
     found = health(curve(dev=(0.5, 0.9, 0.8, 0.6)), dataclasses.replace(PARAMS, epochs=1), CHANCE, BOUNDS).findings
     assert [f.remedy for f in found if f.name == "dev NDCG@5"] == [
-        "lr: 0.003, the lowest for this size, or more warmup_steps than 10"
+        "lr: 0.003, the lowest for a base of this size, or more warmup_steps than 10"
     ]
 
 
 def test_what_is_stored_can_be_compared_and_holds_the_remedy():
     found = stored(health(curve(dev=(0.5, 0.9, 0.8, 0.6)), PARAMS, CHANCE, BOUNDS).findings)
     assert found["wrong"] == {
-        "dev NDCG@5": "warn -> fewer epochs, or lr: 0.003, the lowest for this size, or more warmup_steps than 10"
+        "dev NDCG@5": "warn -> fewer epochs, or lr: 0.003, the lowest for a base of this size, or more warmup_steps "
+        "than 10"
     }
     assert found["values"]["dev NDCG@5"] == 0.6 and len(found["values"]) == 8
 

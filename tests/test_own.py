@@ -28,7 +28,7 @@ from colintern.data.own import MADE, make
 from colintern.data.rendering import PageRef, group_pages, render_and_store_pages
 from colintern.data.sources import _kind
 from colintern.data.trainset import asked, training_data
-from colintern.files.isolation import IsolatedPool
+from colintern.files.isolation import Failure, IsolatedPool
 from colintern.files.lock import mark_in_use
 from colintern.params import UserError, load
 
@@ -759,7 +759,7 @@ def rendered(monkeypatch) -> list[str]:
     return sent
 
 
-def three_pdfs(folder: Path) -> None:
+def write_three_pdfs(folder: Path) -> None:
     """Pages and a question for each split, one PDF each."""
     rows = []
     for name, split in (("a", "train"), ("b", "dev"), ("c", "test")):
@@ -768,16 +768,16 @@ def three_pdfs(folder: Path) -> None:
     (folder / "queries.csv").write_text("query,file,page,split\n" + "".join(rows))
 
 
-def kept(pages: str = "*") -> set[Path]:
+def list_rendered_files(pages: str = "*") -> set[Path]:
     return {path for path in Path(MADE).glob(f"*/rendered/{pages}") if path.is_file()}
 
 
 def test_only_pages_of_new_and_changed_pdfs_are_rendered(folder, rendered, capsys):
-    three_pdfs(folder)
+    write_three_pdfs(folder)
     make(DOCS, pdfs.collect)
     assert rendered == [f"{name}.pdf {page}" for name in "abc" for page in (1, 2, 3)]
-    images = {path: path.stat().st_mtime_ns for path in kept("images/*")}
-    assert len(images) == 9 and len(kept()) == 3
+    images = {path: path.stat().st_mtime_ns for path in list_rendered_files("images/*")}
+    assert len(images) == 9 and len(list_rendered_files()) == 3
     rendered.clear()
 
     questions = (folder / "queries.csv").read_text()
@@ -789,16 +789,46 @@ def test_only_pages_of_new_and_changed_pdfs_are_rendered(folder, rendered, capsy
     (folder / "b.pdf").rename(folder / "renamed.pdf")
     (folder / "queries.csv").write_text(questions.replace("b.pdf", "renamed.pdf"))
     make(DOCS, pdfs.collect)
-    assert rendered == ["new.pdf 1"] and images.items() <= {p: p.stat().st_mtime_ns for p in kept("images/*")}.items()
+    assert rendered == ["new.pdf 1"]
+    assert images.items() <= {path: path.stat().st_mtime_ns for path in list_rendered_files("images/*")}.items()
     rendered.clear()
 
     (folder / "new.pdf").unlink()
     write_pdf(folder / "c.pdf", [["c0"], ["changed"]])
     own = make(DOCS, pdfs.collect)
     assert rendered == ["c.pdf 1", "c.pdf 2"]
-    assert len(kept()) == 3 and len(kept("images/*")) == 8, "what no PDF of the folder has is deleted"
+    assert len(list_rendered_files()) == 3, "what no PDF of the folder has is deleted"
+    assert len(list_rendered_files("images/*")) == 8
     shutil.rmtree(MADE)
     assert make(DOCS, pdfs.collect).summary == own.summary, "as where nothing was kept"
+
+
+def test_rendered_pages_are_deleted_once_the_folder_holds_no_pdf(folder):
+    write_three_pdfs(folder)
+    make(DOCS, pdfs.collect)
+    for path in folder.iterdir():
+        path.unlink()
+    jsonl_folder(folder, [])
+    make(DOCS, jsonl.collect)
+    assert not list_rendered_files() and not list_rendered_files("images/*")
+
+
+def test_an_outline_that_failed_is_read_again_and_then_kept(folder, rendered, monkeypatch):
+    handbook(folder)
+    reads: list[int] = []
+    real = IsolatedPool.map
+
+    def fail_first(self, function, groups):
+        if function is not pdfs.read_outlines:
+            return real(self, function, groups)
+        reads.append(len(groups))
+        return [Failure("too slow") for _ in groups] if len(reads) == 1 else real(self, function, groups)
+
+    monkeypatch.setattr(IsolatedPool, "map", fail_first)
+    for number in range(3):
+        (folder / f"{number}.txt").touch()
+        make(DOCS, pdfs.collect)
+    assert reads[0] == reads[1] > 0 and reads[2] == 0
 
 
 def test_what_is_kept_of_a_pdf_is_its_outline_and_its_faults_too(folder, rendered):
@@ -828,6 +858,11 @@ def change_renderer(top: Path) -> None:
         path.write_text(path.read_text().replace('"renderer": "', '"renderer": "0'))
 
 
+def remove_count(top: Path) -> None:
+    path = min(top.glob("*.json"))
+    path.write_text(path.read_text().replace('"count"', '"counts"'))
+
+
 @pytest.mark.parametrize(
     ("damage", "again"),
     [
@@ -835,13 +870,14 @@ def change_renderer(top: Path) -> None:
         (lambda top: min((top / "images").iterdir()).unlink(), 1),
         (lambda top: min(top.glob("*.json")).write_text('{"renderer": '), 3),
         (lambda top: min(top.glob("*.json")).write_text("[]"), 3),
+        (remove_count, 3),
         (change_renderer, 9),
         (shutil.rmtree, 9),
     ],
-    ids=["damaged image", "missing image", "torn list", "other list", "other renderer", "nothing"],
+    ids=["damaged image", "missing image", "torn list", "other list", "no count", "other renderer", "nothing"],
 )
 def test_what_is_damaged_or_of_another_renderer_is_rendered_again(folder, rendered, damage, again):
-    three_pdfs(folder)
+    write_three_pdfs(folder)
     before = make(DOCS, pdfs.collect).summary["files"]
     damage(next(Path(MADE).glob("*/rendered")))
     (folder / "more.txt").touch()
@@ -850,7 +886,7 @@ def test_what_is_damaged_or_of_another_renderer_is_rendered_again(folder, render
 
 
 def test_pages_that_failed_are_tried_again_and_those_of_a_run_that_fails_later_are_kept(folder, rendered):
-    three_pdfs(folder)
+    write_three_pdfs(folder)
     write_pdf(folder / "poster.pdf", [["large"]], size=(14_000, 14_000))
     questions = (folder / "queries.csv").read_text()
     (folder / "queries.csv").write_text(questions + '"stray,a.pdf,1\n')
@@ -862,18 +898,18 @@ def test_pages_that_failed_are_tried_again_and_those_of_a_run_that_fails_later_a
 
 
 def test_pages_of_a_pdf_that_changes_while_it_is_read_are_not_kept(folder, rendered, monkeypatch):
-    three_pdfs(folder)
+    write_three_pdfs(folder)
     store_pages = pdfs._store_pages
 
     def change(files, *arguments):
-        for name in store_pages(files, *arguments):
+        for name, pdf in store_pages(files, *arguments):
             if name == "b.pdf":
                 write_pdf(files[name], [["other"]])
-            yield name
+            yield name, pdf
 
     monkeypatch.setattr(pdfs, "_store_pages", change)
     make(DOCS, pdfs.collect)
-    assert len(kept()) == 2 and not any('"b0"' in path.read_text() for path in kept())
+    assert len(list_rendered_files()) == 2 and not any('"b0"' in path.read_text() for path in list_rendered_files())
 
 
 def test_a_document_is_opened_as_often_however_many_pages_it_has():

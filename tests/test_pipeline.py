@@ -140,7 +140,7 @@ def test_every_imported_package_is_declared():
     installed = packages_distributions()
     own = {"colintern", "stages", "bench", "cluster", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
 
-    def undeclared(declared: list[str], *tops: str) -> set[str]:
+    def find_undeclared(declared: list[str], *tops: str) -> set[str]:
         names = {canonicalize_name(Requirement(line).name) for line in declared}
         modules = {module for top in tops for path in (ROOT / top).rglob("*.py") for module in _imported(path)}
         return {
@@ -149,8 +149,8 @@ def test_every_imported_package_is_declared():
             if not names & {canonicalize_name(name) for name in installed.get(module, [_namespace(module)])}
         }
 
-    assert undeclared(project["dependencies"], "colintern", "stages", "cluster", ".github/scripts") == set()
-    assert undeclared(project["dependencies"] + project["optional-dependencies"]["dev"], "bench", "tests") == set()
+    assert find_undeclared(project["dependencies"], "colintern", "stages", "cluster", ".github/scripts") == set()
+    assert find_undeclared(project["dependencies"] + project["optional-dependencies"]["dev"], "bench", "tests") == set()
 
 
 def _imported(path: Path) -> set[str]:

@@ -1,6 +1,7 @@
 import inspect
 import itertools
 import logging
+import pickle
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_colpali_engines_name_of_the_bound_and_no_unknown_keyword(tmp_path):
     bounded.save_pretrained(tmp_path)
     assert load(tmp_path).max_visual_tokens == 48
     for keyword in ("max_num_visual_token", "max_pixels", "padding_side", "size", "trust_remote_code"):
-        with pytest.raises(TypeError, match=f"unknown keyword {keyword}; its bounds are max_visual_tokens and"):
+        with pytest.raises(TypeError, match=f"unknown keyword {keyword}; remove it. The processor's own settings are"):
             load(BASE, **{keyword: 48})
     with pytest.raises(TypeError, match="use_fast=False"):
         load(BASE, use_fast=False)
@@ -158,7 +159,7 @@ def test_similarity_maps_show_a_token_at_its_place(processor, size, thumbnail):
     [same] = processor.get_similarity_maps_from_embeddings(page, torch.ones(1, 1, 1), (across, down), local)
     assert torch.equal(same, found)
     for wrong, known in (((across + 4, down + 4), "the pages have"), ((across + 4, down + 4), None)):
-        with pytest.raises(ValueError, match=known or "visual tokens are not"):
+        with pytest.raises(ValueError, match=known or "visual tokens, or .* but image_mask selects"):
             processor.get_similarity_maps_from_embeddings(
                 page, torch.ones(1, 1, 1), wrong, mask if known else mask.clone()
             )
@@ -173,8 +174,12 @@ def test_masks_are_of_the_page_they_belong_to(processor, pages):
     thumbnails = [processor.grid(page.size[::-1]).thumbnail for page in pages]
     assert (mask.sum(1) - local.sum(1)).tolist() == [16 * thumbnail for thumbnail in thumbnails]
     assert set(thumbnails) == {True, False} and not (local & ~mask).any()
-    with pytest.raises(ValueError, match="as process_images returned it"):
+    sent = pickle.loads(pickle.dumps(batch))  # as the worker of a DataLoader sends it
+    assert torch.equal(processor.get_local_image_mask(sent), local)
+    with pytest.raises(ValueError, match="80 visual tokens, but the grids of the batch describe 0"):
         processor.get_local_image_mask(processor.page_tokens([5]))
+    with pytest.raises(ValueError, match=r"n_patches=\(6, 16\): expected 96 visual tokens"):
+        processor.rearrange_image_embeddings(torch.rand(96, 8), torch.ones(96, dtype=torch.bool), (6, 16))
     maps = processor.get_similarity_maps_from_embeddings(
         torch.rand(*mask.shape, 8), torch.rand(len(pages), 3, 8), sizes, mask
     )
@@ -268,9 +273,9 @@ def test_scores_of_what_colpali_engines_users_pass(processor):
         assert not scores.requires_grad and scores.dtype == torch.float32
         torch.testing.assert_close(scores, want)
     for q, p, message in (
-        ([], ps, "no queries"),
-        (qs, [], "no pages"),
-        (torch.empty(0, 4, 32), ps, "no queries"),
+        ([], ps, "qs is empty"),
+        (qs, [], "ps is empty"),
+        (torch.empty(0, 4, 32), ps, "qs is empty"),
         (qs[0], ps, r"query 0: embeddings of shape \(32,\)"),
         (qs, [ps[0], ps[1][:, :16]], r"page 1: embeddings of shape \(4, 16\)"),
         (qs, [torch.zeros(3, 32)], r"page 0: embeddings of shape \(0, 32\)"),

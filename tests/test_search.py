@@ -284,9 +284,9 @@ def test_the_terminal_is_80_columns_wide():
     assert max(map(len, lines)) <= 80 and lines[0].split() == ["rank", "1", "rank", "2", "rank", "3"]
     assert lines[-1].endswith("@" * 8) and not lines[1].strip()
     ranked = [("取扱説明書" * 20 + ".pdf, page 7", 1.0), ("\x1b[2J" * 30, 2.0)]
-    short, long = "file:///" + "a" * 68, "file:///" + "b" * 69
+    short, long = "file:///" + "a" * 66, "file:///" + "b" * 67
     rows = listing(ranked, [short, long]).splitlines()
-    assert max(map(count_columns, rows)) == 80 and "    " + short in rows and long not in "".join(rows)
+    assert max(map(count_columns, rows)) == 80 and "      " + short in rows and long not in "".join(rows)
     assert rows[1].endswith(".pdf, page 7") and rows[-1].startswith("links longer than a line, left out: 1; --html")
     _, *rows = listing([("a" * 200 + ".pdf, page 7", 1.0), ("b c " * 90, 123.456), ("short.png", 0.5)]).splitlines()
     assert max(map(len, rows)) == 80 and rows[2].endswith("  short.png")

@@ -365,7 +365,7 @@ def test_a_loss_that_is_not_finite_stops_the_step(make, processor, pages):
     trainer = make(micro_batch_size=4)
     with torch.no_grad():
         trainer.model.base_model.model.custom_text_proj.base_layer.bias.fill_(float("nan"))
-    with pytest.raises(NonFiniteError, match=r"step 1\b.*; try lr: 0\.003, the lowest for this size"):
+    with pytest.raises(NonFiniteError, match=r"step 1\b.*; try lr: 0\.003, the lowest for a base of this size"):
         trainer.train()
 
 

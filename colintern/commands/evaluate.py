@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> None:
             benchmark_folder(benchmark)
         elif "/" in benchmark:
             raise UserError(
-                f"benchmarks: {benchmark!r} is no folder here, and no benchmark of mteb's has a / in its name"
+                f"benchmarks: {benchmark!r}: no such folder, and names of mteb's benchmarks contain no /; give a "
+                "folder that fetch-data has read, or a name such as 'ViDoRe(v2)'"
             )
     arrow_cache()
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own

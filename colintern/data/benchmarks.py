@@ -113,7 +113,7 @@ def _resolve(entry: str) -> tuple[str, list[AbsTask]]:
 def _folder_task(folder: Path, name: str, entry: dict[str, Any]) -> AbsTask:
     """A ViDoRe (v1) task that reads `folder` instead of the hub; its revision is a hash of the folder's data.
 
-    `documents`: the folder from which its pages were made, "" if they were made from none.
+    The task's `documents` is the folder that its pages were made from, "" for a data set in mteb's layout.
     """
     check_beir(folder)
     vidore = type(mteb.get_task("VidoreDocVQARetrieval"))

@@ -91,6 +91,8 @@ def make(folder: str, collect: Callable[[Path, Shelf], Collected]) -> Own:
             summary = _write(home, folder, collect, {*made_from["files"], *linked})
             older = [path for path in home.parent.iterdir() if path.is_dir() and path.name not in (key, RENDERED)]
             _remove(path for path in sorted(older, key=get_last_use)[:-1] if not is_in_use(path))
+            if not any(name.lower().endswith(".pdf") for name in made_from["files"]):
+                _remove([home.parent / RENDERED])
     print(_words(folder, summary))
     return Own(made, made_from, summary)
 

@@ -17,7 +17,7 @@ PDF_PAGE = re.compile(r"(.+\.pdf)#page=(\d+)", re.DOTALL | re.IGNORECASE)
 
 
 class PageLabel(NamedTuple):
-    """What people read of a page, and the URL of its file, "" where that is not on this disk."""
+    """Displayed name of a page, and the file:// URL of its file, "" if the file is not on this disk."""
 
     text: str
     link: str
@@ -50,7 +50,7 @@ def get_file_url(path: Path, page: int | None = None) -> str:
 
 def label_query(query_id: str, text: str | None) -> str:
     """Return the words of a query, or its id where the results were written without them."""
-    return text if text else f"query id {query_id}"
+    return " ".join(text.split()) if text else f"query id {query_id}"
 
 
 def count_columns(text: str) -> int:
@@ -60,7 +60,7 @@ def count_columns(text: str) -> int:
 
 def fit_columns(text: str, columns: int, keep_end: bool = False) -> str:
     """Put a text on one line of at most `columns`, control characters escaped; a long one loses its end or start."""
-    line = escape_controls(" ".join(text.split()))
+    line = escape_controls(re.sub(r"[\t\n]", " ", text))
     if count_columns(line) <= columns:
         return line
     kept = line[-columns:] if keep_end else line[:columns]

@@ -15,7 +15,7 @@ from typing import Any
 from colintern.data.collected import Bad, Collected, Shelf, inside, json_lines, query_fault, split_fault, torn
 from colintern.data.pseudo import Text, pseudo_queries
 from colintern.data.query_table import COLUMNS, csv_rows
-from colintern.data.rendered import RenderedPdf, RenderedStore, complete
+from colintern.data.rendered import RenderedPdf, RenderedStore, fill_missing
 from colintern.data.rendering import (
     LIMITS,
     MAX_TEXT,
@@ -44,13 +44,15 @@ def collect(folder: Path, shelf: Shelf) -> Collected:
     hashed = zip(files, digests().many(list(files.values())), strict=True)
     hashes = {name: digest["sha256"] for name, digest in hashed}
     documents = {name: store.load(sha256) for name, sha256 in hashes.items()}
+    loaded = {name: (pdf.outline, len(pdf.pages)) for name, pdf in documents.items()}
     with IsolatedPool(LIMITS) as pool:
         counts = _count_pages(files, documents, pool, found)
         documents = {name: documents[name] for name in counts}
         outlines = _read_outlines(files, documents, pool, found)
-        for name in _store_pages(files, documents, store.shelf, pool, found):
-            if _has_hash(files[name], hashes[name]):  # else it was changed while it was read
-                store.save(hashes[name], documents[name])
+        for name, pdf in _store_pages(files, documents, store.shelf, pool, found):
+            # A file whose hash is another one now was changed while it was read.
+            if (pdf.outline, len(pdf.pages)) != loaded[name] and _has_hash(files[name], hashes[name]):
+                store.save(hashes[name], pdf)
     found.read = set(files)
     if given := _query_file(folder):
         found.read.add(given.name)
@@ -96,7 +98,7 @@ def _count_pages(
     """Count the pages of each file; one that cannot be used counts as one bad page."""
     counts: dict[str, int] = {}
     known = {name: document.count for name, document in documents.items()}
-    for name, count in complete(known, lambda missing: pool.map(count_pages, [[files[name]] for name in missing])):
+    for name, count in fill_missing(known, lambda missing: pool.map(count_pages, [[files[name]] for name in missing])):
         if torn(name):  # no parquet file takes it
             where = name.encode(errors="backslashreplace").decode()
             found.bad.append(Bad(where, "its name is not UTF-8; rename it", "pages"))
@@ -114,7 +116,9 @@ def _read_outlines(
     """Read the outline entries that point at pages of their file, as (title, page from 0), by file."""
     outlines: dict[str, list[tuple[str, int]]] = {}
     known = {name: document.outline for name, document in documents.items()}
-    for name, outline in complete(known, lambda missing: pool.map(read_outlines, [[files[name]] for name in missing])):
+    for name, outline in fill_missing(
+        known, lambda missing: pool.map(read_outlines, [[files[name]] for name in missing])
+    ):
         if isinstance(outline, Failure):
             outlines[name], faults = [], {f"{name}, outline": outline.reason}
         else:
@@ -128,8 +132,8 @@ def _read_outlines(
 
 def _store_pages(
     files: dict[str, Path], documents: dict[str, RenderedPdf], shelf: Shelf, pool: IsolatedPool, found: Collected
-) -> Iterator[str]:
-    """Put the pages of each file into `found` and `documents`; yield the files of which pages were rendered."""
+) -> Iterator[tuple[str, RenderedPdf]]:
+    """Put the pages of each file into `found` and `documents`; yield each file when all of its pages are there."""
     known = {
         (name, index): document.pages.get(index)
         for name, document in documents.items()
@@ -139,13 +143,13 @@ def _store_pages(
     if missing < len(known):
         print(f"rendered before: {len(known) - missing} of {len(known)} pages")
 
-    def render(pages: Sequence[tuple[str, int]]) -> Iterable[RenderedPage | Failure]:
+    def render_missing_pages(pages: Sequence[tuple[str, int]]) -> Iterable[RenderedPage | Failure]:
         groups = group_pages(PageRef(files[name], index) for name, index in pages)
         results = pool.map(partial(render_and_store_pages, shelf), groups)
         return ProgressBar(results, "rendering", len(pages), unit="page", disable=not pages)
 
-    for name, pages in groupby(complete(known, render), lambda item: item[0][0]):
-        document, kept = documents[name], len(documents[name].pages)
+    for name, pages in groupby(fill_missing(known, render_missing_pages), lambda item: item[0][0]):
+        document = documents[name]
         for (_, index), page in pages:
             where = _name(name, index)
             if isinstance(page, Failure):
@@ -156,8 +160,7 @@ def _store_pages(
                 cut = f"its text has {page.characters:,} characters, of which {MAX_TEXT:,} are read"
                 found.rows[TEXT] = len(known)
                 found.bad.append(Bad(where, cut, TEXT))
-        if len(document.pages) > kept:
-            yield name
+        yield name, document
 
 
 def _query_file(folder: Path) -> Path | None:

@@ -28,7 +28,7 @@ V = TypeVar("V")
 
 @dataclass
 class RenderedPdf:
-    """What is known of a PDF. `count`: its pages, None if they were not counted; `pages`: by number from 0."""
+    """Page count, outline and rendered pages, by number from 0, of a PDF; None for what was not read yet."""
 
     count: int | None = None
     outline: Outline | None = None
@@ -55,16 +55,16 @@ class RenderedStore:
             kept = json.loads(self._get_file(sha256).read_text(encoding="utf-8"))
             if kept["renderer"] != self.renderer:
                 return RenderedPdf()
-            outline = kept["outline"] and Outline(
-                [tuple(entry) for entry in kept["outline"][0]], dict(kept["outline"][1])
-            )
+            count, outline = kept["count"], kept["outline"]
+            if outline is not None:
+                outline = Outline([(title, page) for title, page in outline[0]], dict(outline[1]))
             pages = {
                 number: RenderedPage(Stored(self.shelf.folder / key, key), text, characters)
                 for number, key, text, characters in kept["pages"]
             }
-        except (OSError, ValueError, KeyError, TypeError):  # not kept, or damaged
+        except (OSError, ValueError, LookupError, TypeError):  # not kept, or damaged
             return RenderedPdf()
-        return RenderedPdf(kept["count"], outline, {n: page for n, page in pages.items() if _is_intact(page.image)})
+        return RenderedPdf(count, outline, {n: page for n, page in pages.items() if _is_intact(page.image)})
 
     def save(self, sha256: str, pdf: RenderedPdf) -> None:
         """Keep what is known of a PDF."""
@@ -90,13 +90,15 @@ class RenderedStore:
         return self.folder / f"{sha256}.json"
 
 
-def complete(
+def fill_missing(
     known: Mapping[K, V | None], compute: Callable[[Sequence[K]], Iterable[V | Failure]]
 ) -> Iterator[tuple[K, V | Failure]]:
-    """Yield the items of a mapping in their order; `compute` gives the values of those keys that have none."""
+    """Yield every key with its value, in order; call `compute` once for the keys whose value is None."""
     values = iter(compute([key for key, value in known.items() if value is None]))
     for key, value in known.items():
         yield key, next(values) if value is None else value
+    if next(values, None) is not None:  # asked for, so that a progress bar around them ends
+        raise ValueError("compute returned more values than keys")
 
 
 def _is_intact(image: Stored) -> bool:
@@ -106,7 +108,8 @@ def _is_intact(image: Stored) -> bool:
             return True
     except (OSError, UserError):  # UserError: it is missing
         return False
-    image.path.unlink()
+    with suppress(OSError):
+        image.path.unlink()
     return False
 
 

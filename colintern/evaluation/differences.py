@@ -9,9 +9,10 @@ from colintern.evaluation.outcomes import Outcome
 from colintern.evaluation.queries import KEY
 from colintern.evaluation.scores import short
 from colintern.params import UserError
+from colintern.terminal import TERMINAL_COLUMNS
 
 CHANGED = 10  # queries shown
-WIDTH, QUERY_WIDTH, LINK_WIDTH = 80, 52, 74  # columns of a line, and of a query and a link in it
+QUERY_COLUMNS, LINK_INDENT = 52, 6
 MARKDOWN_WIDTH = 100  # of a query or name in a cell
 MARKUP = re.compile(r"[\\`*_{}\[\]<>&|~!$]")  # has a meaning in GitHub's Markdown
 BEYOND = 1001  # a rank for pages that are not among mteb's 1,000 best
@@ -46,8 +47,9 @@ def difference(a: Outcome, b: Outcome, metric: str) -> Difference:
         if reason := _why_not(before, after, revisions, (a.name, b.name)):
             left_out[f"{benchmark}, {short(task)}"] = reason
             continue
-        folders = [one.run.get("folders", {}).get(task, "") for one in (a, b)]
-        pairs += [_pair(before[query], after[query], metric) | {"folders": folders} for query in sorted(before)]
+        # The data are the same, so an evaluation by an older version, which recorded no folder, has the other's.
+        folder = next(filter(None, (one.run.get("folders", {}).get(task) for one in (a, b))), "")
+        pairs += [_pair(before[query], after[query], metric) | {"folder": folder} for query in sorted(before)]
     if not pairs:
         reasons = "; ".join(f"{task}: {reason}" for task, reason in left_out.items())
         raise UserError(f"{a.name} and {b.name} cannot be compared: {reasons or 'neither has results'}")
@@ -89,6 +91,9 @@ def _why_not(before: dict, after: dict, revisions: list[str | None], names: tupl
 
 def _pair(before: dict[str, Any], after: dict[str, Any], metric: str) -> dict[str, Any]:
     shared = {key: before[key] for key in KEY}
+    names: dict[str, str | None] = {}
+    for row in (before, after):  # results of older versions have no names
+        names |= zip(row["top_pages"], row.get("top_names") or (), strict=False)
     return shared | {
         "before": before[metric],
         "after": after[metric],
@@ -96,18 +101,18 @@ def _pair(before: dict[str, Any], after: dict[str, Any], metric: str) -> dict[st
         "rank_after": after["rank"],
         "page_before": before["top_pages"][0],
         "page_after": after["top_pages"][0],
-        "name_before": (before.get("top_names") or [None])[0],
-        "name_after": (after.get("top_names") or [None])[0],
+        "name_before": names.get(before["top_pages"][0]),
+        "name_after": names.get(after["top_pages"][0]),
         "query": before.get("query") or after.get("query"),
     }
 
 
 def _with_labels(pair: dict[str, Any]) -> dict[str, Any]:
-    """Add the URLs of the first pages' files, "" for those that are not here, and what is read of them."""
-    for side, folder in zip(("before", "after"), pair["folders"], strict=True):
-        text, link = label_page(pair[f"page_{side}"], pair[f"name_{side}"], folder)
+    """Add the displayed names of the first pages and the URLs of their files, "" for files that are not here."""
+    for side in ("before", "after"):
+        text, link = label_page(pair[f"page_{side}"], pair[f"name_{side}"], pair["folder"])
         pair |= {f"label_{side}": text, f"link_{side}": link}
-    return {key: value for key, value in pair.items() if key != "folders"}
+    return {key: value for key, value in pair.items() if key != "folder"}
 
 
 def _change(pair: dict[str, Any]) -> tuple[float, int]:
@@ -140,11 +145,11 @@ def text(found: Difference) -> str:
     if found.changed:
         lines.append(f"{f'{len(found.changed)} most changed queries':<54}{'a':>6}{'b':>6}  rank")
     for pair in found.changed:
-        words = fit_columns(label_query(pair["query_id"], pair["query"]), QUERY_WIDTH)
+        words = fit_columns(label_query(pair["query_id"], pair["query"]), QUERY_COLUMNS)
         scores = f"{100 * pair['before']:>6.1f}{100 * pair['after']:>6.1f}"
-        lines += [f"  {pad_columns(words, QUERY_WIDTH)}{scores}  {_ranks(pair)}", *_first_pages(found, pair)]
+        lines += [f"  {pad_columns(words, QUERY_COLUMNS)}{scores}  {_ranks(pair)}", *_format_first_pages(found, pair)]
     links = [pair[f"link_{side}"] for pair in found.changed for side in ("before", "after")]
-    if too_long := len({link for link in links if len(link) > LINK_WIDTH}):
+    if too_long := len({link for link in links if LINK_INDENT + len(link) > TERMINAL_COLUMNS}):
         lines.append(f"links longer than a line, left out: {too_long}; --json has them")
     lines += [f"not compared: {task}: {reason}" for task, reason in found.left_out.items()]
     if not found.params:
@@ -170,9 +175,8 @@ def markdown(found: Difference) -> str:
         lines += ["", head, "|---|---|---:|---:|---|---|---|"]
     for pair in found.changed:
         scores = f"{100 * pair['before']:.1f} | {100 * pair['after']:.1f} | {_ranks(pair)}"
-        query, *pages = map(
-            _cell, (label_query(pair["query_id"], pair["query"]), pair["label_before"], pair["label_after"])
-        )
+        query = _escape_table_cell(label_query(pair["query_id"], pair["query"]))
+        pages = [_escape_table_cell(pair[f"label_{side}"]) for side in ("before", "after")]
         lines.append(f"| {query} | {_task(pair)} | {scores} | {pages[0]} | {pages[1]} |")
     if found.params:
         lines += ["", "| setting | a | b |", "|---|---|---|"]
@@ -202,21 +206,22 @@ def _task(pair: dict[str, Any]) -> str:
     return f"{short(pair['task'])}{subset}"
 
 
-def _first_pages(found: Difference, pair: dict[str, Any]) -> list[str]:
-    """The lines below a query: its task, where several are compared, and the first page in each evaluation."""
+def _format_first_pages(found: Difference, pair: dict[str, Any]) -> list[str]:
+    """Format the lines below a query: its task, where several are compared, and the first page in each evaluation."""
     several = sum(not row.benchmark for row in found.rows) > 1 or pair["subset"] != "default"
     lines = [f"    task: {_task(pair)}"] if several else []
     sides = {"a": "before", "b": "after"} if pair["page_before"] != pair["page_after"] else {"a, b": "after"}
     for name, side in sides.items():
         start, link = f"    {name}: ", pair[f"link_{side}"]
-        lines.append(start + fit_columns(pair[f"label_{side}"], WIDTH - len(start), keep_end=True))
-        lines += [f"{link:>{len(link) + WIDTH - LINK_WIDTH}}"] if link and len(link) <= LINK_WIDTH else []
+        lines.append(start + fit_columns(pair[f"label_{side}"], TERMINAL_COLUMNS - len(start), keep_end=True))
+        if link and LINK_INDENT + len(link) <= TERMINAL_COLUMNS:
+            lines.append(" " * LINK_INDENT + link)
     return lines
 
 
-def _cell(text: str) -> str:
+def _escape_table_cell(text: str) -> str:
     """Return a text of the user's data as code in a cell of a table: nothing in it is markup or a mention."""
-    line = MARKUP.sub(lambda found: f"&#{ord(found[0])};", fit_columns(text, MARKDOWN_WIDTH))
+    line = MARKUP.sub(lambda match: f"&#{ord(match[0])};", fit_columns(text, MARKDOWN_WIDTH))
     return f"<code>{line}</code>"
 
 

@@ -60,8 +60,8 @@ def evaluate(subjects: Mapping[str, Subject], params: Params, out: Path) -> dict
         _gather(partial, name, pairs, folders)
     trained = subjects["trained"]
     data = {task.metadata.name: task.metadata.dataset["revision"] for _, task in pairs}
-    own = {task.metadata.name: getattr(task, "documents", "") for _, task in pairs}
-    documents = {name: place for name, place in own.items() if place}  # folders whose files the pages are
+    folders_by_task = {task.metadata.name: getattr(task, "documents", "") for _, task in pairs}
+    documents = {task: folder for task, folder in folders_by_task.items() if folder}  # of the pages' files
     settings = trained.params | trained.identity["params"] | {"benchmarks": list(params.benchmarks)}
     run = {"revision": trained.revision, "params": settings, "data": data, "size": sizes, "folders": documents}
     (partial / "run.json").write_text(dumps(run))

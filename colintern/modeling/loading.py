@@ -26,6 +26,8 @@ MAX_TILE = 4096  # pixels
 
 def require_adapter(adapter: Path) -> None:
     """Raises UserError where a folder holds no adapter."""
+    if not adapter.is_dir():
+        raise UserError(f"{adapter}: does not exist, or is no folder; give the folder of an adapter")
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         if not (adapter / name).is_file():
             raise UserError(f"{adapter}: holds no {name}; {suggest_adapter_source(adapter)}")

@@ -31,7 +31,7 @@ class Corpus:
         self.names: dict[int, dict[str, str]] = {}
 
     def row(self, subset: str, kind: str, key: str) -> dict[str, Any]:
-        """`kind`: corpus or queries; a page has its file's name as `name`, None where it has none."""
+        """Look up a row of the corpus or the queries (`kind`); `name` is a page's file name, None if it has none."""
         for split in self.subsets[subset].values():
             table: Dataset = split[kind]
             places = self.places.setdefault(id(table), {name: i for i, name in enumerate(table["id"])})
@@ -70,7 +70,7 @@ def failures(
 def _failure(
     encoder: ColIntern3_5Encoder, corpus: Corpus, row: dict[str, Any], right: list[str], documents: str
 ) -> Case:
-    """`documents`: the folder whose files are the pages, "" where they are of none."""
+    """Show a query's best right page and its first wrong ones. `documents`: the folder of the pages' files, or ""."""
     subset, top = row["subset"], row["top_pages"]
     best = next((page for page in top if page in right), right[0])
     wrong = [page for page in top if page not in right][:WRONG]

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
 from colintern.data.page_labels import fit_columns
+from colintern.terminal import TERMINAL_COLUMNS
 
-WIDTH = 80
 NAME = 65  # columns of a page's name
-LINK_INDENT = 4
+LINK_INDENT = 6
 SHADES = " .:-=+*#%@"
 ACROSS, DOWN, MAPS = 24, 14, 3  # characters of a map, and maps side by side: 3 x 24 and what is between them
 
@@ -21,9 +21,9 @@ def listing(ranked: Sequence[tuple[str, float]], links: Sequence[str] = ()) -> s
     for rank, ((name, score), link) in enumerate(zip(ranked, links or [""] * len(ranked), strict=True), start=1):
         # A long name loses its beginning, because page and file stand at its end.
         rows.append(f"{rank:>4}{score:>9.3f}  {fit_columns(name, NAME, keep_end=True)}")
-        if link and LINK_INDENT + len(link) <= WIDTH:
+        if link and LINK_INDENT + len(link) <= TERMINAL_COLUMNS:
             rows.append(" " * LINK_INDENT + link)
-    if too_long := sum(LINK_INDENT + len(link) > WIDTH for link in links):
+    if too_long := sum(LINK_INDENT + len(link) > TERMINAL_COLUMNS for link in links):
         rows.append(f"links longer than a line, left out: {too_long}; --html FILE has them")
     return "\n".join(rows)
 

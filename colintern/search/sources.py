@@ -35,7 +35,7 @@ class Source(NamedTuple):
 
     @property
     def link(self) -> str:
-        """The URL of the file, and of the page in it."""
+        """Return the URL of the page's file, with #page=N in a PDF."""
         return get_file_url(self.path, None if self.page is None else self.page + 1)
 
 

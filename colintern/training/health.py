@@ -144,18 +144,18 @@ def suggest_lower_lr(params: Params, bounds: Bounds) -> str:
     lr = min(max(params.lr / 3, low), high)
     warmup = f"more warmup_steps than {params.warmup_steps}"
     if lr >= params.lr:
-        return f"{warmup}; no lower lr than {low:g} is recommended for this size"
-    return f"lr: {lr:.2g}{', the lowest for this size,' if lr == low else ','} or {warmup}"
+        return f"{warmup} (no lr below {low:g} is recommended for a base of this size)"
+    return f"lr: {lr:.2g}{', the lowest for a base of this size,' if lr == low else ','} or {warmup}"
 
 
 def suggest_higher_lr(params: Params, bounds: Bounds) -> str:
-    """Suggest three times the lr, or the highest of the bounds and more epochs, against a slow training."""
+    """Suggest three times the lr, clipped to the bounds, for a slow training; at the upper bound also more epochs."""
     low, high = bounds.lr
     lr = min(max(3 * params.lr, low), high)
     epochs = f"epochs: {2 * params.epochs}"
     if lr == params.lr:
-        return f"{epochs}; no higher lr than {high:g} is recommended for this size"
-    return f"lr: {lr:.2g}" + (f", the highest for this size, and {epochs}" if lr == high else "")
+        return f"{epochs} (no lr above {high:g} is recommended for a base of this size)"
+    return f"lr: {lr:.2g}" + (f", the highest for a base of this size, and {epochs}" if lr == high else "")
 
 
 def suggest_larger_batch(c: Curve, batch_size: int) -> str:
@@ -163,7 +163,7 @@ def suggest_larger_batch(c: Curve, batch_size: int) -> str:
     if c.params.batch_size >= batch_size:
         return ""
     if batch_size > c.pairs:
-        return f"more training pairs, for batch_size {batch_size} (an epoch uses {c.pairs})"
+        return f"more training pairs: batch_size {batch_size} is recommended, an epoch has only {c.pairs}"
     return f"batch_size: {batch_size}"
 
 

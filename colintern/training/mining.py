@@ -63,13 +63,16 @@ def mine(params: Params, adapter: Path, limits: Limits) -> Found:
     features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)
     features.fill(pages, params.workers)
     queries = list(dict.fromkeys(row.query for row in train))
-    bar = ProgressBar(queries, desc="embedding queries", unit="query")
-    tokens = embed_queries(model, processor, bar, params.eval_batch_size)
+    tokens = embed_queries(
+        model, processor, ProgressBar(queries, desc="embedding queries", unit="query"), params.eval_batch_size
+    )
     ranking = Ranking(train, queries, limits.top)
-    page_features = map(features, ProgressBar(pages, desc="ranking pages", unit="page"))
-    for start in range(0, len(pages), CHUNK):
-        embedded = embed_features(model, processor, islice(page_features, CHUNK), params.eval_batch_size)
-        ranking.add(pages[start : start + CHUNK], maxsim_scores(tokens, embedded))
+    page_features = map(features, pages)
+    with ProgressBar(desc="ranking pages", total=len(pages), unit="page") as bar:
+        for start in range(0, len(pages), CHUNK):
+            embedded = embed_features(model, processor, islice(page_features, CHUNK), params.eval_batch_size)
+            ranking.add(pages[start : start + CHUNK], maxsim_scores(tokens, embedded))
+            bar.update(len(embedded))
     rows, right, close = select(train, ranking, limits, unfit)
     provenance = {
         "adapter": str(adapter),
