@@ -30,13 +30,18 @@ class EscapingStream:
         return getattr(self.stream, name)
 
 
+STREAMS: list[EscapingStream] = []
+
+
 @contextmanager
 def escape_output() -> Iterator[None]:
     """Escape what standard output must not carry: control characters, and what its encoding lacks."""
     if hasattr(sys.stdout, "reconfigure"):
         with suppress(OSError):  # of a terminal that was opened for reading too
             sys.stdout.reconfigure(errors="backslashreplace")  # as Python sets it for stderr
-    with redirect_stdout(EscapingStream(sys.stdout)):  # type: ignore[type-var]
+    # Another thread may be printing to it when the block ends; Python does not keep it alive for that thread.
+    STREAMS.append(EscapingStream(sys.stdout))
+    with redirect_stdout(STREAMS[-1]):  # type: ignore[type-var]
         yield
 
 

@@ -547,8 +547,8 @@ def test_the_guides_words_have_no_gaps():
     ("benchmark", "expected"),
     [
         ("ViDoRe(v2)", "good"), ("ViDoRe(v1&v2)", "good"), ("VidoreDocVQARetrieval", "good"),
-        ("Vidore2ESGReportsHLRetrieval", "good"), ("ViDoRe(v3)", "no guide band"), ("ViDoRe(v3.1)", "no guide band"),
-        ("Vidore3HrRetrieval", "no guide band"), ("Vidore3HrRetrieval.v2", "no guide band"), ("demo", ""),
+        ("Vidore2ESGReportsHLRetrieval", "good"), ("ViDoRe(v3)", "no band"), ("ViDoRe(v3.1)", "no band"),
+        ("Vidore3HrRetrieval", "no band"), ("Vidore3HrRetrieval.v2", "no band"), ("demo", ""),
         ("KoViDoRe(v2)", ""),
         ("vidore-of-mine", ""),
     ],

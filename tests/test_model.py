@@ -352,7 +352,7 @@ def test_colpali_engines_trainers_train_it(processor, pages, tmp_path):
 
 def test_tiles_that_are_not_those_of_the_rows_are_refused(model, processor, pages):
     batch = processor.process_images(pages[:2])
-    with pytest.raises(ValueError, match=r"pixel_values: 2 tiles, but the rows of input_ids have \[6, 1\]"):
+    with pytest.raises(ValueError, match=r"2 tiles, but input_ids holds image tokens for 7 \(\[6, 1\] by row\)"):
         model(**{key: value[:2] for key, value in batch.items()})  # as a batch of colpali-engine's is sliced
 
 

@@ -242,7 +242,7 @@ def test_ids_are_compared_as_mteb_compares_them_and_only_what_is_needed_is_read(
     rewritten("corpus", lambda rows: [row | {"seen": None if row["corpus-id"] % 2 else "yes"} for row in rows])
     Path(BEIR, "beir.py").write_text("raise SystemExit('is never run')\n")
     check_judgements(Part(BEIR, "test", Path(BEIR), ()))
-    task = _folder_task(Path(BEIR), "IdsRetrieval", "a" * 40)
+    task = _folder_task(Path(BEIR), "IdsRetrieval", {"revision": "a" * 40})
     task.load_data()
     assert task.relevant_docs["test"]["query-test-45"] == {"corpus-test-45": 1}
     pages = {f"corpus-test-{number}" for number in range(45, 55)}

@@ -9,7 +9,7 @@ from colintern.evaluation.scores import METRICS, Scores, short
 # called fair here, the second excellent.
 BANDS = ((0.70, "excellent"), (0.50, "good"), (0.30, "fair"), (0.10, "poor"), (0.0, "broken"))
 BANDED = re.compile(r"ViDoRe\(v(1|2|1&v2)\)|Vidore2?[A-Z]\w*")  # benchmarks and tasks that the guide knew
-NO_BAND = "no guide band"
+NO_BAND = "no band"
 TARGETS = {  # the guide's, NDCG@5
     "VidoreArxivQARetrieval": (0.60, 0.75),
     "VidoreDocVQARetrieval": (0.65, 0.80),

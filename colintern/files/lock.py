@@ -15,16 +15,20 @@ from colintern.params import UserError
 ORPHANS = 30  # seconds after which a killed trainer's data loader should have ended; it looks every 5
 
 
+class IrregularLockError(UserError, OSError):
+    """A lock that is no regular file. Also an OSError: a cache whose lock cannot be taken is still read."""
+
+
 def open_lock(path: Path) -> TextIO:
     """Open a lock file, and create it and its folder if they are missing.
 
     Raises:
-        UserError: it is a folder, a named pipe or a device; opening a pipe would block.
+        IrregularLockError: it is a folder, a named pipe or a device; opening a pipe would block.
         OSError: it may not be created or written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and (kind := irregular_type(path)):
-        raise UserError(f"{path}: is {kind}, not a regular file; delete it, it is then created again")
+        raise IrregularLockError(f"{path}: is {kind}, not a regular file; delete it, it is then created again")
     return path.open("a+")
 
 
