@@ -117,7 +117,7 @@ $(UV):
 	.tools/bin/pip install -q --disable-pip-version-check --require-hashes -r docker/uv.txt
 
 # The colintern command points into this folder (-e), so the code itself is never stale.
-$(ENV): requirements.txt | $(UV)
+$(ENV): requirements.txt $(wildcard pyproject.toml) | $(UV)
 	@$(UV) venv -q --allow-existing --python $(PYTHON) .venv
 	echo "make: installing $$(grep -c '==' requirements.txt) packages into .venv; this downloads several GB and takes minutes" >&2
 	$(UV) pip install --python .venv/bin/python --require-hashes -r requirements.txt

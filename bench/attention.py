@@ -1,4 +1,4 @@
-"""Causal attention of InternVL3.5-1B's sizes on the CPU: `blocked` (colintern/causal.py) against torch's kernel.
+"""Causal attention of InternVL3.5-1B's sizes on the CPU: `blocked` of modeling/causal.py against torch's kernel.
 
     .venv/bin/python -m bench.attention     # in the repository root; --help: tokens, batch, rounds
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from colintern.causal import blocked_attention
+from colintern.modeling.causal import blocked_attention
 
 HEADS, KEY_HEADS, WIDTH = 16, 8, 128
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""Training curves of good and bad runs of the demo, and what the rules of `colintern.training.health` say of them.
+"""Training curves of good and bad runs of the demo, and what the rules of `colintern.monitoring.health` say of them.
 
     python -m bench.curves                     # the confusion table of tests/curves, a second
     python -m bench.curves --record [SETTING]  # trains what is not there yet of 24 runs: half a minute of CPU each
@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from colintern.guide import bounds_for
+from colintern.monitoring.guide import bounds_for
+from colintern.monitoring.health import COLLAPSED, LEARNED, TOO_SLOW, UNDERTRAINED, Health, health
 from colintern.params import Params, load
-from colintern.training.health import COLLAPSED, LEARNED, TOO_SLOW, UNDERTRAINED, Health, health
 
 FOLDER = Path(__file__).parents[1] / "tests" / "curves"
 PAGES, DEV, TEST, SEEDS = 320, 60, 60, (0, 2, 1)
@@ -62,10 +62,10 @@ def record(setting: str, seed: int, params: Params, base: Path) -> dict[str, Any
     from transformers import set_seed
 
     from colintern.data.demo import corpus
-    from colintern.model import ColIntern3_5
-    from colintern.modeling.features import Page, PageFeatures
+    from colintern.encoding.page_features import Page, PageFeatures
     from colintern.modeling.lora import add_lora
-    from colintern.processor import ColIntern3_5Processor
+    from colintern.modeling.modeling_colintern import ColIntern3_5
+    from colintern.modeling.processing_colintern import ColIntern3_5Processor
     from colintern.training.pairs import Pair, Pairs
     from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
 

@@ -124,8 +124,8 @@ def clone(place: Path, train_data: str) -> Path:
 
 def start(batches: int) -> None:
     """In a process of its own: from params to the first batch, and `batches` more. Prints one line of JSON."""
-    from colintern.files.manifest import check_base
     from colintern.params import load
+    from colintern.storage.manifest import check_base
     from colintern.training import runs
     from colintern.training.pairs import rows
 

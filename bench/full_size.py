@@ -28,11 +28,11 @@ from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageP
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
 from colintern.data.demo import corpus
-from colintern.model import ColIntern3_5, attention_kernel, meta_model
-from colintern.modeling.features import Page, PageFeatures
+from colintern.encoding.page_features import Page, PageFeatures
 from colintern.modeling.lora import add_lora, count, faults, table
+from colintern.modeling.modeling_colintern import ColIntern3_5, attention_kernel, meta_model
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.params import Params, load
-from colintern.processor import ColIntern3_5Processor
 from colintern.training.pairs import Pair, Pairs
 from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
 

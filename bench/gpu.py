@@ -30,13 +30,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from transformers import InternVLConfig
 
-from colintern.model import ColIntern3_5, attention_kernel
+from colintern.core.errors import OutOfMemory, UserError, exit_on_user_error
+from colintern.encoding.page_features import Page
 from colintern.modeling.dropout import RowDropout
-from colintern.modeling.features import Page
 from colintern.modeling.layers import checkpoint_layers, compile_layers, recomputed
 from colintern.modeling.lora import add_lora
-from colintern.params import OutOfMemory, Params, UserError, exit_on_user_error, load
-from colintern.processor import ColIntern3_5Processor
+from colintern.modeling.modeling_colintern import ColIntern3_5, attention_kernel
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.params import Params, load
 from colintern.training.loss import maxsim_matrix
 from colintern.training.pairs import Pair
 from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from colintern.core.errors import exit_on_user_error
 from colintern.data.demo import GOODS, KINDS, DemoPage, corpus
-from colintern.files.manifest import check_base
-from colintern.modeling.embed import embed_pages, embed_queries
+from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
-from colintern.params import exit_on_user_error, load
+from colintern.params import load
 from colintern.reporting.heatmaps import hottest, layout, similarity_map, standing_out
 from colintern.reporting.words import query_words
+from colintern.storage.manifest import check_base
 
 PAGES = 200
 BOUND = 0.90

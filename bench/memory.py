@@ -52,9 +52,9 @@ def measure(row: tuple[str, int, int, bool | int, float], device: str) -> dict[s
     import torch
     from transformers import TrainerCallback, set_seed
 
-    from colintern.model import ColIntern3_5
-    from colintern.modeling.features import Page
+    from colintern.encoding.page_features import Page
     from colintern.modeling.lora import add_lora
+    from colintern.modeling.modeling_colintern import ColIntern3_5
     from colintern.params import load
     from colintern.planning.costs import Costs, Setting
     from colintern.training.pairs import Pair
@@ -107,7 +107,7 @@ def architecture(name: str) -> tuple[Any, Any]:
     """Config and processor of a base of the table."""
     from transformers import InternVLConfig
 
-    from colintern.processor import ColIntern3_5Processor
+    from colintern.modeling.processing_colintern import ColIntern3_5Processor
 
     processor = ColIntern3_5Processor.from_pretrained(TOKENIZER)
     if name == "demo":

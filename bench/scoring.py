@@ -29,9 +29,9 @@ from sentence_transformers.util import maxsim
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from colintern.maxsim import maxsim_scores
-from colintern.modeling.cache import TensorCache
-from colintern.params import UserError, exit_on_user_error
+from colintern.core.errors import UserError, exit_on_user_error
+from colintern.encoding.tensor_cache import TensorCache
+from colintern.scoring.maxsim import maxsim_scores
 
 Items = list[Tensor]
 OURS = "ours"

@@ -95,7 +95,7 @@ def main() -> None:
         subprocess.run(["git", "add", "--all"], cwd=clone, env=env, check=True)
         subprocess.run(["git", "commit", "-qm", "first", "--allow-empty"], cwd=clone, env=env, check=True)
         if trials:
-            search = run([sys.executable, "-m", "colintern.cli", "tune", "--trials", str(trials)], clone, env)
+            search = run([sys.executable, "-m", "colintern", "tune", "--trials", str(trials)], clone, env)
             seconds, cpu = begin.all + first.all, begin.cpu + first.cpu
             print(
                 f"RESULT trials={trials} ratio={search.all / seconds:.2f} cpu_ratio={search.cpu / cpu:.2f} "

@@ -19,7 +19,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from colintern.params import Params, exit_on_user_error, load
+from colintern.core.errors import exit_on_user_error
+from colintern.params import Params, load
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "good": {},
@@ -39,9 +40,9 @@ def run(params: Params) -> tuple[float, float, str]:
     from pyarrow.parquet import read_table
 
     from colintern.data.images import decode
-    from colintern.files.manifest import benchmark_folder, check_base
-    from colintern.modeling.features import Page
-    from colintern.training.health import health
+    from colintern.encoding.page_features import Page
+    from colintern.monitoring.health import health
+    from colintern.storage.manifest import benchmark_folder, check_base
     from colintern.training.pairs import Pair
     from colintern.training.runs import prepare
     from colintern.training.trainer import DevSet

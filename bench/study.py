@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from colintern.guide import BATCH
-from colintern.params import exit_on_user_error, load
+from colintern.core.errors import exit_on_user_error
+from colintern.monitoring.guide import BATCH
+from colintern.params import load
 
 SPACE = Path(__file__).with_suffix(".yaml")
 # Its "Critical Training Parameters" and LoraConfig, for 1B: the smallest base that its rules are for. Epochs, its 5,
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--study", default="guide")
     args = parser.parse_args()
     study, search, guide = prepare(args.study)
-    command = [sys.executable, "-m", "colintern.cli", "tune", "--space", str(SPACE)]
+    command = [sys.executable, "-m", "colintern", "tune", "--space", str(SPACE)]
     command += ["--trials", str(args.trials), "--study", args.study]
     others = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(args.workers - 1)]
     codes = [subprocess.run(command).returncode, *(one.wait() for one in others)]

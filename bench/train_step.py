@@ -35,13 +35,13 @@ from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageP
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
 from bench.parts import as_they_come
-from colintern.model import ColIntern3_5
+from colintern.encoding.page_features import Page
 from colintern.modeling.dropout import RowDropout
-from colintern.modeling.features import Page
 from colintern.modeling.layers import compile_layers
 from colintern.modeling.lora import add_lora
+from colintern.modeling.modeling_colintern import ColIntern3_5
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.params import Params, load
-from colintern.processor import ColIntern3_5Processor
 from colintern.training import parts
 from colintern.training.pairs import Pair
 from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments

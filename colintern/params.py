@@ -5,21 +5,18 @@ means, its unit and the guide's value stand beside it in params.yaml.
 """
 
 import difflib
-import errno
-import os
 import re
-import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, get_args, get_type_hints
 
-from colintern.memory import describe_out_of_memory, patch_thread_start_to_check_memory
-from colintern.rules import (
+from colintern.core.errors import UserError
+from colintern.core.project import root
+from colintern.core.rules import (
     FILLED,
     KERNEL,
     LAUNCH,
@@ -35,83 +32,6 @@ from colintern.rules import (
     mixture,
     one_of,
 )
-from colintern.terminal import escape_controls, escape_output
-
-COPIES = (".dvc", "tmp", "exps")  # where DVC makes copies of a project; those of --temp are in standalone there
-# Of what the place of a file is to blame for, not the program: somebody else's, read-only, full.
-FULL = (errno.ENOSPC, errno.EDQUOT)
-PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, *FULL)
-
-
-class UserError(ValueError):
-    """Bad input. The message names the key or file, its value and what would be valid; the process exits with 2."""
-
-    exit_code = 2
-
-
-class OutOfMemory(UserError):
-    """The memory is too small; the message says what to change. The process exits with 6."""
-
-    exit_code = 6
-
-
-def root() -> Path:
-    """Return the folder of the pipeline, with the files that git does not track.
-
-    It is the working folder; in the copy that `dvc exp run --temp` or `--queue` makes below .dvc/tmp/exps, it is the
-    folder that was copied. DVC_ROOT does not tell: called from a stage of another DVC project, it names that project.
-    """
-    try:
-        here = Path.cwd()
-    except FileNotFoundError:  # `dvc queue stop --kill` has deleted the copy
-        return Path(os.environ.get("DVC_ROOT") or ".")
-    parts = here.parts
-    for start in range(len(parts) - len(COPIES), 0, -1):
-        if parts[start : start + len(COPIES)] == COPIES:
-            project, (kind, *inner) = Path(*parts[:start]), parts[start + len(COPIES) :] or ("",)
-            folder = project.joinpath(*(inner[1:] if kind == "standalone" else inner))
-            return folder if (folder / "dvc.yaml").is_file() else project
-    return Path()
-
-
-@contextmanager
-def exit_on_user_error() -> Iterator[None]:
-    """Around a program's main (as `with` or as a decorator): print a UserError on stderr and exit with its code; with 2
-    for a file or folder that may not be written or read, and for a full disk; with 6 where memory is missing. What is
-    printed meanwhile is escaped."""
-    patch_thread_start_to_check_memory()
-    try:
-        with escape_output():
-            yield
-    except UserError as problem:
-        print(escape_controls(f"error: {problem}"), file=sys.stderr)
-        raise SystemExit(problem.exit_code) from problem
-    except Exception as problem:
-        if words := _place_fault(problem):
-            code = UserError.exit_code
-        elif words := describe_out_of_memory(problem):
-            code = OutOfMemory.exit_code
-        else:
-            raise
-        print(escape_controls(f"error: {words}"), file=sys.stderr)
-        raise SystemExit(code) from problem
-
-
-def _place_fault(problem: Exception) -> str:
-    """Describe the fault of a file's place that an error tells of; "" if it tells of none.
-
-    A file that cannot be opened is named. The system names no file where a disk is full while one is written, and
-    libraries raise errors of their own over it; other errors that were handled on the way are not looked at.
-    """
-    if isinstance(problem, OSError) and problem.errno in PLACE and problem.filename is not None:
-        return f"{problem.filename}: {problem.strerror}"
-    behind: BaseException | None = problem
-    while behind is not None:
-        if isinstance(behind, OSError) and behind.errno in FULL:
-            free = shutil.disk_usage(root()).free / 1e6
-            return f"{os.strerror(behind.errno)}: {free:.1f} MB are free on the disk of {root().absolute()}; make room"
-        behind = behind.__cause__ or behind.__context__
-    return ""
 
 
 @dataclass(frozen=True, slots=True)

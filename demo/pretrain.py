@@ -23,7 +23,7 @@ from transformers.models.internvl.video_processing_internvl import InternVLVideo
 
 from colintern.data.demo import page_words, query_words
 from colintern.data.pages import LAYOUTS, Page
-from colintern.processor import ColIntern3_5Processor
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
 
 TILE, PATCH, CELL = 112, 14, 28
 SPECIAL = {

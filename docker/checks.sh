@@ -79,7 +79,7 @@ print('flash-attn', flash_attn.__version__, code.stat().st_size // 2**20, 'MiB, 
     fi
     log "the mounted repository belongs to $(stat -c %U "$repo"): git status"
     in_image "$repo" git status --short --branch | head -3
-    if [ -f colintern/cli.py ]; then
+    if [ -f colintern/__main__.py ]; then
         log "the mounted repository's own command"
         in_image "$repo" colintern --help | head -2
     fi

@@ -8,7 +8,8 @@ stage. Lists all problems and exits with 2 if there are any.
 
 from pathlib import Path
 
-from colintern.params import exit_on_user_error, load
+from colintern.core.errors import exit_on_user_error
+from colintern.params import load
 
 
 @exit_on_user_error()

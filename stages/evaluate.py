@@ -10,11 +10,12 @@ finished are taken from .scratch.
 
 from pathlib import Path
 
-from colintern.files.csvfile import write_csv
-from colintern.files.jsonfile import dumps
-from colintern.files.manifest import arrow_cache, ready
-from colintern.files.outs import check_outs, forget_ended
-from colintern.params import exit_on_user_error, load
+from colintern.core.errors import exit_on_user_error
+from colintern.params import load
+from colintern.storage.csvfile import write_csv
+from colintern.storage.jsonfile import dumps
+from colintern.storage.manifest import arrow_cache, ready
+from colintern.storage.outs import check_outs, forget_ended
 
 
 @exit_on_user_error()

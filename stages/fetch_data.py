@@ -11,14 +11,15 @@ hub cannot be reached and the cache lacks something.
 
 from pathlib import Path
 
+from colintern.core.errors import exit_on_user_error
 from colintern.data import index
 from colintern.data.checks import check, check_benchmarks, quarantine
 from colintern.data.collected import MAX_QUERY_CHARACTERS
 from colintern.data.sources import fetch, parts, tokenizer
 from colintern.data.survey import look, survey, usable
-from colintern.files.jsonfile import dumps
-from colintern.files.manifest import MANIFEST, QUARANTINE, SURVEY, arrow_cache, local
-from colintern.params import exit_on_user_error, load
+from colintern.params import load
+from colintern.storage.jsonfile import dumps
+from colintern.storage.manifest import MANIFEST, QUARANTINE, SURVEY, arrow_cache, local
 
 
 @exit_on_user_error()

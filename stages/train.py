@@ -18,10 +18,11 @@ if not sys.stderr.isatty():
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from colintern.core.errors import exit_on_user_error
 from colintern.data.trainset import training_data
-from colintern.files.manifest import ready
-from colintern.files.outs import check_outs
-from colintern.params import exit_on_user_error, load
+from colintern.params import load
+from colintern.storage.manifest import ready
+from colintern.storage.outs import check_outs
 
 
 @exit_on_user_error()
@@ -35,7 +36,7 @@ def main() -> None:
         # A flipped bit costs seconds here, and a training run later.
         processes.first(lambda: bool(training_data(params, anew=True)))
         base = processes.first(lambda: ready(params, anew=True))
-        from colintern.planning.doctor import hold
+        from colintern.preflight.doctor import hold
 
         hold(params, base)
         from colintern.training.runs import train  # only now: `datasets` looks at its import whether it may ask the hub

@@ -9,14 +9,15 @@ custom_text_proj, or a vision module that is hit.
 
 from pathlib import Path
 
+from colintern.core.errors import UserError, exit_on_user_error
 from colintern.data.inventory import COLUMNS, inventory, survey_rows
-from colintern.files.csvfile import write_csv
-from colintern.files.jsonfile import dumps
-from colintern.files.manifest import ready
-from colintern.files.outs import check_outs
-from colintern.model import meta_model
 from colintern.modeling.lora import examine, faults, table
-from colintern.params import UserError, exit_on_user_error, load
+from colintern.modeling.modeling_colintern import meta_model
+from colintern.params import load
+from colintern.storage.csvfile import write_csv
+from colintern.storage.jsonfile import dumps
+from colintern.storage.manifest import ready
+from colintern.storage.outs import check_outs
 
 
 @exit_on_user_error()

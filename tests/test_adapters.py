@@ -16,16 +16,16 @@ from processes import Place
 from safetensors.torch import load_file, save_file
 from test_model import TARGETS, load
 
-from colintern.files.identity import read_identity
-from colintern.files.jsonfile import dumps
-from colintern.files.manifest import BASE_SUFFIXES, local_files
-from colintern.model import read_checked_adapter
-from colintern.modeling.embed import embed_pages
-from colintern.modeling.features import Page, PageFeatures
+from colintern.core.errors import UserError
+from colintern.encoding.embed import embed_pages
+from colintern.encoding.page_features import Page, PageFeatures
 from colintern.modeling.loading import read_processor
 from colintern.modeling.lora import add_lora
-from colintern.params import UserError
+from colintern.modeling.modeling_colintern import read_checked_adapter
 from colintern.params import load as load_params
+from colintern.storage.identity import read_identity
+from colintern.storage.jsonfile import dumps
+from colintern.storage.manifest import BASE_SUFFIXES, local_files
 from colintern.training.pairs import Pair, Pairs
 from colintern.training.runs import finish, origin
 from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
@@ -72,7 +72,7 @@ def top(two_steps, tmp_path):
 
 
 def work(*arguments: str) -> None:
-    from colintern.cli import main
+    from colintern.__main__ import main
 
     main(["check-adapter", "adapter", *arguments])
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import IRREGULAR
 
-from colintern.files.lock import locked, locked_or_refused
-from colintern.modeling import cache as module
-from colintern.modeling.cache import TensorCache
-from colintern.params import UserError
+from colintern.core.errors import UserError
+from colintern.encoding import tensor_cache as module
+from colintern.encoding.tensor_cache import TensorCache
+from colintern.storage.lock import locked, locked_or_refused
 
 MB = 10**6
 

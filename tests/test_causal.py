@@ -5,8 +5,8 @@ import torch
 from conftest import BASE
 from torch.nn.functional import scaled_dot_product_attention
 
-from colintern import causal
-from colintern.model import ColIntern3_5, attention_kernel
+from colintern.modeling import causal
+from colintern.modeling.modeling_colintern import ColIntern3_5, attention_kernel
 
 
 def drawn(length, heads=4, key_heads=2, width=8, dtype=torch.float64):

@@ -11,10 +11,10 @@ from peft import PeftModel
 from processes import kill
 from small_run import at_step
 
-from colintern.files.manifest import check_base
-from colintern.model import ColIntern3_5
 from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
+from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.params import load
+from colintern.storage.manifest import check_base
 from colintern.training.checkpoints import shown
 
 PEFT = ("adapter_config.json", "adapter_model.safetensors")

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from colintern.cli import ORDER, main
-from colintern.files.paths import require_writable
-from colintern.params import UserError
+from colintern.__main__ import ORDER, main
+from colintern.core.errors import UserError
+from colintern.storage.paths import require_writable
 
 # Runs `colintern` on each command line of its argument; of what takes long to import nothing can be imported.
 WITHOUT_LIBRARIES = """
 import json, sys
 for name in ("torch", "transformers", "mteb", "datasets", "peft", "optuna", "dvc", "pyarrow"):
     sys.modules[name] = None
-from colintern.cli import main
+from colintern.__main__ import main
 for words in json.loads(sys.argv[1]):
     try:
         main(words)

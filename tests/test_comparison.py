@@ -11,14 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from colintern.cli import main
+from colintern.__main__ import main
+from colintern.core.errors import UserError
 from colintern.data.page_labels import count_columns, label_page
 from colintern.evaluation import queries
 from colintern.evaluation.comparison import RESAMPLES, Row, compare, holm
 from colintern.evaluation.differences import difference, markdown, text
 from colintern.evaluation.outcomes import outcome
 from colintern.evaluation.scores import METRICS
-from colintern.params import UserError
 
 GAINS = [1 / math.log2(rank + 1) if rank <= 5 else 0.0 for rank in range(1, 31)]
 
@@ -316,5 +316,5 @@ def test_a_revision_that_is_not_there_or_not_in_the_cache_is_told(repository):
 
 
 def test_help_names_it():
-    done = subprocess.run([sys.executable, "-m", "colintern.cli", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "colintern", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert "compare" in done.stdout and "evaluate" in done.stdout

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import InternVLConfig
 
-from colintern.model import ColIntern3_5
 from colintern.modeling.dropout import Masks
 from colintern.modeling.layers import checkpoint_layers
 from colintern.modeling.lora import add_lora
+from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.params import load
 from colintern.planning import costs as module
 from colintern.planning.costs import Costs, Setting, Side

@@ -15,11 +15,12 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from colintern.core.errors import UserError
 from colintern.data import index
 from colintern.data.images import png_bytes
 from colintern.data.trainset import asked
-from colintern.files.manifest import local_files
-from colintern.params import UserError, load
+from colintern.params import load
+from colintern.storage.manifest import local_files
 from colintern.training.pairs import row_image, rows
 
 SET, GROUP = "data/own/set", 8

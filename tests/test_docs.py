@@ -17,7 +17,7 @@ from conftest import ROOT
 from pages import DOCS, Command, commands, documented, runner_of, words
 from test_dvc_commands import copy_working_tree
 
-from colintern.cli import _parser, main
+from colintern.__main__ import _parser, main
 
 RUN = (  # as they stand, in a copy where nothing was run yet
     documented("colintern recipe"),

@@ -14,11 +14,12 @@ import torch
 from conftest import BASE, ROOT
 from hub import Fault, running
 
+from colintern.core.errors import UserError
 from colintern.modeling.bases import at_hand, preset
-from colintern.params import UserError, load
-from colintern.planning.doctor import CHECKS, FAIL, PASS, WARN, Facts, examined, facts_for, hold
-from colintern.planning.machine import Machine, _memory, cpu_bf16, machine
-from colintern.planning.surroundings import AROUND, Surroundings, _asked, hub_repos, surroundings
+from colintern.params import load
+from colintern.preflight.doctor import CHECKS, FAIL, PASS, WARN, Facts, examined, facts_for, hold
+from colintern.preflight.machine import Machine, _memory, cpu_bf16, machine
+from colintern.preflight.surroundings import AROUND, Surroundings, _asked, hub_repos, surroundings
 
 DEMO, RECIPE = (load(ROOT / "recipes" / f"{name}.yaml") for name in ("demo", "internvl3_5-1b"))
 GPU = Machine(1, "580.95.05", "2.13.0", "13.0", "NVIDIA A100", 80 << 30, False, True, True, 60 << 30, 10**12, 0)
@@ -204,7 +205,7 @@ def environment(folder: Path, **env: str) -> dict[str, str]:
 
 
 def doctor(folder: Path, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "colintern.cli", "doctor", *arguments]
+    command = [sys.executable, "-m", "colintern", "doctor", *arguments]
     return subprocess.run(command, cwd=folder, env=environment(folder, **env), capture_output=True, text=True)
 
 
@@ -247,7 +248,7 @@ def test_a_base_may_be_any_path_of_a_folder(base, repo, monkeypatch):
 def test_colour_only_on_a_terminal_that_wants_it(repo):
     def shown(**env: str) -> str:
         parent, child = pty.openpty()
-        command = [sys.executable, "-m", "colintern.cli", "doctor"]
+        command = [sys.executable, "-m", "colintern", "doctor"]
         subprocess.run(command, cwd=repo, env=environment(repo, TERM="xterm", **env), stdout=child, check=True)
         os.close(child)
         text = b""

@@ -120,7 +120,7 @@ def set_up(repo: Repo) -> Repo:
         (repo.path / file).parent.mkdir(parents=True, exist_ok=True)
         (repo.path / file).touch()
     command = repo.path / ".venv" / "bin" / "colintern"
-    command.write_text('#!/bin/sh\nexec python -m colintern.cli "$@"\n')
+    command.write_text('#!/bin/sh\nexec python -m colintern "$@"\n')
     command.chmod(0o755)
     return repo._replace(env=repo.env | {"PATH": f"{command.parent}{os.pathsep}{repo.env['PATH']}"})
 
@@ -220,7 +220,7 @@ def test_exp_run_writes_a_number_and_changes_the_metrics(repo, experiment):
 def test_exp_show_lists_it(repo, experiment):
     name, _ = experiment
     shown = repo.output(documented("dvc exp show") + " --only-changed --no-pager", COLUMNS="1000")
-    assert name in shown and " lr " in shown and "colintern/model.py" not in shown
+    assert name in shown and " lr " in shown and "colintern/modeling/modeling_colintern.py" not in shown
     rows = list(csv.DictReader(repo.output("dvc exp show --csv").splitlines()))
     (row,) = (row for row in rows if row["Experiment"] == name)
     assert float(row["lr"]) == 3e-05

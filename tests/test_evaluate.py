@@ -33,7 +33,7 @@ SHARED = "someone/adapter", "c" * 40
 
 def work(*command: str) -> None:
     """A `colintern` command, or the eval stage."""
-    from colintern import cli
+    from colintern import __main__ as cli
     from stages import evaluate
 
     if command:
@@ -44,7 +44,7 @@ def work(*command: str) -> None:
 
 def at_call(number: int, do: Callable[[], None]) -> None:
     """Do something in the middle of the encoder's nth call: queries and pages of each task take one each."""
-    from colintern import mteb_model
+    from colintern.evaluation import mteb_encoder as mteb_model
 
     calls, real = [0], mteb_model.embed_queries
 
@@ -126,9 +126,9 @@ def write_adapter() -> None:
     import torch
     from test_training import TARGETS
 
-    from colintern.model import ColIntern3_5
     from colintern.modeling.lora import add_lora
-    from colintern.processor import ColIntern3_5Processor
+    from colintern.modeling.modeling_colintern import ColIntern3_5
+    from colintern.modeling.processing_colintern import ColIntern3_5Processor
 
     wrapped = add_lora(ColIntern3_5.from_pretrained("demo/base", dtype=torch.float32), TARGETS, 4, 4, 0.0)
     generator = torch.Generator().manual_seed(1)
@@ -232,7 +232,7 @@ def test_one_task_more_one_task_less(place, whole):
 
 
 def no_page_embedded() -> None:
-    from colintern import mteb_model
+    from colintern.evaluation import mteb_encoder as mteb_model
 
     mteb_model.embed_features = lambda *args: leave()
 
@@ -296,7 +296,7 @@ def test_a_merged_model_scores_as_its_adapter(place, whole):
 PROGRAM = """
 import json, sys
 import mteb
-from colintern.mteb_model import load, register
+from colintern.evaluation.mteb_encoder import load, register
 
 adapter, pages = sys.argv[1:]
 vidore = type(mteb.get_task("VidoreDocVQARetrieval"))
@@ -419,7 +419,7 @@ def test_what_is_no_peer_is_refused_and_named(place, model, said):
 
 
 def offline_with_peer() -> None:
-    from colintern.files.hub import stay_offline
+    from colintern.storage.hub import stay_offline
 
     stay_offline()
     register_peer()
@@ -448,7 +448,7 @@ def test_e3_an_adapter_that_cannot_be_right_is_refused_and_named(place, fault):
 
 LOAD = """
 import sys
-from colintern.mteb_model import load
+from colintern.evaluation.mteb_encoder import load
 from colintern.params import UserError
 
 meta = load(sys.argv[1], base=sys.argv[2]).mteb_model_meta
@@ -466,7 +466,7 @@ def test_a_model_on_the_hub_by_its_commit(place, whole):
         env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         env |= {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.url, "HF_HOME": str(place.folder / "hf")}
         done = subprocess.run(
-            [sys.executable, "-m", "colintern.cli", "evaluate", "@".join(MERGED)],
+            [sys.executable, "-m", "colintern", "evaluate", "@".join(MERGED)],
             env=env, cwd=place.folder, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr

@@ -28,10 +28,14 @@ from torch import nn
 from torch.nn.functional import normalize
 from transformers import BatchFeature
 
+from colintern.core.errors import UserError
 from colintern.data.benchmarks import tasks_for
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import decode, png_bytes
+from colintern.encoding.embed import embed_pages, embed_queries
+from colintern.encoding.page_features import PageFeatures
 from colintern.evaluation import tasks as evaluation
+from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.evaluation.queries import read_page_names
 from colintern.evaluation.scores import (
     METRICS,
@@ -46,13 +50,10 @@ from colintern.evaluation.scores import (
 )
 from colintern.evaluation.subjects import Subject, subjects
 from colintern.evaluation.verdicts import band, table, target
-from colintern.files.manifest import BEIR_SUFFIXES, arrow_name, local_files
-from colintern.maxsim import maxsim_scores, ndcg_at_k
-from colintern.modeling.embed import embed_pages, embed_queries
-from colintern.modeling.features import PageFeatures
-from colintern.mteb_model import ColIntern3_5Encoder
-from colintern.params import Params, UserError, load
+from colintern.params import Params, load
 from colintern.reporting.pictures import picture
+from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k
+from colintern.storage.manifest import BEIR_SUFFIXES, arrow_name, local_files
 
 PAGES, COLOURS = 110, 512
 RECIPE = load(Path(__file__).parents[1] / "recipes" / "demo.yaml")
@@ -266,7 +267,7 @@ def test_a_folder_is_read_as_it_is_now(params, monkeypatch):
     assert pages() == PAGES - 1, "the card is the same"
 
     def folders_after(**env: str) -> set[str]:
-        program = "from colintern.files.manifest import arrow_cache; arrow_cache()"
+        program = "from colintern.storage.manifest import arrow_cache; arrow_cache()"
         env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | env
         subprocess.run([sys.executable, "-c", program], env=env, check=True)
         return {path.name for path in arrow.iterdir() if path.is_dir()}

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from test_adapters import DAMAGES, READ
 from test_report import evaluated, fork, run  # noqa: F401
 
-from colintern.cli import main
-from colintern.model import ColIntern3_5
-from colintern.modeling.embed import embed_pages, embed_queries
-from colintern.processor import ColIntern3_5Processor
+from colintern.__main__ import main
+from colintern.encoding.embed import embed_pages, embed_queries
+from colintern.modeling.modeling_colintern import ColIntern3_5
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
 
 FILES = {"README.md", "config.json", "identity.json", "model.safetensors"}
 FILES |= {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -128,7 +128,7 @@ def refusal(command: list[str], capsys) -> str:
 
 def test_a_damaged_file_of_an_adapter_is_named_by_each_command(shared, monkeypatch, capsys):
     monkeypatch.chdir(shared)
-    monkeypatch.setattr("colintern.files.hub.stay_offline", lambda: None)  # it is for the whole process
+    monkeypatch.setattr("colintern.storage.hub.stay_offline", lambda: None)  # it is for the whole process
     monkeypatch.setenv("HF_DATASETS_CACHE", str(shared / "arrow"))
     for name, command in zip(
         READ, cycle(("search damaged documents Oslo", "check-adapter damaged", "export damaged --out exported"))
@@ -166,7 +166,7 @@ def test_an_odd_value_is_named_by_evaluate_and_report(top, command, name, edit, 
 def test_an_adapter_of_other_weights_is_refused_by_each_command(shared, fault, monkeypatch, capsys):
     """The statistics of a renamed layer are those of all layers of its kind, and tell nothing."""
     monkeypatch.chdir(shared)
-    monkeypatch.setattr("colintern.files.hub.stay_offline", lambda: None)
+    monkeypatch.setattr("colintern.storage.hub.stay_offline", lambda: None)
     shutil.rmtree("damaged", ignore_errors=True)
     shutil.copytree("adapter", "damaged")
     file = Path("damaged", "adapter_model.safetensors")

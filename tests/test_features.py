@@ -9,10 +9,10 @@ from PIL import Image
 from small_run import params
 from test_model import load
 
-from colintern.modeling import fp8
-from colintern.modeling.embed import embed_features, embed_pages
-from colintern.modeling.features import Page, PageFeatures, fingerprint
-from colintern.processor import ColIntern3_5Processor
+from colintern.encoding import fp8
+from colintern.encoding.embed import embed_features, embed_pages
+from colintern.encoding.page_features import Page, PageFeatures, fingerprint
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
 
 
 def counted(page: Page) -> tuple[Page, list[int]]:

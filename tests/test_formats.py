@@ -17,14 +17,7 @@ import pytest
 from PIL import Image
 
 from colintern.data import formats
-from colintern.data.formats import (
-    CorpusPage,
-    Qrel,
-    Query,
-    TrainingRow,
-    write_beir,
-    write_training_split,
-)
+from colintern.data.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
 from colintern.data.images import png_bytes
 
 HUB_COLUMNS = [  # of vidore/colpali_train_set

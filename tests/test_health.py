@@ -14,10 +14,10 @@ import torch
 from conftest import ROOT
 
 from bench.curves import EXPECTED, FOLDER, TUNED_ON, judge
-from colintern.guide import bounds_for
+from colintern.monitoring.guide import bounds_for
+from colintern.monitoring.health import BAD, OK, WARN, Curve, findings, health, line, report, stored
+from colintern.monitoring.watch import Pace, Watch, memory_share, pace_findings
 from colintern.params import load
-from colintern.training.health import BAD, OK, WARN, Curve, findings, health, line, report, stored
-from colintern.training.watch import Pace, Watch, memory_share, pace_findings
 
 CURVES = sorted(FOLDER.glob("*.json"))
 PARAMS = dataclasses.replace(load(ROOT / "recipes" / "demo.yaml"), epochs=4, warmup_steps=10)

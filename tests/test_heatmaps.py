@@ -12,10 +12,10 @@ from conftest import BASE, ROOT
 from matplotlib import pyplot
 from PIL import Image, ImageDraw
 
-from colintern.modeling.embed import embed_pages
-from colintern.processor import ColIntern3_5Processor
+from colintern.encoding.embed import embed_pages
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.tiling import Grid
 from colintern.reporting.heatmaps import Layout, hottest, layout, similarity_map
-from colintern.tiles import Grid
 
 CELL = 28  # pixels of the demo base's tiles that one visual token sees
 
@@ -73,8 +73,8 @@ def test_the_example_of_its_docstring():
 
 
 def test_what_each_token_adds_is_the_score(model, processor, pages):
-    from colintern.maxsim import maxsim_scores
-    from colintern.modeling.embed import embed_queries
+    from colintern.encoding.embed import embed_queries
+    from colintern.scoring.maxsim import maxsim_scores
 
     [query] = embed_queries(model, processor, ["which bill is from Halde"], 1)
     for image, page in zip(pages, embed_pages(model, processor, pages, 4), strict=True):
@@ -95,7 +95,7 @@ def test_after_training_the_hottest_cell_lies_on_the_answer(processor):
     """The adapter of `make repro`, where there is one: 9 of 10 demo pages; `python -m bench.heatmap` has all 200."""
     from bench.heatmap import BOUND, measure
     from colintern.data.demo import corpus
-    from colintern.model import ColIntern3_5
+    from colintern.modeling.modeling_colintern import ColIntern3_5
 
     adapter = ROOT / "experiments" / "colintern"
     config = adapter / "adapter_config.json"

@@ -23,16 +23,16 @@ from PIL import Image
 
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import png_bytes
-from colintern.files.digests import Digests
 from colintern.modeling.lora import add_lora
 from colintern.params import load
+from colintern.storage.digests import Digests
 
 RECIPE = load(ROOT / "recipes" / "internvl3_5-1b.yaml")
 BASE, TRAIN = RECIPE.base, RECIPE.train_data
 # What fetch-data does before it looks at rows: these files hold none.
 FETCH = """
 from pathlib import Path
-from colintern.files.jsonfile import dumps
+from colintern.storage.jsonfile import dumps
 from colintern.params import exit_on_user_error, load
 from colintern.data.sources import fetch
 with exit_on_user_error():
@@ -41,7 +41,7 @@ with exit_on_user_error():
     Path("data/manifest.json").write_text(dumps(manifest))
 """
 READ = """
-from colintern.files.manifest import ready
+from colintern.storage.manifest import ready
 from colintern.params import exit_on_user_error, load
 from colintern.data.trainset import training_data
 with exit_on_user_error():
@@ -436,8 +436,8 @@ def test_digests_are_remembered_until_a_file_changes(tmp_path):
 
 LOAD = """
 import sys, torch
-from colintern.model import ColIntern3_5
-from colintern.processor import ColIntern3_5Processor
+from colintern.modeling.modeling_colintern import ColIntern3_5
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
 model = ColIntern3_5.from_pretrained(sys.argv[1], revision=sys.argv[2] or None, dtype=torch.float32)
 processor = ColIntern3_5Processor.from_pretrained(sys.argv[1], revision=sys.argv[2] or "main")
 with torch.no_grad():

@@ -11,7 +11,7 @@ from conftest import EPS
 from PIL import Image
 
 from colintern.data.images import BadImage, decode, png_bytes, standard
-from colintern.pixels import rgb
+from colintern.modeling.images import rgb
 
 GREY = Image.fromarray((np.arange(1200).reshape(30, 40) // 5).astype(np.uint8))
 

@@ -24,15 +24,16 @@ from small_run import params
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from colintern.files.hub import folder as folder_at
-from colintern.files.hub_errors import Repo
-from colintern.files.identity import fingerprint, stage_identity
-from colintern.files.kernels import fitting
-from colintern.files.manifest import Files, source_files
+from colintern.core.errors import UserError
 from colintern.modeling.attention import implementation
-from colintern.params import UserError, load
-from colintern.planning.doctor import FAIL, PASS, WARN, Facts, attention
-from colintern.planning.machine import machine
+from colintern.params import load
+from colintern.preflight.doctor import FAIL, PASS, WARN, Facts, attention
+from colintern.preflight.machine import machine
+from colintern.storage.hub import folder as folder_at
+from colintern.storage.hub_errors import Repo
+from colintern.storage.identity import fingerprint, stage_identity
+from colintern.storage.kernels import fitting
+from colintern.storage.manifest import Files, source_files
 
 NAME, REVISION = "kernels-test/sdpa", "b" * 40
 KERNEL = f"{NAME}@{REVISION}"
@@ -320,7 +321,7 @@ def test_one_build_for_each_kind_of_processor_is_chosen(monkeypatch):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr("colintern.files.kernels.find_spec", lambda name: None)
+    monkeypatch.setattr("colintern.storage.kernels.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package kernels, which is in requirements"):
         fitting(REPO, built("torch-universal"))
 

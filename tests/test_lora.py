@@ -6,9 +6,9 @@ import torch
 from conftest import BASE, ROOT
 from test_model import TARGETS, load
 
-from colintern.model import meta_model
 from colintern.modeling.bases import SIZES, preset
 from colintern.modeling.lora import add_lora, count, examine, faults, notes, ranges, table
+from colintern.modeling.modeling_colintern import meta_model
 from colintern.params import load as load_params
 
 RECIPE = load_params(ROOT / "recipes" / "internvl3_5-1b.yaml")

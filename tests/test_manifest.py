@@ -12,14 +12,16 @@ import pytest
 from conftest import IRREGULAR, ROOT
 from huggingface_hub import constants
 
+from colintern.core.errors import UserError
+from colintern.core.project import root
 from colintern.data import index
 from colintern.data.index import INDEX
 from colintern.data.trainset import asked, training_data
-from colintern.files import hub
-from colintern.files.digests import Digests
-from colintern.files.hub_errors import Repo
-from colintern.files.manifest import MANIFEST, QUARANTINE, SURVEY, benchmark_folder, check_base, local_files, read
-from colintern.params import UserError, load, root
+from colintern.params import load
+from colintern.storage import hub
+from colintern.storage.digests import Digests
+from colintern.storage.hub_errors import Repo
+from colintern.storage.manifest import MANIFEST, QUARANTINE, SURVEY, benchmark_folder, check_base, local_files, read
 
 
 @pytest.fixture

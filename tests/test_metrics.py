@@ -29,9 +29,9 @@ from test_evaluation import (
 
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import png_bytes
+from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.evaluation.scores import METRICS
-from colintern.maxsim import maxsim_scores
-from colintern.modeling.embed import embed_pages, embed_queries
+from colintern.scoring.maxsim import maxsim_scores
 
 PAGES, QUERIES = 130, 40  # more than 100 pages, or recall_at_100 would always be 1
 GRADES = (1, 1, 1, 2, 3)

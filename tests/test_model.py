@@ -10,11 +10,11 @@ from conftest import BASE, ROOT
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
-from colintern.files.adapter import HEAD_FILE
-from colintern.model import ColIntern3_5, attention_kernel, meta_model
-from colintern.modeling.embed import embed_pages, embed_queries
+from colintern.core.errors import UserError
+from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.modeling.lora import add_lora, count, faults
-from colintern.params import UserError
+from colintern.modeling.modeling_colintern import ColIntern3_5, attention_kernel, meta_model
+from colintern.storage.adapter import HEAD_FILE
 
 TARGETS = [
     *(rf"language_model\.layers\.\d+\.self_attn\.{m}_proj" for m in "qkvo"),
@@ -70,7 +70,7 @@ def test_the_same_bytes_in_a_new_process(adapter, processor, pages, tmp_path):
     here = embed(wrapped.eval(), processor, pages[:2])
     code = (
         "import torch, sys; sys.path.insert(0, 'tests'); from test_model import *; import PIL.Image as I\n"
-        "from colintern.processor import ColIntern3_5Processor as P\n"
+        "from colintern.modeling.processing_colintern import ColIntern3_5Processor as P\n"
         f"p = P.from_pretrained({str(BASE)!r}, max_visual_tokens=96, max_query_tokens=64)\n"
         f"pages = [I.open({str(tmp_path)!r} + f'/{{i}}.png') for i in range(2)]\n"
         f"save_file({{'e': embed(load({str(folder)!r}), p, pages)}}, {str(tmp_path / 'e')!r})"
@@ -216,7 +216,7 @@ def test_a_configuration_with_an_odd_value_is_refused(adapter, key):
     ],
 )
 def test_a_pattern_that_would_be_matched_for_ever_is_refused(adapter, option, monkeypatch):
-    monkeypatch.setattr("colintern.files.adapter.MAX_CPU_SECONDS", 0.6)
+    monkeypatch.setattr("colintern.storage.adapter.MAX_CPU_SECONDS", 0.6)
     file = adapter[0] / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | option))
     with pytest.raises(UserError, match=r"adapter_config\.json: PEFT needs more than 0\.6 s to match its patterns"):
@@ -393,7 +393,7 @@ def test_the_names_of_colpali_engines_models(model, adapter):
 
 def test_attention_auto_takes_flash_attention_only_where_it_works(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("colintern.model.find_spec", lambda name: name == "flash_attn" or None)
+    monkeypatch.setattr("colintern.modeling.modeling_colintern.find_spec", lambda name: name == "flash_attn" or None)
     assert attention_kernel("auto", "bfloat16") == "flash_attention_2"
     assert attention_kernel("auto", "float32") == "sdpa"
 

@@ -17,10 +17,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_model import adapter  # noqa: F401  (a fixture)
 
-from colintern.files.identity import content_hash
-from colintern.model import ColIntern3_5, attention_kernel
-from colintern.mteb_model import ColIntern3_5Encoder, load, register
-from colintern.params import UserError
+from colintern.core.errors import UserError
+from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder, load, register
+from colintern.modeling.modeling_colintern import ColIntern3_5, attention_kernel
+from colintern.storage.identity import content_hash
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_on_the_cpu_of_a_machine_with_a_gpu_its_attention_is_the_cpus(folder, mo
     def on_that_machine(*asked):
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: True)
-            patch.setattr("colintern.model.find_spec", lambda name: name)
+            patch.setattr("colintern.modeling.modeling_colintern.find_spec", lambda name: name)
             return attention_kernel(*asked)
 
     monkeypatch.setattr("colintern.modeling.alone.attention_kernel", on_that_machine)

@@ -16,14 +16,15 @@ from pyarrow import parquet
 from test_survey import PAGES, fetch_data, quarantine, write_eval, write_set
 from test_training import TARGETS
 
+from colintern.core.errors import UserError
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import png_bytes
 from colintern.data.survey import held_out
-from colintern.model import ColIntern3_5
-from colintern.modeling.features import Page
+from colintern.encoding.page_features import Page
 from colintern.modeling.lora import add_lora
-from colintern.params import UserError, load
-from colintern.processor import ColIntern3_5Processor
+from colintern.modeling.modeling_colintern import ColIntern3_5
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.params import load
 from colintern.training.mining import Limits, Ranking, select
 from colintern.training.negatives import Mined, read, write
 from colintern.training.pairs import Pair, rows
@@ -219,7 +220,7 @@ def test_mined_negatives_train(tmp_path):
     ColIntern3_5Processor.from_pretrained(BASE).save_pretrained("experiments/colintern")
 
     def colintern(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        return program("colintern.cli", "mine", *arguments)
+        return program("colintern.__main__", "mine", *arguments)
 
     done = colintern("--top", "0")
     assert done.returncode == 2 and "--top: 0 is not valid" in done.stderr

@@ -18,7 +18,7 @@ STAGES = """stages:
     cmd: python check.py
     deps: [out, file]
 """
-PROGRAM = """from colintern.files.outs import check_outs
+PROGRAM = """from colintern.storage.outs import check_outs
 from colintern.params import exit_on_user_error
 with exit_on_user_error():
     check_outs()

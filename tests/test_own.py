@@ -20,6 +20,7 @@ from conftest import IRREGULAR, ROOT, irregular_files, page_image
 from pdf_writer import stream, write_odd_page, write_pdf
 from PIL import Image
 
+from colintern.core.errors import UserError
 from colintern.data import formats, jsonl, pdfs, pseudo
 from colintern.data.checks import check_share, quarantine
 from colintern.data.collected import MAX_QUERY_CHARACTERS, Collected, Shelf
@@ -28,9 +29,9 @@ from colintern.data.own import MADE, make
 from colintern.data.rendering import PageRef, group_pages, render_and_store_pages
 from colintern.data.sources import _kind
 from colintern.data.trainset import asked, training_data
-from colintern.files.isolation import Failure, IsolatedPool
-from colintern.files.lock import mark_in_use
-from colintern.params import UserError, load
+from colintern.params import load
+from colintern.storage.isolation import Failure, IsolatedPool
+from colintern.storage.lock import mark_in_use
 
 DOCS = "data/own/docs"
 
@@ -342,7 +343,8 @@ def test_what_is_unchanged_is_not_made_again_and_what_is_changed_is(folder):
 
 
 MARK = (
-    "import sys; from pathlib import Path; from colintern.files.lock import mark_in_use; mark_in_use(Path(sys.argv[1]))"
+    "import sys; from pathlib import Path; from colintern.storage.lock import mark_in_use; "
+    "mark_in_use(Path(sys.argv[1]))"
 )
 
 

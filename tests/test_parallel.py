@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from colintern.files import isolation, parallel
-from colintern.files.isolation import CallLimits, Failure, IsolatedPool, try_call
-from colintern.files.parallel import spread
-from colintern.params import UserError
+from colintern.core.errors import UserError
+from colintern.storage import isolation, parallel
+from colintern.storage.isolation import CallLimits, Failure, IsolatedPool, try_call
+from colintern.storage.parallel import spread
 
 
 def where(number: int) -> tuple[int, int]:

@@ -15,10 +15,11 @@ import pytest
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from colintern import rules
-from colintern.params import HINTS, MAX_DIGITS, Params, UserError, exit_on_user_error, load
-from colintern.rules import mixture
-from colintern.terminal import print_coloured
+from colintern.core import rules
+from colintern.core.errors import UserError, exit_on_user_error
+from colintern.core.rules import mixture
+from colintern.core.terminal import print_coloured
+from colintern.params import HINTS, MAX_DIGITS, Params, load
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = (ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8")
@@ -298,7 +299,10 @@ def test_what_cannot_be_read_is_refused_by_name(folder: Path) -> None:
 
 def test_a_program_exits_with_2_and_one_message(folder: Path) -> None:
     (folder / "params.yaml").write_text(changed(lr="7") + "größe: 3\n", encoding="utf-8")
-    program = "from colintern import params\nwith params.exit_on_user_error():\n    params.load()\n"
+    program = (
+        "from colintern.core.errors import exit_on_user_error\nfrom colintern.params import load\n"
+        "with exit_on_user_error():\n    load()\n"
+    )
     # An ASCII terminal must get the message too, not a UnicodeEncodeError.
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii:backslashreplace"}
     run = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from colintern.modeling.pooling import cut, pool
+from colintern.encoding.pooling import cut, pool
 
 
 def unit(count: int, seed: int) -> torch.Tensor:

@@ -31,10 +31,10 @@ def gradient(folder: Path, images: list, size: int, rank: int, port: int, change
     import torch
     from test_model import TARGETS, load
 
-    from colintern.modeling.features import Page, PageFeatures
+    from colintern.encoding.page_features import Page, PageFeatures
     from colintern.modeling.lora import add_lora
+    from colintern.modeling.processing_colintern import ColIntern3_5Processor
     from colintern.params import load as load_params
-    from colintern.processor import ColIntern3_5Processor
     from colintern.training import trainer as engine
     from colintern.training.pairs import Pair, Pairs
     from colintern.training.processes import joined
@@ -145,7 +145,7 @@ def test_lack_of_memory_is_known_by_any_name(words):
 
 
 def test_a_number_format_of_the_launcher_is_refused(monkeypatch):
-    from colintern.params import UserError
+    from colintern.core.errors import UserError
     from colintern.training.processes import joined
 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")

@@ -10,7 +10,7 @@ from conftest import BASE
 from PIL import Image
 from transformers import InternVLProcessor
 
-from colintern.processor import ColIntern3_5Processor
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
 
 
 def test_the_public_surface_is_colpali_engines(processor):

@@ -15,10 +15,10 @@ from conftest import ROOT
 from processes import kill
 from small_run import STEPS, at_step
 
-from colintern.files import progress as bars
+from colintern.core import progress as bars
+from colintern.monitoring import progress
+from colintern.monitoring.progress import Progress
 from colintern.params import load
-from colintern.training import progress
-from colintern.training.progress import Progress
 
 ROW = r"loss \d\.\d{3}(, dev \d\.\d{3})?(, [\d.]+ pages/s)?, [\d.]+ GB"
 TIME = r"\[(\d+:)?\d\d:\d\d<(\d+:)?(\d\d|\?):?(\d\d)?\]"

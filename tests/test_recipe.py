@@ -21,7 +21,7 @@ KEYS = [field.name for field in fields(Params)]
 def colintern(root: Path, *arguments: str, code: Path | None = None) -> "subprocess.CompletedProcess[str]":
     env = os.environ | {"PYTHONPATH": str(code or root)}
     return subprocess.run(
-        [sys.executable, "-P", "-m", "colintern.cli", *arguments],
+        [sys.executable, "-P", "-m", "colintern", *arguments],
         cwd=root,
         env=env,
         capture_output=True,

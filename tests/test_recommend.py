@@ -11,11 +11,12 @@ import pytest
 from conftest import BASE, ROOT
 from pages import documented, words
 
-from colintern import guide as guide_rules
-from colintern.cli import main
+from colintern.__main__ import main
 from colintern.commands.recommend import _head, _memory_table
-from colintern.guide import DEMO, EPOCHS, bounds_for, optimal_lr, optimal_rank
-from colintern.params import UserError, load
+from colintern.core.errors import UserError
+from colintern.monitoring import guide as guide_rules
+from colintern.monitoring.guide import DEMO, EPOCHS, bounds_for, optimal_lr, optimal_rank
+from colintern.params import load
 from colintern.planning import costs as costs_module
 from colintern.planning import recommend as rules
 from colintern.planning.costs import Costs

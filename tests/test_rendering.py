@@ -13,9 +13,9 @@ from colintern.data.checks import check_share, quarantine
 from colintern.data.collected import Collected, Shelf
 from colintern.data.own import make
 from colintern.data.rendering import LIMITS, MAX_TEXT
-from colintern.files import isolation
-from colintern.files.isolation import CallLimits
 from colintern.search import sources as searched
+from colintern.storage import isolation
+from colintern.storage.isolation import CallLimits
 
 
 @pytest.fixture

@@ -16,17 +16,15 @@ from PIL import Image
 from processes import FORKS
 from test_adapters import trained
 
+from colintern.core.errors import UserError
 from colintern.data.demo import corpus
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import png_bytes
-from colintern.files.jsonfile import dumps
-from colintern.files.manifest import BEIR_SUFFIXES, local_files, source_files
-from colintern.guide import bounds_for
-from colintern.maxsim import maxsim_scores
-from colintern.modeling.embed import embed_queries
-from colintern.modeling.pooling import cut
-from colintern.mteb_model import ColIntern3_5Encoder
-from colintern.params import UserError
+from colintern.encoding.embed import embed_queries
+from colintern.encoding.pooling import cut
+from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
+from colintern.monitoring.guide import bounds_for
+from colintern.monitoring.health import HEALTH, health, stored
 from colintern.params import load as load_params
 from colintern.reporting import failures as module
 from colintern.reporting import plots
@@ -36,7 +34,9 @@ from colintern.reporting.failures import failures
 from colintern.reporting.heatmaps import layout
 from colintern.reporting.html import render
 from colintern.reporting.words import query_words
-from colintern.training.health import HEALTH, health, stored
+from colintern.scoring.maxsim import maxsim_scores
+from colintern.storage.jsonfile import dumps
+from colintern.storage.manifest import BEIR_SUFFIXES, local_files, source_files
 
 SET = "data/own/pages"
 HOSTILE = '<script>alert(1)</script> & "Oslo" <img src=http://example.org/x onerror=alert(1)>'
@@ -59,7 +59,7 @@ def run(folder: Path, command: tuple[str, ...]) -> None:
     log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    from colintern.cli import main
+    from colintern.__main__ import main
 
     main(command)
 

@@ -14,10 +14,10 @@ from processes import FORKS
 from test_adapters import trained
 from test_report import fork, run
 
+from colintern.core.errors import UserError
 from colintern.data.page_labels import count_columns
-from colintern.maxsim import maxsim_scores
-from colintern.modeling.embed import embed_pages, embed_queries
-from colintern.params import UserError
+from colintern.encoding.embed import embed_pages, embed_queries
+from colintern.scoring.maxsim import maxsim_scores
 from colintern.search.index import Index, identity
 from colintern.search.listing import listing, maps
 from colintern.search.sources import images, shown, skipped, sources

@@ -16,6 +16,7 @@ from conftest import IRREGULAR, ROOT, page_image
 from pdf_writer import write_pdf
 from processes import program
 
+from colintern.core.errors import UserError
 from colintern.data.benchmarks import _folder_task
 from colintern.data.checks import check_benchmarks, check_judgements
 from colintern.data.collected import MAX_QUERY_CHARACTERS
@@ -23,8 +24,8 @@ from colintern.data.formats import TABLES, CorpusPage, Qrel, Query, check_beir, 
 from colintern.data.images import png_bytes
 from colintern.data.splits import by_name
 from colintern.data.survey import Part, look, survey
-from colintern.files.manifest import local_file, local_files
-from colintern.params import UserError, load
+from colintern.params import load
+from colintern.storage.manifest import local_file, local_files
 
 SET, BEIR = "data/own/set", "data/own/beir"
 PAGES = [png_bytes(page_image(f"page {number}")) for number in range(60)]
@@ -98,7 +99,7 @@ CASES = [
 
 
 def test_each_bad_row_costs_one_row_and_is_named():
-    from colintern.processor import ColIntern3_5Processor
+    from colintern.modeling.processing_colintern import ColIntern3_5Processor
     from colintern.training.pairs import rows
 
     bad = [row(n) | change for n, (change, _) in enumerate(CASES)]
@@ -555,7 +556,7 @@ def test_the_survey_of_other_data_than_params_name_is_refused():
 
 def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():
     from colintern.data.trainset import asks_pseudo_queries
-    from colintern.files.manifest import benchmark_folder
+    from colintern.storage.manifest import benchmark_folder
     from colintern.training.pairs import rows
 
     folder = Path("data/own/manuals")

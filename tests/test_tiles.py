@@ -6,15 +6,15 @@ import sys
 import pytest
 from conftest import ROOT
 
-import colintern.tiles
-from colintern.cli import main
-from colintern.tiles import Grid, choose_grid
+import colintern.modeling.tiling
+from colintern.__main__ import main
+from colintern.modeling.tiling import Grid, choose_grid
 
 A4 = (1240, 1754)
 
 
 def test_examples():
-    assert doctest.testmod(colintern.tiles).failed == 0
+    assert doctest.testmod(colintern.modeling.tiling).failed == 0
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_a_reader_that_has_enough_is_no_error():
     """`colintern tiles 1240 1754 | true`, whose reader is gone."""
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "colintern.cli", "tiles", "1240", "1754"]
+    command = [sys.executable, "-m", "colintern", "tiles", "1240", "1754"]
     done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")

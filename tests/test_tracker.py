@@ -18,8 +18,9 @@ import pytest
 from processes import kill, signal_self
 from small_run import STEPS, at_step, params
 
-from colintern.params import UserError, load
-from colintern.training.tracker import _said, check_tracker
+from colintern.core.errors import UserError
+from colintern.monitoring.tracker import _said, check_tracker
+from colintern.params import load
 
 KEY = "0123456789abcdef" * 2 + "f" * 8
 TOKEN = "hf_" + "SeCrEt" * 6

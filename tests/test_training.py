@@ -10,17 +10,17 @@ import torch
 from conftest import BASE, ROOT
 from test_model import TARGETS, load
 
+from colintern.core.errors import UserError
+from colintern.encoding.page_features import Page, PageFeatures
 from colintern.modeling import dropout
-from colintern.modeling.features import Page, PageFeatures
 from colintern.modeling.lora import add_lora
-from colintern.params import UserError
+from colintern.monitoring.watch import pace_findings
 from colintern.params import load as load_params
 from colintern.training.determinism import set_deterministic
 from colintern.training.pairs import Pair, Pairs
 from colintern.training.parts import places, restored, take
 from colintern.training.runs import prepare
 from colintern.training.trainer import ContrastiveTrainer, DevSet, NonFiniteError, arguments
-from colintern.training.watch import pace_findings
 
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
 

@@ -26,10 +26,11 @@ from studies import SETTINGS, made, taker, worker
 from test_dvc_commands import IDENTITY, copy_working_tree
 
 from bench import study as judged
-from colintern import cli
+from colintern import __main__ as cli
 from colintern.commands import tune
 from colintern.commands.tune import _check as check_study
-from colintern.params import UserError, load, write
+from colintern.core.errors import UserError
+from colintern.params import load, write
 from colintern.training import study as told
 from colintern.tuning import experiments, outcome
 from colintern.tuning.space import Search, read

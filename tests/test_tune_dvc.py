@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from sqlalchemy.exc import SQLAlchemyError
 from test_dvc_commands import Repo, bare_environment, copy_working_tree, cut_down, set_up
 
-from colintern import cli
+from colintern import __main__ as cli
 from colintern.params import load
 from colintern.training.study import STARTED
 from colintern.tuning.trials import SLOT

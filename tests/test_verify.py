@@ -30,7 +30,7 @@ def workspace(tmp_path):
 def verify(folder, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
     known = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     return subprocess.run(
-        [sys.executable, "-m", "colintern.cli", "verify", *arguments],
+        [sys.executable, "-m", "colintern", "verify", *arguments],
         cwd=folder,
         env=known | {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"} | env,
         capture_output=True,
@@ -39,7 +39,7 @@ def verify(folder, *arguments: str, **env: str) -> "subprocess.CompletedProcess[
 
 
 def work(*arguments: str) -> None:
-    from colintern.cli import main
+    from colintern.__main__ import main
 
     main(["verify", *arguments])
 

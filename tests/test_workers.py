@@ -17,8 +17,8 @@ from processes import kill
 from small_run import OUT, Run, params
 from test_processes import free_port, rank_of
 
-from colintern.modeling.workers import check_workers
-from colintern.params import UserError, exit_on_user_error
+from colintern.core.errors import UserError, exit_on_user_error
+from colintern.encoding.workers import check_workers
 
 RUN_TIMEOUT_SECONDS = 60  # a run takes 5 s
 
@@ -27,7 +27,7 @@ def inject_fault(where: str) -> None:
     """Replace the named function with one that fails."""
     from transformers import TrainerCallback
 
-    from colintern.modeling import features
+    from colintern.encoding import page_features as features
     from colintern.training import checkpoints, pairs, trainer
 
     def bug(*args, **kwargs):

@@ -1,1 +1,1 @@
-"""The subcommands of `colintern`, one module each; see colintern/cli.py."""
+"""The subcommands of `colintern`, one module each; see colintern/__main__.py."""

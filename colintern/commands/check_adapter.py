@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from colintern.files.paths import require_model
-from colintern.params import UserError, root
+from colintern.core.errors import UserError
+from colintern.core.project import root
+from colintern.storage.paths import require_model
 
 SUMMARY = "tell whether an adapter was trained, is whole, and fits its base; exit 1 if not"
 EXAMPLE = "colintern check-adapter experiments/colintern"
@@ -26,9 +27,9 @@ def run(args: argparse.Namespace) -> None:
     if args.base and not (root() / args.base).is_dir():
         raise UserError(f"--base: {args.base} is no folder here; give the one the adapter was trained on")
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
-    from colintern.files.hub import stay_offline
-    from colintern.modeling.adapters import base_folder, check, read_adapter, table
+    from colintern.encoding.adapter_check import base_folder, check, read_adapter, table
     from colintern.modeling.weights import statistics
+    from colintern.storage.hub import stay_offline
 
     adapter = read_adapter(args.folder)
     stay_offline()  # the base is where the adapter says, or nowhere

@@ -2,7 +2,7 @@
 
 import argparse
 
-from colintern.params import UserError
+from colintern.core.errors import UserError
 
 SUMMARY = "compare evaluations query by query: differences, intervals, tests, what changed most"
 EXAMPLE = "colintern compare main my-experiment"

@@ -15,7 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from colintern.data.inventory import inventory, table
     from colintern.data.trainset import made_for
-    from colintern.files.manifest import QUARANTINE, benchmark_folder, local, read
+    from colintern.storage.manifest import QUARANTINE, benchmark_folder, local, read
 
     params = load()
     made_for(params)  # the survey of other data shall not pass for that of params

@@ -2,9 +2,9 @@
 
 import argparse
 
-from colintern.files.paths import require_base
+from colintern.core.terminal import escape_controls, print_coloured
 from colintern.params import load
-from colintern.terminal import escape_controls, print_coloured
+from colintern.storage.paths import require_base
 
 SUMMARY = "check settings, model and machine before training; exit 1 if a check fails"
 EXAMPLE = "colintern doctor"
@@ -24,8 +24,8 @@ def run(args: argparse.Namespace) -> None:
     require_base(params.base, params)
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.modeling.bases import at_hand
-    from colintern.planning.doctor import CHECKS, examined, facts_for
-    from colintern.planning.surroundings import AROUND, surroundings
+    from colintern.preflight.doctor import CHECKS, examined, facts_for
+    from colintern.preflight.surroundings import AROUND, surroundings
 
     facts = facts_for(params, at_hand(params), None)
     found = [*examined(facts, CHECKS), *examined(surroundings(facts), AROUND)]

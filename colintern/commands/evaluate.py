@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from colintern.files.paths import require_evaluated_model, require_writable
-from colintern.params import Params, UserError, at_commit, load
+from colintern.core.errors import UserError
+from colintern.params import Params, at_commit, load
+from colintern.storage.paths import require_evaluated_model, require_writable
 
 SUMMARY = "evaluate an adapter, a merged model or one on the hub; the rest is as in params.yaml"
 MODEL = "folder of an adapter or a merged model, a hub id as ID@COMMIT, or a late-interaction model that mteb knows"
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     import csv
     import warnings
 
-    from colintern.files.manifest import arrow_cache, benchmark_folder, local
+    from colintern.storage.manifest import arrow_cache, benchmark_folder, local
 
     for benchmark in settings[0].benchmarks:
         if local(benchmark):
@@ -61,8 +62,8 @@ def run(args: argparse.Namespace) -> None:
     from colintern.evaluation.subjects import subjects
     from colintern.evaluation.tasks import evaluate
     from colintern.evaluation.verdicts import table
-    from colintern.files.hub import stay_offline
-    from colintern.files.jsonfile import dumps
+    from colintern.storage.hub import stay_offline
+    from colintern.storage.jsonfile import dumps
 
     for _, task in tasks_for(
         settings[0]
@@ -134,9 +135,9 @@ def _peers(settings: list[Params], name: str) -> list[dict[str, Any]]:
 def _from_hub(name: str) -> Path:
     """The folder in the hub's cache, fetched first where it must be."""
     from colintern.evaluation.peers import nearest
-    from colintern.files import hub
-    from colintern.files.hub_errors import Repo
-    from colintern.files.manifest import BASE_SUFFIXES, hub_files
+    from colintern.storage import hub
+    from colintern.storage.hub_errors import Repo
+    from colintern.storage.manifest import BASE_SUFFIXES, hub_files
 
     repo = Repo("MODEL", *at_commit("MODEL", name, f"; nor does mteb know it, {nearest(name)}"), "model")
     hub_files([(repo, BASE_SUFFIXES)])

@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
-from colintern.files.paths import require_model, require_writable
-from colintern.params import UserError, load, on_hub
-from colintern.terminal import print_phase
+from colintern.core.errors import UserError
+from colintern.core.terminal import print_phase
+from colintern.params import load, on_hub
+from colintern.storage.paths import require_model, require_writable
 
 SUMMARY = "write an adapter as a merged model with processor and card; push it to the hub only if asked"
 EXAMPLE = "colintern export experiments/colintern --out exported"
@@ -30,14 +31,14 @@ def run(args: argparse.Namespace) -> None:
     print_phase(f"export: checking {args.model} and its base")
     import warnings
 
-    from colintern.files.manifest import arrow_cache
+    from colintern.storage.manifest import arrow_cache
 
     arrow_cache()
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from huggingface_hub import constants
 
-    from colintern.files.hub import stay_offline
     from colintern.reporting.export import export, push
+    from colintern.storage.hub import stay_offline
 
     offline = constants.HF_HUB_OFFLINE
     if args.push and offline:

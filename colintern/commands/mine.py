@@ -3,9 +3,11 @@
 import argparse
 from pathlib import Path
 
-from colintern.files.paths import require_model, require_new_file
-from colintern.params import UserError, load, root
-from colintern.terminal import print_phase
+from colintern.core.errors import UserError
+from colintern.core.project import root
+from colintern.core.terminal import print_phase
+from colintern.params import load
+from colintern.storage.paths import require_model, require_new_file
 
 SUMMARY = "find hard negatives for the training set with a trained adapter"
 EXAMPLE = "colintern mine --adapter experiments/colintern --out data/mined/negatives.parquet"
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--out: {args.out} is outside the repository; give a path below it, as negatives_file needs")
     require_new_file("--out", root() / args.out)
     params = load()
-    from colintern.files.manifest import ready
+    from colintern.storage.manifest import ready
 
     print_phase("mine: checking the base and the training pages")
     ready(params)

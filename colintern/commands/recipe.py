@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from colintern.params import UserError
+from colintern.core.errors import UserError
 
 SUMMARY = "list the recipes, or write one into params.yaml"
 EXAMPLE = "colintern recipe internvl3_5-1b"

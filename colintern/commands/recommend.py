@@ -6,10 +6,11 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from colintern.files.paths import require_base
-from colintern.params import Params, UserError, load, write
-from colintern.rules import mixture
-from colintern.terminal import print_phase
+from colintern.core.errors import UserError
+from colintern.core.rules import mixture
+from colintern.core.terminal import print_phase
+from colintern.params import Params, load, write
+from colintern.storage.paths import require_base
 
 if TYPE_CHECKING:
     from colintern.planning.recommend import Plan, Value
@@ -45,8 +46,8 @@ def run(args: argparse.Namespace) -> None:
     print_phase(f"recommend: counting memory and operations of a training step of {base}")
     import torch
 
-    from colintern import guide
     from colintern.modeling.bases import config
+    from colintern.monitoring import guide
     from colintern.planning import recommend as rules
     from colintern.planning.costs import Costs, parameters
     from colintern.planning.gpus import GPUS

@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
-from colintern.files.paths import require_model, require_new_file
-from colintern.params import UserError, load
-from colintern.terminal import print_phase
+from colintern.core.errors import UserError
+from colintern.core.terminal import print_phase
+from colintern.params import load
+from colintern.storage.paths import require_model, require_new_file
 
 SUMMARY = "write an HTML file on an evaluated model: verdict, curves, scores, worst queries with heatmaps"
 EXAMPLE = "colintern report experiments/colintern"
@@ -38,15 +39,15 @@ def run(args: argparse.Namespace) -> None:
     print_phase(f"report: reading the evaluation of {args.model}")
     import warnings
 
-    from colintern.files.manifest import arrow_cache
+    from colintern.storage.manifest import arrow_cache
 
     arrow_cache()
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.evaluation.subjects import subjects
-    from colintern.files.hub import stay_offline
     from colintern.reporting.evaluated import as_evaluated, evaluation, find, worst
     from colintern.reporting.failures import failures
     from colintern.reporting.report import report
+    from colintern.storage.hub import stay_offline
 
     stay_offline()
     subject = subjects(params, args.model)["trained"]

@@ -4,9 +4,11 @@ import argparse
 from pathlib import Path
 from textwrap import fill
 
-from colintern.files.paths import require_model, require_new_file, require_writable
-from colintern.params import UserError, load, root
-from colintern.terminal import escape_controls
+from colintern.core.errors import UserError
+from colintern.core.project import root
+from colintern.core.terminal import escape_controls
+from colintern.params import load
+from colintern.storage.paths import require_model, require_new_file, require_writable
 
 SUMMARY = "rank the pages of a folder or PDF for a query, and show where they match; indexed once"
 EXAMPLE = 'colintern search experiments/colintern ~/manuals "how is a package removed" --html found.html'
@@ -52,11 +54,11 @@ def run(args: argparse.Namespace) -> None:
     from colintern.search.sources import reasons, skipped, sources
 
     pages, bad = sources(args.place)  # what can be refused, before a model is loaded
+    from colintern.encoding.embed import embed_queries
     from colintern.evaluation.subjects import subjects
-    from colintern.files.hub import stay_offline
-    from colintern.files.identity import content_hash
-    from colintern.modeling.embed import embed_queries
     from colintern.search.index import Index, identity
+    from colintern.storage.hub import stay_offline
+    from colintern.storage.identity import content_hash
 
     stay_offline()
     subject = subjects(params, args.model)["trained"]

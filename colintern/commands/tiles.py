@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from colintern.params import UserError, load
+from colintern.core.errors import UserError
+from colintern.params import load
 
 SUMMARY = "show which tiles a page is cut into"
 EXAMPLE = "colintern tiles 1240 1754 --max-visual-tokens 1536 --tile 448 --tokens-per-tile 256"
@@ -22,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from colintern.tiles import base_tile, choose_grid
+    from colintern.modeling.tiling import base_tile, choose_grid
 
     bound, tile, tokens = args.max_visual_tokens, args.tile, args.tokens_per_tile
     if (tile is None) != (tokens is None):

@@ -11,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from colintern.params import Params, UserError, load, root, write
-from colintern.rules import unsupported_path_characters
+from colintern.core.errors import UserError
+from colintern.core.project import root
+from colintern.core.rules import unsupported_path_characters
+from colintern.params import Params, load, write
 
 SUMMARY = "search for settings, each trial a DVC experiment"
 EXAMPLE = "colintern tune --trials 10"

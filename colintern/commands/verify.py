@@ -2,8 +2,9 @@
 
 import argparse
 
-from colintern.files.paths import require_base
-from colintern.params import UserError, load
+from colintern.core.errors import UserError
+from colintern.params import load
+from colintern.storage.paths import require_base
 
 SUMMARY = "count what LoRA trains and what stays frozen, without any weights"
 EXAMPLE = "colintern verify --base internvl3_5-2b"
@@ -28,9 +29,9 @@ def run(args: argparse.Namespace) -> None:
     base = args.base or params.base
     require_base(base, params)
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
-    from colintern.model import meta_model
     from colintern.modeling.bases import config
     from colintern.modeling.lora import examine, faults, notes, table
+    from colintern.modeling.modeling_colintern import meta_model
 
     counts = examine(meta_model(config(base, params), None), params)
     wrong = faults(counts)

@@ -11,11 +11,12 @@ from datasets import Dataset, Image, config
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 
+from colintern.core.errors import UserError
 from colintern.data.formats import called, check_beir, id_text
 from colintern.data.images import BadImage, decode
-from colintern.files.identity import content_hash
-from colintern.files.manifest import MANIFEST, arrow_name, benchmark_folder, local, read
-from colintern.params import Params, UserError
+from colintern.params import Params
+from colintern.storage.identity import content_hash
+from colintern.storage.manifest import MANIFEST, arrow_name, benchmark_folder, local, read
 
 
 def tasks_for(params: Params) -> list[tuple[str, AbsTask]]:

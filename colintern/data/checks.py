@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from colintern.core.errors import UserError
+from colintern.core.project import root
 from colintern.data.collected import query_fault
 from colintern.data.formats import called, check_beir, id_text
 from colintern.data.own import Own
 from colintern.data.survey import Part, Seen, rows_of
-from colintern.params import UserError, root
 
 BOUNDED = ("rows", "pages", "questions")  # kinds that `max_bad_fraction` bounds; outline entries are only named
 ID_COLUMNS = {"query-id", "corpus-id"}

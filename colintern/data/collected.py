@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
-from colintern.params import UserError
+from colintern.core.errors import UserError
 
 SPLITS = ("train", "dev", "test")
 # Characters of a query that are kept, 16 for each of the 4,096 tokens that max_query_tokens may be at most. A text of

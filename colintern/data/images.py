@@ -9,7 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PLANAR_CONFIGURATION
 
-from colintern.pixels import rgb
+from colintern.modeling.images import rgb
 
 # Pillow only warns above this number of pixels (256 MB as RGB); here it is the limit. A3 at 600 dpi has 70 million.
 MAX_PIXELS = 89_478_485

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from colintern.params import UserError
+from colintern.core.errors import UserError
 
 INDEX = "data/rows.parquet"
 

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from colintern.files.manifest import MANIFEST, SURVEY, Files, folder_of, read
-from colintern.tiles import base_tile, choose_grid
+from colintern.modeling.tiling import base_tile, choose_grid
+from colintern.storage.manifest import MANIFEST, SURVEY, Files, folder_of, read
 
 COLUMNS = ("set", "measure", "value", "count")
 MEASURES = {  # histogram -> what the table calls its mean

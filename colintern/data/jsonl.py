@@ -10,8 +10,8 @@ from typing import Any
 
 from colintern.data.collected import Bad, Collected, Shelf, Stored, inside, json_lines, query_fault, split_fault
 from colintern.data.images import BadImage, standard
-from colintern.files.parallel import spread
-from colintern.files.regular import list_files
+from colintern.storage.parallel import spread
+from colintern.storage.regular import list_files
 
 KEYS = {"image", "query", "queries", "split"}
 

@@ -19,21 +19,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from colintern.core.errors import UserError
 from colintern.data.collected import MAX_QUERY_CHARACTERS, SPLITS, Ask, Collected, Shelf, Stored
 from colintern.data.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
 from colintern.data.splits import assign
-from colintern.files.identity import content_hash
-from colintern.files.jsonfile import dumps
-from colintern.files.lock import get_last_use, is_in_use, locked
-from colintern.files.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, local_files, root, source_files
-from colintern.files.regular import LINKED_FOLDER, list_files
-from colintern.params import UserError
+from colintern.storage.identity import content_hash
+from colintern.storage.jsonfile import dumps
+from colintern.storage.lock import get_last_use, is_in_use, locked
+from colintern.storage.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, local_files, root, source_files
+from colintern.storage.regular import LINKED_FOLDER, list_files
 
 MADE = "data/own/.made"
 RENDERED = "rendered"  # beside the keys of a folder, see `rendered.py`
 CODE = (
     *("own.py", "collected.py", "pdfs.py", "query_table.py", "jsonl.py", "pseudo.py", "splits.py", "images.py"),
-    *("formats.py", "rendering.py", "rendered.py", "../pixels.py"),
+    *("formats.py", "rendering.py", "rendered.py", "../modeling/images.py"),
 )
 LIBRARIES = ("pypdfium2", "pillow", "pyarrow")
 

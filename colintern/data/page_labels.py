@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 from unicodedata import category, east_asian_width
 
-from colintern.params import root
-from colintern.terminal import escape_controls
+from colintern.core.project import root
+from colintern.core.terminal import escape_controls
 
 PDF_PAGE = re.compile(r"(.+\.pdf)#page=(\d+)", re.DOTALL | re.IGNORECASE)
 

@@ -12,6 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from colintern.core.errors import UserError
+from colintern.core.progress import ProgressBar
 from colintern.data.collected import Bad, Collected, Shelf, inside, json_lines, query_fault, split_fault, torn
 from colintern.data.pseudo import Text, pseudo_queries
 from colintern.data.query_table import COLUMNS, csv_rows
@@ -26,11 +28,9 @@ from colintern.data.rendering import (
     read_outlines,
     render_and_store_pages,
 )
-from colintern.files.isolation import Failure, IsolatedPool
-from colintern.files.manifest import digests
-from colintern.files.progress import ProgressBar
-from colintern.files.regular import irregular_type, list_files
-from colintern.params import UserError
+from colintern.storage.isolation import Failure, IsolatedPool
+from colintern.storage.manifest import digests
+from colintern.storage.regular import irregular_type, list_files
 
 QUERY_FILES = ("queries.csv", "queries.jsonl")
 OUTLINE, TEXT = "outline entries", "text layers"  # kinds of bad rows that cost no page and no question

@@ -13,13 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
+from colintern.core.errors import UserError
 from colintern.data.collected import Shelf, Stored
 from colintern.data.rendering import Outline, RenderedPage
-from colintern.files.identity import content_hash, fingerprint
-from colintern.files.isolation import Failure
-from colintern.params import UserError
+from colintern.storage.identity import content_hash, fingerprint
+from colintern.storage.isolation import Failure
 
-CODE = ("rendered.py", "rendering.py", "images.py", "../pixels.py")
+CODE = ("rendered.py", "rendering.py", "images.py", "../modeling/images.py")
 LIBRARIES = ("pypdfium2", "pillow")
 
 K = TypeVar("K")

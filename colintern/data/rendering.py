@@ -16,7 +16,7 @@ from PIL import Image
 
 from colintern.data.collected import Shelf, Stored
 from colintern.data.images import BadImage, check_size, png_bytes
-from colintern.files.isolation import CallLimits, Failure, try_call
+from colintern.storage.isolation import CallLimits, Failure, try_call
 
 # Pixels an inch: an A4 page is 1,191 x 1,684, more than InternVL3.5 takes in at 12 tiles.
 DPI = 144

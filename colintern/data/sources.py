@@ -4,6 +4,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from colintern.core.errors import UserError
+from colintern.core.project import root
+from colintern.core.rules import kernel_at, mixture
 from colintern.data import jsonl, pdfs
 from colintern.data.collected import Collected, Shelf
 from colintern.data.demo import Plan, corpus, draw, plans
@@ -13,10 +16,11 @@ from colintern.data.own import Own, make
 from colintern.data.splits import by_name
 from colintern.data.survey import Part
 from colintern.data.trainset import POSITIVES, asked, by_number
-from colintern.files.hub import Choice
-from colintern.files.hub_errors import Repo
-from colintern.files.kernels import fitting
-from colintern.files.manifest import (
+from colintern.params import Params, on_hub
+from colintern.storage.hub import Choice
+from colintern.storage.hub_errors import Repo
+from colintern.storage.kernels import fitting
+from colintern.storage.manifest import (
     BASE_SUFFIXES,
     BEIR_SUFFIXES,
     TASK_SUFFIXES,
@@ -28,10 +32,8 @@ from colintern.files.manifest import (
     local_file,
     local_files,
 )
-from colintern.files.parallel import spread
-from colintern.files.regular import describe_refused, list_files
-from colintern.params import Params, UserError, on_hub, root
-from colintern.rules import kernel_at, mixture
+from colintern.storage.parallel import spread
+from colintern.storage.regular import describe_refused, list_files
 
 DEMO = "demo"
 DEMO_SEED = 0  # of the corpus; the training seed is params.seed, so that seeds are compared on the same pages

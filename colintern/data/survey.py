@@ -12,15 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
+from colintern.core.errors import UserError
 from colintern.data.collected import MAX_QUERY_CHARACTERS, query_fault
 from colintern.data.images import BadImage, decode
 from colintern.data.index import Row
 from colintern.data.language import languages
 from colintern.data.trainset import POSITIVES
-from colintern.files.manifest import TRAIN_SUFFIXES
-from colintern.files.parallel import spread
-from colintern.files.regular import list_files
-from colintern.params import UserError
+from colintern.storage.manifest import TRAIN_SUFFIXES
+from colintern.storage.parallel import spread
+from colintern.storage.regular import list_files
 
 
 class Part(NamedTuple):

@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 from pyarrow import ArrowException, parquet
 
-from colintern.files.manifest import MANIFEST, checked_folder, read
-from colintern.params import Params, UserError, root
-from colintern.rules import mixture
+from colintern.core.errors import UserError
+from colintern.core.project import root
+from colintern.core.rules import mixture
+from colintern.params import Params
+from colintern.storage.manifest import MANIFEST, checked_folder, read
 
 # Columns of a row that names its pages by their row number in a corpus, as in manu/colpali-queries.
 POSITIVES, NEGATIVES = "positive_passages", "negative_passages"

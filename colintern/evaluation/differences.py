@@ -3,13 +3,13 @@
 import re
 from typing import Any, NamedTuple
 
+from colintern.core.errors import UserError
+from colintern.core.terminal import TERMINAL_COLUMNS
 from colintern.data.page_labels import fit_columns, label_page, label_query, pad_columns
 from colintern.evaluation.comparison import LEVEL, RESAMPLES, Row, compare
 from colintern.evaluation.outcomes import Outcome
 from colintern.evaluation.queries import KEY
 from colintern.evaluation.scores import short
-from colintern.params import UserError
-from colintern.terminal import TERMINAL_COLUMNS
 
 CHANGED = 10  # queries shown
 QUERY_COLUMNS, LINK_INDENT = 52, 6

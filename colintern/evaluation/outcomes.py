@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from colintern.params import UserError
+from colintern.core.errors import UserError
 
 OUT = "results/mteb_evaluation"
 FILES = ("run.json", "queries/trained.parquet")

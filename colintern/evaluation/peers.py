@@ -11,9 +11,10 @@ import mteb
 from mteb.models import ModelMeta
 from mteb.models.model_implementations import MODEL_REGISTRY
 
+from colintern.core.errors import UserError
 from colintern.evaluation.subjects import Subject, surroundings
-from colintern.files.hub_errors import brief
-from colintern.params import Params, UserError
+from colintern.params import Params
+from colintern.storage.hub_errors import brief
 
 
 def peer(params: Params, model: str) -> Subject | None:

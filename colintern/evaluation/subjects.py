@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from colintern.files.adapter import is_adapter
-from colintern.files.identity import content_hash, fingerprint, read_identity, stage_code, versions
-from colintern.files.manifest import MANIFEST, check_base, kernel_entry, read
-from colintern.modeling.cache import TensorCache
-from colintern.modeling.features import FEATURES, PageFeatures
+from colintern.core.project import root
+from colintern.encoding.page_features import FEATURES, PageFeatures
+from colintern.encoding.tensor_cache import TensorCache
+from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.modeling.loading import (
     load_adapter,
     load_merged,
@@ -22,8 +21,10 @@ from colintern.modeling.loading import (
     require_finite,
     require_merged,
 )
-from colintern.mteb_model import ColIntern3_5Encoder
-from colintern.params import Params, root
+from colintern.params import Params
+from colintern.storage.adapter import is_adapter
+from colintern.storage.identity import content_hash, fingerprint, read_identity, stage_code, versions
+from colintern.storage.manifest import MANIFEST, check_base, kernel_entry, read
 
 NAME = "colintern/colintern3_5"
 EMBEDDINGS = Path("data/.embeddings")  # deleting it costs only time

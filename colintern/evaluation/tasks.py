@@ -15,16 +15,17 @@ import mteb
 import pyarrow.parquet as pq
 from mteb.abstasks.abstask import AbsTask
 
+from colintern.core.project import root
 from colintern.data.benchmarks import from_cache, tasks_for
 from colintern.evaluation import queries
+from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.evaluation.scores import Scores, checked, collect, size
 from colintern.evaluation.subjects import Subject
-from colintern.files.identity import fingerprint
-from colintern.files.jsonfile import dumps
-from colintern.files.lock import locked
 from colintern.modeling.host import settle
-from colintern.mteb_model import ColIntern3_5Encoder
-from colintern.params import Params, root
+from colintern.params import Params
+from colintern.storage.identity import fingerprint
+from colintern.storage.jsonfile import dumps
+from colintern.storage.lock import locked
 
 CLOCK = ("evaluation_time", "date", "evaluation_phases", "kg_co2_emissions")  # of mteb's result files; all may be null
 TIMING_FILE = "logs/eval-timing.json"  # not an out of any stage

@@ -1,1 +1,1 @@
-"""What is done to a model: LoRA and its count, bases and adapters read and checked, page features and embeddings."""
+"""The model: ColIntern3_5, its processor, tiling, LoRA and its count, attention, loading and saving."""

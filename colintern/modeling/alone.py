@@ -8,12 +8,19 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
-from colintern.files.adapter import WEIGHTS_FILE, is_adapter, read_adapter_config, read_adapter_files, validate_adapter
-from colintern.files.hub_errors import brief
-from colintern.files.identity import content_hash, read_identity
-from colintern.model import attention_kernel
+from colintern.core.errors import UserError
 from colintern.modeling.loading import load_model, require_adapter, require_finite, require_merged
-from colintern.params import UserError, at_commit
+from colintern.modeling.modeling_colintern import attention_kernel
+from colintern.params import at_commit
+from colintern.storage.adapter import (
+    WEIGHTS_FILE,
+    is_adapter,
+    read_adapter_config,
+    read_adapter_files,
+    validate_adapter,
+)
+from colintern.storage.hub_errors import brief
+from colintern.storage.identity import content_hash, read_identity
 
 DTYPES = ("float32", "bfloat16", "float16")
 PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja"]  # no pickles

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from colintern.files.kernels import build_here, imported, unfit
-from colintern.files.manifest import Files, checked_folder, digests, folder_of, kernel_entry
-from colintern.model import attention_kernel
-from colintern.params import UserError
+from colintern.core.errors import UserError
+from colintern.modeling.modeling_colintern import attention_kernel
+from colintern.storage.kernels import build_here, imported, unfit
+from colintern.storage.manifest import Files, checked_folder, digests, folder_of, kernel_entry
 
 KEY = "attention"
 FUNCTION = "flash_attn_func"  # what flash-attn 2 and 3 and the kernels made of them all have

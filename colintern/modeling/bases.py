@@ -13,11 +13,13 @@ from typing import Any
 
 from transformers import InternVLConfig
 
-from colintern.files import hub
-from colintern.files.hub_errors import OfflineError, Repo
-from colintern.files.manifest import digests
-from colintern.files.paths import PRESETS, base_at_commit
-from colintern.params import Params, UserError, on_hub, root
+from colintern.core.errors import UserError
+from colintern.core.project import root
+from colintern.params import Params, on_hub
+from colintern.storage import hub
+from colintern.storage.hub_errors import OfflineError, Repo
+from colintern.storage.manifest import digests
+from colintern.storage.paths import PRESETS, base_at_commit
 
 # name -> hidden size, MLP size, layers and attention heads of its language model
 SIZES = dict(

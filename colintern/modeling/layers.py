@@ -5,7 +5,7 @@ Activations that fit the memory are kept, only the rest is computed again.
 
 from typing import Any
 
-from colintern.params import UserError
+from colintern.core.errors import UserError
 
 VARIANTS = 64  # of a compiled layer: with and without a graph, computed again or not, first or not, sizes, evaluation
 

@@ -11,14 +11,15 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoTokenizer
 
-from colintern.files.adapter import CONFIG_FILE, WEIGHTS_FILE, describe_error, read_adapter_config
-from colintern.files.jsonfile import read_json_object
-from colintern.files.paths import suggest_adapter_source
-from colintern.files.regular import require_regular_file
-from colintern.model import ColIntern3_5
+from colintern.core.errors import UserError
 from colintern.modeling.attention import implementation
-from colintern.params import Params, UserError
-from colintern.processor import ColIntern3_5Processor
+from colintern.modeling.modeling_colintern import ColIntern3_5
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.params import Params
+from colintern.storage.adapter import CONFIG_FILE, WEIGHTS_FILE, describe_error, read_adapter_config
+from colintern.storage.jsonfile import read_json_object
+from colintern.storage.paths import suggest_adapter_source
+from colintern.storage.regular import require_regular_file
 
 TOKENIZER_FILE, TOKENIZER_CONFIG, PROCESSOR_CONFIG = "tokenizer.json", "tokenizer_config.json", "processor_config.json"
 MAX_TILE = 4096  # pixels

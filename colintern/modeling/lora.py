@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from colintern.model import ColIntern3_5, quiet
+from colintern.modeling.modeling_colintern import ColIntern3_5, quiet
 from colintern.modeling.patterns import reading, suggestion
 from colintern.params import Params
 

@@ -22,8 +22,7 @@ With colintern (`colintern evaluate` and `colintern search` take this folder too
 folder, its path is relative to the current working directory:
 
 ```python
-from colintern.model import ColIntern3_5
-from colintern.processor import ColIntern3_5Processor
+from colintern import ColIntern3_5, ColIntern3_5Processor
 
 folder = "."  # the folder of this README
 model = ColIntern3_5.from_pretrained(folder)
@@ -33,7 +32,7 @@ processor = ColIntern3_5Processor.from_pretrained(folder)
 With plain PEFT:
 
 ```python
-from colintern.model import ColIntern3_5
+from colintern import ColIntern3_5
 from peft import PeftModel
 
 folder = "."  # the folder of this README

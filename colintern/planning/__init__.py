@@ -1,1 +1,1 @@
-"""Before a run: what it will cost, what fits, what would go wrong."""
+"""Before a run: what it will cost, what fits."""

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import InternVLConfig
 
-from colintern.model import EMBEDDING_DIM, meta_model
 from colintern.modeling.dropout import Masks
 from colintern.modeling.layers import checkpoint_layers, recomputed
 from colintern.modeling.lora import add_lora
+from colintern.modeling.modeling_colintern import EMBEDDING_DIM, meta_model
 from colintern.planning.meter import Kernel, Phase, measure
 from colintern.training.loss import contrastive_loss, maxsim_matrix
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from colintern.params import UserError
+from colintern.core.errors import UserError
 from colintern.planning.meter import Kernel
 
 

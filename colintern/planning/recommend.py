@@ -9,11 +9,11 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from colintern.guide import BATCH, EPOCHS, SMALLEST, optimal_lr, optimal_rank
-from colintern.params import UserError
+from colintern.core.errors import UserError
+from colintern.modeling.tiling import INTERNVL_TILE, choose_grid
+from colintern.monitoring.guide import BATCH, EPOCHS, SMALLEST, optimal_lr, optimal_rank
 from colintern.planning.costs import Costs, Setting, Step
 from colintern.planning.gpus import ASSUMED, GPUS, Gpu, seconds
-from colintern.tiles import INTERNVL_TILE, choose_grid
 
 GIB = 2**30
 A4 = 1240, 1754  # pixels, at 150 dpi

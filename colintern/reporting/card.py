@@ -6,10 +6,10 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from colintern.evaluation.scores import METRICS, short
-from colintern.files.identity import fingerprint, versions
 from colintern.params import on_hub
 from colintern.reporting.evaluated import Evaluation, intervals
 from colintern.reporting.html import TEMPLATES
+from colintern.storage.identity import fingerprint, versions
 
 TASK = "visual-document-retrieval"  # the hub's name of it
 

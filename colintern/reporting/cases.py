@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from colintern.core.terminal import escape_controls
 from colintern.reporting.heatmaps import SimilarityMap, layout, similarity_map, standing_out
 from colintern.reporting.pictures import heat, picture
 from colintern.reporting.words import query_words
-from colintern.terminal import escape_controls
 
 
 class Sheet(NamedTuple):

@@ -9,11 +9,12 @@ import mteb
 import pyarrow.parquet as pq
 from mteb.abstasks.abstask import AbsTask
 
+from colintern.core.errors import UserError
 from colintern.data.benchmarks import tasks_for
 from colintern.evaluation.comparison import Row, compare
 from colintern.evaluation.scores import Scores, collect, short
 from colintern.evaluation.verdicts import PUBLISHED, TARGETS
-from colintern.params import Params, UserError
+from colintern.params import Params
 from colintern.reporting.plots import Bar
 
 PLACES = ("results/mteb_evaluation", "results/evaluate/*", "results/evaluate/*/pool*-dim*")
@@ -27,7 +28,7 @@ SETTINGS = (
     "pool_factor",
     "threads",
 )
-FULL = {"pool_factor": 1, "dim": 128}  # the embeddings as they are; see modeling/pooling.py
+FULL = {"pool_factor": 1, "dim": 128}  # the embeddings as they are; see encoding/pooling.py
 
 
 class Evaluation(NamedTuple):

@@ -7,15 +7,16 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
+from colintern.core.errors import UserError
+from colintern.core.terminal import print_phase
+from colintern.encoding.adapter_check import base_folder, check, read_adapter
 from colintern.evaluation.subjects import subjects
-from colintern.files.hub_errors import brief
-from colintern.model import ColIntern3_5, quiet
-from colintern.modeling.adapters import base_folder, check, read_adapter
 from colintern.modeling.loading import load_processor
-from colintern.params import Params, UserError
+from colintern.modeling.modeling_colintern import ColIntern3_5, quiet
+from colintern.params import Params
 from colintern.reporting.card import card
 from colintern.reporting.evaluated import FULL, Evaluation, as_evaluated, evaluation, find
-from colintern.terminal import print_phase
+from colintern.storage.hub_errors import brief
 
 
 def export(params: Params, folder: Path, out: Path, name: str) -> str:

@@ -6,14 +6,14 @@ from typing import Any
 from datasets import Dataset
 from mteb.abstasks.abstask import AbsTask
 
+from colintern.core.progress import ProgressBar
 from colintern.data.benchmarks import from_cache
 from colintern.data.page_labels import label_page
+from colintern.encoding.embed import embed_queries
+from colintern.encoding.pooling import cut
+from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.evaluation.queries import read_page_names
 from colintern.evaluation.scores import short
-from colintern.files.progress import ProgressBar
-from colintern.modeling.embed import embed_queries
-from colintern.modeling.pooling import cut
-from colintern.mteb_model import ColIntern3_5Encoder
 from colintern.reporting.cases import Case, Seen, case
 
 WRONG = 2  # wrong pages shown of a query

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from colintern.tiles import Grid
+from colintern.modeling.tiling import Grid
 
 
 class Layout(NamedTuple):

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from colintern.pixels import rgb
+from colintern.modeling.images import rgb
 
 SIDE = 900  # pixels of a picture's longer side: text of 10 points on A4 can be read
 QUALITY = 60

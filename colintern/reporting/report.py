@@ -11,13 +11,13 @@ from colintern.data.inventory import inventory, summarize_survey
 from colintern.evaluation.scores import METRICS, short
 from colintern.evaluation.subjects import Subject
 from colintern.evaluation.verdicts import COLUMNS, PUBLISHED, band, columns, target
-from colintern.files.identity import content_hash, read_identity, versions
-from colintern.files.manifest import MANIFEST, SURVEY
+from colintern.monitoring.health import HEALTH, RULES
 from colintern.reporting import plots
 from colintern.reporting.cases import Case
 from colintern.reporting.evaluated import FULL, Evaluation, bars, intervals, margin, ranks, size
 from colintern.reporting.html import render
-from colintern.training.health import HEALTH, RULES
+from colintern.storage.identity import content_hash, read_identity, versions
+from colintern.storage.manifest import MANIFEST, SURVEY
 
 GOOD = "learned"
 

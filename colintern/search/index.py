@@ -17,32 +17,32 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from colintern.core.errors import UserError
+from colintern.core.progress import ProgressBar
 from colintern.data.collected import Bad
-from colintern.files.identity import content_hash, fingerprint
-from colintern.files.jsonfile import dumps
-from colintern.files.lock import locked
-from colintern.files.progress import ProgressBar
-from colintern.files.regular import MISSING, irregular_type
-from colintern.maxsim import maxsim_scores
-from colintern.modeling.cache import TensorCache
-from colintern.modeling.embed import embed_pages
-from colintern.modeling.features import Page
-from colintern.params import UserError
+from colintern.encoding.embed import embed_pages
+from colintern.encoding.page_features import Page
+from colintern.encoding.tensor_cache import TensorCache
+from colintern.scoring.maxsim import maxsim_scores
 from colintern.search.sources import Source, images
+from colintern.storage.identity import content_hash, fingerprint
+from colintern.storage.jsonfile import dumps
+from colintern.storage.lock import locked
+from colintern.storage.regular import MISSING, irregular_type
 
 LIMIT = 10**15  # bytes: as much as the disk has, less what the cache leaves free
 FLUSH = 64  # pages after which what is done is on the disk
 BLOCK = 256  # pages scored at once, so that memory does not grow with the index
 STORED = torch.float16  # of unit vectors: at most 0.0003 off an element, for half the room
 CODE = (
-    "causal.py",
     "data/images.py",
     "data/rendering.py",
-    "model.py",
-    "modeling/embed.py",
-    "pixels.py",
-    "processor.py",
-    "tiles.py",
+    "encoding/embed.py",
+    "modeling/causal.py",
+    "modeling/images.py",
+    "modeling/modeling_colintern.py",
+    "modeling/processing_colintern.py",
+    "modeling/tiling.py",
     "search/index.py",
 )
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow", "peft")

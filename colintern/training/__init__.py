@@ -1,1 +1,1 @@
-"""From rows to an adapter: batches, loss, the contrastive step, checkpoints, health."""
+"""From rows to an adapter: batches, loss, the contrastive step, checkpoints."""

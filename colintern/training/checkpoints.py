@@ -17,10 +17,11 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from colintern.files.identity import content_hash
-from colintern.files.outs import ENDED
+from colintern.core.errors import UserError
+from colintern.core.project import root
 from colintern.modeling.saving import save_adapter_extras
-from colintern.params import UserError, root
+from colintern.storage.identity import content_hash
+from colintern.storage.outs import ENDED
 from colintern.training.processes import Processes
 
 SAVING = "saving"

@@ -14,16 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from colintern.core.progress import ProgressBar
+from colintern.core.project import root
 from colintern.data.trainset import asked
-from colintern.files.identity import content_hash, versions
-from colintern.files.manifest import check_base
-from colintern.files.progress import ProgressBar
-from colintern.maxsim import maxsim_scores
-from colintern.modeling.embed import embed_features, embed_queries
-from colintern.modeling.features import FEATURES, Page, PageFeatures
+from colintern.encoding.embed import embed_features, embed_queries
+from colintern.encoding.page_features import FEATURES, Page, PageFeatures
 from colintern.modeling.host import settle
 from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
-from colintern.params import Params, root
+from colintern.params import Params
+from colintern.scoring.maxsim import maxsim_scores
+from colintern.storage.identity import content_hash, versions
+from colintern.storage.manifest import check_base
 from colintern.training.negatives import Mined
 from colintern.training.pairs import Pair, candidates
 

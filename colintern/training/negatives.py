@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from pyarrow import parquet
 
-from colintern.params import UserError
+from colintern.core.errors import UserError
 
 SCHEMA = pa.schema(
     [

@@ -14,13 +14,14 @@ from PIL.Image import Image
 from pyarrow.parquet import ParquetFile, read_metadata, read_schema, read_table
 from torch.utils.data import Dataset
 
+from colintern.core.errors import UserError
 from colintern.data import index
 from colintern.data.images import decode
 from colintern.data.trainset import NEGATIVES, POSITIVES, TrainingData, TrainingSet, training_data
-from colintern.files.manifest import MANIFEST
-from colintern.modeling.features import Page, PageFeatures
-from colintern.params import Params, UserError
-from colintern.processor import ColIntern3_5Processor
+from colintern.encoding.page_features import Page, PageFeatures
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.params import Params
+from colintern.storage.manifest import MANIFEST
 from colintern.training import negatives
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from colintern.processor import ColIntern3_5Processor
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
 
 # How many tokens of padding a further part may cost: below that, its own calls take longer than the padding would. On a
 # CPU by measurement (`python -m bench.parts`), on CUDA assumed, from the launches of a step.

@@ -22,8 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from colintern.memory import is_out_of_memory
-from colintern.params import Params, UserError
+from colintern.core.errors import UserError
+from colintern.core.memory import is_out_of_memory
+from colintern.params import Params
 
 MINUTE = 60
 GRACE = 45  # seconds that a signalled process has for its checkpoint, and a hung one before it is killed

@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from colintern.maxsim import maxsim_scores, ndcg_at_k
-from colintern.modeling.embed import embed_features, embed_queries
-from colintern.params import UserError
+from colintern.core.errors import UserError
+from colintern.encoding.embed import embed_features, embed_queries
+from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k
 from colintern.training.processes import Processes
 from colintern.training.study import (
     MEASURED,
@@ -127,7 +127,7 @@ class Reporter(TrainerCallback):
 
 def _at_size(trainer: ContrastiveTrainer, factor: int, dim: int) -> tuple[float, float]:
     """Dev NDCG@5 with each page pooled and each vector cut as evaluation does it, and vectors a page on average."""
-    from colintern.modeling.pooling import cut, pool
+    from colintern.encoding.pooling import cut, pool
 
     dev, processor, size = trainer.dev, trainer.processor, trainer.params.eval_batch_size
     model: Any = trainer.model

@@ -18,33 +18,35 @@ from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import TrainerState, set_seed
 
+from colintern.core.errors import UserError
+from colintern.core.project import root
 from colintern.data.trainset import asks_pseudo_queries
-from colintern.files.csvfile import write_csv
-from colintern.files.identity import fingerprint, stage_identity
-from colintern.files.jsonfile import dumps
-from colintern.files.lock import locked_or_refused
-from colintern.files.manifest import MANIFEST, check_base, kernel_entry, read
-from colintern.files.outs import forget_ended, let_go
-from colintern.model import ColIntern3_5
+from colintern.encoding.page_features import FEATURES, PageFeatures
+from colintern.encoding.workers import check_workers, stop_workers_on_exit
 from colintern.modeling.attention import implementation
-from colintern.modeling.features import FEATURES, PageFeatures
 from colintern.modeling.host import settle
 from colintern.modeling.layers import recomputed
 from colintern.modeling.lora import add_lora, count, faults
+from colintern.modeling.modeling_colintern import ColIntern3_5
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.modeling.saving import save_adapter_extras
 from colintern.modeling.weights import statistics
-from colintern.modeling.workers import check_workers, stop_workers_on_exit
-from colintern.params import Params, UserError, root
-from colintern.processor import ColIntern3_5Processor
+from colintern.monitoring.health import HEALTH, health, line, report, stored
+from colintern.monitoring.tracker import Tracker, check_tracker
+from colintern.monitoring.watch import pace_findings
+from colintern.params import Params
+from colintern.storage.csvfile import write_csv
+from colintern.storage.identity import fingerprint, stage_identity
+from colintern.storage.jsonfile import dumps
+from colintern.storage.lock import locked_or_refused
+from colintern.storage.manifest import MANIFEST, check_base, kernel_entry, read
+from colintern.storage.outs import forget_ended, let_go
 from colintern.training.checkpoints import SAVING, Interrupted, Signals, check_room, newest, room, shown, size
 from colintern.training.determinism import set_deterministic
-from colintern.training.health import HEALTH, health, line, report, stored
 from colintern.training.pairs import Pairs, rows
 from colintern.training.processes import ALONE, Processes
 from colintern.training.reporter import Pruned, reporter
-from colintern.training.tracker import Tracker, check_tracker
 from colintern.training.trainer import ContrastiveTrainer, DevSet, NonFiniteError, arguments
-from colintern.training.watch import pace_findings
 
 CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
 EVALUATIONS = 4  # of the dev set in a run, at least

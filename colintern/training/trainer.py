@@ -21,25 +21,26 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from colintern.guide import bounds_for
-from colintern.maxsim import maxsim_scores, ndcg_at_k
+from colintern.core.errors import OutOfMemory, UserError
+from colintern.encoding.embed import embed_features, embed_queries
+from colintern.encoding.fp8 import rounded
+from colintern.encoding.page_features import PageFeatures
+from colintern.encoding.workers import seed_and_init_worker
 from colintern.modeling.dropout import Masks
-from colintern.modeling.embed import embed_features, embed_queries
-from colintern.modeling.features import PageFeatures
-from colintern.modeling.fp8 import rounded
 from colintern.modeling.layers import checkpoint_layers, compile_layers
 from colintern.modeling.lora import count
-from colintern.modeling.workers import seed_and_init_worker
-from colintern.params import OutOfMemory, Params, UserError
-from colintern.processor import ColIntern3_5Processor
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.monitoring.guide import bounds_for
+from colintern.monitoring.health import suggest_lower_lr
+from colintern.monitoring.progress import Progress
+from colintern.monitoring.watch import Pace, Watch
+from colintern.params import Params
+from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k
 from colintern.training.checkpoints import SAVING, Checkpoints
-from colintern.training.health import suggest_lower_lr
 from colintern.training.loss import contrastive_loss, false_negatives, maxsim_matrix
 from colintern.training.pairs import Collator, Pair
 from colintern.training.parts import places, restored, take
 from colintern.training.processes import ALONE, SIDES, Processes, share
-from colintern.training.progress import Progress
-from colintern.training.watch import Pace, Watch
 
 Batch = dict[str, Any]
 

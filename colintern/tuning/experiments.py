@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from colintern.files.lock import open_lock
-from colintern.params import override, root
+from colintern.core.project import root
+from colintern.params import override
+from colintern.storage.lock import open_lock
 from colintern.training.study import OWNER, STARTED, STORAGE, STUDY, TRIAL
 from colintern.tuning.store import Store
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from colintern.files.jsonfile import dumps
-from colintern.params import UserError
+from colintern.core.errors import UserError
 from colintern.reporting import html
+from colintern.storage.jsonfile import dumps
 from colintern.tuning import plots
 from colintern.tuning.space import Search
 from colintern.tuning.trials import CAUSE, COMPUTED, EXPERIMENT, SLOT

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, get_args
 
 from ruamel.yaml import YAML
 
-from colintern.params import HINTS, LIST, UserError, problems_of, read_mapping
+from colintern.core.errors import UserError
+from colintern.params import HINTS, LIST, problems_of, read_mapping
 
 SCORED = ("fetch-data", "verify", "train")  # the stages that decide the dev score
 # They decide on what it is measured, so that scores under two values of one of them say nothing beside each other.

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from colintern.files.lock import locked
-from colintern.params import UserError, root
+from colintern.core.errors import UserError
+from colintern.core.project import root
+from colintern.storage.lock import locked
 from colintern.training.study import storage
 
 FOLDER = Path("studies")

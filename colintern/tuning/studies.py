@@ -9,8 +9,9 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from colintern.files.identity import fingerprint, stage_identity
-from colintern.params import Params, UserError, load
+from colintern.core.errors import UserError
+from colintern.params import Params, load
+from colintern.storage.identity import fingerprint, stage_identity
 from colintern.training.study import SETTINGS, pruner
 from colintern.tuning.experiments import experiments, git
 from colintern.tuning.space import BYTES, SCORED, STILL, Search

@@ -1,0 +1,1 @@
+"""What every package may use: errors, the project's folder, text for a terminal, progress, memory."""

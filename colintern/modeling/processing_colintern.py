@@ -1,0 +1,338 @@
+"""Pages and queries as model inputs: `ColIntern3_5Processor`, with colpali-engine's public surface.
+
+It is transformers' `InternVLProcessor` with three differences: tiles come from `tiling` (a hard bound on visual
+tokens), padding is on the right (the stock processor pads left whatever the tokenizer says), and one function formats a
+query, for training, evaluation and search alike. docs/colpali-engine.md shows its use in scripts written for
+colpali-engine's models.
+"""
+
+import logging
+import os
+from inspect import signature
+from typing import ClassVar
+
+import torch
+from colpali_engine.utils.processing_utils import BaseVisualRetrieverProcessor
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.transforms.v2.functional import pil_to_tensor
+from transformers import BatchFeature, InternVLProcessor
+from transformers.image_utils import SizeDict
+
+from colintern.modeling.images import rgb
+from colintern.modeling.interpretability import InterpretabilityMixin, PageBatch
+from colintern.modeling.tiling import Grid, choose_grid
+from colintern.scoring.maxsim import maxsim_scores
+
+logger = logging.getLogger(__name__)
+
+HUB_KEYWORDS = {  # of transformers' `from_pretrained`, and device_map, which colpali-engine's scripts pass
+    *("_commit_hash", "_from_auto", "_from_pipeline", "cache_dir", "device_map", "force_download", "local_files_only"),
+    *("proxies", "return_unused_kwargs", "revision", "subfolder", "token", "use_fast"),
+}
+CALL_KEYWORDS = {  # of transformers' processors, with the values that change nothing here
+    "add_special_tokens": (False,),
+    "audio": (None,),
+    "max_length": (None,),
+    "padding": (True, "longest"),
+    "padding_side": ("right",),
+    "return_tensors": ("pt",),
+    "truncation": (False, None),
+    "videos": (None,),
+}
+
+
+class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor, InternVLProcessor):
+    """Turns page images and query strings into right-padded batches for `ColIntern3_5`.
+
+    Args:
+        image_processor, tokenizer, video_processor, image_seq_length, chat_template: as in `InternVLProcessor`;
+            `image_seq_length` is the number of visual tokens of one tile (256 for InternVL3.5).
+        max_visual_tokens: hard bound on the visual tokens of a page; at least one tile's worth.
+        max_query_tokens: a query is cut to this many tokens, prefix and augmentation included, and says so.
+
+    Raises:
+        ValueError: a bound that leaves no room for one tile, or for one word of a query.
+    """
+
+    query_prefix: ClassVar[str] = "Query: "
+    query_augmentation_token: ClassVar[str] = "<|endoftext|>"
+    visual_prompt: ClassVar[tuple[str, str]] = (
+        "<|im_start|>user\n",
+        "\nDescribe the image.<|im_end|><|endoftext|>",
+    )
+    visual_prompt_prefix: ClassVar[str] = "<IMG_CONTEXT>".join(visual_prompt)
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        video_processor=None,
+        image_seq_length: int = 256,
+        chat_template=None,
+        max_visual_tokens: int = 1536,
+        max_query_tokens: int = 128,
+        **kwargs,
+    ):
+        super().__init__(image_processor, tokenizer, video_processor, image_seq_length, chat_template, **kwargs)
+        if max_visual_tokens < image_seq_length:
+            raise ValueError(
+                f"max_visual_tokens={max_visual_tokens}: one tile takes {image_seq_length} visual tokens, "
+                f"so the bound must be {image_seq_length} or more"
+            )
+        self.max_visual_tokens = max_visual_tokens
+        self.max_query_tokens = max_query_tokens
+        # Only so many characters of a query are tokenized, since 16 MB would take minutes. Those beyond cannot be among
+        # its first tokens: each is at most as long as the longest, and NFC makes one character of four at most.
+        self.max_query_characters = 4 * max_query_tokens * max(map(len, self.tokenizer.get_vocab()))
+        self.tokenizer.padding_side = "right"
+        around = len(self._ids(self.query_prefix)) + len(self._tail(None))
+        if max_query_tokens <= around:
+            raise ValueError(
+                f"max_query_tokens={max_query_tokens}: prefix and augmentation take {around} tokens of a query, "
+                f"so the bound must be {around + 1} or more"
+            )
+        before, after = self.visual_prompt
+        self._before_tiles = [*self._ids(before), self.start_image_token_id]
+        self._after_tiles = [self.end_image_token_id, *self._ids(after)]
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path, *, max_num_visual_tokens: int | None = None, **kwargs
+    ):
+        """Load a processor.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id.
+            max_num_visual_tokens: colpali-engine's name of `max_visual_tokens`.
+            kwargs: the class's arguments, in place of the saved ones, and transformers' own (revision, token, ...).
+
+        Raises:
+            TypeError: another keyword, which transformers would ignore, `use_fast=False`, or two names of the bound.
+        """
+        known = {name for name in signature(cls).parameters if name != "kwargs"} | HUB_KEYWORDS
+        if unknown := sorted(kwargs.keys() - known):
+            raise TypeError(
+                f"{cls.__name__}.from_pretrained: unknown keyword {', '.join(unknown)}; remove it. The processor's own "
+                "settings are max_visual_tokens (or max_num_visual_tokens) and max_query_tokens; transformers' are "
+                f"{', '.join(sorted(name for name in HUB_KEYWORDS if name[0] != '_'))}"
+            )
+        if kwargs.get("use_fast") is False:
+            raise TypeError("use_fast=False: the slow image processor cannot cut a page into tiles; leave it out")
+        if max_num_visual_tokens is not None:
+            if "max_visual_tokens" in kwargs:
+                raise TypeError("max_num_visual_tokens and max_visual_tokens are one argument; give one of them")
+            kwargs["max_visual_tokens"] = max_num_visual_tokens
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
+        """Process pages, texts, or texts with a page at each image token, within the same bound as `process_images`.
+
+        Args:
+            images: page images, or one; in the order of the image tokens of all texts.
+            text: texts, or one, without prefix or augmentation; None: `visual_prompt_prefix` for each page.
+            kwargs: transformers' keywords; only the values in `CALL_KEYWORDS` are accepted.
+
+        Returns:
+            See `process_images`; without images no `pixel_values`.
+
+        Raises:
+            TypeError: another keyword, or another value of one.
+            ValueError: the numbers of image tokens and images differ, both are missing, or a text is empty.
+        """
+        for name, value in kwargs.items():
+            if name not in CALL_KEYWORDS or value not in CALL_KEYWORDS[name]:
+                raise TypeError(f"{type(self).__name__}: {name}={value!r} is not supported; leave it out")
+        pages = [] if images is None else _as_list(images)
+        if text is None:
+            return self.process_images(pages)
+        parts = [row.split(self.image_token) for row in _as_list(text)]
+        if (places := sum(len(row) - 1 for row in parts)) != len(pages):
+            raise ValueError(f"{places} image tokens ({self.image_token}) in the texts, but {len(pages)} images")
+        tiles = [self.page_tiles(page) for page in pages]
+        counts, rows = iter(tiles), []
+        for before, *after in parts:
+            rows.append(self._ids(before))
+            for rest in after:
+                rows[-1] += [self.start_image_token_id, *self._visual_ids(len(next(counts))), self.end_image_token_id]
+                rows[-1] += self._ids(rest)
+        return self._add_pages(self._pad(rows), pages, tiles)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @property
+    def tile(self) -> int:
+        """Side of a tile in pixels."""
+        return self.image_processor.size["height"]
+
+    def grid(self, image_size: tuple[int, int]) -> Grid:
+        """The tile grid of a page of `image_size` = (height, width) pixels."""
+        height, width = image_size
+        return choose_grid(width, height, self.max_visual_tokens // self.image_seq_length, self.tile)
+
+    def process_images(self, images: list[Image.Image]) -> BatchFeature:
+        """A batch of pages.
+
+        Returns:
+            input_ids, attention_mask: (B, L) int64, padded on the right.
+            pixel_values: (sum of the pages' tiles, 3, tile, tile) float32, page after page, each page row by row
+                and its thumbnail last.
+        """
+        images = _as_list(images)
+        tiles = [self.page_tiles(image) for image in images]
+        return self._add_pages(self.page_tokens([len(t) for t in tiles]), images, tiles)
+
+    def _add_pages(self, batch: PageBatch, images: list[Image.Image], tiles: list[torch.Tensor]) -> BatchFeature:
+        """Add the pages' tiles and grids to a batch of tokens."""
+        if tiles:
+            batch["pixel_values"] = torch.cat(tiles)
+        batch.grids = [self.grid((image.height, image.width)) for image in images]
+        return batch
+
+    def page_tokens(self, tiles: list[int]) -> PageBatch:
+        """input_ids and attention_mask of pages of so many tiles each."""
+        return self._pad([self._before_tiles + self._visual_ids(n) + self._after_tiles for n in tiles])
+
+    def _visual_ids(self, tiles: int) -> list[int]:
+        return [self.image_token_id] * (self.image_seq_length * tiles)
+
+    @property
+    def image_seq_len(self) -> int:
+        """Return the visual tokens of a tile; colpali-engine's name of `image_seq_length`."""
+        return self.image_seq_length
+
+    @property
+    def text_before(self) -> int:
+        """Tokens of a page that stand before its visual ones."""
+        return len(self._before_tiles)
+
+    def page_tiles(self, image: Image.Image) -> torch.Tensor:
+        """One page's tiles, normalised, (n, 3, tile, tile) float32: row by row, the thumbnail last."""
+        p = self.image_processor
+        return p.rescale_and_normalize(
+            self._cut(image), p.do_rescale, p.rescale_factor, p.do_normalize, p.image_mean, p.image_std
+        )
+
+    def _cut(self, image: Image.Image) -> torch.Tensor:
+        """The page's tiles as (n, 3, tile, tile) uint8."""
+        if not isinstance(image, Image.Image):
+            raise TypeError(
+                f"a page of type {type(image).__name__}: expected a Pillow image; open a file with PIL.Image.open"
+            )
+        page = pil_to_tensor(rgb(image))
+        grid, side, resample = self.grid(page.shape[1:]), self.tile, self.image_processor.resample
+        resize = self.image_processor.resize
+        canvas = resize(page, SizeDict(height=grid.rows * side, width=grid.cols * side), resample=resample)
+        cells = canvas.unfold(1, side, side).unfold(2, side, side)  # (3, rows, cols, side, side)
+        tiles = cells.permute(1, 2, 0, 3, 4).reshape(-1, 3, side, side)
+        if grid.thumbnail:
+            small = resize(page, SizeDict(height=side, width=side), resample=resample)
+            tiles = torch.cat([tiles, small[None]])
+        return tiles
+
+    def process_texts(self, texts: list[str]) -> BatchFeature:
+        """A batch of texts as they are, without prefix or augmentation: input_ids and attention_mask, (B, L)."""
+        return self._pad([self._ids(text) for text in _as_list(texts)])
+
+    def process_queries(
+        self,
+        texts: list[str] | None = None,
+        queries: list[str] | None = None,
+        max_length: int = 50,
+        contexts: list[str] | None = None,
+        suffix: str | None = None,
+    ) -> BatchFeature:
+        """A batch of queries: "Query: ", the text, then ten augmentation tokens. The one place that formats a query.
+
+        Args:
+            texts, queries: the query strings (two names for one thing, as in colpali-engine).
+            max_length, contexts: accepted for colpali-engine's signature and, as there, without meaning;
+                `max_query_tokens` of the processor is the bound that counts.
+            suffix: instead of the ten augmentation tokens.
+
+        Returns:
+            input_ids, attention_mask: (B, L) int64, padded on the right.
+
+        Raises:
+            ValueError: both or none of `texts` and `queries`, an empty query, or `contexts`.
+        """
+        if (texts is None) == (queries is None):
+            raise ValueError("process_queries takes either texts or queries")
+        if contexts is not None:
+            raise ValueError("process_queries: contexts are not part of this model's queries")
+        tail = self._tail(suffix)
+        room = self.max_query_tokens - len(tail)
+        rows = []
+        for text in _as_list(texts if texts is not None else queries):
+            if not text.strip():
+                raise ValueError(f"query {text!r}: a query needs at least one word")
+            ids = self._ids(self.query_text(text))
+            if len(ids) > room:
+                more = " or more" if len(text) > self.max_query_characters else ""
+                logger.warning("query of %d tokens%s cut to %d (max_query_tokens): %.60r", len(ids), more, room, text)
+            rows.append(ids[:room] + tail)
+        return self._pad(rows)
+
+    def query_text(self, query: str) -> str:
+        """The text of a query that is tokenized: more than `max_query_tokens` can hold, and never megabytes."""
+        return self.query_prefix + query[: self.max_query_characters]
+
+    def _tail(self, suffix: str | None) -> list[int]:
+        return self._ids(self.query_augmentation_token * 10 if suffix is None else suffix)
+
+    def count_cut(self, queries: list[str]) -> int:
+        """How many of the queries `process_queries` cuts, because they are longer than `max_query_tokens`."""
+        room = self.max_query_tokens - len(self._tail(None))
+        cut = 0
+        for start in range(0, len(queries), 100):  # a tokenised query takes 4 kB, the longest takes megabytes
+            texts = [self.query_text(query) for query in queries[start : start + 100]]
+            cut += sum(len(ids) > room for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        return cut
+
+    def _pad(self, rows: list[list[int]]) -> PageBatch:
+        if not rows:
+            raise ValueError("an empty batch: at least one page or query is needed")
+        if not all(rows):
+            raise ValueError("an empty text: at least one token is needed")
+        ids = pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        lengths = torch.tensor([len(r) for r in rows])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        return PageBatch({"input_ids": ids, "attention_mask": mask})
+
+    def score(self, qs, ps, device=None, **kwargs) -> torch.Tensor:
+        """MaxSim of every query with every page: see `score_multi_vector`."""
+        return self.score_multi_vector(qs, ps, device=device, **kwargs)
+
+    @staticmethod
+    def score_multi_vector(qs, ps, batch_size: int = 128, device=None) -> torch.Tensor:
+        """Compute MaxSim scores, (n_queries, n_pages) float32 on the CPU, without a gradient.
+
+        Unlike colpali-engine's, no padding takes part in the maximum: all-zero rows are the padding `ColIntern3_5`
+        writes, in a padded (n, length, 128) tensor as in the list that colpali-engine's users make of it.
+
+        Args:
+            qs, ps: queries and pages: (tokens, dim) tensors or arrays, or all of them as one padded (n, tokens, dim).
+            batch_size: for colpali-engine's signature, without meaning: pages are read one by one.
+            device: where it is computed; None: where the first page is.
+
+        Raises:
+            ValueError: no queries or pages, one without tokens, dims that differ, or a score that is not finite.
+        """
+        queries, pages = _strip_padding("qs", qs), _strip_padding("ps", ps)
+        return maxsim_scores(queries, pages, device or pages[0].device)
+
+
+def _as_list(items) -> list:
+    """Flatten one page or text, several, or transformers' lists of lists into one list."""
+    if isinstance(items, str | bytes | os.PathLike | Image.Image):
+        return [items]
+    return [part for item in items for part in (_as_list(item) if isinstance(item, list | tuple) else [item])]
+
+
+def _strip_padding(name: str, items) -> list[torch.Tensor]:
+    """Convert embeddings to (tokens, dim) tensors without a gradient and without their all-zero rows."""
+    if not len(items):
+        raise ValueError(f"score_multi_vector: {name} is empty; pass at least one embedding")
+    rows = [torch.as_tensor(item).detach() for item in items]
+    return [row[(row != 0).any(-1)] if row.dim() == 2 else row for row in rows]  # NaN is broken, not padding

@@ -1,0 +1,90 @@
+"""Which tiles a page is cut into: the one place that decides it.
+
+InternVL reads a page as a grid of square tiles, plus a thumbnail of the whole page, each tile costing the same
+number of visual tokens (256 for InternVL3.5, whose tiles are 448 px). transformers' own tiler takes the grid whose
+aspect ratio is closest and always adds the thumbnail, so an A4 page jumps from 3 tiles to 7 and "1536 tokens"
+cannot be had. Here the budget is a hard bound: the smallest grid under it that is as sharp as possible to within 2 %,
+and the thumbnail when it still fits.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from colintern.core.errors import UserError
+
+INTERNVL_TILE, INTERNVL_TOKENS = 448, 256  # pixels a side and visual tokens of a tile, in every InternVL3.5 on the hub
+MIN_SHARPNESS = 0.98  # relative to the sharpest grid: up to 2 % may be lost to save tiles
+
+
+class Grid(NamedTuple):
+    """`cols` x `rows` tiles, followed by one tile that shows the whole page if `thumbnail`."""
+
+    cols: int
+    rows: int
+    thumbnail: bool
+
+    @property
+    def tiles(self) -> int:
+        return self.cols * self.rows + int(self.thumbnail)
+
+
+def choose_grid(width: int, height: int, max_tiles: int, tile: int) -> Grid:
+    """Choose the grid that shows a page in at most `max_tiles` tiles of `tile` x `tile` pixels.
+
+    A page stretched onto `cols` x `rows` tiles is as sharp as its worse axis, min(cols * tile / width,
+    rows * tile / height), and enlarging beyond 1 adds no information. Of the grids with at least MIN_SHARPNESS of the
+    sharpness that the bound allows, the one with the fewest tiles is chosen, then the sharpest, then the one that
+    distorts least.
+
+    >>> choose_grid(1240, 1754, max_tiles=6, tile=448)    # A4 at 150 dpi, 1536 tokens
+    Grid(cols=2, rows=3, thumbnail=False)
+    >>> choose_grid(1240, 1754, max_tiles=7, tile=448)    # 1792 tokens
+    Grid(cols=2, rows=3, thumbnail=True)
+    >>> choose_grid(450, 448, max_tiles=12, tile=448)     # little to gain from a second tile
+    Grid(cols=1, rows=1, thumbnail=False)
+
+    Args:
+        width, height: page size in pixels.
+        max_tiles: most tiles the page may cost, thumbnail included; at least 1.
+        tile: side of a tile in pixels.
+
+    Raises:
+        ValueError: a size below 1 pixel or a bound below one tile.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"page of {width} x {height} pixels: both sides must be at least 1")
+    if max_tiles < 1:
+        raise ValueError(f"max_tiles={max_tiles}: at least one tile is needed to show a page")
+
+    def sharpness(grid: tuple[int, int]) -> float:
+        return min(grid[0] * tile / width, grid[1] * tile / height, 1.0)
+
+    def rank(grid: tuple[int, int]) -> tuple[int, float, float]:
+        cols, rows = grid
+        distortion = (cols * height) / (rows * width)
+        return (cols * rows, -sharpness(grid), max(distortion, 1 / distortion))
+
+    grids = [(cols, rows) for cols in range(1, max_tiles + 1) for rows in range(1, max_tiles // cols + 1)]
+    enough = MIN_SHARPNESS * max(map(sharpness, grids))
+    cols, rows = min((grid for grid in grids if sharpness(grid) >= enough), key=rank)
+    return Grid(cols, rows, thumbnail=1 < cols * rows < max_tiles)
+
+
+def base_tile(base: Path) -> tuple[int, int]:
+    """Side in pixels and visual tokens of the base's tiles, from its config.json where the base is a folder.
+
+    Raises:
+        UserError: the config does not say.
+    """
+    if not base.is_dir():
+        return INTERNVL_TILE, INTERNVL_TOKENS
+    try:
+        vision = json.loads((base / "config.json").read_text(encoding="utf-8"))["vision_config"]
+        # InternVL's configs hold [448, 448]; the code that wrote them also takes 448.
+        tile, patch = (
+            int(size[0] if isinstance(size, list) else size) for size in (vision["image_size"], vision["patch_size"])
+        )
+        return tile, (tile // patch // 2) ** 2
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{base / 'config.json'}: no vision_config with image_size and patch_size: {error}") from error

@@ -1,0 +1,1 @@
+"""Observe a training run: rules on its curve, throughput, progress, trackers."""

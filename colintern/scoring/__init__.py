@@ -1,0 +1,1 @@
+"""MaxSim scores and ranking metrics, for loss, dev set, evaluation and search."""

@@ -1,0 +1,272 @@
+"""Read the files of an adapter folder, and validate them (`find_faults`)."""
+
+import copy
+import os
+import reprlib
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from colintern.core.errors import UserError
+from colintern.storage.jsonfile import read_json_object
+from colintern.storage.paths import ADAPTER
+from colintern.storage.regular import require_regular_file
+
+WEIGHTS_FILE, CONFIG_FILE = ADAPTER
+HEAD_FILE = "head.safetensors"
+HEAD_KEYS = ("custom_text_proj.bias", "custom_text_proj.weight")
+PREFIX = "base_model.model."  # of every tensor that PEFT saves
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_CPU_SECONDS = 20.0
+MAX_ALPHA = 1e6  # a factor of all vectors that LoRA adds
+
+State = dict[str, Tensor]
+
+
+class AdapterFiles(NamedTuple):
+    """Content of an adapter folder.
+
+    `weights`: adapter_model.safetensors. `head`: the head's base weights, from head.safetensors where there is one.
+    """
+
+    folder: Path
+    config: LoraConfig
+    weights: State
+    head: State
+
+
+class AdapterFault(NamedTuple):
+    """An error in an adapter; `check` is the name of the `colintern check-adapter` check that reports it."""
+
+    check: str
+    file: str
+    message: str
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder has an adapter_config.json, even a damaged one."""
+    return os.path.lexists(folder / CONFIG_FILE)
+
+
+def read_adapter_files(folder: Path) -> AdapterFiles:
+    """Read the configuration and the weights of an adapter.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    config = read_adapter_config(folder)
+    weights = read_tensors(folder / WEIGHTS_FILE)
+    return AdapterFiles(folder, config, weights, _read_head(folder, weights))
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """Read adapter_config.json.
+
+    Raises:
+        UserError: the file is damaged, is not a LoRA configuration or names no base model.
+    """
+    file = folder / CONFIG_FILE
+    content = read_json_object(file)
+    for key, is_valid, words in (
+        ("peft_type", lambda value: value == "LORA", "LORA"),
+        ("base_model_name_or_path", lambda value: isinstance(value, str) and value.strip(), "a folder or a hub id"),
+        ("revision", lambda value: value is None or isinstance(value, str), "a hub commit or null"),
+        ("lora_alpha", _is_alpha, f"a number above 0 and at most {MAX_ALPHA:g}"),
+        (
+            "alpha_pattern",
+            lambda value: value is None or (isinstance(value, dict) and all(map(_is_alpha, value.values()))),
+            f"an object of names with numbers above 0 and at most {MAX_ALPHA:g}",
+        ),
+        ("alora_invocation_tokens", lambda value: not value, "null: activated LoRA (aLoRA) is not supported"),
+    ):
+        if not is_valid(content.get(key)):
+            raise UserError(f"{file}: {key}: {reprlib.repr(content.get(key))} is not valid; it must be {words}")
+    try:
+        config: Any = PeftConfig.from_peft_type(**content)
+    except Exception as error:  # whatever a wrong value leads to in PEFT
+        raise UserError(f"{file}: {describe_error(error)}") from error
+    config.task_type = None  # PEFT's class for a task adds methods that this model has no use for
+    return config
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= MAX_ALPHA
+
+
+def read_tensors(file: Path) -> State:
+    """Read a safetensors file.
+
+    Raises:
+        UserError: it is not a regular file, or not a safetensors file.
+    """
+    require_regular_file(file)
+    try:
+        return load_file(file)
+    except Exception as error:  # SafetensorError, OSError, and what a type that torch lacks raises
+        raise UserError(f"{file}: cannot be read: {error}") from error
+
+
+def _read_head(folder: Path, weights: State) -> State:
+    file = folder / HEAD_FILE
+    if os.path.lexists(file):
+        head = read_tensors(file)
+    elif all(PREFIX + key in weights for key in HEAD_KEYS):  # PEFT's modules_to_save: the whole head as it was trained
+        head = {key: weights[PREFIX + key] for key in HEAD_KEYS}
+    else:
+        raise UserError(
+            f"{file}: missing. It contains the base weights of custom_text_proj; without them the adapter would be "
+            f"applied to a randomly initialized projection. Copy it from the run that trained {folder}"
+        )
+    if sorted(head) != sorted(HEAD_KEYS):
+        names = f"{shorten(sorted(head))}, expected {shorten(sorted(HEAD_KEYS))}"
+        raise UserError(f"{file}: contains {names}; copy it again from the training run")
+    return head
+
+
+def name_head_copy(key: str, has_lora: bool) -> str:
+    """Return the name under which plain PEFT finds one of the head's base weights in adapter_model.safetensors."""
+    return PREFIX + (key.replace(".", ".base_layer.") if has_lora else key)
+
+
+def validate_adapter(files: AdapterFiles, base: nn.Module | None) -> None:
+    """Raise UserError for the first error that `find_faults` yields."""
+    for fault in find_faults(files, base):
+        raise UserError(f"{files.folder / fault.file}: {fault.message}")
+
+
+def find_faults(files: AdapterFiles, base: nn.Module | None) -> Iterator[AdapterFault]:
+    """Yield an adapter's errors: shapes and names, data types, non-finite values, untrained weights, head.
+
+    Args:
+        files: see `read_adapter_files`.
+        base: its base on the meta device, see `modeling_colintern.meta_model`; PEFT changes it. None: not known, so
+            names and shapes are not checked.
+
+    Raises:
+        UserError: PEFT cannot apply the adapter's configuration to this base, or takes too long to match names.
+    """
+    if base is not None:
+        if message := _find_shape_fault(files.head, {key: base.get_parameter(key).shape for key in HEAD_KEYS}):
+            yield AdapterFault("whole", HEAD_FILE, message)
+        if message := _find_name_fault(files, _expect_shapes(files, base)):
+            yield AdapterFault("whole", WEIGHTS_FILE, message)
+    tensors = [(WEIGHTS_FILE, *item) for item in sorted(files.weights.items())]
+    tensors += [(HEAD_FILE, *item) for item in sorted(files.head.items())]
+    for file, name, value in tensors:
+        if value.dtype not in FLOATS:
+            kind = str(value.dtype).removeprefix("torch.")
+            yield AdapterFault("whole", file, f"{name} is {kind}; expected float32, bfloat16 or float16")
+            return  # the checks below compute with the values
+    broken = [(file, name) for file, name, value in tensors if not value.float().isfinite().all()]
+    if broken:
+        file, name = broken[0]
+        yield AdapterFault(
+            "finite", file, f"{name} has NaN or infinite values ({len(broken)} such tensors); use another checkpoint"
+        )
+    if message := _find_untrained(files.weights):
+        yield AdapterFault("trained", WEIGHTS_FILE, message)
+    if message := _find_head_fault(files):
+        yield AdapterFault("head", HEAD_FILE, message)
+
+
+def _expect_shapes(files: AdapterFiles, base: nn.Module) -> dict[str, torch.Size]:
+    """Return the names and shapes of the tensors that PEFT would save for an adapter of this configuration."""
+    config, file = copy.deepcopy(files.config), files.folder / CONFIG_FILE
+    hint = "remove nested quantifiers such as (a+)+ from its regular expressions"
+    too_slow = f"{file}: PEFT needs more than {MAX_CPU_SECONDS:g} s to match its patterns against module names; {hint}"
+    try:
+        with _limit_cpu_time(MAX_CPU_SECONDS, too_slow), torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            wrapped = PeftModel(base, config)  # type: ignore[arg-type]
+            state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    except UserError:
+        raise
+    except Exception as error:  # PEFT checks few values of a configuration
+        raise UserError(f"{file}: cannot be applied to its base: {describe_error(error)}") from error
+    return {name: value.shape for name, value in state.items()}
+
+
+def _find_name_fault(files: AdapterFiles, expected: dict[str, torch.Size]) -> str:
+    if not files.weights:
+        return f"contains no weights, but {CONFIG_FILE} implies {len(expected)}; copy both files from the same run"
+    has_lora = f"{PREFIX}custom_text_proj.lora_A.weight" in expected
+    copies = {name_head_copy(key, has_lora): value.shape for key, value in files.head.items()}
+    if copies.keys() & files.weights.keys():  # older adapters have no copy of the head
+        expected = expected | copies
+    parts = []
+    if missing := sorted(expected.keys() - files.weights.keys()):
+        parts.append(f"lacks {shorten(missing)}")
+    if unexpected := sorted(files.weights.keys() - expected.keys()):
+        parts.append(f"has unexpected {shorten(unexpected)}")
+    if shape := _find_shape_fault(files.weights, expected):
+        parts.append(shape)
+    hint = "use both files of one run, with its base"
+    return f"does not match {CONFIG_FILE} on this base: {'; '.join(parts)}; {hint}" if parts else ""
+
+
+def _find_shape_fault(tensors: State, expected: dict[str, torch.Size]) -> str:
+    for name in sorted(tensors.keys() & expected.keys()):
+        if tensors[name].shape != expected[name]:
+            return f"{name} has the shape {tuple(tensors[name].shape)}; expected {tuple(expected[name])}"
+    return ""
+
+
+def _find_untrained(weights: State) -> str:
+    """Say which LoRA matrices are zero, "" if none is: training starts with B at zero and A at random."""
+    for kind, effect in (
+        ("lora_B", "as before the first step: nothing was learned there"),
+        ("lora_A", "so the adapter has no effect there"),
+    ):
+        matrices = {name: value for name, value in weights.items() if f".{kind}" in name}
+        if zero := [name for name, value in matrices.items() if not value.any()]:
+            some = f"{len(zero)} of {len(matrices)} {kind}, such as {zero[0]},"
+            which = f"every {kind}" if len(zero) == len(matrices) else some
+            return f"{which} is zero, {effect}; give an adapter that was trained"
+    return ""
+
+
+def _find_head_fault(files: AdapterFiles) -> str:
+    for key, value in files.head.items():
+        for name in (name_head_copy(key, True), name_head_copy(key, False)):
+            if name in files.weights and not torch.equal(files.weights[name].float(), value.float()):
+                return f"{key} differs from its copy in {WEIGHTS_FILE}: copy both files from one run"
+    if not files.head["custom_text_proj.weight"].any():
+        return "custom_text_proj.weight is all zero, so every page would get the same vectors; use another checkpoint"
+    return ""
+
+
+@contextmanager
+def _limit_cpu_time(seconds: float, message: str) -> Iterator[None]:
+    """Raise UserError after so many seconds of CPU time; not in threads, since only the main one handles signals."""
+
+    def stop(*_: Any) -> None:
+        raise UserError(message)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, handler)
+
+
+def describe_error(error: Exception) -> str:
+    """Return the type and the first line of a library's error."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+
+
+def shorten(names: list[str]) -> str:
+    """Return the first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"
