@@ -40,20 +40,20 @@ def copy(tmp_path: Path) -> Path:
     """A checkout without git: the command, the recipes, and params.yaml as the demo recipe."""
     root = tmp_path / "checkout"
     (root / "demo" / "base").mkdir(parents=True)
-    (root / "colintern" / "files").mkdir(parents=True)
+    for folder in ("modeling", "storage"):
+        (root / "colintern" / folder).mkdir(parents=True)
     for name in (
         "__init__",
-        "cli",
-        "files/__init__",
-        "files/paths",
-        "files/regular",
-        "memory",
+        "__main__",
+        "modeling/__init__",
+        "modeling/tiling",
         "params",
-        "rules",
-        "terminal",
-        "tiles",
+        "storage/__init__",
+        "storage/paths",
+        "storage/regular",
     ):
         shutil.copy(ROOT / "colintern" / f"{name}.py", root / "colintern" / f"{name}.py")
+    shutil.copytree(ROOT / "colintern" / "core", root / "colintern" / "core")
     shutil.copytree(ROOT / "colintern" / "commands", root / "colintern" / "commands")
     shutil.copytree(ROOT / "recipes", root / "recipes")
     shutil.copy(root / "recipes" / "demo.yaml", root / "params.yaml")
