@@ -449,7 +449,7 @@ def test_e3_an_adapter_that_cannot_be_right_is_refused_and_named(place, fault):
 LOAD = """
 import sys
 from colintern.evaluation.mteb_encoder import load
-from colintern.params import UserError
+from colintern.core.errors import UserError
 
 meta = load(sys.argv[1], base=sys.argv[2]).mteb_model_meta
 print(meta.name, meta.revision)

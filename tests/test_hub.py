@@ -33,7 +33,8 @@ BASE, TRAIN = RECIPE.base, RECIPE.train_data
 FETCH = """
 from pathlib import Path
 from colintern.storage.jsonfile import dumps
-from colintern.params import exit_on_user_error, load
+from colintern.core.errors import exit_on_user_error
+from colintern.params import load
 from colintern.data.sources import fetch
 with exit_on_user_error():
     manifest = fetch(load(), {}).manifest
@@ -42,7 +43,8 @@ with exit_on_user_error():
 """
 READ = """
 from colintern.storage.manifest import ready
-from colintern.params import exit_on_user_error, load
+from colintern.core.errors import exit_on_user_error
+from colintern.params import load
 from colintern.data.trainset import training_data
 with exit_on_user_error():
     params = load()

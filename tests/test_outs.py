@@ -19,7 +19,7 @@ STAGES = """stages:
     deps: [out, file]
 """
 PROGRAM = """from colintern.storage.outs import check_outs
-from colintern.params import exit_on_user_error
+from colintern.core.errors import exit_on_user_error
 with exit_on_user_error():
     check_outs()
     print("passed")

@@ -164,7 +164,7 @@ def test_too_many_workers_are_refused(monkeypatch):
 
 START_A_THREAD = """
 import re, resource, sys, threading
-from colintern.params import exit_on_user_error
+from colintern.core.errors import exit_on_user_error
 
 size = 1024 * int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1])
 resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[1]) * 1024**2,) * 2)
