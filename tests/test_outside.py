@@ -120,7 +120,7 @@ def test_skypilots_parser_takes_the_lines(cloud, line):
 def test_results_are_copied_and_a_bad_object_removed_by_awss_command(cloud, tmp_path):
     copy = documented("aws s3 cp --recursive s3://my-bucket-colintern/results/ .")
     remove = documented(
-        "aws s3 rm s3://my-bucket/colintern/storage/md5/ba/7790b1708b71cb2b61b1a30d824712"  # pragma: allowlist secret
+        "aws s3 rm s3://my-bucket/colintern/files/md5/ba/7790b1708b71cb2b61b1a30d824712"  # pragma: allowlist secret
     )
     bad, good = remove.rpartition("/")[2], "good"
     with s3(tmp_path) as store:

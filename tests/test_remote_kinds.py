@@ -83,4 +83,4 @@ def test_google(repo):
         repo.output(f"dvc remote modify --local store endpointurl {server.url}")
         # gcsfs asks over gRPC and TLS, which this server has not, whether the bucket is one of the fast kind.
         carried(repo._replace(env=repo.env | {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}))
-    assert len([name for name in server.objects if name.startswith("colintern/storage/md5/")]) == 2
+    assert len([name for name in server.objects if name.startswith("colintern/files/md5/")]) == 2
