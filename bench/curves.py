@@ -61,13 +61,13 @@ def record(setting: str, seed: int, params: Params, base: Path) -> dict[str, Any
     score on test pages."""
     from transformers import set_seed
 
-    from colintern.data.demo import corpus
     from colintern.encoding.page_features import Page, PageFeatures
     from colintern.modeling.lora import add_lora
     from colintern.modeling.modeling_colintern import ColIntern3_5
     from colintern.modeling.processing_colintern import ColIntern3_5Processor
     from colintern.training.pairs import Pair, Pairs
     from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
+    from demo.corpus import corpus
 
     params = dataclasses.replace(params, workers=0, save_steps=10**6, **changes(setting, seed))
 

@@ -27,7 +27,6 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Train
 from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
-from colintern.data.demo import corpus
 from colintern.encoding.page_features import Page, PageFeatures
 from colintern.modeling.lora import add_lora, count, faults, table
 from colintern.modeling.modeling_colintern import ColIntern3_5, attention_kernel, meta_model
@@ -35,6 +34,7 @@ from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.params import Params, load
 from colintern.training.pairs import Pair, Pairs
 from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
+from demo.corpus import corpus
 
 CONFIG, RECIPE, TOKENIZER = Path("tests/internvl3_5-1b.json"), Path("recipes/internvl3_5-1b.yaml"), "demo/base"
 STEPS, DEV_PAGES, MOST_GIB = 2, 4, 24

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from colintern.core.errors import exit_on_user_error
-from colintern.data.demo import GOODS, KINDS, DemoPage, corpus
 from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
 from colintern.params import load
 from colintern.reporting.heatmaps import hottest, layout, similarity_map, standing_out
 from colintern.reporting.words import query_words
 from colintern.storage.manifest import check_base
+from demo.corpus import GOODS, KINDS, DemoPage, corpus
 
 PAGES = 200
 BOUND = 0.90

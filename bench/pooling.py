@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from colintern.core.errors import exit_on_user_error
-from colintern.data.demo import corpus
 from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.encoding.pooling import pool
 from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
 from colintern.params import load
 from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k
 from colintern.storage.manifest import check_base
+from demo.corpus import corpus
 
 PAGES, FACTORS = 200, (2, 3, 4, 8)
 

@@ -1,24 +1,27 @@
 """Train, evaluate and compare ColIntern3.5 visual document retrievers.
 
-core/        errors, the project's folder, rules of values, text for a terminal, progress
-params       params.yaml as a checked object
-storage/     bytes on disk: what is fetched from a hub, hashed, listed, locked
+core/        errors, the project's folder, rules of values, the import graph, text for a terminal, progress
+params       params.yaml as a validated object
+storage/     bytes on disk: hub downloads, hashes, the manifest, locks
 scoring/     MaxSim scores and ranking metrics
 modeling/    the model, its processor, tiling, LoRA, attention, loading and saving
-encoding/    pages and queries as vectors: page features, their caches, pooling, the check of an adapter
-data/        from sources to checked rows
-monitoring/  a run observed: rules on its curve, throughput, progress, trackers
-training/    from rows to an adapter: batches, loss, the step, checkpoints
-evaluation/  from an adapter to numbers: the mteb encoder, tasks, per-query scores, comparisons
-search/      the pages of a folder, indexed once, ranked for a query
-planning/    before a run: what it will cost, what fits
-preflight/   before a run: what would go wrong
-reporting/   what people look at: a report with heatmaps, what was found, a model's card
-tuning/      a search over settings: its space, its study, its trials, what it found
+encoding/    pages and queries as vectors: page features, their caches, pooling
+data/        readers of training rows and evaluation sets
+ingest/      from a source (PDFs, JSON lines, parquet files, a hub) to validated rows and a manifest
+statistics/  the data described: counts, histograms, languages
+training/    from rows to an adapter: mini-batches, loss, the step, checkpoints, hard-negative mining
+evaluation/  from an adapter to scores: the mteb encoder, tasks, per-query results
+search/      an index over the pages of a folder, ranked for a query
+analysis/    finished evaluations: significance, comparison, baselines, bands
+monitoring/  callbacks of a training run: health rules, throughput, progress, trackers
+planning/    the cost of a run on a GPU, before it starts
+preflight/   checks of settings, machine and adapter, before a run starts
+reporting/   the report with heatmaps, plots, the model card
+tuning/      hyperparameter search: space, study, trials, pruning
 commands/    `colintern NAME`, a module each
-__main__     finds them
+__main__     the command line
 
-Each imports from those above it in this list and from its own; dvc.yaml says which stage reaches what.
+Each package imports from those above it in this list and from its own; dvc.yaml names what each stage depends on.
 
 `from colintern import ColIntern3_5, ColIntern3_5Processor` loads torch and transformers when it is used, not before.
 """

@@ -21,9 +21,9 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTr
 from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
-from colintern.data.demo import page_words, query_words
-from colintern.data.pages import LAYOUTS, Page
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from demo.corpus import page_words, query_words
+from demo.pages import LAYOUTS, Page
 
 TILE, PATCH, CELL = 112, 14, 28
 SPECIAL = {

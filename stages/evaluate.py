@@ -25,6 +25,7 @@ def main() -> None:
     check_outs()
     arrow_cache()
     ready(params, evaluation=True)
+    from colintern.analysis.verdicts import table
     from colintern.data.benchmarks import tasks_for  # only now: `datasets` reads the environment when it is imported
     from colintern.evaluation.scores import (
         BENCHMARK_COLUMNS,
@@ -36,7 +37,6 @@ def main() -> None:
     )
     from colintern.evaluation.subjects import subjects
     from colintern.evaluation.tasks import evaluate
-    from colintern.evaluation.verdicts import table
 
     tasks_for(params)  # a misspelt name is refused before anything else is looked at
     out = Path("results/mteb_evaluation")

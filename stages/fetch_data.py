@@ -13,13 +13,15 @@ from pathlib import Path
 
 from colintern.core.errors import exit_on_user_error
 from colintern.data import index
-from colintern.data.checks import check, check_benchmarks, quarantine
-from colintern.data.collected import MAX_QUERY_CHARACTERS
-from colintern.data.sources import fetch, parts, tokenizer
-from colintern.data.survey import look, survey, usable
+from colintern.ingest.checks import check, check_benchmarks, quarantine
+from colintern.ingest.collected import MAX_QUERY_CHARACTERS
+from colintern.ingest.scan import look, usable
+from colintern.ingest.sources import GeneratedSets, fetch, parts, tokenizer
 from colintern.params import load
+from colintern.statistics.survey import survey
 from colintern.storage.jsonfile import dumps
 from colintern.storage.manifest import MANIFEST, QUARANTINE, SURVEY, arrow_cache, local
+from demo.dataset import write_evaluation_set, write_training_set
 
 
 @exit_on_user_error()
@@ -31,7 +33,7 @@ def main() -> None:
         from colintern.data.benchmarks import hub_data  # only now: it imports mteb, which takes seconds
 
         tasks = hub_data(params)
-    manifest, own = fetch(params, tasks)
+    manifest, own = fetch(params, tasks, GeneratedSets(write_training_set, write_evaluation_set))
     check_benchmarks(params.benchmarks, manifest["evaluation"])
     Path("data").mkdir(exist_ok=True)
     seen = look(parts(params, manifest))

@@ -10,10 +10,10 @@ custom_text_proj, or a vision module that is hit.
 from pathlib import Path
 
 from colintern.core.errors import UserError, exit_on_user_error
-from colintern.data.inventory import COLUMNS, inventory, survey_rows
 from colintern.modeling.lora import examine, faults, table
 from colintern.modeling.modeling_colintern import meta_model
 from colintern.params import load
+from colintern.statistics.inventory import COLUMNS, inventory, survey_rows
 from colintern.storage.csvfile import write_csv
 from colintern.storage.jsonfile import dumps
 from colintern.storage.manifest import ready

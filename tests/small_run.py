@@ -48,7 +48,7 @@ def fetched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     with contextlib.chdir(folder):
         shutil.copytree(ROOT / "demo", "demo")
-        for name in ("colintern", "stages", "dvc.yaml", "requirements.txt", "Dockerfile"):
+        for name in ("colintern", "stages", "dvc.yaml", "versions.yaml"):
             Path(name).symlink_to(ROOT / name)
         write_rows("train", [row(number) for number in range(40)], SET)
         write_rows("test", [row(number) for number in range(40, 45)], SET)

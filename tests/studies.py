@@ -6,10 +6,10 @@ from pathlib import Path
 import optuna
 from processes import kill
 
-from colintern.training import study as told
-from colintern.training.study import pruner
+from colintern.tuning import trial_context as told
 from colintern.tuning.space import BYTES, Search
 from colintern.tuning.store import Store
+from colintern.tuning.trial_context import pruner
 from colintern.tuning.trials import FULL, Taken, take
 
 SETTINGS = {

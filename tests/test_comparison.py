@@ -12,12 +12,12 @@ import pytest
 from conftest import ROOT
 
 from colintern.__main__ import main
+from colintern.analysis.comparison import RESAMPLES, Row, compare, holm
+from colintern.analysis.differences import difference, markdown, text
+from colintern.analysis.outcomes import outcome
 from colintern.core.errors import UserError
-from colintern.data.page_labels import count_columns, label_page
+from colintern.core.page_labels import count_columns, label_page
 from colintern.evaluation import queries
-from colintern.evaluation.comparison import RESAMPLES, Row, compare, holm
-from colintern.evaluation.differences import difference, markdown, text
-from colintern.evaluation.outcomes import outcome
 from colintern.evaluation.scores import METRICS
 
 GAINS = [1 / math.log2(rank + 1) if rank <= 5 else 0.0 for rank in range(1, 31)]

@@ -9,8 +9,8 @@ from conftest import ROOT
 from PIL import ImageFont
 from safetensors.torch import load_file
 
-from colintern.data.demo import GOODS, KINDS, corpus, split_of
-from colintern.data.pages import FONTS, font
+from demo.corpus import GOODS, KINDS, corpus, split_of
+from demo.pages import FONTS, font
 
 SPLITS = {"train": (400, 2), "dev": (40, 1), "test": (80, 1)}
 

@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn.functional import normalize
 from transformers import BatchFeature
 
+from colintern.analysis.verdicts import band, table, target
 from colintern.core.errors import UserError
 from colintern.data.benchmarks import tasks_for
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
@@ -49,7 +50,6 @@ from colintern.evaluation.scores import (
     task_rows,
 )
 from colintern.evaluation.subjects import Subject, subjects
-from colintern.evaluation.verdicts import band, table, target
 from colintern.params import Params, load
 from colintern.reporting.pictures import picture
 from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k

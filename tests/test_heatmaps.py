@@ -94,8 +94,8 @@ def test_a_page_that_is_too_short_is_refused():
 def test_after_training_the_hottest_cell_lies_on_the_answer(processor):
     """The adapter of `make repro`, where there is one: 9 of 10 demo pages; `python -m bench.heatmap` has all 200."""
     from bench.heatmap import BOUND, measure
-    from colintern.data.demo import corpus
     from colintern.modeling.modeling_colintern import ColIntern3_5
+    from demo.corpus import corpus
 
     adapter = ROOT / "experiments" / "colintern"
     config = adapter / "adapter_config.json"

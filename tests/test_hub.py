@@ -35,9 +35,10 @@ from pathlib import Path
 from colintern.storage.jsonfile import dumps
 from colintern.core.errors import exit_on_user_error
 from colintern.params import load
-from colintern.data.sources import fetch
+from colintern.ingest.sources import GeneratedSets, fetch
+from demo.dataset import write_evaluation_set, write_training_set
 with exit_on_user_error():
-    manifest = fetch(load(), {}).manifest
+    manifest = fetch(load(), {}, GeneratedSets(write_training_set, write_evaluation_set)).manifest
     Path("data").mkdir(exist_ok=True)
     Path("data/manifest.json").write_text(dumps(manifest))
 """

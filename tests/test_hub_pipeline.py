@@ -17,10 +17,10 @@ from hub import running, sha256
 from pages import documented
 from test_dvc_commands import IDENTITY, STAGES, Repo, bare_environment, copy_working_tree, ran, set_up, skipped
 
-from colintern.data.demo import corpus
 from colintern.data.formats import TrainingRow, write_training_split
 from colintern.data.images import png_bytes
 from colintern.params import load
+from demo.corpus import corpus
 
 RECIPE = ROOT / "recipes" / "internvl3_5-1b.yaml"
 SIZES = {

@@ -26,13 +26,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from colintern.core.errors import UserError
 from colintern.modeling.attention import implementation
+from colintern.modeling.kernels import fitting
 from colintern.params import load
 from colintern.preflight.doctor import FAIL, PASS, WARN, Facts, attention
 from colintern.preflight.machine import machine
 from colintern.storage.hub import folder as folder_at
 from colintern.storage.hub_errors import Repo
 from colintern.storage.identity import fingerprint, stage_identity
-from colintern.storage.kernels import fitting
 from colintern.storage.manifest import Files, source_files
 
 NAME, REVISION = "kernels-test/sdpa", "b" * 40
@@ -321,7 +321,7 @@ def test_one_build_for_each_kind_of_processor_is_chosen(monkeypatch):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr("colintern.storage.kernels.find_spec", lambda name: None)
+    monkeypatch.setattr("colintern.modeling.kernels.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package kernels, which is in requirements"):
         fitting(REPO, built("torch-universal"))
 

@@ -1,5 +1,5 @@
-from colintern.data import language
-from colintern.data.language import languages
+from colintern.statistics import language
+from colintern.statistics.language import languages
 
 QUESTIONS = {
     "en": "What does the table say about the revenue of {}?",

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from colintern.core.errors import UserError
 from colintern.encoding.embed import embed_pages, embed_queries
+from colintern.modeling.adapter_files import HEAD_FILE
 from colintern.modeling.lora import add_lora, count, faults
 from colintern.modeling.modeling_colintern import ColIntern3_5, attention_kernel, meta_model
-from colintern.storage.adapter import HEAD_FILE
 
 TARGETS = [
     *(rf"language_model\.layers\.\d+\.self_attn\.{m}_proj" for m in "qkvo"),
@@ -216,7 +216,7 @@ def test_a_configuration_with_an_odd_value_is_refused(adapter, key):
     ],
 )
 def test_a_pattern_that_would_be_matched_for_ever_is_refused(adapter, option, monkeypatch):
-    monkeypatch.setattr("colintern.storage.adapter.MAX_CPU_SECONDS", 0.6)
+    monkeypatch.setattr("colintern.modeling.adapter_files.MAX_CPU_SECONDS", 0.6)
     file = adapter[0] / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | option))
     with pytest.raises(UserError, match=r"adapter_config\.json: PEFT needs more than 0\.6 s to match its patterns"):

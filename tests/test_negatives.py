@@ -19,8 +19,8 @@ from test_training import TARGETS
 from colintern.core.errors import UserError
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import png_bytes
-from colintern.data.survey import held_out
 from colintern.encoding.page_features import Page
+from colintern.ingest.scan import held_out
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor

@@ -21,14 +21,15 @@ from pdf_writer import stream, write_odd_page, write_pdf
 from PIL import Image
 
 from colintern.core.errors import UserError
-from colintern.data import formats, jsonl, pdfs, pseudo
-from colintern.data.checks import check_share, quarantine
-from colintern.data.collected import MAX_QUERY_CHARACTERS, Collected, Shelf
+from colintern.data import formats
 from colintern.data.images import png_bytes
-from colintern.data.own import MADE, make
-from colintern.data.rendering import PageRef, group_pages, render_and_store_pages
-from colintern.data.sources import _kind
 from colintern.data.trainset import asked, training_data
+from colintern.ingest import jsonl, pdfs, pseudo
+from colintern.ingest.checks import check_share, quarantine
+from colintern.ingest.collected import MAX_QUERY_CHARACTERS, Collected, Shelf
+from colintern.ingest.own import MADE, make
+from colintern.ingest.rendering import PageRef, group_pages, render_and_store_pages
+from colintern.ingest.sources import _kind
 from colintern.params import load
 from colintern.storage.isolation import Failure, IsolatedPool
 from colintern.storage.lock import mark_in_use

@@ -8,11 +8,11 @@ import pytest
 from pdf_writer import inflating, stream, write_objects, write_odd_page, write_pdf
 from test_own import DOCS, bad_rows, handbook
 
-from colintern.data import pdfs
-from colintern.data.checks import check_share, quarantine
-from colintern.data.collected import Collected, Shelf
-from colintern.data.own import make
-from colintern.data.rendering import LIMITS, MAX_TEXT
+from colintern.ingest import pdfs
+from colintern.ingest.checks import check_share, quarantine
+from colintern.ingest.collected import Collected, Shelf
+from colintern.ingest.own import make
+from colintern.ingest.rendering import LIMITS, MAX_TEXT
 from colintern.search import sources as searched
 from colintern.storage import isolation
 from colintern.storage.isolation import CallLimits

@@ -17,7 +17,6 @@ from processes import FORKS
 from test_adapters import trained
 
 from colintern.core.errors import UserError
-from colintern.data.demo import corpus
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import png_bytes
 from colintern.encoding.embed import embed_queries
@@ -37,6 +36,7 @@ from colintern.reporting.words import query_words
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.storage.jsonfile import dumps
 from colintern.storage.manifest import BEIR_SUFFIXES, local_files, source_files
+from demo.corpus import corpus
 
 SET = "data/own/pages"
 HOSTILE = '<script>alert(1)</script> & "Oslo" <img src=http://example.org/x onerror=alert(1)>'
@@ -82,7 +82,7 @@ def evaluated(tmp_path_factory, processor, pages) -> Path:
     """A repository with an adapter of two steps, evaluated on 60 pages."""
     top = trained(tmp_path_factory.mktemp("report"), processor, pages, epochs=2, warmup_steps=0)
     with contextlib.chdir(top):
-        for name in ("colintern", "stages", "dvc.yaml", "requirements.txt", "Dockerfile"):
+        for name in ("colintern", "stages", "dvc.yaml", "versions.yaml"):
             Path(name).symlink_to(ROOT / name)
         text = (ROOT / "recipes" / "demo.yaml").read_text().replace("- demo\n", f"- {SET}\n")
         Path("params.yaml").write_text(text)

@@ -15,7 +15,7 @@ from test_adapters import trained
 from test_report import fork, run
 
 from colintern.core.errors import UserError
-from colintern.data.page_labels import count_columns
+from colintern.core.page_labels import count_columns
 from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.search.index import Index, identity
@@ -28,7 +28,7 @@ WORDS = ("Oslo", "Rome", "Halde", "milk", "Calyx")
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory, processor, pages):
     top = trained(tmp_path_factory.mktemp("search"), processor, pages, epochs=1, warmup_steps=0)
-    for name in ("colintern", "stages", "dvc.yaml", "requirements.txt", "Dockerfile"):
+    for name in ("colintern", "stages", "dvc.yaml", "versions.yaml"):
         (top / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "recipes" / "demo.yaml", top / "params.yaml")
     return top

@@ -18,13 +18,14 @@ from processes import program
 
 from colintern.core.errors import UserError
 from colintern.data.benchmarks import _folder_task
-from colintern.data.checks import check_benchmarks, check_judgements
-from colintern.data.collected import MAX_QUERY_CHARACTERS
 from colintern.data.formats import TABLES, CorpusPage, Qrel, Query, check_beir, write_beir
 from colintern.data.images import png_bytes
-from colintern.data.splits import by_name
-from colintern.data.survey import Part, look, survey
+from colintern.ingest.checks import check_benchmarks, check_judgements
+from colintern.ingest.collected import MAX_QUERY_CHARACTERS
+from colintern.ingest.scan import Part, look
+from colintern.ingest.splits import by_name
 from colintern.params import load
+from colintern.statistics.survey import survey
 from colintern.storage.manifest import local_file, local_files
 
 SET, BEIR = "data/own/set", "data/own/beir"
@@ -442,7 +443,7 @@ def test_a_long_query_is_cut_and_counted():
 def test_a_file_is_opened_and_a_page_hashed_as_often_however_many_rows_there_are(monkeypatch):
     from test_own import Counted
 
-    from colintern.data import survey as module
+    from colintern.ingest import survey as module
 
     path = Path(SET, "train-00000-of-00001.parquet")
     write_rows("train", [row(0) | {"query": f"question {number}"} for number in range(800)])  # 50 row groups
@@ -487,8 +488,8 @@ def test_a_folder_of_two_kinds_is_refused():
 
 
 def test_the_data_in_numbers():
-    from colintern.data.inventory import inventory, summarize_survey
     from colintern.params import load
+    from colintern.statistics.inventory import inventory, summarize_survey
 
     write_rows("train", [*map(row, range(40)), row(3), row(3) | {"query": "again"}, row(4) | {"query": ""}])
     write_params(max_bad_fraction=0.05)
@@ -508,7 +509,7 @@ def test_the_data_in_numbers():
 
 
 def test_the_languages_of_the_queries_are_counted_over_distinct_queries_and_shown_as_a_guess():
-    from colintern.data.inventory import inventory, summarize_survey, table
+    from colintern.statistics.inventory import inventory, summarize_survey, table
 
     french, german = "Quels sont les principaux risques du projet ?", "Wer hat den Vertrag unterschrieben?"
     spoken = [row(n) | {"query": query} for n, query in enumerate((french, french, german, "4711", "question 1"))]
@@ -520,8 +521,8 @@ def test_the_languages_of_the_queries_are_counted_over_distinct_queries_and_show
 
 
 def test_the_table_says_the_same():
-    from colintern.data.inventory import inventory, table
     from colintern.params import load
+    from colintern.statistics.inventory import inventory, table
 
     write_rows("train", [row(4) | {"query": ""}, *map(row, range(40))])
     write_params(max_bad_fraction=0.05)
@@ -532,7 +533,7 @@ def test_the_table_says_the_same():
 
 
 def test_values_stand_in_their_order_which_is_not_that_of_json_keys():
-    from colintern.data.inventory import MEASURES, table
+    from colintern.statistics.inventory import MEASURES, table
 
     facts = dict.fromkeys(("rows", "pages", "queries", "duplicates", "quarantined", "bytes"), 3)
     facts |= {"languages, guessed": {}, **{key: {"10": 2, "9": 1} for key in MEASURES}}

@@ -31,8 +31,8 @@ from colintern.commands import tune
 from colintern.commands.tune import _check as check_study
 from colintern.core.errors import UserError
 from colintern.params import load, write
-from colintern.training import study as told
 from colintern.tuning import experiments, outcome
+from colintern.tuning import trial_context as told
 from colintern.tuning.space import Search, read
 from colintern.tuning.store import Store
 from colintern.tuning.studies import warm_start

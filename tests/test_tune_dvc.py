@@ -19,7 +19,7 @@ from test_dvc_commands import Repo, bare_environment, copy_working_tree, cut_dow
 
 from colintern import __main__ as cli
 from colintern.params import load
-from colintern.training.study import STARTED
+from colintern.tuning.trial_context import STARTED
 from colintern.tuning.trials import SLOT
 
 SPACE = """seed: 0

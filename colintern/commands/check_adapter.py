@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> None:
     if args.base and not (root() / args.base).is_dir():
         raise UserError(f"--base: {args.base} is no folder here; give the one the adapter was trained on")
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
-    from colintern.encoding.adapter_check import base_folder, check, read_adapter, table
     from colintern.modeling.weights import statistics
+    from colintern.preflight.adapter_check import base_folder, check, read_adapter, table
     from colintern.storage.hub import stay_offline
 
     adapter = read_adapter(args.folder)

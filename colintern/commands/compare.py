@@ -22,12 +22,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import json
 
-    from colintern.evaluation.outcomes import outcome
+    from colintern.analysis.outcomes import outcome
 
     if len({args.a, *args.others}) <= len(args.others):
         raise UserError(f"{args.a} {' '.join(args.others)}: an evaluation is named twice; give each once")
     first, *others = [outcome(name) for name in (args.a, *args.others)]
-    from colintern.evaluation.differences import as_json, difference, markdown, text  # mteb, which takes seconds
+    from colintern.analysis.differences import as_json, difference, markdown, text  # mteb, which takes seconds
 
     found = [difference(first, other, args.metric) for other in others]
     if args.json:

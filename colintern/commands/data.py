@@ -13,8 +13,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from colintern.data.inventory import inventory, table
     from colintern.data.trainset import made_for
+    from colintern.statistics.inventory import inventory, table
     from colintern.storage.manifest import QUARANTINE, benchmark_folder, local, read
 
     params = load()

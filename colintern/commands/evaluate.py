@@ -56,12 +56,12 @@ def run(args: argparse.Namespace) -> None:
             )
     arrow_cache()
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
+    from colintern.analysis import sizes
+    from colintern.analysis.verdicts import table
     from colintern.data.benchmarks import from_cache, tasks_for  # `datasets` reads the environment when it is imported
-    from colintern.evaluation import sizes
     from colintern.evaluation.scores import report
     from colintern.evaluation.subjects import subjects
     from colintern.evaluation.tasks import evaluate
-    from colintern.evaluation.verdicts import table
     from colintern.storage.hub import stay_offline
     from colintern.storage.jsonfile import dumps
 
@@ -126,7 +126,7 @@ def _settings(args: argparse.Namespace) -> list[Params]:
 
 def _peers(settings: list[Params], name: str) -> list[dict[str, Any]]:
     """The model as mteb knows it, once for each setting; [] if it is a folder here, or mteb does not know it."""
-    from colintern.evaluation.peers import peer
+    from colintern.analysis.peers import peer
 
     found = [] if Path(name).is_dir() else [peer(params, name) for params in settings]
     return [{"trained": one} for one in found if one is not None]
@@ -134,7 +134,7 @@ def _peers(settings: list[Params], name: str) -> list[dict[str, Any]]:
 
 def _from_hub(name: str) -> Path:
     """The folder in the hub's cache, fetched first where it must be."""
-    from colintern.evaluation.peers import nearest
+    from colintern.analysis.peers import nearest
     from colintern.storage import hub
     from colintern.storage.hub_errors import Repo
     from colintern.storage.manifest import BASE_SUFFIXES, hub_files

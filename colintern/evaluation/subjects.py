@@ -1,7 +1,6 @@
 """What can be evaluated: a trained adapter, its base before training, a merged model; none loaded before it must be."""
 
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from colintern.core.project import root
 from colintern.encoding.page_features import FEATURES, PageFeatures
 from colintern.encoding.tensor_cache import TensorCache
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
+from colintern.modeling.adapter_files import is_adapter
 from colintern.modeling.loading import (
     load_adapter,
     load_merged,
@@ -22,8 +22,7 @@ from colintern.modeling.loading import (
     require_merged,
 )
 from colintern.params import Params
-from colintern.storage.adapter import is_adapter
-from colintern.storage.identity import content_hash, fingerprint, read_identity, stage_code, versions
+from colintern.storage.identity import content_hash, fingerprint, get_stage_versions, read_identity, stage_code
 from colintern.storage.manifest import MANIFEST, check_base, kernel_entry, read
 
 NAME = "colintern/colintern3_5"
@@ -118,6 +117,6 @@ def surroundings() -> dict[str, Any]:
     """What decides scores beside the model and its settings: code, libraries, device."""
     return {
         "code": stage_code("eval"),
-        "versions": versions() | {"mteb": version("mteb")},
+        "versions": get_stage_versions("eval"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }

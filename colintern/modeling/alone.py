@@ -9,16 +9,16 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
 from colintern.core.errors import UserError
-from colintern.modeling.loading import load_model, require_adapter, require_finite, require_merged
-from colintern.modeling.modeling_colintern import attention_kernel
-from colintern.params import at_commit
-from colintern.storage.adapter import (
+from colintern.modeling.adapter_files import (
     WEIGHTS_FILE,
     is_adapter,
     read_adapter_config,
     read_adapter_files,
     validate_adapter,
 )
+from colintern.modeling.loading import load_model, require_adapter, require_finite, require_merged
+from colintern.modeling.modeling_colintern import attention_kernel
+from colintern.params import at_commit
 from colintern.storage.hub_errors import brief
 from colintern.storage.identity import content_hash, read_identity
 

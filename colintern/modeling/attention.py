@@ -20,8 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from colintern.core.errors import UserError
+from colintern.modeling.kernels import build_here, imported, unfit
 from colintern.modeling.modeling_colintern import attention_kernel
-from colintern.storage.kernels import build_here, imported, unfit
 from colintern.storage.manifest import Files, checked_folder, digests, folder_of, kernel_entry
 
 KEY = "attention"

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from colintern.core.errors import UserError
+from colintern.modeling.adapter_files import CONFIG_FILE, WEIGHTS_FILE, describe_error, read_adapter_config
 from colintern.modeling.attention import implementation
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.params import Params
-from colintern.storage.adapter import CONFIG_FILE, WEIGHTS_FILE, describe_error, read_adapter_config
 from colintern.storage.jsonfile import read_json_object
 from colintern.storage.paths import suggest_adapter_source
 from colintern.storage.regular import require_regular_file

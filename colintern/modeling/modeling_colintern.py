@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
 from colintern.modeling import causal
-from colintern.storage.adapter import (
+from colintern.modeling.adapter_files import (
     HEAD_FILE,
     HEAD_KEYS,
     WEIGHTS_FILE,
@@ -245,7 +245,7 @@ def read_checked_adapter(folder: Path, base: str | InternVLConfig | None = None)
         base: config, folder or hub id of its base, none of whose weights are read; None: where the adapter says.
 
     Raises:
-        UserError: a file is damaged, or the first of `colintern.storage.adapter.find_faults`.
+        UserError: a file is damaged, or the first of `colintern.modeling.adapter_files.find_faults`.
     """
     files = read_adapter_files(folder)
     validate_adapter(files, meta_model(base or str(files.config.base_model_name_or_path), files.config.revision))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from colintern.storage.adapter import HEAD_KEYS, State
+from colintern.modeling.adapter_files import HEAD_KEYS, State
 
 
 def statistics(adapter: State, head: State) -> dict[str, dict[str, Any]]:

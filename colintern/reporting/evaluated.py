@@ -9,11 +9,11 @@ import mteb
 import pyarrow.parquet as pq
 from mteb.abstasks.abstask import AbsTask
 
+from colintern.analysis.comparison import Row, compare
+from colintern.analysis.verdicts import PUBLISHED, TARGETS
 from colintern.core.errors import UserError
 from colintern.data.benchmarks import tasks_for
-from colintern.evaluation.comparison import Row, compare
 from colintern.evaluation.scores import Scores, collect, short
-from colintern.evaluation.verdicts import PUBLISHED, TARGETS
 from colintern.params import Params
 from colintern.reporting.plots import Bar
 

@@ -9,11 +9,11 @@ from huggingface_hub.errors import HTTPError
 
 from colintern.core.errors import UserError
 from colintern.core.terminal import print_phase
-from colintern.encoding.adapter_check import base_folder, check, read_adapter
 from colintern.evaluation.subjects import subjects
 from colintern.modeling.loading import load_processor
 from colintern.modeling.modeling_colintern import ColIntern3_5, quiet
 from colintern.params import Params
+from colintern.preflight.adapter_check import base_folder, check, read_adapter
 from colintern.reporting.card import card
 from colintern.reporting.evaluated import FULL, Evaluation, as_evaluated, evaluation, find
 from colintern.storage.hub_errors import brief

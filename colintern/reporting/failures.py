@@ -6,9 +6,9 @@ from typing import Any
 from datasets import Dataset
 from mteb.abstasks.abstask import AbsTask
 
+from colintern.core.page_labels import label_page
 from colintern.core.progress import ProgressBar
 from colintern.data.benchmarks import from_cache
-from colintern.data.page_labels import label_page
 from colintern.encoding.embed import embed_queries
 from colintern.encoding.pooling import cut
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder

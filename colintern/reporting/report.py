@@ -7,15 +7,15 @@ from typing import Any
 
 from markupsafe import Markup
 
-from colintern.data.inventory import inventory, summarize_survey
+from colintern.analysis.verdicts import COLUMNS, PUBLISHED, band, columns, target
 from colintern.evaluation.scores import METRICS, short
 from colintern.evaluation.subjects import Subject
-from colintern.evaluation.verdicts import COLUMNS, PUBLISHED, band, columns, target
 from colintern.monitoring.health import HEALTH, RULES
 from colintern.reporting import plots
 from colintern.reporting.cases import Case
 from colintern.reporting.evaluated import FULL, Evaluation, bars, intervals, margin, ranks, size
 from colintern.reporting.html import render
+from colintern.statistics.inventory import inventory, summarize_survey
 from colintern.storage.identity import content_hash, read_identity, versions
 from colintern.storage.manifest import MANIFEST, SURVEY
 

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from colintern.core.errors import UserError
 from colintern.core.progress import ProgressBar
-from colintern.data.collected import Bad
 from colintern.encoding.embed import embed_pages
 from colintern.encoding.page_features import Page
 from colintern.encoding.tensor_cache import TensorCache
+from colintern.ingest.collected import Bad
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.search.sources import Source, images
-from colintern.storage.identity import content_hash, fingerprint
+from colintern.storage.identity import code_hashes, fingerprint
 from colintern.storage.jsonfile import dumps
 from colintern.storage.lock import locked
 from colintern.storage.regular import MISSING, irregular_type
@@ -34,17 +34,7 @@ LIMIT = 10**15  # bytes: as much as the disk has, less what the cache leaves fre
 FLUSH = 64  # pages after which what is done is on the disk
 BLOCK = 256  # pages scored at once, so that memory does not grow with the index
 STORED = torch.float16  # of unit vectors: at most 0.0003 off an element, for half the room
-CODE = (
-    "data/images.py",
-    "data/rendering.py",
-    "encoding/embed.py",
-    "modeling/causal.py",
-    "modeling/images.py",
-    "modeling/modeling_colintern.py",
-    "modeling/processing_colintern.py",
-    "modeling/tiling.py",
-    "search/index.py",
-)
+CODE = ("colintern.search.index", "colintern.modeling.loading")  # what decides an embedding
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow", "peft")
 
 
@@ -59,7 +49,7 @@ def identity(weights: str, base: Any, model: Any, processor: Any) -> dict[str, A
         "max_visual_tokens": processor.max_visual_tokens,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "versions": {name: version(name) for name in LIBRARIES},
-        "code": [content_hash(Path(__file__).parents[1] / name) for name in CODE],
+        "code": code_hashes(*CODE, without={"scoring"}),
     }
 
 

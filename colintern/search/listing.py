@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
+from colintern.core.page_labels import fit_columns
 from colintern.core.terminal import TERMINAL_COLUMNS
-from colintern.data.page_labels import fit_columns
 
 NAME = 65  # columns of a page's name
 LINK_INDENT = 6

@@ -10,10 +10,10 @@ from typing import NamedTuple
 from PIL import Image
 
 from colintern.core.errors import UserError
-from colintern.data.collected import Bad
+from colintern.core.page_labels import get_file_url
 from colintern.data.images import BadImage, decode
-from colintern.data.page_labels import get_file_url
-from colintern.data.rendering import DPI, LIMITS, PageRef, count_pages, group_pages, render_pages
+from colintern.ingest.collected import Bad
+from colintern.ingest.rendering import DPI, LIMITS, PageRef, count_pages, group_pages, render_pages
 from colintern.storage.identity import content_hash
 from colintern.storage.isolation import Failure, IsolatedPool
 from colintern.storage.regular import LINKED_FOLDER, MISSING, irregular_type, list_files

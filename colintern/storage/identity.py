@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import reprlib
+from collections.abc import Set
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from colintern.core.errors import UserError
+from colintern.core.imports import OBSERVERS, TOP, list_reached_modules
 from colintern.params import Params
 from colintern.storage.jsonfile import read_json_object
 
@@ -30,29 +32,52 @@ PARTS: dict[str, Any] = {
     "base": {"folder": str, "revision": str, "files": {"*": {"sha256": str}}},
     "start": {"*": {"tensors": int, "std": NUMBER, "sha256": str}},
 }
-BESIDE = ("tracker",)  # params that watch a run and leave its bytes alone: a run may go on under another value of them
+NON_IDENTITY_PARAMS = ("tracker",)  # they observe a run; it may resume under another value of them
+VERSIONS_FILE = "versions.yaml"
 LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "accelerate", "datasets", "pillow", "numpy")
 
 
 def stage_identity(stage: str, params: Params) -> dict[str, Any]:
-    """The identity of a dvc.yaml stage: {"params": its values, "deps": {path: sha256}, "versions": {...}}."""
-    declared = YAML(typ="safe", pure=True).load(Path("dvc.yaml"))["stages"][stage]
+    """Return the identity of a dvc.yaml stage: {"params": its values, "deps": {path: sha256}, "versions": {...}}."""
+    declared = _read_stage(stage)
+    keys = [key for key in declared["params"] if isinstance(key, str)]
     return {
-        "params": {key: getattr(params, key) for key in declared["params"] if key not in BESIDE},
+        "params": {key: getattr(params, key) for key in keys if key not in NON_IDENTITY_PARAMS},
         "deps": {dep: content_hash(Path(dep)) for dep in declared["deps"]},
-        "versions": versions(),
+        "versions": get_stage_versions(stage),
     }
 
 
 def stage_code(stage: str) -> dict[str, str]:
-    """{path: sha256} of the modules that a stage of dvc.yaml reaches."""
-    declared = YAML(typ="safe", pure=True).load(Path("dvc.yaml"))["stages"][stage]
-    return {dep: content_hash(Path(dep)) for dep in declared["deps"] if dep.endswith(".py")}
+    """Return {path: sha256} of the folders and the script that decide the result of a dvc.yaml stage."""
+    deps = [dep for dep in _read_stage(stage)["deps"] if dep.startswith(("colintern/", "stages/"))]
+    return {dep: content_hash(Path(dep)) for dep in deps}
 
 
-def versions() -> dict[str, str]:
-    """Python's and those of the libraries that decide results."""
-    return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+def get_stage_versions(stage: str) -> dict[str, str]:
+    """Return the installed versions of Python and of the libraries that a dvc.yaml stage depends on."""
+    groups = [entry for entry in _read_stage(stage)["params"] if isinstance(entry, dict)]
+    return versions(*(name for group in groups for name in group.get(VERSIONS_FILE) or ()))
+
+
+def _read_stage(stage: str) -> dict[str, Any]:
+    return YAML(typ="safe", pure=True).load(Path("dvc.yaml"))["stages"][stage]
+
+
+def versions(*libraries: str) -> dict[str, str]:
+    """Return the installed versions of Python and of `libraries`, by default of those that decide results."""
+    return {"python": platform.python_version()} | {name: version(name) for name in libraries or LIBRARIES}
+
+
+def code_hashes(*modules: str, without: Set[str] = frozenset()) -> dict[str, str]:
+    """Return {path: sha256} of `modules` and of the modules of this repository that they reach by imports.
+
+    Args:
+        modules: dotted names.
+        without: parts of colintern/ that are left out beside the observers.
+    """
+    files = list_reached_modules(*modules, without=OBSERVERS | without)
+    return {file.relative_to(TOP).as_posix(): content_hash(file) for file in files}
 
 
 def content_hash(path: Path) -> str:

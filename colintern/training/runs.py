@@ -45,8 +45,8 @@ from colintern.training.checkpoints import SAVING, Interrupted, Signals, check_r
 from colintern.training.determinism import set_deterministic
 from colintern.training.pairs import Pairs, rows
 from colintern.training.processes import ALONE, Processes
-from colintern.training.reporter import Pruned, reporter
 from colintern.training.trainer import ContrastiveTrainer, DevSet, NonFiniteError, arguments
+from colintern.tuning.pruning import Pruned, reporter
 
 CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
 EVALUATIONS = 4  # of the dev set in a run, at least

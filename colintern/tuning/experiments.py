@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from colintern.core.project import root
 from colintern.params import override
 from colintern.storage.lock import open_lock
-from colintern.training.study import OWNER, STARTED, STORAGE, STUDY, TRIAL
 from colintern.tuning.store import Store
+from colintern.tuning.trial_context import OWNER, STARTED, STORAGE, STUDY, TRIAL
 
 DVC = (sys.executable, "-m", "dvc")
 STOP_SECONDS = 20  # for a checkpoint; a preempted machine has 30 in all

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.storage.lock import locked
-from colintern.training.study import storage
+from colintern.tuning.trial_context import storage
 
 FOLDER = Path("studies")
 DRIVERS = {"sqlite": "pysqlite", "postgresql": "psycopg"}  # that come with the environment

@@ -12,10 +12,10 @@ from ruamel.yaml.error import YAMLError
 from colintern.core.errors import UserError
 from colintern.params import Params, load
 from colintern.storage.identity import fingerprint, stage_identity
-from colintern.training.study import SETTINGS, pruner
 from colintern.tuning.experiments import experiments, git
 from colintern.tuning.space import BYTES, SCORED, STILL, Search
 from colintern.tuning.store import Store
+from colintern.tuning.trial_context import SETTINGS, pruner
 from colintern.tuning.trials import EXPERIMENT, FULL, SCORE
 
 DATA = ("data/",)

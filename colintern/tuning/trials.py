@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from colintern.evaluation.scores import BYTES as NUMBER
-from colintern.training.study import MEASURED, SETTINGS, SIZE, STARTED, STOPPED
 from colintern.tuning.experiments import Taken, children, dvc, experiment, experiments, git, wait
 from colintern.tuning.space import BYTES, Search
 from colintern.tuning.store import Store
+from colintern.tuning.trial_context import MEASURED, SETTINGS, SIZE, STARTED, STOPPED
 
 SLOT, CAUSE, EXPERIMENT, COMPUTED, CPU = "slot", "cause", "experiment", "pages computed", "CPU seconds"
 FULL = "size"  # of a study: {pool_factor, dim} of params.yaml

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from colintern.core.errors import UserError
-from colintern.data.collected import Shelf, Stored
-from colintern.data.rendering import Outline, RenderedPage
-from colintern.storage.identity import content_hash, fingerprint
+from colintern.ingest.collected import Shelf, Stored
+from colintern.ingest.rendering import Outline, RenderedPage
+from colintern.storage.identity import code_hashes, content_hash, fingerprint
 from colintern.storage.isolation import Failure
 
-CODE = ("rendered.py", "rendering.py", "images.py", "../modeling/images.py")
 LIBRARIES = ("pypdfium2", "pillow")
 
 K = TypeVar("K")
@@ -46,7 +45,7 @@ class RenderedStore:
         self.folder = folder
         self.shelf = Shelf(folder / "images")
         self.shelf.folder.mkdir(parents=True, exist_ok=True)
-        facts = {"code": [content_hash(Path(__file__).parent / name) for name in CODE]}
+        facts = {"code": code_hashes(__name__)}
         self.renderer = fingerprint(facts | {"versions": {name: version(name) for name in LIBRARIES}})
 
     def load(self, sha256: str) -> RenderedPdf:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from colintern.core.errors import UserError
-from colintern.data.collected import Bad, Collected, read_utf8
+from colintern.ingest.collected import Bad, Collected, read_utf8
 
 COLUMNS = ("query", "file", "page", "split")
 REQUIRED = COLUMNS[:3]

@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from colintern.data.collected import Bad, Collected, Shelf, Stored, inside, json_lines, query_fault, split_fault
 from colintern.data.images import BadImage, standard
+from colintern.ingest.collected import Bad, Collected, Shelf, Stored, inside, json_lines, query_fault, split_fault
 from colintern.storage.parallel import spread
 from colintern.storage.regular import list_files
 

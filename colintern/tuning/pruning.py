@@ -14,7 +14,8 @@ from colintern.core.errors import UserError
 from colintern.encoding.embed import embed_features, embed_queries
 from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k
 from colintern.training.processes import Processes
-from colintern.training.study import (
+from colintern.training.trainer import ContrastiveTrainer
+from colintern.tuning.trial_context import (
     MEASURED,
     OWNER,
     SETTINGS,
@@ -28,7 +29,6 @@ from colintern.training.study import (
     pruner,
     storage,
 )
-from colintern.training.trainer import ContrastiveTrainer
 
 
 class Pruned(UserError):

@@ -14,8 +14,8 @@ import pypdfium2 as pdfium
 import pypdfium2.raw as pdfium_c
 from PIL import Image
 
-from colintern.data.collected import Shelf, Stored
 from colintern.data.images import BadImage, check_size, png_bytes
+from colintern.ingest.collected import Shelf, Stored
 from colintern.storage.isolation import CallLimits, Failure, try_call
 
 # Pixels an inch: an A4 page is 1,191 x 1,684, more than InternVL3.5 takes in at 12 tiles.

@@ -7,19 +7,16 @@ from typing import Any, NamedTuple
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.core.rules import kernel_at, mixture
-from colintern.data import jsonl, pdfs
-from colintern.data.collected import Collected, Shelf
-from colintern.data.demo import Plan, corpus, draw, plans
-from colintern.data.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
-from colintern.data.images import png_bytes
-from colintern.data.own import Own, make
-from colintern.data.splits import by_name
-from colintern.data.survey import Part
 from colintern.data.trainset import POSITIVES, asked, by_number
+from colintern.ingest import jsonl, pdfs
+from colintern.ingest.collected import Collected, Shelf
+from colintern.ingest.own import Own, make
+from colintern.ingest.scan import Part
+from colintern.ingest.splits import by_name
+from colintern.modeling.kernels import fitting
 from colintern.params import Params, on_hub
 from colintern.storage.hub import Choice
 from colintern.storage.hub_errors import Repo
-from colintern.storage.kernels import fitting
 from colintern.storage.manifest import (
     BASE_SUFFIXES,
     BEIR_SUFFIXES,
@@ -32,12 +29,16 @@ from colintern.storage.manifest import (
     local_file,
     local_files,
 )
-from colintern.storage.parallel import spread
 from colintern.storage.regular import describe_refused, list_files
 
-DEMO = "demo"
-DEMO_SEED = 0  # of the corpus; the training seed is params.seed, so that seeds are compared on the same pages
-DEMO_TRAIN_PAGES, DEMO_DEV_PAGES, DEMO_TEST_PAGES = 8000, 100, 200
+DEMO = "demo"  # a name of params.yaml; its sets are drawn, not fetched
+
+
+class GeneratedSets(NamedTuple):
+    """Functions that write the demo's sets into the folder they are given."""
+
+    write_training_set: Callable[[Path], None]
+    write_evaluation_set: Callable[[Path], None]
 
 
 class Fetched(NamedTuple):
@@ -47,11 +48,12 @@ class Fetched(NamedTuple):
     own: dict[str, Own]
 
 
-def fetch(params: Params, tasks: Mapping[str, Mapping[str, str]]) -> Fetched:
+def fetch(params: Params, tasks: Mapping[str, Mapping[str, str]], demo: GeneratedSets) -> Fetched:
     """Put all that params names on disk.
 
     Args:
         tasks: the tasks of mteb's that are to be evaluated, by name: {"path": hub id, "revision": 40 hex digits}.
+        demo: writes the sets that params call "demo".
 
     Raises:
         UserError: a folder that holds nothing; see also `hub.fetch`.
@@ -75,11 +77,11 @@ def fetch(params: Params, tasks: Mapping[str, Mapping[str, str]]) -> Fetched:
     found = dict(zip(wanted, hub_files(list(wanted.values())), strict=True))
     kinds = {name: _kind(name) for name in (*dict(sets), *benchmarks)}
     own = {name: make(name, collect) for name, collect in kinds.items() if collect}
-    train = [found.get(("train", name)) or _training(name, own) for name, _ in sets]
+    train = [found.get(("train", name)) or _training(name, own, demo) for name, _ in sets]
     corpus = found.get(("corpus", params.train_corpus))
     if params.train_corpus and not corpus:
         corpus = local_files(params.train_corpus, TRAIN_SUFFIXES)
-    evaluation = {name: _evaluation(name, own) for name in benchmarks}
+    evaluation = {name: _evaluation(name, own, demo) for name in benchmarks}
     evaluation |= {name: found["evaluation", name] for name in tasks}
     manifest = {
         "base": (found.get(("base", params.base)) or local_files(params.base, BASE_SUFFIXES))._asdict(),
@@ -143,15 +145,17 @@ def tokenizer(manifest: dict[str, Any]) -> Path:
     return folder_of(Files(**manifest["base"]), "model") / "tokenizer.json"
 
 
-def _training(name: str, own: dict[str, Own]) -> Files:
+def _training(name: str, own: dict[str, Own], demo: GeneratedSets) -> Files:
     if name == DEMO:
-        return demo_training()
+        demo.write_training_set(root() / "data/demo/train")
+        return local_files("data/demo/train", TRAIN_SUFFIXES)
     return own[name].files("train") if name in own else local_files(name, TRAIN_SUFFIXES)
 
 
-def _evaluation(name: str, own: dict[str, Own]) -> Files:
+def _evaluation(name: str, own: dict[str, Own], demo: GeneratedSets) -> Files:
     if name == DEMO:
-        return demo_evaluation()
+        demo.write_evaluation_set(root() / "data/demo/beir")
+        return local_files("data/demo/beir", BEIR_SUFFIXES)
     return own[name].files("beir") if name in own else local_files(name, BEIR_SUFFIXES)
 
 
@@ -178,31 +182,3 @@ def _kind(name: str) -> Callable[[Path, Shelf], Collected] | None:
             + (f" ({refused})" if refused else "")
         )
     return {"parquet files": None, "PDFs": pdfs.collect, "JSON lines": jsonl.collect}[found[0]]
-
-
-def demo_training() -> Files:
-    """Draw the demo's training pages, a query each; the split `test` is the dev set, as on the hub."""
-    folder = "data/demo/train"
-    for split, drawn, pages in (("train", "train", DEMO_TRAIN_PAGES), ("test", "dev", DEMO_DEV_PAGES)):
-        wanted = plans(drawn, pages, 1, DEMO_SEED)
-        rows = list(spread(_row, wanted, f"drawing pages ({drawn})", "page"))
-        write_training_split(root() / folder, split, rows)
-    return local_files(folder, TRAIN_SUFFIXES)
-
-
-def _row(plan: Plan) -> TrainingRow:
-    page = draw(plan)
-    return TrainingRow(png_bytes(page.image), page.name, page.queries[0], source=f"colintern-demo-{page.kind}")
-
-
-def demo_evaluation() -> Files:
-    """Draw the demo's test pages, one query each, in mteb's layout."""
-    folder = "data/demo/beir"
-    pages = corpus("test", DEMO_TEST_PAGES, 1, DEMO_SEED)
-    write_beir(
-        root() / folder,
-        [CorpusPage(i, png_bytes(page.image), page.name) for i, page in enumerate(pages)],
-        [Query(i, page.queries[0]) for i, page in enumerate(pages)],
-        [Qrel(i, i) for i in range(len(pages))],
-    )
-    return local_files(folder, BEIR_SUFFIXES)

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from colintern.core.errors import UserError
-from colintern.data.collected import MAX_QUERY_CHARACTERS, SPLITS, Ask, Collected, Shelf, Stored
 from colintern.data.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
-from colintern.data.splits import assign
-from colintern.storage.identity import content_hash
+from colintern.ingest.collected import MAX_QUERY_CHARACTERS, SPLITS, Ask, Collected, Shelf, Stored
+from colintern.ingest.splits import assign
+from colintern.storage.identity import code_hashes, content_hash
 from colintern.storage.jsonfile import dumps
 from colintern.storage.lock import get_last_use, is_in_use, locked
 from colintern.storage.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, local_files, root, source_files
@@ -31,10 +31,7 @@ from colintern.storage.regular import LINKED_FOLDER, list_files
 
 MADE = "data/own/.made"
 RENDERED = "rendered"  # beside the keys of a folder, see `rendered.py`
-CODE = (
-    *("own.py", "collected.py", "pdfs.py", "query_table.py", "jsonl.py", "pseudo.py", "splits.py", "images.py"),
-    *("formats.py", "rendering.py", "rendered.py", "../modeling/images.py"),
-)
+CODE = ("colintern.ingest.own", "colintern.ingest.pdfs", "colintern.ingest.jsonl")
 LIBRARIES = ("pypdfium2", "pillow", "pyarrow")
 
 
@@ -76,7 +73,7 @@ def make(folder: str, collect: Callable[[Path, Shelf], Collected]) -> Own:
     facts = {
         "files": made_from["files"],
         "linked": linked,
-        "code": [content_hash(Path(__file__).parent / name) for name in CODE],
+        "code": code_hashes(*CODE),
         "versions": {name: version(name) for name in LIBRARIES},
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

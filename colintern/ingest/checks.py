@@ -10,10 +10,10 @@ from typing import Any
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.data.collected import query_fault
 from colintern.data.formats import called, check_beir, id_text
-from colintern.data.own import Own
-from colintern.data.survey import Part, Seen, rows_of
+from colintern.ingest.collected import query_fault
+from colintern.ingest.own import Own
+from colintern.ingest.scan import Part, Seen, rows_of
 
 BOUNDED = ("rows", "pages", "questions")  # kinds that `max_bad_fraction` bounds; outline entries are only named
 ID_COLUMNS = {"query-id", "corpus-id"}

@@ -14,11 +14,11 @@ from typing import Any
 
 from colintern.core.errors import UserError
 from colintern.core.progress import ProgressBar
-from colintern.data.collected import Bad, Collected, Shelf, inside, json_lines, query_fault, split_fault, torn
-from colintern.data.pseudo import Text, pseudo_queries
-from colintern.data.query_table import COLUMNS, csv_rows
-from colintern.data.rendered import RenderedPdf, RenderedStore, fill_missing
-from colintern.data.rendering import (
+from colintern.ingest.collected import Bad, Collected, Shelf, inside, json_lines, query_fault, split_fault, torn
+from colintern.ingest.pseudo import Text, pseudo_queries
+from colintern.ingest.query_table import COLUMNS, csv_rows
+from colintern.ingest.rendered import RenderedPdf, RenderedStore, fill_missing
+from colintern.ingest.rendering import (
     LIMITS,
     MAX_TEXT,
     PageRef,

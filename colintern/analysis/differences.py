@@ -3,11 +3,11 @@
 import re
 from typing import Any, NamedTuple
 
+from colintern.analysis.comparison import LEVEL, RESAMPLES, Row, compare
+from colintern.analysis.outcomes import Outcome
 from colintern.core.errors import UserError
+from colintern.core.page_labels import fit_columns, label_page, label_query, pad_columns
 from colintern.core.terminal import TERMINAL_COLUMNS
-from colintern.data.page_labels import fit_columns, label_page, label_query, pad_columns
-from colintern.evaluation.comparison import LEVEL, RESAMPLES, Row, compare
-from colintern.evaluation.outcomes import Outcome
 from colintern.evaluation.queries import KEY
 from colintern.evaluation.scores import short
 

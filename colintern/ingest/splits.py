@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from colintern.core.errors import UserError
-from colintern.data.collected import Ask, Stored, normalize_query
+from colintern.ingest.collected import Ask, Stored, normalize_query
 
 SHARES = {"test": 0.3, "dev": 0.1, "train": 0.6}  # of the pages whose split no row names
 WORDS = {  # of `datasets`, which looks for them in the names of files and folders, and so do the users of its hub

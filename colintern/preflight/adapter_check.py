@@ -16,11 +16,11 @@ from torch import Tensor
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.encoding.embed import embed_pages, embed_queries
+from colintern.modeling.adapter_files import ADAPTER, AdapterFiles, find_faults, read_adapter_files
 from colintern.modeling.loading import load_model, read_processor
 from colintern.modeling.modeling_colintern import meta_model
 from colintern.modeling.weights import statistics
 from colintern.storage import hub
-from colintern.storage.adapter import ADAPTER, AdapterFiles, find_faults, read_adapter_files
 from colintern.storage.hub_errors import Repo
 from colintern.storage.identity import IDENTITY_FILE, read_identity
 from colintern.storage.manifest import digests

@@ -12,7 +12,7 @@ from random import Random
 
 from PIL import Image
 
-from colintern.data.pages import LAYOUTS, Page, Word
+from demo.pages import LAYOUTS, Page, Word
 
 COMPANIES = (
     "Acorn Altor Baxel Borun Brize Calyx Cedra Delio Dorma Elvan Fabro Ferox Galen Gorse Halde Helix Ibera Indra Jarvo "

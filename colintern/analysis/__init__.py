@@ -1,0 +1,1 @@
+"""Read finished evaluations: significance, comparisons, baselines, bands. Nothing here decides a result."""

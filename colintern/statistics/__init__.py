@@ -1,0 +1,1 @@
+"""Describe the data: counts, histograms, languages. Nothing here decides a result."""
