@@ -36,11 +36,11 @@ from transformers.models.internvl.video_processing_internvl import InternVLVideo
 
 from bench.parts import as_they_come
 from colintern.encoding.page_features import Page
-from colintern.modeling.dropout import RowDropout
-from colintern.modeling.layers import compile_layers
+from colintern.modeling.dropout import BatchInvariantDropout
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.runtime import compile_layers
 from colintern.params import Params, load
 from colintern.training import parts
 from colintern.training.pairs import Pair
@@ -86,7 +86,7 @@ class Model(ColIntern3_5):
         if not self.stock:
             return super().forward(input_ids, attention_mask, **kwargs)
         out = InternVLModel.forward(self, input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
-        return normalize(self.custom_text_proj(out.last_hidden_state), dim=-1) * attention_mask.unsqueeze(-1)
+        return normalize(self.head(out.last_hidden_state), dim=-1) * attention_mask.unsqueeze(-1)
 
 
 class Ours(ContrastiveTrainer):
@@ -116,7 +116,7 @@ class Bench:
         counts = [tiles] * (batch - 1) + [tiles - 1]
         self.tiles = [torch.randn(n, 3, 448, 448, dtype=getattr(torch, dtype)) for n in counts]
         with torch.no_grad():
-            self.features = [self.base.page_features(page) for page in self.tiles]
+            self.features = [self.base.get_page_features(page) for page in self.tiles]
         self.texts = [QUERIES[i % len(QUERIES)] for i in range(batch)]
         args = arguments(self.params, Path(scratch), quiet=True)
         dev = DevSet([Pair("never asked", Page("0", Path))], None)  # type: ignore[arg-type]
@@ -136,7 +136,7 @@ class Bench:
         )
 
     def stock_batch(self) -> dict[str, Any]:
-        query, page = self.processor.process_queries(self.texts), self.processor.page_tokens([*map(len, self.tiles)])
+        query, page = self.processor.process_queries(self.texts), self.processor.tokenize_pages([*map(len, self.tiles)])
         sides = {f"{kind}_{key}": left(side[key], side["attention_mask"]) for kind, side in
                  (("query", query), ("doc", page)) for key in ("input_ids", "attention_mask")}  # fmt: skip
         return sides | {"doc_pixel_values": torch.cat(self.tiles)}
@@ -145,7 +145,7 @@ class Bench:
         """CPU seconds of one forward and backward, and the loss."""
         self.base.stock, self.ours.argmax, self.ours.low_precision = not on.graph, on.argmax, on.bf16_adapters
         for module in self.model.modules():
-            if isinstance(module, RowDropout):
+            if isinstance(module, BatchInvariantDropout):
                 module.p = 0.0 if on.no_dropout else 0.1
         if on.no_checkpointing:
             self.base.activation_checkpointing_disable()

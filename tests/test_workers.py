@@ -46,7 +46,7 @@ def inject_fault(where: str) -> None:
         "callback": (trainer.Watch, "on_step_end", bug),
         "save": (checkpoints, "seal", bug),
         "batch": (pairs.Collator, "__call__", bug),
-        "page": (features.Tiles, "__getitem__", bug),
+        "page": (features.TileDataset, "__getitem__", bug),
         "queue": (pairs.Collator, "__call__", collate),
         "killed": (pairs.Collator, "__call__", lambda *args: kill()),
         "fork": (multiprocessing.popen_fork.Popen, "_launch", refuse_fork),

@@ -23,17 +23,17 @@ def run(args: argparse.Namespace) -> None:
     params = load()
     require_base(params.base, params)
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
-    from colintern.modeling.bases import at_hand
+    from colintern.modeling.configuration_colintern import load_cached_or_preset_config
     from colintern.preflight.doctor import CHECKS, examined, facts_for
     from colintern.preflight.surroundings import AROUND, surroundings
 
-    facts = facts_for(params, at_hand(params), None)
+    facts = facts_for(params, load_cached_or_preset_config(params), None)
     found = [*examined(facts, CHECKS), *examined(surroundings(facts), AROUND)]
     counts = {status: sum(finding.status == status for finding in found) for status in COLOURS}
     if args.json:
         print(json.dumps({"size": facts.bounds.name, "checks": [f._asdict() for f in found]} | counts, indent=2))
     else:
-        total = facts.counts["total_parameters"]
+        total = facts.counts.total_parameters
         print(f"{params.base}: {total:,} parameters, judged as {facts.bounds.name}")
         for finding in found:
             _show(finding.status, finding.name, finding.found, finding.remedy)

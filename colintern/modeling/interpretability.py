@@ -13,7 +13,7 @@ from colintern.modeling.tiling import Grid
 
 
 class PageBatch(BatchFeature):
-    """A batch with the tile grid of each of its pages in `grids`, which is no input of the model."""
+    """A batch with the tile grid of each of its pages in `grids`, which is not an input of the model."""
 
     grids: Sequence[Grid] = ()
 
@@ -30,7 +30,7 @@ class InterpretabilityMixin:
 
     image_seq_length: int
     image_token_id: int
-    grid: Callable[[tuple[int, int]], Grid]
+    get_page_grid: Callable[[tuple[int, int]], Grid]
 
     def get_n_patches(
         self, image_size: tuple[int, int], *args, patch_size: int | None = None, spatial_merge_size: int | None = None
@@ -47,7 +47,7 @@ class InterpretabilityMixin:
         Raises:
             ValueError: one of these keywords for a page of several tiles.
         """
-        grid = self.grid(image_size)
+        grid = self.get_page_grid(image_size)
         if grid.tiles > 1 and (patch_size, spatial_merge_size) != (None, None):
             raise ValueError(
                 f"get_n_patches: a page of {image_size} has several tiles, and colpali-engine's own function would put "

@@ -1,7 +1,7 @@
 """Whether an adapter folder holds what a training run left: trained weights, its own head, and its base.
 
 What it is held against was written into its identity.json when it was trained: the hashes of the base's files, and
-the statistics of the weights it started from (colintern/modeling/weights.py).
+the statistics of the weights it started from (colintern/modeling/adapter_files.py).
 """
 
 import os
@@ -16,10 +16,15 @@ from torch import Tensor
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.encoding.embed import embed_pages, embed_queries
-from colintern.modeling.adapter_files import ADAPTER, AdapterFiles, find_faults, read_adapter_files
+from colintern.modeling.adapter_files import (
+    ADAPTER,
+    AdapterFiles,
+    adapter_weight_stats,
+    find_faults,
+    read_adapter_files,
+)
 from colintern.modeling.loading import load_model, read_processor
-from colintern.modeling.modeling_colintern import meta_model
-from colintern.modeling.weights import statistics
+from colintern.modeling.modeling_colintern import build_meta_model
 from colintern.storage import hub
 from colintern.storage.hub_errors import Repo
 from colintern.storage.identity import IDENTITY_FILE, read_identity
@@ -85,7 +90,7 @@ def check(adapter: Adapter, base: Path) -> list[Finding]:
     """
     right_base = _base(adapter, base)
     faults: dict[str, str] = {}
-    for fault in find_faults(adapter.files, meta_model(str(base), None) if right_base.ok else None):
+    for fault in find_faults(adapter.files, build_meta_model(str(base), None) if right_base.ok else None):
         faults.setdefault(fault.check, f"{fault.message} ({fault.file})")
     found = [_finite(adapter), _whole(adapter), _trained(adapter), _head(adapter)]
     found = [Finding(f.name, False, faults[f.name]) if f.ok and f.name in faults else f for f in found]
@@ -101,7 +106,7 @@ def _finite(adapter: Adapter) -> Finding:
 
 
 def _whole(adapter: Adapter) -> Finding:
-    now, start = statistics(adapter.files.weights, adapter.files.head), adapter.identity["start"]
+    now, start = adapter_weight_stats(adapter.files.weights, adapter.files.head), adapter.identity["start"]
     for name in sorted(now.keys() | start.keys()):
         have, want = (rows.get(name, {"tensors": 0})["tensors"] for rows in (now, start))
         if have != want:
@@ -116,7 +121,7 @@ def _trained(adapter: Adapter) -> Finding:
 
 
 def _head(adapter: Adapter) -> Finding:
-    now = statistics({}, adapter.files.head)["head"]["sha256"]
+    now = adapter_weight_stats({}, adapter.files.head)["head"]["sha256"]
     want = adapter.identity["start"]["head"]["sha256"]
     if now != want:
         return Finding("head", False, f"head.safetensors is another one: sha256 {now}, trained over {want}")
@@ -160,7 +165,7 @@ def _merged(adapter: Adapter, base: Path) -> Finding:
 
 def table(adapter: Adapter, found: list[Finding]) -> str:
     """The statistics, the findings and the verdict, at most 80 columns wide but for file names."""
-    now, start = statistics(adapter.files.weights, adapter.files.head), adapter.identity["start"]
+    now, start = adapter_weight_stats(adapter.files.weights, adapter.files.head), adapter.identity["start"]
     rows = [f"adapter {adapter.files.folder}, trained on {adapter.identity['base']['folder']}"]
     rows.append(f"{'':<38}{'weights':>8}{'std at start':>14}{'std now':>10}")
     for name in sorted(now.keys() | start.keys()):

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from colintern.core.errors import UserError
 from colintern.core.rules import kernel_at
-from colintern.modeling.attention import lacking
-from colintern.modeling.lora import FLOAT32, examine, faults, notes
-from colintern.modeling.modeling_colintern import meta_model
+from colintern.modeling.attention import unavailable_reason
+from colintern.modeling.lora import FLOAT32, LoraReport, find_lora_errors, find_lora_warnings, report_lora_on_meta
+from colintern.modeling.modeling_colintern import build_meta_model
 from colintern.monitoring.guide import DEMO, Bounds, bounds_for
 from colintern.params import Params
 from colintern.preflight.machine import Machine, machine
@@ -27,15 +27,15 @@ GUIDE_GPU = 16 * 2**30  # the guide's least GPU
 
 
 class Facts(NamedTuple):
-    """`counts`: see `lora.count`."""
+    """`counts`: see `lora.report_lora`."""
 
     params: Params
-    counts: dict[str, Any]
+    counts: LoraReport
     machine: Machine
 
     @property
     def bounds(self) -> Bounds:
-        return bounds_for(self.counts["total_parameters"])
+        return bounds_for(self.counts.total_parameters)
 
     @property
     def demo(self) -> bool:
@@ -78,7 +78,7 @@ def learning_rate(facts: Facts) -> Answer:
 
 
 def lora_on(facts: Facts) -> Answer:
-    modules, trained = facts.counts["lora_modules"], facts.counts["trainable_parameters"]
+    modules, trained = facts.counts.lora_modules, facts.counts.trainable_parameters
     if not trained:
         return FAIL, "no module gets LoRA, nothing is trained", "lora_targets: take those of `colintern recipe`"
     return PASS, f"rank {facts.params.lora_rank} on {modules} modules, {trained:,} parameters"
@@ -86,26 +86,26 @@ def lora_on(facts: Facts) -> Answer:
 
 def targets(facts: Facts) -> Answer:
     counts = facts.counts
-    if wrong := faults(counts):
+    if wrong := find_lora_errors(counts):
         return FAIL, wrong[0].removeprefix("lora_targets: "), "colintern verify names every fault"
-    whole = 7 * counts["layers"] + 1
-    if counts["lora_modules"] != whole:
-        said = notes(counts)[:1] or ["some projections are left out"]
-        return WARN, f"{counts['lora_modules']} modules of {whole}: {said[0]}", "colintern verify shows each pattern"
-    return PASS, f"{whole} modules: 7 in each of {counts['layers']} layers, and the head"
+    whole = 7 * counts.layers + 1
+    if counts.lora_modules != whole:
+        said = find_lora_warnings(counts)[:1] or ["some projections are left out"]
+        return WARN, f"{counts.lora_modules} modules of {whole}: {said[0]}", "colintern verify shows each pattern"
+    return PASS, f"{whole} modules: 7 in each of {counts.layers} layers, and the head"
 
 
 def head(facts: Facts) -> Answer:
-    if not facts.counts["head"]:
+    if not facts.counts.head:
         return FAIL, "custom_text_proj is not adapted: its random projection stays", "add custom_text_proj to it"
-    return PASS, "custom_text_proj, {} -> {}".format(*facts.counts["head"])
+    return PASS, "custom_text_proj, {} -> {}".format(*facts.counts.head)
 
 
 def vision(facts: Facts) -> Answer:
-    hit = facts.counts["adapted_vision_modules"]
+    hit = facts.counts.adapted_vision_modules
     if hit:
         return FAIL, f"{hit} modules of tower or projector get LoRA", r"begin lora_targets with language_model\."
-    tower, projector = facts.counts["frozen_vision_modules"], facts.counts["frozen_projector_modules"]
+    tower, projector = facts.counts.frozen_vision_modules, facts.counts.frozen_projector_modules
     return PASS, f"{tower} modules of the tower and {projector} of the projector stay as they are"
 
 
@@ -140,7 +140,7 @@ def attention(facts: Facts) -> Answer:
 def hub_kernel(facts: Facts) -> Answer:
     asked = facts.params.attention
     try:
-        lacks = lacking(asked, facts.params.dtype)
+        lacks = unavailable_reason(asked, facts.params.dtype)
     except UserError as error:
         return WARN, str(error).removeprefix("attention: "), "dvc repro fetch-data"
     if lacks:
@@ -149,7 +149,7 @@ def hub_kernel(facts: Facts) -> Answer:
 
 
 def disk(facts: Facts) -> Answer:
-    trained, have = facts.counts["trainable_parameters"], facts.machine.disk_bytes
+    trained, have = facts.counts.trainable_parameters, facts.machine.disk_bytes
     must = room(trained)
     features = max(0.0, facts.params.feature_cache_gb * GB - facts.machine.features_bytes)
     free = f"{have / GB:.1f} GB free"
@@ -167,8 +167,8 @@ def disk(facts: Facts) -> Answer:
 
 def memory(facts: Facts) -> Answer:
     width = 2 if facts.params.dtype == "bfloat16" else FLOAT32
-    weights = width * facts.counts["total_parameters"]
-    least = weights + 4 * FLOAT32 * facts.counts["trainable_parameters"]  # weights, gradients, two moments
+    weights = width * facts.counts.total_parameters
+    least = weights + 4 * FLOAT32 * facts.counts.trainable_parameters  # weights, gradients, two moments
     on = facts.machine
     where, have = (on.gpu, on.gpu_bytes) if on.gpu else ("main memory", on.memory_bytes)
     said = f"{have / GB:.1f} GB of {where}; weights and optimizer {least / GB:.2g} GB, activations not counted"
@@ -225,7 +225,7 @@ CHECKS: dict[str, Check] = {
 
 def facts_for(params: Params, config: Any, revision: str | None) -> Facts:
     """`config`: that of the base, or where it lies; see `meta_model`."""
-    return Facts(params, examine(meta_model(config, revision), params), machine())
+    return Facts(params, report_lora_on_meta(build_meta_model(config, revision), params), machine())
 
 
 def examined(facts: Any, checks: dict[str, Callable[[Any], Answer]]) -> list[Finding]:

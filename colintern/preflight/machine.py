@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from colintern.core.project import root
-from colintern.encoding.page_features import FEATURES
+from colintern.encoding.page_features import FEATURES_DIR
 
 QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
 NVIDIA = "0x10de"  # PCI vendor
@@ -57,7 +57,7 @@ def machine() -> Machine:
         flash_attn=find_spec("flash_attn") is not None,
         memory_bytes=_memory(),
         disk_bytes=shutil.disk_usage(root()).free,
-        features_bytes=sum(file.stat().st_size for file in (root() / FEATURES).rglob("*") if file.is_file()),
+        features_bytes=sum(file.stat().st_size for file in (root() / FEATURES_DIR).rglob("*") if file.is_file()),
     )
 
 

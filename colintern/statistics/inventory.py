@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from colintern.modeling.tiling import base_tile, choose_grid
+from colintern.modeling.tiling import choose_grid, read_base_tile
 from colintern.storage.manifest import MANIFEST, SURVEY, Files, folder_of, read
 
 COLUMNS = ("set", "measure", "value", "count")
@@ -24,7 +24,7 @@ def inventory(max_visual_tokens: int) -> Survey:
         UserError: there is no survey.
     """
     found: Survey = read(SURVEY)
-    side, tokens = base_tile(folder_of(Files(**read(MANIFEST)["base"]), "model"))
+    side, tokens = read_base_tile(folder_of(Files(**read(MANIFEST)["base"]), "model"))
     for facts in found.values():
         tiles: Counter[int] = Counter()
         for size, count in facts.pop("page sizes").items():

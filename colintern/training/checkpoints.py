@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.modeling.saving import save_adapter_extras
+from colintern.modeling.adapter_files import save_adapter_extras
 from colintern.storage.identity import content_hash
 from colintern.storage.outs import ENDED
 from colintern.training.processes import Processes

@@ -204,7 +204,7 @@ class Pairs(Dataset):
 
     def _page(self, page: Page) -> dict[str, Any]:
         known = self.cache.get(page.key)
-        found = {"tiles": self.processor.page_tiles(page.image())} if known is None else {"features": known}
+        found = {"tiles": self.processor.preprocess_page(page.image())} if known is None else {"features": known}
         return {"key": page.key} | found
 
 
@@ -226,7 +226,7 @@ class Collator:
         counts = [len(page["features"] if "features" in page else page["tiles"]) for page in pages]
         return {
             "query": dict(self.processor.process_queries([item["query"] for item in items])),
-            "page": dict(self.processor.page_tokens(counts)),
+            "page": dict(self.processor.tokenize_pages(counts)),
             **{kind: torch.cat(found) for kind, found in parts.items() if found},
             "known": torch.tensor(["features" in page for page in pages]),
             "counts": torch.tensor(counts),

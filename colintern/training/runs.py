@@ -21,16 +21,14 @@ from transformers import TrainerState, set_seed
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.data.trainset import asks_pseudo_queries
-from colintern.encoding.page_features import FEATURES, PageFeatures
+from colintern.encoding.page_features import FEATURES_DIR, PageFeatures
 from colintern.encoding.workers import check_workers, stop_workers_on_exit
-from colintern.modeling.attention import implementation
-from colintern.modeling.host import settle
-from colintern.modeling.layers import recomputed
-from colintern.modeling.lora import add_lora, count, faults
+from colintern.modeling.adapter_files import adapter_weight_stats, save_adapter_extras
+from colintern.modeling.attention import resolve_attn_implementation
+from colintern.modeling.lora import add_lora, find_lora_errors, report_lora
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from colintern.modeling.saving import save_adapter_extras
-from colintern.modeling.weights import statistics
+from colintern.modeling.runtime import configure_cpu_runtime, num_checkpointed_layers
 from colintern.monitoring.health import HEALTH, health, line, report, stored
 from colintern.monitoring.tracker import Tracker, check_tracker
 from colintern.monitoring.watch import pace_findings
@@ -67,7 +65,7 @@ def train(params: Params, out: Path, own: Processes = ALONE) -> dict[str, Any]:
     """
     check_tracker(params)
     check_workers(params.workers)
-    settle(params.threads)
+    configure_cpu_runtime(params.threads)
     set_deterministic(params.deterministic)
     base = own.first(lambda: check_base(params))
     identity = stage_identity("train", params)
@@ -149,7 +147,7 @@ def origin(trainer: ContrastiveTrainer, params: Params) -> dict[str, Any]:
     """What a trained adapter is held against later: base and kernel by hash, and the weights training starts from."""
     model: Any = trainer.model
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    start = statistics(weights, model.base_model.model.head_state())
+    start = adapter_weight_stats(weights, model.base_model.model.get_head_state())
     return {"base": read(MANIFEST)["base"], "kernel": kernel_entry(params.attention), "start": start}
 
 
@@ -176,7 +174,7 @@ def prepare(params: Params, place: str, scratch: Path, processes: Processes = AL
         raise UserError(f"compile: true needs a C++ compiler, {' or '.join(COMPILERS)}: install one, or write false")
     set_seed(params.seed)
     revision = params.base_revision or None
-    kernel = implementation(params.attention, params.dtype, training=True)
+    kernel = resolve_attn_implementation(params.attention, params.dtype, training=True)
     base = ColIntern3_5.from_pretrained(
         place,
         revision=revision,
@@ -192,20 +190,24 @@ def prepare(params: Params, place: str, scratch: Path, processes: Processes = AL
         max_visual_tokens=params.max_visual_tokens,
         max_query_tokens=params.max_query_tokens,
     )
-    recomputed(len(base.language_model.layers), params.gradient_checkpointing)  # refused before a page is computed
+    num_checkpointed_layers(
+        len(base.language_model.layers), params.gradient_checkpointing
+    )  # refused before a page is computed
     model = add_lora(base, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout, revision)
-    if wrong := faults(count(model, params.lora_targets)):
+    if wrong := find_lora_errors(report_lora(model, params.lora_targets)):
         raise UserError("\n  ".join(wrong))
     model.to(args.device)
-    features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)
+    features = PageFeatures(
+        model, processor, root() / FEATURES_DIR, params.feature_cache_gb, params.feature_cache_format
+    )
     shown = [page for row in train for page in (row.page, *row.negatives)]
-    processes.first(lambda: features.fill([*shown, *(row.page for row in dev_rows)], params.workers))
+    processes.first(lambda: features.precompute([*shown, *(row.page for row in dev_rows)], params.workers))
     if not processes.main:
         features.cache.refresh()
     pairs, dev = Pairs(train, features), DevSet(dev_rows, features)
     used = params.attention if kernel_entry(params.attention) else kernel
     print(f"{len(pairs)} training pairs; dev: {len(dev)} queries on {len(dev.pages)} pages; attention: {used}")
-    if cut := processor.count_cut([row.query for row in (*train, *dev_rows)]):
+    if cut := processor.count_truncated([row.query for row in (*train, *dev_rows)]):
         print(f"{cut} of {len(train) + len(dev_rows)} queries are longer than max_query_tokens and are cut")
     return ContrastiveTrainer(params, processor, dev, processes=processes, model=model, args=args, train_dataset=pairs)
 
@@ -245,7 +247,7 @@ def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any]
     print("\n".join([*map(line, paced), report(judged)]))
     # Stands beside the dev score, which is of the same kind as the queries.
     pseudo = {"queries": "pseudo"} if asks_pseudo_queries() else {}
-    rounding = {} if (error := trainer.dev.features.error) is None else {"feature_error": round(error, 6)}
+    rounding = {} if (error := trainer.dev.features.relative_error) is None else {"feature_error": round(error, 6)}
     metrics = {
         "dev_ndcg_at_5": round(dev[-1]["eval_ndcg_at_5"], 6),
         "loss": round(steps[-1]["loss"], 6),

@@ -23,13 +23,13 @@ from transformers.trainer_callback import ExportableState
 
 from colintern.core.errors import OutOfMemory, UserError
 from colintern.encoding.embed import embed_features, embed_queries
-from colintern.encoding.fp8 import rounded
+from colintern.encoding.fp8 import fake_quantize
 from colintern.encoding.page_features import PageFeatures
 from colintern.encoding.workers import seed_and_init_worker
-from colintern.modeling.dropout import Masks
-from colintern.modeling.layers import checkpoint_layers, compile_layers
-from colintern.modeling.lora import count
+from colintern.modeling.dropout import DropoutMaskBank
+from colintern.modeling.lora import report_lora
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.runtime import checkpoint_layers, compile_layers
 from colintern.monitoring.guide import bounds_for
 from colintern.monitoring.health import suggest_lower_lr
 from colintern.monitoring.progress import Progress
@@ -94,10 +94,12 @@ class ContrastiveTrainer(Trainer):
     ):
         self.processes = processes
         self.params, self.dev, self.processor, self.tally = params, dev, processor, Tally()
-        self.bounds = bounds_for(count(kwargs["model"], params.lora_targets)["total_parameters"])
+        self.bounds = bounds_for(report_lora(kwargs["model"], params.lora_targets).total_parameters)
         self.remedy = f"try {suggest_lower_lr(params, self.bounds)}"
         self.micro, self.low_precision = params.micro_batch_size, params.dtype == "bfloat16"
-        self.masks = Masks(kwargs["model"], params.seed, torch.bfloat16 if self.low_precision else torch.float32)
+        self.masks = DropoutMaskBank(
+            kwargs["model"], params.seed, torch.bfloat16 if self.low_precision else torch.float32
+        )
         self.pace = Pace()
         checkpoint_layers(kwargs["model"], params.gradient_checkpointing)
         checkpoints = Checkpoints(Path(kwargs["args"].output_dir).parent, processor, self.processes)
@@ -133,7 +135,7 @@ class ContrastiveTrainer(Trainer):
                 f"out of memory in the tower, which takes one page at a time, at step {self.state.global_step + 1}; "
                 f"lower max_visual_tokens, {self.params.max_visual_tokens}, or batch_size, {self.params.batch_size}"
             ) from error
-        self.masks.draw(self.state.global_step, model.device)
+        self.masks.draw_masks(self.state.global_step, model.device)
         # PEFT would cast every adapter's input to float32, only for `_embed` to cast it back.
         with disable_input_dtype_casting(model, active=self.low_precision):
             loss = self._fitting_step(model, batch)
@@ -210,7 +212,7 @@ class ContrastiveTrainer(Trainer):
         cast = torch.autocast(model.device.type, torch.bfloat16) if self.low_precision else nullcontext()
         # Around the backward pass too: checkpointing computes anew in it, and must draw the same dropout.
         numbers = torch.tensor([batch["share"].numbers[side][row] for row in rows])
-        with self.masks.rows(side, numbers.to(inputs["input_ids"].device), length):
+        with self.masks.assign_rows(side, numbers.to(inputs["input_ids"].device), length):
             if made is None:
                 with cast:
                     made = model(**inputs)
@@ -258,8 +260,8 @@ def page_features(model: Any, batch: Batch, rounds: bool) -> Tensor:
         if kind in batch
     }
     with torch.no_grad():
-        form = rounded if rounds else torch.Tensor.detach
-        pages = [next(sides["features"]) if k else form(model.page_features(next(sides["tiles"]))) for k in known]
+        form = fake_quantize if rounds else torch.Tensor.detach
+        pages = [next(sides["features"]) if k else form(model.get_page_features(next(sides["tiles"]))) for k in known]
     return torch.cat(pages)
 
 

@@ -127,15 +127,17 @@ class Reporter(TrainerCallback):
 
 def _at_size(trainer: ContrastiveTrainer, factor: int, dim: int) -> tuple[float, float]:
     """Dev NDCG@5 with each page pooled and each vector cut as evaluation does it, and vectors a page on average."""
-    from colintern.encoding.pooling import cut, pool
+    from colintern.encoding.pooling import pool_tiles, truncate_dim
 
     dev, processor, size = trainer.dev, trainer.processor, trainer.params.eval_batch_size
     model: Any = trainer.model
     pages = list(embed_features(model, processor, map(dev.features, dev.pages), size))
     if factor > 1:
-        pages = [pool(page, factor, processor.image_seq_length, processor.text_before) for page in pages]
+        pages = [
+            pool_tiles(page, factor, processor.image_seq_length, processor.num_tokens_before_tiles) for page in pages
+        ]
     queries = embed_queries(model, processor, dev.queries, size)
-    score = ndcg_at_k(maxsim_scores(cut(queries, dim), cut(pages, dim)), dev.relevant, 5)
+    score = ndcg_at_k(maxsim_scores(truncate_dim(queries, dim), truncate_dim(pages, dim)), dev.relevant, 5)
     return score, sum(map(len, pages)) / len(pages)
 
 
