@@ -11,6 +11,7 @@ EXAMPLE = "colintern tiles 1240 1754 --max-visual-tokens 1536 --tile 448 --token
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
     parser.add_argument("width", type=_parse_pixels, metavar="WIDTH", help="page width in pixels")
     parser.add_argument("height", type=_parse_pixels, metavar="HEIGHT", help="page height in pixels")
     parser.add_argument(

@@ -11,6 +11,7 @@ EXAMPLE = "colintern verify --base internvl3_5-2b"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
     parser.add_argument(
         "--base",
         metavar="BASE",

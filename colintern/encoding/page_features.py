@@ -78,6 +78,7 @@ class PageFeatures:
         self.cache = TensorCache(root, name, int(limit_gb * 1e9), unpack)
 
     def __call__(self, page: Page) -> Tensor:
+        """Return a page's features, from the cache or computed."""
         cached = self.cache.get(page.key)
         if cached is not None:
             return cached

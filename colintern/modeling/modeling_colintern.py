@@ -190,7 +190,8 @@ class ColIntern3_5(BackboneModel):
         """Embed a batch.
 
         Args:
-            input_ids, attention_mask: (B, L), padded on the right.
+            input_ids: (B, L), padded on the right.
+            attention_mask: (B, L), 0 at the padding.
             pixel_values: (tiles of the batch, 3, tile size, tile size), as `process_images` returns them; rows of text
                 between the pages have none.
             image_features: output of `get_page_features`, page after page, instead of `pixel_values`.

@@ -248,9 +248,11 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         """Convert queries to a batch: "Query: ", the text, then ten augmentation tokens.
 
         Args:
-            texts, queries: the query strings (one argument with two names, as in colpali-engine).
-            max_length, contexts: accepted for colpali-engine's signature and, as there, without effect; the
-                processor's `max_query_tokens` is the bound.
+            texts: the query strings.
+            queries: another name of `texts`, as in colpali-engine.
+            max_length: accepted for colpali-engine's signature and, as there, without effect; the processor's
+                `max_query_tokens` is the bound.
+            contexts: must be None.
             suffix: replaces the ten augmentation tokens.
 
         Returns:
@@ -314,7 +316,8 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         in a padded (n, length, 128) tensor as in the list that colpali-engine's users make of it.
 
         Args:
-            qs, ps: queries and pages: (tokens, dim) tensors or arrays, or all of them as one padded (n, tokens, dim).
+            qs: queries: (tokens, dim) tensors or arrays, or all of them as one padded (n, tokens, dim).
+            ps: pages, in the same form.
             batch_size: accepted for colpali-engine's signature, without effect: pages are read one by one.
             device: where the scores are computed; None: the device of the first page.
 

@@ -46,7 +46,8 @@ def choose_grid(width: int, height: int, max_tiles: int, tile: int) -> Grid:
     Grid(cols=1, rows=1, thumbnail=False)
 
     Args:
-        width, height: page size in pixels.
+        width: of the page in pixels.
+        height: of the page in pixels.
         max_tiles: bound on the tiles of the page, thumbnail included; at least 1.
         tile: side of a tile in pixels.
 
