@@ -22,8 +22,8 @@ from colintern.data.images import png_bytes
 from colintern.encoding.embed import embed_queries
 from colintern.encoding.pooling import cut
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
-from colintern.monitoring.guide import bounds_for
-from colintern.monitoring.health import HEALTH, health, stored
+from colintern.monitoring.guide import get_recommended_bounds
+from colintern.monitoring.health import HEALTH, assess_run, findings_to_json
 from colintern.params import load as load_params
 from colintern.reporting import failures as module
 from colintern.reporting import plots
@@ -101,8 +101,8 @@ def evaluated(tmp_path_factory, processor, pages) -> Path:
 
 def write_health() -> None:
     state = json.loads(Path("adapter/trainer_state.json").read_text())
-    judged = health(state["log_history"], load_params(), 0.5, bounds_for(0))
-    Path("adapter", HEALTH).write_text(dumps({"verdict": judged.verdict} | stored(judged.findings)))
+    judged = assess_run(state["log_history"], load_params(), 0.5, get_recommended_bounds(0))
+    Path("adapter", HEALTH).write_text(dumps({"verdict": judged.verdict} | findings_to_json(judged.findings)))
 
 
 @pytest.fixture(scope="session")

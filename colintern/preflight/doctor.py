@@ -14,10 +14,10 @@ from colintern.core.rules import kernel_at
 from colintern.modeling.attention import lacking
 from colintern.modeling.lora import FLOAT32, examine, faults, notes
 from colintern.modeling.modeling_colintern import meta_model
-from colintern.monitoring.guide import DEMO, Bounds, bounds_for
+from colintern.monitoring.guide import DEMO, RecommendedBounds, get_recommended_bounds
 from colintern.params import Params
 from colintern.preflight.machine import Machine, machine
-from colintern.training.checkpoints import room
+from colintern.training.checkpoints import required_disk_bytes
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 GB = 1e9
@@ -34,8 +34,8 @@ class Facts(NamedTuple):
     machine: Machine
 
     @property
-    def bounds(self) -> Bounds:
-        return bounds_for(self.counts["total_parameters"])
+    def bounds(self) -> RecommendedBounds:
+        return get_recommended_bounds(self.counts["total_parameters"])
 
     @property
     def demo(self) -> bool:
@@ -151,7 +151,7 @@ def hub_kernel(facts: Facts) -> Answer:
 
 def disk(facts: Facts) -> Answer:
     trained, have = facts.counts["trainable_parameters"], facts.machine.disk_bytes
-    must = room(trained)
+    must = required_disk_bytes(trained)
     features = max(0.0, facts.params.feature_cache_gb * GB - facts.machine.features_bytes)
     free = f"{have / GB:.1f} GB free"
     if have < must:
