@@ -125,12 +125,12 @@ def clone(place: Path, train_data: str) -> Path:
 def start(batches: int) -> None:
     """In a process of its own: from params to the first batch, and `batches` more. Prints one line of JSON."""
     from colintern.params import load
-    from colintern.storage.manifest import check_base
+    from colintern.storage.manifest import ensure_base
     from colintern.training import runs
     from colintern.training.pairs import rows
 
     params = load()
-    base = check_base(params)
+    base = ensure_base(params)
     began, worked = time.perf_counter(), time.process_time()
     trainer = runs.prepare(params, base, Path(".scratch/bench"))
     loader = iter(trainer.get_train_dataloader())

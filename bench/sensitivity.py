@@ -42,7 +42,7 @@ def run(params: Params) -> tuple[float, float, str]:
     from colintern.data.images import decode
     from colintern.encoding.page_features import Page
     from colintern.monitoring.health import health
-    from colintern.storage.manifest import benchmark_folder, check_base
+    from colintern.storage.manifest import ensure_base, ensure_benchmark
     from colintern.training.pairs import Pair
     from colintern.training.runs import prepare
     from colintern.training.trainer import DevSet
@@ -50,12 +50,12 @@ def run(params: Params) -> tuple[float, float, str]:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    folder = benchmark_folder("demo")
+    folder = ensure_benchmark("demo")
     corpus = [Page.of(decode(image["bytes"])) for image in read_table(folder / "corpus")["image"].to_pylist()]
     queries = read_table(folder / "queries")["query"].to_pylist()
 
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(None):  # only the table is for people
-        trainer = prepare(params, check_base(params), Path(scratch))
+        trainer = prepare(params, ensure_base(params), Path(scratch))
         test = DevSet(list(map(Pair, queries, corpus)), trainer.dev.features)
         before = test.ndcg(trainer.model, trainer.processor, params)
         trainer.train()

@@ -21,8 +21,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from colintern.core.errors import exit_on_user_error
 from colintern.data.trainset import training_data
 from colintern.params import load
-from colintern.storage.manifest import ready
-from colintern.storage.outs import check_outs
+from colintern.storage.manifest import ensure_inputs
+from colintern.storage.outs import verify_dvc_outputs
 
 
 @exit_on_user_error()
@@ -32,10 +32,10 @@ def main() -> None:
 
     start(params, "stages.train")
     with joined(params.threads) as processes:
-        processes.first(check_outs)
+        processes.first(verify_dvc_outputs)
         # A flipped bit costs seconds here, and a training run later.
-        processes.first(lambda: bool(training_data(params, anew=True)))
-        base = processes.first(lambda: ready(params, anew=True))
+        processes.first(lambda: bool(training_data(params, force=True)))
+        base = processes.first(lambda: ensure_inputs(params, force=True))
         from colintern.preflight.doctor import hold
 
         hold(params, base)

@@ -21,7 +21,7 @@ from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.modeling.saving import save_adapter_extras
 from colintern.storage.identity import content_hash
-from colintern.storage.outs import ENDED
+from colintern.storage.outs import FINISHED_MARK
 from colintern.training.processes import Processes
 
 SAVING = "saving"
@@ -120,7 +120,7 @@ def shown(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             folder.rmdir()  # where nothing was kept
         for old in link.parent.glob("train-*"):
-            if old.is_symlink() and (not old.exists() or (old / ENDED).exists()):
+            if old.is_symlink() and (not old.exists() or (old / FINISHED_MARK).exists()):
                 old.unlink()
 
 

@@ -24,7 +24,7 @@ from colintern.modeling.loading import load_adapter, load_processor, require_ada
 from colintern.params import Params
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.storage.identity import content_hash, versions
-from colintern.storage.manifest import check_base
+from colintern.storage.manifest import ensure_base
 from colintern.training.negatives import Mined
 from colintern.training.pairs import Pair, candidates
 
@@ -55,7 +55,7 @@ def mine(params: Params, adapter: Path, limits: Limits) -> Found:
         UserError: data, base or adapter are missing or changed.
     """
     require_adapter(adapter)
-    base = check_base(params)
+    base = ensure_base(params)
     require_base(params, adapter)
     settle(params.threads)
     model = load_adapter(params, base, adapter)
