@@ -52,10 +52,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--out: {args.out} is outside the repository; give a path below it, as negatives_file needs")
     require_new_file("--out", root() / args.out)
     params = load()
-    from colintern.storage.manifest import ready
+    from colintern.storage.manifest import ensure_inputs
 
     print_phase("mine: checking the base and the training pages")
-    ready(params)
+    ensure_inputs(params)
     print_phase(f"mine: loading {args.adapter}")
     # Only now: when `datasets` is imported, it reads whether it may use the hub.
     from colintern.training.mining import MiningLimits, mine_hard_negatives

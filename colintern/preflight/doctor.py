@@ -10,7 +10,7 @@ from textwrap import fill
 from typing import Any, NamedTuple
 
 from colintern.core.errors import UserError
-from colintern.core.rules import kernel_at
+from colintern.core.rules import split_kernel
 from colintern.modeling.attention import lacking
 from colintern.modeling.lora import FLOAT32, examine, faults, notes
 from colintern.modeling.modeling_colintern import meta_model
@@ -122,7 +122,7 @@ def bf16(facts: Facts) -> Answer:
 
 def attention(facts: Facts) -> Answer:
     asked, on = facts.params.attention, facts.machine
-    if kernel_at(asked):
+    if split_kernel(asked):
         return hub_kernel(facts)
     usable = bool(on.gpu and on.flash_attn and facts.params.dtype == "bfloat16")
     if asked == "flash_attention_2" and not usable:

@@ -16,7 +16,7 @@ from colintern.params import Params
 from colintern.preflight.adapter_check import base_folder, check, read_adapter
 from colintern.reporting.card import card
 from colintern.reporting.evaluated import FULL, Evaluation, as_evaluated, evaluation, find
-from colintern.storage.hub_errors import brief
+from colintern.storage.hub import describe_error
 
 
 def export(params: Params, folder: Path, out: Path, name: str) -> str:
@@ -73,5 +73,5 @@ def push(folder: Path, name: str) -> str:
         return api.upload_folder(repo_id=name, folder_path=folder, commit_message="colintern export").commit_url
     except (HTTPError, OSError) as error:
         raise UserError(
-            f"--push: {name}: {brief(error)}; `hf auth login` or HF_TOKEN gives the right to write"
+            f"--push: {name}: {describe_error(error)}; `hf auth login` or HF_TOKEN gives the right to write"
         ) from error
