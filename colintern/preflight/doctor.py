@@ -131,8 +131,7 @@ def attention(facts: Facts) -> Answer:
         return FAIL, f"flash_attention_2 needs {lacks}", remedy
     if usable and asked in ("auto", "flash_attention_2"):
         return PASS, "flash_attention_2"
-    own = not on.gpu and facts.params.dtype == "bfloat16"
-    kernel = asked if asked != "auto" else "blocked" if own else "sdpa"
+    kernel = asked if asked != "auto" else "sdpa"
     if on.gpu and not facts.demo:
         return WARN, f"{kernel}; the guide: flash attention", "make image FLASH_ATTN=2.8.3.post2, attention: auto"
     return PASS, f"{kernel}; flash attention is for GPUs and bfloat16"
