@@ -36,9 +36,9 @@ def main() -> None:
         # A flipped bit costs seconds here, and a training run later.
         processes.first(lambda: bool(training_data(params, anew=True)))
         base = processes.first(lambda: ready(params, anew=True))
-        from colintern.preflight.doctor import hold
+        from colintern.preflight.checks import run_preflight
 
-        hold(params, base)
+        run_preflight(params, base)
         from colintern.training.runs import train  # only now: `datasets` looks at its import whether it may ask the hub
 
         metrics = train(params, Path("experiments/colintern"), processes)
