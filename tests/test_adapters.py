@@ -30,6 +30,7 @@ from colintern.training.pairs import Pair, Pairs
 from colintern.training.runs import finish, origin
 from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
 
+pytestmark = pytest.mark.integration
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
 
 

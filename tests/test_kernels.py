@@ -35,6 +35,7 @@ from colintern.storage.identity import fingerprint, stage_identity
 from colintern.storage.kernels import fitting
 from colintern.storage.manifest import Files, source_files
 
+pytestmark = pytest.mark.integration
 NAME, REVISION = "kernels-test/sdpa", "b" * 40
 KERNEL = f"{NAME}@{REVISION}"
 INIT = """

@@ -23,6 +23,8 @@ from colintern.storage.digests import Digests
 from colintern.storage.hub_errors import Repo
 from colintern.storage.manifest import MANIFEST, QUARANTINE, SURVEY, benchmark_folder, check_base, local_files, read
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def fetched(tmp_path, monkeypatch):

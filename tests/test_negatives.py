@@ -29,6 +29,7 @@ from colintern.training.mining import Limits, Ranking, select
 from colintern.training.negatives import Mined, read, write
 from colintern.training.pairs import Pair, rows
 
+pytestmark = pytest.mark.integration
 QUERIES, CORPUS, MINED = "data/own/queries", "data/own/corpus", "data/mined/negatives.parquet"
 
 

@@ -38,6 +38,7 @@ from colintern.scoring.maxsim import maxsim_scores
 from colintern.storage.jsonfile import dumps
 from colintern.storage.manifest import BEIR_SUFFIXES, local_files, source_files
 
+pytestmark = pytest.mark.integration
 SET = "data/own/pages"
 HOSTILE = '<script>alert(1)</script> & "Oslo" <img src=http://example.org/x onerror=alert(1)>'
 DOCUMENTS = "data/own/docs"

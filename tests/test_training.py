@@ -22,6 +22,7 @@ from colintern.training.parts import places, restored, take
 from colintern.training.runs import prepare
 from colintern.training.trainer import ContrastiveTrainer, DevSet, NonFiniteError, arguments
 
+pytestmark = pytest.mark.integration
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
 
 
