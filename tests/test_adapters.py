@@ -30,6 +30,7 @@ from colintern.training.pairs import TrainingDataset, TrainingPair
 from colintern.training.run import assemble_trainer, build_training_arguments, get_provenance, save_artifacts
 from colintern.training.trainer import RetrievalEvaluator
 
+pytestmark = pytest.mark.integration
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
 
 

@@ -23,6 +23,7 @@ from colintern.params import load
 from colintern.storage.manifest import hash_local_files
 from colintern.training.pairs import read_page_image
 
+pytestmark = pytest.mark.integration
 SET, GROUP = "data/own/set", 8
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 # Most memory in MB, seen after each page of the first row group and of all, and the bytes read before pages.

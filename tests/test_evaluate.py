@@ -23,6 +23,7 @@ from processes import Place, kill, leave
 from safetensors.torch import load_file, save_file
 from test_survey import PAGES, SET, row, write_rows
 
+pytestmark = pytest.mark.integration
 ADAPTER = Path("experiments/colintern")
 BENCHMARKS = ("data/own/one", "data/own/two")
 MEANS = "results/mteb_evaluation/eval.json"

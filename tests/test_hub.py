@@ -27,6 +27,7 @@ from colintern.modeling.lora import add_lora
 from colintern.params import load
 from colintern.storage.digests import Digests
 
+pytestmark = pytest.mark.integration
 RECIPE = load(ROOT / "recipes" / "internvl3_5-1b.yaml")
 BASE, TRAIN = RECIPE.base, RECIPE.train_data
 # What fetch-data does before it looks at rows: these files hold none.

@@ -34,6 +34,7 @@ from colintern.storage.hub import Repo
 from colintern.storage.identity import fingerprint, stage_identity
 from colintern.storage.manifest import Files, hash_source_files
 
+pytestmark = pytest.mark.integration
 NAME, REVISION = "kernels-test/sdpa", "b" * 40
 KERNEL = f"{NAME}@{REVISION}"
 INIT = """

@@ -31,6 +31,8 @@ from colintern.storage.manifest import (
     read_data_file,
 )
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def fetched(tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ from colintern.storage.files import dumps
 from colintern.storage.manifest import BEIR_SUFFIXES, hash_local_files, hash_source_files
 from demo.corpus import corpus
 
+pytestmark = pytest.mark.integration
 SET = "data/own/pages"
 HOSTILE = '<script>alert(1)</script> & "Oslo" <img src=http://example.org/x onerror=alert(1)>'
 DOCUMENTS = "data/own/docs"

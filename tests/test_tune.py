@@ -45,7 +45,10 @@ TWO += (
     "space:\n  lr: {low: 0.001, high: 0.02, log: true}\n  pool_factor: {low: 1, high: 4}\n  dim: {choices: [32, 128]}\n"
 )
 optuna.logging.set_verbosity(optuna.logging.ERROR)
-pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage", "ignore::optuna.exceptions.ExperimentalWarning")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore:Heartbeat of storage", "ignore::optuna.exceptions.ExperimentalWarning"),
+]
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from colintern.params import load
 from colintern.tuning.trial_context import STARTED
 from colintern.tuning.trials import SLOT
 
+pytestmark = pytest.mark.integration
 SPACE = """seed: 0
 sampler: tpe
 startup_trials: 1
