@@ -11,8 +11,8 @@ TOPS = ("colintern", "stages", "demo")
 MAX_ONE_WORD_SHARE = 0.25
 # One-word names of torch, transformers, PEFT, mteb, DVC, tqdm and the standard library for the same thing.
 FIELD_WORDS = frozenset(
-    "backward close collate encode flush forward get load main open pack pool read render run save score similarity step "
-    "submit train unpack update write".split()
+    "backward close collate encode flush forward get load main open pack pool read render run save score similarity "
+    "step submit train unpack update write".split()
 )
 ENTRY_POINTS = {"main", "run", "arguments", "add_arguments"}  # of stages and of commands, one each
 

@@ -22,7 +22,6 @@ from colintern.core.project import root
 from colintern.core.rules import mixture, split_kernel, unsupported_path_characters
 from colintern.encoding.page_features import FEATURES
 from colintern.params import Params, on_hub
-from colintern.storage import hub
 from colintern.storage.hub import Repo, create_offline_error, to_user_error
 from colintern.storage.manifest import MANIFEST
 
@@ -241,7 +240,7 @@ def _read_manifest() -> tuple[dict[tuple[str, str], list[str]], dict[Repo, list[
 
 
 def _is_cached(repo: Repo, files: list[str] | None) -> bool:
-    return files is not None and all((hub.folder(repo) / name).is_file() for name in files)
+    return files is not None and all((repo.snapshot_folder / name).is_file() for name in files)
 
 
 def probe_hub(repo: Repo) -> str:

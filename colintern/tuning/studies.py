@@ -24,7 +24,7 @@ from colintern.tuning.search_space import (
     read_stage_params,
 )
 from colintern.tuning.study_storage import StudyStorage
-from colintern.tuning.trial_context import SETTINGS, pruner
+from colintern.tuning.trial_context import SETTINGS, make_pruner
 from colintern.tuning.trials import EXPERIMENT, FULL_SIZE, SCORE
 
 IGNORED_DEPS = {"metrics/verify.json"}  # a count of what LoRA trains: a searched key may change it
@@ -58,7 +58,7 @@ def open_study(storage: StudyStorage, space: SearchSpace, params: Params) -> opt
             study_name=storage.study_name,
             directions=space.directions,
             load_if_exists=True,
-            pruner=pruner(space.settings),
+            pruner=make_pruner(space.settings),
         )
         for key in inputs.keys() - study.user_attrs.keys():
             study.set_user_attr(key, inputs[key])

@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.storage.lock import locked
-from colintern.tuning.trial_context import storage
+from colintern.tuning.trial_context import open_storage
 
 STUDIES = Path("studies")
 DRIVERS = {"sqlite": "pysqlite", "postgresql": "psycopg"}  # that come with the environment
@@ -72,7 +72,7 @@ class StudyStorage:
             self.url, self.shown_url = address.render_as_string(hide_password=False), address.render_as_string()
             # Two workers would both make the tables of an SQLite file; PostgreSQL makes them once.
             with locked(self._lock_file) if self._lock_file else nullcontext():
-                self.rdb = storage(
+                self.rdb = open_storage(
                     self.url,
                     heartbeat_interval=heartbeat_seconds,
                     heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
