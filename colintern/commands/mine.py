@@ -49,8 +49,9 @@ def run(args: argparse.Namespace) -> None:
     mined = mine_hard_negatives(params, args.adapter, MiningLimits(args.top, args.margin, args.keep))
     write_mined_negatives(root() / args.out, mined.rows, mined.provenance)
     counts = [len(row.negatives) for row in mined.rows]
+    mean = sum(counts) / len(counts)
     print(
-        f"{args.out}: {len(counts)} rows, {sum(counts) / len(counts):.1f} negatives each, {counts.count(0)} rows without\n"
-        f"left out: {mined.num_positives} pages that answer the query, {mined.num_too_close} that score too close to one "
-        f"that does\nto train with them: dvc exp run -S negatives=2 -S negatives_file={args.out}"
+        f"{args.out}: {len(counts)} rows, {mean:.1f} negatives each, {counts.count(0)} rows without\n"
+        f"left out: {mined.num_positives} pages that answer the query, {mined.num_too_close} that score too close to "
+        f"one that does\nto train with them: dvc exp run -S negatives=2 -S negatives_file={args.out}"
     )
