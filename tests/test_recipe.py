@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from pages import documented, words
 
 from colintern.core.recipes import TEMPLATE, render_recipe
 from colintern.params import Params, load, load_recipe
@@ -259,7 +260,7 @@ def test_keys_that_params_lack_are_added_with_values_that_change_nothing(clone: 
     assert cut.count("\n") < before.count("\n") - 3
     edited = re.sub(r"(?m)^lr: .*", "lr: 0.002  # mine", cut)
     (clone / "params.yaml").write_text(edited)
-    run = colintern(clone, "recipe", "--update")
+    run = colintern(clone, *words(documented("colintern recipe --update"))[1:])
     assert run.returncode == 0, run.stderr
     assert run.stdout == "params.yaml: 2 keys added\n  symmetric_loss: false\n  pool_factor: 1\n"
     assert (clone / "params.yaml").read_text() == re.sub(r"(?m)^lr: .*", "lr: 0.002  # mine", before)

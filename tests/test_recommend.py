@@ -139,6 +139,7 @@ def test_an_unknown_card_is_answered_with_those_there_are(name):
     [
         (documented("colintern recommend --base internvl3_5-1b --gpu l40s"), r"time of a step +9\.7\d s on L40S"),
         (documented("colintern recommend --base internvl3_5-1b --gpu a100-80gb"), r"time of a step +4\.7\d s on A100"),
+        (documented("colintern recommend --base internvl3_5-1b --gpu h200"), r"all 9,230 steps +4\.3 h"),
     ],
 )
 def test_what_the_pages_quote_is_what_it_says(checkout, capsys, command, said):
