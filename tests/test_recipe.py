@@ -269,7 +269,7 @@ def test_keys_that_params_lack_are_added_with_values_that_change_nothing(clone: 
 
 def test_an_update_refuses_what_it_cannot_know(clone: Path) -> None:
     text = (clone / "params.yaml").read_text()
-    for edited, words in (
+    for edited, expected in (
         (re.sub(r"(?m)^lr: .*\n", "", text), ("lr: missing", "recipes/demo.yaml")),
         (text.replace("\nlr: ", "\nlearning_rate: "), ("lr: missing",)),
         (text + "nope: 1\n", ("nope: unknown key",)),
@@ -278,7 +278,7 @@ def test_an_update_refuses_what_it_cannot_know(clone: Path) -> None:
         (clone / "params.yaml").write_text(edited)
         run = colintern(clone, "recipe", "--update")
         assert run.returncode == 2 and "Traceback" not in run.stderr
-        assert all(word in run.stderr for word in words), run.stderr
+        assert all(word in run.stderr for word in expected), run.stderr
         assert (clone / "params.yaml").read_text() == edited
     for options in (("demo", "--update"), ("--update", "--force")):
         assert "takes no recipe and no --force" in colintern(clone, "recipe", *options).stderr
