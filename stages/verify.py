@@ -14,17 +14,16 @@ from colintern.modeling.lora import find_lora_errors, format_lora_report, report
 from colintern.modeling.modeling_colintern import build_meta_model
 from colintern.params import load
 from colintern.statistics.inventory import COLUMNS, inventory, survey_rows
-from colintern.storage.csvfile import write_csv
-from colintern.storage.jsonfile import dumps
-from colintern.storage.manifest import ready
-from colintern.storage.outs import check_outs
+from colintern.storage.files import dumps, write_csv
+from colintern.storage.manifest import ensure_inputs
+from colintern.storage.outs import verify_dvc_outputs
 
 
 @exit_on_user_error()
 def main() -> None:
     params = load()
-    check_outs()
-    base = ready(params)
+    verify_dvc_outputs()
+    base = ensure_inputs(params)
     counts = report_lora_on_meta(build_meta_model(base, params.base_revision or None), params)
     print(format_lora_report(params.base, counts))
     if wrong := find_lora_errors(counts):

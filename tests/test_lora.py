@@ -1,6 +1,5 @@
 import dataclasses
 import time
-from functools import cache
 
 import pytest
 import torch
@@ -18,9 +17,9 @@ from colintern.modeling.lora import (
     report_lora_on_meta,
 )
 from colintern.modeling.modeling_colintern import build_meta_model
-from colintern.params import load as load_params
+from colintern.params import load_recipe
 
-RECIPE = load_params(ROOT / "recipes" / "internvl3_5-1b.yaml")
+RECIPE = load_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml")
 Q_PROJ = r"language_model\.layers\.\d+\.self_attn\.q_proj"
 # Qwen3's published parameter counts, of the files of Qwen/Qwen3-*B without an output layer of its own.
 QWEN3 = {"1b": 596_049_920, "2b": 1_720_574_976, "4b": 4_022_468_096, "8b": 8_190_735_360 - 151_936 * 4096}
@@ -30,7 +29,6 @@ def counts(targets):
     return report_lora(add_lora(build_meta_model(str(BASE), None), targets, 32, 32, 0.0), targets)
 
 
-@cache
 def of_1b(*targets):
     return report_lora_on_meta(
         build_meta_model(make_preset_config("internvl3_5-1b"), None), dataclasses.replace(RECIPE, lora_targets=targets)

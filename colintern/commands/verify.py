@@ -28,13 +28,11 @@ def run(args: argparse.Namespace) -> None:
         UserError: training with these targets would be wrong.
     """
     import json
-    import warnings
     from dataclasses import asdict
 
     params = load(args.params)
     base = args.base or params.base
     require_base(base, params)
-    warnings.simplefilter("ignore", FutureWarning)  # of transformers about its own names
     from colintern.modeling.configuration_colintern import load_base_config
     from colintern.modeling.lora import find_lora_errors, find_lora_warnings, format_lora_report, report_lora_on_meta
     from colintern.modeling.modeling_colintern import build_meta_model

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from colintern.core.errors import UserError
 from colintern.modeling.configuration_colintern import HEAD, HEAD_KEYS
 from colintern.params import on_hub
-from colintern.storage.jsonfile import read_json_object
+from colintern.storage.files import read_json_object, require_regular_file
 from colintern.storage.paths import ADAPTER
-from colintern.storage.regular import require_regular_file
 
 WEIGHTS_FILE, CONFIG_FILE = ADAPTER
 HEAD_FILE = "head.safetensors"

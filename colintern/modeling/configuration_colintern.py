@@ -20,9 +20,8 @@ from transformers import InternVLModel as BackboneModel  # noqa: F401  for model
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.params import Params, on_hub
-from colintern.storage import hub
-from colintern.storage.hub_errors import OfflineError, Repo
-from colintern.storage.manifest import digests
+from colintern.storage.hub import OfflineError, Repo, download_file
+from colintern.storage.manifest import get_digests
 from colintern.storage.paths import PRESETS, base_at_commit
 
 EMBEDDING_DIM = 128
@@ -85,7 +84,8 @@ def load_base_config(base: str, params: Params) -> BackboneConfig:
     name, revision = base_at_commit(base, params)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # download messages must not mix with a report for machines
-            return _read_config(hub.fetch_one(Repo("base", name, revision, "model"), "config.json", digests()), base)
+            file = download_file(Repo("base", name, revision, "model"), "config.json", get_digests())
+        return _read_config(file, base)
     except OfflineError as error:
         preset = get_preset_name(name)
         hint = f"\n  or, with the config that is shipped: --base {preset}" if preset else ""
@@ -99,7 +99,8 @@ def load_cached_or_preset_config(params: Params) -> BackboneConfig:
         UserError, OfflineError: see `load_base_config`.
     """
     preset = get_preset_name(params.base)  # "" for a folder, which the hub's cache does not contain
-    if preset and not (hub.folder(Repo("base", params.base, params.base_revision, "model")) / "config.json").is_file():
+    repo = Repo("base", params.base, params.base_revision, "model")
+    if preset and not (repo.snapshot_folder / "config.json").is_file():
         return make_preset_config(preset)
     return load_base_config(params.base, params)
 

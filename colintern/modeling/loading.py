@@ -28,11 +28,10 @@ from colintern.modeling.configuration_colintern import HEAD
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.params import Params, at_commit
-from colintern.storage.hub_errors import brief
+from colintern.storage import hub
+from colintern.storage.files import read_json_object, require_regular_file
 from colintern.storage.identity import content_hash, read_identity
-from colintern.storage.jsonfile import read_json_object
 from colintern.storage.paths import suggest_adapter_source
-from colintern.storage.regular import require_regular_file
 
 TOKENIZER_FILE, TOKENIZER_CONFIG, PROCESSOR_CONFIG = "tokenizer.json", "tokenizer_config.json", "processor_config.json"
 MAX_TILE_SIZE = 4096  # pixels
@@ -61,7 +60,7 @@ class PretrainedRef(NamedTuple):
             try:
                 folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOAD_PATTERNS))
             except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-                raise UserError(f"model: {model!r} cannot be fetched: {brief(error)}") from error
+                raise UserError(f"model: {model!r} cannot be fetched: {hub.describe_error(error)}") from error
         if not is_adapter(folder) and (folder / "config.json").is_file():
             require_merged(folder)
             return cls(folder, revision or content_hash(folder)[:40], False)
