@@ -55,7 +55,7 @@ def measure(row: tuple[str, int, int, bool | int, float], device: str) -> dict[s
     from colintern.encoding.page_features import Page
     from colintern.modeling.lora import add_lora
     from colintern.modeling.modeling_colintern import ColIntern3_5
-    from colintern.params import load
+    from colintern.params import load_params
     from colintern.planning.costs import Costs, Setting
     from colintern.training.pairs import Pair
     from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
@@ -63,9 +63,9 @@ def measure(row: tuple[str, int, int, bool | int, float], device: str) -> dict[s
     name, batch, micro, checkpointing, dropout = row
     torch.set_num_threads(1)
     set_seed(0)
-    params = replace(load("recipes/demo.yaml" if name == "demo" else RECIPE), batch_size=batch, micro_batch_size=micro,
-                     gradient_checkpointing=checkpointing, lora_dropout=dropout, epochs=1, warmup_steps=0, workers=0,
-                     logging_steps=1, eval_batch_size=1)  # fmt: skip
+    params = replace(load_params("recipes/demo.yaml" if name == "demo" else RECIPE), batch_size=batch,
+                     micro_batch_size=micro, gradient_checkpointing=checkpointing, lora_dropout=dropout, epochs=1,
+                     warmup_steps=0, workers=0, logging_steps=1, eval_batch_size=1)  # fmt: skip
     dtype = getattr(torch, params.dtype)
     config, processor = architecture(name)
     model = ColIntern3_5._from_config(config, dtype=dtype)

@@ -18,7 +18,7 @@ from typing import Any
 
 from colintern.core.errors import exit_on_user_error
 from colintern.monitoring.guide import BATCH
-from colintern.params import load
+from colintern.params import load_params
 
 SPACE = Path(__file__).with_suffix(".yaml")
 # Its "Critical Training Parameters" and LoraConfig, for 1B: the smallest base that its rules are for. Epochs, its 5,
@@ -33,7 +33,7 @@ def prepare(name: str) -> tuple[Any, Any, dict[str, Any]]:
     from colintern.tuning.studies import open_study
 
     quiet()
-    params = load()
+    params = load_params()
     values = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(params).items()}
     search = read(values, SPACE)
     study = open_study(Store("", name, 30), search, params)

@@ -20,14 +20,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from colintern.core.errors import exit_on_user_error
 from colintern.data.trainset import training_data
-from colintern.params import load
+from colintern.params import load_params
 from colintern.storage.manifest import ensure_inputs
 from colintern.storage.outs import verify_dvc_outputs
 
 
 @exit_on_user_error()
 def main() -> None:
-    params = load()
+    params = load_params()
     from colintern.training.processes import joined, start
 
     start(params, "stages.train")

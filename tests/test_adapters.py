@@ -14,7 +14,7 @@ import torch
 from conftest import BASE, ROOT
 from processes import Place
 from safetensors.torch import load_file, save_file
-from test_model import TARGETS, load
+from test_model import TARGETS
 
 from colintern.core.errors import UserError
 from colintern.encoding.embed import embed_pages
@@ -22,7 +22,7 @@ from colintern.encoding.page_features import Page, PageFeatures
 from colintern.modeling.loading import read_processor
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import read_checked_adapter
-from colintern.params import load as load_params
+from colintern.params import load_params
 from colintern.storage.files import dumps
 from colintern.storage.identity import read_identity
 from colintern.storage.manifest import BASE_SUFFIXES, hash_local_files
@@ -45,7 +45,7 @@ def trained(top: Path, processor, pages, **changes) -> Path:
         entry = hash_local_files("demo/base", BASE_SUFFIXES)._asdict()
         (top / "data" / "manifest.json").write_text(dumps({"base": entry, "train": []}))
         torch.manual_seed(0)
-        base = load(top / "demo" / "base")
+        base = load_params(top / "demo" / "base")
         base.name_or_path = base.config._name_or_path = "demo/base"
         wrapped = add_lora(base, TARGETS, rank=4, alpha=4, dropout=0.0)
         features = PageFeatures(wrapped, processor, top / "features", 0.0, "exact")

@@ -17,7 +17,7 @@ from colintern.modeling.dropout import Masks
 from colintern.modeling.layers import checkpoint_layers
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import ColIntern3_5
-from colintern.params import load
+from colintern.params import load_params
 from colintern.planning import costs as module
 from colintern.planning.costs import Costs, Setting, Side
 from colintern.planning.gpus import GPUS
@@ -26,7 +26,7 @@ from colintern.planning.recommend import PROMPT_TOKENS, USABLE, plan, recommend
 from colintern.training.processes import ALONE
 from colintern.training.trainer import ContrastiveTrainer
 
-PARAMS = load(ROOT / "recipes" / "demo.yaml")
+PARAMS = load_params(ROOT / "recipes" / "demo.yaml")
 DEMO = Setting(32, 8, False, tiles=6, page_tokens=108, query_tokens=24)
 
 

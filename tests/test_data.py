@@ -19,7 +19,7 @@ from colintern.core.errors import UserError
 from colintern.data import index
 from colintern.data.images import png_bytes
 from colintern.data.trainset import asked
-from colintern.params import load
+from colintern.params import load_params
 from colintern.storage.manifest import hash_local_files
 from colintern.training.pairs import row_image, rows
 
@@ -29,7 +29,7 @@ STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 READ_ALL = """
 import json
 from colintern.training.pairs import rows
-from colintern.params import load
+from colintern.params import load_params
 
 def fact(file, name):
     return int(next(line for line in open(f"/proc/self/{file}") if line.startswith(name)).split()[1])
@@ -37,9 +37,9 @@ def fact(file, name):
 def most(pairs):
     return max(fact("status", "VmRSS") for pair in pairs if pair.page.image()) / 1024
 
-rows(load())  # what is imported on first use
+rows(load_params())  # what is imported on first use
 before = fact("io", "rchar")
-pairs = rows(load())["train"]
+pairs = rows(load_params())["train"]
 started = fact("io", "rchar") - before
 print(json.dumps({"one": most(pairs[:8]), "all": most(pairs), "read": started / 2**20, "rows": len(pairs)}))
 """
@@ -77,7 +77,7 @@ def fetched(train: list[bytes], dev: list[bytes], **index_of_dev: str) -> None:
     Path("params.yaml").write_text(text.replace("train_data: demo\n", f"train_data: {SET}\n"))
     manifest = {
         "base": hash_local_files("demo/base", (".json", ".safetensors"))._asdict(),
-        "made_for": asked(load()),
+        "made_for": asked(load_params()),
         "train_corpus": None,
         "negatives": None,
         "train": [hash_local_files(SET, (".parquet",))._asdict()],
@@ -100,7 +100,7 @@ def test_each_row_has_its_own_page_on_both_sides_of_a_row_group(folder, column):
 
 def test_a_query_is_paired_with_the_page_of_its_row(folder):
     fetched([page(n) for n in range(20)], [page(30 + n) for n in range(3)])
-    found = rows(load())
+    found = rows(load_params())
     assert [(p.query, p.page.key, p.page.image().width) for p in found["test"]] == [
         (f"test {n}", f"d{n}", 40 + n) for n in range(3)
     ]
@@ -130,14 +130,14 @@ def test_memory_holds_a_row_group_and_not_the_set_and_a_start_reads_no_page(fold
 def test_an_index_that_does_not_fit_the_manifest_is_refused(folder, change, message):
     fetched([page(0)], [page(1)], **change)
     with pytest.raises(UserError, match=message):
-        rows(load())
+        rows(load_params())
 
 
 def test_a_missing_index_says_what_to_run(folder):
     fetched([page(0)], [page(1)])
     Path(index.INDEX).unlink()
     with pytest.raises(UserError, match=r"data/rows\.parquet: missing.*dvc repro fetch-data"):
-        rows(load())
+        rows(load_params())
 
 
 def test_the_index_has_the_same_bytes_for_the_same_rows(folder):

@@ -17,10 +17,10 @@ from bench.curves import EXPECTED, FOLDER, TUNED_ON, judge
 from colintern.monitoring.guide import bounds_for
 from colintern.monitoring.health import BAD, OK, WARN, Curve, findings, health, line, report, stored
 from colintern.monitoring.watch import Pace, Watch, memory_share, pace_findings
-from colintern.params import load
+from colintern.params import load_params
 
 CURVES = sorted(FOLDER.glob("*.json"))
-PARAMS = dataclasses.replace(load(ROOT / "recipes" / "demo.yaml"), epochs=4, warmup_steps=10)
+PARAMS = dataclasses.replace(load_params(ROOT / "recipes" / "demo.yaml"), epochs=4, warmup_steps=10)
 CHANCE = 0.03
 BOUNDS = bounds_for(1_028_224)  # of demo/base: lr 3e-3 to 1e-2, batch 32
 REMEDIES = {
@@ -54,7 +54,7 @@ def test_a_recorded_run_is_judged_by_what_was_done_to_it(file):
 def test_more_digits_and_longer_logs_change_no_verdict(name):
     """Rows between, as with half the logging_steps, and rows left out."""
     found, judgement = judge(FOLDER / f"{name}-0.json")
-    params = dataclasses.replace(load(), **found["params"])
+    params = dataclasses.replace(load_params(), **found["params"])
     chance = judgement_chance(found)
     losses = [row for row in found["log"] if "loss" in row]
     rest = [row for row in found["log"] if "loss" not in row]

@@ -24,7 +24,7 @@ from colintern.ingest.scan import held_out
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from colintern.params import load
+from colintern.params import load_params
 from colintern.training.mining import Limits, Ranking, select
 from colintern.training.negatives import Mined, read, write
 from colintern.training.pairs import Pair, rows
@@ -85,7 +85,7 @@ def key(number: int) -> str:
 def test_rows_find_their_pages_and_negatives_by_number(by_number):
     done = fetch_data()
     assert done.returncode == 0, done.stderr
-    found = rows(load())
+    found = rows(load_params())
     [dev] = found["test"]
     assert dev.page.key == min(key(n) for n in range(45)), "a fiftieth of 45 pages, by hash"
     assert len(found["train"]) == 44
@@ -132,8 +132,8 @@ def test_a_bad_row_costs_one_row():
     assert len(bad) == len(BAD)
     for number, (_, reason) in enumerate(BAD, start=45):
         assert bad[QUERIES, f"data/train-00000-of-00001.parquet:{number}"].startswith(reason)
-    assert sum(map(len, rows(load()).values())) == 45
-    shown = {page.key for row in rows(replace(load(), negatives=50))["train"] for page in row.negatives}
+    assert sum(map(len, rows(load_params()).values())) == 45
+    shown = {page.key for row in rows(replace(load_params(), negatives=50))["train"] for page in row.negatives}
     assert key(50) in shown and hashlib.sha256(PAGES[59][:400]).hexdigest() not in shown
 
 
@@ -152,21 +152,21 @@ def test_negatives_that_nothing_gives_are_refused():
     write_params(train_data="data/own/set", negatives=2)
     assert fetch_data().returncode == 0
     with pytest.raises(UserError, match="negatives: 2, but no row has one: data/own/set has no column negative_pass"):
-        rows(load())
+        rows(load_params())
     write_params(train_data="data/own/set", negatives=2, negatives_file="nothing.parquet")
     done = fetch_data()
     assert done.returncode == 2 and "negatives_file: 'nothing.parquet' does not exist" in done.stderr
     shutil.copy(next(Path("data/own/set").glob("*.parquet")), "nothing.parquet")
     assert fetch_data().returncode == 0
     with pytest.raises(UserError, match="was not written by `colintern mine`"):
-        rows(load())
+        rows(load_params())
     write(Path("nothing.parquet"), [Mined("another", key(1), [key(2)], [1.0])], {})
     assert fetch_data().returncode == 0
     with pytest.raises(UserError, match="names none of the 40 training rows"):
-        rows(load())
+        rows(load_params())
     write(Path("nothing.parquet"), [Mined("question 0", key(0), [key(2), key(41), "0" * 64], [3.0, 2.0, 1.0])], {})
     with pytest.raises(UserError, match=r"nothing\.parquet: .*changed after it was fetched"):
-        rows(load())
+        rows(load_params())
 
 
 def ranking(train, scores, keys, chunk, top=5):
@@ -239,7 +239,7 @@ def test_mined_negatives_train(tmp_path):
 
     write_params(train_data="data/own/set", negatives=2, negatives_file=MINED)
     assert fetch_data().returncode == 0
-    found = rows(load())["train"]
+    found = rows(load_params())["train"]
     mined = read(Path(MINED))
     dev = {key(number) for number in range(40, 45)}
     for row in found:

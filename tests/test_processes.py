@@ -29,12 +29,12 @@ def gradient(folder: Path, images: list, size: int, rank: int, port: int, change
     if size > 1:
         rank_of(size, rank, port)
     import torch
-    from test_model import TARGETS, load
+    from test_model import TARGETS
 
     from colintern.encoding.page_features import Page, PageFeatures
     from colintern.modeling.lora import add_lora
     from colintern.modeling.processing_colintern import ColIntern3_5Processor
-    from colintern.params import load as load_params
+    from colintern.params import load_params
     from colintern.training import trainer as engine
     from colintern.training.pairs import Pair, Pairs
     from colintern.training.processes import joined
@@ -49,7 +49,7 @@ def gradient(folder: Path, images: list, size: int, rank: int, port: int, change
     with joined(1) as own:
         processor = ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=96, max_query_tokens=64)
         torch.manual_seed(0)
-        model = add_lora(load(BASE), TARGETS, rank=4, alpha=4, dropout=params.lora_dropout)
+        model = add_lora(load_params(BASE), TARGETS, rank=4, alpha=4, dropout=params.lora_dropout)
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if "lora_B" in name:

@@ -18,7 +18,7 @@ from small_run import STEPS, at_step
 from colintern.core import progress as bars
 from colintern.monitoring import progress
 from colintern.monitoring.progress import Progress
-from colintern.params import load
+from colintern.params import load_params
 
 ROW = r"loss \d\.\d{3}(, dev \d\.\d{3})?(, [\d.]+ pages/s)?, [\d.]+ GB"
 TIME = r"\[(\d+:)?\d\d:\d\d<(\d+:)?(\d\d|\?):?(\d\d)?\]"
@@ -80,7 +80,7 @@ def test_rows_of_a_long_run_come_every_half_minute(monkeypatch, capsys, seconds)
     clock = iter(range(10**6))
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(progress, "EVERY", seconds)
-    shown = Progress(load(ROOT / "recipes" / "demo.yaml"), quiet=True)
+    shown = Progress(load_params(ROOT / "recipes" / "demo.yaml"), quiet=True)
     state = SimpleNamespace(log_history=[], global_step=0, max_steps=9230, is_world_process_zero=True)
     shown.on_train_begin(None, state, None)
     for step in range(5, 1000, 5):

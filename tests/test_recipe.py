@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from colintern.params import Params, load
+from colintern.params import Params, load_params
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -50,7 +50,7 @@ def copy(tmp_path: Path) -> Path:
         "params",
         "storage/__init__",
         "storage/paths",
-        "storage/regular",
+        "storage/files",
     ):
         shutil.copy(ROOT / "colintern" / f"{name}.py", root / "colintern" / f"{name}.py")
     shutil.copytree(ROOT / "colintern" / "core", root / "colintern" / "core")
@@ -95,7 +95,7 @@ def test_every_recipe_is_valid_and_opens_with_its_description(
 ) -> None:
     (tmp_path / "demo" / "base").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    load(path)
+    load_params(path)
     assert re.match(r"# \w.{20,}", path.read_text(encoding="utf-8"))
 
 
@@ -111,7 +111,7 @@ def test_dvc_changes_one_line_of_a_recipe(path: Path, tmp_path: Path) -> None:
 
 
 def test_the_guides_optimal_settings_with_our_micro_batch() -> None:
-    params = load(ROOT / "recipes" / "internvl3_5-1b.yaml")
+    params = load_params(ROOT / "recipes" / "internvl3_5-1b.yaml")
     assert (params.epochs, params.lr, params.warmup_steps, params.lora_dropout) == (5, 5e-5, 100, 0.1)
     assert (params.lora_rank, params.lora_alpha, params.batch_size, params.micro_batch_size) == (32, 32, 64, 64)
     assert params.benchmarks == ("ViDoRe(v1)", "ViDoRe(v2)")

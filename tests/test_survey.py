@@ -24,7 +24,7 @@ from colintern.ingest.checks import check_benchmarks, check_judgements
 from colintern.ingest.collected import MAX_QUERY_CHARACTERS
 from colintern.ingest.scan import Part, look
 from colintern.ingest.splits import by_name
-from colintern.params import load
+from colintern.params import load_params
 from colintern.statistics.survey import survey
 from colintern.storage.manifest import hash_local_file, hash_local_files
 
@@ -115,7 +115,7 @@ def test_each_bad_row_costs_one_row_and_is_named():
     assert [(entry["source"], entry["row"]) for entry in quarantine()] == [(SET, place) for place in places]
     for entry, (_, reason) in zip(quarantine(), CASES, strict=True):
         assert entry["reason"].startswith(reason)
-    queries = [row.query for row in rows(load())["train"]]
+    queries = [row.query for row in rows(load_params())["train"]]
     assert queries == [f"question {n}" for n in range(10, 30)] + [long["query"], right_to_left["query"]]
     processor = ColIntern3_5Processor.from_pretrained("demo/base", max_visual_tokens=96, max_query_tokens=64)
     assert processor.process_queries(queries[-2:])["input_ids"].shape == (2, 64)
@@ -172,7 +172,7 @@ def test_a_mixture_shows_the_rows_of_a_set_as_often_as_its_weight_says():
     write_params(train_data=f"{SET} + data/own/small*3")
     done = fetch_data()
     assert done.returncode == 0, done.stderr
-    found = {split: [row.query for row in some] for split, some in rows(load()).items()}
+    found = {split: [row.query for row in some] for split, some in rows(load_params()).items()}
     queries = found["train"]
     assert len(queries) == 40 + 3 * 3
     assert queries.count("question 56") == 3 and queries.count("question 7") == 1
@@ -488,13 +488,13 @@ def test_a_folder_of_two_kinds_is_refused():
 
 
 def test_the_data_in_numbers():
-    from colintern.params import load
+    from colintern.params import load_params
     from colintern.statistics.inventory import inventory, summarize_survey
 
     write_rows("train", [*map(row, range(40)), row(3), row(3) | {"query": "again"}, row(4) | {"query": ""}])
     write_params(max_bad_fraction=0.05)
     assert fetch_data().returncode == 0
-    found = summarize_survey(inventory(load().max_visual_tokens))
+    found = summarize_survey(inventory(load_params().max_visual_tokens))
     train, test = found[f"{SET} (train)"], found[f"{BEIR} (test)"]
     assert {key: train[key] for key in ("rows", "pages", "queries", "duplicates", "quarantined")} == {
         "rows": 43, "pages": 40, "queries": 42, "duplicates": 1, "quarantined": 1
@@ -502,7 +502,7 @@ def test_the_data_in_numbers():
     assert train["bytes"] == Path(SET, "train-00000-of-00001.parquet").stat().st_size
     assert train["queries/page"] == 42 / 40
     assert train["tiles/page"] == 1 and train["tokens/page"] == 16  # 112 x 112 px is one tile
-    assert inventory(load().max_visual_tokens)[f"{SET} (train)"]["queries of a page"] == {"1": 39, "3": 1}
+    assert inventory(load_params().max_visual_tokens)[f"{SET} (train)"]["queries of a page"] == {"1": 39, "3": 1}
     assert (test["rows"], test["pages"], test["queries"]) == (10, 10, 10)
     assert test["tokens/query"] > 1
     assert sum(train["languages, guessed"].values()) == 41, "distinct queries"
@@ -515,19 +515,19 @@ def test_the_languages_of_the_queries_are_counted_over_distinct_queries_and_show
     spoken = [row(n) | {"query": query} for n, query in enumerate((french, french, german, "4711", "question 1"))]
     write_rows("train", [*spoken, *(row(n) | {"query": f"What does figure {n} show us?"} for n in range(5, 9))])
     assert fetch_data().returncode == 0
-    found = inventory(load().max_visual_tokens)
+    found = inventory(load_params().max_visual_tokens)
     assert summarize_survey(found)[f"{SET} (train)"]["languages, guessed"] == {"de": 1, "en": 4, "fr": 1, "unknown": 2}
     assert "guessed, of 8 distinct queries: en: 4  fr: 1  de: 1  unknown: 2" in table(found, [])
 
 
 def test_the_table_says_the_same():
-    from colintern.params import load
+    from colintern.params import load_params
     from colintern.statistics.inventory import inventory, table
 
     write_rows("train", [row(4) | {"query": ""}, *map(row, range(40))])
     write_params(max_bad_fraction=0.05)
     assert fetch_data().returncode == 0
-    shown = table(inventory(load().max_visual_tokens), quarantine())
+    shown = table(inventory(load_params().max_visual_tokens), quarantine())
     assert f"{SET} (train): 41 rows, 40 pages, 40 queries, 0 duplicates, 1 quarantined" in shown
     assert f"quarantined: {SET}: 1 x query is empty" in shown
 
@@ -574,8 +574,8 @@ def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():
     assert (entry["source"], entry["row"]) == (str(folder), "cut.pdf")
     assert "1 of 81 rows in data/quarantine.json" in done.stdout
     corpus = pq.read_table(next(ensure_benchmark(str(folder)).glob("corpus/*.parquet"))).num_rows
-    assert sum(map(len, rows(load()).values())) + corpus == 80
+    assert sum(map(len, rows(load_params()).values())) + corpus == 80
     assert asks_pseudo_queries()
     write_pdf(folder / "c.pdf", [["new"]])
     with pytest.raises(UserError, match=r"data/own/manuals/c\.pdf: new since the pages were made"):
-        rows(load())
+        rows(load_params())

@@ -8,14 +8,14 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import BASE, ROOT
-from test_model import TARGETS, load
+from test_model import TARGETS
 
 from colintern.core.errors import UserError
 from colintern.encoding.page_features import Page, PageFeatures
 from colintern.modeling import dropout
 from colintern.modeling.lora import add_lora
 from colintern.monitoring.watch import pace_findings
-from colintern.params import load as load_params
+from colintern.params import load_params
 from colintern.training.determinism import set_deterministic
 from colintern.training.pairs import Pair, Pairs
 from colintern.training.parts import places, restored, take
@@ -38,7 +38,7 @@ def make(processor, pages, tmp_path):
             **{"batch_size": len(queries), "logging_steps": 1, "epochs": 1} | changes,
         )
         torch.manual_seed(0)
-        base = load(BASE).to(getattr(torch, params.dtype))
+        base = load_params(BASE).to(getattr(torch, params.dtype))
         wrapped = add_lora(base, TARGETS, rank=4, alpha=4, dropout=params.lora_dropout)
         args = arguments(params, tmp_path / "run", quiet=True)
         features = PageFeatures(wrapped, processor, tmp_path / "features", cache_gb, params.feature_cache_format)

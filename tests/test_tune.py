@@ -30,7 +30,7 @@ from colintern import __main__ as cli
 from colintern.commands import tune
 from colintern.commands.tune import _check as check_study
 from colintern.core.errors import UserError
-from colintern.params import load, write
+from colintern.params import load_params, update_params
 from colintern.tuning import experiments, outcome
 from colintern.tuning import trial_context as told
 from colintern.tuning.space import Search, read
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage", "ignore::
 
 
 def values(path: Path = ROOT / "params.yaml") -> dict:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(load(path)).items()}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(load_params(path)).items()}
 
 
 @pytest.fixture
@@ -134,10 +134,14 @@ def test_the_winner_is_written_between_the_comments(tmp_path):
     file = tmp_path / "params.yaml"
     before = (ROOT / "params.yaml").read_text()
     file.write_text(before)
-    assert write(file, {"lr": 0.00123456789, "lora_rank": 8, "lr_scheduler": "cosine", "compile": False}) == [
+    assert update_params(file, {"lr": 0.00123456789, "lora_rank": 8, "lr_scheduler": "cosine", "compile": False}) == [
         "lr", "lora_rank", "lr_scheduler",
     ]  # fmt: skip
-    assert (load(file).lr, load(file).lora_rank, load(file).lr_scheduler) == (0.00123456789, 8, "cosine")
+    assert (load_params(file).lr, load_params(file).lora_rank, load_params(file).lr_scheduler) == (
+        0.00123456789,
+        8,
+        "cosine",
+    )
     comments = [line for line in before.splitlines() if line.startswith("#")]
     assert [line for line in file.read_text().splitlines() if line.startswith("#")] == comments
 
@@ -332,8 +336,8 @@ def test_experiments_are_read_where_the_pipeline_is_a_sub_folder_of_gits(tmp_pat
     for name in ("dvc.yaml", "dvc.lock", "params.yaml", "metrics/train.json"):
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, project / name)
-    write(project / "params.yaml", {"lora_rank": 8})
-    params = dataclasses.replace(load(ROOT / "params.yaml"), lora_rank=8)
+    update_params(project / "params.yaml", {"lora_rank": 8})
+    params = dataclasses.replace(load_params(ROOT / "params.yaml"), lora_rank=8)
     commit = "git -c user.name=T -c user.email=t@localhost commit -qm state"
     place = f"refs/exps/ab/{'c' * 38}/a-000"
     line = f"git init -q && git add -A && {commit} && git update-ref {place} HEAD"

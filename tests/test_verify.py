@@ -11,9 +11,9 @@ from conftest import BASE, ROOT
 from hub import running
 from processes import Place
 
-from colintern.params import load
+from colintern.params import load_params
 
-RECIPE = load(ROOT / "recipes" / "internvl3_5-1b.yaml")
+RECIPE = load_params(ROOT / "recipes" / "internvl3_5-1b.yaml")
 CONFIG = (ROOT / "tests" / "internvl3_5-1b.json").read_bytes()
 
 

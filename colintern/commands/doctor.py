@@ -3,7 +3,7 @@
 import argparse
 
 from colintern.core.terminal import escape_controls, print_coloured
-from colintern.params import load
+from colintern.params import load_params
 from colintern.storage.paths import require_base
 
 SUMMARY = "check settings, model and machine before training; exit 1 if a check fails"
@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> None:
     """Print the findings; exit 1 where one is `fail`, 0 else."""
     import json
 
-    params = load()
+    params = load_params()
     require_base(params.base, params)
     from colintern.modeling.bases import at_hand
     from colintern.preflight.doctor import CHECKS, examined, facts_for

@@ -14,7 +14,7 @@ from typing import Any
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.core.rules import unsupported_path_characters
-from colintern.params import Params, load, write
+from colintern.params import Params, load_params, update_params
 
 SUMMARY = "search for settings, each trial a DVC experiment"
 EXAMPLE = "colintern tune --trials 10"
@@ -45,7 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    params = load(PARAMS)
+    params = load_params(PARAMS)
     from colintern.tuning.space import read
 
     values = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(params).items()}
@@ -139,7 +139,7 @@ def _tell(study: Any, search: Any, params: Params, apply: bool) -> None:
         return
     print(f"best: {best[0].name}, dev NDCG@5 {best[0].score:.4f}; `dvc exp apply {best[0].name} && dvc repro` takes it")
     if apply:
-        changed = write(PARAMS, best[0].values)
+        changed = update_params(PARAMS, best[0].values)
         print(f"{PARAMS}: " + (", ".join(changed) + " written" if changed else "has these values already"))
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_token, is_offline_mode
 from huggingface_hub.errors import HFValidationError, HTTPError
 
-from colintern.core.rules import mixture, split_kernel, unsupported_path_characters
+from colintern.core.rules import parse_mixture, split_kernel, unsupported_path_characters
 from colintern.monitoring.guide import DEMO
-from colintern.params import Params, on_hub
+from colintern.params import Params, is_on_hub
 from colintern.preflight.doctor import FAIL, PASS, WARN, Answer, Facts
 from colintern.storage.hub import Repo, create_offline_error, to_user_error
 from colintern.storage.manifest import MANIFEST
@@ -99,7 +99,9 @@ def _dvc_remotes() -> tuple[tuple[str, ...], str]:
 def hub_repos(params: Params) -> dict[Repo, list[str] | None]:
     """The run's hub repositories with their files, as the manifest names them; None where it does not yet."""
     repos = [Repo("base", params.base, params.base_revision, "model")]
-    repos += [Repo("train_data", name, params.train_revision, "dataset") for name, _ in mixture(params.train_data)]
+    repos += [
+        Repo("train_data", name, params.train_revision, "dataset") for name, _ in parse_mixture(params.train_data)
+    ]
     repos += [Repo("train_corpus", params.train_corpus, params.train_corpus_revision, "dataset")]
     if kernel := split_kernel(params.attention):
         repos += [Repo("attention", *kernel, "kernel")]
@@ -107,7 +109,7 @@ def hub_repos(params: Params) -> dict[Repo, list[str] | None]:
         known, tasks = _listed()
     except (OSError, ValueError, KeyError, TypeError):  # none yet, or one of an older version: it is made anew
         known, tasks = {}, {}
-    return {repo: known.get((repo.name, repo.revision)) for repo in repos if on_hub(repo.name)} | tasks
+    return {repo: known.get((repo.name, repo.revision)) for repo in repos if is_on_hub(repo.name)} | tasks
 
 
 def _listed() -> tuple[dict[tuple[str, str], list[str]], dict[Repo, list[str] | None]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from colintern.core.project import root
-from colintern.params import override
+from colintern.params import format_override
 from colintern.storage.lock import open_lock
 from colintern.tuning.store import Store
 from colintern.tuning.trial_context import OWNER, STARTED, STORAGE, STUDY, TRIAL
@@ -48,7 +48,7 @@ def experiment(store: Store, trial: Taken, name: str, log: Path, check: Callable
             copies the workspace, and again afterwards.
     """
     told = {STORAGE: store.url, STUDY: store.study, TRIAL: str(trial.number), OWNER: str(os.getpid())}
-    changes = [part for key, value in trial.values.items() for part in ("-S", override(key, value))]
+    changes = [part for key, value in trial.values.items() for part in ("-S", format_override(key, value))]
     log.parent.mkdir(parents=True, exist_ok=True)
     lock = root() / ".scratch" / "tune-start.lock"
     with open_lock(lock) as held, log.open("wb") as output:

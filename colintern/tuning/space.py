@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, get_args
 from ruamel.yaml import YAML
 
 from colintern.core.errors import UserError
-from colintern.params import HINTS, LIST, problems_of, read_mapping
+from colintern.params import LIST, TYPES, list_problems, read_yaml_mapping
 
 SCORED = ("fetch-data", "verify", "train")  # the stages that decide the dev score
 # They decide on what it is measured, so that scores under two values of one of them say nothing beside each other.
@@ -20,7 +20,7 @@ STILL = {"attention", "compile", "deterministic", "eval_batch_size", "feature_ca
 STILL |= {"launch", "logging_steps", "micro_batch_size", "save_steps", "threads", "tracker", "workers"}
 BYTES, SECONDS = "bytes_per_page", "training_seconds"  # what the dev score may be weighed against
 SIZE = {"pool_factor", "dim"}  # keys that decide bytes per page, and on which the score is measured then
-KIND = {key: hint if hint == LIST else (get_args(hint) or (hint,))[0] for key, hint in HINTS.items()}
+KIND = {key: hint if hint == LIST else (get_args(hint) or (hint,))[0] for key, hint in TYPES.items()}
 RULES = {
     "seed": ("a whole number from 0", lambda v: type(v) is int and v >= 0),
     "sampler": ("tpe or random", lambda v: v in ("tpe", "random")),
@@ -84,7 +84,7 @@ def read(params: dict[str, Any], path: Path) -> Search:
     Raises:
         UserError: it cannot be read, or some of its keys or values cannot be searched; all problems are in the message.
     """
-    raw, problems = read_mapping(path, "of the settings and the space", "the repository has one to begin with")
+    raw, problems = read_yaml_mapping(path, "of the settings and the space", "the repository has one to begin with")
     problems += [f"{key}: missing; it must be {words}" for key, (words, _) in RULES.items() if key not in raw]
     problems += [
         f"{key}: {raw[key]!r} is not valid; it must be {words}"
@@ -137,7 +137,7 @@ def _key_fault(key: str, read_by: dict[str, set[str]]) -> str:
     """Why a key cannot be searched, or ""."""
     decide = set().union(*(read_by[stage] for stage in SCORED))
     can = sorted(key for key in decide - MEASURE - STILL if KIND[key] != LIST)
-    if key not in HINTS:
+    if key not in TYPES:
         [near] = difflib.get_close_matches(key, can, n=1, cutoff=0.0)
         return f"unknown key; nearest key: {near}"
     if key not in decide:
@@ -189,7 +189,7 @@ def _combined(params: dict[str, Any], space: list[Range]) -> Iterator[str]:
             changed = {one.key: a, other.key: b} if other is not one else {one.key: a}
             if wrong & changed.keys() and len(changed) > 1:
                 continue
-            for problem in problems_of(params | changed):
+            for problem in list_problems(params | changed):
                 if problem not in told:
                     told.add(problem)
                     wrong.update(changed)

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from colintern.core.errors import UserError
-from colintern.params import Params, load
+from colintern.params import Params, load_params
 from colintern.storage.identity import fingerprint, stage_identity
 from colintern.tuning.experiments import experiments, git
 from colintern.tuning.space import BYTES, SCORED, STILL, Search
@@ -99,7 +99,7 @@ def open_study(store: Store, search: Search, params: Params) -> Any:
 def unchanged(study: Any, search: Search) -> None:
     """Raises UserError where params.yaml, the data or the code are not those that the study was made with: each trial
     runs what the workspace holds when it begins."""
-    _same(study, facts(search, load(Path("params.yaml"))))
+    _same(study, facts(search, load_params(Path("params.yaml"))))
 
 
 def _same(study: Any, now: dict[str, Any]) -> None:
