@@ -15,7 +15,7 @@ from colintern.modeling.loading import load_adapter, load_processor, require_ada
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.params import load_params
 from colintern.storage.manifest import ensure_base
-from colintern.training.checkpoints import shown
+from colintern.training.checkpoints import link_checkpoints
 
 PEFT = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -57,15 +57,15 @@ def test_a_checkpoint_is_an_adapter_like_the_final_one(place):
 def test_a_run_that_keeps_nothing_leaves_no_link(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = Path(".scratch/train-0123")
-    with pytest.raises(ValueError), shown(folder):
+    with pytest.raises(ValueError), link_checkpoints(folder):
         assert Path("experiments/train-0123").resolve() == folder.resolve()
         raise ValueError
     assert not folder.exists() and not list(Path("experiments").iterdir())
-    with shown(folder):
+    with link_checkpoints(folder):
         (folder / "checkpoint-1").mkdir()
     assert Path("experiments/train-0123/checkpoint-1").is_dir()
     (folder / "checkpoint-1").rmdir()
     folder.rmdir()
-    with shown(Path(".scratch/train-4567")):
+    with link_checkpoints(Path(".scratch/train-4567")):
         pass
     assert not list(Path("experiments").iterdir()), "the link of a run that was deleted by hand"

@@ -4,14 +4,14 @@ import time
 import pytest
 import torch
 from conftest import BASE, ROOT
-from test_model import TARGETS
+from test_model import TARGETS, load
 
 from colintern.modeling.bases import SIZES, preset
 from colintern.modeling.lora import add_lora, count, examine, faults, notes, ranges, table
 from colintern.modeling.modeling_colintern import meta_model
-from colintern.params import load_params
+from colintern.params import load_recipe
 
-RECIPE = load_params(ROOT / "recipes" / "internvl3_5-1b.yaml")
+RECIPE = load_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml")
 Q_PROJ = r"language_model\.layers\.\d+\.self_attn\.q_proj"
 # Qwen3's published parameter counts, of the files of Qwen/Qwen3-*B without an output layer of its own.
 QWEN3 = {"1b": 596_049_920, "2b": 1_720_574_976, "4b": 4_022_468_096, "8b": 8_190_735_360 - 151_936 * 4096}
@@ -128,7 +128,7 @@ def test_nothing_trained_is_refused_and_part_of_the_layers_is_noted():
 
 
 def test_the_bytes_are_those_that_are_written_and_held(tmp_path):
-    wrapped = add_lora(load_params(BASE), TARGETS, rank=4, alpha=4, dropout=0.0)
+    wrapped = add_lora(load(BASE), TARGETS, rank=4, alpha=4, dropout=0.0)
     found = count(wrapped, TARGETS)
     wrapped.save_pretrained(tmp_path)
     wrapped.base_model.model.save_head(tmp_path)

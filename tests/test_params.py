@@ -17,12 +17,13 @@ from huggingface_hub.utils import validate_repo_id
 
 from colintern.core import rules
 from colintern.core.errors import UserError, exit_on_user_error
+from colintern.core.recipes import render_recipe
 from colintern.core.rules import parse_mixture
 from colintern.core.terminal import print_coloured
 from colintern.params import MAX_DIGITS, TYPES, Params, load_params
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = (ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8")
+DEMO = render_recipe(ROOT / "recipes" / "demo.yaml")
 SHA = "0123456789abcdef0123456789abcdef01234567"  # pragma: allowlist secret
 
 
@@ -108,7 +109,7 @@ BAD_VALUES = [
     ("max_query_tokens", "15", "16 to 4096"),
     ("max_query_tokens", "4097", "16 to 4096"),
     ("dtype", "float16", "float32, bfloat16"),
-    ("attention", "flash", "auto, sdpa, eager, blocked, flash_attention_2"),
+    ("attention", "flash", "auto, sdpa, eager, flash_attention_2"),
     ("attention", "kernels-community/flash-attn2", "OWNER/NAME@<40 hex digits>"),
     ("attention", "kernels-community/flash-attn2@main", "OWNER/NAME@<40 hex digits>"),
     ("attention", f"kernels-community/flash-attn2@{'A' * 40}", "OWNER/NAME@<40 hex digits>"),

@@ -17,13 +17,14 @@ from processes import FORKS
 from test_adapters import trained
 
 from colintern.core.errors import UserError
+from colintern.core.recipes import render_recipe
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import png_bytes
 from colintern.encoding.embed import embed_queries
 from colintern.encoding.pooling import cut
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
-from colintern.monitoring.guide import bounds_for
-from colintern.monitoring.health import HEALTH, health, stored
+from colintern.monitoring.guide import get_recommended_bounds
+from colintern.monitoring.health import HEALTH, assess_run, findings_to_json
 from colintern.params import load_params
 from colintern.reporting import failures as module
 from colintern.reporting import plots
@@ -38,6 +39,7 @@ from colintern.storage.files import dumps
 from colintern.storage.manifest import BEIR_SUFFIXES, hash_local_files, hash_source_files
 from demo.corpus import corpus
 
+pytestmark = pytest.mark.integration
 SET = "data/own/pages"
 HOSTILE = '<script>alert(1)</script> & "Oslo" <img src=http://example.org/x onerror=alert(1)>'
 DOCUMENTS = "data/own/docs"
@@ -84,7 +86,7 @@ def evaluated(tmp_path_factory, processor, pages) -> Path:
     with contextlib.chdir(top):
         for name in ("colintern", "stages", "dvc.yaml", "versions.yaml"):
             Path(name).symlink_to(ROOT / name)
-        text = (ROOT / "recipes" / "demo.yaml").read_text().replace("- demo\n", f"- {SET}\n")
+        text = render_recipe(ROOT / "recipes" / "demo.yaml").replace("- demo\n", f"- {SET}\n")
         Path("params.yaml").write_text(text)
         write_set()
         manifest = json.loads(Path("data/manifest.json").read_text())
@@ -101,8 +103,8 @@ def evaluated(tmp_path_factory, processor, pages) -> Path:
 
 def write_health() -> None:
     state = json.loads(Path("adapter/trainer_state.json").read_text())
-    judged = health(state["log_history"], load_params(), 0.5, bounds_for(0))
-    Path("adapter", HEALTH).write_text(dumps({"verdict": judged.verdict} | stored(judged.findings)))
+    judged = assess_run(state["log_history"], load_params(), 0.5, get_recommended_bounds(0))
+    Path("adapter", HEALTH).write_text(dumps({"verdict": judged.verdict} | findings_to_json(judged.findings)))
 
 
 @pytest.fixture(scope="session")

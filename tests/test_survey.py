@@ -12,11 +12,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import IRREGULAR, ROOT, page_image
+from conftest import IRREGULAR, ROOT, load_pairs, page_image
 from pdf_writer import write_pdf
 from processes import program
 
 from colintern.core.errors import UserError
+from colintern.core.recipes import render_recipe
 from colintern.data.benchmarks import _folder_task
 from colintern.data.formats import TABLES, CorpusPage, Qrel, Query, check_beir, write_beir
 from colintern.data.images import png_bytes
@@ -44,7 +45,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def write_params(**values: object) -> None:
-    text = (ROOT / "recipes" / "demo.yaml").read_text()
+    text = render_recipe(ROOT / "recipes" / "demo.yaml")
     text = text.replace("train_data: demo\n", f"train_data: {values.pop('train_data', SET)}\n")
     text = text.replace("- demo\n", f"- {BEIR}\n")
     for key, value in values.items():
@@ -101,7 +102,6 @@ CASES = [
 
 def test_each_bad_row_costs_one_row_and_is_named():
     from colintern.modeling.processing_colintern import ColIntern3_5Processor
-    from colintern.training.pairs import rows
 
     bad = [row(n) | change for n, (change, _) in enumerate(CASES)]
     long = {"query": "word " * 10_000} | {"image": row(0)["image"]}
@@ -115,7 +115,7 @@ def test_each_bad_row_costs_one_row_and_is_named():
     assert [(entry["source"], entry["row"]) for entry in quarantine()] == [(SET, place) for place in places]
     for entry, (_, reason) in zip(quarantine(), CASES, strict=True):
         assert entry["reason"].startswith(reason)
-    queries = [row.query for row in rows(load_params())["train"]]
+    queries = [row.query for row in load_pairs()["train"]]
     assert queries == [f"question {n}" for n in range(10, 30)] + [long["query"], right_to_left["query"]]
     processor = ColIntern3_5Processor.from_pretrained("demo/base", max_visual_tokens=96, max_query_tokens=64)
     assert processor.process_queries(queries[-2:])["input_ids"].shape == (2, 64)
@@ -166,13 +166,12 @@ def test_a_page_in_two_splits_is_refused_with_both_places(train, dev, evaluation
 
 
 def test_a_mixture_shows_the_rows_of_a_set_as_often_as_its_weight_says():
-    from colintern.training.pairs import rows
 
     write_set(range(55, 58), range(58, 59), "data/own/small")
     write_params(train_data=f"{SET} + data/own/small*3")
     done = fetch_data()
     assert done.returncode == 0, done.stderr
-    found = {split: [row.query for row in some] for split, some in rows(load_params()).items()}
+    found = {split: [row.query for row in some] for split, some in load_pairs().items()}
     queries = found["train"]
     assert len(queries) == 40 + 3 * 3
     assert queries.count("question 56") == 3 and queries.count("question 7") == 1
@@ -558,7 +557,6 @@ def test_the_survey_of_other_data_than_params_name_is_refused():
 def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():
     from colintern.data.trainset import asks_pseudo_queries
     from colintern.storage.manifest import ensure_benchmark
-    from colintern.training.pairs import rows
 
     folder = Path("data/own/manuals")
     for name in ("a", "b"):
@@ -574,8 +572,8 @@ def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():
     assert (entry["source"], entry["row"]) == (str(folder), "cut.pdf")
     assert "1 of 81 rows in data/quarantine.json" in done.stdout
     corpus = pq.read_table(next(ensure_benchmark(str(folder)).glob("corpus/*.parquet"))).num_rows
-    assert sum(map(len, rows(load_params()).values())) + corpus == 80
+    assert sum(map(len, load_pairs().values())) + corpus == 80
     assert asks_pseudo_queries()
     write_pdf(folder / "c.pdf", [["new"]])
     with pytest.raises(UserError, match=r"data/own/manuals/c\.pdf: new since the pages were made"):
-        rows(load_params())
+        load_pairs()

@@ -73,7 +73,7 @@ REVISION = Rule('40 hex digits, or ""', lambda value: re.fullmatch(r"([0-9a-f]{4
 MIXTURE = Rule(
     "a data set, or several different ones as `a*2 + b`, weights 1 to 999", lambda text: bool(parse_mixture(text))
 )
-ATTENTION = ("auto", "sdpa", "eager", "blocked", "flash_attention_2")
+ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 KERNEL = Rule(
     f"one of {', '.join(ATTENTION)}, or a kernel repository of the hub at a commit, OWNER/NAME@<40 hex digits>",
     lambda value: value in ATTENTION or split_kernel(value) is not None,
