@@ -75,7 +75,7 @@ def fetch(params: Params, tasks: Mapping[str, Mapping[str, str]], demo: Generate
     for name, data in tasks.items():
         repo = Repo(f"benchmarks: {name}", data["path"], data["revision"], "dataset")
         wanted["evaluation", name] = (repo, TASK_SUFFIXES)
-    # All at once, and before anything is made here: one question of room, one bar.
+    # All at once, and before anything is made here: disk space is checked for all of them.
     found = dict(zip(wanted, download_hub_files(list(wanted.values())), strict=True))
     kinds = {name: _kind(name) for name in (*dict(sets), *benchmarks)}
     own = {name: make(name, collect) for name, collect in kinds.items() if collect}
