@@ -286,7 +286,6 @@ PRIVATE = {
     "_scaled_dot_product_flash_attention": "torch",
     "_scaled_dot_product_flash_attention_backward": "torch",
     "_softmax_backward_data": "torch",
-    "_tree_cache": "huggingface-hub",
     "_trial_id": "optuna",
     "_unsafe_view": "torch",
 }
