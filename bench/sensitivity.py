@@ -42,7 +42,7 @@ def run(params: Params) -> tuple[float, float, str]:
     from colintern.data.images import decode
     from colintern.encoding.page_features import Page
     from colintern.monitoring.monitors import LossCurveMonitor
-    from colintern.storage.manifest import benchmark_folder, check_base
+    from colintern.storage.manifest import ensure_base, ensure_benchmark
     from colintern.training.pairs import TrainingPair
     from colintern.training.run import build_trainer
     from colintern.training.trainer import RetrievalEvaluator
@@ -50,13 +50,13 @@ def run(params: Params) -> tuple[float, float, str]:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    folder = benchmark_folder("demo")
+    folder = ensure_benchmark("demo")
     corpus = [Page.of(decode(image["bytes"])) for image in read_table(folder / "corpus")["image"].to_pylist()]
     queries = read_table(folder / "queries")["query"].to_pylist()
 
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(None):  # only the table is for people
         monitor = LossCurveMonitor(params)
-        trainer = build_trainer(params, check_base(params), Path(scratch), callbacks=[monitor])
+        trainer = build_trainer(params, ensure_base(params), Path(scratch), callbacks=[monitor])
         features = trainer.evaluator.features
         test = RetrievalEvaluator(list(map(TrainingPair, queries, corpus)), features, params.eval_batch_size)
         before = test.compute_ndcg(*test.embed(trainer.model, trainer.processor))

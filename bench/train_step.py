@@ -61,7 +61,6 @@ class Levers(NamedTuple):
     bf16_adapters: bool = False
     no_dropout: bool = False
     like_length: bool = False
-    blocked: bool = False
     compiled: bool = False
 
 
@@ -74,10 +73,9 @@ ROWS = {
     "+ adapters computed in bf16": Levers(*[True] * 5),
     "+ no dropout": Levers(*[True] * 6),
     "+ parts of like length": Levers(*[True] * 7),
-    "+ attention in blocks": Levers(*[True] * 8),
-    "+ compile": Levers(*[True] * 9),
+    "+ compile": Levers(*[True] * 8),
 }
-ENDS = ("stock", "+ no dropout", "+ attention in blocks", "+ compile")
+ENDS = ("stock", "+ no dropout", "+ parts of like length", "+ compile")
 
 
 class Model(ColIntern3_5):
@@ -149,7 +147,6 @@ class Bench:
             self.base.disable_input_require_grads()
         else:
             self.base.activation_checkpointing_enable()
-        self.base.set_attn_implementation("blocked" if on.blocked else "sdpa")
         for layer in self.base.language_model.layers:
             layer._compiled_call_impl = None
         if on.compiled:

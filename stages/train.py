@@ -21,8 +21,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from colintern.core.errors import exit_on_user_error
 from colintern.data.trainset import training_data
 from colintern.params import load
-from colintern.storage.manifest import ready
-from colintern.storage.outs import check_outs
+from colintern.storage.manifest import ensure_inputs
+from colintern.storage.outs import verify_dvc_outputs
 
 
 @exit_on_user_error()
@@ -33,13 +33,13 @@ def main() -> None:
 
     maybe_launch_workers(params.launch, params.batch_size, params.threads, "stages.train")
     with init_distributed(params.threads) as context:
-        context.run_on_rank0_and_broadcast(check_outs)
+        context.run_on_rank0_and_broadcast(verify_dvc_outputs)
         # A flipped bit costs seconds here, and a training run later.
-        context.run_on_rank0_and_broadcast(lambda: bool(training_data(params, anew=True)))
-        base = context.run_on_rank0_and_broadcast(lambda: ready(params, anew=True))
-        from colintern.preflight.doctor import hold
+        context.run_on_rank0_and_broadcast(lambda: bool(training_data(params, force=True)))
+        base = context.run_on_rank0_and_broadcast(lambda: ensure_inputs(params, force=True))
+        from colintern.preflight.checks import run_preflight
 
-        hold(params, base)
+        run_preflight(params, base)
         # Only now: when `datasets` is imported, it reads whether it may use the hub.
         from colintern.monitoring.monitors import LossCurveMonitor, ThroughputMonitor
         from colintern.monitoring.progress import ProgressReporter

@@ -23,13 +23,14 @@ from colintern.modeling.loading import read_processor
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import read_checked_adapter
 from colintern.params import load as load_params
+from colintern.storage.files import dumps
 from colintern.storage.identity import read_identity
-from colintern.storage.jsonfile import dumps
-from colintern.storage.manifest import BASE_SUFFIXES, local_files
+from colintern.storage.manifest import BASE_SUFFIXES, hash_local_files
 from colintern.training.pairs import TrainingDataset, TrainingPair
 from colintern.training.run import assemble_trainer, build_training_arguments, get_provenance, save_artifacts
 from colintern.training.trainer import RetrievalEvaluator
 
+pytestmark = pytest.mark.integration
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
 
 
@@ -42,7 +43,7 @@ def trained(top: Path, processor, pages, **changes) -> Path:
     identity = {"params": dataclasses.asdict(params)}
     with contextlib.chdir(top):
         (top / "data").mkdir()
-        entry = local_files("demo/base", BASE_SUFFIXES)._asdict()
+        entry = hash_local_files("demo/base", BASE_SUFFIXES)._asdict()
         (top / "data" / "manifest.json").write_text(dumps({"base": entry, "train": []}))
         torch.manual_seed(0)
         base = load(top / "demo" / "base")

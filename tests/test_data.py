@@ -20,9 +20,10 @@ from colintern.data import index
 from colintern.data.images import png_bytes
 from colintern.data.trainset import asked
 from colintern.params import load
-from colintern.storage.manifest import local_files
+from colintern.storage.manifest import hash_local_files
 from colintern.training.pairs import read_page_image
 
+pytestmark = pytest.mark.integration
 SET, GROUP = "data/own/set", 8
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 # Most memory in MB, seen after each page of the first row group and of all, and the bytes read before pages.
@@ -77,11 +78,11 @@ def fetched(train: list[bytes], dev: list[bytes], **index_of_dev: str) -> None:
     text = (ROOT / "recipes" / "demo.yaml").read_text()
     Path("params.yaml").write_text(text.replace("train_data: demo\n", f"train_data: {SET}\n"))
     manifest = {
-        "base": local_files("demo/base", (".json", ".safetensors"))._asdict(),
+        "base": hash_local_files("demo/base", (".json", ".safetensors"))._asdict(),
         "made_for": asked(load()),
         "train_corpus": None,
         "negatives": None,
-        "train": [local_files(SET, (".parquet",))._asdict()],
+        "train": [hash_local_files(SET, (".parquet",))._asdict()],
         "evaluation": {},
     }
     Path("data/manifest.json").write_text(json.dumps(manifest))

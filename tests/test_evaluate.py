@@ -23,6 +23,7 @@ from processes import Place, kill, leave
 from safetensors.torch import load_file, save_file
 from test_survey import PAGES, SET, row, write_rows
 
+pytestmark = pytest.mark.integration
 ADAPTER = Path("experiments/colintern")
 BENCHMARKS = ("data/own/one", "data/own/two")
 MEANS = "results/mteb_evaluation/eval.json"
@@ -419,9 +420,9 @@ def test_what_is_no_peer_is_refused_and_named(place, model, said):
 
 
 def offline_with_peer() -> None:
-    from colintern.storage.hub import stay_offline
+    from colintern.storage.hub import enable_offline_mode
 
-    stay_offline()
+    enable_offline_mode()
     register_peer()
 
 

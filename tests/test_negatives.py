@@ -28,6 +28,7 @@ from colintern.params import load
 from colintern.training.mining import MiningLimits, TopKAccumulator, filter_negatives
 from colintern.training.pairs import MinedNegatives, TrainingPair, read_mined_negatives, write_mined_negatives
 
+pytestmark = pytest.mark.integration
 QUERIES, CORPUS, MINED = "data/own/queries", "data/own/corpus", "data/mined/negatives.parquet"
 
 

@@ -34,10 +34,11 @@ from colintern.reporting.heatmaps import layout
 from colintern.reporting.html import render
 from colintern.reporting.words import query_words
 from colintern.scoring.maxsim import maxsim_scores
-from colintern.storage.jsonfile import dumps
-from colintern.storage.manifest import BEIR_SUFFIXES, local_files, source_files
+from colintern.storage.files import dumps
+from colintern.storage.manifest import BEIR_SUFFIXES, hash_local_files, hash_source_files
 from demo.corpus import corpus
 
+pytestmark = pytest.mark.integration
 SET = "data/own/pages"
 HOSTILE = '<script>alert(1)</script> & "Oslo" <img src=http://example.org/x onerror=alert(1)>'
 DOCUMENTS = "data/own/docs"
@@ -90,8 +91,8 @@ def evaluated(tmp_path_factory, processor, pages) -> Path:
         manifest = json.loads(Path("data/manifest.json").read_text())
         Path(DOCUMENTS, "sub dir").mkdir(parents=True)
         Path(DOCUMENTS, HARD_NAME.partition("#page")[0]).touch()
-        made_from = {"folder": DOCUMENTS, "files": source_files(DOCUMENTS), "pseudo": False}
-        manifest["evaluation"] = {SET: local_files(SET, BEIR_SUFFIXES)._replace(made_from=made_from)._asdict()}
+        made_from = {"folder": DOCUMENTS, "files": hash_source_files(DOCUMENTS), "pseudo": False}
+        manifest["evaluation"] = {SET: hash_local_files(SET, BEIR_SUFFIXES)._replace(made_from=made_from)._asdict()}
         Path("data/manifest.json").write_text(dumps(manifest))
         write_health()
     code, log = fork(top, "evaluate", "adapter")

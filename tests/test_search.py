@@ -22,6 +22,7 @@ from colintern.search.index import Index, identity
 from colintern.search.listing import listing, maps
 from colintern.search.sources import images, shown, skipped, sources
 
+pytestmark = pytest.mark.integration
 WORDS = ("Oslo", "Rome", "Halde", "milk", "Calyx")
 
 

@@ -26,7 +26,7 @@ from colintern.ingest.scan import Part, look
 from colintern.ingest.splits import by_name
 from colintern.params import load
 from colintern.statistics.survey import survey
-from colintern.storage.manifest import local_file, local_files
+from colintern.storage.manifest import hash_local_file, hash_local_files
 
 SET, BEIR = "data/own/set", "data/own/beir"
 PAGES = [png_bytes(page_image(f"page {number}")) for number in range(60)]
@@ -407,12 +407,12 @@ def test_a_training_file_without_rows_is_named():
 def test_a_parquet_file_that_is_no_regular_file_is_refused(kind):
     IRREGULAR[kind](Path(SET, "train-1.parquet"))
     if kind == "a folder":  # as some programs write a table: what is in it counts
-        assert len(local_files(SET, (".parquet",)).files) == 2
+        assert len(hash_local_files(SET, (".parquet",)).files) == 2
     else:
         with pytest.raises(UserError, match=f"{SET}: train-1.parquet is {kind}; only regular files are read"):
-            local_files(SET, (".parquet",))
+            hash_local_files(SET, (".parquet",))
     with pytest.raises(UserError, match=f"negatives_file: .* is {kind}"):
-        local_file(f"{SET}/train-1.parquet")
+        hash_local_file(f"{SET}/train-1.parquet")
     for path in Path(BEIR, "qrels").glob("*"):
         path.unlink()
     IRREGULAR[kind](Path(BEIR, "qrels", "test.parquet"))
@@ -555,7 +555,7 @@ def test_the_survey_of_other_data_than_params_name_is_refused():
 
 def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():
     from colintern.data.trainset import asks_pseudo_queries
-    from colintern.storage.manifest import benchmark_folder
+    from colintern.storage.manifest import ensure_benchmark
 
     folder = Path("data/own/manuals")
     for name in ("a", "b"):
@@ -570,7 +570,7 @@ def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():
     [entry] = quarantine()
     assert (entry["source"], entry["row"]) == (str(folder), "cut.pdf")
     assert "1 of 81 rows in data/quarantine.json" in done.stdout
-    corpus = pq.read_table(next(benchmark_folder(str(folder)).glob("corpus/*.parquet"))).num_rows
+    corpus = pq.read_table(next(ensure_benchmark(str(folder)).glob("corpus/*.parquet"))).num_rows
     assert sum(map(len, load_pairs().values())) + corpus == 80
     assert asks_pseudo_queries()
     write_pdf(folder / "c.pdf", [["new"]])

@@ -21,6 +21,7 @@ from colintern.training.pairs import TrainingDataset, TrainingPair
 from colintern.training.run import assemble_trainer, build_trainer, build_training_arguments, set_deterministic
 from colintern.training.trainer import NonFiniteError, RetrievalEvaluator
 
+pytestmark = pytest.mark.integration
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
 
 

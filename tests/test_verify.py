@@ -13,6 +13,7 @@ from processes import Place
 
 from colintern.params import load
 
+pytestmark = pytest.mark.integration
 RECIPE = load(ROOT / "recipes" / "internvl3_5-1b.yaml")
 CONFIG = (ROOT / "tests" / "internvl3_5-1b.json").read_bytes()
 

@@ -42,28 +42,26 @@ def run(args: argparse.Namespace) -> None:
         _require_replaceable(args.out)
         require_writable("--out", args.out.parent)
     import csv
-    import warnings
 
-    from colintern.storage.manifest import arrow_cache, benchmark_folder, local
+    from colintern.storage.manifest import ensure_benchmark, is_local_benchmark, set_arrow_cache
 
     for benchmark in settings[0].benchmarks:
-        if local(benchmark):
-            benchmark_folder(benchmark)
+        if is_local_benchmark(benchmark):
+            ensure_benchmark(benchmark)
         elif "/" in benchmark:
             raise UserError(
                 f"benchmarks: {benchmark!r}: no such folder, and names of mteb's benchmarks contain no /; give a "
                 "folder that fetch-data has read, or a name such as 'ViDoRe(v2)'"
             )
-    arrow_cache()
-    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
+    set_arrow_cache()
     from colintern.analysis import sizes
     from colintern.analysis.verdicts import table
     from colintern.data.benchmarks import from_cache, tasks_for  # `datasets` reads the environment when it is imported
     from colintern.evaluation.scores import report
     from colintern.evaluation.subjects import subjects
     from colintern.evaluation.tasks import evaluate
-    from colintern.storage.hub import stay_offline
-    from colintern.storage.jsonfile import dumps
+    from colintern.storage.files import dumps
+    from colintern.storage.hub import enable_offline_mode
 
     for _, task in tasks_for(
         settings[0]
@@ -72,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     models = _peers(settings, name)
     if not models:
         folder = Path(name) if Path(name).is_dir() else _from_hub(name)
-        stay_offline()
+        enable_offline_mode()
         models = [subjects(params, folder) for params in settings]
     label = re.sub(r"[^\w.-]+", "-", Path(name.partition("@")[0]).name)
     out = args.out or Path("results/evaluate") / f"{label}-{models[0]['trained'].revision[:8]}"
@@ -135,10 +133,9 @@ def _peers(settings: list[Params], name: str) -> list[dict[str, Any]]:
 def _from_hub(name: str) -> Path:
     """The folder in the hub's cache, fetched first where it must be."""
     from colintern.analysis.peers import nearest
-    from colintern.storage import hub
-    from colintern.storage.hub_errors import Repo
-    from colintern.storage.manifest import BASE_SUFFIXES, hub_files
+    from colintern.storage.hub import Repo
+    from colintern.storage.manifest import BASE_SUFFIXES, download_hub_files
 
     repo = Repo("MODEL", *at_commit("MODEL", name, f"; nor does mteb know it, {nearest(name)}"), "model")
-    hub_files([(repo, BASE_SUFFIXES)])
-    return hub.folder(repo)
+    download_hub_files([(repo, BASE_SUFFIXES)])
+    return repo.snapshot_folder

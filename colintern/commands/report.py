@@ -37,19 +37,17 @@ def run(args: argparse.Namespace) -> None:
     require_new_file("--out", args.out or Path("results/report/name.html"))
     params = load()
     print_phase(f"report: reading the evaluation of {args.model}")
-    import warnings
 
-    from colintern.storage.manifest import arrow_cache
+    from colintern.storage.manifest import set_arrow_cache
 
-    arrow_cache()
-    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
+    set_arrow_cache()
     from colintern.evaluation.subjects import subjects
     from colintern.reporting.evaluated import as_evaluated, evaluation, find, worst
     from colintern.reporting.failures import failures
     from colintern.reporting.report import report
-    from colintern.storage.hub import stay_offline
+    from colintern.storage.hub import enable_offline_mode
 
-    stay_offline()
+    enable_offline_mode()
     subject = subjects(params, args.model)["trained"]
     folder = find(subject.revision, args.results)
     params = as_evaluated(params, folder)

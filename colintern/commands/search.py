@@ -48,19 +48,17 @@ def run(args: argparse.Namespace) -> None:
     require_writable("--index", args.index or root() / INDEX)
     params = load()
     import time
-    import warnings
 
-    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.search.sources import reasons, skipped, sources
 
     pages, bad = sources(args.place)  # what can be refused, before a model is loaded
     from colintern.encoding.embed import embed_queries
     from colintern.evaluation.subjects import subjects
     from colintern.search.index import Index, identity
-    from colintern.storage.hub import stay_offline
+    from colintern.storage.hub import enable_offline_mode
     from colintern.storage.identity import content_hash
 
-    stay_offline()
+    enable_offline_mode()
     subject = subjects(params, args.model)["trained"]
     encoder = subject.encoder()
     model, processor = encoder.model, encoder.processor

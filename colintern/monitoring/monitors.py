@@ -34,7 +34,7 @@ from colintern.monitoring.health import (
     suggest_lower_lr,
 )
 from colintern.params import Params
-from colintern.storage.jsonfile import dumps
+from colintern.storage.files import dumps
 from colintern.training.trainer import ContrastiveTrainer, RunCallback
 
 MAX_SECONDS_PER_PAIR = 10 / 64  # the guide's warning sign on a GPU: 10 s a step of 64 pairs

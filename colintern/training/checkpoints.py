@@ -23,7 +23,7 @@ from colintern.core.project import root
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.modeling.saving import save_adapter_extras
 from colintern.storage.identity import content_hash
-from colintern.storage.outs import ENDED
+from colintern.storage.outs import FINISHED_MARK
 from colintern.training.distributed import EXIT_INTERRUPTED, DistributedContext
 
 SAVING_FOLDER = "saving"
@@ -124,7 +124,7 @@ def link_checkpoints(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             folder.rmdir()  # only if it is empty
         for old in link.parent.glob("train-*"):  # of this run, and of others that are over or deleted
-            if old.is_symlink() and (not old.exists() or (old / ENDED).exists()):
+            if old.is_symlink() and (not old.exists() or (old / FINISHED_MARK).exists()):
                 old.unlink()
 
 

@@ -24,7 +24,7 @@ from colintern.modeling.loading import load_adapter, load_processor, require_ada
 from colintern.params import Params
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.storage.identity import content_hash, versions
-from colintern.storage.manifest import check_base
+from colintern.storage.manifest import ensure_base
 from colintern.training.pairs import MinedNegatives, TrainingPair, load_mining_candidates
 
 MAX_PAGES_IN_MEMORY = 256  # embeddings; 256 pages of 1,536 tokens take 0.2 GB
@@ -50,7 +50,7 @@ class MiningResult(NamedTuple):
 def mine_hard_negatives(params: Params, adapter: Path, limits: MiningLimits) -> MiningResult:
     """Mine negatives for each training pair; raise UserError if data, base or adapter are missing or changed."""
     require_adapter(adapter)
-    base = check_base(params)
+    base = ensure_base(params)
     require_base(params, adapter)
     settle(params.threads)
     model = load_adapter(params, base, adapter)

@@ -33,12 +33,11 @@ from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.modeling.saving import save_adapter_extras
 from colintern.modeling.weights import statistics
 from colintern.params import Params
-from colintern.storage.csvfile import write_csv
+from colintern.storage.files import dumps, write_csv
 from colintern.storage.identity import fingerprint, stage_identity
-from colintern.storage.jsonfile import dumps
-from colintern.storage.lock import locked_or_refused
-from colintern.storage.manifest import MANIFEST, check_base, kernel_entry, read
-from colintern.storage.outs import forget_ended, let_go
+from colintern.storage.lock import try_lock
+from colintern.storage.manifest import MANIFEST, ensure_base, get_kernel_entry, read_data_file
+from colintern.storage.outs import finalize_checkpoints, purge_finished_checkpoints
 from colintern.training import checkpoints
 from colintern.training.distributed import SINGLE_PROCESS, DistributedContext, per_rank_batch_size
 from colintern.training.loss import make_contrastive_loss
@@ -69,11 +68,11 @@ def train(
     check_workers(params.workers)
     settle(params.threads)
     set_deterministic(params.deterministic)
-    base_path = context.run_on_rank0_and_broadcast(lambda: check_base(params))
+    base_path = context.run_on_rank0_and_broadcast(lambda: ensure_base(params))
     identity = stage_identity("train", params)
     folder = root() / ".scratch" / f"train-{fingerprint(identity)[:16]}"
     shutdown = checkpoints.GracefulShutdown(context)
-    context.run_on_rank0_and_broadcast(lambda: forget_ended(folder))
+    context.run_on_rank0_and_broadcast(lambda: purge_finished_checkpoints(folder))
     lock = run_lock(folder) if context.is_main_process else nullcontext()
     with lock, shutdown.handle_signals(), stop_workers_on_exit(params.workers):
         context.run_on_rank0_and_broadcast(lambda: None)  # wait until rank 0 holds the lock
@@ -94,7 +93,7 @@ def train(
             context.run_on_rank0_and_broadcast(lambda: shutil.rmtree(folder))
             raise stop_error
         metrics = context.run_on_rank0_and_broadcast(lambda: save_artifacts(trainer, identity, out))
-        context.run_on_rank0_and_broadcast(lambda: let_go(folder))
+        context.run_on_rank0_and_broadcast(lambda: finalize_checkpoints(folder))
     return metrics
 
 
@@ -118,7 +117,7 @@ def set_deterministic(is_enabled: bool) -> None:
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Hold the run for this process, and link its checkpoints into experiments/."""
-    with locked_or_refused(folder), checkpoints.link_checkpoints(folder):
+    with try_lock(folder), checkpoints.link_checkpoints(folder):
         yield
 
 
@@ -157,7 +156,7 @@ def build_trainer(
         features.cache.refresh()
     dataset = TrainingDataset(train, features)
     evaluator = RetrievalEvaluator(dev, features, params.eval_batch_size)
-    used = params.attention if kernel_entry(params.attention) else attention
+    used = params.attention if get_kernel_entry(params.attention) else attention
     print(f"{len(train)} training pairs; dev: {len(dev)} queries on {len(evaluator.pages)} pages; attention: {used}")
     if num_truncated := processor.count_cut([pair.query for pair in (*train, *dev)]):
         print(f"{num_truncated} of {len(train) + len(dev)} queries are longer than max_query_tokens and are cut")
@@ -244,7 +243,7 @@ def get_provenance(model: Any, attention: str) -> dict[str, Any]:
     """Return what an adapter is checked against later: base and kernel by hash, and the weights before training."""
     adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
     start = statistics(adapter, model.base_model.model.head_state())
-    return {"base": read(MANIFEST)["base"], "kernel": kernel_entry(attention), "start": start}
+    return {"base": read_data_file(MANIFEST)["base"], "kernel": get_kernel_entry(attention), "start": start}
 
 
 def run_trainer(trainer: ContrastiveTrainer, folder: Path, checkpoint: str) -> None:
