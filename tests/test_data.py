@@ -16,6 +16,7 @@ from conftest import ROOT, load_pairs
 from PIL import Image
 
 from colintern.core.errors import UserError
+from colintern.core.recipes import render_recipe
 from colintern.data import index
 from colintern.data.images import png_bytes
 from colintern.data.trainset import asked
@@ -75,7 +76,7 @@ def fetched(train: list[bytes], dev: list[bytes], **index_of_dev: str) -> None:
     for split, pages in (("train", train), ("test", dev)):
         write_rows(split, [{"bytes": data, "path": None} for data in pages])
     shutil.copytree(ROOT / "demo" / "base", "demo/base")
-    text = (ROOT / "recipes" / "demo.yaml").read_text()
+    text = render_recipe(ROOT / "recipes" / "demo.yaml")
     Path("params.yaml").write_text(text.replace("train_data: demo\n", f"train_data: {SET}\n"))
     manifest = {
         "base": hash_local_files("demo/base", (".json", ".safetensors"))._asdict(),

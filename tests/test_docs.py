@@ -36,6 +36,8 @@ CANNOT = {  # how a command begins, and why no test runs it
     "make check": "is the first step of `make test`",
     "dvc queue kill NAME": "it is SIGINT to one of the queue's runs, which test_survival.py sends",
     "python -m pytest": "files of the suite",
+    "git clone URL-OF-THIS-REPOSITORY": "the address is that of the clone's origin",
+    "cd colintern": "the folder of that clone",
 }
 VALUES = r"\.\.\.|\d+|\blearning_rate|\blr\b|\bloss is nan\b"  # of a message, as the page gives them
 OTHERS = {  # git's, DVC's

@@ -15,8 +15,9 @@ from conftest import BASE, ROOT
 from hub import Fault, running
 
 from colintern.core.errors import UserError
+from colintern.core.recipes import render_recipe
 from colintern.modeling.bases import at_hand, preset
-from colintern.params import load
+from colintern.params import load_recipe
 from colintern.preflight.checks import (
     ENVIRONMENT_CHECKS,
     FAIL,
@@ -39,7 +40,7 @@ from colintern.preflight.environment import (
     probe_machine,
 )
 
-DEMO, RECIPE = (load(ROOT / "recipes" / f"{name}.yaml") for name in ("demo", "internvl3_5-1b"))
+DEMO, RECIPE = (load_recipe(ROOT / "recipes" / f"{name}.yaml") for name in ("demo", "internvl3_5-1b"))
 GPU = Machine(1, "580.95.05", "2.13.0", "13.0", "NVIDIA A100", 80 << 30, False, True, True, 60 << 30, 10**12, 0)
 CPU = dataclasses.replace(GPU, num_cards=0, driver="", gpu="", gpu_bytes=0, has_flash_attn=False)
 ENVIRONMENT_1B = Environment(False, "", "abc1234", 0, True, ("store",), "store", ("a/b",), (), "", True, (), False, "")
@@ -219,7 +220,7 @@ def repo(tmp_path):
     """A git repository with the demo's base and recipe, in which nothing is changed."""
     (tmp_path / "demo").mkdir()
     shutil.copytree(BASE, tmp_path / "demo" / "base")
-    shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text(render_recipe(ROOT / "recipes" / "demo.yaml"))
     for command in ("git init -q -b main", "git add .", "git commit -qm x"):
         subprocess.run(command.split(), cwd=tmp_path, env=environment(tmp_path), check=True)
     return tmp_path

@@ -50,13 +50,13 @@ from colintern.evaluation.scores import (
     task_rows,
 )
 from colintern.evaluation.subjects import Subject, subjects
-from colintern.params import Params, load
+from colintern.params import Params, load_recipe
 from colintern.reporting.pictures import picture
 from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k
 from colintern.storage.manifest import BEIR_SUFFIXES, get_arrow_name, hash_local_files
 
 PAGES, COLOURS = 110, 512
-RECIPE = load(Path(__file__).parents[1] / "recipes" / "demo.yaml")
+RECIPE = load_recipe(Path(__file__).parents[1] / "recipes" / "demo.yaml")
 FOLDER = "eval/some-docs"
 
 

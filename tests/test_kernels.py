@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from colintern.core.errors import UserError
 from colintern.modeling.attention import implementation
 from colintern.modeling.kernels import select_build_files
-from colintern.params import load
+from colintern.params import load_recipe
 from colintern.preflight.checks import FAIL, PASS, WARN, RunFacts, check_attention
 from colintern.preflight.environment import probe_machine
 from colintern.storage.hub import Repo
@@ -300,7 +300,7 @@ def test_without_flash_attn_nothing_else_takes_its_place():
         implementation("flash_attention_2", "bfloat16")
 
 
-DEMO = load(ROOT / "recipes" / "demo.yaml")
+DEMO = load_recipe(ROOT / "recipes" / "demo.yaml")
 REPO = Repo("attention", "a/b", "c" * 40, "kernel")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from pages import documented, words
 from pipeline_facts import (
     ALL_KEYS,
     KEYS,
@@ -109,7 +110,9 @@ def test_an_edit_of_an_observer_changes_no_stage_and_no_fingerprint(tmp_path, mo
     monkeypatch.chdir(repo)
 
     def get_status() -> str:
-        done = subprocess.run(["dvc", "status", "--json"], cwd=repo, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [*words(documented("dvc status")), "--json"], cwd=repo, capture_output=True, text=True, check=True
+        )
         return done.stdout
 
     def get_code_hashes() -> dict[str, dict[str, str]]:
