@@ -21,7 +21,7 @@ from typing import Any
 
 from colintern.monitoring.guide import get_recommended_bounds
 from colintern.monitoring.health import COLLAPSED, LEARNED, TOO_SLOW, UNDERTRAINED, RunHealth, assess_run
-from colintern.params import Params, load
+from colintern.params import Params, load_params
 
 FOLDER = Path(__file__).parents[1] / "tests" / "curves"
 PAGES, DEV, TEST, SEEDS = 320, 60, 60, (0, 2, 1)
@@ -117,7 +117,7 @@ def changes(setting: str, seed: int) -> dict[str, Any]:
 
 
 def record_all(settings: list[str], base: Path, seeds: tuple[int, ...] = SEEDS) -> None:
-    params = load()
+    params = load_params()
     FOLDER.mkdir(exist_ok=True)
     for seed in seeds:
         for setting in settings:
@@ -132,7 +132,7 @@ def judge(file: Path) -> tuple[dict[str, Any], RunHealth]:
     """A recorded run and what the rules say of it."""
     found = json.loads(file.read_text())
     chance = sum(1 / math.log2(rank + 1) for rank in range(1, 6)) / found["pages"]
-    return found, assess_run(found["log"], dataclasses.replace(load(), **found["params"]), chance, BOUNDS)
+    return found, assess_run(found["log"], dataclasses.replace(load_params(), **found["params"]), chance, BOUNDS)
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:

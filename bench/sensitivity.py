@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from colintern.core.errors import exit_on_user_error
-from colintern.params import Params, load
+from colintern.params import Params, load_params
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "good": {},
@@ -74,7 +74,7 @@ def main() -> None:
     chosen = {n: s for n, s in SETTINGS.items() if not args.only or n.startswith(tuple(args.only))}
     if not chosen:
         parser.error(f"--only {args.only}: the settings are {', '.join(SETTINGS)}")
-    params = load()
+    params = load_params()
     os.environ["TQDM_DISABLE"] = "1"  # of the processes started below
     jobs = [(name, seed) for name in chosen for seed in args.seeds]
     changed = [dataclasses.replace(params, threads=1, seed=seed, **chosen[name]) for name, seed in jobs]

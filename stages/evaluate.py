@@ -11,7 +11,7 @@ finished are taken from .scratch.
 from pathlib import Path
 
 from colintern.core.errors import exit_on_user_error
-from colintern.params import load
+from colintern.params import load_params
 from colintern.storage.files import dumps, write_csv
 from colintern.storage.manifest import ensure_inputs, set_arrow_cache
 from colintern.storage.outs import purge_finished_checkpoints, verify_dvc_outputs
@@ -19,7 +19,7 @@ from colintern.storage.outs import purge_finished_checkpoints, verify_dvc_output
 
 @exit_on_user_error()
 def main() -> None:
-    params = load()
+    params = load_params()
     purge_finished_checkpoints()  # DVC starts this stage when training is recorded
     verify_dvc_outputs()
     set_arrow_cache()

@@ -17,7 +17,7 @@ from colintern.ingest.checks import check, check_benchmarks, quarantine
 from colintern.ingest.collected import MAX_QUERY_CHARACTERS
 from colintern.ingest.scan import look, usable
 from colintern.ingest.sources import GeneratedSets, fetch, parts, tokenizer
-from colintern.params import load
+from colintern.params import load_params
 from colintern.statistics.survey import survey
 from colintern.storage.files import dumps
 from colintern.storage.manifest import MANIFEST, QUARANTINE, SURVEY, is_local_benchmark, set_arrow_cache
@@ -26,7 +26,7 @@ from demo.dataset import write_evaluation_set, write_training_set
 
 @exit_on_user_error()
 def main() -> None:
-    params = load()
+    params = load_params()
     tasks = {}
     if not all(map(is_local_benchmark, params.benchmarks)):
         set_arrow_cache()

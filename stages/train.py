@@ -20,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from colintern.core.errors import exit_on_user_error
 from colintern.data.trainset import training_data
-from colintern.params import load
+from colintern.params import load_params
 from colintern.storage.manifest import ensure_inputs
 from colintern.storage.outs import verify_dvc_outputs
 
@@ -28,7 +28,7 @@ from colintern.storage.outs import verify_dvc_outputs
 @exit_on_user_error()
 def main() -> None:
     """Run the stage."""
-    params = load()
+    params = load_params()
     from colintern.training.distributed import init_distributed, maybe_launch_workers
 
     maybe_launch_workers(params.launch, params.batch_size, params.threads, "stages.train")

@@ -12,7 +12,7 @@ from pathlib import Path
 from colintern.core.errors import UserError, exit_on_user_error
 from colintern.modeling.lora import examine, faults, table
 from colintern.modeling.modeling_colintern import meta_model
-from colintern.params import load
+from colintern.params import load_params
 from colintern.statistics.inventory import COLUMNS, inventory, survey_rows
 from colintern.storage.files import dumps, write_csv
 from colintern.storage.manifest import ensure_inputs
@@ -21,7 +21,7 @@ from colintern.storage.outs import verify_dvc_outputs
 
 @exit_on_user_error()
 def main() -> None:
-    params = load()
+    params = load_params()
     verify_dvc_outputs()
     base = ensure_inputs(params)
     counts = examine(meta_model(base, params.base_revision or None), params)

@@ -20,7 +20,7 @@ from colintern.core.recipes import render_recipe
 from colintern.data import index
 from colintern.data.images import png_bytes
 from colintern.data.trainset import asked
-from colintern.params import load
+from colintern.params import load_params
 from colintern.storage.manifest import hash_local_files
 from colintern.training.pairs import read_page_image
 
@@ -32,7 +32,7 @@ READ_ALL = """
 import json
 from colintern.data.trainset import training_data
 from colintern.training.pairs import load_training_pairs
-from colintern.params import load
+from colintern.params import load_params
 
 def fact(file, name):
     return int(next(line for line in open(f"/proc/self/{file}") if line.startswith(name)).split()[1])
@@ -40,9 +40,9 @@ def fact(file, name):
 def most(pairs):
     return max(fact("status", "VmRSS") for pair in pairs if pair.page.image()) / 1024
 
-load_training_pairs(training_data(load()))  # what is imported on first use
+load_training_pairs(training_data(load_params()))  # what is imported on first use
 before = fact("io", "rchar")
-pairs = load_training_pairs(training_data(load()))["train"]
+pairs = load_training_pairs(training_data(load_params()))["train"]
 started = fact("io", "rchar") - before
 print(json.dumps({"one": most(pairs[:8]), "all": most(pairs), "read": started / 2**20, "rows": len(pairs)}))
 """
@@ -80,7 +80,7 @@ def fetched(train: list[bytes], dev: list[bytes], **index_of_dev: str) -> None:
     Path("params.yaml").write_text(text.replace("train_data: demo\n", f"train_data: {SET}\n"))
     manifest = {
         "base": hash_local_files("demo/base", (".json", ".safetensors"))._asdict(),
-        "made_for": asked(load()),
+        "made_for": asked(load_params()),
         "train_corpus": None,
         "negatives": None,
         "train": [hash_local_files(SET, (".parquet",))._asdict()],

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 from pages import documented
 
-from colintern.params import load
+from colintern.params import load_params
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,7 +211,7 @@ def test_exp_run_runs_train_and_eval_alone(repo, experiment):
 
 def test_exp_run_writes_a_number_and_changes_the_metrics(repo, experiment):
     assert re.search(r"^lr: 3e-05$", (repo.path / "params.yaml").read_text(), re.MULTILINE)
-    lr = load(repo.path / "params.yaml").lr
+    lr = load_params(repo.path / "params.yaml").lr
     assert isinstance(lr, float) and lr == 3e-05
     committed = json.loads(repo.output("git show HEAD:metrics/train.json"))
     assert repo.metric("train")["loss"] != committed["loss"]
@@ -302,7 +302,7 @@ def test_a_queued_experiment_runs_to_success(repo, experiment):
     assert "page features: 0 computed, 74 of 74 pages in the cache" in logs, "the cache is found through DVC_ROOT too"
     rows = csv.DictReader(repo.output("dvc exp show --csv").splitlines())
     assert [float(row["lr"]) for row in rows if row["Experiment"] == name[1]] == [1e-3]
-    assert load(repo.path / "params.yaml").lr == 0.006, "a queued run leaves the workspace alone"
+    assert load_params(repo.path / "params.yaml").lr == 0.006, "a queued run leaves the workspace alone"
 
 
 def wait_until(repo: Repo, what: str, over: Callable[[str], bool]) -> str:

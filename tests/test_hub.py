@@ -36,21 +36,21 @@ FETCH = """
 from pathlib import Path
 from colintern.storage.files import dumps
 from colintern.core.errors import exit_on_user_error
-from colintern.params import load
+from colintern.params import load_params
 from colintern.ingest.sources import GeneratedSets, fetch
 from demo.dataset import write_evaluation_set, write_training_set
 with exit_on_user_error():
-    manifest = fetch(load(), {}, GeneratedSets(write_training_set, write_evaluation_set)).manifest
+    manifest = fetch(load_params(), {}, GeneratedSets(write_training_set, write_evaluation_set)).manifest
     Path("data").mkdir(exist_ok=True)
     Path("data/manifest.json").write_text(dumps(manifest))
 """
 READ = """
 from colintern.storage.manifest import ensure_inputs
 from colintern.core.errors import exit_on_user_error
-from colintern.params import load
+from colintern.params import load_params
 from colintern.data.trainset import training_data
 with exit_on_user_error():
-    params = load()
+    params = load_params()
     training_data(params, force={force})
     ensure_inputs(params, force={force})
 """

@@ -18,7 +18,7 @@ from colintern.core.recipes import render_recipe
 from colintern.data import index
 from colintern.data.index import INDEX
 from colintern.data.trainset import asked, training_data
-from colintern.params import load
+from colintern.params import load_params
 from colintern.storage import hub
 from colintern.storage.digests import Digests
 from colintern.storage.hub import Repo
@@ -47,7 +47,7 @@ def fetched(tmp_path, monkeypatch):
         Path(name).write_bytes(b"pages")
     manifest = {
         "base": hash_local_files("demo/base", (".json", ".safetensors"))._asdict(),
-        "made_for": asked(load()),
+        "made_for": asked(load_params()),
         "train": [hash_local_files("data/demo/train", (".parquet",))._asdict()],
         "train_corpus": None,
         "negatives": None,
@@ -58,9 +58,9 @@ def fetched(tmp_path, monkeypatch):
 
 
 def test_what_is_whole_is_found(fetched):
-    assert ensure_base(load()) == "demo/base"
+    assert ensure_base(load_params()) == "demo/base"
     found = ("demo", Path("data/demo/train"), ["data/train-0.parquet"], 1)
-    assert training_data(load()) == ([found], None, None)
+    assert training_data(load_params()) == ([found], None, None)
     assert ensure_benchmark("demo") == Path("data/demo/beir")
 
 
@@ -83,7 +83,7 @@ def test_a_cached_file_that_is_no_regular_file_is_never_opened_and_named(tmp_pat
 def test_a_missing_page_file_is_named(fetched):
     Path("data/demo/train/data/train-0.parquet").unlink()
     with pytest.raises(UserError, match=r"train-0\.parquet: missing.*dvc repro -f fetch-data"):
-        training_data(load())
+        training_data(load_params())
 
 
 def test_one_flipped_bit_is_found(fetched):
@@ -97,12 +97,12 @@ def test_a_changed_base_is_found(fetched):
         file.seek(5000)
         file.write(b"\x00\x01\x02\x03")
     with pytest.raises(UserError, match=r"model\.safetensors.*changed"):
-        ensure_base(load())
+        ensure_base(load_params())
 
 
 @pytest.mark.parametrize("key", ["train_data", "train_corpus", "negatives_file"])
 def test_a_manifest_of_other_training_data_is_refused(fetched, key):
-    params = replace(load(), **{key: "data/own/docs"})
+    params = replace(load_params(), **{key: "data/own/docs"})
     with pytest.raises(UserError, match=rf"{key}: 'data/own/docs' is not the one in .*; run: dvc repro"):
         training_data(params)
 
@@ -118,7 +118,7 @@ def test_an_untracked_base_is_found_from_the_copy_dvc_makes_for_an_experiment(fe
         (copy / "data" / "manifest.json").write_text(json.dumps(fetched))
         (copy / "params.yaml").write_text(text)
         monkeypatch.chdir(copy)
-        assert ensure_base(load()) == f"{tmp_path}/own/base"
+        assert ensure_base(load_params()) == f"{tmp_path}/own/base"
 
 
 def test_the_project_is_found_in_a_sub_folder_and_from_a_stage_of_another_one(tmp_path, monkeypatch):
@@ -140,7 +140,7 @@ def test_an_entry_that_points_outside_is_refused(fetched, name):
     entry["files"] = {name: next(iter(entry["files"].values()))}
     Path("data/manifest.json").write_text(json.dumps(fetched))
     with pytest.raises(UserError, match="points outside"):
-        training_data(load())
+        training_data(load_params())
 
 
 def test_an_unknown_local_benchmark_is_refused(fetched):

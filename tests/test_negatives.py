@@ -25,7 +25,7 @@ from colintern.ingest.scan import held_out
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from colintern.params import load
+from colintern.params import load_params
 from colintern.training.mining import MiningLimits, TopKAccumulator, filter_negatives
 from colintern.training.pairs import MinedNegatives, TrainingPair, read_mined_negatives, write_mined_negatives
 
@@ -134,7 +134,7 @@ def test_a_bad_row_costs_one_row():
     for number, (_, reason) in enumerate(BAD, start=45):
         assert bad[QUERIES, f"data/train-00000-of-00001.parquet:{number}"].startswith(reason)
     assert sum(map(len, load_pairs().values())) == 45
-    shown = {page.key for row in load_pairs(replace(load(), negatives=50))["train"] for page in row.negatives}
+    shown = {page.key for row in load_pairs(replace(load_params(), negatives=50))["train"] for page in row.negatives}
     assert key(50) in shown and hashlib.sha256(PAGES[59][:400]).hexdigest() not in shown
 
 

@@ -31,7 +31,7 @@ from colintern.ingest.collected import MAX_QUERY_CHARACTERS, Collected, Shelf
 from colintern.ingest.own import MADE, make
 from colintern.ingest.rendering import PageRef, group_pages, render_and_store_pages
 from colintern.ingest.sources import _kind
-from colintern.params import load, load_recipe
+from colintern.params import load_params, load_recipe
 from colintern.storage.isolation import Failure, IsolatedPool
 from colintern.storage.lock import mark_in_use
 
@@ -468,7 +468,7 @@ def test_pseudo_queries_are_named_wherever_their_scores_appear(folder):
     Path("params.yaml").write_text(text)
     own = make(DOCS, pdfs.collect)
     Path("data/manifest.json").write_text(json.dumps({"evaluation": {DOCS: own.files("beir")._asdict()}}))
-    [(label, task)] = tasks_for(load())
+    [(label, task)] = tasks_for(load_params())
     assert label == "docs (pseudo-queries)"
     assert task.metadata.name == "DocsPseudoQueriesRetrieval"
 

@@ -17,7 +17,7 @@ from colintern.core.errors import UserError
 from colintern.core.recipes import render_recipe
 from colintern.monitoring import guide as guide_rules
 from colintern.monitoring.guide import DEMO, MIN_EPOCHS, get_optimal_lr, get_optimal_rank, get_recommended_bounds
-from colintern.params import load
+from colintern.params import load_params
 from colintern.planning import costs as costs_module
 from colintern.planning import recommend as rules
 from colintern.planning.costs import Costs
@@ -155,7 +155,7 @@ def test_what_is_written_changes_values_only_and_is_what_was_printed(checkout, c
     told = json.loads(printed.out)
     assert printed.err == "recommend: counting memory and operations of a training step of internvl3_5-1b\n"
     values = {value["key"]: value["value"] for value in told["values"]}
-    params = load("params.yaml")
+    params = load_params("params.yaml")
     assert {key: getattr(params, key) for key in values} == values
     assert (params.lr, params.batch_size, params.micro_batch_size, params.epochs) == (5e-5, 64, 64, 5)
     assert (params.lora_rank, params.gradient_checkpointing, params.warmup_steps) == (32, True, 100)
@@ -203,7 +203,7 @@ def test_the_demo_gets_no_rule_of_the_guides(demo, capsys):
     assert "do not reach" in out and "How the demo answers to its settings" in " ".join(out.split())
     assert re.search(r"(?m)^micro_batch_size +32 ", out) and not re.search(r"(?m)^lr ", out)
     assert "3,600 pairs, 1,900 pages (data/survey.json)" in out
-    assert load("params.yaml").lr == 0.006
+    assert load_params("params.yaml").lr == 0.006
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from colintern.encoding.pooling import cut
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.monitoring.guide import get_recommended_bounds
 from colintern.monitoring.health import HEALTH, assess_run, findings_to_json
-from colintern.params import load as load_params
+from colintern.params import load_params
 from colintern.reporting import failures as module
 from colintern.reporting import plots
 from colintern.reporting.cases import Seen, case

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from colintern.__main__ import main
 from colintern.evaluation.scores import METRICS
-from colintern.params import load
+from colintern.params import load_params
 
 SAVED = ROOT / "tests" / "saved_2026_11"
 SCORE = 10.567514  # of QUERY and the page below, by the code that saved the adapter
@@ -23,7 +23,7 @@ def test_params_are_valid_after_an_update(tmp_path, monkeypatch, capsys):
     (tmp_path / "demo" / "base").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert main(["recipe", "--update"]) == 0
-    params = load("params.yaml")
+    params = load_params("params.yaml")
     assert (params.lr, params.batch_size, params.temperature, params.seed) == (0.006, 32, 0.015, 0)
     assert "keys added" in capsys.readouterr().out
 

@@ -25,7 +25,7 @@ from colintern.ingest.checks import check_benchmarks, check_judgements
 from colintern.ingest.collected import MAX_QUERY_CHARACTERS
 from colintern.ingest.scan import Part, look
 from colintern.ingest.splits import by_name
-from colintern.params import load
+from colintern.params import load_params
 from colintern.statistics.survey import survey
 from colintern.storage.manifest import hash_local_file, hash_local_files
 
@@ -487,13 +487,13 @@ def test_a_folder_of_two_kinds_is_refused():
 
 
 def test_the_data_in_numbers():
-    from colintern.params import load
+    from colintern.params import load_params
     from colintern.statistics.inventory import inventory, summarize_survey
 
     write_rows("train", [*map(row, range(40)), row(3), row(3) | {"query": "again"}, row(4) | {"query": ""}])
     write_params(max_bad_fraction=0.05)
     assert fetch_data().returncode == 0
-    found = summarize_survey(inventory(load().max_visual_tokens))
+    found = summarize_survey(inventory(load_params().max_visual_tokens))
     train, test = found[f"{SET} (train)"], found[f"{BEIR} (test)"]
     assert {key: train[key] for key in ("rows", "pages", "queries", "duplicates", "quarantined")} == {
         "rows": 43, "pages": 40, "queries": 42, "duplicates": 1, "quarantined": 1
@@ -501,7 +501,7 @@ def test_the_data_in_numbers():
     assert train["bytes"] == Path(SET, "train-00000-of-00001.parquet").stat().st_size
     assert train["queries/page"] == 42 / 40
     assert train["tiles/page"] == 1 and train["tokens/page"] == 16  # 112 x 112 px is one tile
-    assert inventory(load().max_visual_tokens)[f"{SET} (train)"]["queries of a page"] == {"1": 39, "3": 1}
+    assert inventory(load_params().max_visual_tokens)[f"{SET} (train)"]["queries of a page"] == {"1": 39, "3": 1}
     assert (test["rows"], test["pages"], test["queries"]) == (10, 10, 10)
     assert test["tokens/query"] > 1
     assert sum(train["languages, guessed"].values()) == 41, "distinct queries"
@@ -514,19 +514,19 @@ def test_the_languages_of_the_queries_are_counted_over_distinct_queries_and_show
     spoken = [row(n) | {"query": query} for n, query in enumerate((french, french, german, "4711", "question 1"))]
     write_rows("train", [*spoken, *(row(n) | {"query": f"What does figure {n} show us?"} for n in range(5, 9))])
     assert fetch_data().returncode == 0
-    found = inventory(load().max_visual_tokens)
+    found = inventory(load_params().max_visual_tokens)
     assert summarize_survey(found)[f"{SET} (train)"]["languages, guessed"] == {"de": 1, "en": 4, "fr": 1, "unknown": 2}
     assert "guessed, of 8 distinct queries: en: 4  fr: 1  de: 1  unknown: 2" in table(found, [])
 
 
 def test_the_table_says_the_same():
-    from colintern.params import load
+    from colintern.params import load_params
     from colintern.statistics.inventory import inventory, table
 
     write_rows("train", [row(4) | {"query": ""}, *map(row, range(40))])
     write_params(max_bad_fraction=0.05)
     assert fetch_data().returncode == 0
-    shown = table(inventory(load().max_visual_tokens), quarantine())
+    shown = table(inventory(load_params().max_visual_tokens), quarantine())
     assert f"{SET} (train): 41 rows, 40 pages, 40 queries, 0 duplicates, 1 quarantined" in shown
     assert f"quarantined: {SET}: 1 x query is empty" in shown
 

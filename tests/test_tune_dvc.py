@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from test_dvc_commands import Repo, bare_environment, copy_working_tree, cut_down, set_up
 
 from colintern import __main__ as cli
-from colintern.params import load
+from colintern.params import load_params
 from colintern.tuning.trial_context import STARTED
 from colintern.tuning.trials import SLOT
 
@@ -198,7 +198,7 @@ def test_a_finished_study_runs_nothing_more_and_applies_its_best(repo, tune):
     code, output = tune(*words(command)[2:])
     best = max((t for t in trials(repo) if t.state.name == "COMPLETE"), key=lambda t: t.value)
     assert code == 0 and "lr, lora_rank written" in output and max(map(len, output.splitlines())) < 200
-    assert load(repo.path / "params.yaml").lr == best.params["lr"]
+    assert load_params(repo.path / "params.yaml").lr == best.params["lr"]
 
 
 def test_another_space_is_refused(repo, tune):

@@ -2,7 +2,7 @@
 
 import argparse
 
-from colintern.params import load
+from colintern.params import load_params
 
 SUMMARY = "show what fetch-data found in the data"
 EXAMPLE = "colintern data"
@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> None:
     from colintern.statistics.inventory import inventory, table
     from colintern.storage.manifest import QUARANTINE, ensure_benchmark, is_local_benchmark, read_data_file
 
-    params = load()
+    params = load_params()
     made_for(params)  # the survey of other data shall not pass for that of params
     for name in filter(is_local_benchmark, params.benchmarks):
         ensure_benchmark(name)

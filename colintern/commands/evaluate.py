@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from colintern.core.errors import UserError
-from colintern.params import Params, at_commit, load
+from colintern.params import Params, load_params, split_hub_id
 from colintern.storage.paths import require_evaluated_model, require_writable
 
 SUMMARY = "evaluate an adapter, a merged model or one on the hub; the rest is as in params.yaml"
@@ -107,7 +107,7 @@ def _require_replaceable(out: Path) -> bool:
 
 def _settings(args: argparse.Namespace) -> list[Params]:
     """params.yaml with what the command line says, once for each size that is asked for."""
-    params = load()
+    params = load_params()
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size: {args.batch_size} is not valid; it must be 1 or more")
     for option, numbers, most in (("--pool-factor", args.pool_factor, 64), ("--dim", args.dim, 128)):
@@ -136,6 +136,6 @@ def _from_hub(name: str) -> Path:
     from colintern.storage.hub import Repo
     from colintern.storage.manifest import BASE_SUFFIXES, download_hub_files
 
-    repo = Repo("MODEL", *at_commit("MODEL", name, f"; nor does mteb know it, {nearest(name)}"), "model")
+    repo = Repo("MODEL", *split_hub_id("MODEL", name, f"; nor does mteb know it, {nearest(name)}"), "model")
     download_hub_files([(repo, BASE_SUFFIXES)])
     return repo.snapshot_folder

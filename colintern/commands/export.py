@@ -5,7 +5,7 @@ from pathlib import Path
 
 from colintern.core.errors import UserError
 from colintern.core.terminal import print_phase
-from colintern.params import load, on_hub
+from colintern.params import is_on_hub, load_params
 from colintern.storage.paths import require_model, require_writable
 
 SUMMARY = "write an adapter as a merged model with processor and card; push it to the hub only if asked"
@@ -25,9 +25,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--out: {args.out} exists; give a folder that does not")
     require_writable("--out", args.out.parent)
     require_model("MODEL", args.model, merged=False)
-    if args.push is not None and not on_hub(args.push):
+    if args.push is not None and not is_on_hub(args.push):
         raise UserError(f"--push: {args.push!r} is no repository; write owner/name")
-    params = load()
+    params = load_params()
     print_phase(f"export: checking {args.model} and its base")
 
     from colintern.storage.manifest import set_arrow_cache

@@ -7,7 +7,7 @@ from textwrap import fill
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.core.terminal import escape_controls
-from colintern.params import load
+from colintern.params import load_params
 from colintern.storage.paths import require_model, require_new_file, require_writable
 
 SUMMARY = "rank the pages of a folder or PDF for a query, and show where they match; indexed once"
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     if args.html:
         require_new_file("--html", args.html)
     require_writable("--index", args.index or root() / INDEX)
-    params = load()
+    params = load_params()
     import time
 
     from colintern.search.sources import reasons, skipped, sources

@@ -7,7 +7,7 @@ from pyarrow import ArrowException, parquet
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.core.rules import mixture
+from colintern.core.rules import parse_mixture
 from colintern.params import Params
 from colintern.storage.manifest import MANIFEST, ensure_files, read_data_file
 
@@ -71,7 +71,7 @@ def training_data(params: Params, force: bool = False) -> TrainingData:
         UserError: no manifest or one made for other data, or a file is missing or changed.
     """
     manifest = made_for(params)
-    names = [name for name, _ in mixture(params.train_data)]
+    names = [name for name, _ in parse_mixture(params.train_data)]
     corpus, negatives = manifest["train_corpus"], manifest["negatives"]
     if negatives:
         ensure_files(negatives, "negatives_file", "dataset", force)

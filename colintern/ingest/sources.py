@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.core.rules import mixture, split_kernel
+from colintern.core.rules import parse_mixture, split_kernel
 from colintern.data.trainset import POSITIVES, asked, by_number
 from colintern.ingest import jsonl, pdfs
 from colintern.ingest.collected import Collected, Shelf
@@ -14,7 +14,7 @@ from colintern.ingest.own import Own, make
 from colintern.ingest.scan import Part
 from colintern.ingest.splits import by_name
 from colintern.modeling.kernels import select_build_files
-from colintern.params import Params, on_hub
+from colintern.params import Params, is_on_hub
 from colintern.storage.files import describe_refused, list_files
 from colintern.storage.hub import FileSelector, Repo
 from colintern.storage.manifest import (
@@ -57,13 +57,16 @@ def fetch(params: Params, tasks: Mapping[str, Mapping[str, str]], demo: Generate
     Raises:
         UserError: a folder that holds nothing; see also `hub.download_repos`.
     """
-    sets, benchmarks = mixture(params.train_data), [name for name in params.benchmarks if is_local_benchmark(name)]
+    sets, benchmarks = (
+        parse_mixture(params.train_data),
+        [name for name in params.benchmarks if is_local_benchmark(name)],
+    )
     wanted: dict[tuple[str, str], tuple[Repo, FileSelector]] = {}
     if params.base_revision:
         wanted["base", params.base] = (Repo("base", params.base, params.base_revision, "model"), BASE_SUFFIXES)
     if kernel := split_kernel(params.attention):
         wanted["kernel", params.attention] = (Repo("attention", *kernel, "kernel"), select_build_files)
-    for name in filter(on_hub, dict(sets)):
+    for name in filter(is_on_hub, dict(sets)):
         repo = Repo("train_data", name, params.train_revision, "dataset")
         wanted["train", name] = (repo, TRAIN_SUFFIXES)
     if params.train_corpus_revision:
@@ -104,7 +107,7 @@ def parts(params: Params, manifest: dict[str, Any]) -> list[Part]:
     numbered = [by_number(get_files_folder(files, "dataset") / min(files.files)) for files in train]
     corpus = _corpus(params, manifest["train_corpus"], any(numbered))
     found = [corpus] if corpus else []
-    for (name, _), files, without_pages in zip(mixture(params.train_data), train, numbered, strict=True):
+    for (name, _), files, without_pages in zip(parse_mixture(params.train_data), train, numbered, strict=True):
         splits, unread = by_name(files.files)
         if unread:
             print(
@@ -113,7 +116,7 @@ def parts(params: Params, manifest: dict[str, Any]) -> list[Part]:
             )
         of = corpus if without_pages else None
         for split, names in splits.items():
-            found.append(Part(name, split, get_files_folder(files, "dataset"), tuple(names), on_hub(name), of))
+            found.append(Part(name, split, get_files_folder(files, "dataset"), tuple(names), is_on_hub(name), of))
     for name, entry in manifest["evaluation"].items():
         if entry["revision"]:  # a task of mteb's: not ours to judge
             continue

@@ -18,7 +18,7 @@ from colintern.modeling.adapter_files import (
 )
 from colintern.modeling.loading import load_model, require_adapter, require_finite, require_merged
 from colintern.modeling.modeling_colintern import attention_kernel
-from colintern.params import at_commit
+from colintern.params import split_hub_id
 from colintern.storage.hub import describe_error
 from colintern.storage.identity import content_hash, read_identity
 
@@ -43,7 +43,7 @@ class Alone(NamedTuple):
         if Path(model).is_dir():
             folder, revision = Path(model), ""
         else:
-            name, revision = at_commit("model", str(model))
+            name, revision = split_hub_id("model", str(model))
             try:
                 folder = Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
             except (HfHubHTTPError, LocalEntryNotFoundError) as error:

@@ -15,7 +15,7 @@ from transformers import InternVLConfig
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.params import Params, on_hub
+from colintern.params import Params, is_on_hub
 from colintern.storage.hub import OfflineError, Repo, download_file
 from colintern.storage.manifest import get_digests
 from colintern.storage.paths import PRESETS, base_at_commit
@@ -61,7 +61,7 @@ def config(base: str, params: Params) -> InternVLConfig:
     """
     if base in SIZES:
         return preset(base)
-    if not on_hub(base.partition("@")[0]):
+    if not is_on_hub(base.partition("@")[0]):
         return _read(root() / base / "config.json", base)
     name, revision = base_at_commit(base, params)
     try:
@@ -88,7 +88,7 @@ def at_hand(params: Params) -> InternVLConfig:
 def known(base: str) -> str:
     """The preset of a hub id of OpenGVLab's, "" if there is none."""
     name = base.lower().removeprefix("opengvlab/").removesuffix("-hf")
-    return name if name in SIZES and on_hub(base) else ""
+    return name if name in SIZES and is_on_hub(base) else ""
 
 
 def _read(file: Path, base: str) -> InternVLConfig:

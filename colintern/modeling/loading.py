@@ -72,7 +72,7 @@ def require_base(params: Params, folder: Path) -> None:
 
 
 def load_adapter(params: Params, base: str, adapter: Path, trained: bool = True) -> nn.Module:
-    """The model, on the GPU if there is one; `base` is where `manifest.check_base` found its weights.
+    """The model, on the GPU if there is one; `base` is where `manifest.ensure_base` found its weights.
 
     Raises:
         UserError: weights that are missing or do not fit, such as an adapter without its head.

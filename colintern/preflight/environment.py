@@ -19,9 +19,9 @@ from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import HFValidationError, HTTPError
 
 from colintern.core.project import root
-from colintern.core.rules import mixture, split_kernel, unsupported_path_characters
+from colintern.core.rules import parse_mixture, split_kernel, unsupported_path_characters
 from colintern.encoding.page_features import FEATURES
-from colintern.params import Params, on_hub
+from colintern.params import Params, is_on_hub
 from colintern.storage.hub import Repo, create_offline_error, to_user_error
 from colintern.storage.manifest import MANIFEST
 
@@ -216,7 +216,9 @@ def _list_dvc_remotes() -> tuple[tuple[str, ...], str]:
 def list_hub_repos(params: Params) -> dict[Repo, list[str] | None]:
     """Return the run's hub repositories with their files by the manifest; None for files that it does not list."""
     repos = [Repo("base", params.base, params.base_revision, "model")]
-    repos += [Repo("train_data", name, params.train_revision, "dataset") for name, _ in mixture(params.train_data)]
+    repos += [
+        Repo("train_data", name, params.train_revision, "dataset") for name, _ in parse_mixture(params.train_data)
+    ]
     repos += [Repo("train_corpus", params.train_corpus, params.train_corpus_revision, "dataset")]
     if kernel := split_kernel(params.attention):
         repos += [Repo("attention", *kernel, "kernel")]
@@ -224,7 +226,7 @@ def list_hub_repos(params: Params) -> dict[Repo, list[str] | None]:
         files, tasks = _read_manifest()
     except (OSError, ValueError, KeyError, TypeError):  # missing, or an older version's, which is written again
         files, tasks = {}, {}
-    return {repo: files.get((repo.name, repo.revision)) for repo in repos if on_hub(repo.name)} | tasks
+    return {repo: files.get((repo.name, repo.revision)) for repo in repos if is_on_hub(repo.name)} | tasks
 
 
 def _read_manifest() -> tuple[dict[tuple[str, str], list[str]], dict[Repo, list[str] | None]]:

@@ -130,7 +130,7 @@ def build_trainer(
 ) -> ContrastiveTrainer:
     """Load data and model, wrap the model in LoRA, compute the page features, and construct the trainer.
 
-    `base_path` is what `check_base` returns; `folder` is that of the checkpoints. Raises UserError, see `train`.
+    `base_path` is what `ensure_base` returns; `folder` is that of the checkpoints. Raises UserError, see `train`.
     """
     quiet = not sys.stderr.isatty() or "CI" in os.environ or not context.is_main_process
     args = build_training_arguments(params, folder, quiet, context.world_size)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from colintern.core.project import root
-from colintern.params import override
+from colintern.params import format_override
 from colintern.storage.lock import open_lock
 from colintern.tuning.study_storage import StudyStorage
 from colintern.tuning.trial_context import OWNER, STARTED, STORAGE, STUDY, TRIAL
@@ -75,7 +75,7 @@ def run_experiment(
     """
     heartbeat = Heartbeat(storage, trial)
     context = {STORAGE: storage.url, STUDY: storage.study_name, TRIAL: str(trial.number), OWNER: str(os.getpid())}
-    changes = [part for key, value in trial.values.items() for part in ("-S", override(key, value))]
+    changes = [part for key, value in trial.values.items() for part in ("-S", format_override(key, value))]
     log.parent.mkdir(parents=True, exist_ok=True)
     with open_lock(root() / ".scratch" / "tune-start.lock") as lock, log.open("wb") as output:
         while not _try_lock(lock):

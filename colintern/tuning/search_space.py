@@ -11,7 +11,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from ruamel.yaml import YAML
 
 from colintern.core.errors import UserError
-from colintern.params import HINTS, LIST, Params, problems_of, read_mapping
+from colintern.params import LIST, TYPES, Params, list_problems, read_yaml_mapping
 
 SCORED_STAGES = ("fetch-data", "verify", "train")  # the stages that decide the dev score
 # They decide what the score is measured on, so that scores under two values of one of them cannot be compared.
@@ -23,7 +23,7 @@ SCORE_NEUTRAL_KEYS |= {"gradient_checkpointing", "launch", "logging_steps", "mic
 SCORE_NEUTRAL_KEYS |= {"threads", "tracker", "workers"}
 BYTES_PER_PAGE, TRAINING_SECONDS = "bytes_per_page", "training_seconds"  # possible second objectives
 PAGE_SIZE_KEYS = ("pool_factor", "dim")  # they decide bytes per page, and the score is then measured at that size
-KEY_TYPES = {key: hint if hint == LIST else (get_args(hint) or (hint,))[0] for key, hint in HINTS.items()}
+KEY_TYPES = {key: hint if hint == LIST else (get_args(hint) or (hint,))[0] for key, hint in TYPES.items()}
 SETTING_RULES = {
     "seed": ("a whole number from 0", lambda v: type(v) is int and v >= 0),
     "sampler": ("tpe or random", lambda v: v in ("tpe", "random")),
@@ -73,7 +73,7 @@ def read_search_space(params: Params, path: Path) -> SearchSpace:
     Raises:
         UserError: It cannot be read, or some of its keys or values cannot be searched; all problems are in the message.
     """
-    raw, problems = read_mapping(path, "of the settings and the space", "the repository has one to begin with")
+    raw, problems = read_yaml_mapping(path, "of the settings and the space", "the repository has one to begin with")
     for key, (words, is_valid) in SETTING_RULES.items():
         if key not in raw:
             problems.append(f"{key}: missing; it must be {words}")
@@ -129,7 +129,7 @@ def _find_key_problem(key: str, stage_params: dict[str, set[str]]) -> str:
     """Return why a key cannot be searched, or ""."""
     scored = set().union(*(stage_params[stage] for stage in SCORED_STAGES))
     searchable = sorted(k for k in scored - SCORE_DEFINING_KEYS - SCORE_NEUTRAL_KEYS if KEY_TYPES[k] != LIST)
-    if key not in HINTS:
+    if key not in TYPES:
         return f"unknown key; nearest key: {_find_nearest(key, searchable)}"
     if key not in scored:
         readers = ", ".join(stage for stage, keys in stage_params.items() if key in keys)
@@ -187,7 +187,7 @@ def _check_combinations(params: dict[str, Any], distributions: dict[str, BaseDis
         for values in product(*(extremes[key] for key in keys)):
             if len(keys) > 1 and failing_keys & {*keys}:
                 continue
-            for problem in problems_of(params | dict(zip(keys, values, strict=True))):
+            for problem in list_problems(params | dict(zip(keys, values, strict=True))):
                 if problem not in reported:
                     reported.add(problem)
                     failing_keys.update(keys)
