@@ -14,6 +14,7 @@ from colintern.encoding import tensor_cache as module
 from colintern.encoding.tensor_cache import TensorCache
 from colintern.storage.lock import locked, locked_or_refused
 
+pytestmark = pytest.mark.integration
 MB = 10**6
 
 

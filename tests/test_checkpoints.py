@@ -17,6 +17,7 @@ from colintern.params import load
 from colintern.storage.manifest import check_base
 from colintern.training.checkpoints import shown
 
+pytestmark = pytest.mark.integration
 PEFT = ("adapter_config.json", "adapter_model.safetensors")
 
 

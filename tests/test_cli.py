@@ -17,6 +17,8 @@ from colintern.__main__ import ORDER, main
 from colintern.core.errors import UserError
 from colintern.storage.paths import require_writable
 
+pytestmark = pytest.mark.integration
+
 # Runs `colintern` on each command line of its argument; of what takes long to import nothing can be imported.
 WITHOUT_LIBRARIES = """
 import json, sys

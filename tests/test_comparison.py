@@ -20,6 +20,7 @@ from colintern.evaluation.differences import difference, markdown, text
 from colintern.evaluation.outcomes import outcome
 from colintern.evaluation.scores import METRICS
 
+pytestmark = pytest.mark.integration
 GAINS = [1 / math.log2(rank + 1) if rank <= 5 else 0.0 for rank in range(1, 31)]
 
 

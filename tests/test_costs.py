@@ -26,6 +26,7 @@ from colintern.planning.recommend import PROMPT_TOKENS, USABLE, plan, recommend
 from colintern.training.processes import ALONE
 from colintern.training.trainer import ContrastiveTrainer
 
+pytestmark = pytest.mark.integration
 PARAMS = load(ROOT / "recipes" / "demo.yaml")
 DEMO = Setting(32, 8, False, tiles=6, page_tokens=108, query_tokens=24)
 

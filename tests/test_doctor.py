@@ -21,6 +21,7 @@ from colintern.preflight.doctor import CHECKS, FAIL, PASS, WARN, Facts, examined
 from colintern.preflight.machine import Machine, _memory, cpu_bf16, machine
 from colintern.preflight.surroundings import AROUND, Surroundings, _asked, hub_repos, surroundings
 
+pytestmark = pytest.mark.integration
 DEMO, RECIPE = (load(ROOT / "recipes" / f"{name}.yaml") for name in ("demo", "internvl3_5-1b"))
 GPU = Machine(1, "580.95.05", "2.13.0", "13.0", "NVIDIA A100", 80 << 30, False, True, True, 60 << 30, 10**12, 0)
 CPU = dataclasses.replace(GPU, cards=0, driver="", gpu="", gpu_bytes=0, flash_attn=False)

@@ -33,6 +33,7 @@ from colintern.params import load
 from colintern.storage.isolation import Failure, IsolatedPool
 from colintern.storage.lock import mark_in_use
 
+pytestmark = pytest.mark.integration
 DOCS = "data/own/docs"
 
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import BASE, ROOT
 from processes import FORKS
 
+pytestmark = pytest.mark.integration
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk", "to Oslo", "a long one, of freight in March"]
 SHOWN, NEGATIVES = (0, 1, 2, 3, 1, 0), ((3, 2), (), (1,), (0, 1), (), (2,))
 

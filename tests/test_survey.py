@@ -27,6 +27,7 @@ from colintern.data.survey import Part, look, survey
 from colintern.params import load
 from colintern.storage.manifest import local_file, local_files
 
+pytestmark = pytest.mark.integration
 SET, BEIR = "data/own/set", "data/own/beir"
 PAGES = [png_bytes(page_image(f"page {number}")) for number in range(60)]
 
