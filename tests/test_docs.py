@@ -217,6 +217,7 @@ def test_messages_are_the_programs_own():
     assert not missing, missing
 
 
+@pytest.mark.integration
 def test_cheap_commands_run_as_they_stand(tmp_path, capsys):
     copy_working_tree(tmp_path)
     with contextlib.chdir(tmp_path):
@@ -228,6 +229,7 @@ def test_cheap_commands_run_as_they_stand(tmp_path, capsys):
         assert line in said
 
 
+@pytest.mark.integration
 def test_commands_on_fetched_data_run_as_they_stand(fetched, capsys):
     said = {}
     for command in AFTER_FETCH:
