@@ -28,7 +28,7 @@ from colintern.core.errors import UserError
 from colintern.modeling.attention import implementation
 from colintern.modeling.kernels import select_build_files
 from colintern.params import load_recipe
-from colintern.preflight.checks import FAIL, PASS, WARN, RunFacts, check_attention
+from colintern.preflight.checks import FAIL, PASS, RUN_CHECKS, WARN, RunFacts
 from colintern.preflight.environment import probe_machine
 from colintern.storage.hub import Repo
 from colintern.storage.identity import fingerprint, stage_identity
@@ -140,7 +140,7 @@ def test_the_builds_that_fit_are_fetched_and_named_and_no_more(workspace):
 
 def params_of(workspace: Workspace, attention: str) -> None:
     with contextlib.chdir(workspace.path):
-        params(attention=check_attention, epochs=1)
+        params(attention=attention, epochs=1)
 
 
 def scores(metrics: dict) -> dict[str, float]:
@@ -328,9 +328,9 @@ def test_a_missing_package_is_named(monkeypatch):
 
 def test_the_doctor_says_what_a_kernel_needs(place):
     facts = RunFacts(dataclasses.replace(DEMO, attention=KERNEL), {}, probe_machine())
-    assert check_attention(facts)[::2] == (WARN, "dvc repro fetch-data")
+    assert RUN_CHECKS["attention kernel"](facts)[::2] == (WARN, "dvc repro fetch-data")
     place()
-    assert check_attention(facts) == (PASS, f"{KERNEL}, every file by its hash")
+    assert RUN_CHECKS["attention kernel"](facts) == (PASS, f"{KERNEL}, every file by its hash")
     place("build/torch-cuda", {"backend": {"type": "cuda"}})
-    status, found, remedy = check_attention(facts)
+    status, found, remedy = RUN_CHECKS["attention kernel"](facts)
     assert (status, found, remedy) == (FAIL, f"{KERNEL} needs a GPU", "attention: auto")
