@@ -45,12 +45,12 @@ def main() -> None:
         from colintern.monitoring.progress import ProgressReporter
         from colintern.monitoring.tracker import TrackerCallback, check_tracker
         from colintern.training.run import train
-        from colintern.tuning.pruning import pruning_callback
+        from colintern.tuning.pruning import make_pruning_callbacks
 
         check_tracker(params.tracker)
         throughput = ThroughputMonitor(params)
         progress = ProgressReporter(params.batch_size * (1 + params.negatives))
-        observers = [throughput, LossCurveMonitor(params), progress, *pruning_callback(context, throughput)]
+        observers = [throughput, LossCurveMonitor(params), progress, *make_pruning_callbacks(context, throughput)]
         if params.tracker != "none" and context.is_main_process:
             observers.append(TrackerCallback(params))
         metrics = train(params, Path("experiments/colintern"), context, observers)

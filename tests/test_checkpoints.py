@@ -17,6 +17,7 @@ from colintern.params import load_params
 from colintern.storage.manifest import ensure_base
 from colintern.training.checkpoints import link_checkpoints
 
+pytestmark = pytest.mark.integration
 PEFT = ("adapter_config.json", "adapter_model.safetensors")
 
 

@@ -27,6 +27,7 @@ from colintern.training.distributed import SINGLE_PROCESS
 from colintern.training.loss import make_contrastive_loss
 from colintern.training.trainer import ContrastiveTrainer
 
+pytestmark = pytest.mark.integration
 PARAMS = load_recipe(ROOT / "recipes" / "demo.yaml")
 DEMO = Setting(32, 8, False, tiles=6, page_tokens=108, query_tokens=24)
 

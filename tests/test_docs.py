@@ -36,7 +36,7 @@ CANNOT = {  # how a command begins, and why no test runs it
     "make check": "is the first step of `make test`",
     "dvc queue kill NAME": "it is SIGINT to one of the queue's runs, which test_survival.py sends",
     "python -m pytest": "files of the suite",
-    "git clone URL": "the address is that of the clone's origin",
+    "git clone URL-OF-THIS-REPOSITORY": "the address is that of the clone's origin",
     "cd colintern": "the folder of that clone",
 }
 VALUES = r"\.\.\.|\d+|\blearning_rate|\blr\b|\bloss is nan\b"  # of a message, as the page gives them
@@ -217,6 +217,7 @@ def test_messages_are_the_programs_own():
     assert not missing, missing
 
 
+@pytest.mark.integration
 def test_cheap_commands_run_as_they_stand(tmp_path, capsys):
     copy_working_tree(tmp_path)
     with contextlib.chdir(tmp_path):
@@ -228,6 +229,7 @@ def test_cheap_commands_run_as_they_stand(tmp_path, capsys):
         assert line in said
 
 
+@pytest.mark.integration
 def test_commands_on_fetched_data_run_as_they_stand(fetched, capsys):
     said = {}
     for command in AFTER_FETCH:

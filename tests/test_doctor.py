@@ -40,6 +40,7 @@ from colintern.preflight.environment import (
     probe_machine,
 )
 
+pytestmark = pytest.mark.integration
 DEMO, RECIPE = (load_recipe(ROOT / "recipes" / f"{name}.yaml") for name in ("demo", "internvl3_5-1b"))
 GPU = Machine(1, "580.95.05", "2.13.0", "13.0", "NVIDIA A100", 80 << 30, False, True, True, 60 << 30, 10**12, 0)
 CPU = dataclasses.replace(GPU, num_cards=0, driver="", gpu="", gpu_bytes=0, has_flash_attn=False)

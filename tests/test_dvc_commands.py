@@ -31,7 +31,7 @@ UPDATES = {
     "max_visual_tokens": "24",
     "threads": "1",  # two would wait for each other where the other core is busy
 }
-PAGES = "DEMO_TRAIN_PAGES, DEMO_DEV_PAGES, DEMO_TEST_PAGES = "
+PAGES = "TRAIN_PAGES, DEV_PAGES, TEST_PAGES = "
 # Of the commits a user would make.
 IDENTITY = {f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 REFUSED = "Git user name and email must be configured"
@@ -109,10 +109,10 @@ def cut_down(repo: Path) -> None:
         params, found = re.subn(rf"^{key}: .*$", f"{key}: {value}", params, flags=re.MULTILINE)
         assert found == 1, key
     (repo / "params.yaml").write_text(params)
-    sources = (repo / "colintern" / "data" / "sources.py").read_text()
-    sources, found = re.subn(rf"^{PAGES}.*$", f"{PAGES}64, 10, 10", sources, flags=re.MULTILINE)
+    file = repo / "demo" / "dataset.py"
+    text, found = re.subn(rf"^{PAGES}.*$", f"{PAGES}64, 10, 10", file.read_text(), flags=re.MULTILINE)
     assert found == 1, PAGES
-    (repo / "colintern" / "data" / "sources.py").write_text(sources)
+    file.write_text(text)
 
 
 def set_up(repo: Repo) -> Repo:

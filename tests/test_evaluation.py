@@ -55,6 +55,7 @@ from colintern.reporting.pictures import picture
 from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k
 from colintern.storage.manifest import BEIR_SUFFIXES, get_arrow_name, hash_local_files
 
+pytestmark = pytest.mark.integration
 PAGES, COLOURS = 110, 512
 RECIPE = load_recipe(Path(__file__).parents[1] / "recipes" / "demo.yaml")
 FOLDER = "eval/some-docs"

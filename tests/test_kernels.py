@@ -29,7 +29,7 @@ from colintern.core.errors import UserError
 from colintern.modeling.attention import implementation
 from colintern.modeling.kernels import select_build_files
 from colintern.params import load_recipe
-from colintern.preflight.checks import FAIL, PASS, WARN, RunFacts, check_attention
+from colintern.preflight.checks import FAIL, PASS, RUN_CHECKS, WARN, RunFacts
 from colintern.preflight.environment import probe_machine
 from colintern.storage.hub import Repo
 from colintern.storage.identity import fingerprint, stage_identity
@@ -333,9 +333,9 @@ def test_a_missing_package_is_named(monkeypatch):
 
 def test_the_doctor_says_what_a_kernel_needs(place):
     facts = RunFacts(dataclasses.replace(DEMO, attention=KERNEL), {}, probe_machine())
-    assert check_attention(facts)[::2] == (WARN, "dvc repro fetch-data")
+    assert RUN_CHECKS["attention kernel"](facts)[::2] == (WARN, "dvc repro fetch-data")
     place()
-    assert check_attention(facts) == (PASS, f"{KERNEL}, every file by its hash")
+    assert RUN_CHECKS["attention kernel"](facts) == (PASS, f"{KERNEL}, every file by its hash")
     place("build/torch-cuda", {"backend": {"type": "cuda"}})
-    status, found, remedy = check_attention(facts)
+    status, found, remedy = RUN_CHECKS["attention kernel"](facts)
     assert (status, found, remedy) == (FAIL, f"{KERNEL} needs a GPU", "attention: auto")

@@ -35,6 +35,7 @@ from colintern.params import load_params, load_recipe
 from colintern.storage.isolation import Failure, IsolatedPool
 from colintern.storage.lock import mark_in_use
 
+pytestmark = pytest.mark.integration
 DOCS = "data/own/docs"
 
 

@@ -24,6 +24,7 @@ from colintern.planning.costs import Costs
 from colintern.planning.gpus import GPUS, find
 from colintern.planning.recommend import steps_of, warmup_of
 
+pytestmark = pytest.mark.integration
 COUNTED: dict[tuple[str, ...], Costs] = {}
 RECIPE = render_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml")
 

@@ -29,6 +29,7 @@ from colintern.params import load_params
 from colintern.statistics.survey import survey
 from colintern.storage.manifest import hash_local_file, hash_local_files
 
+pytestmark = pytest.mark.integration
 SET, BEIR = "data/own/set", "data/own/beir"
 PAGES = [png_bytes(page_image(f"page {number}")) for number in range(60)]
 

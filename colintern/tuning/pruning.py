@@ -150,6 +150,6 @@ def measure_at_page_size(trainer: ContrastiveTrainer, pool_factor: int, dim: int
     return {"dev_ndcg_at_5": round(ndcg, 6), "vectors_per_page": sum(map(len, pages)) / len(pages)}
 
 
-def pruning_callback(context: DistributedContext, throughput: ThroughputMonitor) -> list[OptunaPruningCallback]:
+def make_pruning_callbacks(context: DistributedContext, throughput: ThroughputMonitor) -> list[OptunaPruningCallback]:
     """Return the callback of a run that is a trial; [] for any other run."""
     return [OptunaPruningCallback(context, throughput)] if STORAGE in os.environ else []

@@ -40,12 +40,8 @@ class EveryTrialFailedError(UserError):
 class TrialRow(NamedTuple):
     """One trial of a study.
 
-    Attributes:
-        score: Dev NDCG@5; of a trial that was stopped the last one reported; None if there is none.
-        second: Value of the second objective, None if there is none.
-        scores: Dev NDCG@5 after each evaluation.
-        num_computed: Number of page features that the trial computed, None if unknown.
-        is_retry: Whether the trial repeats the settings of a killed one.
+    `score` is its dev NDCG@5, the last one reported if it was stopped; `second` the value of the second objective;
+    `scores` those after each evaluation; `num_computed` the page features that it computed; None where unknown.
     """
 
     number: int
@@ -62,12 +58,9 @@ class TrialRow(NamedTuple):
 class StudyResults(NamedTuple):
     """What a study found.
 
-    Attributes:
-        rows: All trials by number, without those whose worker died before they had settings.
-        complete: The complete trials, the best first; of equals the earlier one.
-        front: With two objectives the complete trials that no other one dominates, the smallest first.
-        importance: Share of the score's variance that each key explains, the highest first; empty with fewer than four
-            complete trials, or where all have one score.
+    `complete` has the best trial first, of equals the earlier one. With two objectives `front` has the complete trials
+    that no other one dominates, the smallest first. `importance` is the share of the score's variance that each key
+    explains, the highest first; {} with fewer than four complete trials, or if all have one score.
     """
 
     study: optuna.Study
