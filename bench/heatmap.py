@@ -17,7 +17,7 @@ from torch import Tensor
 
 from colintern.core.errors import exit_on_user_error
 from colintern.encoding.embed import embed_pages, embed_queries
-from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
+from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_same_base
 from colintern.params import load_params
 from colintern.reporting.heatmaps import hottest, layout, similarity_map, standing_out
 from colintern.reporting.words import query_words
@@ -84,7 +84,7 @@ def main() -> None:
     folder = parser.parse_args().adapter
     params = load_params()
     require_adapter(folder)
-    require_base(params, folder)
+    require_same_base(params, folder)
     base, processor = ensure_base(params), load_processor(params, folder)
     pages = corpus("test", PAGES, 1, seed=0)
     after = measure(load_adapter(params, base, folder), processor, pages)

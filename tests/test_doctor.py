@@ -16,7 +16,7 @@ from hub import Fault, running
 
 from colintern.core.errors import UserError
 from colintern.core.recipes import render_recipe
-from colintern.modeling.bases import at_hand, preset
+from colintern.modeling.configuration_colintern import load_cached_or_preset_config, make_preset_config
 from colintern.params import load_recipe
 from colintern.preflight.checks import (
     ENVIRONMENT_CHECKS,
@@ -55,7 +55,7 @@ def counted():
     def facts(params, machine=GPU, size="internvl3_5-1b", **changes) -> RunFacts:
         key = (params.base, size, params.lora_targets)
         if key not in known:
-            config = str(BASE) if params.base == "demo/base" else preset(size)
+            config = str(BASE) if params.base == "demo/base" else make_preset_config(size)
             known[key] = collect_run_facts(params, config, None).counts
         return RunFacts(dataclasses.replace(params, **changes), known[key], machine)
 
@@ -269,9 +269,9 @@ def test_what_fails_is_the_exit_code_and_no_secret_is_told(repo):
 @pytest.mark.parametrize("base", ["./demo/base", "demo/base/", "demo//base", str(BASE)])
 def test_a_base_may_be_any_path_of_a_folder(base, repo, monkeypatch):
     monkeypatch.chdir(repo)
-    assert at_hand(dataclasses.replace(DEMO, base=base)).model_type == "internvl"
+    assert load_cached_or_preset_config(dataclasses.replace(DEMO, base=base)).model_type == "internvl"
     with pytest.raises(UserError, match=r"nowhere/config\.json cannot be used: No such file"):
-        at_hand(dataclasses.replace(DEMO, base=f"{base}/nowhere"))
+        load_cached_or_preset_config(dataclasses.replace(DEMO, base=f"{base}/nowhere"))
 
 
 def test_colour_only_on_a_terminal_that_wants_it(repo):

@@ -366,7 +366,7 @@ def test_cached_features_change_no_byte_of_the_results(workspace, model, process
     plain = evaluate(subject(model, processor, "plain"), params, "out/plain")
     for state in ("cold", "warm"):
         features = PageFeatures(model, processor, workspace / "features", 1.0, "exact")
-        assert len(features.cache.places) == (4 if state == "warm" else 0)
+        assert len(features.cache.shard_of_key) == (4 if state == "warm" else 0)
         found = evaluate(subject(model, processor, state, features), params, f"out/{state}")
         assert found == plain and files_of(f"out/{state}") == files_of("out/plain")
 

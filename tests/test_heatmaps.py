@@ -41,7 +41,7 @@ def local(model):
 )
 def test_a_spot_is_hottest_where_it_was_put_in_every_cell(local, size, bound, grid):
     processor = ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=bound, max_query_tokens=64)
-    assert processor.grid(size[::-1]) == grid
+    assert processor.get_page_grid(size[::-1]) == grid
     where = layout(processor, size)
     blank = Image.new("RGB", size, "white")
     [plain] = embed_pages(local, processor, [blank], 1)
@@ -79,7 +79,7 @@ def test_what_each_token_adds_is_the_score(model, processor, pages):
     [query] = embed_queries(model, processor, ["which bill is from Halde"], 1)
     for image, page in zip(pages, embed_pages(model, processor, pages, 4), strict=True):
         where = layout(processor, image.size)
-        assert len(page) == where.first + where.visual + len(processor._after_tiles)
+        assert len(page) == where.first + where.visual + len(processor._ids_after_tiles)
         found = similarity_map(query, page, where)
         assert found.best.sum().item() == pytest.approx(maxsim_scores([query], [page]).item(), abs=1e-4)
         assert found.page.shape[1:] == processor.get_n_patches(image.size[::-1])[::-1]
@@ -130,7 +130,7 @@ def interpretability(monkeypatch):
 def test_colpali_engines_maps_are_right_or_refused(local, interpretability, size, bound, grid):
     """By the steps of its README; a query of the spot's own token is most like the spot."""
     processor = ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=bound)
-    assert processor.grid(size[::-1]) == grid
+    assert processor.get_page_grid(size[::-1]) == grid
     blank = Image.new("RGB", size, "white")
     theirs = interpretability.get_similarity_maps_from_embeddings
     for x, y in ((0, 0), (84, 0), (0, 84), (size[0] - CELL, 28), (size[0] - CELL, size[1] - CELL)):

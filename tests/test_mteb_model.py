@@ -19,7 +19,8 @@ from test_model import adapter  # noqa: F401  (a fixture)
 
 from colintern.core.errors import UserError
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder, load, register
-from colintern.modeling.modeling_colintern import ColIntern3_5, attention_kernel
+from colintern.modeling.attention import choose_attn_implementation
+from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.storage.identity import content_hash
 
 
@@ -47,10 +48,10 @@ def test_on_the_cpu_of_a_machine_with_a_gpu_its_attention_is_the_cpus(folder, mo
     def on_that_machine(*asked):
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: True)
-            patch.setattr("colintern.modeling.modeling_colintern.find_spec", lambda name: name)
-            return attention_kernel(*asked)
+            patch.setattr("colintern.modeling.attention.find_spec", lambda name: name)
+            return choose_attn_implementation(*asked)
 
-    monkeypatch.setattr("colintern.modeling.alone.attention_kernel", on_that_machine)
+    monkeypatch.setattr("colintern.modeling.loading.choose_attn_implementation", on_that_machine)
     assert load(folder, dtype="bfloat16", device="cpu").model.config._attn_implementation == "sdpa"
 
 

@@ -21,7 +21,7 @@ from colintern.core.recipes import render_recipe
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import png_bytes
 from colintern.encoding.embed import embed_queries
-from colintern.encoding.pooling import cut
+from colintern.encoding.pooling import truncate_dim
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.monitoring.guide import get_recommended_bounds
 from colintern.monitoring.health import HEALTH, assess_run, findings_to_json
@@ -254,7 +254,7 @@ def test_scores_that_are_shown_are_those_it_is_ranked_by_and_a_query_without_a_r
     rows = [found | {"query_id": "2"}, found, found | {"query_id": "1"}]
     [case], passed = failures(encoder, [SimpleNamespace(metadata=SimpleNamespace(name="t"))], rows, 1)
     assert passed == 1, "a query all of whose judgements are 0"
-    query = cut(embed_queries(model, processor, ["from Oslo"], 1), 32)
+    query = truncate_dim(embed_queries(model, processor, ["from Oslo"], 1), 32)
     ranked = encoder.smaller(encoder.pages(pages[:3]))
     assert [sheet.score for sheet in case.sheets] == pytest.approx(maxsim_scores(query, ranked)[0].tolist(), abs=2e-3)
     leads = sum(token.lead for token in case.tokens)

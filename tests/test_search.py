@@ -272,7 +272,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(top, model, processor, monkeypa
 def test_what_the_disk_has_no_room_for_is_searched_all_the_same(top, model, processor):
     found, bad = sources(top / "documents")
     own = index(top, model, processor)
-    own.cache.full = True
+    own.cache.is_full = True
     assert own.fill(found, model, processor, 2, bad) == 5
     [query] = embed_queries(model, processor, ["milk"], 1)
     assert len(list(own.scores(query, found))) == 5 and not list(own.cache.folder.glob("*.safetensors"))

@@ -27,10 +27,9 @@ from colintern.core.errors import UserError
 from colintern.core.progress import ProgressBar
 from colintern.encoding.embed import embed_features, embed_pages, embed_queries
 from colintern.encoding.page_features import Page, PageFeatures
-from colintern.encoding.pooling import cut, pool
+from colintern.encoding.pooling import pool_tiles, truncate_dim
 from colintern.encoding.tensor_cache import TensorCache
-from colintern.modeling.alone import Alone
-from colintern.modeling.loading import read_processor
+from colintern.modeling.loading import PretrainedRef, read_processor
 from colintern.scoring.maxsim import maxsim_scores
 
 LENGTHS = "-lengths"  # of the key under which a batch keeps how many vectors each page has
@@ -90,7 +89,7 @@ class ColIntern3_5Encoder(AbsEncoder):
         for batch in ProgressBar(inputs, desc=f"{task_metadata.name}: {what}"):
             if prompt_type == PromptType.query and "text" in batch:
                 found = embed_queries(self.model, self.processor, batch["text"], len(batch["text"]))
-                rows += cut(found, self.dim)
+                rows += truncate_dim(found, self.dim)
             elif prompt_type == PromptType.document and "image" in batch:
                 for page, image in zip(batch["id"], batch["image"], strict=True):
                     if image is None:
@@ -106,9 +105,9 @@ class ColIntern3_5Encoder(AbsEncoder):
     def smaller(self, pages: list[Tensor]) -> list[Tensor]:
         """What of `pages` is ranked by: pooled and cut."""
         if self.pool_factor > 1:
-            tile, before = self.processor.image_seq_length, self.processor.text_before
-            pages = [pool(page, self.pool_factor, tile, before) for page in pages]
-        rows = cut(pages, self.dim)
+            tile, before = self.processor.image_seq_length, self.processor.num_tokens_before_tiles
+            pages = [pool_tiles(page, self.pool_factor, tile, before) for page in pages]
+        rows = truncate_dim(pages, self.dim)
         self.page_count, self.vector_count = self.page_count + len(rows), self.vector_count + sum(map(len, rows))
         return rows
 
@@ -119,7 +118,7 @@ class ColIntern3_5Encoder(AbsEncoder):
         """
         if self.features is None:
             return embed_pages(self.model, self.processor, images, len(images))
-        keyed = [Page.of(image) for image in images]
+        keyed = [Page.from_image(image) for image in images]
         key = sha256(" ".join(page.key for page in keyed).encode()).hexdigest()
         if self.embeddings:
             rows, lengths = self.embeddings.get(key), self.embeddings.get(key + LENGTHS)
@@ -186,7 +185,7 @@ def load(
 
     Args:
         model: folder of an adapter or of a merged model, or ID@COMMIT on the hub.
-        base, dtype, merge, device: see `colintern.modeling.alone.Alone.load`.
+        base, dtype, merge, device: see `colintern.modeling.loading.PretrainedRef.load`.
         max_visual_tokens, max_query_tokens: see `ColIntern3_5Processor`; None: the bounds it was trained with.
         pool_factor, dim: see `ColIntern3_5Encoder`; 1 to 64, and 1 to 128.
 
@@ -194,12 +193,12 @@ def load(
     settings asked for, but for base and device, are its `experiment_kwargs`, by which mteb keeps results apart.
 
     Raises:
-        UserError: a setting that is not valid; see `Alone.at` and `Alone.load`.
+        UserError: a setting that is not valid; see `PretrainedRef.resolve` and `PretrainedRef.load`.
     """
     for key, value, most in (("pool_factor", pool_factor, 64), ("dim", dim, 128)):
         if not 1 <= value <= most:
             raise UserError(f"{key}: {value} is not valid; it must be 1 to {most}")
-    found = Alone.at(model)
+    found = PretrainedRef.resolve(model)
     bounds: dict[str, Any] = {"max_visual_tokens": max_visual_tokens, "max_query_tokens": max_query_tokens}
     loaded = found.load(base, dtype, merge, device)
     given = {key: value for key, value in bounds.items() if value is not None}
@@ -224,7 +223,7 @@ def register(model: str | Path, name: str | None = None, **settings: Any) -> Mod
             files, as `experiment_kwargs`. mteb's own `embed_dim` is our `dim`.
 
     Raises:
-        UserError: see `Alone.at`; a name that is none, or that another model has.
+        UserError: see `PretrainedRef.resolve`; a name that is none, or that another model has.
     """
     name = name or _name(model)
     if name.count("/") != 1:
@@ -235,7 +234,7 @@ def register(model: str | Path, name: str | None = None, **settings: Any) -> Mod
     if Path(model).is_dir():
         model = Path(model).resolve()
     loader = partial(_load_registered, model, settings)
-    MODEL_REGISTRY[name] = _meta(name, Alone.at(model).revision, None, loader, settings)
+    MODEL_REGISTRY[name] = _meta(name, PretrainedRef.resolve(model).revision, None, loader, settings)
     return MODEL_REGISTRY[name]
 
 

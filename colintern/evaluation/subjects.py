@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from colintern.core.project import root
-from colintern.encoding.page_features import FEATURES, PageFeatures
+from colintern.encoding.page_features import FEATURES_DIR, PageFeatures
 from colintern.encoding.tensor_cache import TensorCache
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.modeling.adapter_files import is_adapter
@@ -17,9 +17,9 @@ from colintern.modeling.loading import (
     load_merged,
     load_processor,
     require_adapter,
-    require_base,
     require_finite,
     require_merged,
+    require_same_base,
 )
 from colintern.params import Params
 from colintern.storage.identity import content_hash, fingerprint, get_stage_versions, read_identity, stage_code
@@ -57,7 +57,7 @@ def subjects(params: Params, folder: Path) -> dict[str, Subject]:
         return {"trained": _merged(params, folder)}
     require_adapter(folder)
     base = ensure_base(params)
-    require_base(params, folder)
+    require_same_base(params, folder)
     names = [("trained", NAME)] + [("untrained", f"{NAME}-untrained")] * params.eval_untrained
     return {which: _adapter(params, base, folder, which == "trained", name) for which, name in names}
 
@@ -90,7 +90,9 @@ def _encoder(
 ) -> ColIntern3_5Encoder:
     require_finite(model, folder)
     processor = load_processor(params, folder, model)
-    features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)
+    features = PageFeatures(
+        model, processor, root() / FEATURES_DIR, params.feature_cache_gb, params.feature_cache_format
+    )
     settings = {key: value for key, value in identity["params"].items() if key not in ("pool_factor", "dim")}
     kept = fingerprint(identity | {"params": settings})  # what is kept is neither pooled nor cut
     embeddings = TensorCache(root() / EMBEDDINGS, kept, int(params.embedding_cache_gb * 1e9))

@@ -21,7 +21,7 @@ from colintern.evaluation import queries
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.evaluation.scores import Scores, checked, collect, size
 from colintern.evaluation.subjects import Subject
-from colintern.modeling.host import settle
+from colintern.modeling.runtime import configure_cpu_runtime
 from colintern.params import Params
 from colintern.storage.files import dumps
 from colintern.storage.identity import fingerprint
@@ -49,7 +49,7 @@ def evaluate(subjects: Mapping[str, Subject], params: Params, out: Path) -> dict
         RuntimeError: a task has a score that is not a number.
     """
     pairs = tasks_for(params)
-    settle(params.threads)
+    configure_cpu_runtime(params.threads)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     scores, sizes = {}, {}

@@ -11,7 +11,7 @@ from colintern.core.errors import UserError
 from colintern.core.terminal import print_phase
 from colintern.evaluation.subjects import subjects
 from colintern.modeling.loading import load_processor
-from colintern.modeling.modeling_colintern import ColIntern3_5, quiet
+from colintern.modeling.modeling_colintern import ColIntern3_5, suppress_load_warnings
 from colintern.params import Params
 from colintern.preflight.adapter_check import check_adapter, find_base, read_adapter
 from colintern.reporting.card import card
@@ -39,7 +39,7 @@ def export(params: Params, folder: Path, out: Path, name: str) -> str:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model = ColIntern3_5.from_pretrained(folder, base=str(base), merge=True, dtype=torch.float32)
-    with quiet():
+    with suppress_load_warnings():
         model.to(getattr(torch, params.dtype)).save_pretrained(partial)
     load_processor(params, folder).save_pretrained(partial)
     shutil.copy(folder / "identity.json", partial)

@@ -10,7 +10,7 @@ from colintern.core.page_labels import label_page
 from colintern.core.progress import ProgressBar
 from colintern.data.benchmarks import from_cache
 from colintern.encoding.embed import embed_queries
-from colintern.encoding.pooling import cut
+from colintern.encoding.pooling import truncate_dim
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.evaluation.queries import read_page_names
 from colintern.evaluation.scores import short
@@ -81,13 +81,13 @@ def _failure(
     found = [corpus.row(subset, "corpus", name) for name in names]
     labels = [label_page(name, page.get("name"), documents) for name, page in zip(names, found, strict=True)]
     query = corpus.row(subset, "queries", row["query_id"])["text"]
-    [vectors] = cut(embed_queries(encoder.model, encoder.processor, [query], 1), encoder.dim)
+    [vectors] = truncate_dim(embed_queries(encoder.model, encoder.processor, [query], 1), encoder.dim)
     kinds = ["right" if name == best else "wrong" for name in names]
     whole = encoder.pages([page["image"] for page in found])
     pages = [
         Seen(label.text, captions[name], kind, page["image"], tokens, ranked, label.link)
         for name, label, kind, page, tokens, ranked in zip(
-            names, labels, kinds, found, cut(whole, encoder.dim), encoder.smaller(whole), strict=True
+            names, labels, kinds, found, truncate_dim(whole, encoder.dim), encoder.smaller(whole), strict=True
         )
     ]
     facts = {"task": short(row["task"]), "ndcg": row["ndcg_at_5"], "rank": row["rank"]}

@@ -55,8 +55,8 @@ class SimilarityMap(NamedTuple):
 def layout(processor: Any, image_size: tuple[int, int]) -> Layout:
     """How the processor lays out a page of `image_size` = (width, height) pixels."""
     width, height = image_size
-    grid = processor.grid((height, width))
-    tokens = processor.page_tokens([grid.tiles])
+    grid = processor.get_page_grid((height, width))
+    tokens = processor.tokenize_pages([grid.tiles])
     first = int(processor.get_image_mask(tokens)[0].int().argmax())
     return Layout(grid, round(processor.image_seq_length**0.5), first)
 

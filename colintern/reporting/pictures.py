@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from colintern.modeling.images import rgb
+from colintern.modeling.images import to_rgb
 
 SIDE = 900  # pixels of a picture's longer side: text of 10 points on A4 can be read
 QUALITY = 60
@@ -18,7 +18,7 @@ SHADES = 32
 
 def picture(image: Image.Image) -> str:
     """A page as WebP."""
-    small = rgb(image)
+    small = to_rgb(image)
     if max(small.size) > SIDE:
         small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     return _uri(small, "webp", quality=QUALITY, method=4)

@@ -13,7 +13,7 @@ class Word(NamedTuple):
 def query_words(processor: Any, query: str) -> list[Word]:
     """One for each token that `process_queries` makes of a query, in its order."""
     ids = processor.process_queries([query])["input_ids"][0].tolist()
-    text = processor.query_text(query)
+    text = processor.format_query(query)
     whole = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     tail = len(processor.tokenizer(processor.query_augmentation_token * 10, add_special_tokens=False)["input_ids"])
     # A token's text is a slice of the query's, since part of a letter cannot be decoded. The space before a word may be

@@ -25,8 +25,9 @@ def maxsim_scores(
     Example: a query of tokens (1, 0) and (0, 1) on a page of tokens (1, 0) and (-1, 0) scores 1 + 0 = 1.
 
     Args:
-        queries, pages: one (tokens, dim) tensor each, without padding, so that no pad can win a maximum whose true
-            value is negative. Any floating type, on any device: products and sums are float32.
+        queries: one (tokens, dim) tensor each, without padding, so that no pad can win a maximum whose true value is
+            negative. Any floating type, on any device: products and sums are float32.
+        pages: in the same form.
         device: where the scores are computed.
         block: query tokens per product instead of `MAX_QUERY_TOKENS`. The scores do not depend on it.
 

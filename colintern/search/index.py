@@ -85,7 +85,7 @@ class Index:
             while part := list(islice(pages, batch)):
                 fresh = {}
                 for source, image in part:
-                    key = self.keys[source.key] = Page.of(image).key
+                    key = self.keys[source.key] = Page.from_image(image).key
                     if key not in self:
                         fresh[key] = image
                 for key, value in zip(fresh, self._embed(list(fresh.values()), model, processor), strict=True):
@@ -111,7 +111,7 @@ class Index:
         pending = dict(self.cache.pending)
         self.cache.flush()
         self.kept |= {key: value for key, value in pending.items() if key not in self.cache}
-        with locked(self.cache.top / "pages.lock"):
+        with locked(self.cache.root / "pages.lock"):
             self.keys = self._listed() | self.keys
             self.cache.folder.mkdir(exist_ok=True)
             partial = self.list.with_suffix(f".{os.getpid()}")

@@ -140,13 +140,16 @@ class OptunaPruningCallback(RunCallback):
 
 def measure_at_page_size(trainer: ContrastiveTrainer, pool_factor: int, dim: int) -> dict[str, float]:
     """Measure the dev set with pages pooled and vectors truncated as in evaluation, and the mean vectors per page."""
-    from colintern.encoding.pooling import cut, pool
+    from colintern.encoding.pooling import pool_tiles, truncate_dim
 
     processor = trainer.processor
     queries, pages = trainer.evaluator.embed(trainer.model, processor)
     if pool_factor > 1:
-        pages = [pool(page, pool_factor, processor.image_seq_length, processor.text_before) for page in pages]
-    ndcg = trainer.evaluator.compute_ndcg(cut(queries, dim), cut(pages, dim))
+        pages = [
+            pool_tiles(page, pool_factor, processor.image_seq_length, processor.num_tokens_before_tiles)
+            for page in pages
+        ]
+    ndcg = trainer.evaluator.compute_ndcg(truncate_dim(queries, dim), truncate_dim(pages, dim))
     return {"dev_ndcg_at_5": round(ndcg, 6), "vectors_per_page": sum(map(len, pages)) / len(pages)}
 
 
