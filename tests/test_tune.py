@@ -409,7 +409,7 @@ def test_the_page_is_whole_in_a_browser(finished, search, tmp_path, monkeypatch)
         for name, size, dark in (("desktop", (1280, 1500), False), ("phone", PHONE, True)):
             one.show(page, size, dark)
             assert not one.complaints() and len(one.fetched()) == 1
-            assert one.value("document.querySelectorAll('svg').length") == 4
+            assert one.value("document.querySelectorAll('img.plot').length") == 4
             assert one.value("document.documentElement.scrollWidth <= innerWidth")
             one.picture(tmp_path / f"{name}.png")
 

@@ -35,7 +35,8 @@ from colintern.monitoring.health import suggest_lower_lr
 from colintern.monitoring.progress import Progress
 from colintern.monitoring.watch import Pace, Watch
 from colintern.params import Params
-from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k
+from colintern.scoring.maxsim import maxsim_scores
+from colintern.scoring.metrics import ndcg_at_k
 from colintern.training.checkpoints import SAVING, Checkpoints
 from colintern.training.loss import contrastive_loss, false_negatives, maxsim_matrix
 from colintern.training.pairs import Collator, Pair

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.ticker import MaxNLocator
 
-from colintern.reporting.plots import FAINT, FIRST, SECOND, svg
+from colintern.reporting.plots import FAINT, FIRST, SECOND, draw_svg
 from colintern.tuning.space import Range
 
 
@@ -32,7 +32,7 @@ def history(rows: Sequence[Any], one_objective: bool = True) -> str:
         axes.set_ylim(0, 1)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=3)
 
-    return svg(draw, "History")
+    return draw_svg(draw, "History")
 
 
 def front(rows: Sequence[Any], best: Sequence[Any], against: str) -> str:
@@ -51,7 +51,7 @@ def front(rows: Sequence[Any], best: Sequence[Any], against: str) -> str:
         axes.set_ylim(0, 1)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=2)
 
-    return svg(draw, "Front")
+    return draw_svg(draw, "Front")
 
 
 def importance(weights: dict[str, float]) -> str:
@@ -66,7 +66,7 @@ def importance(weights: dict[str, float]) -> str:
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("share of the variance of dev NDCG@5")
 
-    return svg(draw, "Importance", high=1.0 + 0.42 * len(weights))
+    return draw_svg(draw, "Importance", high=1.0 + 0.42 * len(weights))
 
 
 def curves(rows: Sequence[Any]) -> str:
@@ -83,7 +83,7 @@ def curves(rows: Sequence[Any]) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(0, 1)
 
-    return svg(draw, "Curves")
+    return draw_svg(draw, "Curves")
 
 
 def parallel(rows: Sequence[Any], space: Sequence[Range]) -> str:
@@ -117,7 +117,7 @@ def parallel(rows: Sequence[Any], space: Sequence[Range]) -> str:
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
 
-    return svg(draw, "Parallel coordinates", wide=11.0, high=3.6)
+    return draw_svg(draw, "Parallel coordinates", wide=11.0, high=3.6)
 
 
 def _height(one: Range, value: Any) -> float:

@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 
 from colintern.core.errors import UserError
 from colintern.encoding.embed import embed_features, embed_queries
-from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k
+from colintern.scoring.maxsim import maxsim_scores
+from colintern.scoring.metrics import ndcg_at_k
 from colintern.training.processes import Processes
 from colintern.training.trainer import ContrastiveTrainer
 from colintern.tuning.trial_context import (

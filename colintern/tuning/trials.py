@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from colintern.evaluation.scores import BYTES as NUMBER
+from colintern.evaluation.results import BYTES_PER_NUMBER
 from colintern.tuning.experiments import Taken, children, dvc, experiment, experiments, git, wait
 from colintern.tuning.space import BYTES, Search
 from colintern.tuning.store import Store
@@ -166,7 +166,7 @@ def finish(study: Any, store: Store, trial: Taken, name: str) -> str:
     [ran] = [one for one in study.get_trials(deepcopy=False) if one.number == int(name.rpartition("-")[2])]
     found = ran.user_attrs.get(MEASURED) or {}
     if against == BYTES and "vectors_per_page" in found:
-        score, second = found[SCORE], found["vectors_per_page"] * ran.user_attrs[SIZE][1] * NUMBER
+        score, second = found[SCORE], found["vectors_per_page"] * ran.user_attrs[SIZE][1] * BYTES_PER_NUMBER
     elif against in found:
         second = found[against]
     else:  # the storage did not answer, or all steps were made by a try that was killed
