@@ -26,7 +26,7 @@ from colintern.reporting.heatmaps import (
     compute_token_layout,
     find_hottest_box,
 )
-from colintern.storage.manifest import check_base
+from colintern.storage.manifest import ensure_base
 from demo.corpus import GOODS, KINDS, DemoPage, corpus
 
 PAGES = 200
@@ -90,7 +90,7 @@ def main() -> None:
     params = load()
     require_adapter(folder)
     require_base(params, folder)
-    base, processor = check_base(params), load_processor(params, folder)
+    base, processor = ensure_base(params), load_processor(params, folder)
     pages = corpus("test", PAGES, 1, seed=0)
     after = measure(load_adapter(params, base, folder), processor, pages)
     before = measure(load_adapter(params, base, folder, trained=False), processor, pages)

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from colintern.core.errors import exit_on_user_error
-from colintern.monitoring.guide import BATCH
+from colintern.monitoring.guide import MIN_BATCH_SIZE
 from colintern.params import load
 
 SPACE = Path(__file__).with_suffix(".yaml")
 # Its "Critical Training Parameters" and LoraConfig, for 1B: the smallest base that its rules are for. Epochs, its 5,
 # are not searched: more of them are better here whatever else is set, and would only be paid for (see the README).
-GUIDE = {"lr": 5e-5, "lora_rank": 32, "lora_dropout": 0.1, "warmup_steps": 100, "batch_size": BATCH}
+GUIDE = {"lr": 5e-5, "lora_rank": 32, "lora_dropout": 0.1, "warmup_steps": 100, "batch_size": MIN_BATCH_SIZE}
 
 
 def prepare(name: str) -> tuple[Any, Any, dict[str, Any]]:

@@ -19,8 +19,8 @@ from colintern.ingest.scan import look, usable
 from colintern.ingest.sources import GeneratedSets, fetch, parts, tokenizer
 from colintern.params import load
 from colintern.statistics.survey import survey
-from colintern.storage.jsonfile import dumps
-from colintern.storage.manifest import MANIFEST, QUARANTINE, SURVEY, arrow_cache, local
+from colintern.storage.files import dumps
+from colintern.storage.manifest import MANIFEST, QUARANTINE, SURVEY, is_local_benchmark, set_arrow_cache
 from demo.dataset import write_evaluation_set, write_training_set
 
 
@@ -28,8 +28,8 @@ from demo.dataset import write_evaluation_set, write_training_set
 def main() -> None:
     params = load()
     tasks = {}
-    if not all(map(local, params.benchmarks)):
-        arrow_cache()
+    if not all(map(is_local_benchmark, params.benchmarks)):
+        set_arrow_cache()
         from colintern.data.benchmarks import hub_data  # only now: it imports mteb, which takes seconds
 
         tasks = hub_data(params)

@@ -96,3 +96,13 @@ def fake_gs(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # Pillow remembers that there is none
     return marker
+
+
+def load_pairs(params=None):
+    """Load the training pairs of the project in the current folder."""
+    from colintern.data.trainset import training_data
+    from colintern.params import load
+    from colintern.training.pairs import load_training_pairs
+
+    params = params or load()
+    return load_training_pairs(training_data(params), params.negatives)

@@ -17,7 +17,7 @@ from pathlib import Path
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
-        *(f"colintern.{name}" for name in ("training.runs", "modeling.adapters", "evaluation.run")),
+        *(f"colintern.{name}" for name in ("training.run", "modeling.loading", "evaluation.run")),
         *("colintern.evaluation.models", "colintern.tuning.studies", "optuna", "sqlalchemy"),
     ]
 )

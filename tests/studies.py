@@ -9,7 +9,7 @@ from processes import kill
 from colintern.tuning import trial_context as told
 from colintern.tuning.space import BYTES, Search
 from colintern.tuning.store import Store
-from colintern.tuning.trial_context import pruner
+from colintern.tuning.trial_context import make_pruner
 from colintern.tuning.trials import FULL, Taken, take
 
 SETTINGS = {
@@ -31,7 +31,7 @@ def made(where: Path | str, search: Search, heartbeat: int = 30) -> tuple[Store,
             study_name="a",
             directions=search.directions,
             load_if_exists=True,
-            pruner=pruner(search.settings),
+            pruner=make_pruner(search.settings),
         )
         study.set_user_attr(told.SETTINGS, search.settings)
         study.set_user_attr(FULL, {"pool_factor": 1, "dim": 128} if search.against == BYTES else {})

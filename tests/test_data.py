@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_pairs
 from PIL import Image
 
 from colintern.core.errors import UserError
@@ -20,15 +20,16 @@ from colintern.data import index
 from colintern.data.images import png_bytes
 from colintern.data.trainset import asked
 from colintern.params import load
-from colintern.storage.manifest import local_files
-from colintern.training.pairs import row_image, rows
+from colintern.storage.manifest import hash_local_files
+from colintern.training.pairs import read_page_image
 
 SET, GROUP = "data/own/set", 8
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-# Most memory in MB, seen after each page of the first row group and of all, and the bytes that rows() itself has read.
+# Most memory in MB, seen after each page of the first row group and of all, and the bytes read before pages.
 READ_ALL = """
 import json
-from colintern.training.pairs import rows
+from colintern.data.trainset import training_data
+from colintern.training.pairs import load_training_pairs
 from colintern.params import load
 
 def fact(file, name):
@@ -37,9 +38,9 @@ def fact(file, name):
 def most(pairs):
     return max(fact("status", "VmRSS") for pair in pairs if pair.page.image()) / 1024
 
-rows(load())  # what is imported on first use
+load_training_pairs(training_data(load()))  # what is imported on first use
 before = fact("io", "rchar")
-pairs = rows(load())["train"]
+pairs = load_training_pairs(training_data(load()))["train"]
 started = fact("io", "rchar") - before
 print(json.dumps({"one": most(pairs[:8]), "all": most(pairs), "read": started / 2**20, "rows": len(pairs)}))
 """
@@ -76,11 +77,11 @@ def fetched(train: list[bytes], dev: list[bytes], **index_of_dev: str) -> None:
     text = (ROOT / "recipes" / "demo.yaml").read_text()
     Path("params.yaml").write_text(text.replace("train_data: demo\n", f"train_data: {SET}\n"))
     manifest = {
-        "base": local_files("demo/base", (".json", ".safetensors"))._asdict(),
+        "base": hash_local_files("demo/base", (".json", ".safetensors"))._asdict(),
         "made_for": asked(load()),
         "train_corpus": None,
         "negatives": None,
-        "train": [local_files(SET, (".parquet",))._asdict()],
+        "train": [hash_local_files(SET, (".parquet",))._asdict()],
         "evaluation": {},
     }
     Path("data/manifest.json").write_text(json.dumps(manifest))
@@ -95,12 +96,12 @@ def test_each_row_has_its_own_page_on_both_sides_of_a_row_group(folder, column):
     images = [page(n) for n in range(2 * GROUP + 3)]
     path = write_rows("train", [{"bytes": data} for data in images] if column == STRUCT else images, column)
     assert pq.ParquetFile(path).num_row_groups == 3
-    assert [row_image(path, n).width for n in range(len(images))] == [10 + n for n in range(len(images))]
+    assert [read_page_image(path, n).width for n in range(len(images))] == [10 + n for n in range(len(images))]
 
 
 def test_a_query_is_paired_with_the_page_of_its_row(folder):
     fetched([page(n) for n in range(20)], [page(30 + n) for n in range(3)])
-    found = rows(load())
+    found = load_pairs()
     assert [(p.query, p.page.key, p.page.image().width) for p in found["test"]] == [
         (f"test {n}", f"d{n}", 40 + n) for n in range(3)
     ]
@@ -130,14 +131,14 @@ def test_memory_holds_a_row_group_and_not_the_set_and_a_start_reads_no_page(fold
 def test_an_index_that_does_not_fit_the_manifest_is_refused(folder, change, message):
     fetched([page(0)], [page(1)], **change)
     with pytest.raises(UserError, match=message):
-        rows(load())
+        load_pairs()
 
 
 def test_a_missing_index_says_what_to_run(folder):
     fetched([page(0)], [page(1)])
     Path(index.INDEX).unlink()
     with pytest.raises(UserError, match=r"data/rows\.parquet: missing.*dvc repro fetch-data"):
-        rows(load())
+        load_pairs()
 
 
 def test_the_index_has_the_same_bytes_for_the_same_rows(folder):

@@ -419,9 +419,9 @@ def test_what_is_no_peer_is_refused_and_named(place, model, said):
 
 
 def offline_with_peer() -> None:
-    from colintern.storage.hub import stay_offline
+    from colintern.storage.hub import enable_offline_mode
 
-    stay_offline()
+    enable_offline_mode()
     register_peer()
 
 

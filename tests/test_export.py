@@ -128,7 +128,7 @@ def refusal(command: list[str], capsys) -> str:
 
 def test_a_damaged_file_of_an_adapter_is_named_by_each_command(shared, monkeypatch, capsys):
     monkeypatch.chdir(shared)
-    monkeypatch.setattr("colintern.storage.hub.stay_offline", lambda: None)  # it is for the whole process
+    monkeypatch.setattr("colintern.storage.hub.enable_offline_mode", lambda: None)  # it is for the whole process
     monkeypatch.setenv("HF_DATASETS_CACHE", str(shared / "arrow"))
     for name, command in zip(
         READ, cycle(("search damaged documents Oslo", "check-adapter damaged", "export damaged --out exported"))
@@ -166,7 +166,7 @@ def test_an_odd_value_is_named_by_evaluate_and_report(top, command, name, edit, 
 def test_an_adapter_of_other_weights_is_refused_by_each_command(shared, fault, monkeypatch, capsys):
     """The statistics of a renamed layer are those of all layers of its kind, and tell nothing."""
     monkeypatch.chdir(shared)
-    monkeypatch.setattr("colintern.storage.hub.stay_offline", lambda: None)
+    monkeypatch.setattr("colintern.storage.hub.enable_offline_mode", lambda: None)
     shutil.rmtree("damaged", ignore_errors=True)
     shutil.copytree("adapter", "damaged")
     file = Path("damaged", "adapter_model.safetensors")

@@ -26,14 +26,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from colintern.core.errors import UserError
 from colintern.modeling.attention import implementation
-from colintern.modeling.kernels import fitting
+from colintern.modeling.kernels import select_build_files
 from colintern.params import load
 from colintern.preflight.doctor import FAIL, PASS, WARN, Facts, attention
 from colintern.preflight.machine import machine
-from colintern.storage.hub import folder as folder_at
-from colintern.storage.hub_errors import Repo
+from colintern.storage.hub import Repo
 from colintern.storage.identity import fingerprint, stage_identity
-from colintern.storage.manifest import Files, source_files
+from colintern.storage.manifest import Files, hash_source_files
 
 NAME, REVISION = "kernels-test/sdpa", "b" * 40
 KERNEL = f"{NAME}@{REVISION}"
@@ -207,13 +206,13 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def put(build: str = HERE, metadata: dict | None = None, **files: str) -> Path:
-        folder = folder_at(Repo("attention", NAME, REVISION, "kernel"))
+        folder = Repo("attention", NAME, REVISION, "kernel").snapshot_folder
         facts = METADATA | {"id": f"_sdpa_{next(IDS)}"} | (metadata or {})
         named = FILES | {"metadata.json": json.dumps(facts)} | {f"{name}.py": text for name, text in files.items()}
         for name, text in named.items():
             (folder / build / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / build / name).write_text(text)
-        entry = Files(NAME, REVISION, source_files(str(folder)))
+        entry = Files(NAME, REVISION, hash_source_files(str(folder)))
         Path("data").mkdir(exist_ok=True)
         Path("data/manifest.json").write_text(json.dumps({"kernel": entry._asdict()}))
         return folder / build
@@ -313,17 +312,17 @@ def test_one_build_for_each_kind_of_processor_is_chosen(monkeypatch):
     monkeypatch.setattr("torch.version.cuda", "13.0")
     arm, intel = "torch213-cxx11-cu130-aarch64-linux", "torch213-cxx11-cu130-x86_64-linux"
     others = ("torch212-cxx11-cu130-x86_64-linux", "torch213-cxx11-cu126-x86_64-linux", "torch213-cpu-x86_64-linux")
-    assert fitting(REPO, [*built(arm, *others, intel), "build/README.md", "README.md"]) == built(arm, intel)
+    assert select_build_files(REPO, [*built(arm, *others, intel), "build/README.md", "README.md"]) == built(arm, intel)
     stable = "torch-stable-abi210-cu130-x86_64-linux"
-    assert fitting(REPO, built(stable, intel)) == built(stable), "the better one of a kind"
+    assert select_build_files(REPO, built(stable, intel)) == built(stable), "the better one of a kind"
     with pytest.raises(UserError, match=r"none for torch 2\.13\.0 with CUDA 13\.0 on .*; there are: torch212-cxx11"):
-        fitting(REPO, built("tvm-unheard-of", *others[:1]))
+        select_build_files(REPO, built("tvm-unheard-of", *others[:1]))
 
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr("colintern.modeling.kernels.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package kernels, which is in requirements"):
-        fitting(REPO, built("torch-universal"))
+        select_build_files(REPO, built("torch-universal"))
 
 
 def test_the_doctor_says_what_a_kernel_needs(place):

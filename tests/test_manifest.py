@@ -20,8 +20,16 @@ from colintern.data.trainset import asked, training_data
 from colintern.params import load
 from colintern.storage import hub
 from colintern.storage.digests import Digests
-from colintern.storage.hub_errors import Repo
-from colintern.storage.manifest import MANIFEST, QUARANTINE, SURVEY, benchmark_folder, check_base, local_files, read
+from colintern.storage.hub import Repo
+from colintern.storage.manifest import (
+    MANIFEST,
+    QUARANTINE,
+    SURVEY,
+    ensure_base,
+    ensure_benchmark,
+    hash_local_files,
+    read_data_file,
+)
 
 
 @pytest.fixture
@@ -35,22 +43,22 @@ def fetched(tmp_path, monkeypatch):
         Path(name).parent.mkdir(parents=True)
         Path(name).write_bytes(b"pages")
     manifest = {
-        "base": local_files("demo/base", (".json", ".safetensors"))._asdict(),
+        "base": hash_local_files("demo/base", (".json", ".safetensors"))._asdict(),
         "made_for": asked(load()),
-        "train": [local_files("data/demo/train", (".parquet",))._asdict()],
+        "train": [hash_local_files("data/demo/train", (".parquet",))._asdict()],
         "train_corpus": None,
         "negatives": None,
-        "evaluation": {"demo": local_files("data/demo/beir", (".parquet",))._asdict()},
+        "evaluation": {"demo": hash_local_files("data/demo/beir", (".parquet",))._asdict()},
     }
     Path("data/manifest.json").write_text(json.dumps(manifest))
     return manifest
 
 
 def test_what_is_whole_is_found(fetched):
-    assert check_base(load()) == "demo/base"
+    assert ensure_base(load()) == "demo/base"
     found = ("demo", Path("data/demo/train"), ["data/train-0.parquet"], 1)
     assert training_data(load()) == ([found], None, None)
-    assert benchmark_folder("demo") == Path("data/demo/beir")
+    assert ensure_benchmark("demo") == Path("data/demo/beir")
 
 
 @pytest.mark.parametrize("kind", IRREGULAR)
@@ -66,7 +74,7 @@ def test_a_cached_file_that_is_no_regular_file_is_never_opened_and_named(tmp_pat
         "HF_HUB_OFFLINE" if kind == "a dangling link" else f"config.json: is {kind}, not a regular file; delete it"
     )
     with pytest.raises(UserError, match=message):
-        hub.get([file], Digests(tmp_path / "digests.json"))
+        hub.ensure_downloaded([file], Digests(tmp_path / "digests.json"))
 
 
 def test_a_missing_page_file_is_named(fetched):
@@ -78,7 +86,7 @@ def test_a_missing_page_file_is_named(fetched):
 def test_one_flipped_bit_is_found(fetched):
     Path("data/demo/beir/corpus/test-0.parquet").write_bytes(b"qages")
     with pytest.raises(UserError, match=r"test-0\.parquet: 5 bytes.*changed after it was fetched"):
-        benchmark_folder("demo")
+        ensure_benchmark("demo")
 
 
 def test_a_changed_base_is_found(fetched):
@@ -86,7 +94,7 @@ def test_a_changed_base_is_found(fetched):
         file.seek(5000)
         file.write(b"\x00\x01\x02\x03")
     with pytest.raises(UserError, match=r"model\.safetensors.*changed"):
-        check_base(load())
+        ensure_base(load())
 
 
 @pytest.mark.parametrize("key", ["train_data", "train_corpus", "negatives_file"])
@@ -107,7 +115,7 @@ def test_an_untracked_base_is_found_from_the_copy_dvc_makes_for_an_experiment(fe
         (copy / "data" / "manifest.json").write_text(json.dumps(fetched))
         (copy / "params.yaml").write_text(text)
         monkeypatch.chdir(copy)
-        assert check_base(load()) == f"{tmp_path}/own/base"
+        assert ensure_base(load()) == f"{tmp_path}/own/base"
 
 
 def test_the_project_is_found_in_a_sub_folder_and_from_a_stage_of_another_one(tmp_path, monkeypatch):
@@ -134,7 +142,7 @@ def test_an_entry_that_points_outside_is_refused(fetched, name):
 
 def test_an_unknown_local_benchmark_is_refused(fetched):
     with pytest.raises(UserError, match="data/own/nothing"):
-        benchmark_folder("data/own/nothing")
+        ensure_benchmark("data/own/nothing")
 
 
 @pytest.mark.parametrize("stage", ["verify", "train", "evaluate"])
@@ -159,4 +167,4 @@ def test_a_damaged_file_of_fetch_data_names_the_stage_that_makes_it_again(fetche
         return  # of no data sets
     Path(name).write_text(text)
     with pytest.raises(UserError, match=f"{name}: damaged: .*; make it again: dvc repro -f fetch-data"):
-        index.read() if name == INDEX else read(name)
+        index.read() if name == INDEX else read_data_file(name)

@@ -108,7 +108,7 @@ BAD_VALUES = [
     ("max_query_tokens", "15", "16 to 4096"),
     ("max_query_tokens", "4097", "16 to 4096"),
     ("dtype", "float16", "float32, bfloat16"),
-    ("attention", "flash", "auto, sdpa, eager, blocked, flash_attention_2"),
+    ("attention", "flash", "auto, sdpa, eager, flash_attention_2"),
     ("attention", "kernels-community/flash-attn2", "OWNER/NAME@<40 hex digits>"),
     ("attention", "kernels-community/flash-attn2@main", "OWNER/NAME@<40 hex digits>"),
     ("attention", f"kernels-community/flash-attn2@{'A' * 40}", "OWNER/NAME@<40 hex digits>"),

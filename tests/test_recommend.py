@@ -15,7 +15,7 @@ from colintern.__main__ import main
 from colintern.commands.recommend import _head, _memory_table
 from colintern.core.errors import UserError
 from colintern.monitoring import guide as guide_rules
-from colintern.monitoring.guide import DEMO, EPOCHS, bounds_for, optimal_lr, optimal_rank
+from colintern.monitoring.guide import DEMO, MIN_EPOCHS, get_optimal_lr, get_optimal_rank, get_recommended_bounds
 from colintern.params import load
 from colintern.planning import costs as costs_module
 from colintern.planning import recommend as rules
@@ -67,22 +67,22 @@ def guide(gpu_memory_gb):
 def test_the_rules():
     assert doctest.testmod(guide_rules).failed == 0
     sizes = [int(billions * 1e9) for billions in (0.3, 0.905, 2.4, 4.7, 7.9)]
-    assert [optimal_lr(size) for size in sizes] == [7e-5, 5e-5, 5e-5, 3e-5, 3e-5]
-    assert [optimal_rank(size) for size in sizes] == [16, 32, 32, 64, 64]
-    for rule in (optimal_lr, optimal_rank):
+    assert [get_optimal_lr(size) for size in sizes] == [7e-5, 5e-5, 5e-5, 3e-5, 3e-5]
+    assert [get_optimal_rank(size) for size in sizes] == [16, 32, 32, 64, 64]
+    for rule in (get_optimal_lr, get_optimal_rank):
         with pytest.raises(ValueError, match=r"1B parameters and up, and do not reach 1\.0 M"):
             rule(1_028_224)
-    assert steps_of(118_195, 64) == 1846 * EPOCHS == 9230
+    assert steps_of(118_195, 64) == 1846 * MIN_EPOCHS == 9230
     assert [warmup_of(steps) for steps in (9230, 448, 9)] == [100, 44, 0]
 
 
 @pytest.mark.parametrize("billions", [0.2, 0.4, 0.9, 1.2, 2.4, 4.7, 7.9])
 def test_what_is_recommended_passes_the_doctor(billions):
     size = int(billions * 1e9)
-    bounds = bounds_for(size)
-    assert bounds.lr[0] < optimal_lr(size) < bounds.lr[1]
-    assert (bounds.epochs, bounds.batch) == (EPOCHS, guide_rules.BATCH) and bounds.name != DEMO
-    assert bounds_for(guide_rules.SMALLEST - 1).name == DEMO
+    bounds = get_recommended_bounds(size)
+    assert bounds.lr[0] < get_optimal_lr(size) < bounds.lr[1]
+    assert (bounds.epochs, bounds.batch) == (MIN_EPOCHS, guide_rules.MIN_BATCH_SIZE) and bounds.name != DEMO
+    assert get_recommended_bounds(guide_rules.MIN_GUIDE_PARAMETERS - 1).name == DEMO
 
 
 @pytest.mark.parametrize("base", ["internvl3_5-1b", "OpenGVLab/InternVL3_5-1B-HF", "OpenGVLab/x@" + "0" * 40])

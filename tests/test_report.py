@@ -24,8 +24,8 @@ from colintern.encoding.embed import embed_queries
 from colintern.encoding.pooling import cut
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.evaluation.results import QueryResult
-from colintern.monitoring.guide import bounds_for
-from colintern.monitoring.health import HEALTH, health, stored
+from colintern.monitoring.guide import get_recommended_bounds
+from colintern.monitoring.health import HEALTH, assess_run, findings_to_json
 from colintern.params import load as load_params
 from colintern.reporting import examples, plots
 from colintern.reporting.evaluation import (
@@ -40,8 +40,8 @@ from colintern.reporting.examples import RankedPage, explain_failures, explain_q
 from colintern.reporting.heatmaps import compute_token_layout
 from colintern.reporting.html import render_html
 from colintern.scoring.maxsim import maxsim_scores
-from colintern.storage.jsonfile import dumps
-from colintern.storage.manifest import BEIR_SUFFIXES, local_files, source_files
+from colintern.storage.files import dumps
+from colintern.storage.manifest import BEIR_SUFFIXES, hash_local_files, hash_source_files
 from demo.corpus import corpus
 
 SET = "data/own/pages"
@@ -96,8 +96,8 @@ def evaluated(tmp_path_factory, processor, pages) -> Path:
         manifest = json.loads(Path("data/manifest.json").read_text())
         Path(DOCUMENTS, "sub dir").mkdir(parents=True)
         Path(DOCUMENTS, HARD_NAME.partition("#page")[0]).touch()
-        made_from = {"folder": DOCUMENTS, "files": source_files(DOCUMENTS), "pseudo": False}
-        manifest["evaluation"] = {SET: local_files(SET, BEIR_SUFFIXES)._replace(made_from=made_from)._asdict()}
+        made_from = {"folder": DOCUMENTS, "files": hash_source_files(DOCUMENTS), "pseudo": False}
+        manifest["evaluation"] = {SET: hash_local_files(SET, BEIR_SUFFIXES)._replace(made_from=made_from)._asdict()}
         Path("data/manifest.json").write_text(dumps(manifest))
         write_health()
     code, log = fork(top, "evaluate", "adapter")
@@ -107,8 +107,8 @@ def evaluated(tmp_path_factory, processor, pages) -> Path:
 
 def write_health() -> None:
     state = json.loads(Path("adapter/trainer_state.json").read_text())
-    judged = health(state["log_history"], load_params(), 0.5, bounds_for(0))
-    Path("adapter", HEALTH).write_text(dumps({"verdict": judged.verdict} | stored(judged.findings)))
+    judged = assess_run(state["log_history"], load_params(), 0.5, get_recommended_bounds(0))
+    Path("adapter", HEALTH).write_text(dumps({"verdict": judged.verdict} | findings_to_json(judged.findings)))
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import IRREGULAR, ROOT, page_image
+from conftest import IRREGULAR, ROOT, load_pairs, page_image
 from pdf_writer import write_pdf
 from processes import program
 
@@ -26,7 +26,7 @@ from colintern.ingest.scan import Part, look
 from colintern.ingest.splits import by_name
 from colintern.params import load
 from colintern.statistics.survey import survey
-from colintern.storage.manifest import local_file, local_files
+from colintern.storage.manifest import hash_local_file, hash_local_files
 
 SET, BEIR = "data/own/set", "data/own/beir"
 PAGES = [png_bytes(page_image(f"page {number}")) for number in range(60)]
@@ -101,7 +101,6 @@ CASES = [
 
 def test_each_bad_row_costs_one_row_and_is_named():
     from colintern.modeling.processing_colintern import ColIntern3_5Processor
-    from colintern.training.pairs import rows
 
     bad = [row(n) | change for n, (change, _) in enumerate(CASES)]
     long = {"query": "word " * 10_000} | {"image": row(0)["image"]}
@@ -115,7 +114,7 @@ def test_each_bad_row_costs_one_row_and_is_named():
     assert [(entry["source"], entry["row"]) for entry in quarantine()] == [(SET, place) for place in places]
     for entry, (_, reason) in zip(quarantine(), CASES, strict=True):
         assert entry["reason"].startswith(reason)
-    queries = [row.query for row in rows(load())["train"]]
+    queries = [row.query for row in load_pairs()["train"]]
     assert queries == [f"question {n}" for n in range(10, 30)] + [long["query"], right_to_left["query"]]
     processor = ColIntern3_5Processor.from_pretrained("demo/base", max_visual_tokens=96, max_query_tokens=64)
     assert processor.process_queries(queries[-2:])["input_ids"].shape == (2, 64)
@@ -166,13 +165,12 @@ def test_a_page_in_two_splits_is_refused_with_both_places(train, dev, evaluation
 
 
 def test_a_mixture_shows_the_rows_of_a_set_as_often_as_its_weight_says():
-    from colintern.training.pairs import rows
 
     write_set(range(55, 58), range(58, 59), "data/own/small")
     write_params(train_data=f"{SET} + data/own/small*3")
     done = fetch_data()
     assert done.returncode == 0, done.stderr
-    found = {split: [row.query for row in some] for split, some in rows(load()).items()}
+    found = {split: [row.query for row in some] for split, some in load_pairs().items()}
     queries = found["train"]
     assert len(queries) == 40 + 3 * 3
     assert queries.count("question 56") == 3 and queries.count("question 7") == 1
@@ -409,12 +407,12 @@ def test_a_training_file_without_rows_is_named():
 def test_a_parquet_file_that_is_no_regular_file_is_refused(kind):
     IRREGULAR[kind](Path(SET, "train-1.parquet"))
     if kind == "a folder":  # as some programs write a table: what is in it counts
-        assert len(local_files(SET, (".parquet",)).files) == 2
+        assert len(hash_local_files(SET, (".parquet",)).files) == 2
     else:
         with pytest.raises(UserError, match=f"{SET}: train-1.parquet is {kind}; only regular files are read"):
-            local_files(SET, (".parquet",))
+            hash_local_files(SET, (".parquet",))
     with pytest.raises(UserError, match=f"negatives_file: .* is {kind}"):
-        local_file(f"{SET}/train-1.parquet")
+        hash_local_file(f"{SET}/train-1.parquet")
     for path in Path(BEIR, "qrels").glob("*"):
         path.unlink()
     IRREGULAR[kind](Path(BEIR, "qrels", "test.parquet"))
@@ -557,8 +555,7 @@ def test_the_survey_of_other_data_than_params_name_is_refused():
 
 def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():
     from colintern.data.trainset import asks_pseudo_queries
-    from colintern.storage.manifest import benchmark_folder
-    from colintern.training.pairs import rows
+    from colintern.storage.manifest import ensure_benchmark
 
     folder = Path("data/own/manuals")
     for name in ("a", "b"):
@@ -573,9 +570,9 @@ def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():
     [entry] = quarantine()
     assert (entry["source"], entry["row"]) == (str(folder), "cut.pdf")
     assert "1 of 81 rows in data/quarantine.json" in done.stdout
-    corpus = pq.read_table(next(benchmark_folder(str(folder)).glob("corpus/*.parquet"))).num_rows
-    assert sum(map(len, rows(load()).values())) + corpus == 80
+    corpus = pq.read_table(next(ensure_benchmark(str(folder)).glob("corpus/*.parquet"))).num_rows
+    assert sum(map(len, load_pairs().values())) + corpus == 80
     assert asks_pseudo_queries()
     write_pdf(folder / "c.pdf", [["new"]])
     with pytest.raises(UserError, match=r"data/own/manuals/c\.pdf: new since the pages were made"):
-        rows(load())
+        load_pairs()

@@ -54,9 +54,9 @@ def in_write(of: str) -> None:
 
 
 def before_the_end() -> None:
-    from colintern.training import runs
+    from colintern.training import run
 
-    runs.finish = lambda *args: kill()
+    run.save_artifacts = lambda *args: kill()
 
 
 def no_step() -> None:
@@ -333,10 +333,10 @@ def test_t11_where_one_page_does_not_fit_the_run_ends_with_what_to_change(place)
 def no_room_in_the_tower() -> None:
     from colintern.training import trainer
 
-    def page_features(*_):
+    def compute_image_features(*_):
         raise torch.AcceleratorError("CUDA error: out of memory")  # of a kernel that is loaded; no OutOfMemoryError
 
-    trainer.page_features = page_features
+    trainer.compute_image_features = compute_image_features
 
 
 def test_t11_where_the_tower_does_not_fit_either(place):

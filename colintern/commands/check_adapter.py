@@ -21,18 +21,16 @@ def run(args: argparse.Namespace) -> None:
     """Print the table; exit 1 where a finding is bad, 2 where a file is missing or cannot be read."""
     import json
     import math
-    import warnings
 
     require_model("FOLDER", args.folder, merged=False)
     if args.base and not (root() / args.base).is_dir():
         raise UserError(f"--base: {args.base} is no folder here; give the one the adapter was trained on")
-    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.modeling.weights import statistics
     from colintern.preflight.adapter_check import base_folder, check, read_adapter, table
-    from colintern.storage.hub import stay_offline
+    from colintern.storage.hub import enable_offline_mode
 
     adapter = read_adapter(args.folder)
-    stay_offline()  # the base is where the adapter says, or nowhere
+    enable_offline_mode()  # the base is where the adapter says, or nowhere
     found = check(adapter, base_folder(adapter, args.base))
     good = all(finding.ok for finding in found)
     if args.json:

@@ -18,11 +18,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the findings; exit 1 where one is `fail`, 0 else."""
     import json
-    import warnings
 
     params = load()
     require_base(params.base, params)
-    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.modeling.bases import at_hand
     from colintern.preflight.doctor import CHECKS, examined, facts_for
     from colintern.preflight.surroundings import AROUND, surroundings

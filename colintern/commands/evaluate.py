@@ -46,20 +46,17 @@ def run(args: argparse.Namespace) -> None:
     if args.out:
         _require_replaceable(args.out)
         require_writable("--out", args.out.parent)
-    import warnings
-
-    from colintern.storage.manifest import arrow_cache, benchmark_folder, local
+    from colintern.storage.manifest import ensure_benchmark, is_local_benchmark, set_arrow_cache
 
     for benchmark in settings[0].benchmarks:
-        if local(benchmark):
-            benchmark_folder(benchmark)
+        if is_local_benchmark(benchmark):
+            ensure_benchmark(benchmark)
         elif "/" in benchmark:
             raise UserError(
                 f"benchmarks: {benchmark!r}: no such folder, and names of mteb's benchmarks contain no /; give a "
                 "folder that fetch-data has read, or a name such as 'ViDoRe(v2)'"
             )
-    arrow_cache()
-    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
+    set_arrow_cache()
     from colintern.data.benchmarks import from_cache, tasks_for  # `datasets` reads the environment when it is imported
 
     for _, task in tasks_for(settings[0]):  # refuse an unknown name or missing data before anything is loaded
@@ -74,8 +71,7 @@ def _evaluate_settings(
     from colintern.evaluation.results import add_untrained_means
     from colintern.evaluation.run import evaluate_models
     from colintern.reporting.plots import plot_sizes
-    from colintern.storage.csvfile import write_csv
-    from colintern.storage.jsonfile import dumps
+    from colintern.storage.files import dumps, write_csv
 
     label = re.sub(r"[^\w.-]+", "-", Path(name.partition("@")[0]).name)
     out = args.out or Path("results/evaluate") / f"{label}-{models[0]['trained'].revision[:8]}"
@@ -130,9 +126,8 @@ def _find_models(settings: list[Params], name: str) -> list[dict[str, "EvalModel
     """Find the model in a folder here, in mteb's registry or on the hub, once for each setting."""
     from colintern.analysis.mteb_baselines import find_mteb_baseline, suggest_baselines
     from colintern.evaluation.models import make_eval_models
-    from colintern.storage import hub
-    from colintern.storage.hub_errors import Repo
-    from colintern.storage.manifest import BASE_SUFFIXES, hub_files
+    from colintern.storage.hub import Repo, enable_offline_mode
+    from colintern.storage.manifest import BASE_SUFFIXES, download_hub_files
 
     folder = Path(name)
     if not folder.is_dir():
@@ -141,7 +136,7 @@ def _find_models(settings: list[Params], name: str) -> list[dict[str, "EvalModel
             return [{"trained": model} for model in baselines if model]
         commit = at_commit("MODEL", name, f"; nor does mteb know it, {suggest_baselines(name)}")
         repo = Repo("MODEL", *commit, "model")
-        hub_files([(repo, BASE_SUFFIXES)])
-        folder = hub.folder(repo)
-    hub.stay_offline()
+        download_hub_files([(repo, BASE_SUFFIXES)])
+        folder = repo.snapshot_folder
+    enable_offline_mode()
     return [make_eval_models(params, folder) for params in settings]

@@ -30,21 +30,18 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--push: {args.push!r} is no repository; write owner/name")
     params = load()
     print_phase(f"export: checking {args.model} and its base")
-    import warnings
+    from colintern.storage.manifest import set_arrow_cache
 
-    from colintern.storage.manifest import arrow_cache
-
-    arrow_cache()
-    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
+    set_arrow_cache()
     from huggingface_hub import constants
 
     from colintern.reporting.export import export_model, push_model
-    from colintern.storage.hub import stay_offline
+    from colintern.storage.hub import enable_offline_mode
 
     offline = constants.HF_HUB_OFFLINE
     if args.push and offline:
         raise UserError(f"--push: {args.push} cannot be reached, because HF_HUB_OFFLINE is set")
-    stay_offline()
+    enable_offline_mode()
     reason = export_model(params, args.model, args.out, args.name or args.out.resolve().name)
     size = sum(file.stat().st_size for file in args.out.iterdir())
     card = f"without results in its card: {reason}" if reason else "its results are in its card"

@@ -52,23 +52,22 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--out: {args.out} is outside the repository; give a path below it, as negatives_file needs")
     require_new_file("--out", root() / args.out)
     params = load()
-    from colintern.storage.manifest import ready
+    from colintern.storage.manifest import ensure_inputs
 
     print_phase("mine: checking the base and the training pages")
-    ready(params)
+    ensure_inputs(params)
     print_phase(f"mine: loading {args.adapter}")
-    from colintern.training.mining import (  # only now: `datasets` looks at its import whether it may ask the hub
-        Limits,
-        mine,
-    )
-    from colintern.training.negatives import write
+    # Only now: when `datasets` is imported, it reads whether it may use the hub.
+    from colintern.training.mining import MiningLimits, mine_hard_negatives
+    from colintern.training.pairs import write_mined_negatives
 
-    found = mine(params, args.adapter, Limits(args.top, args.margin, args.keep))
-    write(root() / args.out, found.rows, found.provenance)
-    counts = [len(row.negatives) for row in found.rows]
+    result = mine_hard_negatives(params, args.adapter, MiningLimits(args.top, args.margin, args.keep))
+    write_mined_negatives(root() / args.out, result.rows, result.provenance)
+    counts = [len(row.negatives) for row in result.rows]
     mean = sum(counts) / len(counts)
     print(
         f"{args.out}: {len(counts)} rows, {mean:.1f} negatives each, {counts.count(0)} rows without\n"
-        f"left out: {found.right} pages that answer the query, {found.close} that score too close to one that does"
+        f"left out: {result.num_positives} pages that answer the query, "
+        f"{result.num_too_close} that score too close to one that does"
     )
     print(f"to train with them: dvc exp run -S negatives=2 -S negatives_file={args.out}")

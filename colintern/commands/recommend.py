@@ -55,9 +55,9 @@ def run(args: argparse.Namespace) -> None:
     card, memory = _card(args.gpu, memory)
     architecture = config(base, params)
     size, query = parameters(architecture), params.max_query_tokens
-    known = size >= guide.SMALLEST
+    known = size >= guide.MIN_GUIDE_PARAMETERS
     dtype, dropout = (rules.DTYPE, rules.DROPOUT) if known else (params.dtype, params.lora_dropout)
-    rank = guide.optimal_rank(size) if known else params.lora_rank
+    rank = guide.get_optimal_rank(size) if known else params.lora_rank
     costs = Costs(architecture, getattr(torch, dtype), params.lora_targets, rank, dropout)
     head = {"base": base, "parameters": size, "trained": costs.trained, "gpu": card, "gpu_memory_gb": memory}
     if args.table:
@@ -66,11 +66,13 @@ def run(args: argparse.Namespace) -> None:
             json.dumps(head | {"table": table}, allow_nan=False) if args.json else "\n".join(_memory_table(base, table))
         )
         return
-    batch, tokens = (guide.BATCH, rules.VISUAL_TOKENS) if known else (params.batch_size, (params.max_visual_tokens,))
+    batch, tokens = (
+        (guide.MIN_BATCH_SIZE, rules.VISUAL_TOKENS) if known else (params.batch_size, (params.max_visual_tokens,))
+    )
     gpu = GPUS[card] if card else rules.nearest(memory)
     found = rules.plan(costs, memory, gpu, batch, tokens, query, params.negatives)
     values = list(rules.recommend(costs, found, memory, rows, pages))
-    epochs = guide.EPOCHS if known else params.epochs
+    epochs = guide.MIN_EPOCHS if known else params.epochs
     forecast = rules.forecast(costs, found, gpu if card else None, rows // batch * epochs, pages)
     head |= {"data": data, "rows": rows, "pages": pages, "negatives": params.negatives}
     if args.json:

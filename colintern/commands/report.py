@@ -38,12 +38,9 @@ def run(args: argparse.Namespace) -> None:
     require_new_file("--out", args.out or Path("results/report/name.html"))
     params = load()
     print_phase(f"report: reading the evaluation of {args.model}")
-    import warnings
+    from colintern.storage.manifest import set_arrow_cache
 
-    from colintern.storage.manifest import arrow_cache
-
-    arrow_cache()
-    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
+    set_arrow_cache()
     from colintern.evaluation.models import make_eval_models
     from colintern.reporting.evaluation import (
         apply_evaluated_settings,
@@ -53,9 +50,9 @@ def run(args: argparse.Namespace) -> None:
     )
     from colintern.reporting.examples import explain_failures
     from colintern.reporting.report import render_report
-    from colintern.storage.hub import stay_offline
+    from colintern.storage.hub import enable_offline_mode
 
-    stay_offline()
+    enable_offline_mode()
     folder = find_evaluation(make_eval_models(params, args.model)["trained"].revision, args.results)
     params = apply_evaluated_settings(params, folder)
     evaluation = read_evaluation(params, folder)

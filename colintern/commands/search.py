@@ -57,19 +57,17 @@ def run(args: argparse.Namespace) -> None:
     require_writable("--index", args.index or root() / INDEX)
     params = load()
     import time
-    import warnings
 
-    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.search.sources import format_reasons, list_sources, summarize_unsearched
 
     sources, bad = list_sources(args.place)  # refuses what it can before a model is loaded
     from colintern.encoding.embed import embed_queries
     from colintern.evaluation.models import make_eval_models
     from colintern.search.index import PageIndex, get_index_identity
-    from colintern.storage.hub import stay_offline
+    from colintern.storage.hub import enable_offline_mode
     from colintern.storage.identity import content_hash
 
-    stay_offline()
+    enable_offline_mode()
     eval_model = make_eval_models(params, args.model)["trained"]
     encoder = eval_model.load_encoder()
     model, processor = encoder.model, encoder.processor

@@ -23,12 +23,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the report; exit 2 where training with these targets would go wrong."""
     import json
-    import warnings
 
     params = load(args.params)
     base = args.base or params.base
     require_base(base, params)
-    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.modeling.bases import config
     from colintern.modeling.lora import examine, faults, notes, table
     from colintern.modeling.modeling_colintern import meta_model

@@ -47,7 +47,7 @@ def is_hub_id(text: str) -> bool:
     return re.fullmatch(pattern, text, re.ASCII) is not None
 
 
-def kernel_at(attention: str) -> tuple[str, str] | None:
+def split_kernel(attention: str) -> tuple[str, str] | None:
     """Hub id and commit of the kernel repository that `attention` names; None where it names none."""
     name, _, commit = attention.partition("@")
     return (name, commit) if is_hub_id(name) and re.fullmatch(r"[0-9a-f]{40}", commit) else None
@@ -65,10 +65,10 @@ POSITIVE = Rule("above 0", lambda value: value > 0)
 FILLED = Rule("not empty", lambda value: bool(value.strip()))
 REVISION = Rule('40 hex digits, or ""', lambda value: re.fullmatch(r"([0-9a-f]{40})?", value) is not None)
 MIXTURE = Rule("a data set, or several different ones as `a*2 + b`, weights 1 to 999", lambda text: bool(mixture(text)))
-ATTENTION = ("auto", "sdpa", "eager", "blocked", "flash_attention_2")
+ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 KERNEL = Rule(
     f"one of {', '.join(ATTENTION)}, or a kernel repository of the hub at a commit, OWNER/NAME@<40 hex digits>",
-    lambda value: value in ATTENTION or kernel_at(value) is not None,
+    lambda value: value in ATTENTION or split_kernel(value) is not None,
 )
 LAYERS = Rule("1 to 1000 where it is a number of layers", lambda value: isinstance(value, bool) or 0 < value <= 1000)
 LAUNCH = Rule(

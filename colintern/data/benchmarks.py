@@ -16,7 +16,7 @@ from colintern.data.formats import called, check_beir, id_text
 from colintern.data.images import BadImage, decode
 from colintern.params import Params
 from colintern.storage.identity import content_hash
-from colintern.storage.manifest import MANIFEST, arrow_name, benchmark_folder, local, read
+from colintern.storage.manifest import MANIFEST, ensure_benchmark, get_arrow_name, is_local_benchmark, read_data_file
 
 
 def tasks_for(params: Params) -> list[tuple[str, AbsTask]]:
@@ -53,7 +53,7 @@ def hub_data(params: Params) -> dict[str, dict[str, str]]:
     """
     found = {}
     for entry in params.benchmarks:
-        for task in [] if local(entry) else _public(entry, _resolve(entry)[1]):
+        for task in [] if is_local_benchmark(entry) else _public(entry, _resolve(entry)[1]):
             data = task.metadata.dataset
             if not re.fullmatch("[0-9a-f]{40}", data["revision"] or ""):
                 raise UserError(
@@ -68,7 +68,7 @@ def from_cache(task: AbsTask) -> AbsTask:
     """The task, reading what fetch-data fetched for it: `datasets` cannot read the hub's cache offline by hub id."""
     if Path(task.metadata.dataset["path"]).is_dir():
         return task
-    folder = benchmark_folder(task.metadata.name)
+    folder = ensure_benchmark(task.metadata.name)
     kind: Any = type(type(task).__name__, (_DecodedPages, type(task)), {})
     found = kind.__new__(kind)  # mteb keeps one object for each task of a benchmark
     metadata = task.metadata.model_copy(update={"dataset": task.metadata.dataset | {"path": str(folder)}})
@@ -89,10 +89,10 @@ def _public(entry: str, tasks: Sequence[AbsTask]) -> list[AbsTask]:
 
 
 def _resolve(entry: str) -> tuple[str, list[AbsTask]]:
-    if local(entry):
-        folder = benchmark_folder(entry)
+    if is_local_benchmark(entry):
+        folder = ensure_benchmark(entry)
         label, task = called(entry, folder)
-        return label, [_folder_task(folder, task, read(MANIFEST)["evaluation"][entry])]
+        return label, [_folder_task(folder, task, read_data_file(MANIFEST)["evaluation"][entry])]
     try:
         benchmark = mteb.get_benchmark(entry)
         return benchmark.name, list(benchmark.tasks)  # its name, which differs from the entry if that is an alias
@@ -129,7 +129,7 @@ def _folder_task(folder: Path, name: str, entry: dict[str, Any]) -> AbsTask:
     )
     # A class of its own, because mteb falls back to the metadata of the class when it unloads the data.
     documents = (entry.get("made_from") or {}).get("folder", "")
-    attributes = {"metadata": metadata, "arrow_name": arrow_name(entry), "documents": documents}
+    attributes = {"metadata": metadata, "arrow_name": get_arrow_name(entry), "documents": documents}
     return type(name, (_Folder, vidore), attributes)()
 
 

@@ -9,7 +9,7 @@ from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.core.rules import mixture
 from colintern.params import Params
-from colintern.storage.manifest import MANIFEST, checked_folder, read
+from colintern.storage.manifest import MANIFEST, ensure_files, read_data_file
 
 # Columns of a row that names its pages by their row number in a corpus, as in manu/colpali-queries.
 POSITIVES, NEGATIVES = "positive_passages", "negative_passages"
@@ -54,18 +54,18 @@ def made_for(params: Params) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it was made for other training data.
     """
-    manifest = read(MANIFEST)
+    manifest = read_data_file(MANIFEST)
     for key, value in asked(params).items():
         if value != (known := manifest["made_for"][key]):
             raise UserError(f"{key}: {value!r} is not the one in {MANIFEST}, {known!r}; run: dvc repro fetch-data")
     return manifest
 
 
-def training_data(params: Params, anew: bool = False) -> TrainingData:
+def training_data(params: Params, force: bool = False) -> TrainingData:
     """The data of the manifest, every file checked.
 
     Args:
-        anew: hash every file, whatever is known of it.
+        force: hash every file, whatever is known of it.
 
     Raises:
         UserError: no manifest or one made for other data, or a file is missing or changed.
@@ -74,16 +74,16 @@ def training_data(params: Params, anew: bool = False) -> TrainingData:
     names = [name for name, _ in mixture(params.train_data)]
     corpus, negatives = manifest["train_corpus"], manifest["negatives"]
     if negatives:
-        checked_folder(negatives, "negatives_file", "dataset", anew)
+        ensure_files(negatives, "negatives_file", "dataset", force)
     return TrainingData(
-        [_set(entry, name, "train_data", anew) for entry, name in zip(manifest["train"], names, strict=True)],
-        _set(corpus, params.train_corpus, "train_corpus", anew) if corpus else None,
+        [_set(entry, name, "train_data", force) for entry, name in zip(manifest["train"], names, strict=True)],
+        _set(corpus, params.train_corpus, "train_corpus", force) if corpus else None,
         root() / params.negatives_file if negatives else None,
     )
 
 
-def _set(entry: dict[str, Any], name: str, key: str, anew: bool) -> TrainingSet:
-    folder = checked_folder(entry, key, "dataset", anew)
+def _set(entry: dict[str, Any], name: str, key: str, force: bool) -> TrainingSet:
+    folder = ensure_files(entry, key, "dataset", force)
     return TrainingSet(name, folder, sorted(entry["files"]), entry["weight"])
 
 
@@ -101,4 +101,4 @@ def by_number(file: Path) -> bool:
 
 def asks_pseudo_queries() -> bool:
     """Whether a program made some of the training and dev queries from the text of the pages."""
-    return any((entry["made_from"] or {}).get("pseudo") for entry in read(MANIFEST)["train"])
+    return any((entry["made_from"] or {}).get("pseudo") for entry in read_data_file(MANIFEST)["train"])

@@ -24,7 +24,7 @@ from colintern.modeling.loading import (
 )
 from colintern.params import Params
 from colintern.storage.identity import content_hash, fingerprint, get_stage_versions, read_identity, stage_code
-from colintern.storage.manifest import MANIFEST, check_base, kernel_entry, read
+from colintern.storage.manifest import MANIFEST, ensure_base, get_kernel_entry, read_data_file
 
 MODEL_NAME = "colintern/colintern3_5"
 EMBEDDINGS = Path("data/.embeddings")  # deleting it costs only time
@@ -66,10 +66,10 @@ def make_eval_models(params: Params, folder: Path) -> dict[str, EvalModel]:
         loader = partial(load_merged, params, folder)
         return {"trained": _make_model(params, folder, MODEL_NAME, weights["merged"][:40], weights, {}, loader)}
     require_adapter(folder)
-    base = check_base(params)
+    base = ensure_base(params)
     require_base(params, folder)
     revision = content_hash(folder / "adapter_model.safetensors")[:40]
-    weights = {"adapter": content_hash(folder), "base": read(MANIFEST)["base"]}
+    weights = {"adapter": content_hash(folder), "base": read_data_file(MANIFEST)["base"]}
     trained_with = read_identity(folder).get("params", {})
     models = {}
     for is_trained in (True, False) if params.eval_untrained else (True,):
@@ -99,7 +99,7 @@ def _make_model(
         "threads": params.threads,
     }
     sizes = {"pool_factor": params.pool_factor, "dim": params.dim}
-    identity = weights | {"kernel": kernel_entry(params.attention), "params": settings | sizes}
+    identity = weights | {"kernel": get_kernel_entry(params.attention), "params": settings | sizes}
     identity |= get_runtime_identity()
 
     def load_encoder() -> ColIntern3_5Encoder:

@@ -30,8 +30,8 @@ from colintern.evaluation.results import (
 )
 from colintern.modeling.host import settle
 from colintern.params import Params
+from colintern.storage.files import dumps
 from colintern.storage.identity import fingerprint
-from colintern.storage.jsonfile import dumps
 from colintern.storage.lock import locked
 
 TIME_KEYS = ("evaluation_time", "date", "evaluation_phases", "kg_co2_emissions")  # of mteb's files; all may be null

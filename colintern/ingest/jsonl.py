@@ -10,8 +10,8 @@ from typing import Any
 
 from colintern.data.images import BadImage, standard
 from colintern.ingest.collected import Bad, Collected, Shelf, Stored, inside, json_lines, query_fault, split_fault
-from colintern.storage.parallel import spread
-from colintern.storage.regular import list_files
+from colintern.storage.files import list_files
+from colintern.storage.parallel import parallel_map
 
 KEYS = {"image", "query", "queries", "split"}
 
@@ -26,7 +26,7 @@ def collect(folder: Path, shelf: Shelf) -> Collected:
     paths = {name: path for name, (path, fault) in places.items() if not fault}
     found.read = {os.path.relpath(path, folder) for path in (*files, *paths.values())}
     tasks = [(path, shelf) for path in paths.values()]
-    stored = dict(zip(paths, spread(_store, tasks, "reading images", "page"), strict=True))
+    stored = dict(zip(paths, parallel_map(_store, tasks, "reading images", "page"), strict=True))
     for where, row in rows:
         name = row.get("image")
         fault = places[name][1] if isinstance(name, str) else inside(folder, name)[1]

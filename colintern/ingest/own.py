@@ -23,11 +23,10 @@ from colintern.core.errors import UserError
 from colintern.data.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
 from colintern.ingest.collected import MAX_QUERY_CHARACTERS, SPLITS, Ask, Collected, Shelf, Stored
 from colintern.ingest.splits import assign
+from colintern.storage.files import LINKED_FOLDER, dumps, list_files
 from colintern.storage.identity import code_hashes, content_hash
-from colintern.storage.jsonfile import dumps
 from colintern.storage.lock import get_last_use, is_in_use, locked
-from colintern.storage.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, local_files, root, source_files
-from colintern.storage.regular import LINKED_FOLDER, list_files
+from colintern.storage.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, hash_local_files, hash_source_files, root
 
 MADE = "data/own/.made"
 RENDERED = "rendered"  # beside the keys of a folder, see `rendered.py`
@@ -58,7 +57,7 @@ class Own(NamedTuple):
             )
         suffixes = TRAIN_SUFFIXES if part == "train" else BEIR_SUFFIXES
         made_from = self.made_from | {"pseudo": set(self.summary["kinds"]) != {"given"}}
-        return local_files(f"{self.made}/{part}", suffixes)._replace(made_from=made_from)
+        return hash_local_files(f"{self.made}/{part}", suffixes)._replace(made_from=made_from)
 
 
 def make(folder: str, collect: Callable[[Path, Shelf], Collected]) -> Own:
@@ -67,7 +66,7 @@ def make(folder: str, collect: Callable[[Path, Shelf], Collected]) -> Own:
     Raises:
         UserError: nothing usable in it, or rows that put one page or one query into two splits.
     """
-    made_from = {"folder": folder, "files": source_files(folder)}
+    made_from = {"folder": folder, "files": hash_source_files(folder)}
     refused = list_files(root() / folder).refused  # named with what is not read
     linked = [name if kind == LINKED_FOLDER else f"{name} ({kind})" for name, kind in refused.items()]
     facts = {

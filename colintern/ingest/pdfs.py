@@ -28,9 +28,9 @@ from colintern.ingest.rendering import (
     read_outlines,
     render_and_store_pages,
 )
+from colintern.storage.files import irregular_type, list_files
 from colintern.storage.isolation import Failure, IsolatedPool
-from colintern.storage.manifest import digests
-from colintern.storage.regular import irregular_type, list_files
+from colintern.storage.manifest import get_digests
 
 QUERY_FILES = ("queries.csv", "queries.jsonl")
 OUTLINE, TEXT = "outline entries", "text layers"  # kinds of bad rows that cost no page and no question
@@ -41,7 +41,7 @@ def collect(folder: Path, shelf: Shelf) -> Collected:
     found = Collected()
     files = {path.relative_to(folder).as_posix(): path for path in pdf_files(folder)}
     store = RenderedStore(shelf.rendered or shelf.folder)
-    hashed = zip(files, digests().many(list(files.values())), strict=True)
+    hashed = zip(files, get_digests().hash_files(list(files.values())), strict=True)
     hashes = {name: digest["sha256"] for name, digest in hashed}
     documents = {name: store.load(sha256) for name, sha256 in hashes.items()}
     loaded = {name: (pdf.outline, len(pdf.pages)) for name, pdf in documents.items()}
@@ -73,7 +73,7 @@ def collect(folder: Path, shelf: Shelf) -> Collected:
 
 def _has_hash(file: Path, sha256: str) -> bool:
     try:
-        return digests()(file)["sha256"] == sha256
+        return get_digests()(file)["sha256"] == sha256
     except OSError:  # it was deleted
         return False
 

@@ -15,9 +15,9 @@ from colintern.data.images import BadImage, decode
 from colintern.data.index import Row
 from colintern.data.trainset import POSITIVES
 from colintern.ingest.collected import MAX_QUERY_CHARACTERS, query_fault
+from colintern.storage.files import list_files
 from colintern.storage.manifest import TRAIN_SUFFIXES
-from colintern.storage.parallel import spread
-from colintern.storage.regular import list_files
+from colintern.storage.parallel import parallel_map
 
 
 class Part(NamedTuple):
@@ -61,7 +61,7 @@ def look(parts: Sequence[Part]) -> dict[Part, list[Seen]]:
     whole = [part for part in parts if part.corpus is None]
     tasks = [(part, name, group) for part in whole for name in part.files for group in _groups(part, name)]
     seen: dict[Part, list[Seen]] = {part: [] for part in parts}
-    blocks = spread(_look, tasks, "checking pages", "block")
+    blocks = parallel_map(_look, tasks, "checking pages", "block")
     for (part, _, _), rows in zip(tasks, blocks, strict=True):
         seen[part] += rows
     numbered = [(part, part.corpus) for part in parts if part.corpus]

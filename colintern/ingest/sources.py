@@ -6,30 +6,29 @@ from typing import Any, NamedTuple
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.core.rules import kernel_at, mixture
+from colintern.core.rules import mixture, split_kernel
 from colintern.data.trainset import POSITIVES, asked, by_number
 from colintern.ingest import jsonl, pdfs
 from colintern.ingest.collected import Collected, Shelf
 from colintern.ingest.own import Own, make
 from colintern.ingest.scan import Part
 from colintern.ingest.splits import by_name
-from colintern.modeling.kernels import fitting
+from colintern.modeling.kernels import select_build_files
 from colintern.params import Params, on_hub
-from colintern.storage.hub import Choice
-from colintern.storage.hub_errors import Repo
+from colintern.storage.files import describe_refused, list_files
+from colintern.storage.hub import FileSelector, Repo
 from colintern.storage.manifest import (
     BASE_SUFFIXES,
     BEIR_SUFFIXES,
     TASK_SUFFIXES,
     TRAIN_SUFFIXES,
     Files,
-    folder_of,
-    hub_files,
-    local,
-    local_file,
-    local_files,
+    download_hub_files,
+    get_files_folder,
+    hash_local_file,
+    hash_local_files,
+    is_local_benchmark,
 )
-from colintern.storage.regular import describe_refused, list_files
 
 DEMO = "demo"  # a name of params.yaml; its sets are drawn, not fetched
 
@@ -56,14 +55,14 @@ def fetch(params: Params, tasks: Mapping[str, Mapping[str, str]], demo: Generate
         demo: writes the sets that params call "demo".
 
     Raises:
-        UserError: a folder that holds nothing; see also `hub.fetch`.
+        UserError: a folder that holds nothing; see also `hub.download_repos`.
     """
-    sets, benchmarks = mixture(params.train_data), [name for name in params.benchmarks if local(name)]
-    wanted: dict[tuple[str, str], tuple[Repo, Choice]] = {}
+    sets, benchmarks = mixture(params.train_data), [name for name in params.benchmarks if is_local_benchmark(name)]
+    wanted: dict[tuple[str, str], tuple[Repo, FileSelector]] = {}
     if params.base_revision:
         wanted["base", params.base] = (Repo("base", params.base, params.base_revision, "model"), BASE_SUFFIXES)
-    if kernel := kernel_at(params.attention):
-        wanted["kernel", params.attention] = (Repo("attention", *kernel, "kernel"), fitting)
+    if kernel := split_kernel(params.attention):
+        wanted["kernel", params.attention] = (Repo("attention", *kernel, "kernel"), select_build_files)
     for name in filter(on_hub, dict(sets)):
         repo = Repo("train_data", name, params.train_revision, "dataset")
         wanted["train", name] = (repo, TRAIN_SUFFIXES)
@@ -74,22 +73,22 @@ def fetch(params: Params, tasks: Mapping[str, Mapping[str, str]], demo: Generate
         repo = Repo(f"benchmarks: {name}", data["path"], data["revision"], "dataset")
         wanted["evaluation", name] = (repo, TASK_SUFFIXES)
     # All at once, and before anything is made here: one question of room, one bar.
-    found = dict(zip(wanted, hub_files(list(wanted.values())), strict=True))
+    found = dict(zip(wanted, download_hub_files(list(wanted.values())), strict=True))
     kinds = {name: _kind(name) for name in (*dict(sets), *benchmarks)}
     own = {name: make(name, collect) for name, collect in kinds.items() if collect}
     train = [found.get(("train", name)) or _training(name, own, demo) for name, _ in sets]
     corpus = found.get(("corpus", params.train_corpus))
     if params.train_corpus and not corpus:
-        corpus = local_files(params.train_corpus, TRAIN_SUFFIXES)
+        corpus = hash_local_files(params.train_corpus, TRAIN_SUFFIXES)
     evaluation = {name: _evaluation(name, own, demo) for name in benchmarks}
     evaluation |= {name: found["evaluation", name] for name in tasks}
     manifest = {
-        "base": (found.get(("base", params.base)) or local_files(params.base, BASE_SUFFIXES))._asdict(),
+        "base": (found.get(("base", params.base)) or hash_local_files(params.base, BASE_SUFFIXES))._asdict(),
         "kernel": found["kernel", params.attention]._asdict() if kernel else None,
         "made_for": asked(params),
         "train": [files._replace(weight=w)._asdict() for files, (_, w) in zip(train, sets, strict=True)],
         "train_corpus": corpus._asdict() if corpus else None,
-        "negatives": local_file(params.negatives_file)._asdict() if params.negatives_file else None,
+        "negatives": hash_local_file(params.negatives_file)._asdict() if params.negatives_file else None,
         "evaluation": {name: files._asdict() for name, files in evaluation.items()},
     }
     return Fetched(manifest, own)
@@ -102,7 +101,7 @@ def parts(params: Params, manifest: dict[str, Any]) -> list[Part]:
         UserError: a corpus is missing or has no effect; see also `by_number`.
     """
     train = [Files(**entry) for entry in manifest["train"]]
-    numbered = [by_number(folder_of(files, "dataset") / min(files.files)) for files in train]
+    numbered = [by_number(get_files_folder(files, "dataset") / min(files.files)) for files in train]
     corpus = _corpus(params, manifest["train_corpus"], any(numbered))
     found = [corpus] if corpus else []
     for (name, _), files, without_pages in zip(mixture(params.train_data), train, numbered, strict=True):
@@ -114,7 +113,7 @@ def parts(params: Params, manifest: dict[str, Any]) -> list[Part]:
             )
         of = corpus if without_pages else None
         for split, names in splits.items():
-            found.append(Part(name, split, folder_of(files, "dataset"), tuple(names), on_hub(name), of))
+            found.append(Part(name, split, get_files_folder(files, "dataset"), tuple(names), on_hub(name), of))
     for name, entry in manifest["evaluation"].items():
         if entry["revision"]:  # a task of mteb's: not ours to judge
             continue
@@ -137,26 +136,26 @@ def _corpus(params: Params, entry: dict[str, Any] | None, needed: bool) -> Part 
     if not entry:
         return None
     files = Files(**entry)
-    return Part(params.train_corpus, "corpus", folder_of(files, "dataset"), tuple(sorted(files.files)))
+    return Part(params.train_corpus, "corpus", get_files_folder(files, "dataset"), tuple(sorted(files.files)))
 
 
 def tokenizer(manifest: dict[str, Any]) -> Path:
     """The file of the base's tokenizer."""
-    return folder_of(Files(**manifest["base"]), "model") / "tokenizer.json"
+    return get_files_folder(Files(**manifest["base"]), "model") / "tokenizer.json"
 
 
 def _training(name: str, own: dict[str, Own], demo: GeneratedSets) -> Files:
     if name == DEMO:
         demo.write_training_set(root() / "data/demo/train")
-        return local_files("data/demo/train", TRAIN_SUFFIXES)
-    return own[name].files("train") if name in own else local_files(name, TRAIN_SUFFIXES)
+        return hash_local_files("data/demo/train", TRAIN_SUFFIXES)
+    return own[name].files("train") if name in own else hash_local_files(name, TRAIN_SUFFIXES)
 
 
 def _evaluation(name: str, own: dict[str, Own], demo: GeneratedSets) -> Files:
     if name == DEMO:
         demo.write_evaluation_set(root() / "data/demo/beir")
-        return local_files("data/demo/beir", BEIR_SUFFIXES)
-    return own[name].files("beir") if name in own else local_files(name, BEIR_SUFFIXES)
+        return hash_local_files("data/demo/beir", BEIR_SUFFIXES)
+    return own[name].files("beir") if name in own else hash_local_files(name, BEIR_SUFFIXES)
 
 
 def _kind(name: str) -> Callable[[Path, Shelf], Collected] | None:

@@ -17,9 +17,8 @@ from colintern.modeling.attention import implementation
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.params import Params
-from colintern.storage.jsonfile import read_json_object
+from colintern.storage.files import read_json_object, require_regular_file
 from colintern.storage.paths import suggest_adapter_source
-from colintern.storage.regular import require_regular_file
 
 TOKENIZER_FILE, TOKENIZER_CONFIG, PROCESSOR_CONFIG = "tokenizer.json", "tokenizer_config.json", "processor_config.json"
 MAX_TILE = 4096  # pixels

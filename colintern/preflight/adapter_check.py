@@ -20,10 +20,9 @@ from colintern.modeling.adapter_files import ADAPTER, AdapterFiles, find_faults,
 from colintern.modeling.loading import load_model, read_processor
 from colintern.modeling.modeling_colintern import meta_model
 from colintern.modeling.weights import statistics
-from colintern.storage import hub
-from colintern.storage.hub_errors import Repo
+from colintern.storage.hub import Repo
 from colintern.storage.identity import IDENTITY_FILE, read_identity
-from colintern.storage.manifest import digests
+from colintern.storage.manifest import get_digests
 from colintern.storage.paths import suggest_adapter_source
 
 TOLERANCE = 1e-4  # of an element of a unit vector, merged against unmerged in float32
@@ -73,7 +72,7 @@ def base_folder(adapter: Adapter, base: str | None) -> Path:
         return root() / base
     entry = adapter.identity["base"]
     if entry["revision"]:
-        return hub.folder(Repo("base", entry["folder"], entry["revision"], "model"))
+        return Repo("base", entry["folder"], entry["revision"], "model").snapshot_folder
     return root() / entry["folder"]
 
 
@@ -128,7 +127,7 @@ def _base(adapter: Adapter, base: Path) -> Finding:
     if missing := [name for name in wanted if not (base / name).is_file()]:
         return Finding("base", False, f"{base / missing[0]}: missing; give the adapter's base with --base FOLDER")
     paths = [base / name for name in wanted]
-    for path, want, have in zip(paths, wanted.values(), digests().many(paths), strict=True):
+    for path, want, have in zip(paths, wanted.values(), get_digests().hash_files(paths), strict=True):
         if have != want:
             return Finding(
                 "base", False, f"{path}: sha256 {have['sha256'][:12]}, trained on {want['sha256'][:12]}: another base"

@@ -10,14 +10,14 @@ from textwrap import fill
 from typing import Any, NamedTuple
 
 from colintern.core.errors import UserError
-from colintern.core.rules import kernel_at
+from colintern.core.rules import split_kernel
 from colintern.modeling.attention import lacking
 from colintern.modeling.lora import FLOAT32, examine, faults, notes
 from colintern.modeling.modeling_colintern import meta_model
-from colintern.monitoring.guide import DEMO, Bounds, bounds_for
+from colintern.monitoring.guide import DEMO, RecommendedBounds, get_recommended_bounds
 from colintern.params import Params
 from colintern.preflight.machine import Machine, machine
-from colintern.training.checkpoints import room
+from colintern.training.checkpoints import required_disk_bytes
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 GB = 1e9
@@ -34,8 +34,8 @@ class Facts(NamedTuple):
     machine: Machine
 
     @property
-    def bounds(self) -> Bounds:
-        return bounds_for(self.counts["total_parameters"])
+    def bounds(self) -> RecommendedBounds:
+        return get_recommended_bounds(self.counts["total_parameters"])
 
     @property
     def demo(self) -> bool:
@@ -122,7 +122,7 @@ def bf16(facts: Facts) -> Answer:
 
 def attention(facts: Facts) -> Answer:
     asked, on = facts.params.attention, facts.machine
-    if kernel_at(asked):
+    if split_kernel(asked):
         return hub_kernel(facts)
     usable = bool(on.gpu and on.flash_attn and facts.params.dtype == "bfloat16")
     if asked == "flash_attention_2" and not usable:
@@ -131,8 +131,7 @@ def attention(facts: Facts) -> Answer:
         return FAIL, f"flash_attention_2 needs {lacks}", remedy
     if usable and asked in ("auto", "flash_attention_2"):
         return PASS, "flash_attention_2"
-    own = not on.gpu and facts.params.dtype == "bfloat16"
-    kernel = asked if asked != "auto" else "blocked" if own else "sdpa"
+    kernel = asked if asked != "auto" else "sdpa"
     if on.gpu and not facts.demo:
         return WARN, f"{kernel}; the guide: flash attention", "make image FLASH_ATTN=2.8.3.post2, attention: auto"
     return PASS, f"{kernel}; flash attention is for GPUs and bfloat16"
@@ -151,7 +150,7 @@ def hub_kernel(facts: Facts) -> Answer:
 
 def disk(facts: Facts) -> Answer:
     trained, have = facts.counts["trainable_parameters"], facts.machine.disk_bytes
-    must = room(trained)
+    must = required_disk_bytes(trained)
     features = max(0.0, facts.params.feature_cache_gb * GB - facts.machine.features_bytes)
     free = f"{have / GB:.1f} GB free"
     if have < must:

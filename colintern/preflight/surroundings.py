@@ -14,12 +14,11 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_token, is_offline_mode
 from huggingface_hub.errors import HFValidationError, HTTPError
 
-from colintern.core.rules import kernel_at, mixture, unsupported_path_characters
+from colintern.core.rules import mixture, split_kernel, unsupported_path_characters
 from colintern.monitoring.guide import DEMO
 from colintern.params import Params, on_hub
 from colintern.preflight.doctor import FAIL, PASS, WARN, Answer, Facts
-from colintern.storage import hub
-from colintern.storage.hub_errors import Repo, explained, offline
+from colintern.storage.hub import Repo, create_offline_error, to_user_error
 from colintern.storage.manifest import MANIFEST
 
 TIMEOUT = 10  # seconds for an answer of the hub
@@ -102,7 +101,7 @@ def hub_repos(params: Params) -> dict[Repo, list[str] | None]:
     repos = [Repo("base", params.base, params.base_revision, "model")]
     repos += [Repo("train_data", name, params.train_revision, "dataset") for name, _ in mixture(params.train_data)]
     repos += [Repo("train_corpus", params.train_corpus, params.train_corpus_revision, "dataset")]
-    if kernel := kernel_at(params.attention):
+    if kernel := split_kernel(params.attention):
         repos += [Repo("attention", *kernel, "kernel")]
     try:
         known, tasks = _listed()
@@ -124,17 +123,17 @@ def _listed() -> tuple[dict[tuple[str, str], list[str]], dict[Repo, list[str] | 
 
 
 def _cached(repo: Repo, files: list[str] | None) -> bool:
-    return files is not None and all((hub.folder(repo) / name).is_file() for name in files)
+    return files is not None and all((repo.snapshot_folder / name).is_file() for name in files)
 
 
 def _asked(repo: Repo) -> str:
     """ "" if the hub would hand out `repo` at its commit, else what is wrong and what to do."""
     if is_offline_mode():
-        return str(offline([repo], "HF_HUB_OFFLINE is set"))
+        return str(create_offline_error([repo], "HF_HUB_OFFLINE is set"))
     try:
         HfApi().repo_info(repo.name, revision=repo.revision, repo_type=repo.kind, timeout=TIMEOUT)
     except (HTTPError, OSError, HFValidationError) as error:
-        return str(explained(error, repo))
+        return str(to_user_error(error, repo))
     return ""
 
 

@@ -24,10 +24,9 @@ from colintern.encoding.tensor_cache import TensorCache
 from colintern.ingest.collected import Bad
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.search.sources import PageSource, render_sources
+from colintern.storage.files import MISSING, dumps, irregular_type
 from colintern.storage.identity import code_hashes, fingerprint
-from colintern.storage.jsonfile import dumps
 from colintern.storage.lock import locked
-from colintern.storage.regular import MISSING, irregular_type
 
 MAX_BYTES = 10**15  # as much as the disk has, less what the cache leaves free
 PAGES_PER_SAVE = 64

@@ -14,9 +14,9 @@ from colintern.core.page_labels import get_file_url
 from colintern.data.images import BadImage, decode
 from colintern.ingest.collected import Bad
 from colintern.ingest.rendering import DPI, LIMITS, PageRef, count_pages, group_pages, render_pages
+from colintern.storage.files import LINKED_FOLDER, MISSING, irregular_type, list_files
 from colintern.storage.identity import content_hash
 from colintern.storage.isolation import Failure, IsolatedPool
-from colintern.storage.regular import LINKED_FOLDER, MISSING, irregular_type, list_files
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 SEARCHED_SUFFIXES = (".pdf", *IMAGE_SUFFIXES)

@@ -6,7 +6,7 @@ from pathlib import Path
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.params import Params, at_commit, on_hub
-from colintern.storage.regular import require_regular_file
+from colintern.storage.files import require_regular_file
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 TRAIN_OUT = Path("experiments/colintern")  # of dvc.yaml

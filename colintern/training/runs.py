@@ -35,12 +35,11 @@ from colintern.monitoring.health import HEALTH, health, line, report, stored
 from colintern.monitoring.tracker import Tracker, check_tracker
 from colintern.monitoring.watch import pace_findings
 from colintern.params import Params
-from colintern.storage.csvfile import write_csv
+from colintern.storage.files import dumps, write_csv
 from colintern.storage.identity import fingerprint, stage_identity
-from colintern.storage.jsonfile import dumps
-from colintern.storage.lock import locked_or_refused
-from colintern.storage.manifest import MANIFEST, check_base, kernel_entry, read
-from colintern.storage.outs import forget_ended, let_go
+from colintern.storage.lock import try_lock
+from colintern.storage.manifest import MANIFEST, ensure_base, get_kernel_entry, read_data_file
+from colintern.storage.outs import finalize_checkpoints, purge_finished_checkpoints
 from colintern.training.checkpoints import SAVING, Interrupted, Signals, check_room, newest, room, shown, size
 from colintern.training.determinism import set_deterministic
 from colintern.training.pairs import Pairs, rows
@@ -69,11 +68,11 @@ def train(params: Params, out: Path, own: Processes = ALONE) -> dict[str, Any]:
     check_workers(params.workers)
     settle(params.threads)
     set_deterministic(params.deterministic)
-    base = own.first(lambda: check_base(params))
+    base = own.first(lambda: ensure_base(params))
     identity = stage_identity("train", params)
     scratch = root() / ".scratch" / f"train-{fingerprint(identity)[:16]}"
     signals = Signals(own)
-    own.first(lambda: forget_ended(scratch))
+    own.first(lambda: purge_finished_checkpoints(scratch))
     with held(scratch) if own.main else nullcontext(), signals.watch(), stop_workers_on_exit(params.workers):
         own.first(lambda: None)  # the first process holds the lock
         told = reporter(own)
@@ -94,7 +93,7 @@ def train(params: Params, out: Path, own: Processes = ALONE) -> dict[str, Any]:
         if told:
             own.first(lambda: told.finish(trainer))
         metrics = own.first(lambda: finish(trainer, params, identity, out))
-        own.first(lambda: let_go(scratch))
+        own.first(lambda: finalize_checkpoints(scratch))
     return metrics
 
 
@@ -150,11 +149,11 @@ def origin(trainer: ContrastiveTrainer, params: Params) -> dict[str, Any]:
     model: Any = trainer.model
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     start = statistics(weights, model.base_model.model.head_state())
-    return {"base": read(MANIFEST)["base"], "kernel": kernel_entry(params.attention), "start": start}
+    return {"base": read_data_file(MANIFEST)["base"], "kernel": get_kernel_entry(params.attention), "start": start}
 
 
 def prepare(params: Params, place: str, scratch: Path, processes: Processes = ALONE) -> ContrastiveTrainer:
-    """The model, wrapped and counted, and the data, in a trainer; `place` is where `check_base` found the base.
+    """The model, wrapped and counted, and the data, in a trainer; `place` is where `ensure_base` found the base.
 
     Raises:
         UserError: see `train`.
@@ -203,7 +202,7 @@ def prepare(params: Params, place: str, scratch: Path, processes: Processes = AL
     if not processes.main:
         features.cache.refresh()
     pairs, dev = Pairs(train, features), DevSet(dev_rows, features)
-    used = params.attention if kernel_entry(params.attention) else kernel
+    used = params.attention if get_kernel_entry(params.attention) else kernel
     print(f"{len(pairs)} training pairs; dev: {len(dev)} queries on {len(dev.pages)} pages; attention: {used}")
     if cut := processor.count_cut([row.query for row in (*train, *dev_rows)]):
         print(f"{cut} of {len(train) + len(dev_rows)} queries are longer than max_query_tokens and are cut")
@@ -263,5 +262,5 @@ def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any]
 @contextmanager
 def held(scratch: Path) -> Iterator[None]:
     """What the first process alone does: hold the run, and show its checkpoints in experiments/."""
-    with locked_or_refused(scratch), shown(scratch):
+    with try_lock(scratch), shown(scratch):
         yield

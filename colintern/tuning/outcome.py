@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from colintern.core.errors import UserError
 from colintern.reporting import html
-from colintern.storage.jsonfile import dumps
+from colintern.storage.files import dumps
 from colintern.tuning import plots
 from colintern.tuning.space import Search
 from colintern.tuning.trials import CAUSE, COMPUTED, EXPERIMENT, SLOT

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.storage.lock import locked
-from colintern.tuning.trial_context import storage
+from colintern.tuning.trial_context import open_storage
 
 FOLDER = Path("studies")
 DRIVERS = {"sqlite": "pysqlite", "postgresql": "psycopg"}  # that come with the environment
@@ -64,7 +64,9 @@ class Store:
             self.file = Path(address.database) if kind == "sqlite" and address.database else None
             with self.alone(made=False):  # two at once would both make its tables
                 retry = RetryHeartbeatStaleTrialCallback(max_retry=1)
-                self.optuna: Any = storage(self.url, heartbeat_interval=heartbeat, heartbeat_stale_trial_callback=retry)
+                self.optuna: Any = open_storage(
+                    self.url, heartbeat_interval=heartbeat, heartbeat_stale_trial_callback=retry
+                )
         except Exception as error:
             words = self.redacted(str(error)).splitlines() or [""]
             raise UserError(f"--storage: cannot be used: {type(error).__name__}: {words[0][:200]}") from None

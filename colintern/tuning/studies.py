@@ -15,7 +15,7 @@ from colintern.storage.identity import fingerprint, stage_identity
 from colintern.tuning.experiments import experiments, git
 from colintern.tuning.space import BYTES, SCORED, STILL, Search
 from colintern.tuning.store import Store
-from colintern.tuning.trial_context import SETTINGS, pruner
+from colintern.tuning.trial_context import SETTINGS, make_pruner
 from colintern.tuning.trials import EXPERIMENT, FULL, SCORE
 
 DATA = ("data/",)
@@ -87,7 +87,7 @@ def open_study(store: Store, search: Search, params: Params) -> Any:
             study_name=store.study,
             directions=search.directions,
             load_if_exists=True,
-            pruner=pruner(search.settings),
+            pruner=make_pruner(search.settings),
         )
         for key, value in now.items():
             if key not in study.user_attrs:

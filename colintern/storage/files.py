@@ -1,18 +1,25 @@
-"""Regular files, the only kind that is opened: a named pipe or a device may block for ever, or never end."""
+"""Regular files, the only kind that is opened; JSON and CSV files that two runs write alike.
 
+A named pipe or a device may block for ever, or never end.
+"""
+
+import csv
 import errno
+import json
 import os
+import reprlib
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from colintern.core.errors import UserError
 
+MAX_JSON_BYTES = 16 * 2**20
 MISSING = "missing"
 DANGLING = "a dangling link"
 LINKED_FOLDER = "a linked folder"
-_TYPES = {
+_TYPE_NAMES = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -22,14 +29,14 @@ _TYPES = {
 
 
 class Listing(NamedTuple):
-    """The regular files below a folder, and what else is called like one: path below the folder -> what it is."""
+    """The regular files below a folder, and the entries that are not read: path below the folder -> what it is."""
 
     files: list[Path]
     refused: dict[str, str]
 
 
 def irregular_type(path: Path) -> str:
-    """Say what a path is after following links, in words; "" for a regular file. Nothing is opened."""
+    """Describe what a path leads to, "" for a regular file. Nothing is opened."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
@@ -38,7 +45,7 @@ def irregular_type(path: Path) -> str:
         return "a loop of links" if error.errno == errno.ELOOP else f"not accessible ({error.strerror})"
     except ValueError:  # a zero byte in the name
         return MISSING
-    return "" if stat.S_ISREG(mode) else _TYPES.get(stat.S_IFMT(mode), "no regular file")
+    return "" if stat.S_ISREG(mode) else _TYPE_NAMES.get(stat.S_IFMT(mode), "no regular file")
 
 
 def require_regular_file(file: Path) -> None:
@@ -88,3 +95,37 @@ def describe_refused(refused: dict[str, str], most: int = 5) -> str:
     """Name the first of what was refused, with what it is; "" if there is nothing."""
     named = [f"{name} is {kind}" for name, kind in list(refused.items())[:most]]
     return ", ".join(named) + (f" and {len(refused) - most} more" if len(refused) > most else "")
+
+
+def dumps(value: Any) -> str:
+    """Format a value as JSON with sorted keys and a newline at the end, so that git shows small differences."""
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        UserError: it is not a regular file, is too large, is not JSON, or holds something else.
+    """
+    require_regular_file(file)
+    if (size := file.stat().st_size) > MAX_JSON_BYTES:
+        raise UserError(f"{file}: has {size} bytes; expected at most {MAX_JSON_BYTES}")
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds {reprlib.repr(content)}; expected a JSON object")
+    return content
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Write the named columns of the rows, with a header; other keys of a row are left out."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
