@@ -23,7 +23,6 @@ from colintern.reporting.examples import split_query
 from colintern.reporting.heatmaps import (
     compute_saliency,
     compute_similarity_map,
-    compute_token_layout,
     find_hottest_box,
 )
 from colintern.storage.manifest import ensure_base
@@ -70,7 +69,7 @@ def measure(model: Any, processor: Any, pages: list[DemoPage]) -> Pointed:
         pages, queries, embed_pages(model, processor, [page.image for page in pages], 16), strict=True
     ):
         size = page.image.size
-        found = compute_similarity_map(query, tokens, compute_token_layout(processor, size)).page
+        found = compute_similarity_map(processor, query, tokens, size).page
         names = split_query(processor, page.queries[0])
         found_in = asked(page, [name.text for name in names])
         assert len(found_in) == 3, (page.queries, page.facts)

@@ -218,8 +218,9 @@ def test_pages_are_named_by_their_files_and_queries_by_their_words(tmp_path_fact
     ]
     older = older._replace(queries=results, run={key: value for key, value in older.run.items() if key != "folders"})
     for pair in compare_eval_runs(load_eval_run("a"), older, "ndcg_at_5").changed:
-        assert (pair.label_after, pair.link_after) == (pair.label_before, pair.link_before)
-        assert pair.query in words and pair.link_after == urls[pair.name_after]
+        first, second = pair.pages
+        assert (second.label, second.link) == (first.label, first.link)
+        assert pair.before.query in words and second.link == urls[second.name]
     main(["compare", "a", "b", "--md"])
     rows = [line for line in capsys.readouterr().out.splitlines() if "->" in line and "<code>" in line]
     assert len(rows) == 5 and all(line.count("|") == 8 for line in rows)

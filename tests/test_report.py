@@ -37,7 +37,6 @@ from colintern.reporting.evaluation import (
     select_worst_queries,
 )
 from colintern.reporting.examples import RankedPage, explain_failures, explain_query, split_query
-from colintern.reporting.heatmaps import compute_token_layout
 from colintern.reporting.html import render_html
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.storage.files import dumps
@@ -189,10 +188,10 @@ def test_the_same_inputs_give_the_same_bytes(report, evaluated):
 
 def test_a_strip_of_a_page_has_a_bounded_height_and_its_heat_lies_on_it(tab, tmp_path, processor):
     images = [Image.new("RGB", size, "grey") for size in ((8, 2500), (100, 600), (600, 900))]
-    counts = [compute_token_layout(processor, image.size) for image in images]
+    counts = [len(processor.process_images([image]).input_ids[0]) for image in images]
     seen = [
-        RankedPage("page", "", "found", image, torch.rand(where.first + where.num_visual, 8))
-        for image, where in zip(images, counts, strict=True)
+        RankedPage("page", "", "found", image, torch.rand(count, 8))
+        for image, count in zip(images, counts, strict=True)
     ]
     vectors = torch.rand(len(split_query(processor, "from Oslo")), 8)
     found = explain_query(processor, "from Oslo", vectors, seen, {"pages": 3, "place": "here"})

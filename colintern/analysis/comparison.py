@@ -16,7 +16,7 @@ from colintern.analysis.significance import (
 from colintern.core.errors import UserError
 from colintern.core.page_labels import fit_columns, label_page, label_query, pad_columns
 from colintern.core.terminal import TERMINAL_COLUMNS
-from colintern.evaluation.results import QueryResult, read_query_results, shorten_task_name
+from colintern.evaluation.results import QUERY_KEY, QueryResult, read_query_results, shorten_task_name
 
 EVALUATION = "results/mteb_evaluation"
 RUN_FILE, QUERIES_FILE = "run.json", "queries/trained.parquet"
@@ -36,48 +36,38 @@ class EvalRun(NamedTuple):
     queries: list[QueryResult]
 
 
-class ChangedQuery(NamedTuple):
-    """A query whose score changed; pages are the first of each ranking, labels as `label_page` gives them."""
+class FirstPage(NamedTuple):
+    """The first page of a ranking. `name`: in its corpus, None without one; `label`, `link`: see `label_page`."""
 
-    benchmark: str
-    task: str
-    subset: str
-    query_id: str
-    before: float
-    after: float
-    rank_before: int | None
-    rank_after: int | None
-    page_before: str
-    page_after: str
-    name_before: str | None
-    name_after: str | None
-    query: str | None
-    label_before: str
-    link_before: str
-    label_after: str
-    link_after: str
+    page: str
+    name: str | None
+    label: str
+    link: str
+
+
+class ChangedQuery(NamedTuple):
+    """A query whose score changed, in both evaluations."""
+
+    before: QueryResult
+    after: QueryResult
+    pages: tuple[FirstPage, FirstPage]
+
+    @property
+    def label(self) -> str:
+        """Return the words of the query, or its id where neither evaluation has them."""
+        return label_query(self.before.query_id, self.before.query or self.after.query)
 
 
 class EvalComparison(NamedTuple):
-    """Two evaluations compared.
-
-    Attributes:
-        a: name of the first.
-        b: name of the second.
-        metric: that is compared.
-        rows: of tasks and benchmarks.
-        changed: queries, the most changed first.
-        params: key -> values in a and in b, None where there is none.
-        left_out: task -> why it is not compared.
-    """
+    """Two evaluations compared by `metric`."""
 
     a: str
     b: str
     metric: str
     rows: list[ScoreComparison]
-    changed: list[ChangedQuery]
-    params: dict[str, tuple[Any, Any]]
-    left_out: dict[str, str]
+    changed: list[ChangedQuery]  # the most changed first
+    params: dict[str, tuple[Any, Any]]  # key -> values in a and in b, None where there is none
+    left_out: dict[str, str]  # task -> why it is not compared
 
 
 def load_eval_run(name: str) -> EvalRun:
@@ -213,51 +203,37 @@ def _select_changed_queries(
 ) -> list[ChangedQuery]:
     """Select those with the largest change of score, then of rank; a query of several benchmarks once."""
 
-    def sort_key(identity: tuple[str, str, str]) -> tuple[float, int, tuple[str, str, str]]:
-        before, after = distinct[identity]
-        ranks = [result.rank or RANK_NOT_FOUND for result in (before, after)]
-        return -abs(after.scores[metric] - before.scores[metric]), -abs(ranks[1] - ranks[0]), identity
+    def sort_key(pair: tuple[QueryResult, QueryResult]) -> tuple[float, int, tuple[str, str, str]]:
+        before, after = pair
+        ranks = [result.rank or RANK_NOT_FOUND for result in pair]
+        return -abs(after.scores[metric] - before.scores[metric]), -abs(ranks[1] - ranks[0]), before.identity
 
-    distinct = {before.identity: (before, after) for before, after in pairs}
     changed = []
-    for identity in sorted(distinct, key=sort_key)[:MAX_CHANGED]:
-        before, after = distinct[identity]
+    for before, after in sorted({pair[0].identity: pair for pair in pairs}.values(), key=sort_key)[:MAX_CHANGED]:
         if before.scores[metric] != after.scores[metric]:
-            changed.append(_make_changed_query(before, after, metric, folders.get(before.task, "")))
+            names: dict[str, str | None] = {}
+            for result in (before, after):  # results of older versions have no names
+                names |= zip(result.top_pages, result.top_names or (), strict=False)
+            folder = folders.get(before.task, "")
+            first, second = (
+                FirstPage(page, names.get(page), *label_page(page, names.get(page), folder))
+                for page in (before.top_pages[0], after.top_pages[0])
+            )
+            changed.append(ChangedQuery(before, after, (first, second)))
     return changed
-
-
-def _make_changed_query(before: QueryResult, after: QueryResult, metric: str, folder: str) -> ChangedQuery:
-    names: dict[str, str | None] = {}
-    for result in (before, after):  # results of older versions have no names
-        names |= zip(result.top_pages, result.top_names or (), strict=False)
-    page_before, page_after = before.top_pages[0], after.top_pages[0]
-    label_before, label_after = (label_page(page, names.get(page), folder) for page in (page_before, page_after))
-    return ChangedQuery(
-        benchmark=before.benchmark,
-        task=before.task,
-        subset=before.subset,
-        query_id=before.query_id,
-        before=before.scores[metric],
-        after=after.scores[metric],
-        rank_before=before.rank,
-        rank_after=after.rank,
-        page_before=page_before,
-        page_after=page_after,
-        name_before=names.get(page_before),
-        name_after=names.get(page_after),
-        query=before.query or after.query,
-        label_before=label_before.text,
-        link_before=label_before.link,
-        label_after=label_after.text,
-        link_after=label_after.link,
-    )
 
 
 def comparison_to_dict(comparison: EvalComparison) -> dict[str, Any]:
     """Return all of it, for programs; scores 0 to 1."""
     rows = [row._asdict() | {"difference": row.difference, "verdict": row.verdict} for row in comparison.rows]
-    changed = [query._asdict() for query in comparison.changed]
+    changed = []
+    for query in comparison.changed:
+        fields = dict(zip(QUERY_KEY, query.before, strict=False)) | {"query": query.before.query or query.after.query}
+        results = {"before": query.before, "after": query.after}
+        for (side, result), page in zip(results.items(), query.pages, strict=True):
+            fields |= {side: result.scores[comparison.metric], f"rank_{side}": result.rank}
+            fields |= {f"{key}_{side}": value for key, value in page._asdict().items()}
+        changed.append(fields)
     totals = {"resamples": NUM_RESAMPLES, "level": SIGNIFICANCE_LEVEL}
     return comparison._asdict() | {"rows": rows, "changed": changed} | totals
 
@@ -280,11 +256,10 @@ def format_comparison(comparison: EvalComparison) -> str:
     if comparison.changed:
         lines.append(f"{f'{len(comparison.changed)} most changed queries':<54}{'a':>6}{'b':>6}  rank")
     for query in comparison.changed:
-        words = fit_columns(label_query(query.query_id, query.query), QUERY_COLUMNS)
-        scores = f"{100 * query.before:>6.1f}{100 * query.after:>6.1f}"
-        lines.append(f"  {pad_columns(words, QUERY_COLUMNS)}{scores}  {_format_ranks(query)}")
-        lines += _format_first_pages(comparison, query)
-    links = {link for query in comparison.changed for link in (query.link_before, query.link_after)}
+        words = pad_columns(fit_columns(query.label, QUERY_COLUMNS), QUERY_COLUMNS)
+        scores = "".join(f"{100 * result.scores[comparison.metric]:>6.1f}" for result in query[:2])
+        lines += [f"  {words}{scores}  {_format_ranks(query)}", *_format_first_pages(comparison, query)]
+    links = {page.link for query in comparison.changed for page in query.pages}
     if too_long := sum(LINK_INDENT + len(link) > TERMINAL_COLUMNS for link in links):
         lines.append(f"links longer than a line, left out: {too_long}; --json has them")
     lines += [f"not compared: {task}: {reason}" for task, reason in comparison.left_out.items()]
@@ -311,10 +286,11 @@ def comparison_to_markdown(comparison: EvalComparison) -> str:
         head = f"| {len(comparison.changed)} most changed queries | task | a | b | rank | first page in a | in b |"
         lines += ["", head, "|---|---|---:|---:|---|---|---|"]
     for query in comparison.changed:
-        texts = label_query(query.query_id, query.query), query.label_before, query.label_after
-        words, *pages = map(_escape_table_cell, texts)
-        scores = f"{100 * query.before:.1f} | {100 * query.after:.1f} | {_format_ranks(query)}"
-        lines.append(f"| {words} | {_format_task(query)} | {scores} | {pages[0]} | {pages[1]} |")
+        words, *pages = map(_escape_table_cell, (query.label, *(page.label for page in query.pages)))
+        scores = " | ".join(f"{100 * result.scores[comparison.metric]:.1f}" for result in query[:2])
+        lines.append(
+            f"| {words} | {_format_task(query)} | {scores} | {_format_ranks(query)} | {pages[0]} | {pages[1]} |"
+        )
     if comparison.params:
         lines += ["", "| setting | a | b |", "|---|---|---|"]
     lines += [f"| {key} | {a} | {b} |" for key, a, b in _list_settings(comparison)]
@@ -339,20 +315,20 @@ def _format_counts(row: ScoreComparison) -> str:
 
 
 def _format_task(query: ChangedQuery) -> str:
-    return shorten_task_name(query.task) + ("" if query.subset == "default" else f", {query.subset}")
+    subset = query.before.subset
+    return shorten_task_name(query.before.task) + ("" if subset == "default" else f", {subset}")
 
 
 def _format_first_pages(comparison: EvalComparison, query: ChangedQuery) -> list[str]:
     """Format the lines below a query: its task, where several are compared, and the first page in each evaluation."""
     has_several_tasks = sum(not row.benchmark for row in comparison.rows) > 1
-    lines = [f"    task: {_format_task(query)}"] if has_several_tasks or query.subset != "default" else []
-    after = query.label_after, query.link_after
-    pages = {"a": (query.label_before, query.link_before), "b": after}
-    for name, (label, link) in (pages if query.page_before != query.page_after else {"a, b": after}).items():
+    lines = [f"    task: {_format_task(query)}"] if has_several_tasks or query.before.subset != "default" else []
+    first, second = query.pages
+    for name, page in {"a": first, "b": second}.items() if first.page != second.page else [("a, b", second)]:
         start = f"    {name}: "
-        lines.append(start + fit_columns(label, TERMINAL_COLUMNS - len(start), keep_end=True))
-        if link and LINK_INDENT + len(link) <= TERMINAL_COLUMNS:
-            lines.append(" " * LINK_INDENT + link)
+        lines.append(start + fit_columns(page.label, TERMINAL_COLUMNS - len(start), keep_end=True))
+        if page.link and LINK_INDENT + len(page.link) <= TERMINAL_COLUMNS:
+            lines.append(" " * LINK_INDENT + page.link)
     return lines
 
 
@@ -363,11 +339,10 @@ def _escape_table_cell(text: str) -> str:
 
 
 def _format_ranks(query: ChangedQuery) -> str:
-    return " -> ".join(str(rank or "none") for rank in (query.rank_before, query.rank_after))
+    return " -> ".join(str(rank or "none") for rank in (query.before.rank, query.after.rank))
 
 
-def _list_settings(comparison: EvalComparison) -> list[tuple[str, Any, Any]]:
-    def mark_missing(value: Any) -> Any:
-        return "none" if value is None else value
-
-    return [(key, mark_missing(a), mark_missing(b)) for key, (a, b) in comparison.params.items()]
+def _list_settings(comparison: EvalComparison) -> list[tuple[Any, ...]]:
+    return [
+        (key, *("none" if value is None else value for value in values)) for key, values in comparison.params.items()
+    ]

@@ -31,31 +31,17 @@ class ScorePair(NamedTuple):
 
 
 class ScoreComparison(NamedTuple):
-    """A task or a benchmark in two evaluations.
-
-    Attributes:
-        name: of the task or benchmark.
-        benchmark: it is a benchmark.
-        before: score, 0 to 1, of the first evaluation.
-        after: score of the second.
-        low: lower end of the 95 % interval of the difference (paired bootstrap, percentiles).
-        high: upper end.
-        p: of a sign-flip test of no difference, two-sided.
-        adjusted: p after Holm, over all rows of the comparison.
-        wins: queries that score higher in the second.
-        losses: queries that score lower.
-        ties: the others.
-    """
+    """A task or a benchmark in two evaluations."""
 
     name: str
     benchmark: bool
-    before: float
+    before: float  # 0 to 1, as is the next
     after: float
-    low: float
+    low: float  # 95 % interval of the difference (paired bootstrap, percentiles)
     high: float
-    p: float
-    adjusted: float
-    wins: int
+    p: float  # of a sign-flip test of no difference, two-sided
+    adjusted: float  # p after Holm, over all rows of the comparison
+    wins: int  # queries that score higher in the second evaluation
     losses: int
     ties: int
 
@@ -73,19 +59,12 @@ class ScoreComparison(NamedTuple):
 
 
 class Resamples(NamedTuple):
-    """One subset's scores (queries,) in both evaluations, and resampled means (NUM_RESAMPLES,) of their difference.
-
-    Attributes:
-        before: scores of the first evaluation.
-        after: scores of the second.
-        bootstrap: means of queries drawn with replacement.
-        flipped: means with the two models' scores swapped in half of the queries.
-    """
+    """One subset's scores (queries,) in both evaluations, and resampled means (NUM_RESAMPLES,) of their difference."""
 
     before: Array
     after: Array
-    bootstrap: Array
-    flipped: Array
+    bootstrap: Array  # queries drawn with replacement
+    flipped: Array  # the two models' scores swapped in half of the queries
 
 
 def bootstrap(before: Array, after: Array, name: str) -> Resamples:
@@ -128,11 +107,7 @@ def adjust_holm(rows: list[ScoreComparison]) -> list[ScoreComparison]:
 
 
 def compare_scores(pairs: Iterable[ScorePair]) -> list[ScoreComparison]:
-    """Compare each task and, where a benchmark has several, before its tasks, the benchmark.
-
-    Args:
-        pairs: one for each query.
-    """
+    """Compare each task and, where a benchmark has several, before its tasks, the benchmark; a pair for each query."""
     scores: dict[str, dict[Stratum, list[tuple[float, float]]]] = {}
     for pair in pairs:
         strata = scores.setdefault(pair.benchmark, {})

@@ -104,7 +104,7 @@ def _show_ranking(
     ranking: "list[tuple[PageSource, float]]",
 ) -> None:
     from colintern.reporting.examples import RankedPage, explain_query, split_query
-    from colintern.reporting.heatmaps import compute_saliency, compute_similarity_map, compute_token_layout
+    from colintern.reporting.heatmaps import compute_saliency, compute_similarity_map
     from colintern.reporting.html import render_html
     from colintern.search.listing import MAX_MAPS, draw_text_maps, format_ranking
     from colintern.search.sources import decode_name, format_reasons, render_sources
@@ -124,8 +124,7 @@ def _show_ranking(
         raise UserError(f"FOLDER_OR_PDF: none of the {len(shown)} pages to show can be rendered{format_reasons(bad)}")
     is_own = [token.is_own for token in split_query(processor, args.query)]
     maps = [
-        compute_similarity_map(embedding, page.embedding, compute_token_layout(processor, page.image.size)).page
-        for page in pages[:MAX_MAPS]
+        compute_similarity_map(processor, embedding, page.embedding, page.image.size).page for page in pages[:MAX_MAPS]
     ]
     print(f"\n{draw_text_maps([compute_saliency(tokens[is_own]) for tokens in maps])}")
     if args.html:

@@ -31,20 +31,12 @@ EMBEDDINGS = Path("data/.embeddings")  # deleting it costs only time
 
 
 class EvalModel(NamedTuple):
-    """A model to evaluate.
+    """A model to evaluate."""
 
-    Attributes:
-        name: "organisation/model" in mteb's files.
-        revision: in mteb's files, 40 hexadecimal digits.
-        identity: all that decides its scores but the data.
-        params: what it was trained with, as far as is known.
-        load_encoder: loads it.
-    """
-
-    name: str
+    name: str  # "organisation/model" in mteb's files, as is the next
     revision: str
-    identity: dict[str, Any]
-    params: dict[str, Any]
+    identity: dict[str, Any]  # all that decides its scores but the data
+    params: dict[str, Any]  # what it was trained with, as far as is known
     load_encoder: Callable[[], Any]
 
 

@@ -39,7 +39,7 @@ MAX_SIZES = {"pool_factor": 64, "dim": 128}
 
 
 class ColIntern3_5Encoder(AbsEncoder):
-    """A model that `mteb.evaluate` takes.
+    """A model that `mteb.evaluate` takes; `page_count` and `vector_count` count what was encoded.
 
     Args:
         model: see `colintern.encoding.embed`.
@@ -50,12 +50,7 @@ class ColIntern3_5Encoder(AbsEncoder):
         embeddings: cache of the pages'; a batch is taken from it if it was embedded as the same batch before.
         pool_factor: see `colintern.encoding.pooling`; 1 leaves the embeddings as they are.
         dim: numbers kept of a vector; 128 is all of them.
-        settings: of `load_encoder`, by which mteb's files tell results apart; the pipeline tells its own apart by
-            folder.
-
-    Attributes:
-        page_count: pages that were encoded.
-        vector_count: vectors of those pages.
+        settings: of `load_encoder`, by which mteb's files tell results apart.
     """
 
     def __init__(
@@ -83,13 +78,10 @@ class ColIntern3_5Encoder(AbsEncoder):
     def encode(  # type: ignore[override]  # a list: one padded tensor would take the longest page's memory for each page
         self, inputs: DataLoader, *, task_metadata: TaskMetadata, prompt_type: PromptType | None = None, **kwargs: Any
     ) -> list[Tensor]:
-        """Encode queries or pages.
+        """Encode queries or pages to one (tokens, dim) float32 tensor each, on the CPU, in the loader's order.
 
         mteb hands the result to `similarity` untouched, so nothing is padded. mteb's prompts are ignored: a query is
         formatted by the processor alone, as in training.
-
-        Returns:
-            One (tokens, dim) float32 tensor for each query or page, on the CPU, in the loader's order.
 
         Raises:
             UserError: a page without an image, named by its id.
@@ -123,10 +115,9 @@ class ColIntern3_5Encoder(AbsEncoder):
         return rows
 
     def embed_images(self, images: list[Image.Image]) -> list[Tensor]:
-        """Embed page images, or take them from the cache; a batch as a whole, because its size decides the last bits.
+        """Embed page images to one (tokens, 128) float32 tensor each, on the CPU, neither pooled nor truncated.
 
-        Returns:
-            One (tokens, 128) float32 tensor for each, on the CPU, neither pooled nor truncated.
+        A batch is taken from the cache as a whole, because its size decides the last bits.
         """
         if self.features is None:
             return embed_pages(self.model, self.processor, images, len(images))

@@ -49,33 +49,19 @@ Scores = dict[str, dict[str, Any]]  # see `aggregate_scores`
 
 
 class QueryResult(NamedTuple):
-    """What a query scored.
+    """What a query scored."""
 
-    Attributes:
-        benchmark: label of the benchmark, "" while its task is evaluated.
-        task: mteb's name.
-        subset: mteb's: a language, or "default".
-        query_id: mteb's.
-        scores: value of each ranking metric.
-        rank: of the first relevant page, from 1; None if mteb's 1,000 best have none.
-        top_pages: ids, best first.
-        right_score: MaxSim of the best relevant page among those 1,000; None if there is none.
-        wrong_score: MaxSim of the best other page.
-        query: its words; None in results of older versions, as is the next.
-        top_names: of `top_pages` in the corpus, see `read_page_names`; None for a page without one.
-    """
-
-    benchmark: str
+    benchmark: str  # its label, "" while its task is evaluated
     task: str
-    subset: str
+    subset: str  # mteb's: a language, or "default"
     query_id: str
-    scores: Means
-    rank: int | None
-    top_pages: list[str]
-    right_score: float | None = None
-    wrong_score: float | None = None
-    query: str | None = None
-    top_names: list[str | None] | None = None
+    scores: Means  # value of each ranking metric
+    rank: int | None  # of the first relevant page, from 1; None if mteb's 1,000 best have none
+    top_pages: list[str]  # ids, best first
+    right_score: float | None = None  # MaxSim of the best relevant page among those 1,000; None if there is none
+    wrong_score: float | None = None  # ... of the best other page
+    query: str | None = None  # its words; None in results of older versions, as is the next
+    top_names: list[str | None] | None = None  # of `top_pages` in the corpus, see `read_page_names`
 
     @property
     def identity(self) -> tuple[str, str, str]:
@@ -115,45 +101,38 @@ def record_per_query(task: AbsTask, results: list[QueryResult]) -> AbsTask:
     copied: Any = copy.copy(task)  # mteb keeps one object for each task
     task_specific_scores = copied.task_specific_scores
 
-    def record_scores(scores: Any, qrels: Any, results_: Any, hf_split: str, hf_subset: str) -> dict[str, float]:
+    def record_scores(scores: Any, qrels: Any, rankings: Any, hf_split: str, hf_subset: str) -> dict[str, float]:
         """Record each query's scores, which mteb then averages and drops."""
         data = copied.dataset[hf_subset][hf_split]
         names = read_page_names(data["corpus"])
         words = dict(zip(data["queries"]["id"], data["queries"]["text"], strict=True))
         for query_id, values in scores.items():
-            result = _rank_pages(task.metadata.name, hf_subset, query_id, results_[query_id], qrels[query_id])
+            page_scores = rankings[query_id]
+            # Of equal scores the higher id goes first, as in trec_eval.
+            order = sorted(page_scores, key=lambda page: (page_scores[page], page), reverse=True)
+            best: dict[bool, int] = {}  # whether it is relevant -> position of the first such page
+            for position, page in enumerate(order):
+                best.setdefault(qrels[query_id].get(page, 0) > 0, position)
+            best_scores = {is_right: round(float(page_scores[order[i]]), 6) for is_right, i in best.items()}
             results.append(
-                result._replace(
+                QueryResult(
+                    benchmark="",
+                    task=task.metadata.name,
+                    subset=hf_subset,
+                    query_id=query_id,
                     scores={metric.key: round(values[metric.trec_name], 6) for metric in RANKING_METRICS},
+                    rank=best[True] + 1 if True in best else None,
+                    top_pages=order[:NUM_TOP_PAGES],
+                    right_score=best_scores.get(True),
+                    wrong_score=best_scores.get(False),
                     query=words[query_id],
-                    top_names=[names.get(page) for page in result.top_pages],
+                    top_names=[names.get(page) for page in order[:NUM_TOP_PAGES]],
                 )
             )
-        return task_specific_scores(scores, qrels, results_, hf_split=hf_split, hf_subset=hf_subset)
+        return task_specific_scores(scores, qrels, rankings, hf_split=hf_split, hf_subset=hf_subset)
 
     copied.task_specific_scores = record_scores
     return copied
-
-
-def _rank_pages(
-    task: str, subset: str, query_id: str, page_scores: Mapping[str, float], qrels: Mapping[str, int]
-) -> QueryResult:
-    # Of equal scores the higher id goes first, as in trec_eval.
-    order = sorted(page_scores, key=lambda page: (page_scores[page], page), reverse=True)
-    is_right = [qrels.get(page, 0) > 0 for page in order]
-    scores = [round(float(page_scores[page]), 6) for page in order]
-    first_right, first_wrong = (is_right.index(kind) if kind in is_right else None for kind in (True, False))
-    return QueryResult(
-        benchmark="",
-        task=task,
-        subset=subset,
-        query_id=query_id,
-        scores={},
-        rank=None if first_right is None else first_right + 1,
-        top_pages=order[:NUM_TOP_PAGES],
-        right_score=None if first_right is None else scores[first_right],
-        wrong_score=None if first_wrong is None else scores[first_wrong],
-    )
 
 
 def read_page_names(corpus: Dataset) -> dict[str, str]:
@@ -209,10 +188,11 @@ def _average_by_language(result: mteb.TaskResult) -> dict[str, Means]:
     """Average the scores of each language; the mean of all is under ""."""
     entries = [entry for split in result.scores.values() for entry in split]
     codes = [{code.partition("-")[0] for code in entry["languages"]} for entry in entries]
-    means = {"": average_metrics(entries)}
-    for language in sorted(set().union(*codes)):
-        means[language] = average_metrics([e for e, spoken in zip(entries, codes, strict=True) if language in spoken])
-    return means
+    groups = {"": entries} | {
+        language: [entry for entry, spoken in zip(entries, codes, strict=True) if language in spoken]
+        for language in sorted(set().union(*codes))
+    }
+    return {language: average_metrics(group) for language, group in groups.items()}
 
 
 def _aggregate_benchmark(tasks: dict[str, dict[str, Means]], sizes: Mapping[str, Means]) -> dict[str, Any]:

@@ -25,47 +25,24 @@ from colintern.reporting.plots import Bar
 from colintern.scoring.metrics import MAIN_METRIC
 
 EVALUATION_FOLDERS = ("results/mteb_evaluation", "results/evaluate/*", "results/evaluate/*/pool*-dim*")
-SETTINGS = (
-    "attention",
-    "dim",
-    "dtype",
-    "eval_batch_size",
-    "max_query_tokens",
-    "max_visual_tokens",
-    "pool_factor",
-    "threads",
-)
+SETTINGS = tuple("attention dim dtype eval_batch_size max_query_tokens max_visual_tokens pool_factor threads".split())
 FULL_SIZE = {"pool_factor": 1, "dim": 128}  # the embeddings as they are; see encoding/pooling.py
 RANK_RANGES = {"1": 1, "2 to 5": 5, "6 to 10": 10, "11 to 100": 100, "101 to 1,000": 1000}  # name -> last rank
 
 
 class Evaluation(NamedTuple):
-    """An evaluation as a report needs it.
+    """An evaluation as a report needs it."""
 
-    Attributes:
-        run: its run.json.
-        pairs: (label of a benchmark, task).
-        scores: see `aggregate_scores`.
-        queries: what each query scored.
-        before: what it scored before training, empty where that is not known.
-        mteb_version: by which it was made.
-    """
-
-    run: dict[str, Any]
-    pairs: list[tuple[str, AbsTask]]
+    run: dict[str, Any]  # its run.json
+    pairs: list[tuple[str, AbsTask]]  # (label of a benchmark, task)
     scores: Scores
     queries: list[QueryResult]
-    before: list[QueryResult]
+    before: list[QueryResult]  # training; empty where that is not known
     mteb_version: str
 
 
 def find_evaluation(revision: str, given: Path | None, settings: dict[str, Any] | None = None) -> Path:
-    """Find the folder of the evaluation of the model with this revision.
-
-    Args:
-        revision: of the model's weights.
-        given: the folder, None to look for it.
-        settings: under which it was evaluated.
+    """Find the folder of the evaluation of the model with this revision, made with these settings.
 
     Raises:
         UserError: `given` holds none or that of another model, or none is found.

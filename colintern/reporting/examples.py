@@ -21,7 +21,6 @@ from colintern.reporting.heatmaps import (
     SimilarityMap,
     compute_saliency,
     compute_similarity_map,
-    compute_token_layout,
     encode_heatmaps,
     encode_picture,
 )
@@ -31,45 +30,26 @@ MAX_WRONG_PAGES = 2  # shown of a query
 
 
 class QueryToken(NamedTuple):
-    """A token of a query.
-
-    Attributes:
-        text: as people read it.
-        is_own: the user's, not of the prefix and the augmentation that every query has.
-        lead: what it adds to the first page's score less what it adds to the second's.
-    """
+    """A token of a query."""
 
     text: str
-    is_own: bool
-    lead: float | None = None
+    is_own: bool  # the user's, not of the prefix and the augmentation that every query has
+    lead: float | None = None  # what it adds to the first page's score less what it adds to the second's
 
 
 class PageView(NamedTuple):
-    """A page as the templates show it.
-
-    Attributes:
-        name: of the page.
-        link: URL of its file, or "".
-        caption: such as its rank.
-        kind: right, wrong or found.
-        score: MaxSim.
-        picture: data URI.
-        size: (width, height) of the page in pixels.
-        heat: see `encode_heatmaps`; first the map of the whole query, then one for each token.
-        small: the same of its thumbnail, "" where there is none.
-        elsewhere: number of query tokens whose best match is in the thumbnail or in the prompt, not in a tile.
-    """
+    """A page as the templates show it."""
 
     name: str
-    link: str
+    link: str  # URL of its file, or ""
     caption: str
-    kind: str
-    score: float
-    picture: str
-    size: tuple[int, int]
-    heat: str
-    small: str
-    elsewhere: int
+    kind: str  # right, wrong or found
+    score: float  # MaxSim
+    picture: str  # data URI
+    size: tuple[int, int]  # (width, height) of the page in pixels
+    heat: str  # see `encode_heatmaps`; first the map of the whole query, then one for each token
+    small: str  # the same of its thumbnail, "" where there is none
+    elsewhere: int  # query tokens whose best match is in the thumbnail or in the prompt, not in a tile
 
 
 class QueryExample(NamedTuple):
@@ -82,25 +62,15 @@ class QueryExample(NamedTuple):
 
 
 class RankedPage(NamedTuple):
-    """A page to explain.
-
-    Attributes:
-        name: of the page.
-        caption: such as its rank.
-        kind: right, wrong or found.
-        image: of the page.
-        embedding: (tokens, dim), from which maps are made.
-        ranked: (fewer, dim), pooled, from which scores come; None: `embedding`.
-        link: URL of its file, or "".
-    """
+    """A page to explain."""
 
     name: str
     caption: str
-    kind: str
+    kind: str  # right, wrong or found
     image: Image.Image
-    embedding: Tensor
-    ranked: Tensor | None = None
-    link: str = ""
+    embedding: Tensor  # (tokens, dim), from which maps are made
+    ranked: Tensor | None = None  # (fewer, dim), pooled, from which scores come; None: `embedding`
+    link: str = ""  # URL of its file
 
 
 def split_query(processor: Any, query: str) -> list[QueryToken]:
@@ -126,17 +96,14 @@ def explain_query(
     """
     tokens = split_query(processor, query)
     own = [i for i, token in enumerate(tokens) if token.is_own] or list(range(len(tokens)))
-    maps = [
-        compute_similarity_map(embedding, page.embedding, compute_token_layout(processor, page.image.size))
-        for page in pages
-    ]
+    maps = [compute_similarity_map(processor, embedding, page.embedding, page.image.size) for page in pages]
     # First a map of the query's own words together, then one for each token.
     parts = [[torch.cat([compute_saliency(part[own])[None], part]) for part in _list_parts(found)] for found in maps]
     values = torch.cat([part.flatten(1) for page_parts in parts for part in page_parts], dim=1)
     low = values.mean(dim=1)[:, None, None]
     span = (values.amax(dim=1) - values.mean(dim=1)).clamp(min=1e-6)[:, None, None]
     best = [
-        found.best if page.ranked is None else (embedding.float() @ page.ranked.float().T).amax(dim=1)
+        found.best_scores if page.ranked is None else (embedding.float() @ page.ranked.float().T).amax(dim=1)
         for page, found in zip(pages, maps, strict=True)
     ]
     views = []
@@ -199,12 +166,6 @@ def explain_failures(
     encoder: ColIntern3_5Encoder, tasks: Sequence[AbsTask], results: Sequence[QueryResult], number: int
 ) -> tuple[list[QueryExample], int]:
     """Explain the first `number` of the results, each query beside its right page and the wrong pages found before it.
-
-    Args:
-        encoder: the model that was evaluated.
-        tasks: those of the results.
-        results: see `select_worst_queries`.
-        number: of examples.
 
     Returns:
         The examples, and how many queries were passed over, because no page is right for them.

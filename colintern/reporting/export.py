@@ -94,14 +94,7 @@ def push_model(folder: Path, name: str) -> str:
 
 
 def render_model_card(name: str, revision: str, identity: dict[str, Any], evaluation: Evaluation | None) -> str:
-    """Render README.md with the results where the hub reads them; without an evaluation the card says that it has none.
-
-    Args:
-        name: of the model.
-        revision: of the adapter's weights.
-        identity: the adapter's identity.json.
-        evaluation: of the adapter.
-    """
+    """Render README.md with the results where the hub reads them; without an evaluation the card says so."""
     base = identity["base"]
     data = ModelCardData(
         model_name=name,

@@ -1,9 +1,4 @@
-"""Show where on a page a query's tokens match: similarities in the order of the page, pages and heatmaps as images.
-
-A page's visual tokens come tile by tile, tiles row by row, the thumbnail last, and within a tile row by row:
-InternVL's pixel unshuffle joins 2 x 2 patches into one token and turns the axes back at its end, so a token's number is
-its row times the tile's width plus its column. tests/test_heatmaps.py checks that with the real tower.
-"""
+"""Show where on a page a query's tokens match: similarities in the order of the page, pages and heatmaps as images."""
 
 import base64
 import io
@@ -15,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from colintern.modeling.images import rgb
-from colintern.modeling.tiling import Grid
 
 MAX_SIDE = 900  # pixels of a picture's longer side: text of 10 points on A4 can be read
 QUALITY = 60
@@ -24,40 +18,15 @@ RAMP = ((255, 255, 255), (255, 236, 168), (255, 190, 85), (250, 120, 60), (214, 
 NUM_SHADES = 32
 
 
-class TokenLayout(NamedTuple):
-    """Order of a page's tokens.
-
-    Attributes:
-        grid: tiles of the page.
-        side: tokens across, and down, a tile.
-        first: position of the first visual token.
-    """
-
-    grid: Grid
-    side: int
-    first: int
-
-    @property
-    def num_visual(self) -> int:
-        """Return the number of visual tokens of the page, those of a thumbnail included."""
-        return self.grid.tiles * self.side**2
-
-
 class SimilarityMap(NamedTuple):
-    """Dot products of a query's tokens with a page's.
+    """Dot products of a query's tokens with a page's."""
 
-    Attributes:
-        page: (query tokens, rows, columns) in true page order.
-        thumbnail: (query tokens, side, side), the whole page seen small; None where the page has none.
-        rest: (query tokens, n), the prompt around the tiles.
-    """
-
-    page: Tensor
-    thumbnail: Tensor | None
-    rest: Tensor
+    page: Tensor  # (query tokens, rows, columns) in true page order
+    thumbnail: Tensor | None  # (query tokens, side, side), the whole page seen small; None where the page has none
+    rest: Tensor  # (query tokens, n), the prompt around the tiles
 
     @property
-    def best(self) -> Tensor:
+    def best_scores(self) -> Tensor:
         """Return (query tokens,): what each adds to the MaxSim score, wherever on the page it matches."""
         parts = [self.page, self.thumbnail, self.rest]
         return torch.cat([part.flatten(1) for part in parts if part is not None], dim=1).amax(dim=1)
@@ -65,45 +34,37 @@ class SimilarityMap(NamedTuple):
     @property
     def is_on_page(self) -> Tensor:
         """Return (query tokens,) bool: best match in a tile of the page, not in its thumbnail or the prompt."""
-        return self.page.flatten(1).amax(dim=1) >= self.best
+        return self.page.flatten(1).amax(dim=1) >= self.best_scores
 
 
-def compute_token_layout(processor: Any, image_size: tuple[int, int]) -> TokenLayout:
-    """Compute how the processor orders the tokens of a page of `image_size` = (width, height) pixels."""
-    width, height = image_size
-    grid = processor.grid((height, width))
-    tokens = processor.page_tokens([grid.tiles])
-    first = int(processor.get_image_mask(tokens)[0].int().argmax())
-    return TokenLayout(grid, round(processor.image_seq_length**0.5), first)
-
-
-def compute_similarity_map(query: Tensor, page: Tensor, layout: TokenLayout) -> SimilarityMap:
+def compute_similarity_map(processor: Any, query: Tensor, page: Tensor, image_size: tuple[int, int]) -> SimilarityMap:
     """Compute the similarity of each token of a query with each place of a page.
 
-    Example: of a page of 2 x 1 tiles with 2 x 2 tokens each, visual tokens 0 1 / 2 3 are the left tile, 4 5 / 6 7 the
-    right one, and the map's rows are 0 1 4 5 and 2 3 6 7.
-
     Args:
+        processor: of the model.
         query: (query tokens, dim).
         page: (page tokens, dim), all of a page's tokens as the model gives them, padding taken off.
-        layout: see `compute_token_layout`.
+        image_size: (width, height) of the page in pixels.
 
     Raises:
-        ValueError: a page with fewer tokens than its layout has.
+        ValueError: a page with another number of tokens than the processor gives it.
     """
-    first, last = layout.first, layout.first + layout.num_visual
-    if query.dim() != 2 or page.dim() != 2 or len(page) < last:
+    width, height = image_size
+    is_visual = processor.get_image_mask(processor.page_tokens([processor.grid((height, width)).tiles]))[0]
+    if query.dim() != 2 or page.dim() != 2 or len(page) != len(is_visual):
         raise ValueError(
-            f"query {tuple(query.shape)} and page {tuple(page.shape)}: expected (tokens, dim) of each, and of the page "
-            f"{layout.num_visual} visual tokens from token {first} on"
+            f"query {tuple(query.shape)} and page {tuple(page.shape)}: expected (tokens, dim) of each, and "
+            f"{len(is_visual)} tokens of a page of {width} x {height} pixels"
         )
-    products = query.float() @ page.float().T
-    cols, rows, side = layout.grid.cols, layout.grid.rows, layout.side
-    tiles = products[:, first:last].reshape(len(query), layout.grid.tiles, side, side)
-    cells = tiles[:, : cols * rows].reshape(len(query), rows, cols, side, side)
-    cells = cells.permute(0, 1, 3, 2, 4).reshape(len(query), rows * side, cols * side)
-    rest = torch.cat([products[:, :first], products[:, last:]], dim=1)
-    return SimilarityMap(cells, tiles[:, -1] if layout.grid.thumbnail else None, rest)
+    products = (query.float() @ page.float().T).T
+    cells = processor.rearrange_image_embeddings(products, is_visual, processor.get_n_patches((height, width)))
+    thumbnail = products[is_visual][cells.shape[0] * cells.shape[1] :]
+    side = round(processor.image_seq_length**0.5)
+    return SimilarityMap(
+        cells.permute(2, 1, 0),
+        thumbnail.T.reshape(len(query), side, side) if len(thumbnail) else None,
+        products[~is_visual].T,
+    )
 
 
 def find_hottest_box(grid: Tensor, image_size: tuple[int, int]) -> tuple[float, float, float, float]:

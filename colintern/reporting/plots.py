@@ -38,23 +38,14 @@ AXES_STYLE = {
 
 
 class Bar(NamedTuple):
-    """A score, 0 to 100, with its interval.
-
-    Attributes:
-        name: of the task or benchmark.
-        value: the score.
-        low: lower end of its interval.
-        high: upper end.
-        before: score before training, None if unknown.
-        others: published scores.
-    """
+    """A score, 0 to 100, with its interval."""
 
     name: str
     value: float
     low: float
     high: float
-    before: float | None
-    others: list[float]
+    before: float | None  # training; None if unknown
+    others: list[float]  # published scores
 
 
 def plot_curve(points: Sequence[tuple[float, float]], title: str, is_marked: bool = False) -> str:
@@ -128,13 +119,9 @@ def _label_histogram(axes: Axes, label: str) -> None:
 
 
 def draw_svg(draw: Callable[[Axes], None], title: str, wide: float = 5.4, high: float = 3.3) -> str:
-    """Draw a plot as an HTML picture: an SVG image for light pages and one for dark ones, in the file itself.
+    """Draw a plot of `wide` by `high` inches as an HTML picture: an SVG for light pages and one for dark ones.
 
-    Args:
-        draw: draws on the axes, in the colours FIRST, SECOND, THIRD, INK and FAINT.
-        title: text for those who do not see the plot.
-        wide: inches.
-        high: inches.
+    `draw` uses the colours FIRST, SECOND, THIRD, INK and FAINT; `title` is for those who do not see the plot.
     """
     urls = {}
     for theme, colours in THEMES.items():

@@ -40,15 +40,7 @@ GOOD_VERDICT = "learned"
 def render_report(
     folder: Path, model: EvalModel, evaluation: Evaluation, examples: list[QueryExample], num_passed: int
 ) -> str:
-    """Render the HTML; the same inputs give the same bytes.
-
-    Args:
-        folder: of the model.
-        model: that was evaluated.
-        evaluation: of it.
-        examples: see `explain_failures`.
-        num_passed: see `explain_failures`.
-    """
+    """Render the HTML, with what `explain_failures` returned; the same inputs give the same bytes."""
     size = get_embedding_size(evaluation.run)
     return render_html(
         "report.html",

@@ -15,21 +15,13 @@ if TYPE_CHECKING:  # the command line reads the table before torch is loaded
 
 
 class RankingMetric(NamedTuple):
-    """A metric of a ranking.
+    """A metric of a ranking."""
 
-    Attributes:
-        key: its name in metric files, plots and mteb's results.
-        title: its name in texts.
-        column: its name at the top of a column in the terminal.
-        trec_name: its name in trec_eval, which mteb computes it with.
-        cutoff: number of pages at the top of the ranking that it looks at.
-    """
-
-    key: str
-    title: str
-    column: str
-    trec_name: str
-    cutoff: int
+    key: str  # in metric files, plots and mteb's results
+    title: str  # in texts
+    column: str  # at the top of a column in the terminal
+    trec_name: str  # in trec_eval, which mteb computes it with
+    cutoff: int  # pages at the top of the ranking that it looks at
 
 
 RANKING_METRICS = (

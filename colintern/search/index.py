@@ -37,14 +37,7 @@ LIBRARIES = ("torch", "torchvision", "transformers", "pillow", "peft")
 
 
 def get_index_identity(weights: str, base: Any, model: Any, processor: Any) -> dict[str, Any]:
-    """Return all that decides a page's embedding, besides the page.
-
-    Args:
-        weights: hash of the adapter or merged folder.
-        base: the base's entry in the manifest.
-        model: that embeds.
-        processor: of the model.
-    """
+    """Return all that decides a page's embedding, besides the page; `weights`: hash of the model's folder."""
     return {
         "weights": weights,
         "base": base,

@@ -24,19 +24,12 @@ MAX_REASONS = 3  # named in an error
 
 
 class PageSource(NamedTuple):
-    """A page to search.
-
-    Attributes:
-        name: for people.
-        path: its file.
-        page: its number in a PDF from 0, None for an image.
-        key: of the file's content, the page and what renders it: where it is known the page need not be rendered.
-    """
+    """A page to search."""
 
     name: str
     path: Path
-    page: int | None
-    key: str
+    page: int | None  # in a PDF, from 0; None for an image
+    key: str  # of the file's content, the page and what renders it: where it is known the page need not be rendered
 
     @property
     def link(self) -> str:
