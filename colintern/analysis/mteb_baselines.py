@@ -1,4 +1,4 @@
-"""Evaluate other people's late-interaction models beside ours, as mteb knows and loads them.
+"""Find other people's late-interaction models in mteb's registry, for comparison.
 
 Embeddings, formats and scores are those of mteb's loader, at the revision that mteb pins: what its leaderboard shows.
 """

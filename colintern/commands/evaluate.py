@@ -18,6 +18,7 @@ SUMMARY = "evaluate an adapter, a merged model or one on the hub; the rest is as
 MODEL = "folder of an adapter or a merged model, a hub id as ID@COMMIT, or a late-interaction model that mteb knows"
 SIZES_FILE, SIZES_PLOT = "sizes.csv", "sizes.svg"
 MAX_POOL_FACTOR, MAX_DIM = 64, 128
+SIZE_OPTIONS = {"pool-factor": "vectors of a tile that are made into one", "dim": "numbers kept of a vector"}
 EXAMPLE = 'colintern evaluate experiments/colintern --benchmarks "ViDoRe(v2)" --batch-size 16'
 
 
@@ -27,10 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--benchmarks", nargs="+", metavar="NAME", help="as in params.yaml (default: those in it)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="default: eval_batch_size of params.yaml")
     several = "of several, all are evaluated (default: params.yaml's)"
-    for name, text in (
-        ("pool-factor", "vectors of a tile that are made into one"),
-        ("dim", "numbers kept of a vector"),
-    ):
+    for name, text in SIZE_OPTIONS.items():
         parser.add_argument(f"--{name}", type=int, nargs="+", metavar="N", help=f"{text}; {several}")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: results/evaluate/<model>-<revision>")
 

@@ -41,13 +41,10 @@ QUERIES_FILE, SIZE_FILE = "queries.parquet", "size.json"
 
 
 def evaluate_models(models: Mapping[str, EvalModel], params: Params, out: Path) -> dict[str, Scores]:
-    """Evaluate models on every task of `params.benchmarks`.
+    """Evaluate models, "trained" and, if it is to be evaluated, "untrained", on every task of `params.benchmarks`.
 
-    Args:
-        models: "trained" and, if it is to be evaluated, "untrained".
-        params: benchmarks, batch size, threads, dim.
-        out: replaced by a folder with mteb's files, results/<organisation>__<model>/<revision>/<task>.json, what each
-            query scored, queries/<trained or untrained>.parquet, and run.json, the settings; whole or not at all.
+    `out` is replaced by a folder with mteb's files, results/<organisation>__<model>/<revision>/<task>.json, the results
+    of each query, queries/<trained or untrained>.parquet, and run.json, the settings; complete or not at all.
 
     Returns:
         {"trained": scores, "untrained": scores}, see `results.aggregate_scores`.
@@ -83,12 +80,9 @@ def evaluate_models(models: Mapping[str, EvalModel], params: Params, out: Path) 
 
 
 def run_or_load(model: EvalModel, tasks: Sequence[AbsTask], batch_size: int, dim: int) -> dict[str, Path]:
-    """Find the finished tasks of a model, and run the others.
+    """Return the folder of each task, with mteb's files and the queries' results; run those that are not finished.
 
     A folder gets its name when all is in it, so what a killed run left half-done is never taken.
-
-    Returns:
-        The folder of each task, by its name, with mteb's files and the queries' results.
     """
     store = root() / ".scratch" / f"eval-{fingerprint(model.identity)[:16]}"
     encoder = None

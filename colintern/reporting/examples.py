@@ -91,8 +91,8 @@ def explain_query(
 ) -> QueryExample:
     """Explain a query of embedding (query tokens, dim).
 
-    A place is as hot for a token as it stands out: from the mean over all pages shown to the highest of them, so that
-    the same heat means the same similarity on each of them.
+    A token's heat grows from its mean similarity over all pages shown to the highest one, so that the same heat means
+    the same similarity on each page.
     """
     tokens = split_query(processor, query)
     own = [i for i, token in enumerate(tokens) if token.is_own] or list(range(len(tokens)))
@@ -142,19 +142,18 @@ class EvaluationCorpus:
         loaded.convert_v1_dataset_format_to_v2(num_proc=1)
         self.subsets = loaded.dataset
         self.documents = getattr(task, "documents", "")  # folder of the pages' files
-        self.positions: dict[int, dict[str, int]] = {}  # of a table -> of an id
-        self.names: dict[int, dict[str, str]] = {}
+        self.rows: dict[tuple[str, str], dict[str, tuple[Dataset, int]]] = {}
+        self.names: dict[str, dict[str, str]] = {}  # of a subset's pages
 
     def read_row(self, subset: str, kind: str, key: str) -> dict[str, Any]:
         """Look up a row of the corpus or the queries (`kind`); `name` is a page's file name, None if it has none."""
-        for split in self.subsets[subset].values():
-            table: Dataset = split[kind]
-            positions = self.positions.setdefault(id(table), {name: i for i, name in enumerate(table["id"])})
-            if key in positions:
-                if kind == "corpus" and id(table) not in self.names:
-                    self.names[id(table)] = read_page_names(table)
-                return table[positions[key]] | {"name": self.names.get(id(table), {}).get(key)}
-        raise KeyError(f"{kind} {key}")
+        if (subset, kind) not in self.rows:
+            tables = [split[kind] for split in self.subsets[subset].values()]
+            self.rows[subset, kind] = {id: (table, i) for table in tables for i, id in enumerate(table["id"])}
+            if kind == "corpus":
+                self.names[subset] = {id: name for table in tables for id, name in read_page_names(table).items()}
+        table, position = self.rows[subset, kind][key]
+        return table[position] | {"name": self.names.get(subset, {}).get(key)}
 
     def list_right_pages(self, subset: str, query: str) -> list[str]:
         """Return the ids of the pages that answer a query."""

@@ -67,7 +67,7 @@ def export_model(params: Params, folder: Path, out: Path, name: str) -> str:
 
 
 def _find_evaluation_of_export(params: Params, revision: str) -> tuple[Evaluation | None, str]:
-    """Find one of embeddings in full size, under the bounds and in the type that the folder gets; or say why not."""
+    """Find one of embeddings in full size, with the bounds and the type of the exported model; or return why not."""
     bounds = {"max_query_tokens": params.max_query_tokens, "max_visual_tokens": params.max_visual_tokens}
     try:
         folder = find_evaluation(revision, None, FULL_SIZE | bounds | {"dtype": params.dtype})
@@ -80,7 +80,7 @@ def push_model(folder: Path, name: str) -> str:
     """Upload the folder to the hub's repository `name`, and return the URL of the commit.
 
     Raises:
-        UserError: what the hub says, such as a token that may not write.
+        UserError: the hub refuses, for example a token without the right to write.
     """
     print_phase(f"export: pushing {folder} to {name}")
     api = HfApi()
