@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from colintern.analysis.significance import (
     NUM_RESAMPLES,
@@ -16,7 +16,7 @@ from colintern.analysis.significance import (
 from colintern.core.errors import UserError
 from colintern.core.page_labels import fit_columns, label_page, label_query, pad_columns
 from colintern.core.terminal import TERMINAL_COLUMNS
-from colintern.evaluation.results import QUERY_KEY, QueryResult, read_query_results, shorten_task_name
+from colintern.evaluation.results import QUERY_KEY, QueryResult, RunInfo, read_query_results, shorten_task_name
 
 EVALUATION = "results/mteb_evaluation"
 RUN_FILE, QUERIES_FILE = "run.json", "queries/trained.parquet"
@@ -32,7 +32,7 @@ class EvalRun(NamedTuple):
     """An evaluation. `run`: its run.json (revision, params, data). `queries`: what each query scored."""
 
     name: str
-    run: dict[str, Any]
+    run: RunInfo
     queries: list[QueryResult]
 
 
@@ -66,7 +66,7 @@ class EvalComparison(NamedTuple):
     metric: str
     rows: list[ScoreComparison]
     changed: list[ChangedQuery]  # the most changed first
-    params: dict[str, tuple[Any, Any]]  # key -> values in a and in b, None where there is none
+    params: dict[str, tuple[object, object]]  # key -> values in a and in b, None where there is none
     left_out: dict[str, str]  # task -> why it is not compared
 
 
@@ -223,7 +223,7 @@ def _select_changed_queries(
     return changed
 
 
-def comparison_to_dict(comparison: EvalComparison) -> dict[str, Any]:
+def comparison_to_dict(comparison: EvalComparison) -> dict[str, object]:
     """Return all of it, for programs; scores 0 to 1."""
     rows = [row._asdict() | {"difference": row.difference, "verdict": row.verdict} for row in comparison.rows]
     changed = []
@@ -342,7 +342,7 @@ def _format_ranks(query: ChangedQuery) -> str:
     return " -> ".join(str(rank or "none") for rank in (query.before.rank, query.after.rank))
 
 
-def _list_settings(comparison: EvalComparison) -> list[tuple[Any, ...]]:
+def _list_settings(comparison: EvalComparison) -> list[tuple[object, ...]]:
     return [
         (key, *("none" if value is None else value for value in values)) for key, values in comparison.params.items()
     ]

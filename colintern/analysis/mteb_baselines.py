@@ -5,7 +5,6 @@ Embeddings, formats and scores are those of mteb's loader, at the revision that 
 
 import difflib
 from importlib.metadata import version
-from typing import Any
 
 import mteb
 from mteb.models import ModelMeta
@@ -41,7 +40,7 @@ def find_mteb_baseline(params: Params, model: str) -> EvalModel | None:
             f"own; give --pool-factor 1 --dim 128"
         )
 
-    def load_encoder() -> Any:
+    def load_encoder() -> object:
         try:
             return mteb.get_model(name, revision=meta.revision)
         except (ImportError, OSError) as error:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from colintern.ingest.collected import Bad
+    from colintern.modeling.processing_colintern import ColIntern3_5Processor
     from colintern.search.index import PageIndex
     from colintern.search.sources import PageSource
 
@@ -99,7 +100,7 @@ def _print_left_out(bad: "list[Bad]") -> None:
 def _show_ranking(
     args: argparse.Namespace,
     index: "PageIndex",
-    processor: Any,
+    processor: "ColIntern3_5Processor",
     embedding: "Tensor",
     ranking: "list[tuple[PageSource, float]]",
 ) -> None:

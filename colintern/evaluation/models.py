@@ -36,8 +36,8 @@ class EvalModel(NamedTuple):
     name: str  # "organisation/model" in mteb's files, as is the next
     revision: str
     identity: dict[str, Any]  # all that decides its scores but the data
-    params: dict[str, Any]  # what it was trained with, as far as is known
-    load_encoder: Callable[[], Any]
+    params: dict[str, object]  # what it was trained with, as far as is known
+    load_encoder: Callable[[], Any]  # ColIntern3_5Encoder, or what mteb loads
 
 
 def make_eval_models(params: Params, folder: Path) -> dict[str, EvalModel]:
@@ -54,9 +54,9 @@ def make_eval_models(params: Params, folder: Path) -> dict[str, EvalModel]:
     """
     if not is_adapter(folder) and (folder / "config.json").is_file():
         require_merged(folder)
-        weights: dict[str, Any] = {"merged": content_hash(folder)}
+        digest = content_hash(folder)
         loader = partial(load_merged, params, folder)
-        return {"trained": _make_model(params, folder, MODEL_NAME, weights["merged"][:40], weights, {}, loader)}
+        return {"trained": _make_model(params, folder, MODEL_NAME, digest[:40], {"merged": digest}, {}, loader)}
     require_adapter(folder)
     base = ensure_base(params)
     require_base(params, folder)
@@ -77,8 +77,8 @@ def _make_model(
     folder: Path,
     name: str,
     revision: str,
-    weights: dict[str, Any],
-    trained_with: dict[str, Any],
+    weights: dict[str, object],
+    trained_with: dict[str, object],
     load_model: Callable[[], nn.Module],
 ) -> EvalModel:
     settings = {  # the sizes of the caches are not among them, because they change no result
@@ -91,7 +91,7 @@ def _make_model(
         "threads": params.threads,
     }
     sizes = {"pool_factor": params.pool_factor, "dim": params.dim}
-    identity = weights | {"kernel": get_kernel_entry(params.attention), "params": settings | sizes}
+    identity: dict[str, Any] = weights | {"kernel": get_kernel_entry(params.attention), "params": settings | sizes}
     identity |= get_runtime_identity()
 
     def load_encoder() -> ColIntern3_5Encoder:
@@ -109,7 +109,7 @@ def _make_model(
     return EvalModel(name, revision, identity, trained_with, load_encoder)
 
 
-def get_runtime_identity() -> dict[str, Any]:
+def get_runtime_identity() -> dict[str, object]:
     """Return what decides scores beside the model and its settings: code, libraries, device."""
     return {
         "code": stage_code("eval"),

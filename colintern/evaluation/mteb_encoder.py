@@ -8,6 +8,7 @@ In a program of your own, in any working folder, without a params.yaml:
     model = mteb.get_model("colintern/mine", pool_factor=3)
 """
 
+from collections.abc import Mapping
 from functools import partial
 from hashlib import sha256
 from inspect import signature
@@ -32,6 +33,7 @@ from colintern.encoding.pooling import cut, pool
 from colintern.encoding.tensor_cache import TensorCache
 from colintern.modeling.alone import Alone
 from colintern.modeling.loading import read_processor
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.scoring.maxsim import maxsim_scores
 
 LENGTHS_SUFFIX = "-lengths"  # of the key under which a batch's numbers of vectors a page are cached
@@ -56,14 +58,14 @@ class ColIntern3_5Encoder(AbsEncoder):
     def __init__(
         self,
         model: nn.Module,
-        processor: Any,
+        processor: ColIntern3_5Processor,
         name: str,
         revision: str,
         features: PageFeatures | None = None,
         embeddings: TensorCache | None = None,
         pool_factor: int = 1,
         dim: int = 128,
-        settings: dict[str, Any] | None = None,
+        settings: Mapping[str, object] | None = None,
     ):
         self.model = model
         self.processor = processor
@@ -138,7 +140,7 @@ class ColIntern3_5Encoder(AbsEncoder):
         return maxsim_scores(list(embeddings1), list(embeddings2), next(self.model.parameters()).device)
 
 
-def _make_meta(name: str, revision: str, settings: dict[str, Any], **fields: Any) -> ModelMeta:
+def _make_meta(name: str, revision: str, settings: Mapping[str, object], **fields: object) -> ModelMeta:
     # Those that decide scores and are not the default's: mteb's cache would give one setting's score for another's, if
     # name and revision were all.
     defaults = {key: parameter.default for key, parameter in signature(load_encoder).parameters.items()}
@@ -199,7 +201,7 @@ def load_encoder(
             raise UserError(f"{key}: {value} is not valid; it must be 1 to {MAX_SIZES[key]}")
     source = Alone.at(model)
     loaded = source.load(base, dtype, merge, device)
-    bounds: dict[str, Any] = {"max_visual_tokens": max_visual_tokens, "max_query_tokens": max_query_tokens}
+    bounds = {"max_visual_tokens": max_visual_tokens, "max_query_tokens": max_query_tokens}
     given = {key: value for key, value in bounds.items() if value is not None}
     processor = read_processor(source.folder, loaded, **given)
     settings = {"dtype": dtype, "merge": merge, **bounds, "pool_factor": pool_factor, "dim": dim}

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -46,6 +46,16 @@ QUERY_SCHEMA = pa.schema(
 
 Means = dict[str, float]
 Scores = dict[str, dict[str, Any]]  # see `aggregate_scores`
+
+
+class RunInfo(TypedDict):
+    """The run.json of an evaluation."""
+
+    revision: str  # of the trained model
+    params: dict[str, Any]  # of training and evaluation
+    data: dict[str, str]  # revision of each task
+    size: dict[str, Means]  # of each task, see `compute_page_size`
+    folders: NotRequired[dict[str, str]]  # of the pages' files, for tasks made from documents
 
 
 class QueryResult(NamedTuple):
@@ -101,7 +111,13 @@ def record_per_query(task: AbsTask, results: list[QueryResult]) -> AbsTask:
     copied: Any = copy.copy(task)  # mteb keeps one object for each task
     task_specific_scores = copied.task_specific_scores
 
-    def record_scores(scores: Any, qrels: Any, rankings: Any, hf_split: str, hf_subset: str) -> dict[str, float]:
+    def record_scores(
+        scores: Mapping[str, Means],
+        qrels: Mapping[str, Mapping[str, int]],
+        rankings: Mapping[str, Means],
+        hf_split: str,
+        hf_subset: str,
+    ) -> Means:
         """Record each query's scores, which mteb then averages and drops."""
         data = copied.dataset[hf_subset][hf_split]
         names = read_page_names(data["corpus"])
@@ -215,7 +231,7 @@ def _round_task(by_language: dict[str, Means]) -> dict[str, Any]:
     return round_metrics(by_language[""]) | ({"languages": languages} if len(languages) > 1 else {})
 
 
-def average_metrics(rows: Sequence[Mapping[str, Any]]) -> Means:
+def average_metrics(rows: Sequence[Mapping[str, float]]) -> Means:
     """Compute the mean of each metric."""
     return {metric: sum(float(row[metric]) for row in rows) / len(rows) for metric in METRIC_KEYS}
 
@@ -240,7 +256,7 @@ def add_untrained_means(trained: Scores, untrained: Scores | None) -> Scores:
     }
 
 
-def summarize_scores(trained: Scores) -> dict[str, Any]:
+def summarize_scores(trained: Scores) -> dict[str, object]:
     """Return the content of metrics/eval.json: the mean of each metric over all tasks, and each task's scores.
 
     The tasks are a list, which DVC leaves out of its tables: as keys, they would add columns to `dvc metrics show` and
@@ -255,7 +271,7 @@ def summarize_scores(trained: Scores) -> dict[str, Any]:
     }
 
 
-def list_task_rows(trained: Scores) -> list[dict[str, Any]]:
+def list_task_rows(trained: Scores) -> list[dict[str, object]]:
     """Return one row with `TASK_COLUMNS` for each task of the trained model, for plots."""
     return [
         {"task": shorten_task_name(task)} | {key: values[key] for key in TASK_COLUMNS[1:]}
@@ -264,7 +280,7 @@ def list_task_rows(trained: Scores) -> list[dict[str, Any]]:
     ]
 
 
-def list_benchmark_rows(by_model: dict[str, Scores]) -> list[dict[str, Any]]:
+def list_benchmark_rows(by_model: dict[str, Scores]) -> list[dict[str, object]]:
     """Return one row for each benchmark and model, for plots: the benchmark's mean, labelled with both."""
     return [
         {"mean": f"{benchmark}, {model}"} | {key: scores[benchmark][key] for key in METRIC_KEYS}

@@ -20,6 +20,7 @@ from colintern.evaluation.models import EvalModel
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.evaluation.results import (
     QueryResult,
+    RunInfo,
     Scores,
     aggregate_scores,
     compute_page_size,
@@ -66,7 +67,7 @@ def evaluate_models(models: Mapping[str, EvalModel], params: Params, out: Path) 
         scores[which] = aggregate_scores(pairs, results, sizes)
         _copy_results(partial, which, pairs, folders)
     trained = models["trained"]
-    run = {
+    run: RunInfo = {
         "revision": trained.revision,
         "params": trained.params | trained.identity["params"] | {"benchmarks": list(params.benchmarks)},
         "data": {name: task.metadata.dataset["revision"] for name, task in tasks.items()},

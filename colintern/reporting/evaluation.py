@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mteb
 from mteb.abstasks.abstask import AbsTask
@@ -15,6 +15,7 @@ from colintern.core.errors import UserError
 from colintern.data.benchmarks import tasks_for
 from colintern.evaluation.results import (
     QueryResult,
+    RunInfo,
     Scores,
     aggregate_scores,
     read_query_results,
@@ -33,7 +34,7 @@ RANK_RANGES = {"1": 1, "2 to 5": 5, "6 to 10": 10, "11 to 100": 100, "101 to 1,0
 class Evaluation(NamedTuple):
     """An evaluation as a report needs it."""
 
-    run: dict[str, Any]  # its run.json
+    run: RunInfo
     pairs: list[tuple[str, AbsTask]]  # (label of a benchmark, task)
     scores: Scores
     queries: list[QueryResult]
@@ -41,7 +42,7 @@ class Evaluation(NamedTuple):
     mteb_version: str
 
 
-def find_evaluation(revision: str, given: Path | None, settings: dict[str, Any] | None = None) -> Path:
+def find_evaluation(revision: str, given: Path | None, settings: dict[str, object] | None = None) -> Path:
     """Find the folder of the evaluation of the model with this revision, made with these settings.
 
     Raises:
@@ -70,11 +71,11 @@ def find_evaluation(revision: str, given: Path | None, settings: dict[str, Any] 
     )
 
 
-def _read_run(folder: Path) -> dict[str, Any]:
+def _read_run(folder: Path) -> RunInfo:
     return json.loads((folder / "run.json").read_text())
 
 
-def get_embedding_size(run: dict[str, Any]) -> dict[str, int]:
+def get_embedding_size(run: RunInfo) -> dict[str, int]:
     """Return pool_factor and dim of the embeddings that a run.json is of."""
     return {key: run["params"].get(key, full) for key, full in FULL_SIZE.items()}
 

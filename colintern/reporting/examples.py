@@ -17,6 +17,7 @@ from colintern.encoding.embed import embed_queries
 from colintern.encoding.pooling import cut
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.evaluation.results import QueryResult, read_page_names, shorten_task_name
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.reporting.heatmaps import (
     SimilarityMap,
     compute_saliency,
@@ -56,7 +57,7 @@ class QueryExample(NamedTuple):
     """A query and the pages beside it; `facts`: for the template, such as {"task": ...}."""
 
     query: str
-    facts: dict[str, Any]
+    facts: dict[str, object]
     tokens: list[QueryToken]
     pages: list[PageView]
 
@@ -73,7 +74,7 @@ class RankedPage(NamedTuple):
     link: str = ""  # URL of its file
 
 
-def split_query(processor: Any, query: str) -> list[QueryToken]:
+def split_query(processor: ColIntern3_5Processor, query: str) -> list[QueryToken]:
     """Split a query into the tokens that `process_queries` makes of it, in their order."""
     ids = processor.process_queries([query])["input_ids"][0].tolist()
     text = processor.query_text(query)
@@ -87,7 +88,11 @@ def split_query(processor: Any, query: str) -> list[QueryToken]:
 
 
 def explain_query(
-    processor: Any, query: str, embedding: Tensor, pages: Sequence[RankedPage], facts: dict[str, Any]
+    processor: ColIntern3_5Processor,
+    query: str,
+    embedding: Tensor,
+    pages: Sequence[RankedPage],
+    facts: dict[str, object],
 ) -> QueryExample:
     """Explain a query of embedding (query tokens, dim).
 

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from colintern.modeling.images import rgb
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
 
 MAX_SIDE = 900  # pixels of a picture's longer side: text of 10 points on A4 can be read
 QUALITY = 60
@@ -37,7 +38,9 @@ class SimilarityMap(NamedTuple):
         return self.page.flatten(1).amax(dim=1) >= self.best_scores
 
 
-def compute_similarity_map(processor: Any, query: Tensor, page: Tensor, image_size: tuple[int, int]) -> SimilarityMap:
+def compute_similarity_map(
+    processor: ColIntern3_5Processor, query: Tensor, page: Tensor, image_size: tuple[int, int]
+) -> SimilarityMap:
     """Compute the similarity of each token of a query with each place of a page.
 
     Args:

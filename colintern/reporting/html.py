@@ -6,7 +6,7 @@ Every value is escaped by the template engine, unless it was made here (`Markup`
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -28,7 +28,7 @@ def make_environment(autoescape: bool = True) -> Environment:
     )
 
 
-def render_html(template: str, examples: list[QueryExample], **values: Any) -> str:
+def render_html(template: str, examples: list[QueryExample], **values: object) -> str:
     """Render the page; `examples` decides how many tokens the style knows how to choose from."""
     num_tokens = max((len(example.tokens) for example in examples), default=0)
     # A chosen token moves every heatmap of its example: no script is needed.

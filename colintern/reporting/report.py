@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
@@ -65,7 +64,7 @@ def render_report(
     )
 
 
-def _summarize_benchmarks(evaluation: Evaluation) -> list[dict[str, Any]]:
+def _summarize_benchmarks(evaluation: Evaluation) -> list[dict[str, object]]:
     """Return for each benchmark its score, the interval, the score before training, the guide's band."""
     before = {row.name: 100 * row.after for row in compute_intervals(evaluation.before)}
     rows = {row.name: row for row in compute_intervals(evaluation.queries)}
@@ -89,7 +88,7 @@ def _summarize_benchmarks(evaluation: Evaluation) -> list[dict[str, Any]]:
     return benchmarks
 
 
-def _list_score_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+def _list_score_rows(evaluation: Evaluation) -> list[dict[str, object]]:
     rows = []
 
     def add_row(name: str, values: Means, is_mean: bool, verdict: str) -> None:
@@ -106,14 +105,14 @@ def _list_score_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     return rows
 
 
-def _list_published(evaluation: Evaluation) -> dict[str, Any] | None:
+def _list_published(evaluation: Evaluation) -> dict[str, object] | None:
     own = [None if value is None else 100 * value for value in select_published_columns(evaluation.scores)]
     if own == [None] * len(own):
         return None
     return {"columns": PUBLISHED_COLUMNS, "rows": [(row.model, row[1:]) for row in PUBLISHED], "own": own}
 
 
-def _plot_scores(evaluation: Evaluation) -> list[dict[str, Any]]:
+def _plot_scores(evaluation: Evaluation) -> list[dict[str, object]]:
     sections = []
     for name in evaluation.scores:
         queries = [query for query in evaluation.queries if query.benchmark == name]
@@ -133,7 +132,7 @@ def _plot_scores(evaluation: Evaluation) -> list[dict[str, Any]]:
     return sections
 
 
-def _read_training(folder: Path) -> dict[str, Any] | None:
+def _read_training(folder: Path) -> dict[str, object] | None:
     """Return the curves of the adapter's trainer_state.json and the findings of its health.json."""
     file = folder / "trainer_state.json"
     if not file.is_file():
@@ -159,7 +158,7 @@ def _read_training(folder: Path) -> dict[str, Any] | None:
     }
 
 
-def _summarize_data(folder: Path, max_visual_tokens: int) -> dict[str, Any] | None:
+def _summarize_data(folder: Path, max_visual_tokens: int) -> dict[str, object] | None:
     """Return the data in numbers, if data/survey.json is of the data that the model was trained on."""
     if not Path(SURVEY).is_file() or not Path(MANIFEST).is_file():
         return None
@@ -167,7 +166,7 @@ def _summarize_data(folder: Path, max_visual_tokens: int) -> dict[str, Any] | No
         return None
     sets = summarize_survey(inventory(max_visual_tokens))
     keys = [key for key in next(iter(sets.values()), {}) if not key.startswith("languages")]
-    languages: dict[str, Any] = {name: values.get("languages, guessed", {}) for name, values in sets.items()}
+    languages: dict[str, object] = {name: values.get("languages, guessed", {}) for name, values in sets.items()}
     return {"keys": keys, "sets": sets, "languages": languages}
 
 

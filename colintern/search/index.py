@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from colintern.core.errors import UserError
 from colintern.core.progress import ProgressBar
@@ -22,6 +21,8 @@ from colintern.encoding.embed import embed_pages
 from colintern.encoding.page_features import Page
 from colintern.encoding.tensor_cache import TensorCache
 from colintern.ingest.collected import Bad
+from colintern.modeling.modeling_colintern import ColIntern3_5
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.search.sources import PageSource, render_sources
 from colintern.storage.files import MISSING, dumps, irregular_type
@@ -36,7 +37,9 @@ CODE = ("colintern.search.index", "colintern.modeling.loading")  # what decides 
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow", "peft")
 
 
-def get_index_identity(weights: str, base: Any, model: Any, processor: Any) -> dict[str, Any]:
+def get_index_identity(
+    weights: str, base: object, model: ColIntern3_5, processor: ColIntern3_5Processor
+) -> dict[str, object]:
     """Return all that decides a page's embedding, besides the page; `weights`: hash of the model's folder."""
     return {
         "weights": weights,
@@ -53,7 +56,7 @@ def get_index_identity(weights: str, base: Any, model: Any, processor: Any) -> d
 class PageIndex:
     """The pages of one model below `folder`; `identity`: see `get_index_identity`."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any]):
+    def __init__(self, folder: Path, identity: dict[str, object]):
         folder.mkdir(parents=True, exist_ok=True)
         self.cache = TensorCache(folder, fingerprint(identity)[:16], MAX_BYTES)
         self.list_file = self.cache.folder / "pages.json"
@@ -77,7 +80,12 @@ class PageIndex:
         return key is not None and (key in self.cache or key in self.in_memory)
 
     def add_pages(
-        self, sources: Sequence[PageSource], model: Any, processor: Any, batch_size: int, bad: list[Bad]
+        self,
+        sources: Sequence[PageSource],
+        model: nn.Module,
+        processor: ColIntern3_5Processor,
+        batch_size: int,
+        bad: list[Bad],
     ) -> int:
         """Embed the pages that are missing, and return how many were embedded; `bad` gets those that do not render."""
         missing = self.list_missing(sources)
