@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import psutil
 from PIL import Image, ImageDraw, ImageFont
 
+from colintern.core.recipes import render_recipe
 from colintern.data.formats import TrainingRow, write_training_split
 
 ROOT = Path(__file__).parents[1]
@@ -113,7 +114,7 @@ def _pss(process: psutil.Process) -> int:
 def clone(place: Path, train_data: str) -> Path:
     """A clone whose params.yaml is the demo recipe with other training data and no page features."""
     subprocess.run(["git", "clone", "-q", str(ROOT), str(place)], check=True)
-    text = (place / "recipes" / "demo.yaml").read_text()
+    text = render_recipe(place / "recipes" / "demo.yaml")
     for key, value in (("train_data", train_data), ("feature_cache_gb", "0.0")):
         text, count = re.subn(rf"(?m)^{key}: .*$", f"{key}: {value}", text)
         assert count == 1, key

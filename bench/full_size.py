@@ -31,7 +31,7 @@ from colintern.encoding.page_features import Page, PageFeatures
 from colintern.modeling.lora import add_lora, count, faults, table
 from colintern.modeling.modeling_colintern import ColIntern3_5, attention_kernel, meta_model
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from colintern.params import Params, load
+from colintern.params import Params, load_recipe
 from colintern.training.pairs import TrainingDataset, TrainingPair
 from colintern.training.run import assemble_trainer, build_training_arguments
 from colintern.training.trainer import ContrastiveTrainer, RetrievalEvaluator
@@ -182,9 +182,10 @@ def main() -> None:
         folder = Path(name) / "base"
         set_seed(1)  # not the seed of the run: weights drawn anew must not come out as the file's
         write_checkpoint(folder)
-        params = replace(load(RECIPE), base=str(folder), base_revision="", train_data="demo", epochs=1, warmup_steps=0,
+        params = replace(load_recipe(RECIPE), base=str(folder), base_revision="", train_data="demo", epochs=1,
                          max_visual_tokens=args.tokens, batch_size=args.batch, micro_batch_size=args.micro,
-                         eval_batch_size=args.micro, logging_steps=1, threads=args.threads, workers=0)  # fmt: skip
+                         eval_batch_size=args.micro, logging_steps=1, threads=args.threads, workers=0,
+                         warmup_steps=0)  # fmt: skip
         lora = (params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout)
         counts = verify(add_lora(meta_model(params.base, None), *lora), params)
         print(table("InternVL3.5-1B of random weights", counts), flush=True)

@@ -37,7 +37,7 @@ from colintern.modeling.layers import checkpoint_layers, compile_layers, recompu
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import ColIntern3_5, attention_kernel
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from colintern.params import Params, load
+from colintern.params import Params, load_recipe
 from colintern.training.loss import maxsim_matrix
 from colintern.training.pairs import TrainingPair
 from colintern.training.run import assemble_trainer, build_training_arguments
@@ -74,7 +74,9 @@ class Engine:
         raw["text_config"]["num_hidden_layers"] = layers or raw["text_config"]["num_hidden_layers"]
         raw["text_config"].pop("layer_types", None)
         self.processor.image_seq_length = raw["image_seq_length"]
-        self.params: Params = replace(load(RECIPE), dtype=dtype, batch_size=sizes.batch, workers=0, compile=False)
+        self.params: Params = replace(
+            load_recipe(RECIPE), dtype=dtype, batch_size=sizes.batch, workers=0, compile=False
+        )
         kernel = attention_kernel(self.params.attention, dtype)
         with torch.device(device):
             config = InternVLConfig(**raw)

@@ -24,7 +24,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-CONFIG, RECIPE, TOKENIZER = "tests/internvl3_5-1b.json", "recipes/internvl3_5-1b.yaml", "demo/base"
+from colintern.params import load_recipe
+
+CONFIG, TOKENIZER = "tests/internvl3_5-1b.json", "demo/base"
+RECIPE, DEMO = Path("recipes/internvl3_5-1b.yaml"), Path("recipes/demo.yaml")
 QUERY = "from Oslo to Rome by Halde, the milk of"
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 PR_SET_THP_DISABLE = 41
@@ -55,7 +58,6 @@ def measure(row: tuple[str, int, int, bool | int, float], device: str) -> dict[s
     from colintern.encoding.page_features import Page
     from colintern.modeling.lora import add_lora
     from colintern.modeling.modeling_colintern import ColIntern3_5
-    from colintern.params import load
     from colintern.planning.costs import Costs, Setting
     from colintern.training.pairs import TrainingPair
     from colintern.training.run import assemble_trainer, build_training_arguments
@@ -64,7 +66,7 @@ def measure(row: tuple[str, int, int, bool | int, float], device: str) -> dict[s
     name, batch, micro, checkpointing, dropout = row
     torch.set_num_threads(1)
     set_seed(0)
-    params = replace(load("recipes/demo.yaml" if name == "demo" else RECIPE), batch_size=batch, micro_batch_size=micro,
+    params = replace(load_recipe(DEMO if name == "demo" else RECIPE), batch_size=batch, micro_batch_size=micro,
                      gradient_checkpointing=checkpointing, lora_dropout=dropout, epochs=1, warmup_steps=0, workers=0,
                      logging_steps=1, eval_batch_size=1)  # fmt: skip
     dtype = getattr(torch, params.dtype)

@@ -22,7 +22,7 @@ from colintern.core.errors import exit_on_user_error
 from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.encoding.pooling import pool
 from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
-from colintern.params import load
+from colintern.params import load_recipe
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.scoring.metrics import ndcg_at_k
 from colintern.storage.manifest import ensure_base
@@ -58,7 +58,7 @@ def main() -> None:
     torch.set_num_threads(1)
     tiles, page = seconds(args.rounds)
     print(f"a page of 6 tiles: {tiles:.3f} CPU s by tiles, {page:.3f} whole")
-    params = load("recipes/demo.yaml")
+    params = load_recipe(Path("recipes/demo.yaml"))
     require_adapter(args.adapter)
     require_base(params, args.adapter)
     model, processor = load_adapter(params, ensure_base(params), args.adapter), load_processor(params, args.adapter)

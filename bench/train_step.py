@@ -40,7 +40,7 @@ from colintern.modeling.layers import compile_layers
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from colintern.params import Params, load
+from colintern.params import Params, load_recipe
 from colintern.training import mini_batching
 from colintern.training.loss import make_contrastive_loss
 from colintern.training.pairs import TrainingPair
@@ -164,7 +164,7 @@ class Bench:
 
 def params(dtype: str, batch: int) -> Params:
     sizes = {"dtype": dtype, "batch_size": batch, "micro_batch_size": batch}
-    return replace(load(RECIPE), gradient_checkpointing=False, lora_dropout=0.1, workers=0, **sizes)  # type: ignore[arg-type]
+    return replace(load_recipe(RECIPE), gradient_checkpointing=False, lora_dropout=0.1, workers=0, **sizes)  # type: ignore[arg-type]
 
 
 def build(processor: ColIntern3_5Processor, dtype: str, depth: tuple[int, int]) -> Model:

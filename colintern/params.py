@@ -11,11 +11,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import UnionType
 from typing import Annotated, Any, get_args, get_type_hints
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
+from colintern.core.recipes import render_recipe
 from colintern.core.rules import (
     FILLED,
     KERNEL,
@@ -115,6 +117,18 @@ def load(path: str | Path = "params.yaml") -> Params:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(f"{path}: {count}" + "".join(f"\n  {problem}" for problem in problems))
     return Params(**found)
+
+
+def load_recipe(recipe: Path) -> Params:
+    """Return the validated settings of a recipe.
+
+    Raises:
+        UserError: see `load` and `render_recipe`.
+    """
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / recipe.name
+        path.write_text(render_recipe(recipe), encoding="utf-8")
+        return load(path)
 
 
 def problems_of(values: dict[str, Any]) -> list[str]:

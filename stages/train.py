@@ -37,9 +37,9 @@ def main() -> None:
         # A flipped bit costs seconds here, and a training run later.
         context.run_on_rank0_and_broadcast(lambda: bool(training_data(params, force=True)))
         base = context.run_on_rank0_and_broadcast(lambda: ensure_inputs(params, force=True))
-        from colintern.preflight.doctor import hold
+        from colintern.preflight.checks import run_preflight
 
-        hold(params, base)
+        run_preflight(params, base)
         # Only now: when `datasets` is imported, it reads whether it may use the hub.
         from colintern.monitoring.monitors import LossCurveMonitor, ThroughputMonitor
         from colintern.monitoring.progress import ProgressReporter

@@ -21,6 +21,9 @@ kernels negatives remotes own search survey costs doctor recommend checkpoints p
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if not any(item.iter_markers("integration")) and not any(item.iter_markers("slow")):
+            item.add_marker("unit")
     order = {f"test_{name}": number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 

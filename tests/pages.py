@@ -88,7 +88,8 @@ def commands() -> list[Command]:
 # Programs that are not where the tests run; all others are the real ones.
 STAND_INS = {
     "docker": "no engine: it says what it was asked; docker/prove.sh runs the image's lines",
-    "apt-get": "no network: gives packages that are built on the spot",
+    "apt-get": "no network: gives packages that are built on the spot, or says what it was asked",
+    "id": "another user than the one who runs the tests",
 }
 
 

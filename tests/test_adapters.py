@@ -22,7 +22,7 @@ from colintern.encoding.page_features import Page, PageFeatures
 from colintern.modeling.loading import read_processor
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import read_checked_adapter
-from colintern.params import load as load_params
+from colintern.params import load_recipe
 from colintern.storage.files import dumps
 from colintern.storage.identity import read_identity
 from colintern.storage.manifest import BASE_SUFFIXES, hash_local_files
@@ -30,6 +30,7 @@ from colintern.training.pairs import TrainingDataset, TrainingPair
 from colintern.training.run import assemble_trainer, build_training_arguments, get_provenance, save_artifacts
 from colintern.training.trainer import RetrievalEvaluator
 
+pytestmark = pytest.mark.integration
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
 
 
@@ -37,7 +38,7 @@ def trained(top: Path, processor, pages, **changes) -> Path:
     """What `run.train` leaves in `top`, of as many steps as epochs; its base is a copy in top/demo/base."""
     shutil.copytree(BASE, top / "demo" / "base")
     params = dataclasses.replace(
-        load_params(ROOT / "recipes" / "demo.yaml"), batch_size=4, micro_batch_size=4, logging_steps=1, **changes
+        load_recipe(ROOT / "recipes" / "demo.yaml"), batch_size=4, micro_batch_size=4, logging_steps=1, **changes
     )
     identity = {"params": dataclasses.asdict(params)}
     with contextlib.chdir(top):

@@ -20,6 +20,7 @@ from test_dvc_commands import IDENTITY, STAGES, Repo, bare_environment, copy_wor
 
 from bench.debian_pdfs import PDFS
 
+pytestmark = pytest.mark.integration
 SECONDS = (  # command, options after it, what the end says
     (
         documented("python -m bench.options --layers 4"),

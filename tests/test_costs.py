@@ -17,7 +17,7 @@ from colintern.modeling.dropout import Masks
 from colintern.modeling.layers import checkpoint_layers
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import ColIntern3_5
-from colintern.params import load
+from colintern.params import load_recipe
 from colintern.planning import costs as module
 from colintern.planning.costs import Costs, Setting, Side
 from colintern.planning.gpus import GPUS
@@ -27,7 +27,7 @@ from colintern.training.distributed import SINGLE_PROCESS
 from colintern.training.loss import make_contrastive_loss
 from colintern.training.trainer import ContrastiveTrainer
 
-PARAMS = load(ROOT / "recipes" / "demo.yaml")
+PARAMS = load_recipe(ROOT / "recipes" / "demo.yaml")
 DEMO = Setting(32, 8, False, tiles=6, page_tokens=108, query_tokens=24)
 
 

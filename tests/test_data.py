@@ -16,6 +16,7 @@ from conftest import ROOT, load_pairs
 from PIL import Image
 
 from colintern.core.errors import UserError
+from colintern.core.recipes import render_recipe
 from colintern.data import index
 from colintern.data.images import png_bytes
 from colintern.data.trainset import asked
@@ -23,6 +24,7 @@ from colintern.params import load
 from colintern.storage.manifest import hash_local_files
 from colintern.training.pairs import read_page_image
 
+pytestmark = pytest.mark.integration
 SET, GROUP = "data/own/set", 8
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 # Most memory in MB, seen after each page of the first row group and of all, and the bytes read before pages.
@@ -74,7 +76,7 @@ def fetched(train: list[bytes], dev: list[bytes], **index_of_dev: str) -> None:
     for split, pages in (("train", train), ("test", dev)):
         write_rows(split, [{"bytes": data, "path": None} for data in pages])
     shutil.copytree(ROOT / "demo" / "base", "demo/base")
-    text = (ROOT / "recipes" / "demo.yaml").read_text()
+    text = render_recipe(ROOT / "recipes" / "demo.yaml")
     Path("params.yaml").write_text(text.replace("train_data: demo\n", f"train_data: {SET}\n"))
     manifest = {
         "base": hash_local_files("demo/base", (".json", ".safetensors"))._asdict(),

@@ -17,6 +17,7 @@ from pages import documented
 
 from colintern.params import load
 
+pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("check-params", "fetch-data", "verify", "train", "eval")
 UPDATES = {

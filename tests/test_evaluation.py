@@ -49,14 +49,14 @@ from colintern.evaluation.results import (
     read_page_names,
     summarize_scores,
 )
-from colintern.params import Params, load
+from colintern.params import Params, load_recipe
 from colintern.reporting.heatmaps import encode_picture
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.scoring.metrics import METRIC_KEYS, ndcg_at_k
 from colintern.storage.manifest import BEIR_SUFFIXES, get_arrow_name, hash_local_files
 
 PAGES, COLOURS = 110, 512
-RECIPE = load(Path(__file__).parents[1] / "recipes" / "demo.yaml")
+RECIPE = load_recipe(Path(__file__).parents[1] / "recipes" / "demo.yaml")
 FOLDER = "eval/some-docs"
 
 

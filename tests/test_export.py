@@ -25,6 +25,7 @@ from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 
+pytestmark = pytest.mark.integration
 FILES = {"README.md", "config.json", "identity.json", "model.safetensors"}
 FILES |= {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 

@@ -27,10 +27,10 @@ from colintern.monitoring.health import (
     format_health,
 )
 from colintern.monitoring.monitors import LossCurveMonitor, ThroughputMonitor, check_throughput, get_memory_share
-from colintern.params import load
+from colintern.params import load, load_recipe
 
 CURVES = sorted(FOLDER.glob("*.json"))
-PARAMS = dataclasses.replace(load(ROOT / "recipes" / "demo.yaml"), epochs=4, warmup_steps=10)
+PARAMS = dataclasses.replace(load_recipe(ROOT / "recipes" / "demo.yaml"), epochs=4, warmup_steps=10)
 CHANCE = 0.03
 BOUNDS = get_recommended_bounds(1_028_224)  # of demo/base: lr 3e-3 to 1e-2, batch 32
 REMEDIES = {

@@ -21,13 +21,15 @@ from conftest import ROOT
 from hub import Fault, Hub, running, sha256
 from PIL import Image
 
+from colintern.core.recipes import render_recipe
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import png_bytes
 from colintern.modeling.lora import add_lora
-from colintern.params import load
+from colintern.params import load_recipe
 from colintern.storage.digests import Digests
 
-RECIPE = load(ROOT / "recipes" / "internvl3_5-1b.yaml")
+pytestmark = pytest.mark.integration
+RECIPE = load_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml")
 BASE, TRAIN = RECIPE.base, RECIPE.train_data
 # What fetch-data does before it looks at rows: these files hold none.
 FETCH = """
@@ -111,7 +113,7 @@ class Workspace(NamedTuple):
 def workspace(tmp_path):
     page = png_bytes(Image.new("RGB", (8, 8)))
     write_beir(tmp_path / "own", [CorpusPage(0, page, "0.png")], [Query(0, "a")], [Qrel(0, 0)])
-    recipe = (ROOT / "recipes" / "internvl3_5-1b.yaml").read_text()
+    recipe = render_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml")
     recipe, changed = re.subn(r"(?m)^benchmarks:\n(- .*\n)+", "benchmarks:\n- own\n", recipe)
     assert changed == 1
     (tmp_path / "params.yaml").write_text(recipe)

@@ -22,6 +22,7 @@ from colintern.data.images import png_bytes
 from colintern.params import load
 from demo.corpus import corpus
 
+pytestmark = pytest.mark.integration
 RECIPE = ROOT / "recipes" / "internvl3_5-1b.yaml"
 SIZES = {
     "max_visual_tokens": "32",

@@ -27,13 +27,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from colintern.core.errors import UserError
 from colintern.modeling.attention import implementation
 from colintern.modeling.kernels import select_build_files
-from colintern.params import load
-from colintern.preflight.doctor import FAIL, PASS, WARN, Facts, attention
-from colintern.preflight.machine import machine
+from colintern.params import load_recipe
+from colintern.preflight.checks import FAIL, PASS, WARN, RunFacts, check_attention
+from colintern.preflight.environment import probe_machine
 from colintern.storage.hub import Repo
 from colintern.storage.identity import fingerprint, stage_identity
 from colintern.storage.manifest import Files, hash_source_files
 
+pytestmark = pytest.mark.integration
 NAME, REVISION = "kernels-test/sdpa", "b" * 40
 KERNEL = f"{NAME}@{REVISION}"
 INIT = """
@@ -139,7 +140,7 @@ def test_the_builds_that_fit_are_fetched_and_named_and_no_more(workspace):
 
 def params_of(workspace: Workspace, attention: str) -> None:
     with contextlib.chdir(workspace.path):
-        params(attention=attention, epochs=1)
+        params(attention=check_attention, epochs=1)
 
 
 def scores(metrics: dict) -> dict[str, float]:
@@ -299,7 +300,7 @@ def test_without_flash_attn_nothing_else_takes_its_place():
         implementation("flash_attention_2", "bfloat16")
 
 
-DEMO = load(ROOT / "recipes" / "demo.yaml")
+DEMO = load_recipe(ROOT / "recipes" / "demo.yaml")
 REPO = Repo("attention", "a/b", "c" * 40, "kernel")
 
 
@@ -326,10 +327,10 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 def test_the_doctor_says_what_a_kernel_needs(place):
-    facts = Facts(dataclasses.replace(DEMO, attention=KERNEL), {}, machine())
-    assert attention(facts)[::2] == (WARN, "dvc repro fetch-data")
+    facts = RunFacts(dataclasses.replace(DEMO, attention=KERNEL), {}, probe_machine())
+    assert check_attention(facts)[::2] == (WARN, "dvc repro fetch-data")
     place()
-    assert attention(facts) == (PASS, f"{KERNEL}, every file by its hash")
+    assert check_attention(facts) == (PASS, f"{KERNEL}, every file by its hash")
     place("build/torch-cuda", {"backend": {"type": "cuda"}})
-    status, found, remedy = attention(facts)
+    status, found, remedy = check_attention(facts)
     assert (status, found, remedy) == (FAIL, f"{KERNEL} needs a GPU", "attention: auto")

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
+from colintern.core.recipes import render_recipe
 from colintern.data import index
 from colintern.data.index import INDEX
 from colintern.data.trainset import asked, training_data
@@ -31,6 +32,8 @@ from colintern.storage.manifest import (
     read_data_file,
 )
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def fetched(tmp_path, monkeypatch):
@@ -38,7 +41,7 @@ def fetched(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     shutil.copytree(ROOT / "demo" / "base", "demo/base")
-    shutil.copy(ROOT / "recipes" / "demo.yaml", "params.yaml")
+    Path("params.yaml").write_text(render_recipe(ROOT / "recipes" / "demo.yaml"))
     for name in ("data/demo/train/data/train-0.parquet", "data/demo/beir/corpus/test-0.parquet"):
         Path(name).parent.mkdir(parents=True)
         Path(name).write_bytes(b"pages")

@@ -1,4 +1,4 @@
-"""Names are the field's: few functions have a one-word name, and no class or public function has the name of another."""
+"""Names are those of the field: few functions have one-word names, and no two definitions share a name."""
 
 import ast
 import re
@@ -11,8 +11,8 @@ TOPS = ("colintern", "stages", "demo")
 MAX_ONE_WORD_SHARE = 0.25
 # One-word names of torch, transformers, PEFT, mteb, DVC, tqdm and the standard library for the same thing.
 FIELD_WORDS = frozenset(
-    "backward close collate encode flush forward get load main open pack pool read render run save score similarity step submit "
-    "train unpack update write".split()
+    "backward close collate encode flush forward get load main open pack pool read render run save score similarity "
+    "step submit train unpack update write".split()
 )
 ENTRY_POINTS = {"main", "run", "arguments", "add_arguments"}  # of stages and of commands, one each
 

@@ -17,6 +17,7 @@ from test_survey import PAGES, fetch_data, quarantine, write_eval, write_set
 from test_training import TARGETS
 
 from colintern.core.errors import UserError
+from colintern.core.recipes import render_recipe
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import png_bytes
 from colintern.encoding.page_features import Page
@@ -28,6 +29,7 @@ from colintern.params import load
 from colintern.training.mining import MiningLimits, TopKAccumulator, filter_negatives
 from colintern.training.pairs import MinedNegatives, TrainingPair, read_mined_negatives, write_mined_negatives
 
+pytestmark = pytest.mark.integration
 QUERIES, CORPUS, MINED = "data/own/queries", "data/own/corpus", "data/mined/negatives.parquet"
 
 
@@ -42,7 +44,7 @@ def folder(tmp_path, monkeypatch):
 
 def write_params(**values: object) -> None:
     """The demo recipe with other values."""
-    lines = (ROOT / "recipes" / "demo.yaml").read_text().replace("- demo\n", "- data/own/beir\n").splitlines()
+    lines = render_recipe(ROOT / "recipes" / "demo.yaml").replace("- demo\n", "- data/own/beir\n").splitlines()
     for place, line in enumerate(lines):
         name = line.partition(":")[0]
         if name in values:

@@ -10,6 +10,7 @@ from conftest import ROOT
 from small_run import OUT
 from test_dvc_commands import Repo, bare_environment, ran
 
+pytestmark = pytest.mark.integration
 STAGES = """stages:
   make:
     cmd: mkdir -p out/deep && echo one > out/deep/x && echo two > out/y && echo three > file

@@ -21,6 +21,7 @@ from pdf_writer import stream, write_odd_page, write_pdf
 from PIL import Image
 
 from colintern.core.errors import UserError
+from colintern.core.recipes import render_recipe
 from colintern.data import formats
 from colintern.data.images import png_bytes
 from colintern.data.trainset import asked, training_data
@@ -30,7 +31,7 @@ from colintern.ingest.collected import MAX_QUERY_CHARACTERS, Collected, Shelf
 from colintern.ingest.own import MADE, make
 from colintern.ingest.rendering import PageRef, group_pages, render_and_store_pages
 from colintern.ingest.sources import _kind
-from colintern.params import load
+from colintern.params import load, load_recipe
 from colintern.storage.isolation import Failure, IsolatedPool
 from colintern.storage.lock import mark_in_use
 
@@ -332,7 +333,7 @@ def test_what_is_unchanged_is_not_made_again_and_what_is_changed_is(folder):
     written = file.stat().st_mtime_ns
     assert make(DOCS, jsonl.collect).made == own.made and file.stat().st_mtime_ns == written
     Path("demo/base").mkdir(parents=True)
-    params = replace(load(ROOT / "recipes" / "demo.yaml"), train_data=DOCS)
+    params = replace(load_recipe(ROOT / "recipes" / "demo.yaml"), train_data=DOCS)
     made = {"made_for": asked(params), "train": [own.files("train")._asdict()], "train_corpus": None, "negatives": None}
     Path("data/manifest.json").write_text(json.dumps(made))
     assert len(training_data(params).sets) == 1
@@ -460,10 +461,9 @@ def test_what_several_pages_print_asks_for_none_of_them():
 
 def test_pseudo_queries_are_named_wherever_their_scores_appear(folder):
     from colintern.data.benchmarks import tasks_for
-    from colintern.params import load
 
     handbook(folder)
-    text = (ROOT / "recipes" / "demo.yaml").read_text().replace("- demo\n", f"- {DOCS}\n")
+    text = render_recipe(ROOT / "recipes" / "demo.yaml").replace("- demo\n", f"- {DOCS}\n")
     Path("demo/base").mkdir(parents=True)
     Path("params.yaml").write_text(text)
     own = make(DOCS, pdfs.collect)

@@ -17,12 +17,13 @@ from huggingface_hub.utils import validate_repo_id
 
 from colintern.core import rules
 from colintern.core.errors import UserError, exit_on_user_error
+from colintern.core.recipes import render_recipe
 from colintern.core.rules import mixture
 from colintern.core.terminal import print_coloured
 from colintern.params import HINTS, MAX_DIGITS, Params, load
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = (ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8")
+DEMO = render_recipe(ROOT / "recipes" / "demo.yaml")
 SHA = "0123456789abcdef0123456789abcdef01234567"  # pragma: allowlist secret
 
 

@@ -9,6 +9,8 @@ import pytest
 from conftest import BASE, ROOT
 from processes import FORKS
 
+from colintern.params import load_recipe
+
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk", "to Oslo", "a long one, of freight in March"]
 SHOWN, NEGATIVES = (0, 1, 2, 3, 1, 0), ((3, 2), (), (1,), (0, 1), (), (2,))
 
@@ -34,7 +36,6 @@ def gradient(folder: Path, images: list, size: int, rank: int, port: int, change
     from colintern.encoding.page_features import Page, PageFeatures
     from colintern.modeling.lora import add_lora
     from colintern.modeling.processing_colintern import ColIntern3_5Processor
-    from colintern.params import load as load_params
     from colintern.training import loss as losses
     from colintern.training.distributed import init_distributed
     from colintern.training.pairs import TrainingDataset, TrainingPair
@@ -44,7 +45,7 @@ def gradient(folder: Path, images: list, size: int, rank: int, port: int, change
     fail = changes.pop("fail", None)
     torch.set_num_threads(1)
     params = dataclasses.replace(
-        load_params(ROOT / "recipes" / "demo.yaml"),
+        load_recipe(ROOT / "recipes" / "demo.yaml"),
         **{"batch_size": 6, "micro_batch_size": 2, "lora_dropout": 0.1} | changes,
     )
     with init_distributed(1) as own:

@@ -14,6 +14,7 @@ from pages import documented, words
 from colintern.__main__ import main
 from colintern.commands.recommend import _head, _memory_table
 from colintern.core.errors import UserError
+from colintern.core.recipes import render_recipe
 from colintern.monitoring import guide as guide_rules
 from colintern.monitoring.guide import DEMO, MIN_EPOCHS, get_optimal_lr, get_optimal_rank, get_recommended_bounds
 from colintern.params import load
@@ -24,7 +25,7 @@ from colintern.planning.gpus import GPUS, find
 from colintern.planning.recommend import steps_of, warmup_of
 
 COUNTED: dict[tuple[str, ...], Costs] = {}
-RECIPE = (ROOT / "recipes" / "internvl3_5-1b.yaml").read_text()
+RECIPE = render_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml")
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def checkout(tmp_path, monkeypatch):
 @pytest.fixture
 def demo(tmp_path, monkeypatch):
     shutil.copytree(BASE, tmp_path / "demo" / "base")
-    shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text(render_recipe(ROOT / "recipes" / "demo.yaml"))
     (tmp_path / "data").mkdir()
     own = {"demo (train)": {"rows": 3600, "pages": 1800}, "demo (dev)": {"rows": 100, "pages": 100}}
     (tmp_path / "data" / "survey.json").write_text(json.dumps(own))
@@ -138,6 +139,7 @@ def test_an_unknown_card_is_answered_with_those_there_are(name):
     [
         (documented("colintern recommend --base internvl3_5-1b --gpu l40s"), r"time of a step +9\.7\d s on L40S"),
         (documented("colintern recommend --base internvl3_5-1b --gpu a100-80gb"), r"time of a step +4\.7\d s on A100"),
+        (documented("colintern recommend --base internvl3_5-1b --gpu h200"), r"all 9,230 steps +4\.3 h"),
     ],
 )
 def test_what_the_pages_quote_is_what_it_says(checkout, capsys, command, said):

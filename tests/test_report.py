@@ -18,6 +18,7 @@ from processes import FORKS
 from test_adapters import trained
 
 from colintern.core.errors import UserError
+from colintern.core.recipes import render_recipe
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import png_bytes
 from colintern.encoding.embed import embed_queries
@@ -43,6 +44,7 @@ from colintern.storage.files import dumps
 from colintern.storage.manifest import BEIR_SUFFIXES, hash_local_files, hash_source_files
 from demo.corpus import corpus
 
+pytestmark = pytest.mark.integration
 SET = "data/own/pages"
 HOSTILE = '<script>alert(1)</script> & "Oslo" <img src=http://example.org/x onerror=alert(1)>'
 DOCUMENTS = "data/own/docs"
@@ -89,7 +91,7 @@ def evaluated(tmp_path_factory, processor, pages) -> Path:
     with contextlib.chdir(top):
         for name in ("colintern", "stages", "dvc.yaml", "versions.yaml"):
             Path(name).symlink_to(ROOT / name)
-        text = (ROOT / "recipes" / "demo.yaml").read_text().replace("- demo\n", f"- {SET}\n")
+        text = render_recipe(ROOT / "recipes" / "demo.yaml").replace("- demo\n", f"- {SET}\n")
         Path("params.yaml").write_text(text)
         write_set()
         manifest = json.loads(Path("data/manifest.json").read_text())

@@ -17,6 +17,7 @@ from pdf_writer import write_pdf
 from processes import program
 
 from colintern.core.errors import UserError
+from colintern.core.recipes import render_recipe
 from colintern.data.benchmarks import _folder_task
 from colintern.data.formats import TABLES, CorpusPage, Qrel, Query, check_beir, write_beir
 from colintern.data.images import png_bytes
@@ -44,7 +45,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def write_params(**values: object) -> None:
-    text = (ROOT / "recipes" / "demo.yaml").read_text()
+    text = render_recipe(ROOT / "recipes" / "demo.yaml")
     text = text.replace("train_data: demo\n", f"train_data: {values.pop('train_data', SET)}\n")
     text = text.replace("- demo\n", f"- {BEIR}\n")
     for key, value in values.items():

@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 from small_run import OUT, STEPS, Run, at_step, params, work
 from test_processes import free_port, rank_of
 
+pytestmark = pytest.mark.integration
+
 
 def in_write(of: str) -> None:
     """Kill when half of a checkpoint's file is written, or before its folder gets its name."""

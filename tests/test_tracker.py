@@ -22,6 +22,7 @@ from colintern.core.errors import UserError
 from colintern.monitoring.tracker import check_tracker, format_error
 from colintern.params import load
 
+pytestmark = pytest.mark.integration
 KEY = "0123456789abcdef" * 2 + "f" * 8
 TOKEN = "hf_" + "SeCrEt" * 6
 

@@ -15,12 +15,13 @@ from colintern.encoding.page_features import Page, PageFeatures
 from colintern.modeling import dropout
 from colintern.modeling.lora import add_lora
 from colintern.monitoring.monitors import LossCurveMonitor, ThroughputMonitor, check_throughput
-from colintern.params import load as load_params
+from colintern.params import load_recipe
 from colintern.training.mini_batching import plan_mini_batches, scatter_to_batch_order, slice_mini_batch
 from colintern.training.pairs import TrainingDataset, TrainingPair
 from colintern.training.run import assemble_trainer, build_trainer, build_training_arguments, set_deterministic
 from colintern.training.trainer import NonFiniteError, RetrievalEvaluator
 
+pytestmark = pytest.mark.integration
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
 
 
@@ -33,7 +34,7 @@ def make(processor, pages, tmp_path):
 
     def build(cache_gb=0.0, queries=QUERIES, shown=(0, 1, 2, 3), negatives=((),) * 4, **changes):
         params = dataclasses.replace(
-            load_params(ROOT / "recipes" / "demo.yaml"),
+            load_recipe(ROOT / "recipes" / "demo.yaml"),
             **{"batch_size": len(queries), "logging_steps": 1, "epochs": 1} | changes,
         )
         torch.manual_seed(0)
@@ -176,7 +177,7 @@ def test_compile_without_a_compiler_is_refused_before_anything_is_loaded(monkeyp
     monkeypatch.setattr("colintern.training.run.training_data", lambda params: None)
     monkeypatch.setattr("colintern.training.run.load_training_pairs", lambda *_: {"train": [None] * 400, "test": []})
     monkeypatch.setenv("PATH", str(tmp_path))
-    params = dataclasses.replace(load_params(ROOT / "recipes" / "demo.yaml"), compile=True)
+    params = dataclasses.replace(load_recipe(ROOT / "recipes" / "demo.yaml"), compile=True)
     with pytest.raises(UserError, match=r"compile: true needs a C\+\+ compiler, g\+\+ or clang\+\+"):
         build_trainer(params, "a base that does not exist", tmp_path)
 
@@ -397,7 +398,7 @@ def test_a_gradient_or_a_weight_that_is_not_finite_stops_the_run(make, processor
 def test_a_run_that_could_not_be_reported_is_refused_before_anything_is_loaded(monkeypatch, tmp_path, changes, message):
     monkeypatch.setattr("colintern.training.run.training_data", lambda params: None)
     monkeypatch.setattr("colintern.training.run.load_training_pairs", lambda *_: {"train": [None] * 40, "test": []})
-    params = dataclasses.replace(load_params(ROOT / "recipes" / "demo.yaml"), **changes)
+    params = dataclasses.replace(load_recipe(ROOT / "recipes" / "demo.yaml"), **changes)
     with pytest.raises(UserError, match=message):
         build_trainer(params, "a base that does not exist", tmp_path)
 
@@ -408,7 +409,7 @@ def test_more_layers_than_there_are_cannot_be_computed_again(make, monkeypatch, 
         make(gradient_checkpointing=3, logging_steps=1)
     monkeypatch.setattr("colintern.training.run.training_data", lambda params: None)
     monkeypatch.setattr("colintern.training.run.load_training_pairs", lambda *_: {"train": [None] * 40, "test": []})
-    params = dataclasses.replace(load_params(ROOT / "recipes" / "demo.yaml"), gradient_checkpointing=3, logging_steps=1)
+    params = dataclasses.replace(load_recipe(ROOT / "recipes" / "demo.yaml"), gradient_checkpointing=3, logging_steps=1)
     with pytest.raises(UserError, match=said):  # before it looks at a page, of which there are none here
         build_trainer(params, str(BASE), tmp_path)
 

@@ -22,6 +22,7 @@ from colintern.params import load
 from colintern.tuning.trial_context import STARTED
 from colintern.tuning.trials import SLOT
 
+pytestmark = pytest.mark.integration
 SPACE = """seed: 0
 sampler: tpe
 startup_trials: 1
@@ -153,7 +154,7 @@ def test_a_trial_that_is_stopped_from_outside_is_put_back_and_resumes(repo):
     assert first.params == second.params == third.params
     said = (repo.path / "logs" / "stopped").read_text()
     assert re.search(r"stopped-000  put back: error: stopped at step \d+ of \d+, with a checkpoint", said), said
-    assert "stopped; the trial under way waits for the next `colintern tune`" in said
+    assert "stopped; the next `colintern tune` resumes this trial" in said
     assert "resuming from" in log.read_text() and "with a checkpoint" in log.read_text()
 
 
@@ -235,7 +236,7 @@ def test_u2_where_every_trial_fails_the_cause_is_told_and_params_stay(repo, post
     address = documented("export COLINTERN_STORAGE=postgresql://USER:PASSWORD@HOST/DATABASE").partition("=")[0]
     failed = repo.run(f"{address}={postgresql_or_none}; {command} --apply --warm-start")
     assert failed.returncode == 4, failed.stdout
-    assert "no trial of 'bad' came to its end; 1 of 1 failed with:\n  error: batch_size: 9" in failed.stdout
+    assert "no trial of 'bad' is complete; 1 of 1 failed with:\n  error: batch_size: 9" in failed.stdout
     # Those of the studies before: they have other values of what this space does not vary.
     assert re.search(r"warm start: 0 experiments added; \d+ not, with other ", failed.stdout), failed.stdout
     assert (repo.path / "params.yaml").read_text() == params

@@ -20,6 +20,7 @@ from test_processes import free_port, rank_of
 from colintern.core.errors import UserError, exit_on_user_error
 from colintern.encoding.workers import check_workers
 
+pytestmark = pytest.mark.integration
 RUN_TIMEOUT_SECONDS = 60  # a run takes 5 s
 
 

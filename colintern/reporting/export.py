@@ -15,7 +15,7 @@ from colintern.evaluation.results import shorten_task_name
 from colintern.modeling.loading import load_processor
 from colintern.modeling.modeling_colintern import ColIntern3_5, quiet
 from colintern.params import Params, on_hub
-from colintern.preflight.adapter_check import base_folder, check, read_adapter
+from colintern.preflight.adapter_check import check_adapter, find_base, read_adapter
 from colintern.reporting.evaluation import (
     FULL_SIZE,
     Evaluation,
@@ -44,8 +44,8 @@ def export_model(params: Params, folder: Path, out: Path, name: str) -> str:
         UserError: no adapter, or one that `colintern check-adapter` refuses.
     """
     adapter = read_adapter(folder)
-    base = base_folder(adapter, None)
-    if failed := [finding for finding in check(adapter, base) if not finding.ok]:
+    base = find_base(adapter, None)
+    if failed := [finding for finding in check_adapter(adapter, base) if not finding.ok]:
         raise UserError(f"{folder}: {failed[0].name}: {failed[0].found}; see: colintern check-adapter {folder}")
     revision = make_eval_models(params, folder)["trained"].revision
     evaluation, reason = _find_evaluation_of_export(params, revision)

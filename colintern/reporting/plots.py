@@ -16,11 +16,12 @@ from colintern.analysis.score_tables import SizeRow
 from colintern.scoring.metrics import MAIN_METRIC
 
 # Colours of a theme by their place in the property cycle, so that one drawing gives both versions of a plot.
-FIRST, SECOND, THIRD, INK, FAINT = "C0", "C1", "C2", "C3", "C4"
-THEMES = {  # those of templates/style.css
+FIRST, SECOND, THIRD, INK = "C0", "C1", "C2", "C3"
+THEMES = {  # those of templates/style.css, the last for lines of the grid
     "light": ("#2463c9", "#c2571a", "#7a8797", "#1b2430", "#d9dee6"),
     "dark": ("#6ea2ff", "#ff9c5b", "#8b97a8", "#e6eaf0", "#323b48"),
 }
+WIDTH = 5.4  # inches
 NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}  # the same data give the same bytes
 AXES_STYLE = {
     "svg.fonttype": "none",  # no font is stored
@@ -118,10 +119,10 @@ def _label_histogram(axes: Axes, label: str) -> None:
     axes.legend(loc="upper left", ncols=2)
 
 
-def draw_svg(draw: Callable[[Axes], None], title: str, wide: float = 5.4, high: float = 3.3) -> str:
-    """Draw a plot of `wide` by `high` inches as an HTML picture: an SVG for light pages and one for dark ones.
+def draw_svg(draw: Callable[[Axes], None], title: str, high: float = 3.3) -> str:
+    """Draw a plot `high` inches high as an HTML picture: an SVG for light pages and one for dark ones.
 
-    `draw` uses the colours FIRST, SECOND, THIRD, INK and FAINT; `title` is for those who do not see the plot.
+    `draw` uses the colours FIRST, SECOND, THIRD and INK; `title` is for those who do not see the plot.
     """
     urls = {}
     for theme, colours in THEMES.items():
@@ -130,7 +131,7 @@ def draw_svg(draw: Callable[[Axes], None], title: str, wide: float = 5.4, high: 
         style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
         style |= dict.fromkeys(("axes.edgecolor", "grid.color"), faint)
         with matplotlib.rc_context(style):
-            figure = Figure(figsize=(wide, high), layout="constrained")
+            figure = Figure(figsize=(WIDTH, high), layout="constrained")
             draw(figure.subplots())
             buffer = io.BytesIO()
             figure.savefig(buffer, format="svg", transparent=True, metadata=NO_METADATA)
