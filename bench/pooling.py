@@ -23,7 +23,8 @@ from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.encoding.pooling import pool_tiles
 from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_same_base
 from colintern.params import load_recipe
-from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k
+from colintern.scoring.maxsim import maxsim_scores
+from colintern.scoring.metrics import ndcg_at_k
 from colintern.storage.manifest import ensure_base
 from demo.corpus import corpus
 
