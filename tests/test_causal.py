@@ -79,6 +79,19 @@ def test_the_model_runs_on_it_and_its_tower_on_sdpa(processor, pages, monkeypatc
     torch.testing.assert_close(blocked, sdpa, atol=1e-5, rtol=0)
 
 
+def test_under_autocast_a_float32_model_has_the_gradient_of_sdpa(processor, pages):
+    """Its norms return queries and keys in float32, beside values in bfloat16."""
+    batch, gradients = processor.process_images(pages), []
+    for attention in (causal.NAME, "sdpa"):
+        model = ColIntern3_5.from_pretrained(BASE, dtype=torch.float32, attn_implementation=attention)
+        with torch.autocast("cpu", torch.bfloat16):
+            embeddings = model(**batch)
+        embeddings.float().square()[..., ::2].sum().backward()
+        gradients.append(model.language_model.layers[0].self_attn.k_proj.weight.grad)
+    blocked, sdpa = gradients
+    assert (blocked - sdpa).norm() < 0.1 * sdpa.norm()
+
+
 def test_auto_takes_it_on_the_cpu_in_bfloat16():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from colintern.core.errors import UserError
+from colintern.modeling.causal import cast_for_autocast
 from colintern.modeling.modeling_colintern import attention_kernel
 from colintern.storage.kernels import build_here, imported, unfit
 from colintern.storage.manifest import Files, checked_folder, digests, folder_of, kernel_entry
@@ -105,18 +106,10 @@ def _attend(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, None]]:
         assert attention_mask is None and sliding_window is None and softcap is None, "no base of ours has them"
         causal = bool(module.is_causal if is_causal is None else is_causal)
         more = options | ({"dropout_p": dropout} if dropout else {})
-        q, k, v = (part.transpose(1, 2) for part in _cast(query, key, value))
+        q, k, v = (part.transpose(1, 2) for part in cast_for_autocast(query, key, value))
         return _first(function(q, k, v, softmax_scale=scaling, causal=causal, **more)), None
 
     return attend
-
-
-def _cast(*parts: Tensor) -> tuple[Tensor, ...]:
-    """What autocast does before torch's own attention; it does not know a kernel."""
-    kind = parts[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return parts
-    return tuple(part.to(torch.get_autocast_dtype(kind)) for part in parts)
 
 
 def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:

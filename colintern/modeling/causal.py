@@ -104,12 +104,24 @@ _backward.register_fake(
 _forward.register_autograd(_send_back, setup_context=_keep)
 
 
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast casts the inputs of torch's own attention; it does not know other kernels.
+
+    Around a float32 base it returns values in bfloat16, and queries and keys, whose norms follow, in float32.
+    """
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+
+
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """As transformers calls it. torch's kernel where tokens look both ways, as in the tower, or a mask says how."""
     if attention_mask is not None or kwargs.get("dropout") or not module.is_causal:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    query, key, value = cast_for_autocast(query, key, value)
     return blocked_attention(query, key, value, scaling).transpose(1, 2).contiguous(), None
 
 
