@@ -1,5 +1,6 @@
 """`colintern recommend`: the rules, what it prints, what it writes, what it refuses."""
 
+import dataclasses
 import difflib
 import doctest
 import json
@@ -8,22 +9,24 @@ import re
 import shutil
 
 import pytest
+import torch
 from conftest import BASE, ROOT
 from pages import documented, words
 
 from colintern.__main__ import main
-from colintern.commands.recommend import _head, _memory_table
+from colintern.commands.recommend import Head, _format_head, _format_table
 from colintern.core.errors import UserError
 from colintern.monitoring import guide as guide_rules
 from colintern.monitoring.guide import DEMO, EPOCHS, bounds_for, optimal_lr, optimal_rank
 from colintern.params import load
 from colintern.planning import costs as costs_module
 from colintern.planning import recommend as rules
-from colintern.planning.costs import Costs
-from colintern.planning.gpus import GPUS, find
-from colintern.planning.recommend import steps_of, warmup_of
+from colintern.planning.costs import CostModel
+from colintern.planning.gpus import GPUS, find_gpu
+from colintern.planning.probe import probe_steps
+from colintern.planning.recommend import choose_warmup_steps, count_steps
 
-COUNTED: dict[tuple[str, ...], Costs] = {}
+COUNTED: dict[tuple[str, ...], CostModel] = {}
 RECIPE = (ROOT / "recipes" / "internvl3_5-1b.yaml").read_text()
 
 
@@ -31,10 +34,13 @@ RECIPE = (ROOT / "recipes" / "internvl3_5-1b.yaml").read_text()
 def counted_once(monkeypatch):
     """A card changes nothing in what a step is made of: what one test has counted, the others take."""
 
-    def costs(config, *rest):
-        return COUNTED.setdefault((config.to_json_string(), *map(str, rest)), Costs(config, *rest))
+    def costs(config, params):
+        key = config.to_json_string(), repr(params)
+        if key not in COUNTED:
+            COUNTED[key] = CostModel(config, params)
+        return COUNTED[key]
 
-    monkeypatch.setattr(costs_module, "Costs", costs)
+    monkeypatch.setattr(costs_module, "CostModel", costs)
 
 
 @pytest.fixture
@@ -72,8 +78,8 @@ def test_the_rules():
     for rule in (optimal_lr, optimal_rank):
         with pytest.raises(ValueError, match=r"1B parameters and up, and do not reach 1\.0 M"):
             rule(1_028_224)
-    assert steps_of(118_195, 64) == 1846 * EPOCHS == 9230
-    assert [warmup_of(steps) for steps in (9230, 448, 9)] == [100, 44, 0]
+    assert count_steps(118_195, load(ROOT / "recipes" / "internvl3_5-1b.yaml")) == 1846 * EPOCHS == 9230
+    assert [choose_warmup_steps(steps) for steps in (9230, 448, 9)] == [100, 44, 0]
 
 
 @pytest.mark.parametrize("billions", [0.2, 0.4, 0.9, 1.2, 2.4, 4.7, 7.9])
@@ -87,9 +93,8 @@ def test_what_is_recommended_passes_the_doctor(billions):
 
 @pytest.mark.parametrize("base", ["internvl3_5-1b", "OpenGVLab/InternVL3_5-1B-HF", "OpenGVLab/x@" + "0" * 40])
 def test_every_title_fits_a_terminal(base):
-    head = {"base": base, "parameters": 8e9, "trained": 8e7, "gpu": "RTX-4090", "gpu_memory_gb": 24.0}
-    head |= {"rows": 118_195, "negatives": 3, "pages": 50_453, "data": "vidore/colpali_train_set"}
-    lines = [*_memory_table(base, []), *_head(head)]
+    head = Head(base, 8 * 10**9, 8 * 10**7, "RTX-4090", 24.0, "vidore/colpali_train_set", 118_195, 50_453, 3)
+    lines = [*_format_table(base, []), *_format_head(head)]
     assert base in "".join(line.strip() for line in lines)
     assert max(map(len, lines)) <= 80
 
@@ -124,19 +129,19 @@ def test_the_guides_batch_formula_is_32_for_every_card_of_its_table():
     ],
 )
 def test_cards_are_found_by_the_names_they_go_by(name, card):
-    assert find(name) == card
+    assert find_gpu(name) == card
 
 
 @pytest.mark.parametrize("name", ["a100", "rtx", "tpu", ""])
 def test_an_unknown_card_is_answered_with_those_there_are(name):
     with pytest.raises(UserError, match=r"--gpu: .*(A100-80GB|RTX-4090)"):
-        find(name)
+        find_gpu(name)
 
 
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (documented("colintern recommend --base internvl3_5-1b --gpu l40s"), r"time of a step +9\.7\d s on L40S"),
+        (documented("colintern recommend --base internvl3_5-1b --gpu l40s"), r"time of a step +9\.6\d s on L40S"),
         (documented("colintern recommend --base internvl3_5-1b --gpu a100-80gb"), r"time of a step +4\.7\d s on A100"),
     ],
 )
@@ -204,6 +209,16 @@ def test_the_demo_gets_no_rule_of_the_guides(demo, capsys):
     assert load("params.yaml").lr == 0.006
 
 
+def test_a_probe_runs_steps_with_the_params_and_without_data(demo):
+    params = dataclasses.replace(load("params.yaml"), batch_size=8, micro_batch_size=4, negatives=1)
+    warm_up, step = probe_steps(params, "demo/base")
+    assert (warm_up.settings.num_pages, step.settings.num_pages, step.settings.num_chunks) == (4, 16, 4)
+    assert (step.settings.tiles, step.predicted_seconds) == (params.max_visual_tokens // 16, None)
+    assert step.seconds > 0 and step.peak_bytes > step.predicted.memory["base weights"]
+    assert step.predicted.peak_bytes > warm_up.predicted.peak_bytes
+    assert sorted(path.name for path in demo.iterdir()) == ["data", "demo", "params.yaml"], "nothing is saved"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -211,11 +226,17 @@ def test_the_demo_gets_no_rule_of_the_guides(demo, capsys):
         (["--gpu-memory", "much"], ["--gpu-memory", "'much'", "1 to 1024"]),
         (["--gpu-memory", "0"], ["--gpu-memory", "'0'"]),
         (["--gpu-memory", "nan"], ["--gpu-memory", "'nan'"]),
+        pytest.param(
+            ["--gpu-memory", "auto"],
+            ["--gpu-memory", "there is none here"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["--gpu-memory", "2"], ["--gpu-memory: 2 GB", "2.0 GiB", "85%"]),
         (["--rows", "0"], ["--rows", "'0'", "whole number"]),
         (["--base", "nowhere"], ["base", "'nowhere'", "internvl3_5-1b"]),
         (["--base", "internvl3_5-2b", "--write"], ["--write", "internvl3_5-2b", "params.yaml"]),
         (["--table", "--write"], ["--write", "--table"]),
+        (["--base", "internvl3_5-2b", "--probe"], ["--probe", "internvl3_5-2b", "params.yaml"]),
     ],
 )
 def test_bad_input_is_named(checkout, capsys, arguments, words):
@@ -226,17 +247,6 @@ def test_bad_input_is_named(checkout, capsys, arguments, words):
     assert stop.value.code == 2
     assert all(word in error for word in words), error
     assert (checkout / "params.yaml").read_text() == before
-
-
-def test_auto_without_a_gpu_says_so(checkout, capsys):
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit) as stop:
-        main(["recommend", "--gpu-memory", "auto"])
-    assert stop.value.code == 2
-    assert "there is none here" in capsys.readouterr().err
 
 
 def test_own_data_without_numbers_asks_for_them(checkout, capsys):
