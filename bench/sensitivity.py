@@ -39,7 +39,7 @@ def run(params: Params) -> tuple[float, float, str]:
     import torch
     from pyarrow.parquet import read_table
 
-    from colintern.data.images import decode
+    from colintern.data.images import decode_image
     from colintern.encoding.page_features import Page
     from colintern.monitoring.health import health
     from colintern.storage.manifest import benchmark_folder, check_base
@@ -51,7 +51,7 @@ def run(params: Params) -> tuple[float, float, str]:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     folder = benchmark_folder("demo")
-    corpus = [Page.of(decode(image["bytes"])) for image in read_table(folder / "corpus")["image"].to_pylist()]
+    corpus = [Page.of(decode_image(image["bytes"])) for image in read_table(folder / "corpus")["image"].to_pylist()]
     queries = read_table(folder / "queries")["query"].to_pylist()
 
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(None):  # only the table is for people

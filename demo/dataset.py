@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from colintern.data.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
-from colintern.data.images import png_bytes
+from colintern.data.images import encode_png
 from colintern.storage.parallel import spread
 from demo.corpus import Plan, corpus, draw, plans
 
@@ -20,7 +20,7 @@ def write_training_set(folder: Path) -> None:
 
 def _draw_row(plan: Plan) -> TrainingRow:
     page = draw(plan)
-    return TrainingRow(png_bytes(page.image), page.name, page.queries[0], source=f"colintern-demo-{page.kind}")
+    return TrainingRow(encode_png(page.image), page.name, page.queries[0], source=f"colintern-demo-{page.kind}")
 
 
 def write_evaluation_set(folder: Path) -> None:
@@ -28,7 +28,7 @@ def write_evaluation_set(folder: Path) -> None:
     pages = corpus("test", TEST_PAGES, 1, SEED)
     write_beir(
         folder,
-        [CorpusPage(i, png_bytes(page.image), page.name) for i, page in enumerate(pages)],
+        [CorpusPage(i, encode_png(page.image), page.name) for i, page in enumerate(pages)],
         [Query(i, page.queries[0]) for i, page in enumerate(pages)],
         [Qrel(i, i) for i in range(len(pages))],
     )

@@ -26,7 +26,9 @@ def main() -> None:
     arrow_cache()
     ready(params, evaluation=True)
     from colintern.analysis.verdicts import table
-    from colintern.data.benchmarks import tasks_for  # only now: `datasets` reads the environment when it is imported
+    from colintern.data.benchmarks import (
+        resolve_benchmarks,  # only now: `datasets` reads the environment when it is imported
+    )
     from colintern.evaluation.scores import (
         BENCHMARK_COLUMNS,
         TASK_COLUMNS,
@@ -38,7 +40,7 @@ def main() -> None:
     from colintern.evaluation.subjects import subjects
     from colintern.evaluation.tasks import evaluate
 
-    tasks_for(params)  # a misspelt name is refused before anything else is looked at
+    resolve_benchmarks(params.benchmarks)  # a misspelt name is refused before anything else is looked at
     out = Path("results/mteb_evaluation")
     scores = evaluate(subjects(params, Path("experiments/colintern")), params, out)
     Path("metrics").mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ if not sys.stderr.isatty():
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from colintern.core.errors import exit_on_user_error
-from colintern.data.trainset import training_data
+from colintern.data.training_set import load_training_data
 from colintern.params import load
 from colintern.storage.manifest import ready
 from colintern.storage.outs import check_outs
@@ -34,7 +34,7 @@ def main() -> None:
     with joined(params.threads) as processes:
         processes.first(check_outs)
         # A flipped bit costs seconds here, and a training run later.
-        processes.first(lambda: bool(training_data(params, anew=True)))
+        processes.first(lambda: bool(load_training_data(params, force=True)))
         base = processes.first(lambda: ready(params, anew=True))
         from colintern.preflight.doctor import hold
 

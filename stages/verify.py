@@ -13,7 +13,7 @@ from colintern.core.errors import UserError, exit_on_user_error
 from colintern.modeling.lora import examine, faults, table
 from colintern.modeling.modeling_colintern import meta_model
 from colintern.params import load
-from colintern.statistics.inventory import COLUMNS, inventory, survey_rows
+from colintern.statistics.dataset_stats import HISTOGRAM_COLUMNS, iter_histogram_rows, load_dataset_stats
 from colintern.storage.csvfile import write_csv
 from colintern.storage.jsonfile import dumps
 from colintern.storage.manifest import ready
@@ -22,6 +22,7 @@ from colintern.storage.outs import check_outs
 
 @exit_on_user_error()
 def main() -> None:
+    """Run the stage."""
     params = load()
     check_outs()
     base = ready(params)
@@ -29,10 +30,10 @@ def main() -> None:
     print(table(params.base, counts))
     if wrong := faults(counts):
         raise UserError("\n  ".join(wrong))
-    found = inventory(params.max_visual_tokens)
     Path("metrics").mkdir(exist_ok=True)
     Path("metrics/verify.json").write_text(dumps({"trainable_parameters": counts["trainable_parameters"]}))
-    write_csv(Path("plots/data.csv"), survey_rows(found), COLUMNS)
+    rows = iter_histogram_rows(load_dataset_stats(params.max_visual_tokens))
+    write_csv(Path("plots/data.csv"), rows, HISTOGRAM_COLUMNS)
 
 
 if __name__ == "__main__":

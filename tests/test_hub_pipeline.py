@@ -18,7 +18,7 @@ from pages import documented
 from test_dvc_commands import IDENTITY, STAGES, Repo, bare_environment, copy_working_tree, ran, set_up, skipped
 
 from colintern.data.formats import TrainingRow, write_training_split
-from colintern.data.images import png_bytes
+from colintern.data.images import encode_png
 from colintern.params import load
 from demo.corpus import corpus
 
@@ -49,7 +49,7 @@ def write_task(folder: Path, number: int) -> None:
     language. v3: three configurations a language, ids that are text, judgements of two grades."""
     pages = corpus("test", 4, 1, seed=number)
     ids = list(range(len(pages)))
-    images = [{"bytes": png_bytes(page.image), "path": page.name} for page in pages]
+    images = [{"bytes": encode_png(page.image), "path": page.name} for page in pages]
     queries = [page.queries[0] for page in pages]
     if folder.name == V3:
         names = list(map(str, ids))
@@ -84,7 +84,7 @@ def hub(tmp_path_factory):
     top, recipe = tmp_path_factory.mktemp("hub"), load(RECIPE)
     for split, drawn, number in (("train", "train", ROWS), ("test", "dev", 4)):
         rows = [
-            TrainingRow(png_bytes(page.image), page.name, page.queries[0]) for page in corpus(drawn, number, 1, seed=0)
+            TrainingRow(encode_png(page.image), page.name, page.queries[0]) for page in corpus(drawn, number, 1, seed=0)
         ]
         write_training_split(top / "train", split, rows)
     with running() as hub:

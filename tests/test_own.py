@@ -16,20 +16,20 @@ from unicodedata import normalize
 
 import pyarrow.parquet as pq
 import pytest
+from colintern.ingest.own import MADE, make
 from conftest import IRREGULAR, ROOT, irregular_files, page_image
 from pdf_writer import stream, write_odd_page, write_pdf
 from PIL import Image
 
 from colintern.core.errors import UserError
 from colintern.data import formats
-from colintern.data.images import png_bytes
-from colintern.data.trainset import asked, training_data
+from colintern.data.images import encode_png
+from colintern.data.training_set import asked, training_data
 from colintern.ingest import jsonl, pdfs, pseudo
-from colintern.ingest.checks import check_share, quarantine
-from colintern.ingest.collected import MAX_QUERY_CHARACTERS, Collected, Shelf
-from colintern.ingest.own import MADE, make
-from colintern.ingest.rendering import PageRef, group_pages, render_and_store_pages
+from colintern.ingest.documents import MAX_QUERY_CHARACTERS, Collected, Shelf
+from colintern.ingest.pdf_rendering import PageRef, group_pages, render_and_store_pages
 from colintern.ingest.sources import _kind
+from colintern.ingest.validation import check_share, quarantine
 from colintern.params import load
 from colintern.storage.isolation import Failure, IsolatedPool
 from colintern.storage.lock import mark_in_use
@@ -48,7 +48,7 @@ def folder(tmp_path, monkeypatch):
 def jsonl_folder(folder: Path, rows: list, pages: int = 12) -> None:
     """`pages` images, one good row for each in turn of the three splits, and the given rows (text as it is)."""
     for number in range(pages):
-        (folder / f"{number}.png").write_bytes(png_bytes(page_image(f"page {number}")))
+        (folder / f"{number}.png").write_bytes(encode_png(page_image(f"page {number}")))
     good = [
         {"image": f"{n}.png", "query": f"question {n}", "split": ("train", "dev", "test")[n % 3]} for n in range(pages)
     ]
@@ -98,7 +98,7 @@ BAD_LINES = [
 def test_each_bad_line_costs_one_row_and_is_named(folder):
     rows = [row for row, _ in BAD_LINES]
     jsonl_folder(folder, rows)
-    whole = png_bytes(page_image("cut"))
+    whole = encode_png(page_image("cut"))
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "page.html").write_text("<html>not found</html>")
     (folder / "empty.png").touch()
@@ -136,7 +136,7 @@ def test_pages_of_all_kinds_are_stored_upright_and_rgb(folder):
 
 def test_a_page_without_a_query_can_be_confused_with_others_and_is_counted(folder, capsys):
     jsonl_folder(folder, [{"image": "alone.png", "split": "test"}])
-    (folder / "alone.png").write_bytes(png_bytes(page_image("alone")))
+    (folder / "alone.png").write_bytes(encode_png(page_image("alone")))
     own = make(DOCS, jsonl.collect)
     assert "alone.png" in [row["image"]["path"] for row in table(own.made, "beir/corpus/*.parquet")]
     assert own.summary["pages without a query"] == 1
@@ -255,7 +255,7 @@ def test_equal_pages_are_one_page_and_stay_in_one_split(folder):
 def test_a_page_or_query_in_two_splits_is_refused_with_both_rows(folder, row):
     jsonl_folder(folder, [row])
     shutil.copy(folder / "0.png", folder / "copy.png")
-    (folder / "new.png").write_bytes(png_bytes(page_image("new")))
+    (folder / "new.png").write_bytes(encode_png(page_image("new")))
     with pytest.raises(UserError, match=r"rows\.jsonl:1 is in train, rows\.jsonl:13 in (test|dev)"):
         make(DOCS, jsonl.collect)
 
@@ -267,8 +267,8 @@ def test_a_page_or_query_in_two_splits_is_refused_with_both_rows(folder, row):
 )  # fmt: skip
 def test_queries_that_differ_in_a_sign_alone_are_two(folder, one, other):
     jsonl_folder(folder, [{"image": "new.png", "query": one, "split": "train"}])
-    (folder / "new.png").write_bytes(png_bytes(page_image("new")))
-    (folder / "other.png").write_bytes(png_bytes(page_image("other")))
+    (folder / "new.png").write_bytes(encode_png(page_image("new")))
+    (folder / "other.png").write_bytes(encode_png(page_image("other")))
     with (folder / "rows.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"image": "other.png", "query": other, "split": "test"}) + "\n")
     own = make(DOCS, jsonl.collect)
@@ -295,7 +295,7 @@ def many(folder: Path, pages: int = 60) -> None:
     """Pages whose split no row names; the query `shared` is answered by five of them."""
     rows = []
     for number in range(pages):
-        (folder / f"{number}.png").write_bytes(png_bytes(page_image(f"page {number}")))
+        (folder / f"{number}.png").write_bytes(encode_png(page_image(f"page {number}")))
         queries = [f"question {number}", *(["shared"] if number < 5 else [])]
         rows.append({"image": f"{number}.png", "queries": queries})
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -336,7 +336,7 @@ def test_what_is_unchanged_is_not_made_again_and_what_is_changed_is(folder):
     made = {"made_for": asked(params), "train": [own.files("train")._asdict()], "train_corpus": None, "negatives": None}
     Path("data/manifest.json").write_text(json.dumps(made))
     assert len(training_data(params).sets) == 1
-    (folder / "0.png").write_bytes(png_bytes(page_image("another page")))
+    (folder / "0.png").write_bytes(encode_png(page_image("another page")))
     with pytest.raises(UserError, match=r"data/own/docs/0\.png: changed since the pages were made.*fetch-data"):
         training_data(params)
     again = make(DOCS, jsonl.collect)
@@ -353,7 +353,7 @@ def test_pages_stay_while_they_are_read_and_until_newer_ones_were(folder):
     """As for a run of `--temp` or of the queue, under which the folder is changed in the workspace."""
 
     def make_changed(number: int) -> Path:
-        (folder / "0.png").write_bytes(png_bytes(page_image(f"page {number}")))
+        (folder / "0.png").write_bytes(encode_png(page_image(f"page {number}")))
         return Path(make(DOCS, jsonl.collect).made).absolute()
 
     many(folder)
@@ -366,7 +366,7 @@ def test_pages_stay_while_they_are_read_and_until_newer_ones_were(folder):
         subprocess.run([sys.executable, "-c", MARK, last_read], check=True, cwd=ROOT)
     unread, new = make_changed(7), make_changed(8)
     assert [path.is_dir() for path in (held, read, last_read, unread, new)] == [True, False, True, False, True]
-    (folder / "0.png").write_bytes(png_bytes(page_image("page 6")))
+    (folder / "0.png").write_bytes(encode_png(page_image("page 6")))
     written = (last_read / "summary.json").stat().st_mtime_ns
     make(DOCS, jsonl.collect)
     assert (last_read / "summary.json").stat().st_mtime_ns == written, "the former folder needs no new pages"
@@ -377,7 +377,7 @@ def test_folders_whose_names_differ_in_punctuation_or_script_keep_their_own_page
     others = [Path("data/own/docs!"), Path("data/own/文件"), Path("data/own/書類")]
     for other in others:
         shutil.copytree(folder, other)
-        (other / "0.png").write_bytes(png_bytes(page_image(f"page of {other}")))
+        (other / "0.png").write_bytes(encode_png(page_image(f"page of {other}")))
     made = {make(str(one), jsonl.collect).made for one in (folder, *others)}
     assert len(made) == 4 and all(map(os.path.isdir, made))
 

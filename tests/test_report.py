@@ -18,7 +18,7 @@ from test_adapters import trained
 
 from colintern.core.errors import UserError
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
-from colintern.data.images import png_bytes
+from colintern.data.images import encode_png
 from colintern.encoding.embed import embed_queries
 from colintern.encoding.pooling import cut
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
@@ -67,7 +67,7 @@ def run(folder: Path, command: tuple[str, ...]) -> None:
 def write_set() -> None:
     """60 pages, one of whose queries would do harm if it were not escaped."""
     pages = corpus("test", 60, 1, seed=3)
-    images = [png_bytes(page.image.resize((600, 900))) for page in pages]
+    images = [encode_png(page.image.resize((600, 900))) for page in pages]
     queries = [HOSTILE, *(page.queries[0] for page in pages[1:])]
     write_beir(
         Path(SET),

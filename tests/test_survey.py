@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from colintern.ingest.splits import by_name
 from conftest import IRREGULAR, ROOT, page_image
 from pdf_writer import write_pdf
 from processes import program
@@ -19,17 +20,16 @@ from processes import program
 from colintern.core.errors import UserError
 from colintern.data.benchmarks import _folder_task
 from colintern.data.formats import TABLES, CorpusPage, Qrel, Query, check_beir, write_beir
-from colintern.data.images import png_bytes
-from colintern.ingest.checks import check_benchmarks, check_judgements
-from colintern.ingest.collected import MAX_QUERY_CHARACTERS
+from colintern.data.images import encode_png
+from colintern.ingest.documents import MAX_QUERY_CHARACTERS
 from colintern.ingest.scan import Part, look
-from colintern.ingest.splits import by_name
+from colintern.ingest.validation import check_benchmarks, check_judgements
 from colintern.params import load
 from colintern.statistics.survey import survey
 from colintern.storage.manifest import local_file, local_files
 
 SET, BEIR = "data/own/set", "data/own/beir"
-PAGES = [png_bytes(page_image(f"page {number}")) for number in range(60)]
+PAGES = [encode_png(page_image(f"page {number}")) for number in range(60)]
 
 
 @pytest.fixture(autouse=True)
@@ -489,7 +489,7 @@ def test_a_folder_of_two_kinds_is_refused():
 
 def test_the_data_in_numbers():
     from colintern.params import load
-    from colintern.statistics.inventory import inventory, summarize_survey
+    from colintern.statistics.dataset_stats import inventory, summarize_survey
 
     write_rows("train", [*map(row, range(40)), row(3), row(3) | {"query": "again"}, row(4) | {"query": ""}])
     write_params(max_bad_fraction=0.05)
@@ -509,7 +509,7 @@ def test_the_data_in_numbers():
 
 
 def test_the_languages_of_the_queries_are_counted_over_distinct_queries_and_shown_as_a_guess():
-    from colintern.statistics.inventory import inventory, summarize_survey, table
+    from colintern.statistics.dataset_stats import inventory, summarize_survey, table
 
     french, german = "Quels sont les principaux risques du projet ?", "Wer hat den Vertrag unterschrieben?"
     spoken = [row(n) | {"query": query} for n, query in enumerate((french, french, german, "4711", "question 1"))]
@@ -522,7 +522,7 @@ def test_the_languages_of_the_queries_are_counted_over_distinct_queries_and_show
 
 def test_the_table_says_the_same():
     from colintern.params import load
-    from colintern.statistics.inventory import inventory, table
+    from colintern.statistics.dataset_stats import inventory, table
 
     write_rows("train", [row(4) | {"query": ""}, *map(row, range(40))])
     write_params(max_bad_fraction=0.05)
@@ -533,7 +533,7 @@ def test_the_table_says_the_same():
 
 
 def test_values_stand_in_their_order_which_is_not_that_of_json_keys():
-    from colintern.statistics.inventory import MEASURES, table
+    from colintern.statistics.dataset_stats import MEASURES, table
 
     facts = dict.fromkeys(("rows", "pages", "queries", "duplicates", "quarantined", "bytes"), 3)
     facts |= {"languages, guessed": {}, **{key: {"10": 2, "9": 1} for key in MEASURES}}
@@ -556,7 +556,7 @@ def test_the_survey_of_other_data_than_params_name_is_refused():
 
 
 def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():
-    from colintern.data.trainset import asks_pseudo_queries
+    from colintern.data.training_set import asks_pseudo_queries
     from colintern.storage.manifest import benchmark_folder
     from colintern.training.pairs import rows
 

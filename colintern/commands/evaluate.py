@@ -58,17 +58,18 @@ def run(args: argparse.Namespace) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.analysis import sizes
     from colintern.analysis.verdicts import table
-    from colintern.data.benchmarks import from_cache, tasks_for  # `datasets` reads the environment when it is imported
+
+    # `datasets` reads the environment when it is imported.
+    from colintern.data.benchmarks import resolve_benchmarks, use_fetched_data
     from colintern.evaluation.scores import report
     from colintern.evaluation.subjects import subjects
     from colintern.evaluation.tasks import evaluate
     from colintern.storage.hub import stay_offline
     from colintern.storage.jsonfile import dumps
 
-    for _, task in tasks_for(
-        settings[0]
-    ):  # a name that is unknown, or data that is not there, before anything is loaded
-        from_cache(task)
+    # An unknown name or missing data is refused before anything is loaded.
+    for _, task in resolve_benchmarks(settings[0].benchmarks):
+        use_fetched_data(task)
     models = _peers(settings, name)
     if not models:
         folder = Path(name) if Path(name).is_dir() else _from_hub(name)

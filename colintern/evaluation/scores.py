@@ -31,7 +31,7 @@ def collect(
     """Scores of the tasks of each benchmark, and their means.
 
     Args:
-        pairs: (label of a benchmark, task), see `benchmarks.tasks_for`.
+        pairs: (label of a benchmark, task), see `resolve_benchmarks`.
         results: mteb's results by the task's name.
         sizes: what `size` says, by the task's name; stands beside the task's scores, its mean beside the benchmark's;
             empty where it is not known.

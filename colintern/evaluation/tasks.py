@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from mteb.abstasks.abstask import AbsTask
 
 from colintern.core.project import root
-from colintern.data.benchmarks import from_cache, tasks_for
+from colintern.data.benchmarks import resolve_benchmarks, use_fetched_data
 from colintern.evaluation import queries
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.evaluation.scores import Scores, checked, collect, size
@@ -45,10 +45,10 @@ def evaluate(subjects: Mapping[str, Subject], params: Params, out: Path) -> dict
         {"trained": scores, "untrained": scores}, see `scores.collect`.
 
     Raises:
-        UserError: see `tasks_for` and `Subject.encoder`.
+        UserError: see `resolve_benchmarks` and `Subject.encoder`.
         RuntimeError: a task has a score that is not a number.
     """
-    pairs = tasks_for(params)
+    pairs = resolve_benchmarks(params.benchmarks)
     settle(params.threads)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -105,7 +105,7 @@ def _run(encoder: Any, task: AbsTask, params: Params, folder: Path) -> None:
         encoder.page_count = encoder.vector_count = 0
     found = mteb.evaluate(
         encoder,
-        queries.keep(from_cache(task), rows),
+        queries.keep(use_fetched_data(task), rows),
         co2_tracker=False,
         encode_kwargs={"batch_size": params.eval_batch_size, "show_progress_bar": False},
         cache=cache,

@@ -12,7 +12,7 @@ from mteb.abstasks.abstask import AbsTask
 from colintern.analysis.comparison import Row, compare
 from colintern.analysis.verdicts import PUBLISHED, TARGETS
 from colintern.core.errors import UserError
-from colintern.data.benchmarks import tasks_for
+from colintern.data.benchmarks import resolve_benchmarks
 from colintern.evaluation.scores import Scores, collect, short
 from colintern.params import Params
 from colintern.reporting.plots import Bar
@@ -91,7 +91,7 @@ def evaluation(params: Params, folder: Path) -> Evaluation:
         UserError: the data has changed since, or the results are of an older version.
     """
     run = json.loads((folder / "run.json").read_text())
-    pairs = tasks_for(params)
+    pairs = resolve_benchmarks(params.benchmarks)
     for _, task in pairs:
         name, now = task.metadata.name, task.metadata.dataset["revision"]
         if run["data"].get(name) != now:

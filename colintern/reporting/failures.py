@@ -8,7 +8,7 @@ from mteb.abstasks.abstask import AbsTask
 
 from colintern.core.page_labels import label_page
 from colintern.core.progress import ProgressBar
-from colintern.data.benchmarks import from_cache
+from colintern.data.benchmarks import use_fetched_data
 from colintern.encoding.embed import embed_queries
 from colintern.encoding.pooling import cut
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
@@ -23,7 +23,7 @@ class Corpus:
     """The pages and queries of a task, by their ids."""
 
     def __init__(self, task: AbsTask):
-        loaded: Any = from_cache(task)
+        loaded: Any = use_fetched_data(task)
         loaded.load_data()
         loaded.convert_v1_dataset_format_to_v2(num_proc=1)
         self.subsets = loaded.dataset

@@ -15,7 +15,7 @@ from colintern.reporting import plots
 from colintern.reporting.cases import Case
 from colintern.reporting.evaluated import FULL, Evaluation, bars, intervals, margin, ranks, size
 from colintern.reporting.html import render
-from colintern.statistics.inventory import inventory, summarize_survey
+from colintern.statistics.dataset_stats import load_dataset_stats, summarize_stats
 from colintern.storage.identity import content_hash, read_identity, versions
 from colintern.storage.manifest import MANIFEST, SURVEY
 
@@ -151,7 +151,7 @@ def _data(model: Path, max_visual_tokens: int) -> dict[str, Any] | None:
         return None
     if identity.get("deps", {}).get(MANIFEST) != content_hash(Path(MANIFEST)):
         return None
-    sets = summarize_survey(inventory(max_visual_tokens))
+    sets = summarize_stats(load_dataset_stats(max_visual_tokens))
     keys = [key for key in next(iter(sets.values()), {}) if not key.startswith("languages")]
     languages: dict[str, Any] = {name: values.get("languages, guessed", {}) for name, values in sets.items()}
     return {"keys": keys, "sets": sets, "languages": languages}

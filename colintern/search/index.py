@@ -22,7 +22,7 @@ from colintern.core.progress import ProgressBar
 from colintern.encoding.embed import embed_pages
 from colintern.encoding.page_features import Page
 from colintern.encoding.tensor_cache import TensorCache
-from colintern.ingest.collected import Bad
+from colintern.ingest.documents import InvalidRow
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.search.sources import Source, images
 from colintern.storage.identity import code_hashes, fingerprint
@@ -77,7 +77,7 @@ class Index:
     def __contains__(self, key: str | None) -> bool:
         return key is not None and (key in self.cache or key in self.kept)
 
-    def fill(self, wanted: Sequence[Source], model: Any, processor: Any, batch: int, bad: list[Bad]) -> int:
+    def fill(self, wanted: Sequence[Source], model: Any, processor: Any, batch: int, bad: list[InvalidRow]) -> int:
         """Embed the pages that are not known; how many were embedded. What cannot be rendered goes to `bad`."""
         todo = self.missing(wanted)
         pages = iter(ProgressBar(images(todo, bad), total=len(todo), desc="indexing", unit="page"))

@@ -11,9 +11,9 @@ from PIL import Image
 
 from colintern.core.errors import UserError
 from colintern.core.page_labels import get_file_url
-from colintern.data.images import BadImage, decode
-from colintern.ingest.collected import Bad
-from colintern.ingest.rendering import DPI, LIMITS, PageRef, count_pages, group_pages, render_pages
+from colintern.data.images import InvalidImageError, decode_image
+from colintern.ingest.documents import InvalidRow
+from colintern.ingest.pdf_rendering import DPI, LIMITS, PageRef, count_pages, group_pages, render_pages
 from colintern.storage.identity import content_hash
 from colintern.storage.isolation import Failure, IsolatedPool
 from colintern.storage.regular import LINKED_FOLDER, MISSING, irregular_type, list_files
@@ -39,7 +39,7 @@ class Source(NamedTuple):
         return get_file_url(self.path, None if self.page is None else self.page + 1)
 
 
-def sources(place: Path) -> tuple[list[Source], list[Bad]]:
+def sources(place: Path) -> tuple[list[Source], list[InvalidRow]]:
     """Every page of a PDF, an image, or a folder of them (hidden files left out), and the files that cannot be read.
 
     Raises:
@@ -55,18 +55,20 @@ def sources(place: Path) -> tuple[list[Source], list[Bad]]:
         counts = dict(zip(pdfs, pool.map(count_pages, [[path] for path in pdfs]), strict=True))
     found: list[Source] = []
     bad = [
-        Bad(shown(name), f"is {kind}, not a regular file") for name, kind in refused.items() if kind != LINKED_FOLDER
+        InvalidRow(shown(name), f"is {kind}, not a regular file")
+        for name, kind in refused.items()
+        if kind != LINKED_FOLDER
     ]
     for path in files:
         name = shown(path.relative_to(place) if is_folder else path.name)
         try:
             content = content_hash(path)
         except OSError as error:  # somebody else's, or gone by now
-            bad.append(Bad(name, f"cannot be read: {error.strerror}"))
+            bad.append(InvalidRow(name, f"cannot be read: {error.strerror}"))
             continue
         pages = counts.get(path)
         if isinstance(pages, Failure):
-            bad.append(Bad(name, f"not a readable PDF: {pages.reason}"))
+            bad.append(InvalidRow(name, f"not a readable PDF: {pages.reason}"))
         elif pages is None:
             found.append(Source(name, path, None, content))
         else:
@@ -83,7 +85,7 @@ def shown(name: str | os.PathLike[str]) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def reasons(bad: Sequence[Bad]) -> str:
+def reasons(bad: Sequence[InvalidRow]) -> str:
     """The first of them, to go on with an error."""
     return "".join(f"; {one.where}: {one.reason}" for one in bad[:3])
 
@@ -98,17 +100,17 @@ def skipped(place: Path) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda of: (-of[1], of[0])))
 
 
-def images(wanted: list[Source], bad: list[Bad]) -> Iterator[tuple[Source, Image.Image]]:
+def images(wanted: list[Source], bad: list[InvalidRow]) -> Iterator[tuple[Source, Image.Image]]:
     """The pages rendered, in their order; those that cannot be go to `bad`."""
     groups = group_pages(PageRef(source.path, source.page) for source in wanted if source.page is not None)
     with IsolatedPool(LIMITS, processes=1) as pool:  # one: each rendered page takes megabytes
         drawn = pool.map(render_pages, groups)
         for source in wanted:
             try:
-                page = decode(source.path.read_bytes()) if source.page is None else next(drawn)
-            except (BadImage, OSError) as error:
+                page = decode_image(source.path.read_bytes()) if source.page is None else next(drawn)
+            except (InvalidImageError, OSError) as error:
                 page = Failure(str(error))
             if isinstance(page, Failure):
-                bad.append(Bad(source.name, page.reason))
+                bad.append(InvalidRow(source.name, page.reason))
             else:
                 yield source, page

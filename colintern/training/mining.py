@@ -16,7 +16,7 @@ from torch import Tensor
 
 from colintern.core.progress import ProgressBar
 from colintern.core.project import root
-from colintern.data.trainset import asked
+from colintern.data.training_set import get_training_data_params
 from colintern.encoding.embed import embed_features, embed_queries
 from colintern.encoding.page_features import FEATURES, Page, PageFeatures
 from colintern.modeling.host import settle
@@ -80,7 +80,7 @@ def mine(params: Params, adapter: Path, limits: Limits) -> Found:
         "adapter_sha256": content_hash(adapter / "adapter_model.safetensors"),
         "base": params.base,
         "base_revision": params.base_revision,
-        "data": asked(params),
+        "data": get_training_data_params(params),
         "limits": limits._asdict(),
         "pages": len(pages),
         "versions": versions(),

@@ -15,9 +15,17 @@ from pyarrow.parquet import ParquetFile, read_metadata, read_schema, read_table
 from torch.utils.data import Dataset
 
 from colintern.core.errors import UserError
-from colintern.data import index
-from colintern.data.images import decode
-from colintern.data.trainset import NEGATIVES, POSITIVES, TrainingData, TrainingSet, training_data
+from colintern.data.images import decode_image
+from colintern.data.training_set import (
+    NEGATIVES,
+    POSITIVES,
+    ROW_INDEX,
+    IndexRow,
+    TrainingData,
+    TrainingSet,
+    load_training_data,
+    read_row_index,
+)
 from colintern.encoding.page_features import Page, PageFeatures
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.params import Params
@@ -43,7 +51,7 @@ def rows(params: Params) -> dict[str, list[Pair]]:
         UserError: the manifest, the index or a file is missing or changed, a set has no row for a split, or the hard
             negatives that params ask for are not there.
     """
-    data = training_data(params)
+    data = load_training_data(params)
     pages, entries = _pages(data)
     wrong = _from_column(data, pages, entries) if params.negatives and not data.negatives else {}
     found: defaultdict[tuple[str, str], list[Pair]] = defaultdict(list)
@@ -69,11 +77,11 @@ def candidates(params: Params) -> tuple[list[Pair], list[Page], set[str]]:
     nobody's negative, since the dev set asks for them."""
     parts = rows(replace(params, negatives=0, negatives_file=""))
     dev, own = ({pair.page.key for pair in parts[split]} for split in ("test", "train"))
-    pages, _ = _pages(training_data(params))
+    pages, _ = _pages(load_training_data(params))
     return parts["train"], [page for key, page in pages.items() if key in own or key not in dev], dev
 
 
-def _pages(data: TrainingData) -> tuple[dict[str, Page], list[index.Row]]:
+def _pages(data: TrainingData) -> tuple[dict[str, Page], list[IndexRow]]:
     """Every page that can be used, by its key, and the rows of the index.
 
     Raises:
@@ -81,19 +89,19 @@ def _pages(data: TrainingData) -> tuple[dict[str, Page], list[index.Row]]:
     """
     sets = [*data.sets, *([data.corpus] if data.corpus else [])]
     places = {(one.name, file): one.folder / file for one in sets for file in one.files}
-    numbered = {one.name for one in data.sets if one.by_number}
+    numbered = {one.name for one in data.sets if one.has_page_numbers}
     pages: dict[str, Page] = {}
-    entries = index.read()
+    entries = read_row_index()
     for e in entries:
         if (e.source, e.file) not in places:
-            raise UserError(f"{index.INDEX}: {e.file} of {e.source} is not in {MANIFEST}; run: dvc repro -f fetch-data")
+            raise UserError(f"{ROW_INDEX}: {e.file} of {e.source} is not in {MANIFEST}; run: dvc repro -f fetch-data")
         if e.source not in numbered:
             pages.setdefault(e.page, Page(e.page, partial(row_image, places[e.source, e.file], e.row)))
     return pages, entries
 
 
 def _from_column(
-    data: TrainingData, pages: dict[str, Page], entries: Sequence[index.Row]
+    data: TrainingData, pages: dict[str, Page], entries: Sequence[IndexRow]
 ) -> dict[tuple[str, str, int], list[Page]]:
     """(set, file, row) -> the negatives that the row itself names by number; pages that cannot be used are left out."""
     if not data.corpus:
@@ -102,7 +110,7 @@ def _from_column(
     in_order = [(file, row) for file in data.corpus.files for row in range(_length(data.corpus, file))]
     found, lost = {}, 0
     for one in data.sets:
-        for file in one.files if one.by_number else ():
+        for file in one.files if one.has_page_numbers else ():
             if NEGATIVES not in read_schema(one.folder / file).names:
                 continue
             table = read_table(one.folder / file, columns=[POSITIVES, NEGATIVES], use_threads=False)
@@ -170,7 +178,7 @@ def row_image(path: Path, row: int) -> Image:
     100 rows and up to 90 ms in groups of 1,000, for which memory has to hold such a group, compressed and not.
 
     Raises:
-        BadImage: see `decode`.
+        InvalidImageError: see `decode_image`.
     """
     with ParquetFile(path, memory_map=True) as file:
         group = 0
@@ -180,7 +188,7 @@ def row_image(path: Path, row: int) -> Image:
         for batch in file.iter_batches(8, [group], ["image"], use_threads=False):
             if row < len(batch):
                 image = batch["image"][row].as_py()
-                return decode(image["bytes"] if isinstance(image, dict) else image)
+                return decode_image(image["bytes"] if isinstance(image, dict) else image)
             row -= len(batch)
     raise AssertionError("a row group holds as many rows as its metadata says")
 

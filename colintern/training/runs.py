@@ -20,7 +20,7 @@ from transformers import TrainerState, set_seed
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.data.trainset import asks_pseudo_queries
+from colintern.data.training_set import trains_on_pseudo_queries
 from colintern.encoding.page_features import FEATURES, PageFeatures
 from colintern.encoding.workers import check_workers, stop_workers_on_exit
 from colintern.modeling.attention import implementation
@@ -244,7 +244,7 @@ def finish(trainer: ContrastiveTrainer, params: Params, identity: dict[str, Any]
     (root() / "logs" / "train-timing.json").write_text(dumps(timing | {"health": stored(paced)}))
     print("\n".join([*map(line, paced), report(judged)]))
     # Stands beside the dev score, which is of the same kind as the queries.
-    pseudo = {"queries": "pseudo"} if asks_pseudo_queries() else {}
+    pseudo = {"queries": "pseudo"} if trains_on_pseudo_queries() else {}
     rounding = {} if (error := trainer.dev.features.error) is None else {"feature_error": round(error, 6)}
     metrics = {
         "dev_ndcg_at_5": round(dev[-1]["eval_ndcg_at_5"], 6),
