@@ -39,7 +39,7 @@ OUTLINE, TEXT = "outline entries", "text layers"  # kinds of invalid rows that c
 
 def read_pdf_folder(folder: Path, store: ImageStore) -> RawDocuments:
     """Read every page of the folder's PDFs, and the queries for them."""
-    documents = RawDocuments()
+    documents, query_file = RawDocuments(), _find_query_file(folder)
     files = {path.relative_to(folder).as_posix(): path for path in list_pdfs(folder)}
     render_cache = RenderCache(store.render_cache or store.folder)
     digests_of_files = digests().many(list(files.values()))
@@ -55,7 +55,7 @@ def read_pdf_folder(folder: Path, store: ImageStore) -> RawDocuments:
             if (pdf.outline, len(pdf.pages)) != loaded[name] and _has_hash(files[name], hashes[name]):
                 render_cache.save(hashes[name], pdf)
     documents.read_files = set(files)
-    if query_file := _find_query_file(folder):
+    if query_file:
         documents.read_files.add(query_file.name)
         _read_queries(folder, query_file, counts, documents)
     else:
