@@ -67,12 +67,12 @@ def record(setting: str, seed: int, params: Params, base: Path) -> dict[str, Any
     from colintern.modeling.processing_colintern import ColIntern3_5Processor
     from colintern.training.pairs import Pair, Pairs
     from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
-    from demo.corpus import corpus
+    from demo.corpus import generate_corpus
 
     params = dataclasses.replace(params, workers=0, save_steps=10**6, **changes(setting, seed))
 
     def pairs(split: str, pages: int, queries: int) -> list[Pair]:
-        drawn = corpus(split, pages, queries, seed=7)
+        drawn = generate_corpus(split, pages, queries, seed=7)
         return [Pair(query, Page.of(page.image)) for page in drawn for query in page.queries]
 
     set_seed(seed)

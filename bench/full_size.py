@@ -34,7 +34,7 @@ from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.params import Params, load
 from colintern.training.pairs import Pair, Pairs
 from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
-from demo.corpus import corpus
+from demo.corpus import generate_corpus
 
 CONFIG, RECIPE, TOKENIZER = Path("tests/internvl3_5-1b.json"), Path("recipes/internvl3_5-1b.yaml"), "demo/base"
 STEPS, DEV_PAGES, MOST_GIB = 2, 4, 24
@@ -92,7 +92,7 @@ def check_weights(model: ColIntern3_5, folder: Path) -> None:
 def pages(split: str, number: int, scale: int) -> list[Pair]:
     """Demo pages, one query each, `scale` times as large (as drawn, 224 x 336 px, one tile holds them)."""
     rows = []
-    for page in corpus(split, number, 1, seed=0):
+    for page in generate_corpus(split, number, 1, seed=0):
         image = page.image.resize((page.image.width * scale, page.image.height * scale))
         rows.append(Pair(page.queries[0], Page.of(image)))
     return rows

@@ -22,7 +22,7 @@ from colintern.params import load
 from colintern.reporting.heatmaps import hottest, layout, similarity_map, standing_out
 from colintern.reporting.words import query_words
 from colintern.storage.manifest import check_base
-from demo.corpus import GOODS, KINDS, DemoPage, corpus
+from demo.corpus import GOODS, KINDS, DemoPage, generate_corpus
 
 PAGES = 200
 BOUND = 0.90
@@ -86,7 +86,7 @@ def main() -> None:
     require_adapter(folder)
     require_base(params, folder)
     base, processor = check_base(params), load_processor(params, folder)
-    pages = corpus("test", PAGES, 1, seed=0)
+    pages = generate_corpus("test", PAGES, 1, seed=0)
     after = measure(load_adapter(params, base, folder), processor, pages)
     before = measure(load_adapter(params, base, folder, trained=False), processor, pages)
     print(f"{len(pages)} pages, a query each: hottest cell on the answer")

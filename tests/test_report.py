@@ -36,7 +36,7 @@ from colintern.reporting.words import query_words
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.storage.jsonfile import dumps
 from colintern.storage.manifest import BEIR_SUFFIXES, local_files, source_files
-from demo.corpus import corpus
+from demo.corpus import generate_corpus
 
 SET = "data/own/pages"
 HOSTILE = '<script>alert(1)</script> & "Oslo" <img src=http://example.org/x onerror=alert(1)>'
@@ -66,7 +66,7 @@ def run(folder: Path, command: tuple[str, ...]) -> None:
 
 def write_set() -> None:
     """60 pages, one of whose queries would do harm if it were not escaped."""
-    pages = corpus("test", 60, 1, seed=3)
+    pages = generate_corpus("test", 60, 1, seed=3)
     images = [encode_png(page.image.resize((600, 900))) for page in pages]
     queries = [HOSTILE, *(page.queries[0] for page in pages[1:])]
     write_beir(

@@ -106,8 +106,7 @@ def write_beir(
 ) -> Path:
     """Write an evaluation set in mteb's BEIR image layout and return `folder`.
 
-    Args:
-        pseudo: a program made the queries from the pages; the card says so, see `has_pseudo_queries`.
+    Where a program made the queries from the pages (`pseudo`), the card says so, see `has_pseudo_queries`.
 
     Raises:
         ValueError: no pages or no queries, or a row, named, with an id or a qrels pair given before, an empty query,
