@@ -17,13 +17,7 @@ from PIL import Image
 
 from colintern.core.errors import UserError
 from colintern.data.images import encode_png
-from colintern.data.training_set import (
-    ROW_INDEX,
-    IndexRow,
-    get_training_data_params,
-    read_row_index,
-    write_row_index,
-)
+from colintern.data.training_set import ROW_INDEX, IndexRow, get_training_data_params, read_row_index, write_row_index
 from colintern.params import load
 from colintern.storage.manifest import local_files
 from colintern.training.pairs import row_image, rows

@@ -27,10 +27,8 @@ BEIR_COLUMNS = {
 def resolve_benchmarks(benchmarks: Sequence[str]) -> list[tuple[str, AbsTask]]:
     """Return the tasks in the order of `benchmarks`, each with the label under which its scores are averaged.
 
-    No data is loaded. Tasks whose data is not public are left out and printed.
-
-    Args:
-        benchmarks: each "demo", a folder in mteb's BEIR image layout, or the name of an mteb benchmark or task.
+    An entry is "demo", a folder in mteb's BEIR image layout, or the name of an mteb benchmark or task. No data is
+    loaded. Tasks whose data is not public are left out and printed.
 
     Raises:
         UserError: an unknown name (with the nearest ones), a folder that is not an evaluation set, a task that is not
@@ -139,10 +137,7 @@ class _FolderMixin(_DecodedPagesMixin):
 def build_folder_task(folder: Path, name: str, entry: dict[str, Any]) -> AbsTask:
     """Return a ViDoRe (v1) task that reads `folder`; its revision is a hash of the folder's data.
 
-    Args:
-        folder: an evaluation set in mteb's layout.
-        name: of the task.
-        entry: of the manifest. The task's `documents` is the folder that the pages were made from, "" for none.
+    Its `documents` is the folder that the pages were made from, by the manifest's `entry`; "" for none.
     """
     check_beir_layout(folder)
     vidore = type(mteb.get_task("VidoreDocVQARetrieval"))

@@ -97,8 +97,8 @@ def write_training_split(folder: Path, split: str, rows: Sequence[TrainingRow]) 
         raise ValueError(f"split: {split!r} is not one of {', '.join(TRAINING_SPLITS)}")
     if not rows:
         raise ValueError(f"split {split!r}: no rows")
-    schema = _build_schema({"image": IMAGE_TYPE} | {name: pa.string() for name in TEXT_COLUMNS})
-    return _write_parquet(Path(folder) / "data", split, schema, _iter_training_records(split, rows))
+    columns = {"image": IMAGE_TYPE} | {name: pa.string() for name in TEXT_COLUMNS}
+    return _write_parquet(Path(folder) / "data", split, columns, _iter_training_records(split, rows))
 
 
 def write_beir(
@@ -116,20 +116,14 @@ def write_beir(
     _validate_beir_rows(corpus, queries, qrels)
     folder, ids = Path(folder), pa.int64()
     (folder / "README.md").unlink(missing_ok=True)  # a run killed half-way leaves a folder that does not load
-    tables: dict[str, tuple[dict[str, pa.DataType], Iterable[dict[str, Any]]]] = {
-        "corpus": ({"corpus-id": ids, "image": IMAGE_TYPE}, _iter_corpus_records(corpus)),
-        "queries": (
-            {"query-id": ids, "query": pa.string()},
-            ({"query-id": query.query_id, "query": query.query} for query in queries),
-        ),
-        "qrels": (
-            {"query-id": ids, "corpus-id": ids, "score": pa.int64()},
-            ({"query-id": qrel.query_id, "corpus-id": qrel.corpus_id, "score": qrel.score} for qrel in qrels),
-        ),
-    }
+    query_records = ({"query-id": query.query_id, "query": query.query} for query in queries)
+    qrel_records = ({"query-id": qrel.query_id, "corpus-id": qrel.corpus_id, "score": qrel.score} for qrel in qrels)
+    qrel_columns = {"query-id": ids, "corpus-id": ids, "score": pa.int64()}
+    corpus_columns, corpus_records = {"corpus-id": ids, "image": IMAGE_TYPE}, _iter_corpus_records(corpus)
     files = [
-        _write_parquet(folder / table, "test", _build_schema(columns), records)
-        for table, (columns, records) in tables.items()
+        _write_parquet(folder / "corpus", "test", corpus_columns, corpus_records),
+        _write_parquet(folder / "queries", "test", {"query-id": ids, "query": pa.string()}, query_records),
+        _write_parquet(folder / "qrels", "test", qrel_columns, qrel_records),
     ]
     (folder / "README.md").write_text(_format_card(files, pseudo), encoding="utf-8")
     return folder
@@ -246,13 +240,15 @@ def _iter_training_records(split: str, rows: Sequence[TrainingRow]) -> Iterator[
             raise ValueError(f"{where}: the same page and query {row.query!r} as row {first}")
         if hashes.setdefault(row.image_filename, digest) != digest:
             raise ValueError(f"{where}: another page under the same image_filename came before")
-        yield {"image": _build_image(data, row.image_filename)} | {name: getattr(row, name) for name in TEXT_COLUMNS}
+        yield {"image": {"bytes": data, "path": row.image_filename}} | {
+            name: getattr(row, name) for name in TEXT_COLUMNS
+        }
 
 
 def _iter_corpus_records(corpus: Sequence[CorpusPage]) -> Iterator[dict[str, Any]]:
     for number, page in enumerate(corpus):
         data = _read_image(f"corpus row {number} (corpus-id {page.corpus_id})", page.image)
-        yield {"corpus-id": page.corpus_id, "image": _build_image(data, page.image_filename)}
+        yield {"corpus-id": page.corpus_id, "image": {"bytes": data, "path": page.image_filename}}
 
 
 def _validate_beir_rows(corpus: Sequence[CorpusPage], queries: Sequence[Query], qrels: Sequence[Qrel]) -> None:
@@ -295,10 +291,6 @@ def _read_image(where: str, image: bytes | Path) -> bytes:
     return data
 
 
-def _build_image(data: bytes, filename: str) -> dict[str, Any]:
-    return {"bytes": data, "path": filename}
-
-
 def _build_schema(columns: dict[str, pa.DataType]) -> pa.Schema:
     """Return the schema with the features in its metadata: without them `datasets` reads images as plain structs."""
     features = {
@@ -308,9 +300,12 @@ def _build_schema(columns: dict[str, pa.DataType]) -> pa.Schema:
     return pa.schema(list(columns.items()), {"huggingface": json.dumps({"info": {"features": features}})})
 
 
-def _write_parquet(folder: Path, split: str, schema: pa.Schema, records: Iterable[dict[str, Any]]) -> Path:
+def _write_parquet(
+    folder: Path, split: str, columns: dict[str, pa.DataType], records: Iterable[dict[str, Any]]
+) -> Path:
     """Write the records in row groups; the file appears under its name only when it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
+    schema = _build_schema(columns)
     path = folder / f"{split}-00000-of-00001.parquet"
     partial = path.with_name(f".{path.name}.partial")  # hidden: the card's `test-*` must not match it
     shared = pa.schema([(field.name, SHARED_IMAGE_TYPE if field.name == "image" else field.type) for field in schema])

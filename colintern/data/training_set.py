@@ -106,11 +106,7 @@ def read_training_manifest(params: Params) -> dict[str, Any]:
 
 
 def load_training_data(params: Params, force: bool = False) -> TrainingData:
-    """Return the data of the manifest, every file checked.
-
-    Args:
-        params: names the data.
-        force: hash every file, whatever is known of it.
+    """Return the data of the manifest, every file checked; with `force` each is hashed, whatever is known of it.
 
     Raises:
         UserError: no manifest or one made for other data, or a file is missing or changed.

@@ -60,6 +60,10 @@ class RawDocuments:
     row_counts: Counter[str] = field(default_factory=Counter)  # by kind: rows; of PDFs pages and, apart, questions
     num_cut_queries: int = 0  # longer than MAX_QUERY_CHARACTERS
 
+    def reject(self, where: str, reason: str, kind: str = "rows") -> None:
+        """Add an invalid row."""
+        self.invalid_rows.append(InvalidRow(where, reason, kind))
+
     def add_query(self, query: str, page: str, kind: str) -> None:
         """Add a query of a page, cut to `MAX_QUERY_CHARACTERS`."""
         self.num_cut_queries += len(query) > MAX_QUERY_CHARACTERS
@@ -76,13 +80,12 @@ class ImageStore(NamedTuple):
     render_cache: Path | None = None
 
     def put(self, data: bytes) -> StoredImage:
-        """Write an image unless it is there."""
+        """Write an image; a damaged one of the same key is replaced."""
         key = hashlib.sha256(data).hexdigest()
         path = self.folder / key
-        if not path.exists():
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_bytes(data)
-            os.replace(partial, path)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(data)
+        os.replace(partial, path)
         return StoredImage(path, key)
 
 
@@ -93,7 +96,7 @@ def read_json_lines(file: Path, documents: RawDocuments, kind: str = "rows") -> 
         UserError: the file is in another encoding than UTF-8.
     """
     lines = read_utf8_bytes(file).splitlines()
-    wrong = [number for number, line in enumerate(lines, start=1) if not _is_utf8(line)]
+    wrong = [number for number, line in enumerate(lines, 1) if line.decode(errors="ignore").encode() != line]
     if len(wrong) > max(1, sum(not line.isascii() for line in lines) - len(wrong)):
         raise UserError(
             f"{file}: is not UTF-8: {len(wrong)} of {len(lines)} lines are not, the first is line {wrong[0]}; save it "
@@ -102,17 +105,17 @@ def read_json_lines(file: Path, documents: RawDocuments, kind: str = "rows") -> 
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        where, reason = f"{file.name}:{number}", ""
+        where = f"{file.name}:{number}"
         documents.row_counts[kind] += 1
         try:
             row = json.loads(line)
-            reason = "" if isinstance(row, dict) else f"not a JSON object: {line[:40]!r}"
         except (ValueError, RecursionError) as error:  # ValueError: JSON and UTF-8
-            reason = f"not JSON: {error}"
-        if reason:
-            documents.invalid_rows.append(InvalidRow(where, reason, kind))
-        else:
+            documents.reject(where, f"not JSON: {error}", kind)
+            continue
+        if isinstance(row, dict):
             yield where, row
+        else:
+            documents.reject(where, f"not a JSON object: {line[:40]!r}", kind)
 
 
 def read_utf8_bytes(file: Path) -> bytes:
@@ -128,14 +131,6 @@ def read_utf8_bytes(file: Path) -> bytes:
         line = data.count(b"\n", 0, start) + 1
         raise UserError(f"{file}: holds zero bytes, the first in line {line}: UTF-16, or damaged; save it as UTF-8")
     return data.removeprefix(codecs.BOM_UTF8)
-
-
-def _is_utf8(line: bytes) -> bool:
-    try:
-        line.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def resolve_within(folder: Path, name: Any) -> Path:

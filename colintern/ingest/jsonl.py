@@ -11,7 +11,6 @@ from typing import Any
 from colintern.data.images import InvalidImageError, normalize_image_bytes
 from colintern.ingest.documents import (
     ImageStore,
-    InvalidRow,
     RawDocuments,
     StoredImage,
     find_query_error,
@@ -68,7 +67,7 @@ def _add_row(where: str, row: dict[str, Any], images: dict[str, StoredImage | st
     image = images[name] if isinstance(name, str) else f"names no file: {name!r}"
     error = image if isinstance(image, str) else find_split_error(split)
     if error or isinstance(image, str):
-        documents.invalid_rows.append(InvalidRow(where, error))
+        documents.reject(where, error)
         return
     documents.pages.setdefault(str(name), image)
     if split:
@@ -76,6 +75,6 @@ def _add_row(where: str, row: dict[str, Any], images: dict[str, StoredImage | st
     queries = row.get("queries", [])
     for query in [*(queries if isinstance(queries, list) else [queries]), *([row["query"]] if "query" in row else [])]:
         if error := find_query_error(query):
-            documents.invalid_rows.append(InvalidRow(where, error))
+            documents.reject(where, error)
         else:
             documents.add_query(query, str(name), "given")

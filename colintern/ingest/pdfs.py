@@ -15,7 +15,7 @@ from typing import Any
 from colintern.core.errors import UserError
 from colintern.core.progress import ProgressBar
 from colintern.ingest import documents as docs
-from colintern.ingest.documents import ImageStore, InvalidRow, RawDocuments, resolve_within
+from colintern.ingest.documents import ImageStore, RawDocuments, resolve_within
 from colintern.ingest.pdf_rendering import (
     LIMITS,
     MAX_TEXT_CHARACTERS,
@@ -102,9 +102,9 @@ def _count_pages(
     for name, count in fill_missing(known, lambda missing: pool.map(count_pages, [[files[name]] for name in missing])):
         if docs.has_lone_surrogate(name):  # parquet files take no such text
             where = name.encode(errors="backslashreplace").decode()
-            documents.invalid_rows.append(InvalidRow(where, "its name is not UTF-8; rename it", "pages"))
+            documents.reject(where, "its name is not UTF-8; rename it", "pages")
         elif isinstance(count, Failure):
-            documents.invalid_rows.append(InvalidRow(name, f"not a readable PDF: {count.reason}", "pages"))
+            documents.reject(name, f"not a readable PDF: {count.reason}", "pages")
         else:
             counts[name] = pdfs[name].count = count
     documents.row_counts["pages"] += len(files) - len(counts) + sum(counts.values())
@@ -126,7 +126,8 @@ def _read_outlines(
             errors = {f"{name}, outline entry {number}": reason for number, reason in outline.errors.items()}
         if errors:
             documents.row_counts[OUTLINE] += len(entries[name]) + len(errors)
-        documents.invalid_rows += [InvalidRow(where, reason, OUTLINE) for where, reason in errors.items()]
+        for where, reason in errors.items():
+            documents.reject(where, reason, OUTLINE)
     return entries
 
 
@@ -152,13 +153,13 @@ def _store_pages(
         for (_, index), page in pages:
             where = _name_page(name, index)
             if isinstance(page, Failure):
-                documents.invalid_rows.append(InvalidRow(where, page.reason, "pages"))
+                documents.reject(where, page.reason, "pages")
                 continue
             pdfs[name].pages[index], documents.pages[where] = page, page.image
             if page.characters > MAX_TEXT_CHARACTERS:
                 reason = f"its text has {page.characters:,} characters, of which {MAX_TEXT_CHARACTERS:,} are read"
                 documents.row_counts[TEXT] = len(known)
-                documents.invalid_rows.append(InvalidRow(where, reason, TEXT))
+                documents.reject(where, reason, TEXT)
         yield name, pdfs[name]
 
 
@@ -190,7 +191,7 @@ def _read_queries(folder: Path, file: Path, counts: dict[str, int], documents: R
         if not error and page not in documents.pages:
             error = f"page {page} could not be rendered"
         if error:
-            documents.invalid_rows.append(InvalidRow(where, error, "questions"))
+            documents.reject(where, error, "questions")
             continue
         documents.add_query(row["query"], page, "given")
         if split:

@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 from colintern.core.errors import UserError
-from colintern.ingest.documents import InvalidRow, RawDocuments, read_utf8_bytes
+from colintern.ingest.documents import RawDocuments, read_utf8_bytes
 
 COLUMNS = ("query", "file", "page", "split")
 REQUIRED = COLUMNS[:3]
@@ -17,10 +17,7 @@ DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}  # Excel writes semic
 def read_query_csv(file: Path, pdfs: Container[str], documents: RawDocuments) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield (place, row) of each row of a CSV file; one whose cells do not fit the header becomes an invalid row.
 
-    Args:
-        file: the CSV file.
-        pdfs: names of the PDFs of the folder, by which shifted cells are recognized.
-        documents: takes the invalid rows.
+    Shifted cells are recognized by the names of the folder's `pdfs`.
 
     Raises:
         UserError: the file is not UTF-8, lacks a column or has one twice, or its quotes do not match.
@@ -37,7 +34,7 @@ def read_query_csv(file: Path, pdfs: Container[str], documents: RawDocuments) ->
         documents.row_counts["questions"] += 1
         row = {key: cell if key == "query" else cell.strip() for key, cell in zip(header, cells, strict=False)}
         if reason := _find_cell_error(number, cells, header, row, pdfs, delimiter):
-            documents.invalid_rows.append(InvalidRow(f"{file.name}:{line}", reason, "questions"))
+            documents.reject(f"{file.name}:{line}", reason, "questions")
         else:
             yield f"{file.name}:{line}", row
     if not header:

@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
-from colintern.core.errors import UserError
 from colintern.ingest.documents import ImageStore, StoredImage
 from colintern.ingest.pdf_rendering import Outline, RenderedPage
 from colintern.storage.identity import code_hashes, content_hash, fingerprint
@@ -57,12 +56,11 @@ class RenderCache:
             if outline is not None:
                 outline = Outline([(title, page) for title, page in outline[0]], dict(outline[1]))
             pages = {
-                number: RenderedPage(StoredImage(self.images.folder / key, key), text, characters)
+                number: RenderedPage(StoredImage(path, key), text, characters)
                 for number, key, text, characters in content["pages"]
+                if (path := self.images.folder / key).is_file() and content_hash(path) == key
             }
-            return RenderedPdf(
-                content["count"], outline, {n: page for n, page in pages.items() if _is_intact(page.image)}
-            )
+            return RenderedPdf(content["count"], outline, pages)
         except (OSError, ValueError, LookupError, TypeError):  # not kept, or damaged
             return RenderedPdf()
 
@@ -97,15 +95,3 @@ def fill_missing(
         yield key, next(values) if value is None else value
     if next(values, None) is not None:  # asked for, so that a progress bar around them ends
         raise ValueError("compute returned more values than keys")
-
-
-def _is_intact(image: StoredImage) -> bool:
-    """Check whether an image is what was written; a damaged one is deleted, so that it is written again."""
-    try:
-        if content_hash(image.path) == image.key:
-            return True
-    except (OSError, UserError):  # UserError: it is missing
-        return False
-    with suppress(OSError):
-        image.path.unlink()
-    return False

@@ -54,12 +54,7 @@ class FetchedInputs(NamedTuple):
 
 
 def fetch_inputs(params: Params, tasks: Mapping[str, Mapping[str, str]], demo: DemoWriters) -> FetchedInputs:
-    """Put all that params name on disk.
-
-    Args:
-        params: names base, kernel and data.
-        tasks: the tasks of mteb's that are evaluated, by name: {"path": hub id, "revision": 40 hex digits}.
-        demo: writes the sets that params call "demo".
+    """Put all that params name on disk; `tasks` of mteb's are given as by `list_hub_datasets`.
 
     Raises:
         UserError: a folder that holds nothing; see also `hub.fetch`.
@@ -111,11 +106,6 @@ def fetch_inputs(params: Params, tasks: Mapping[str, Mapping[str, str]], demo: D
 
 def list_dataset_splits(manifest: Mapping[str, Any], train_data: str, train_corpus: str) -> list[DatasetSplit]:
     """Return the splits of the training sets, the corpus and the local benchmarks of a manifest.
-
-    Args:
-        manifest: see `fetch_inputs`.
-        train_data: of params; names the training sets.
-        train_corpus: of params; names the corpus.
 
     Raises:
         UserError: a corpus is missing or has no effect; see also `has_page_numbers`.

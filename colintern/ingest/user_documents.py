@@ -130,11 +130,16 @@ def _convert(target: Path, folder: str, reader: DocumentReader, file_names: Coll
     parts = []
     if by_split["train"] and by_split["dev"]:
         for hub_split, split in (("train", "train"), ("test", "dev")):  # training sets of the hub call the dev set test
-            rows = [_build_training_row(pair, pages, Path(folder).name) for pair in by_split[split]]
+            sources = {kind: f"{Path(folder).name} (pseudo-query: {kind})" for kind in ("heading", "sentence")}
+            rows = [
+                TrainingRow(pages[page].path, page, query, source=sources.get(kind, Path(folder).name))
+                for query, page, kind in by_split[split]
+            ]
             write_training_split(partial / "train", hub_split, rows)
         parts.append("train")
     if by_split["test"]:
-        _write_evaluation_set(partial / "beir", [name for name in pages if split_of[name] == "test"], by_split, pages)
+        corpus = {name: page for name, page in pages.items() if split_of[name] == "test"}
+        _write_evaluation_set(partial / "beir", corpus, by_split["test"])
         parts.append("beir")
     shutil.rmtree(store.folder)
     summary = {
@@ -223,20 +228,12 @@ def hash_split(key: str) -> str:
     return "train"
 
 
-def _build_training_row(pair: QueryPagePair, pages: dict[str, StoredImage], source: str) -> TrainingRow:
-    origin = source if pair.kind == "given" else f"{source} (pseudo-query: {pair.kind})"
-    return TrainingRow(pages[pair.page].path, pair.page, pair.query, source=origin)
-
-
-def _write_evaluation_set(
-    folder: Path, names: Sequence[str], by_split: dict[str, list[QueryPagePair]], pages: dict[str, StoredImage]
-) -> None:
-    pairs = by_split["test"]
-    page_ids = {name: number for number, name in enumerate(names)}
+def _write_evaluation_set(folder: Path, corpus: dict[str, StoredImage], pairs: Sequence[QueryPagePair]) -> None:
+    page_ids = {name: number for number, name in enumerate(corpus)}
     query_ids = {query: number for number, query in enumerate(dict.fromkeys(pair.query for pair in pairs))}
     write_beir(
         folder,
-        [CorpusPage(number, pages[name].path, name) for name, number in page_ids.items()],
+        [CorpusPage(number, corpus[name].path, name) for name, number in page_ids.items()],
         [Query(number, query) for query, number in query_ids.items()],
         [Qrel(query_ids[pair.query], page_ids[pair.page]) for pair in pairs],
         pseudo=any(pair.kind != "given" for pair in pairs),

@@ -5,7 +5,8 @@ would be those of another set; and no page may be in two splits.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import permutations
 from typing import Any, NamedTuple
 
 from colintern.core.errors import UserError
@@ -38,12 +39,7 @@ class Quarantine(NamedTuple):
 
 
 def collect_quarantine(scanned: ScannedRows, documents: Mapping[str, UserDocuments]) -> Quarantine:
-    """Collect the rows that are left out.
-
-    Args:
-        scanned: the rows of each split.
-        documents: folders of documents by name, whose invalid rows were found when they were converted.
-    """
+    """Collect the rows that are left out: of `scanned` data, and of folders of `documents` when they were converted."""
     totals: Counter[tuple[str, str]] = Counter()
     rows = []
     for name, converted in documents.items():
@@ -59,11 +55,7 @@ def collect_quarantine(scanned: ScannedRows, documents: Mapping[str, UserDocumen
 
 
 def check_benchmarks(benchmarks: Sequence[str], evaluation: Mapping[str, Any]) -> None:
-    """Check layout and names of local evaluation sets, before their rows are read.
-
-    Args:
-        benchmarks: the entries of params.
-        evaluation: the entries of the manifest.
+    """Check layout and names of the local evaluation sets of the manifest, before their rows are read.
 
     Raises:
         UserError: a folder that mteb would not load, or two entries that would write to one place.
@@ -127,25 +119,17 @@ def validate_judgments(split: DatasetSplit) -> None:
     for table, key in (("corpus", "corpus-id"), ("queries", "query-id")):
         counts = Counter(row[key] for row in tables[table])
         errors += [f"{key} {value} is in {n} rows" for value, n in counts.items() if n > 1]
-    if errors := errors or [*_iter_qrel_errors(tables, types), *_iter_query_errors(tables)]:
+    if errors := errors or [*_iter_judgment_errors(tables, types)]:
         raise UserError(
             f"benchmarks: {split.name}: {errors[0]} ({len(errors)} such rows); an evaluation set must be whole"
         )
 
 
-def _iter_query_errors(tables: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    judged = {row["query-id"] for row in tables["qrels"] if not find_score_error(row["score"]) and row["score"] > 0}
-    for row in tables["queries"]:
-        if error := find_query_error(row["query"]):
-            yield f"query {row['query-id']}: {error}"
-        if row["query-id"] not in judged:
-            yield f"query {row['query-id']}: no qrel names a page for it with a score above 0"
-
-
-def _iter_qrel_errors(tables: dict[str, list[dict[str, Any]]], types: dict[tuple[str, str], str]) -> Iterator[str]:
+def _iter_judgment_errors(tables: dict[str, list[dict[str, Any]]], types: dict[tuple[str, str], str]) -> Iterator[str]:
     queries = {row["query-id"] for row in tables["queries"]}
     pages = {row["corpus-id"] for row in tables["corpus"]}
     scores: dict[tuple[str, str], Any] = {}
+    judged = set()
     compared = "ids are compared as text, qrels has them as"
     for row in tables["qrels"]:
         query, page, score = row["query-id"], row["corpus-id"], row["score"]
@@ -153,12 +137,19 @@ def _iter_qrel_errors(tables: dict[str, list[dict[str, Any]]], types: dict[tuple
             yield f"qrels: the page {page} of query {query} has the scores {first} and {score}"
         if error := find_score_error(score):
             yield f"qrels: the score {score!r:.80} of query {query} is {error}"
+        elif score > 0:
+            judged.add(query)
         if query not in queries:
             kinds = f"{types['qrels', 'query-id']}, queries as {types['queries', 'query-id']}"
             yield f"qrels: query {query!r} is not among the queries; {compared} {kinds}"
         if page not in pages:
             kinds = f"{types['qrels', 'corpus-id']}, the corpus as {types['corpus', 'corpus-id']}"
             yield f"qrels: the page {page!r} of query {query!r} is not in the corpus; {compared} {kinds}"
+    for row in tables["queries"]:
+        if error := find_query_error(row["query"]):
+            yield f"query {row['query-id']}: {error}"
+        if row["query-id"] not in judged:
+            yield f"query {row['query-id']}: no qrel names a page for it with a score above 0"
 
 
 def find_score_error(score: Any) -> str:
@@ -195,7 +186,12 @@ def check_split_overlap(scanned: ScannedRows) -> None:
     Raises:
         UserError: names both rows.
     """
-    for first, second in _iter_disjoint_splits(scanned):
+    for first, second in permutations(scanned, 2):
+        is_published = first.is_published and first.name == second.name
+        # Pages of a corpus are those of the rows that name them, in whichever of train and dev these are.
+        is_corpus_of_dev = first.split == "corpus" and second.split == "dev"
+        if SPLIT_ORDER[first.split] >= SPLIT_ORDER[second.split] or is_published or is_corpus_of_dev:
+            continue
         rows: dict[str, RowInfo] = {row.key: row for row in scanned[first] if not row.error}
         shared = [(rows[row.key], row) for row in scanned[second] if not row.error and row.key in rows]
         if shared:
@@ -204,15 +200,3 @@ def check_split_overlap(scanned: ScannedRows) -> None:
                 f"the same page is in {first}, {row.where}, and in {second}, {other.where} "
                 f"({len({row.key for _, row in shared})} such pages); take them out of one of the two"
             )
-
-
-def _iter_disjoint_splits(splits: Iterable[DatasetSplit]) -> Iterator[tuple[DatasetSplit, DatasetSplit]]:
-    ranked = sorted(splits, key=lambda split: SPLIT_ORDER[split.split])
-    for first in ranked:
-        for second in ranked:
-            is_published = first.is_published and first.name == second.name
-            # Pages of a corpus are those of the rows that name them, in whichever of train and dev these are.
-            is_corpus_of_dev = first.split == "corpus" and second.split == "dev"
-            in_order = SPLIT_ORDER[first.split] < SPLIT_ORDER[second.split]
-            if in_order and not is_published and not is_corpus_of_dev:
-                yield first, second
