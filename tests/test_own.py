@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
@@ -458,7 +459,8 @@ QUESTIONS = [
     ("line,\nbreak", "a.pdf", "6", "test"),
     ('a "5" disk', "a.pdf", "7", "test"),
     ("what is,\nin a.pdf, 1", "a.pdf", "8", "test"),
-    ("both", "a.pdf", "4", ""),
+    ("both", "a.pdf", "4", "test"),
+    ("both", "./a.pdf", "5", ""),
     ("both", "./a.pdf", "5", ""),
 ]
 BAD_QUESTIONS = [
@@ -486,17 +488,18 @@ def test_given_questions_are_taken_and_bad_ones_named(folder):
     bad = bad_rows(own)
     assert re.search("not a readable PDF", bad.pop("damaged.pdf"))
     assert re.search("megapixels, more than 89", bad.pop("poster.pdf#page=1"))
-    assert list(bad) == [f"queries.CSV:{12 + n}" for n in range(len(BAD_QUESTIONS))]
+    assert list(bad) == [f"queries.CSV:{13 + n}" for n in range(len(BAD_QUESTIONS))]
     for reason, (_, pattern) in zip(bad.values(), BAD_QUESTIONS, strict=True):
         assert re.search(pattern, reason), (reason, pattern)
     assert own.summary["kinds"] == {"given": 8} and own.summary["not read"] == []
-    asked = [query for query, *_, split in QUESTIONS if split == "test"]
-    assert [query for query in test_queries(own.made) if query != "both"] == asked
+    assert sorted(test_queries(own.made)) == sorted({query for query, *_, split in QUESTIONS if split == "test"})
+    assert len(table(own.made, "beir/qrels/*.parquet")) == 6, "a query of two pages is one query with two answers"
+    assert own.summary["same queries"] == 1
     assert "machine-generated" not in Path(own.made, "beir", "README.md").read_text()
     assert all("pseudo" not in row["source"] for row in training(own.made))
     quarantine = collect_quarantine({}, {DOCS: own})
-    assert quarantine.totals == {(DOCS, "pages"): 62, (DOCS, "questions"): 19}
-    with pytest.raises(UserError, match=r"docs: 11 of 19 questions cannot be used, .*\n  queries\.CSV:12: page '31'"):
+    assert quarantine.totals == {(DOCS, "pages"): 62, (DOCS, "questions"): 20}
+    with pytest.raises(UserError, match=r"docs: 11 of 20 questions cannot be used, .*\n  queries\.CSV:13: page '31'"):
         check_bad_fraction(quarantine, 0.5)  # of which the 13 bad rows are no large share of pages and questions
 
 
@@ -523,19 +526,6 @@ def test_a_line_with_several_bad_queries_is_one_bad_row(folder, capsys):
         check_bad_fraction(quarantine, 0.07)
 
 
-def test_a_query_of_two_pages_is_one_query_with_two_answers(folder):
-    write_pdf(folder / "a.pdf", [[f"page {n}"] for n in range(3)])
-    lines = [
-        {"query": "both", "file": "a.pdf", "page": 1, "split": "test"},
-        {"query": "both", "file": "a.pdf", "page": 2},
-        {"query": "both", "file": "a.pdf", "page": 2},
-    ]
-    (folder / "queries.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    own = convert_pdfs()
-    assert test_queries(own.made) == ["both"] and len(table(own.made, "beir/qrels/*.parquet")) == 2
-    assert own.summary["same queries"] == 1
-
-
 def read_table(text: str | bytes, name: str = "queries.csv") -> tuple[list[tuple], list[str]]:
     """Read a table of questions about a.pdf: (query, file, page) of its rows, and the reasons of its bad ones."""
     Path(name).write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape"))
@@ -544,10 +534,11 @@ def read_table(text: str | bytes, name: str = "queries.csv") -> tuple[list[tuple
         rows = read_json_lines(Path(name), documents)
     else:
         rows = read_query_csv(Path(name), {"a.pdf"}, documents)
-    found = [(row["query"], row["file"], row["page"]) for _, row in rows]
+    found = [(row["query"], row.get("file"), row.get("page")) for _, row in rows]
     return found, [f"{row.where}: {row.reason}" for row in documents.invalid_rows]
 
 
+LINES = "".join(json.dumps({"image": "0.png", "query": f"größe {n}"}, ensure_ascii=False) + "\n" for n in range(9))
 STRAY = 'query,file,page\nfirst,a.pdf,1\n"stray,a.pdf,1\n'
 ROWS = "where is it,a.pdf,1\n"
 STRAY_ROW = r"queries\.csv: the row that begins in line 3: "
@@ -565,13 +556,17 @@ STRAY_ROW = r"queries\.csv: the row that begins in line 3: "
         ("queries.csv", "query,file,page\na\0b,a.pdf,1\n", "holds zero bytes, the first in line 2"),
         ("queries.jsonl", "{}\n{\0}\n", "holds zero bytes, the first in line 2"),
         ("queries.csv", "query,file,page\n\udcff,a.pdf,1\n", "is not UTF-8.*save it as CSV UTF-8"),
+        ("rows.jsonl", LINES.encode("utf-16"), "rows.jsonl: is UTF-16, not UTF-8; save it as UTF-8"),
+        ("rows.jsonl", LINES.encode("utf-16-le"), "holds zero bytes, the first in line 1: UTF-16, or damaged"),
+        ("rows.jsonl", LINES.encode("utf-32"), "rows.jsonl: is UTF-16"),
+        ("rows.jsonl", LINES.encode("latin-1"), "is not UTF-8: 9 of 9 lines are not, the first is line 1"),
         ("queries.csv", STRAY + ROWS * 9, STRAY_ROW + "unexpected end of data"),
         ("queries.csv", STRAY + ROWS * 9 + '"is it here, or there",a.pdf,1\n', STRAY_ROW + "',' expected after"),
         ("queries.csv", STRAY + ROWS * 9 + 'a disk of 5",a.pdf,1\n', STRAY_ROW + "one of its cells holds whole rows"),
         ("queries.csv", STRAY + ROWS * 9999, STRAY_ROW + "field larger than field limit"),
     ],
 )
-def test_a_table_of_questions_that_cannot_be_read_is_refused(name, text, message):
+def test_a_table_or_lines_that_cannot_be_read_are_refused(name, text, message):
     with pytest.raises(UserError, match=message):
         read_table(text, name)
 
@@ -593,6 +588,12 @@ TABLES = {  # of the questions "one" and "two" for pages 1 and 2
 @pytest.mark.parametrize("text", TABLES.values(), ids=TABLES)
 def test_a_table_is_read_whatever_wrote_it(text):
     assert read_table(text) == ([("one", "a.pdf", "1"), ("two", "a.pdf", "2")], [])
+
+
+def test_lines_with_a_byte_order_mark_are_read_and_a_few_damaged_ones_cost_a_row_each():
+    rows, bad = read_table(LINES.encode("utf-8-sig") + b'{"query": "\xff"}\n' * 2, "rows.jsonl")
+    assert [row[0] for row in rows] == [f"größe {n}" for n in range(9)]
+    assert [reason.split(": ")[:2] for reason in bad] == [[f"rows.jsonl:{n}", "not JSON"] for n in (10, 11)]
 
 
 def test_a_query_with_an_unquoted_comma_is_named_as_such():
@@ -622,31 +623,6 @@ def test_a_table_is_read_as_excel_writes_it(folder, comma, capsys):
     assert test_queries(own.made) == ["wo, und; wie?", '2.\nZeile "ü"']
     assert (own.summary["rows"], own.summary["bad"]) == ({"pages": 2, "questions": 2}, [])
     assert "without effect" not in capsys.readouterr().out
-
-
-LINES = "".join(json.dumps({"image": "0.png", "query": f"größe {n}"}, ensure_ascii=False) + "\n" for n in range(9))
-
-
-@pytest.mark.parametrize(
-    ("encoding", "message"),
-    [
-        ("utf-16", "rows.jsonl: is UTF-16, not UTF-8; save it as UTF-8"),
-        ("utf-16-le", "rows.jsonl: holds zero bytes, the first in line 1: UTF-16, or damaged"),
-        ("utf-32", "rows.jsonl: is UTF-16"),
-        ("latin-1", "rows.jsonl: is not UTF-8: 9 of 9 lines are not, the first is line 1"),
-    ],
-)
-def test_lines_in_another_encoding_are_one_sentence_for_the_file(encoding, message):
-    with pytest.raises(UserError, match=message):
-        read_table(LINES.encode(encoding), "rows.jsonl")
-
-
-def test_lines_with_a_byte_order_mark_are_read_and_a_few_damaged_ones_cost_a_row_each(folder):
-    jsonl_folder(folder, [])
-    text = LINES.encode("utf-8-sig") + b'{"image": "0.png", "query": "\xff"}\n' * 2
-    (folder / "rows.jsonl").write_bytes(text)
-    own = convert_jsonl()
-    assert list(bad_rows(own)) == ["rows.jsonl:10", "rows.jsonl:11"] and own.summary["rows"] == {"rows": 11}
 
 
 def test_a_query_without_an_end_is_cut_and_counted(folder, capsys):
@@ -796,15 +772,14 @@ def test_what_is_kept_of_a_pdf_is_its_outline_and_its_faults_too(folder, rendere
     assert list(bad_rows(second)) == ["faults.pdf, outline entry 2", "wordy.pdf#page=1"]
 
 
-def edit(pattern: str, old: str, new: str):
-    """A function that replaces a text in one of the files below a folder, or in all of them where `old` is JSON's."""
+def replace_in_lists(old: str, new: str, number: int = 1) -> Callable[[Path], None]:
+    """Return a function that edits the first lists of pages below a folder; with "" for `old` they are replaced."""
 
-    def change(top: Path) -> None:
-        files = sorted(top.glob(pattern))
-        for path in files if old == '"renderer": "' else files[:1]:
+    def edit(top: Path) -> None:
+        for path in sorted(top.glob("*.json"))[:number]:
             path.write_text(path.read_text().replace(old, new) if old else new)
 
-    return change
+    return edit
 
 
 @pytest.mark.parametrize(
@@ -812,10 +787,10 @@ def edit(pattern: str, old: str, new: str):
     [
         (lambda top: os.truncate(min((top / "images").iterdir()), 100), 1),
         (lambda top: min((top / "images").iterdir()).unlink(), 1),
-        (edit("*.json", "", '{"renderer": '), 3),
-        (edit("*.json", "", "[]"), 3),
-        (edit("*.json", '"count"', '"counts"'), 3),
-        (edit("*.json", '"renderer": "', '"renderer": "0'), 9),
+        (replace_in_lists("", '{"renderer": '), 3),
+        (replace_in_lists("", "[]"), 3),
+        (replace_in_lists('"count"', '"counts"'), 3),
+        (replace_in_lists('"renderer": "', '"renderer": "0', 3), 9),
         (shutil.rmtree, 9),
     ],
     ids=["damaged image", "missing image", "torn list", "other list", "no count", "other renderer", "nothing"],
