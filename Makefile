@@ -1,4 +1,5 @@
 # Two commands do everything on a fresh machine: `make repro` and `make test`. Each sets up what it needs, once.
+.DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -12,8 +13,11 @@ ENV := .venv/.installed
 unexport PYTHONDONTWRITEBYTECODE
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONUNBUFFERED=1
 
-.PHONY: repro experiments test slow check env lock stale pr-report sensitivity study soak image docker-repro sbom image-proof \
-  engine-proof
+.PHONY: help repro experiments test test-unit test-slow test-deps check check-style check-types check-workflows \
+  check-security env lock stale pr-report sensitivity study soak image docker-repro sbom image-sbom image-proof engine-proof
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
 	@$(RUN) dvc repro
@@ -28,51 +32,85 @@ repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
 EXPERIMENTS := dvc exp show --no-pager --only-changed --keep '(dev_)?ndcg_at_5' \
   --drop 'Created|Executor|loss|verdict|recall_at_100|ndcg_at_10|trainable|[^:]*/|requirements|Dockerfile'
 
-experiments: $(ENV)  ## all experiments: what they change and their scores; ARGS=-A for those of all commits
+experiments: $(ENV)  ## table of experiments; ARGS=-A for those of all commits
 	@$(RUN) $(EXPERIMENTS) $(ARGS)
 
-test: check  ## all tests, a process more than there are cores, since some wait, up to four
-	@processes=$$($(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
-	$(RUN) python -m pytest -n $$processes --dist loadfile --no-loadscope-reorder
+# One process more than there are cores, since some tests wait, and at most four.
+PYTEST = $(RUN) python -m pytest --dist loadfile --no-loadscope-reorder \
+  -n $$($(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
 
-slow: $(ENV)  ## what pages name and what takes minutes, with sizes cut: measurements, make soak, make study
+test: check  ## all checks, then unit and integration tests
+	@$(PYTEST)
+
+test-unit: $(ENV)  ## unit tests alone: no DVC, no training, no servers
+	@$(PYTEST) -m unit
+
+test-slow: $(ENV)  ## tests that take minutes each, such as image-proof
 	@$(RUN) python -m pytest -m slow tests
 
-check: $(ENV)  ## style, types, workflows, unsafe code, secrets
+# Chromium opens reports as a reader does; PostgreSQL stores studies whose workers are on several machines. The
+# conditions are those of tests/browser.py and tests/postgres.py.
+test-deps:  ## install the Debian packages that some tests use
+	@missing=
+	command -v chromium chromium-browser google-chrome >/dev/null || missing="chromium"
+	[ -n "$$(compgen -G '/usr/lib/postgresql/*/bin/initdb')" ] || missing="$$missing postgresql"
+	if [ -z "$$missing" ]; then exit 0; fi
+	refuse() { echo "make test-deps: cannot install $$(echo $$missing): $$1; tests that need them are skipped" >&2; exit 2; }
+	command -v apt-get >/dev/null || refuse "there is no apt-get here"
+	sudo=; if [ "$$(id -u)" != 0 ]; then sudo="sudo -n"; fi
+	$$sudo true 2>/dev/null || refuse "you are not root, and sudo needs a password or is missing"
+	$$sudo apt-get update -qq
+	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing
+
+check: check-style check-types check-workflows check-security  ## style, types, workflows, unsafe code, secrets
+
+# .pre-commit-config.yaml runs these one by one.
+check-style: $(ENV)
 	@$(RUN) ruff check .
 	$(RUN) ruff format --check .
-	$(RUN) mypy
-	$(RUN) check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+check-types: $(ENV)
+	@$(RUN) mypy
+
+check-workflows: $(ENV)
+	@$(RUN) check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(RUN) check-jsonschema --quiet --builtin-schema vendor.compose-spec compose.yaml
 	$(RUN) zizmor --quiet --offline --no-progress --persona=pedantic .github/workflows
-	$(RUN) bandit --quiet --configfile pyproject.toml --recursive colintern stages bench cluster .github/scripts
+
+check-security: $(ENV)
+	@$(RUN) bandit --quiet --configfile pyproject.toml --recursive colintern stages bench cluster .github/scripts
 	git ls-files -z $(SCANNED) | $(RUN) xargs -0 detect-secrets-hook --no-verify \
 	  --exclude-lines '_revision: "?[0-9a-f]{40}\b' --exclude-secrets '^(PASSWORD|secret|s3cret|marked%40word)$$'
 
 # Not those that are hashes from end to end.
-SCANNED := -- ':!*.lock' ':!requirements.txt' ':!docker/*.txt' ':!plots' ':!tests/curves' ':!demo/base'
+SCANNED := -- ':!*.lock' ':!requirements*.txt' ':!docker/*.txt' ':!plots' ':!tests/curves' ':!demo/base'
 
-env: $(ENV)  ## the environment in .venv alone
+env: $(ENV)  ## create .venv from both locks, and nothing else
 
-lock: $(UV)  ## renew requirements.txt from pyproject.toml
-	@$(UV) pip compile -q --upgrade --universal --python-version 3.11 --extra dev --generate-hashes \
-	  --no-emit-index-url --custom-compile-command "make lock" -o requirements.txt pyproject.toml
+# The versions that a lock has are kept where pyproject.toml allows them. requirements-dev.txt has what the development
+# tools need beyond requirements.txt, in versions that fit it; what that one has for other systems than Linux is no help.
+COMPILE = $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+  --custom-compile-command "make lock" $(ARGS)
+lock: $(UV)  ## write both locks; ARGS=--upgrade for newer versions
+	@$(COMPILE) -o requirements.txt pyproject.toml
+	$(COMPILE) -o requirements-dev.txt --group dev --constraints requirements.txt \
+	  $$(sed -nE "/== '(win32|emscripten)'/! s/^([a-zA-Z0-9._-]+)==.*/--no-emit-package \1/p" requirements.txt)
 
-stale: $(ENV)  ## does dvc.lock say what the files in git say; needs no data
+stale: $(ENV)  ## check that dvc.lock matches the files in git
 	@$(RUN) python .github/scripts/stale.py
 
 BASE ?= main
 pr-report: export BASE := $(BASE)
-pr-report: $(ENV)  ## what HEAD changes against BASE=main, as Markdown: metrics, params, query by query, dvc.lock
+pr-report: $(ENV)  ## changes of HEAD since BASE=main, as Markdown
 	@$(RUN) python .github/scripts/pr_report.py "$$BASE"
 
-sensitivity: $(ENV)  ## how the demo answers to lr, epochs, batch and rank, three seeds (24 runs)
+sensitivity: $(ENV)  ## the demo at other lr, epochs, batch, rank (24 runs)
 	@$(RUN) python -m bench.sensitivity $(ARGS)
 
-study: repro  ## a study of 20 trials, two workers: what matters, and are the guide's settings in its best quarter
+study: repro  ## a study of 20 trials on the demo, by two workers
 	@$(RUN) python -m bench.study $(ARGS)
 
-soak: $(ENV)  ## kill the pipeline at 100 random moments; the adapter must be that of an undisturbed run each time
+soak: $(ENV)  ## kill the pipeline 100 times, compare the adapters
 	@$(RUN) python -m bench.soak $(ARGS)
 
 define FIND_ENGINE
@@ -84,12 +122,13 @@ if [ -z "$$engine" ]; then
 fi
 endef
 
-image:  ## the CUDA image that runs the same pipeline; FLASH_ATTN=2.8.3.post2 compiles flash-attn in; IMAGE_ARGS for build
+# IMAGE_ARGS: options of `build`.
+image:  ## build the CUDA image; FLASH_ATTN=VERSION adds flash-attn
 	@$(FIND_ENGINE)
 	"$$engine" build --build-arg FLASH_ATTN=$(FLASH_ATTN) $(IMAGE_ARGS) -t colintern .
 	"$$engine" run --rm -i --user 0 --entrypoint python colintern - <docker/size.py
 
-docker-repro:  ## the same as repro in that image, on the GPU where there is one; CMD="dvc exp run" for another command
+docker-repro:  ## repro in the image; CMD="dvc exp run" for other commands
 	@$(FIND_ENGINE)
 	"$$engine" compose version >/dev/null 2>&1 || {
 	  echo "make $@: $$engine has no compose here: install docker-compose-plugin, or podman-compose" >&2; exit 2; }
@@ -101,13 +140,18 @@ docker-repro:  ## the same as repro in that image, on the GPU where there is one
 	tty=; [ -t 0 ] || tty=-T
 	"$$engine" compose run --rm $$tty "$$service" $(CMD)
 
-sbom: $(ENV)  ## sbom.json: every package of .venv as CycloneDX 1.6, validated against its schema
+sbom: $(ENV)  ## sbom.json: the packages of .venv as CycloneDX 1.6
 	@$(RUN) cyclonedx-py environment --output-reproducible --pyproject pyproject.toml -o sbom.json .venv/bin/python
 
-image-proof:  ## run every line of the Dockerfile in a chroot (root, 45 GB, about 15 minutes)
+image-sbom: $(ENV)  ## sbom-image.json: those of the image
+	@$(FIND_ENGINE)
+	"$$engine" run --rm --entrypoint sh colintern -c 'cd /opt/venv/lib/python3*/site-packages && tar -c *.dist-info' \
+	  | $(RUN) docker/sbom.sh -o sbom-image.json
+
+image-proof: $(ENV)  ## run the Dockerfile in a chroot (root, 45 GB, 15 minutes)
 	@docker/prove.sh
 
-engine-proof:  ## run image and docker-repro as they are, with a docker made for it (root, 40 GB, about 30 minutes)
+engine-proof:  ## build and run it in docker (root, 40 GB, 30 minutes)
 	@docker/engine.sh
 
 $(UV):
@@ -117,9 +161,9 @@ $(UV):
 	.tools/bin/pip install -q --disable-pip-version-check --require-hashes -r docker/uv.txt
 
 # The colintern command points into this folder (-e), so the code itself is never stale.
-$(ENV): requirements.txt $(wildcard pyproject.toml) | $(UV)
+$(ENV): requirements.txt requirements-dev.txt $(wildcard pyproject.toml) | $(UV)
 	@$(UV) venv -q --allow-existing --python $(PYTHON) .venv
-	echo "make: installing $$(grep -c '==' requirements.txt) packages into .venv; this downloads several GB and takes minutes" >&2
-	$(UV) pip install --python .venv/bin/python --require-hashes -r requirements.txt
-	$(UV) pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
+	echo "make: installing $$(grep -h '==' requirements*.txt | wc -l) packages into .venv; this downloads several GB and takes minutes" >&2
+	$(UV) pip install --python .venv/bin/python --require-hashes -r requirements.txt -r requirements-dev.txt
+	$(UV) pip install -q --python .venv/bin/python --no-deps -e .
 	touch $@

@@ -19,14 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from colintern.monitoring.guide import bounds_for
-from colintern.monitoring.health import COLLAPSED, LEARNED, TOO_SLOW, UNDERTRAINED, Health, health
-from colintern.params import Params, load
+from colintern.monitoring.guide import get_recommended_bounds
+from colintern.monitoring.health import COLLAPSED, LEARNED, TOO_SLOW, UNDERTRAINED, RunHealth, assess_run
+from colintern.params import Params, load_params
 
 FOLDER = Path(__file__).parents[1] / "tests" / "curves"
 PAGES, DEV, TEST, SEEDS = 320, 60, 60, (0, 2, 1)
 TUNED_ON = 0  # seed
-BOUNDS = bounds_for(1_028_224)  # of demo/base, which all of them are of
+BOUNDS = get_recommended_bounds(1_028_224)  # of demo/base, which all of them are of
 SHORTER = 3  # epochs, where the seed is not 0 and the setting does not say
 SMALL = {"batch_size": 16, "micro_batch_size": 16, "lr": 4e-3, "epochs": 5, "warmup_steps": 20, "threads": 1}
 WITHOUT_HEAD = [r"language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"]
@@ -65,15 +65,16 @@ def record(setting: str, seed: int, params: Params, base: Path) -> dict[str, Any
     from colintern.modeling.lora import add_lora
     from colintern.modeling.modeling_colintern import ColIntern3_5
     from colintern.modeling.processing_colintern import ColIntern3_5Processor
-    from colintern.training.pairs import Pair, Pairs
-    from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
+    from colintern.training.pairs import TrainingDataset, TrainingPair
+    from colintern.training.run import assemble_trainer, build_training_arguments
+    from colintern.training.trainer import RetrievalEvaluator
     from demo.corpus import generate_corpus
 
     params = dataclasses.replace(params, workers=0, save_steps=10**6, **changes(setting, seed))
 
-    def pairs(split: str, pages: int, queries: int) -> list[Pair]:
+    def pairs(split: str, pages: int, queries: int) -> list[TrainingPair]:
         drawn = generate_corpus(split, pages, queries, seed=7)
-        return [Pair(query, Page.of(page.image)) for page in drawn for query in page.queries]
+        return [TrainingPair(query, Page.of(page.image)) for page in drawn for query in page.queries]
 
     set_seed(seed)
     model = ColIntern3_5.from_pretrained(base, seed=seed, dtype="float32", attn_implementation="sdpa")
@@ -89,19 +90,19 @@ def record(setting: str, seed: int, params: Params, base: Path) -> dict[str, Any
     features = PageFeatures(wrapped, processor, Path(".scratch/curves"), 1.0, "exact")
     features.fill([pair.page for pair in (*train, *dev, *test)], workers=0)
     with tempfile.TemporaryDirectory() as scratch:
-        args = arguments(params, Path(scratch), quiet=True)
+        args = build_training_arguments(params, Path(scratch), quiet=True)
         args.eval_steps = len(train) // params.batch_size
-        trainer = ContrastiveTrainer(
-            params, processor, DevSet(dev, features), model=wrapped, args=args, train_dataset=Pairs(train, features)
-        )
+        evaluator = RetrievalEvaluator(dev, features, params.eval_batch_size)
+        trainer = assemble_trainer(params, wrapped, processor, args, evaluator, TrainingDataset(train, features))
         trainer.train()
+    evaluator = RetrievalEvaluator(test, features, params.eval_batch_size)
     log = [row for row in trainer.state.log_history if "loss" in row or "eval_ndcg_at_5" in row]
     return {
         "setting": setting,
         "seed": seed,
         "params": changes(setting, seed),
         "pages": DEV,
-        "test_ndcg_at_5": DevSet(test, features).ndcg(wrapped, processor, params),
+        "test_ndcg_at_5": evaluator.compute_ndcg(*evaluator.embed(wrapped, processor)),
         "log": [{key: float(f"{value:.4g}") for key, value in row.items()} for row in log],
     }
 
@@ -116,7 +117,7 @@ def changes(setting: str, seed: int) -> dict[str, Any]:
 
 
 def record_all(settings: list[str], base: Path, seeds: tuple[int, ...] = SEEDS) -> None:
-    params = load()
+    params = load_params()
     FOLDER.mkdir(exist_ok=True)
     for seed in seeds:
         for setting in settings:
@@ -127,11 +128,11 @@ def record_all(settings: list[str], base: Path, seeds: tuple[int, ...] = SEEDS) 
                 print(f"{file.name}: test NDCG@5 {found['test_ndcg_at_5']:.3f}", flush=True)
 
 
-def judge(file: Path) -> tuple[dict[str, Any], Health]:
+def judge(file: Path) -> tuple[dict[str, Any], RunHealth]:
     """A recorded run and what the rules say of it."""
     found = json.loads(file.read_text())
     chance = sum(1 / math.log2(rank + 1) for rank in range(1, 6)) / found["pages"]
-    return found, health(found["log"], dataclasses.replace(load(), **found["params"]), chance, BOUNDS)
+    return found, assess_run(found["log"], dataclasses.replace(load_params(), **found["params"]), chance, BOUNDS)
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:

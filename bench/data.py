@@ -4,9 +4,9 @@
 
 Input: the last commit of this repository, with recipes/demo.yaml. Output: one table; the generated set stays in the
 folder, all else is done in two temporary clones, one with the generated set and one with the demo. `start` goes from
-`runs.prepare`, whose first line is rows(params), to the first batch of the Trainer's own data loader, imports excluded
-and no page features kept, so that each page of a batch is read and decoded. Memory is what the kernel counts for the
-largest process (RSS), and for all of them together with shared pages counted once (PSS, 5 samples a second).
+`run.build_trainer`, which first loads the training pairs, to the first batch of the Trainer's own data loader, imports
+excluded and no page features kept, so that each page of a batch is read and decoded. Memory is what the kernel counts
+for the largest process (RSS), and for all of them together with shared pages counted once (PSS, 5 samples a second).
 
 The no-op `dvc repro` goes over all four stages. Only fetch-data and verify have run before it: training on 118,000
 rows takes days here, so both clones get the same stand-ins for what train and eval write, by `dvc commit`. A no-op
@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import psutil
 from PIL import Image, ImageDraw, ImageFont
 
+from colintern.core.recipes import render_recipe
 from colintern.data.formats import TrainingRow, write_training_split
 
 ROOT = Path(__file__).parents[1]
@@ -113,7 +114,7 @@ def _pss(process: psutil.Process) -> int:
 def clone(place: Path, train_data: str) -> Path:
     """A clone whose params.yaml is the demo recipe with other training data and no page features."""
     subprocess.run(["git", "clone", "-q", str(ROOT), str(place)], check=True)
-    text = (place / "recipes" / "demo.yaml").read_text()
+    text = render_recipe(place / "recipes" / "demo.yaml")
     for key, value in (("train_data", train_data), ("feature_cache_gb", "0.0")):
         text, count = re.subn(rf"(?m)^{key}: .*$", f"{key}: {value}", text)
         assert count == 1, key
@@ -124,22 +125,23 @@ def clone(place: Path, train_data: str) -> Path:
 
 def start(batches: int) -> None:
     """In a process of its own: from params to the first batch, and `batches` more. Prints one line of JSON."""
-    from colintern.params import load
-    from colintern.storage.manifest import check_base
-    from colintern.training import runs
-    from colintern.training.pairs import rows
+    from colintern.data.training_set import load_training_data
+    from colintern.params import load_params
+    from colintern.storage.manifest import ensure_base
+    from colintern.training.pairs import load_training_pairs
+    from colintern.training.run import build_trainer
 
-    params = load()
-    base = check_base(params)
+    params = load_params()
+    base = ensure_base(params)
     began, worked = time.perf_counter(), time.process_time()
-    trainer = runs.prepare(params, base, Path(".scratch/bench"))
+    trainer = build_trainer(params, base, Path(".scratch/bench"))
     loader = iter(trainer.get_train_dataloader())
     next(loader)
     first, worked = time.perf_counter(), time.process_time() - worked
     for _ in range(batches):
         next(loader)
     ended = time.perf_counter()
-    found = rows(params)
+    found = load_training_pairs(load_training_data(params), params.negatives)
     facts = {
         "start_s": first - began,
         "start_cpu_s": worked,
@@ -206,10 +208,10 @@ def report(folder: Path, made: float, fetched: Ran, starts: list[Ran], no_op: fl
         ("dvc repro fetch-data, s", "fetch_s", fetched.seconds),
         ("  its largest process, MB", "fetch_rss_mb", fetched.largest),
         ("  all its processes, MB", "fetch_pss_mb", fetched.together),
-        ("first start: rows(params) to the first batch, s", "first_start_s", first["start_s"]),
+        ("first start: params to the first batch, s", "first_start_s", first["start_s"]),
         ("later start, s", "later_start_s", later["start_s"]),
         ("  CPU time of it, without the loader's processes, s", "start_cpu_s", later["start_cpu_s"]),
-        ("  of it rows(params), s", "index_s", later["index_s"]),
+        ("  of it the training pairs, s", "index_s", later["index_s"]),
         ("batching, rows/s", "rows_per_s", later["rows_per_s"]),
         ("  its largest process, MB", "rss_mb", max(ran.largest for ran in starts)),
         ("  all its processes, MB", "pss_mb", max(ran.together for ran in starts)),

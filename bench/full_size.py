@@ -31,9 +31,10 @@ from colintern.encoding.page_features import Page, PageFeatures
 from colintern.modeling.lora import add_lora, count, faults, table
 from colintern.modeling.modeling_colintern import ColIntern3_5, attention_kernel, meta_model
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from colintern.params import Params, load
-from colintern.training.pairs import Pair, Pairs
-from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
+from colintern.params import Params, load_recipe
+from colintern.training.pairs import TrainingDataset, TrainingPair
+from colintern.training.run import assemble_trainer, build_training_arguments
+from colintern.training.trainer import ContrastiveTrainer, RetrievalEvaluator
 from demo.corpus import generate_corpus
 
 CONFIG, RECIPE, TOKENIZER = Path("tests/internvl3_5-1b.json"), Path("recipes/internvl3_5-1b.yaml"), "demo/base"
@@ -89,12 +90,12 @@ def check_weights(model: ColIntern3_5, folder: Path) -> None:
     check(len(same) == len(filed), f"{len(same)} equal the file's to the bit, {language} of them the language model's")
 
 
-def pages(split: str, number: int, scale: int) -> list[Pair]:
+def pages(split: str, number: int, scale: int) -> list[TrainingPair]:
     """Demo pages, one query each, `scale` times as large (as drawn, 224 x 336 px, one tile holds them)."""
     rows = []
     for page in generate_corpus(split, number, 1, seed=0):
         image = page.image.resize((page.image.width * scale, page.image.height * scale))
-        rows.append(Pair(page.queries[0], Page.of(image)))
+        rows.append(TrainingPair(page.queries[0], Page.of(image)))
     return rows
 
 
@@ -142,7 +143,7 @@ def verify(model: Any, params: Params) -> dict[str, Any]:
 
 
 def train(model: Any, params: Params, scratch: Path, scale: int) -> tuple[ContrastiveTrainer, Watch]:
-    """Two steps and the dev set, as `colintern.training.runs.prepare` puts a trainer together."""
+    """Two steps and the dev set, as `colintern.training.run.build_trainer` puts a trainer together."""
     processor = ColIntern3_5Processor.from_pretrained(
         params.base, max_visual_tokens=params.max_visual_tokens, max_query_tokens=params.max_query_tokens
     )
@@ -151,11 +152,11 @@ def train(model: Any, params: Params, scratch: Path, scale: int) -> tuple[Contra
     )
     train_rows, dev_rows = pages("train", STEPS * params.batch_size, scale), pages("dev", DEV_PAGES, scale)
     features.fill([pair.page for pair in (*train_rows, *dev_rows)], params.workers)
-    pairs, dev = Pairs(train_rows, features), DevSet(dev_rows, features)
+    pairs, dev = TrainingDataset(train_rows, features), RetrievalEvaluator(dev_rows, features, params.eval_batch_size)
     tokens = len(pairs[0]["pages"][0]["features"]) * processor.image_seq_length
     print(f"{len(pairs)} pairs in {STEPS} steps, {tokens} visual tokens a page; {len(dev.pages)} dev pages", flush=True)
-    args, watch = arguments(params, scratch, quiet=True), Watch()
-    trainer = ContrastiveTrainer(params, processor, dev, model=model, args=args, train_dataset=pairs, callbacks=[watch])
+    args, watch = build_training_arguments(params, scratch, quiet=True), Watch()
+    trainer = assemble_trainer(params, model, processor, args, dev, pairs, [watch])
     trainer.train()
     return trainer, watch
 
@@ -181,9 +182,10 @@ def main() -> None:
         folder = Path(name) / "base"
         set_seed(1)  # not the seed of the run: weights drawn anew must not come out as the file's
         write_checkpoint(folder)
-        params = replace(load(RECIPE), base=str(folder), base_revision="", train_data="demo", epochs=1, warmup_steps=0,
+        params = replace(load_recipe(RECIPE), base=str(folder), base_revision="", train_data="demo", epochs=1,
                          max_visual_tokens=args.tokens, batch_size=args.batch, micro_batch_size=args.micro,
-                         eval_batch_size=args.micro, logging_steps=1, threads=args.threads, workers=0)  # fmt: skip
+                         eval_batch_size=args.micro, logging_steps=1, threads=args.threads, workers=0,
+                         warmup_steps=0)  # fmt: skip
         lora = (params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout)
         counts = verify(add_lora(meta_model(params.base, None), *lora), params)
         print(table("InternVL3.5-1B of random weights", counts), flush=True)

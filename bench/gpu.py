@@ -37,10 +37,11 @@ from colintern.modeling.layers import checkpoint_layers, compile_layers, recompu
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import ColIntern3_5, attention_kernel
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from colintern.params import Params, load
+from colintern.params import Params, load_recipe
 from colintern.training.loss import maxsim_matrix
-from colintern.training.pairs import Pair
-from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
+from colintern.training.pairs import TrainingPair
+from colintern.training.run import assemble_trainer, build_training_arguments
+from colintern.training.trainer import RetrievalEvaluator
 
 RECIPE, TOKENIZER = Path("recipes/internvl3_5-1b.yaml"), Path("demo/base")
 ROOFLINE = {"H200": 0.53, "A100": 1.46}  # seconds of a step of 64 pages of 6 tiles, everything fused
@@ -73,7 +74,9 @@ class Engine:
         raw["text_config"]["num_hidden_layers"] = layers or raw["text_config"]["num_hidden_layers"]
         raw["text_config"].pop("layer_types", None)
         self.processor.image_seq_length = raw["image_seq_length"]
-        self.params: Params = replace(load(RECIPE), dtype=dtype, batch_size=sizes.batch, workers=0, compile=False)
+        self.params: Params = replace(
+            load_recipe(RECIPE), dtype=dtype, batch_size=sizes.batch, workers=0, compile=False
+        )
         kernel = attention_kernel(self.params.attention, dtype)
         with torch.device(device):
             config = InternVLConfig(**raw)
@@ -85,12 +88,12 @@ class Engine:
             for name, weight in self.model.named_parameters():
                 if "lora_B" in name:
                     weight.normal_(std=0.01)
-        dev = DevSet([Pair("never asked", Page("0", Path))], None)  # type: ignore[arg-type]
-        args = arguments(self.params, Path(scratch), quiet=True)
-        self.trainer = ContrastiveTrainer(self.params, self.processor, dev, model=self.model, args=args)
+        dev = RetrievalEvaluator([TrainingPair("never asked", Page("0", Path))], None, 1)  # type: ignore[arg-type]
+        args = build_training_arguments(self.params, Path(scratch), quiet=True)
+        self.trainer = assemble_trainer(self.params, self.model, self.processor, args, dev)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-5)
 
-    def batch(self, counts: Sequence[int], rows: slice = slice(None)) -> dict[str, Any]:
+    def batch(self, counts: Sequence[int], rows: slice = slice(None)) -> Any:
         generator = torch.Generator().manual_seed(0)
         shape = self.processor.image_seq_length, self.base.config.get_text_config().hidden_size
         items = []
@@ -104,7 +107,7 @@ class Engine:
         return made
 
     def set(self, micro: int, checkpointing: bool | int, dropout: float) -> None:
-        self.trainer.micro = micro
+        self.trainer.micro_batch_size = micro
         checkpoint_layers(self.model, checkpointing)
         for module in self.model.modules():
             if isinstance(module, RowDropout):
@@ -116,7 +119,7 @@ class Engine:
         self.trainer.training_step(self.model, self.batch(counts))
         return torch.cat([p.grad.flatten().double() for p in self.model.parameters() if p.grad is not None])
 
-    def step(self, batch: dict[str, Any]) -> None:
+    def step(self, batch: Any) -> None:
         # The trainer puts the pages' features into the batch's `page`, so each step gets one of its own.
         self.trainer.training_step(self.model, batch | {"page": dict(batch["page"])})
         self.optimizer.step()
@@ -139,9 +142,9 @@ def measure(engine: Engine, batch: dict[str, Any]) -> tuple[float, float]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        asked = engine.trainer.micro
+        asked = engine.trainer.micro_batch_size
         engine.step(batch)
-        if engine.trainer.micro < asked:  # it did not fit, and the trainer went on with less
+        if engine.trainer.micro_batch_size < asked:  # it did not fit, and the trainer went on with less
             return math.nan, math.inf
         took = seconds(lambda: engine.step(batch))
     except OutOfMemory:

@@ -18,10 +18,10 @@ from torch import Tensor
 from colintern.core.errors import exit_on_user_error
 from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
-from colintern.params import load
+from colintern.params import load_params
 from colintern.reporting.heatmaps import hottest, layout, similarity_map, standing_out
 from colintern.reporting.words import query_words
-from colintern.storage.manifest import check_base
+from colintern.storage.manifest import ensure_base
 from demo.corpus import GOODS, KINDS, DemoPage, generate_corpus
 
 PAGES = 200
@@ -82,10 +82,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--adapter", type=Path, default=Path("experiments/colintern"), metavar="FOLDER")
     folder = parser.parse_args().adapter
-    params = load()
+    params = load_params()
     require_adapter(folder)
     require_base(params, folder)
-    base, processor = check_base(params), load_processor(params, folder)
+    base, processor = ensure_base(params), load_processor(params, folder)
     pages = generate_corpus("test", PAGES, 1, seed=0)
     after = measure(load_adapter(params, base, folder), processor, pages)
     before = measure(load_adapter(params, base, folder, trained=False), processor, pages)

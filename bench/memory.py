@@ -24,7 +24,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-CONFIG, RECIPE, TOKENIZER = "tests/internvl3_5-1b.json", "recipes/internvl3_5-1b.yaml", "demo/base"
+from colintern.params import load_recipe
+
+CONFIG, TOKENIZER = "tests/internvl3_5-1b.json", "demo/base"
+RECIPE, DEMO = Path("recipes/internvl3_5-1b.yaml"), Path("recipes/demo.yaml")
 QUERY = "from Oslo to Rome by Halde, the milk of"
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 PR_SET_THP_DISABLE = 41
@@ -55,15 +58,15 @@ def measure(row: tuple[str, int, int, bool | int, float], device: str) -> dict[s
     from colintern.encoding.page_features import Page
     from colintern.modeling.lora import add_lora
     from colintern.modeling.modeling_colintern import ColIntern3_5
-    from colintern.params import load
     from colintern.planning.costs import Costs, Setting
-    from colintern.training.pairs import Pair
-    from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
+    from colintern.training.pairs import TrainingPair
+    from colintern.training.run import assemble_trainer, build_training_arguments
+    from colintern.training.trainer import RetrievalEvaluator
 
     name, batch, micro, checkpointing, dropout = row
     torch.set_num_threads(1)
     set_seed(0)
-    params = replace(load("recipes/demo.yaml" if name == "demo" else RECIPE), batch_size=batch, micro_batch_size=micro,
+    params = replace(load_recipe(DEMO if name == "demo" else RECIPE), batch_size=batch, micro_batch_size=micro,
                      gradient_checkpointing=checkpointing, lora_dropout=dropout, epochs=1, warmup_steps=0, workers=0,
                      logging_steps=1, eval_batch_size=1)  # fmt: skip
     dtype = getattr(torch, params.dtype)
@@ -74,7 +77,7 @@ def measure(row: tuple[str, int, int, bool | int, float], device: str) -> dict[s
     wrapped: Any = add_lora(model, *lora).to(device)
 
     features = torch.randn(6, config.image_seq_length, config.get_text_config().hidden_size).to(dtype)
-    pairs = [
+    pairs: Any = [
         {"query": f"{QUERY} {i:04}", "pages": [{"key": f"{i:014x}", "features": features}]} for i in range(2 * batch)
     ]
 
@@ -87,12 +90,10 @@ def measure(row: tuple[str, int, int, bool | int, float], device: str) -> dict[s
 
     watch = Watch()
     with tempfile.TemporaryDirectory() as scratch:
-        args = arguments(params, Path(scratch), quiet=True)
+        args = build_training_arguments(params, Path(scratch), quiet=True)
         args.use_cpu = device == "cpu"
-        dev = DevSet([Pair(QUERY, Page("0", Path))], lambda page: features)  # type: ignore[arg-type]
-        trainer = ContrastiveTrainer(
-            params, processor, dev, model=wrapped, args=args, train_dataset=pairs, callbacks=[watch]
-        )
+        dev = RetrievalEvaluator([TrainingPair(QUERY, Page("0", Path))], lambda page: features, params.eval_batch_size)  # type: ignore[arg-type]
+        trainer = assemble_trainer(params, wrapped, processor, args, dev, pairs, [watch])
         one = trainer.data_collator(pairs[:1])
         trainer.train()
     meta = Costs(config, dtype, params.lora_targets, params.lora_rank, dropout)

@@ -44,16 +44,16 @@ def step(folder: str) -> None:
     import torch
 
     from bench.gpu import TINY, Engine
-    from colintern.training.processes import ALONE, joined
+    from colintern.training.distributed import SINGLE_PROCESS, init_distributed
 
     torch.set_num_threads(1)
-    with joined(1) as own:
+    with init_distributed(1) as own:
         engine = Engine(TINY, "float32", None, folder, "cpu")
         engine.set(micro=1, checkpointing=False, dropout=0.1)
-        share = len(COUNTS) // own.size
+        share = len(COUNTS) // own.world_size
         found = []
-        for processes, rows in ((ALONE, slice(None)), (own, slice(own.rank * share, (own.rank + 1) * share))):
-            engine.trainer.processes = processes
+        for context, rows in ((SINGLE_PROCESS, slice(None)), (own, slice(own.rank * share, (own.rank + 1) * share))):
+            engine.trainer.context = context
             engine.model.zero_grad()
             loss = engine.trainer.training_step(engine.model, engine.batch(COUNTS, rows))
             gradient = torch.cat([p.grad.double().flatten() for p in engine.model.parameters() if p.grad is not None])

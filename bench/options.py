@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.gpu import REAL, TINY, Engine
 from colintern.modeling.dropout import Masks
-from colintern.training.determinism import set_deterministic
+from colintern.training.run import set_deterministic
 
 WAYS = {  # dropout, by token, deterministic, share of the layers that are recomputed
     "no dropout": (0.0, True, False, 0.0),

@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 
 from bench.gpu import REAL, TINY, Engine
-from colintern.training import parts
+from colintern.training import mini_batching
 
 
 def as_they_come(inputs: dict[str, Any], size: int) -> list[list[int]]:
@@ -28,13 +28,15 @@ def as_they_come(inputs: dict[str, Any], size: int) -> list[list[int]]:
 
 
 def uncut(inputs: dict[str, Any], rows: list[int], processor: Any) -> dict[str, Any]:
-    return parts.take(inputs, rows, processor) | {key: inputs[key][rows] for key in ("input_ids", "attention_mask")}
+    return mini_batching.slice_mini_batch(inputs, rows, processor) | {
+        key: inputs[key][rows] for key in ("input_ids", "attention_mask")
+    }
 
 
 WAYS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "rows as they come": (as_they_come, uncut),
-    "cut to each part's longest": (as_they_come, parts.take),
-    "rows of like length": (parts.places, parts.take),
+    "cut to each part's longest": (as_they_come, mini_batching.slice_mini_batch),
+    "rows of like length": (mini_batching.plan_mini_batches, mini_batching.slice_mini_batch),
 }
 
 
@@ -53,9 +55,12 @@ def main() -> None:
         engine = Engine(sizes, dtype, None if args.demo else args.layers, scratch, "cpu")
         engine.set(args.micro, checkpointing=False, dropout=0.0)
         for _ in range(1 + args.rounds):
-            for name, (places, take) in WAYS.items():
+            for name, (plan, take) in WAYS.items():
                 batch = engine.batch(counts)
-                with patch("colintern.training.trainer.places", places), patch("colintern.training.trainer.take", take):
+                with (
+                    patch("colintern.training.trainer.plan_mini_batches", plan),
+                    patch("colintern.training.trainer.slice_mini_batch", take),
+                ):
                     start = time.process_time()
                     engine.trainer.training_step(engine.model, batch)
                     found[name].append(time.process_time() - start)

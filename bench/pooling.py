@@ -22,9 +22,9 @@ from colintern.core.errors import exit_on_user_error
 from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.encoding.pooling import pool
 from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
-from colintern.params import load
+from colintern.params import load_recipe
 from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k
-from colintern.storage.manifest import check_base
+from colintern.storage.manifest import ensure_base
 from demo.corpus import generate_corpus
 
 PAGES, FACTORS = 200, (2, 3, 4, 8)
@@ -57,10 +57,10 @@ def main() -> None:
     torch.set_num_threads(1)
     tiles, page = seconds(args.rounds)
     print(f"a page of 6 tiles: {tiles:.3f} CPU s by tiles, {page:.3f} whole")
-    params = load("recipes/demo.yaml")
+    params = load_recipe(Path("recipes/demo.yaml"))
     require_adapter(args.adapter)
     require_base(params, args.adapter)
-    model, processor = load_adapter(params, check_base(params), args.adapter), load_processor(params, args.adapter)
+    model, processor = load_adapter(params, ensure_base(params), args.adapter), load_processor(params, args.adapter)
     drawn = generate_corpus("test", PAGES, 1, seed=0)
     queries = embed_queries(model, processor, [page.queries[0] for page in drawn], 32)
     pages = embed_pages(model, processor, [page.image for page in drawn], 16)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from colintern.core.errors import exit_on_user_error
-from colintern.params import Params, load
+from colintern.params import Params, load_params
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "good": {},
@@ -41,26 +41,28 @@ def run(params: Params) -> tuple[float, float, str]:
 
     from colintern.data.images import decode_image
     from colintern.encoding.page_features import Page
-    from colintern.monitoring.health import health
-    from colintern.storage.manifest import benchmark_folder, check_base
-    from colintern.training.pairs import Pair
-    from colintern.training.runs import prepare
-    from colintern.training.trainer import DevSet
+    from colintern.monitoring.monitors import LossCurveMonitor
+    from colintern.storage.manifest import ensure_base, ensure_benchmark
+    from colintern.training.pairs import TrainingPair
+    from colintern.training.run import build_trainer
+    from colintern.training.trainer import RetrievalEvaluator
 
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    folder = benchmark_folder("demo")
+    folder = ensure_benchmark("demo")
     corpus = [Page.of(decode_image(image["bytes"])) for image in read_table(folder / "corpus")["image"].to_pylist()]
     queries = read_table(folder / "queries")["query"].to_pylist()
 
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(None):  # only the table is for people
-        trainer = prepare(params, check_base(params), Path(scratch))
-        test = DevSet(list(map(Pair, queries, corpus)), trainer.dev.features)
-        before = test.ndcg(trainer.model, trainer.processor, params)
+        monitor = LossCurveMonitor(params)
+        trainer = build_trainer(params, ensure_base(params), Path(scratch), callbacks=[monitor])
+        features = trainer.evaluator.features
+        test = RetrievalEvaluator(list(map(TrainingPair, queries, corpus)), features, params.eval_batch_size)
+        before = test.compute_ndcg(*test.embed(trainer.model, trainer.processor))
         trainer.train()
-        after = test.ndcg(trainer.model, trainer.processor, params)
-        return before, after, health(trainer.state.log_history, params, trainer.dev.chance, trainer.bounds).verdict
+        after = test.compute_ndcg(*test.embed(trainer.model, trainer.processor))
+        return before, after, monitor.assess(trainer.state).verdict
 
 
 @exit_on_user_error()
@@ -72,7 +74,7 @@ def main() -> None:
     chosen = {n: s for n, s in SETTINGS.items() if not args.only or n.startswith(tuple(args.only))}
     if not chosen:
         parser.error(f"--only {args.only}: the settings are {', '.join(SETTINGS)}")
-    params = load()
+    params = load_params()
     os.environ["TQDM_DISABLE"] = "1"  # of the processes started below
     jobs = [(name, seed) for name in chosen for seed in args.seeds]
     changed = [dataclasses.replace(params, threads=1, seed=seed, **chosen[name]) for name, seed in jobs]

@@ -17,7 +17,6 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -41,10 +40,12 @@ from colintern.modeling.layers import compile_layers
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from colintern.params import Params, load
-from colintern.training import parts
-from colintern.training.pairs import Pair
-from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
+from colintern.params import Params, load_recipe
+from colintern.training import mini_batching
+from colintern.training.loss import make_contrastive_loss
+from colintern.training.pairs import TrainingPair
+from colintern.training.run import assemble_trainer, build_training_arguments
+from colintern.training.trainer import RetrievalEvaluator
 
 CONFIG, RECIPE, TOKENIZER = Path("tests/internvl3_5-1b.json"), Path("recipes/internvl3_5-1b.yaml"), "demo/base"
 QUERIES = ["invoice of the harbour office in Oslo from March", "who sent the milk to Rome", "total of all freight"]
@@ -60,7 +61,6 @@ class Levers(NamedTuple):
     bf16_adapters: bool = False
     no_dropout: bool = False
     like_length: bool = False
-    blocked: bool = False
     compiled: bool = False
 
 
@@ -73,10 +73,9 @@ ROWS = {
     "+ adapters computed in bf16": Levers(*[True] * 5),
     "+ no dropout": Levers(*[True] * 6),
     "+ parts of like length": Levers(*[True] * 7),
-    "+ attention in blocks": Levers(*[True] * 8),
-    "+ compile": Levers(*[True] * 9),
+    "+ compile": Levers(*[True] * 8),
 }
-ENDS = ("stock", "+ no dropout", "+ attention in blocks", "+ compile")
+ENDS = ("stock", "+ no dropout", "+ parts of like length", "+ compile")
 
 
 class Model(ColIntern3_5):
@@ -89,16 +88,6 @@ class Model(ColIntern3_5):
             return super().forward(input_ids, attention_mask, **kwargs)
         out = InternVLModel.forward(self, input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
         return normalize(self.custom_text_proj(out.last_hidden_state), dim=-1) * attention_mask.unsqueeze(-1)
-
-
-class Ours(ContrastiveTrainer):
-    argmax = True
-
-    def _loss(self, batch: Any, rooms: Sequence[list[Tensor]]) -> Tensor:
-        if self.argmax:
-            return super()._loss(batch, rooms)
-        [queries], [pages] = rooms
-        return ColbertLoss(temperature=self.params.temperature)(queries, pages)
 
 
 class Bench:
@@ -120,9 +109,9 @@ class Bench:
         with torch.no_grad():
             self.features = [self.base.page_features(page) for page in self.tiles]
         self.texts = [QUERIES[i % len(QUERIES)] for i in range(batch)]
-        args = arguments(self.params, Path(scratch), quiet=True)
-        dev = DevSet([Pair("never asked", Page("0", Path))], None)  # type: ignore[arg-type]
-        self.ours = Ours(self.params, self.processor, dev, model=self.model, args=args)
+        args = build_training_arguments(self.params, Path(scratch), quiet=True)
+        dev = RetrievalEvaluator([TrainingPair("never asked", Page("0", Path))], None, 1)  # type: ignore[arg-type]
+        self.ours = assemble_trainer(self.params, self.model, self.processor, args, dev)
         self.stock = StockTrainer(
             loss_func=ColbertLoss(temperature=self.params.temperature), is_vision_model=True, model=self.model,
             args=TrainingArguments(scratch, report_to="none"), train_dataset=TensorDataset(torch.zeros(batch)),
@@ -130,14 +119,17 @@ class Bench:
         )  # fmt: skip
         self.stock.current_gradient_accumulation_steps = 1
 
-    def our_batch(self, cached: bool) -> dict[str, Any]:
+    def colbert(self, queries: Tensor, query_mask: Tensor, pages: Tensor, page_mask: Tensor, masked: Tensor) -> Tensor:
+        return ColbertLoss(temperature=self.params.temperature)(queries, pages)
+
+    def our_batch(self, cached: bool) -> Any:
         kind = "features" if cached else "tiles"
         rows = zip(self.texts, self.features if cached else self.tiles, range(len(self.texts)), strict=True)
         return self.ours.data_collator(
             [{"query": text, "pages": [{"key": f"{i:014x}", kind: page}]} for text, page, i in rows]
         )
 
-    def stock_batch(self) -> dict[str, Any]:
+    def stock_batch(self) -> Any:
         query, page = self.processor.process_queries(self.texts), self.processor.page_tokens([*map(len, self.tiles)])
         sides = {f"{kind}_{key}": left(side[key], side["attention_mask"]) for kind, side in
                  (("query", query), ("doc", page)) for key in ("input_ids", "attention_mask")}  # fmt: skip
@@ -145,7 +137,8 @@ class Bench:
 
     def step(self, on: Levers) -> tuple[float, float]:
         """CPU seconds of one forward and backward, and the loss."""
-        self.base.stock, self.ours.argmax, self.ours.low_precision = not on.graph, on.argmax, on.bf16_adapters
+        self.base.stock, self.ours.is_low_precision = not on.graph, on.bf16_adapters
+        self.ours.loss_function = make_contrastive_loss(self.params.temperature, False) if on.argmax else self.colbert
         for module in self.model.modules():
             if isinstance(module, RowDropout):
                 module.p = 0.0 if on.no_dropout else 0.1
@@ -154,15 +147,14 @@ class Bench:
             self.base.disable_input_require_grads()
         else:
             self.base.activation_checkpointing_enable()
-        self.base.set_attn_implementation("blocked" if on.blocked else "sdpa")
         for layer in self.base.language_model.layers:
             layer._compiled_call_impl = None
         if on.compiled:
             compile_layers(self.model)
         batch, trainer = (self.our_batch(on.cached), self.ours) if on.graph else (self.stock_batch(), self.stock)
-        cut = parts.places if on.like_length else as_they_come
+        cut = mini_batching.plan_mini_batches if on.like_length else as_they_come
         torch.manual_seed(1)
-        with patch("colintern.training.trainer.places", cut):
+        with patch("colintern.training.trainer.plan_mini_batches", cut):
             start = time.process_time()
             loss = trainer.training_step(self.model, batch)
             seconds = time.process_time() - start
@@ -172,7 +164,7 @@ class Bench:
 
 def params(dtype: str, batch: int) -> Params:
     sizes = {"dtype": dtype, "batch_size": batch, "micro_batch_size": batch}
-    return replace(load(RECIPE), gradient_checkpointing=False, lora_dropout=0.1, workers=0, **sizes)  # type: ignore[arg-type]
+    return replace(load_recipe(RECIPE), gradient_checkpointing=False, lora_dropout=0.1, workers=0, **sizes)  # type: ignore[arg-type]
 
 
 def build(processor: ColIntern3_5Processor, dtype: str, depth: tuple[int, int]) -> Model:

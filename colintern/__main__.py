@@ -11,6 +11,7 @@ import re
 import select
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +29,7 @@ export""".split()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; the exit code: 0, or 2 for bad input (raised as SystemExit), 141 where nobody reads on."""
     args = _parser().parse_args(argv)
+    warnings.simplefilter("ignore", FutureWarning)  # transformers warns about names of its own
     run: Callable[[argparse.Namespace], None] = args.run
     try:
         run(args)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from colintern.data.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
 from colintern.data.images import encode_png
-from colintern.storage.parallel import spread
+from colintern.storage.parallel import parallel_map
 from demo.corpus import PagePlan, draw_page, generate_corpus, plan_pages
 
 SEED = 0  # of the corpus; the training seed is params.seed, so that seeds are compared on the same pages
@@ -14,7 +14,7 @@ TRAIN_PAGES, DEV_PAGES, TEST_PAGES = 8000, 100, 200
 def write_training_set(folder: Path) -> None:
     """Draw the training pages, one query each, into `folder`; the split `test` is the dev set, as on the hub."""
     for split, drawn, pages in (("train", "train", TRAIN_PAGES), ("test", "dev", DEV_PAGES)):
-        rows = list(spread(_draw_row, plan_pages(drawn, pages, 1, SEED), f"drawing pages ({drawn})", "page"))
+        rows = list(parallel_map(_draw_row, plan_pages(drawn, pages, 1, SEED), f"drawing pages ({drawn})", "page"))
         write_training_split(folder, split, rows)
 
 

@@ -5,8 +5,8 @@
 #
 #   docker/prove.sh [options for `buildah bud`, such as --build-arg FLASH_ATTN=2.8.3.post2]
 #
-# Needs root, buildah and debootstrap (`apt-get install buildah debootstrap`), a Debian mirror and PyPI, 45 GB free
-# under ${TMPDIR:-/var/tmp} and about 20 minutes on 2 cores. Leaves nothing behind. Exit code 0: every check held.
+# Needs .venv (`make env`), root, buildah and debootstrap (`apt-get install buildah debootstrap`), a Debian mirror and
+# PyPI, 45 GB free under ${TMPDIR:-/var/tmp} and about 20 minutes on 2 cores. Leaves nothing behind. Exit code 0: every check held.
 # Not proved by it: the pinned base image itself, and anything that needs a GPU.
 set -euo pipefail
 
@@ -15,6 +15,7 @@ stranger=12345 # the uid the image is run as; no passwd file knows it
 # shellcheck source-path=SCRIPTDIR source=base.sh
 source "$repo/docker/base.sh"
 need_root_and buildah debootstrap
+[ -x "$repo/.venv/bin/cyclonedx-py" ] || die "$repo/.venv has no cyclonedx-py, which lists the image's packages: make env"
 
 work=$(mktemp -d "${TMPDIR:-/var/tmp}/image-proof.XXXXXX")
 chmod 755 "$work"

@@ -11,20 +11,19 @@ finished are taken from .scratch.
 from pathlib import Path
 
 from colintern.core.errors import exit_on_user_error
-from colintern.params import load
-from colintern.storage.csvfile import write_csv
-from colintern.storage.jsonfile import dumps
-from colintern.storage.manifest import arrow_cache, ready
-from colintern.storage.outs import check_outs, forget_ended
+from colintern.params import load_params
+from colintern.storage.files import dumps, write_csv
+from colintern.storage.manifest import ensure_inputs, set_arrow_cache
+from colintern.storage.outs import purge_finished_checkpoints, verify_dvc_outputs
 
 
 @exit_on_user_error()
 def main() -> None:
-    params = load()
-    forget_ended()  # DVC starts this stage when training is recorded
-    check_outs()
-    arrow_cache()
-    ready(params, evaluation=True)
+    params = load_params()
+    purge_finished_checkpoints()  # DVC starts this stage when training is recorded
+    verify_dvc_outputs()
+    set_arrow_cache()
+    ensure_inputs(params, evaluation=True)
     from colintern.analysis.verdicts import table
     from colintern.data.benchmarks import (
         resolve_benchmarks,  # only now: `datasets` reads the environment when it is imported

@@ -17,20 +17,20 @@ from colintern.ingest.documents import MAX_QUERY_CHARACTERS
 from colintern.ingest.scan import scan_rows, valid_rows
 from colintern.ingest.sources import DemoWriters, fetch_inputs, get_tokenizer_path, list_dataset_splits
 from colintern.ingest.validation import check_benchmarks, collect_quarantine, validate_data
-from colintern.params import load
+from colintern.params import load_params
 from colintern.statistics.survey import survey_rows
-from colintern.storage.jsonfile import dumps
-from colintern.storage.manifest import MANIFEST, QUARANTINE, SURVEY, arrow_cache, local
+from colintern.storage.files import dumps
+from colintern.storage.manifest import MANIFEST, QUARANTINE, SURVEY, is_local_benchmark, set_arrow_cache
 from demo.dataset import write_evaluation_set, write_training_set
 
 
 @exit_on_user_error()
 def main() -> None:
     """Run the stage."""
-    params = load()
+    params = load_params()
     tasks = {}
-    if not all(map(local, params.benchmarks)):
-        arrow_cache()
+    if not all(map(is_local_benchmark, params.benchmarks)):
+        set_arrow_cache()
         from colintern.data.benchmarks import list_hub_datasets  # only now: it imports mteb, which takes seconds
 
         tasks = list_hub_datasets(params.benchmarks)

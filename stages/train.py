@@ -4,7 +4,7 @@
 
 Input: params.yaml, data/manifest.json and what it names. Output: experiments/colintern (the adapter, its head,
 processor, trainer_state.json, identity.json, health.json), metrics/train.json, plots/train.csv and plots/dev.csv. An
-interrupted run goes on from its last checkpoint. `launch` says in how many processes; under a launcher its own are
+interrupted run resumes from its last checkpoint. `launch` says in how many processes; under a launcher its own are
 joined. Exit 2 where a check of `colintern doctor` on model or machine fails, 3 when the study that started this run
 stops it, 5 when the loss is not finite, 6 when one page does not fit the memory, 75 after SIGTERM or Ctrl-C, with a
 checkpoint.
@@ -20,29 +20,41 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from colintern.core.errors import exit_on_user_error
 from colintern.data.training_set import load_training_data
-from colintern.params import load
-from colintern.storage.manifest import ready
-from colintern.storage.outs import check_outs
+from colintern.params import load_params
+from colintern.storage.manifest import ensure_inputs
+from colintern.storage.outs import verify_dvc_outputs
 
 
 @exit_on_user_error()
 def main() -> None:
-    params = load()
-    from colintern.training.processes import joined, start
+    """Run the stage."""
+    params = load_params()
+    from colintern.training.distributed import init_distributed, maybe_launch_workers
 
-    start(params, "stages.train")
-    with joined(params.threads) as processes:
-        processes.first(check_outs)
+    maybe_launch_workers(params.launch, params.batch_size, params.threads, "stages.train")
+    with init_distributed(params.threads) as context:
+        context.run_on_rank0_and_broadcast(verify_dvc_outputs)
         # A flipped bit costs seconds here, and a training run later.
-        processes.first(lambda: bool(load_training_data(params, force=True)))
-        base = processes.first(lambda: ready(params, anew=True))
-        from colintern.preflight.doctor import hold
+        context.run_on_rank0_and_broadcast(lambda: bool(load_training_data(params, force=True)))
+        base = context.run_on_rank0_and_broadcast(lambda: ensure_inputs(params, force=True))
+        from colintern.preflight.checks import run_preflight
 
-        hold(params, base)
-        from colintern.training.runs import train  # only now: `datasets` looks at its import whether it may ask the hub
+        run_preflight(params, base)
+        # Only now: when `datasets` is imported, it reads whether it may use the hub.
+        from colintern.monitoring.monitors import LossCurveMonitor, ThroughputMonitor
+        from colintern.monitoring.progress import ProgressReporter
+        from colintern.monitoring.tracker import TrackerCallback, check_tracker
+        from colintern.training.run import train
+        from colintern.tuning.pruning import make_pruning_callbacks
 
-        metrics = train(params, Path("experiments/colintern"), processes)
-        if processes.main:
+        check_tracker(params.tracker)
+        throughput = ThroughputMonitor(params)
+        progress = ProgressReporter(params.batch_size * (1 + params.negatives))
+        observers = [throughput, LossCurveMonitor(params), progress, *make_pruning_callbacks(context, throughput)]
+        if params.tracker != "none" and context.is_main_process:
+            observers.append(TrackerCallback(params))
+        metrics = train(params, Path("experiments/colintern"), context, observers)
+        if context.is_main_process:
             print(" ".join(f"{key}={value}" for key, value in metrics.items()))
 
 

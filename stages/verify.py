@@ -12,20 +12,18 @@ from pathlib import Path
 from colintern.core.errors import UserError, exit_on_user_error
 from colintern.modeling.lora import examine, faults, table
 from colintern.modeling.modeling_colintern import meta_model
-from colintern.params import load
+from colintern.params import load_params
 from colintern.statistics.dataset_stats import HISTOGRAM_COLUMNS, iter_histogram_rows, load_dataset_stats
-from colintern.storage.csvfile import write_csv
-from colintern.storage.jsonfile import dumps
-from colintern.storage.manifest import ready
-from colintern.storage.outs import check_outs
+from colintern.storage.files import dumps, write_csv
+from colintern.storage.manifest import ensure_inputs
+from colintern.storage.outs import verify_dvc_outputs
 
 
 @exit_on_user_error()
 def main() -> None:
-    """Run the stage."""
-    params = load()
-    check_outs()
-    base = ready(params)
+    params = load_params()
+    verify_dvc_outputs()
+    base = ensure_inputs(params)
     counts = examine(meta_model(base, params.base_revision or None), params)
     print(table(params.base, counts))
     if wrong := faults(counts):

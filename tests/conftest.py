@@ -21,6 +21,9 @@ kernels negatives remotes own search survey costs doctor recommend checkpoints p
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if not any(item.iter_markers("integration")) and not any(item.iter_markers("slow")):
+            item.add_marker("unit")
     order = {f"test_{name}": number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
@@ -96,3 +99,13 @@ def fake_gs(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # Pillow remembers that there is none
     return marker
+
+
+def load_pairs(params=None):
+    """Load the training pairs of the project in the current folder."""
+    from colintern.data.training_set import load_training_data
+    from colintern.params import load_params
+    from colintern.training.pairs import load_training_pairs
+
+    params = params or load_params()
+    return load_training_pairs(load_training_data(params), params.negatives)

@@ -10,7 +10,14 @@ from typing import NamedTuple
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
-DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "demo" / "base" / "README.md"])
+DOCS = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "dev").glob("*.md"),
+        ROOT / "demo" / "base" / "README.md",
+    ]
+)
 OURS = ("colintern", "dvc", "make", "python", "cluster/torchrun.sh", "wandb sync")  # looked for in sentences too
 # What a reader puts something else for; in a test's command anything may stand there.
 PLACEHOLDER = re.compile(r"MODEL|FOLDER|NAME|[AB]|KEY=VALUE|STUDY-NNN|study-007|my-experiment|.*\.\.\.")
@@ -81,7 +88,8 @@ def commands() -> list[Command]:
 # Programs that are not where the tests run; all others are the real ones.
 STAND_INS = {
     "docker": "no engine: it says what it was asked; docker/prove.sh runs the image's lines",
-    "apt-get": "no network: gives packages that are built on the spot",
+    "apt-get": "no network: gives packages that are built on the spot, or says what it was asked",
+    "id": "another user than the one who runs the tests",
 }
 
 

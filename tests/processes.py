@@ -17,7 +17,7 @@ from pathlib import Path
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
-        *(f"colintern.{name}" for name in ("training.runs", "modeling.adapters", "evaluation.tasks")),
+        *(f"colintern.{name}" for name in ("training.run", "modeling.loading", "evaluation.tasks")),
         *("colintern.evaluation.subjects", "colintern.tuning.studies", "optuna", "sqlalchemy"),
     ]
 )

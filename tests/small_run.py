@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from processes import Place
 
+from colintern.core.recipes import render_recipe
+
 ROOT = Path(__file__).parents[1]
 STEPS = 10  # 40 rows in batches of 8, twice; checkpoints after 3, 6, 9 and 10
 OUT = Path("experiments/colintern")
@@ -69,7 +71,7 @@ def params(**changes: object) -> None:
         "warmup_steps": 2, "logging_steps": 2, "save_steps": 3, "workers": 0, "lora_dropout": 0.1,
         "feature_cache_gb": 0.1,
     }  # fmt: skip
-    lines = (ROOT / "recipes" / "demo.yaml").read_text().replace("- demo\n", f"- {BEIR}\n").splitlines()
+    lines = render_recipe(ROOT / "recipes" / "demo.yaml").replace("- demo\n", f"- {BEIR}\n").splitlines()
     values = small | changes
     names = [line.partition(":")[0] for line in lines]
     assert values.keys() <= set(names)

@@ -6,11 +6,10 @@ from pathlib import Path
 import optuna
 from processes import kill
 
-from colintern.tuning import trial_context as told
-from colintern.tuning.space import BYTES, Search
-from colintern.tuning.store import Store
-from colintern.tuning.trial_context import pruner
-from colintern.tuning.trials import FULL, Taken, take
+from colintern.tuning import trial_context
+from colintern.tuning.search_space import BYTES_PER_PAGE, SearchSpace
+from colintern.tuning.study_storage import StudyStorage
+from colintern.tuning.trials import FULL_SIZE, ClaimedTrial, claim_trial
 
 SETTINGS = {
     "seed": 0,
@@ -22,31 +21,34 @@ SETTINGS = {
 }
 
 
-def made(where: Path | str, search: Search, heartbeat: int = 30) -> tuple[Store, optuna.Study]:
-    """The study in a folder, or at an address."""
-    store = Store(where if isinstance(where, str) else f"sqlite:///{where}/a.db", "a", heartbeat)
-    with store.alone():
+def open_test_study(
+    folder_or_url: Path | str, space: SearchSpace, heartbeat: int = 30
+) -> tuple[StudyStorage, optuna.Study]:
+    """Open the study "a" in a folder, or at an address."""
+    is_url = isinstance(folder_or_url, str)
+    storage = StudyStorage(folder_or_url if is_url else f"sqlite:///{folder_or_url}/a.db", "a", heartbeat)
+    with storage.exclusive():
         study = optuna.create_study(
-            storage=store.optuna,
+            storage=storage.rdb,
             study_name="a",
-            directions=search.directions,
+            directions=space.directions,
             load_if_exists=True,
-            pruner=pruner(search.settings),
+            pruner=trial_context.make_pruner(space.settings),
         )
-        study.set_user_attr(told.SETTINGS, search.settings)
-        study.set_user_attr(FULL, {"pool_factor": 1, "dim": 128} if search.against == BYTES else {})
-    return store, study
+        study.set_user_attr(trial_context.SETTINGS, space.settings)
+        has_sizes = space.second_objective == BYTES_PER_PAGE
+        study.set_user_attr(FULL_SIZE, {"pool_factor": 1, "dim": 128} if has_sizes else {})
+    return storage, study
 
 
-def worker(folder: Path | str, search: Search, total: int) -> None:
-    store, study = made(folder, search)
-    while isinstance(taken := take(study, store, search, total), Taken):
-        study.tell(taken.number, 1 - abs(taken.values["lr"] - 0.006))
+def complete_trials(folder_or_url: Path | str, space: SearchSpace, total: int) -> None:
+    storage, study = open_test_study(folder_or_url, space)
+    while isinstance(trial := claim_trial(study, storage, space, total), ClaimedTrial):
+        study.tell(trial.number, 1 - abs(trial.values["lr"] - 0.006))
     os._exit(0)
 
 
-def taker(folder: Path | str, search: Search, total: int = 2) -> None:
-    """Takes a trial and is killed."""
-    store, study = made(folder, search, 1)
-    assert isinstance(take(study, store, search, total), Taken)
+def claim_and_die(folder_or_url: Path | str, space: SearchSpace, total: int = 2) -> None:
+    storage, study = open_test_study(folder_or_url, space, 1)
+    assert isinstance(claim_trial(study, storage, space, total), ClaimedTrial)
     kill()

@@ -22,27 +22,28 @@ from colintern.encoding.page_features import Page, PageFeatures
 from colintern.modeling.loading import read_processor
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import read_checked_adapter
-from colintern.params import load as load_params
+from colintern.params import load_recipe
+from colintern.storage.files import dumps
 from colintern.storage.identity import read_identity
-from colintern.storage.jsonfile import dumps
-from colintern.storage.manifest import BASE_SUFFIXES, local_files
-from colintern.training.pairs import Pair, Pairs
-from colintern.training.runs import finish, origin
-from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
+from colintern.storage.manifest import BASE_SUFFIXES, hash_local_files
+from colintern.training.pairs import TrainingDataset, TrainingPair
+from colintern.training.run import assemble_trainer, build_training_arguments, get_provenance, save_artifacts
+from colintern.training.trainer import RetrievalEvaluator
 
+pytestmark = pytest.mark.integration
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
 
 
 def trained(top: Path, processor, pages, **changes) -> Path:
-    """What `runs.train` leaves in `top`, of as many steps as epochs; its base is a copy in top/demo/base."""
+    """What `run.train` leaves in `top`, of as many steps as epochs; its base is a copy in top/demo/base."""
     shutil.copytree(BASE, top / "demo" / "base")
     params = dataclasses.replace(
-        load_params(ROOT / "recipes" / "demo.yaml"), batch_size=4, micro_batch_size=4, logging_steps=1, **changes
+        load_recipe(ROOT / "recipes" / "demo.yaml"), batch_size=4, micro_batch_size=4, logging_steps=1, **changes
     )
     identity = {"params": dataclasses.asdict(params)}
     with contextlib.chdir(top):
         (top / "data").mkdir()
-        entry = local_files("demo/base", BASE_SUFFIXES)._asdict()
+        entry = hash_local_files("demo/base", BASE_SUFFIXES)._asdict()
         (top / "data" / "manifest.json").write_text(dumps({"base": entry, "train": []}))
         torch.manual_seed(0)
         base = load(top / "demo" / "base")
@@ -50,13 +51,13 @@ def trained(top: Path, processor, pages, **changes) -> Path:
         wrapped = add_lora(base, TARGETS, rank=4, alpha=4, dropout=0.0)
         features = PageFeatures(wrapped, processor, top / "features", 0.0, "exact")
         keyed = [Page.of(page) for page in pages]
-        rows = list(map(Pair, QUERIES, keyed))
-        dev, pairs = DevSet(rows, features), Pairs(rows, features)
-        args = arguments(params, top / "run", quiet=True)
-        trainer = ContrastiveTrainer(params, processor, dev, model=wrapped, args=args, train_dataset=pairs)
-        identity |= origin(trainer, params)
+        rows = list(map(TrainingPair, QUERIES, keyed))
+        dev, pairs = RetrievalEvaluator(rows, features, params.eval_batch_size), TrainingDataset(rows, features)
+        args = build_training_arguments(params, top / "run", quiet=True)
+        trainer = assemble_trainer(params, wrapped, processor, args, dev, pairs)
+        identity |= get_provenance(trainer.model, params.attention)
         trainer.train()
-        finish(trainer, params, identity, top / "adapter")
+        save_artifacts(trainer, identity, top / "adapter")
     return top
 
 

@@ -9,6 +9,8 @@ from pages import documented, words
 
 from bench import gpu, loss, scoring
 
+pytestmark = pytest.mark.integration
+
 
 def test_the_gpu_table_is_printed_whole_in_its_tiny_form(capsys):
     gpu.main([*words(documented("python -m bench.gpu"))[3:], "--tiny"])

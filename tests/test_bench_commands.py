@@ -20,8 +20,8 @@ from test_dvc_commands import IDENTITY, STAGES, Repo, bare_environment, copy_wor
 
 from bench.debian_pdfs import PDFS
 
+pytestmark = pytest.mark.integration
 SECONDS = (  # command, options after it, what the end says
-    (documented("python -m bench.attention"), "--tokens 30 --rounds 1", "RESULT speedup_at_30="),
     (
         documented("python -m bench.options --layers 4"),
         "--demo --batch 2 --micro 2 --rounds 1",

@@ -13,10 +13,11 @@ from small_run import at_step
 
 from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
 from colintern.modeling.modeling_colintern import ColIntern3_5
-from colintern.params import load
-from colintern.storage.manifest import check_base
-from colintern.training.checkpoints import shown
+from colintern.params import load_params
+from colintern.storage.manifest import ensure_base
+from colintern.training.checkpoints import link_checkpoints
 
+pytestmark = pytest.mark.integration
 PEFT = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -41,12 +42,12 @@ def test_a_checkpoint_is_an_adapter_like_the_final_one(place):
     assert place.run(at_step, 10, kill) == -signal.SIGKILL
     [run] = (place.folder / "experiments").glob("train-*")
     with contextlib.chdir(place.folder):
-        params, newest = load(), run / "checkpoint-9"
+        params, newest = load_params(), run / "checkpoint-9"
         require_adapter(newest)
         require_base(params, newest)
         load_processor(params, newest)
-        model = load_adapter(params, check_base(params), newest)
-        bare = ColIntern3_5.from_pretrained(check_base(params), seed=params.seed + 1, dtype=torch.float32)
+        model = load_adapter(params, ensure_base(params), newest)
+        bare = ColIntern3_5.from_pretrained(ensure_base(params), seed=params.seed + 1, dtype=torch.float32)
         theirs = PeftModel.from_pretrained(bare, str(newest)).base_model.model
         ours, same = dict(model.named_parameters()), dict(theirs.named_parameters())
         assert ours.keys() == same.keys() and all(torch.equal(ours[name], same[name]) for name in ours)
@@ -57,15 +58,15 @@ def test_a_checkpoint_is_an_adapter_like_the_final_one(place):
 def test_a_run_that_keeps_nothing_leaves_no_link(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = Path(".scratch/train-0123")
-    with pytest.raises(ValueError), shown(folder):
+    with pytest.raises(ValueError), link_checkpoints(folder):
         assert Path("experiments/train-0123").resolve() == folder.resolve()
         raise ValueError
     assert not folder.exists() and not list(Path("experiments").iterdir())
-    with shown(folder):
+    with link_checkpoints(folder):
         (folder / "checkpoint-1").mkdir()
     assert Path("experiments/train-0123/checkpoint-1").is_dir()
     (folder / "checkpoint-1").rmdir()
     folder.rmdir()
-    with shown(Path(".scratch/train-4567")):
+    with link_checkpoints(Path(".scratch/train-4567")):
         pass
     assert not list(Path("experiments").iterdir()), "the link of a run that was deleted by hand"

@@ -15,7 +15,10 @@ from conftest import ROOT
 
 from colintern.__main__ import ORDER, main
 from colintern.core.errors import UserError
+from colintern.core.recipes import render_recipe
 from colintern.storage.paths import require_writable
+
+pytestmark = pytest.mark.integration
 
 # Runs `colintern` on each command line of its argument; of what takes long to import nothing can be imported.
 WITHOUT_LIBRARIES = """
@@ -86,7 +89,7 @@ def adapter(tmp_path) -> Path:
 
 def test_wrong_paths_are_refused_before_anything_slow_is_imported(adapter, tmp_path):
     shutil.copytree(ROOT / "demo" / "base", tmp_path / "demo" / "base")
-    shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text(render_recipe(ROOT / "recipes" / "demo.yaml"))
     (tmp_path / "experiments" / "colintern").mkdir(parents=True)
     for (line, words), (message, code) in zip(REFUSED.items(), collect_refusals(tmp_path, REFUSED), strict=True):
         assert words in message and code == "2", (line, message)

@@ -22,6 +22,7 @@ from small_run import OUT
 from test_dvc_commands import Repo, bare_environment
 from test_image import linter
 
+pytestmark = pytest.mark.integration
 SCRIPTS = sorted((ROOT / "cluster").glob("*.sh"))
 # Stops in the middle of a step until the file `go` is there, so that the test decides what happens in it.
 TRAIN = """import os, time

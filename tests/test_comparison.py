@@ -20,6 +20,7 @@ from colintern.core.page_labels import count_columns, label_page
 from colintern.evaluation import queries
 from colintern.evaluation.scores import METRICS
 
+pytestmark = pytest.mark.integration
 GAINS = [1 / math.log2(rank + 1) if rank <= 5 else 0.0 for rank in range(1, 31)]
 
 

@@ -17,16 +17,18 @@ from colintern.modeling.dropout import Masks
 from colintern.modeling.layers import checkpoint_layers
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import ColIntern3_5
-from colintern.params import load
+from colintern.params import load_recipe
 from colintern.planning import costs as module
 from colintern.planning.costs import Costs, Setting, Side
 from colintern.planning.gpus import GPUS
 from colintern.planning.meter import Kernel, Meter, measure
 from colintern.planning.recommend import PROMPT_TOKENS, USABLE, plan, recommend
-from colintern.training.processes import ALONE
+from colintern.training.distributed import SINGLE_PROCESS
+from colintern.training.loss import make_contrastive_loss
 from colintern.training.trainer import ContrastiveTrainer
 
-PARAMS = load(ROOT / "recipes" / "demo.yaml")
+pytestmark = pytest.mark.integration
+PARAMS = load_recipe(ROOT / "recipes" / "demo.yaml")
 DEMO = Setting(32, 8, False, tiles=6, page_tokens=108, query_tokens=24)
 
 
@@ -85,19 +87,19 @@ def test_weights_adapters_and_optimizer_to_the_byte(costs, model):
 @pytest.mark.parametrize(("micro", "negatives"), [(2, 0), (8, 0), (8, 1), (16, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_is_what_the_trainer_runs(costs, micro, negatives, checkpointing, dtype):
-    """The real `_step`, whole, on meta tensors, against the phases that `step` adds up."""
+    """The real `gradcache_forward_backward`, whole, on meta tensors, against the phases that `step` adds up."""
     size, costs = 8, costs if dtype is torch.float32 else demo(dtype=dtype)
     pages = size * (1 + negatives)
     trainer = object.__new__(ContrastiveTrainer)
-    trainer.params, trainer.micro = SimpleNamespace(temperature=0.02, symmetric_loss=False), micro
-    trainer.low_precision = dtype is torch.bfloat16
+    trainer.loss_function, trainer.micro_batch_size = make_contrastive_loss(0.02, False), micro
+    trainer.is_low_precision = dtype is torch.bfloat16
     trainer.processor = costs.config  # `split` asks it for image_token_id and image_seq_length
     batch = {"query": costs._batch(size, 0, 24), "page": costs._batch(pages, 6, 108), "page_ids": torch.arange(pages)}
-    batch["query_ids"], trainer.processes = torch.arange(size), ALONE
-    batch["share"] = ALONE.shares(batch)
+    batch["query_ids"], trainer.context = torch.arange(size), SINGLE_PROCESS
+    shards = SINGLE_PROCESS.gather_batch_layout(batch)
     tensors = [t for side in ("query", "page") for t in batch[side].values()]
     model = costs.model(costs.layers)
-    trainer.masks = model.masks
+    trainer.dropout_masks = model.masks
 
     step = costs.step(Setting(size, micro, checkpointing, 6, 108, 24, negatives=negatives))
     checkpoint_layers(model, checkpointing)
@@ -107,8 +109,8 @@ def test_a_step_is_what_the_trainer_runs(costs, micro, negatives, checkpointing,
         *(p.grad for p in model.parameters() if p.grad is not None),
         *tensors,
     ]
-    with disable_input_dtype_casting(model, active=trainer.low_precision):
-        real = measure(lambda: trainer._step(model, batch), known)
+    with disable_input_dtype_casting(model, active=trainer.is_low_precision):
+        real = measure(lambda: trainer.gradcache_forward_backward(model, batch, shards), known)
     assert step.memory["activations and loss"] == pytest.approx(real.peak, rel=0.03)
     assert step.operations == sum(k.operations * n for k, n in real.kernels.items())
     assert {k.dtype for k in real.kernels if k.operations and k.bytes} == {torch.float32, dtype}
@@ -134,10 +136,10 @@ class Operators(TorchDispatchMode):
 def test_autocast_on_meta_tensors_casts_what_the_real_one_does(checkpointing):
     """The products of a step and the casts of adapters, on the CPU under torch's autocast and on meta under ours."""
     trainer, costs = object.__new__(ContrastiveTrainer), demo(dtype=torch.bfloat16)
-    trainer.low_precision, trainer.processor = True, None
+    trainer.is_low_precision, trainer.processor = True, None
     meta = costs.model(costs.layers)
     real = add_lora(ColIntern3_5._from_config(costs.config, dtype=torch.bfloat16), *costs.lora)
-    found, share = [], SimpleNamespace(numbers={"page": [0, 1]})
+    found, shards = [], SimpleNamespace(row_indices={"page": [0, 1]})
     for model in (real, meta):
         checkpoint_layers(model, checkpointing)
         batch = {
@@ -146,9 +148,11 @@ def test_autocast_on_meta_tensors_casts_what_the_real_one_does(checkpointing):
         }
 
         def run(model=model, batch=batch):
-            trainer.masks = Masks(model, 0, torch.bfloat16)
+            trainer.dropout_masks = Masks(model, 0, torch.bfloat16)
             with Operators() as operators:
-                trainer._embed(model, {"page": batch, "share": share}, "page", [0, 1]).sum().backward()
+                trainer.backward_mini_batch(
+                    model, {"page": batch}, shards, "page", [0, 1], torch.ones(1, device=model.device), None
+                )
             found.append(operators.seen)
 
         with disable_input_dtype_casting(model):

@@ -12,23 +12,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_pairs
 from PIL import Image
 
 from colintern.core.errors import UserError
+from colintern.core.recipes import render_recipe
 from colintern.data.images import encode_png
 from colintern.data.training_set import ROW_INDEX, IndexRow, get_training_data_params, read_row_index, write_row_index
-from colintern.params import load
-from colintern.storage.manifest import local_files
-from colintern.training.pairs import row_image, rows
+from colintern.params import load_params
+from colintern.storage.manifest import hash_local_files
+from colintern.training.pairs import read_page_image
 
+pytestmark = pytest.mark.integration
 SET, GROUP = "data/own/set", 8
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-# Most memory in MB, seen after each page of the first row group and of all, and the bytes that rows() itself has read.
+# Most memory in MB, seen after each page of the first row group and of all, and the bytes read before pages.
 READ_ALL = """
 import json
-from colintern.training.pairs import rows
-from colintern.params import load
+from colintern.data.training_set import ROW_INDEX, IndexRow, read_row_index, write_row_index, load_training_data
+from colintern.training.pairs import load_training_pairs
+from colintern.params import load_params
 
 def fact(file, name):
     return int(next(line for line in open(f"/proc/self/{file}") if line.startswith(name)).split()[1])
@@ -36,9 +39,9 @@ def fact(file, name):
 def most(pairs):
     return max(fact("status", "VmRSS") for pair in pairs if pair.page.image()) / 1024
 
-rows(load())  # what is imported on first use
+load_training_pairs(load_training_data(load_params()))  # what is imported on first use
 before = fact("io", "rchar")
-pairs = rows(load())["train"]
+pairs = load_training_pairs(load_training_data(load_params()))["train"]
 started = fact("io", "rchar") - before
 print(json.dumps({"one": most(pairs[:8]), "all": most(pairs), "read": started / 2**20, "rows": len(pairs)}))
 """
@@ -72,14 +75,14 @@ def fetched(train: list[bytes], dev: list[bytes], **index_of_dev: str) -> None:
     for split, pages in (("train", train), ("test", dev)):
         write_rows(split, [{"bytes": data, "path": None} for data in pages])
     shutil.copytree(ROOT / "demo" / "base", "demo/base")
-    text = (ROOT / "recipes" / "demo.yaml").read_text()
+    text = render_recipe(ROOT / "recipes" / "demo.yaml")
     Path("params.yaml").write_text(text.replace("train_data: demo\n", f"train_data: {SET}\n"))
     manifest = {
-        "base": local_files("demo/base", (".json", ".safetensors"))._asdict(),
-        "made_for": get_training_data_params(load()),
+        "base": hash_local_files("demo/base", (".json", ".safetensors"))._asdict(),
+        "made_for": get_training_data_params(load_params()),
         "train_corpus": None,
         "negatives": None,
-        "train": [local_files(SET, (".parquet",))._asdict()],
+        "train": [hash_local_files(SET, (".parquet",))._asdict()],
         "evaluation": {},
     }
     Path("data/manifest.json").write_text(json.dumps(manifest))
@@ -94,12 +97,12 @@ def test_each_row_has_its_own_page_on_both_sides_of_a_row_group(folder, column):
     images = [page(n) for n in range(2 * GROUP + 3)]
     path = write_rows("train", [{"bytes": data} for data in images] if column == STRUCT else images, column)
     assert pq.ParquetFile(path).num_row_groups == 3
-    assert [row_image(path, n).width for n in range(len(images))] == [10 + n for n in range(len(images))]
+    assert [read_page_image(path, n).width for n in range(len(images))] == [10 + n for n in range(len(images))]
 
 
 def test_a_query_is_paired_with_the_page_of_its_row(folder):
     fetched([page(n) for n in range(20)], [page(30 + n) for n in range(3)])
-    found = rows(load())
+    found = load_pairs()
     assert [(p.query, p.page.key, p.page.image().width) for p in found["test"]] == [
         (f"test {n}", f"d{n}", 40 + n) for n in range(3)
     ]
@@ -129,14 +132,14 @@ def test_memory_holds_a_row_group_and_not_the_set_and_a_start_reads_no_page(fold
 def test_an_index_that_does_not_fit_the_manifest_is_refused(folder, change, message):
     fetched([page(0)], [page(1)], **change)
     with pytest.raises(UserError, match=message):
-        rows(load())
+        load_pairs()
 
 
 def test_a_missing_index_says_what_to_run(folder):
     fetched([page(0)], [page(1)])
     Path(ROW_INDEX).unlink()
     with pytest.raises(UserError, match=r"data/rows\.parquet: missing.*dvc repro fetch-data"):
-        rows(load())
+        load_pairs()
 
 
 def test_the_index_has_the_same_bytes_for_the_same_rows(folder):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from demo.corpus import GOODS, KINDS, generate_corpus, get_split
 from demo.pages import FONTS, load_font
 
+pytestmark = pytest.mark.integration
 SPLITS = {"train": (400, 2), "dev": (40, 1), "test": (80, 1)}
 
 

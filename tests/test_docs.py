@@ -9,6 +9,7 @@ import ast
 import contextlib
 import io
 import re
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -29,11 +30,14 @@ RUN = (  # as they stand, in a copy where nothing was run yet
 )
 AFTER_FETCH = (documented("colintern data"), documented("colintern verify"))  # after fetch-data on a small set
 CANNOT = {  # how a command begins, and why no test runs it
-    "make test": "the suite itself; .github/workflows/tests.yml runs it, and `make slow`",
-    "make slow": "the same",
+    "make test": "the suite itself; .github/workflows/tests.yml runs it, and `make test-slow`",
+    "make test-unit": "a part of the suite",
+    "make test-slow": "a part of the suite",
     "make check": "is the first step of `make test`",
     "dvc queue kill NAME": "it is SIGINT to one of the queue's runs, which test_survival.py sends",
-    "python -m pytest tests/": "files of the suite",
+    "python -m pytest": "files of the suite",
+    "git clone URL-OF-THIS-REPOSITORY": "the address is that of the clone's origin",
+    "cd colintern": "the folder of that clone",
 }
 VALUES = r"\.\.\.|\d+|\blearning_rate|\blr\b|\bloss is nan\b"  # of a message, as the page gives them
 OTHERS = {  # git's, DVC's
@@ -48,8 +52,12 @@ OTHERS = {  # git's, DVC's
 }
 
 
+def begins_with(command: Command, begin: str) -> bool:
+    return command.words[: len(words(begin))] == words(begin)
+
+
 def why_not(command: Command) -> str:
-    return next((why for words, why in CANNOT.items() if " ".join(command.words).startswith(words)), "")
+    return next((why for begin, why in CANNOT.items() if begins_with(command, begin)), "")
 
 
 def of(program: str) -> list[Command]:
@@ -78,9 +86,9 @@ def test_every_command_is_run_by_a_test_or_cannot_be():
 
 
 def test_what_cannot_be_run_is_in_a_page_and_in_no_test():
-    for begins in CANNOT:
-        assert (found := [c for c in commands() if " ".join(c.words).startswith(begins)]), f"{begins}: in no page"
-        assert not any(map(runner_of, found)), f"{begins}: {found[0]} is run by now"
+    for begin in CANNOT:
+        assert (found := [c for c in commands() if begins_with(c, begin)]), f"{begin}: in no page"
+        assert not any(map(runner_of, found)), f"{begin}: {found[0]} is run by now"
 
 
 def test_colintern_takes_every_command():
@@ -116,6 +124,15 @@ def test_make_has_every_target():
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.M))
     asked = {word: str(command) for command in of("make") for word in command.words[1:] if "=" not in word}
     assert not {word: where for word, where in asked.items() if word not in targets}
+
+
+def test_make_alone_lists_what_it_can_do_within_80_columns():
+    command = documented("make help").split()
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert subprocess.run(command[:1], cwd=ROOT, capture_output=True, text=True, check=True).stdout == listed
+    names = {word for command in of("make") for word in command.words[1:] if "=" not in word}
+    described = dict(re.fullmatch(r"  make (\S+) +(\S.+)", line).groups() for line in listed.splitlines())
+    assert names <= set(described) and max(map(len, listed.splitlines())) <= 80
 
 
 def test_python_runs_modules_and_options_that_are_there():
@@ -200,6 +217,7 @@ def test_messages_are_the_programs_own():
     assert not missing, missing
 
 
+@pytest.mark.integration
 def test_cheap_commands_run_as_they_stand(tmp_path, capsys):
     copy_working_tree(tmp_path)
     with contextlib.chdir(tmp_path):
@@ -211,6 +229,7 @@ def test_cheap_commands_run_as_they_stand(tmp_path, capsys):
         assert line in said
 
 
+@pytest.mark.integration
 def test_commands_on_fetched_data_run_as_they_stand(fetched, capsys):
     said = {}
     for command in AFTER_FETCH:

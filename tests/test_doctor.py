@@ -15,45 +15,65 @@ from conftest import BASE, ROOT
 from hub import Fault, running
 
 from colintern.core.errors import UserError
+from colintern.core.recipes import render_recipe
 from colintern.modeling.bases import at_hand, preset
-from colintern.params import load
-from colintern.preflight.doctor import CHECKS, FAIL, PASS, WARN, Facts, examined, facts_for, hold
-from colintern.preflight.machine import Machine, _memory, cpu_bf16, machine
-from colintern.preflight.surroundings import AROUND, Surroundings, _asked, hub_repos, surroundings
+from colintern.params import load_recipe
+from colintern.preflight.checks import (
+    ENVIRONMENT_CHECKS,
+    FAIL,
+    PASS,
+    RUN_CHECKS,
+    WARN,
+    RunFacts,
+    collect_run_facts,
+    run_checks,
+    run_preflight,
+)
+from colintern.preflight.environment import (
+    Environment,
+    Machine,
+    get_available_memory,
+    has_cpu_bf16,
+    list_hub_repos,
+    probe_environment,
+    probe_hub,
+    probe_machine,
+)
 
-DEMO, RECIPE = (load(ROOT / "recipes" / f"{name}.yaml") for name in ("demo", "internvl3_5-1b"))
+pytestmark = pytest.mark.integration
+DEMO, RECIPE = (load_recipe(ROOT / "recipes" / f"{name}.yaml") for name in ("demo", "internvl3_5-1b"))
 GPU = Machine(1, "580.95.05", "2.13.0", "13.0", "NVIDIA A100", 80 << 30, False, True, True, 60 << 30, 10**12, 0)
-CPU = dataclasses.replace(GPU, cards=0, driver="", gpu="", gpu_bytes=0, flash_attn=False)
-AROUND_1B = Surroundings(False, "", "abc1234", 0, True, ("store",), "store", ("a/b",), (), "", True, (), False, "")
+CPU = dataclasses.replace(GPU, num_cards=0, driver="", gpu="", gpu_bytes=0, has_flash_attn=False)
+ENVIRONMENT_1B = Environment(False, "", "abc1234", 0, True, ("store",), "store", ("a/b",), (), "", True, (), False, "")
 
 
 @pytest.fixture(scope="module")
 def counted():
-    """`Facts` of params, on the real counts of their base; `size` is that of another preset."""
+    """`RunFacts` of params, on the real counts of their base; `size` is that of another preset."""
     known = {}
 
-    def facts(params, machine=GPU, size="internvl3_5-1b", **changes) -> Facts:
+    def facts(params, machine=GPU, size="internvl3_5-1b", **changes) -> RunFacts:
         key = (params.base, size, params.lora_targets)
         if key not in known:
             config = str(BASE) if params.base == "demo/base" else preset(size)
-            known[key] = facts_for(params, config, None).counts
-        return Facts(dataclasses.replace(params, **changes), known[key], machine)
+            known[key] = collect_run_facts(params, config, None).counts
+        return RunFacts(dataclasses.replace(params, **changes), known[key], machine)
 
     return facts
 
 
-def of(facts: Facts, name: str):
-    [finding] = [finding for finding in examined(facts, CHECKS) if finding.name == name]
+def of(facts: RunFacts, name: str):
+    [finding] = [finding for finding in run_checks(facts, RUN_CHECKS) if finding.name == name]
     return finding
 
 
 def test_both_recipes_pass_every_check_on_a_machine_that_fits(counted):
     for facts in (counted(DEMO), counted(DEMO, CPU), counted(RECIPE)):
-        assert [f for f in examined(facts, CHECKS) if f.status != PASS] == []
+        assert [f for f in run_checks(facts, RUN_CHECKS) if f.status != PASS] == []
 
 
 def test_the_checklist_of_the_guide_is_all_there():
-    assert list(CHECKS) + list(AROUND) == [
+    assert list(RUN_CHECKS) + list(ENVIRONMENT_CHECKS) == [
         *("epochs", "effective batch", "learning rate", "LoRA on", "target modules", "head included", "vision frozen"),
         *("bf16", "attention kernel", "disk", "memory", "driver and CUDA", "git", "path", "DVC remote"),
         *("hub access", "W&B"),
@@ -97,7 +117,7 @@ def test_the_learning_rate_is_judged_by_the_size(counted, size, good, bad):
 )
 def test_targets_that_are_wrong_fail(counted, targets, failing):
     facts = counted(dataclasses.replace(RECIPE, lora_targets=targets))
-    assert [finding.name for finding in examined(facts, CHECKS) if finding.status == FAIL] == failing
+    assert [finding.name for finding in run_checks(facts, RUN_CHECKS) if finding.status == FAIL] == failing
 
 
 def test_only_the_head_is_warned_of(counted):
@@ -108,9 +128,9 @@ def test_only_the_head_is_warned_of(counted):
 @pytest.mark.parametrize(
     ("name", "machine", "changes", "status", "words"),
     [
-        ("bf16", {"bf16": False}, {}, WARN, "emulated by NVIDIA A100"),
-        ("attention kernel", {"flash_attn": False}, {}, WARN, "sdpa; the guide: flash attention"),
-        ("attention kernel", {"flash_attn": False}, {"attention": "flash_attention_2"}, FAIL, "needs flash-attn"),
+        ("bf16", {"has_bf16": False}, {}, WARN, "emulated by NVIDIA A100"),
+        ("attention kernel", {"has_flash_attn": False}, {}, WARN, "sdpa; the guide: flash attention"),
+        ("attention kernel", {"has_flash_attn": False}, {"attention": "flash_attention_2"}, FAIL, "needs flash-attn"),
         ("attention kernel", {"gpu": ""}, {}, PASS, "blocked; flash attention is for GPUs"),
         ("attention kernel", {"gpu": ""}, {"attention": "flash_attention_2"}, FAIL, "needs a GPU"),
         ("attention kernel", {}, {"attention": "flash_attention_2", "dtype": "float32"}, FAIL, "needs dtype: bfloat16"),
@@ -121,10 +141,10 @@ def test_only_the_head_is_warned_of(counted):
         ("memory", {"gpu_bytes": 8 << 30}, {}, WARN, "16 GB at least"),
         ("memory", {"memory_bytes": 1 << 30}, {}, FAIL, "main memory; weights of 1.8 GB"),
         ("memory", {"gpu": "", "memory_bytes": 1 << 30}, {}, FAIL, "1.1 GB of main memory"),
-        ("driver and CUDA", {"gpu": "", "cards": 0}, {}, WARN, "no NVIDIA GPU"),
+        ("driver and CUDA", {"gpu": "", "num_cards": 0}, {}, WARN, "no NVIDIA GPU"),
         ("driver and CUDA", {"gpu": "", "driver": "535.1"}, {}, FAIL, "driver 535.1, torch 2.13.0 for CUDA 13.0"),
         ("driver and CUDA", {"gpu": "", "driver": ""}, {}, FAIL, "driver missing"),
-        ("driver and CUDA", {"gpu": "", "hidden": True}, {}, FAIL, "CUDA_VISIBLE_DEVICES hides"),
+        ("driver and CUDA", {"gpu": "", "is_gpu_hidden": True}, {}, FAIL, "CUDA_VISIBLE_DEVICES hides"),
         ("driver and CUDA", {"gpu": "", "torch_cuda": ""}, {}, FAIL, "for the CPU"),
     ],
 )
@@ -135,35 +155,42 @@ def test_what_the_machine_lacks(counted, name, machine, changes, status, words):
 
 
 def test_the_demo_trains_on_the_cpu_of_a_machine_whose_gpu_torch_cannot_use(counted):
-    assert of(counted(DEMO, dataclasses.replace(CPU, cards=1)), "driver and CUDA").status == PASS
-    assert "580.65.06" in of(counted(RECIPE, dataclasses.replace(CPU, cards=1)), "driver and CUDA").remedy
+    assert of(counted(DEMO, dataclasses.replace(CPU, num_cards=1)), "driver and CUDA").status == PASS
+    assert "580.65.06" in of(counted(RECIPE, dataclasses.replace(CPU, num_cards=1)), "driver and CUDA").remedy
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "status", "words"),
     [
         ("git", {}, PASS, "commit abc1234"),
-        ("git", {"git": "git is not installed"}, FAIL, "not installed"),
-        ("git", {"git": "fatal: detected dubious ownership in repository"}, FAIL, "dubious"),
-        ("git", {"changed": 2}, WARN, "2 changed files"),
-        ("git", {"committer": False}, WARN, "no committer"),
+        ("git", {"git_error": "git is not installed"}, FAIL, "not installed"),
+        ("git", {"git_error": "fatal: detected dubious ownership in repository"}, FAIL, "dubious"),
+        ("git", {"num_changed": 2}, WARN, "2 changed files"),
+        ("git", {"has_committer": False}, WARN, "no committer"),
         ("path", {}, PASS, "DVC can copy"),
-        ("path", {"odd_path": "ü#"}, WARN, "has 'ü#'"),
+        ("path", {"unsupported_characters": "ü#"}, WARN, "has 'ü#'"),
         ("DVC remote", {}, PASS, "store"),
         ("DVC remote", {"default_remote": ""}, WARN, "none the default"),
         ("DVC remote", {"default_remote": "", "remotes": ()}, WARN, "nobody else"),
-        ("DVC remote", {"default_remote": "", "remotes": (), "demo": True}, PASS, "the demo"),
+        ("DVC remote", {"default_remote": "", "remotes": (), "is_demo": True}, PASS, "the demo"),
         ("hub access", {}, PASS, "all files of 1 repositories"),
         ("hub access", {"repos": ()}, PASS, "nothing of this run"),
-        ("hub access", {"lacking": ("a/b",)}, PASS, "will give"),
-        ("hub access", {"lacking": ("a/b",), "hub": "is gated: open"}, FAIL, "lacks files of a/b; a token is set"),
+        ("hub access", {"incomplete_repos": ("a/b",)}, PASS, "will give"),
+        (
+            "hub access",
+            {"incomplete_repos": ("a/b",), "hub_error": "is gated: open"},
+            FAIL,
+            "lacks files of a/b; a token is set",
+        ),
         ("W&B", {}, PASS, "not used"),
-        ("W&B", {"wandb": ("WANDB_PROJECT",)}, WARN, "sends nothing"),
-        ("W&B", {"wandb": ("WANDB_PROJECT",), "tracked": True}, PASS, "tracker: wandb"),
+        ("W&B", {"wandb_variables": ("WANDB_PROJECT",)}, WARN, "sends nothing"),
+        ("W&B", {"wandb_variables": ("WANDB_PROJECT",), "uses_wandb": True}, PASS, "tracker: wandb"),
     ],
 )
 def test_what_is_around_a_run(name, changes, status, words):
-    [found] = [f for f in examined(dataclasses.replace(AROUND_1B, **changes), AROUND) if f.name == name]
+    [found] = [
+        f for f in run_checks(dataclasses.replace(ENVIRONMENT_1B, **changes), ENVIRONMENT_CHECKS) if f.name == name
+    ]
     assert (found.status, bool(found.remedy)) == (status, status != PASS)
     assert words in found.found
 
@@ -172,19 +199,21 @@ def test_this_machine_as_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / ".features").mkdir(parents=True)
     (tmp_path / "data" / ".features" / "shard").write_bytes(b"x" * 1000)
-    found = machine()
+    found = probe_machine()
     assert found.torch == torch.__version__ and found.features_bytes == 1000
-    assert bool(found.gpu) == torch.cuda.is_available() and found.cards >= torch.cuda.device_count() * bool(found.gpu)
+    assert bool(found.gpu) == torch.cuda.is_available() and found.num_cards >= torch.cuda.device_count() * bool(
+        found.gpu
+    )
     assert 0 < found.disk_bytes <= shutil.disk_usage(tmp_path).total
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < _memory() <= total and abs(found.memory_bytes - _memory()) < 0.5 * total
+    assert 0 < get_available_memory() <= total and abs(found.memory_bytes - get_available_memory()) < 0.5 * total
 
 
 def test_bfloat16_of_a_cpu(tmp_path):
     for text, known in (("flags : avx2 avx512_bf16", True), ("Features : bf16 sve", True), ("flags : avx2", False)):
         (tmp_path / "cpuinfo").write_text(f"processor : 0\n{text}\n")
-        assert cpu_bf16(tmp_path / "cpuinfo") == known
-    assert not cpu_bf16(tmp_path / "none")
+        assert has_cpu_bf16(tmp_path / "cpuinfo") == known
+    assert not has_cpu_bf16(tmp_path / "none")
 
 
 @pytest.fixture
@@ -192,7 +221,7 @@ def repo(tmp_path):
     """A git repository with the demo's base and recipe, in which nothing is changed."""
     (tmp_path / "demo").mkdir()
     shutil.copytree(BASE, tmp_path / "demo" / "base")
-    shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text(render_recipe(ROOT / "recipes" / "demo.yaml"))
     for command in ("git init -q -b main", "git add .", "git commit -qm x"):
         subprocess.run(command.split(), cwd=tmp_path, env=environment(tmp_path), check=True)
     return tmp_path
@@ -264,28 +293,29 @@ def test_colour_only_on_a_terminal_that_wants_it(repo):
     assert "\033" not in shown(NO_COLOR="1")
 
 
-def test_the_hub_is_asked_only_for_what_the_cache_lacks(tmp_path, monkeypatch, counted):
+def test_the_hub_is_asked_only_for_what_the_cache_lacks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "manifest.json").write_text('{"base": {}, "train": {"files": {}}}')  # of an older version
-    assert [(repo.name, files) for repo, files in hub_repos(RECIPE).items()] == [
+    assert [(repo.name, files) for repo, files in list_hub_repos(RECIPE).items()] == [
         (RECIPE.base, None),
         (RECIPE.train_data, None),
     ]
-    facts = counted(RECIPE)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with running() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", hub.url)
         hub.add("model", RECIPE.base, RECIPE.base_revision, {"config.json": b"{}"})
         hub.add("dataset", RECIPE.train_data, RECIPE.train_revision, {"a.parquet": b""})
-        found = surroundings(facts)
-        assert found.lacking == found.repos == (RECIPE.base, RECIPE.train_data) and found.hub == ""
+        found = probe_environment(RECIPE, is_demo=False)
+        assert found.incomplete_repos == found.repos == (RECIPE.base, RECIPE.train_data) and found.hub_error == ""
         hub.faults.append(Fault(where="/api/models/", status=503))
-        assert "cannot be reached (HTTP 503)" in surroundings(facts).hub
+        assert "cannot be reached (HTTP 503)" in probe_environment(RECIPE, is_demo=False).hub_error
         del hub.repos["dataset", RECIPE.train_data, RECIPE.train_revision]
-        assert f"{RECIPE.train_data!r} is not a dataset on the hub" in surroundings(facts).hub
-        for repo in hub_repos(RECIPE):
+        assert (
+            f"{RECIPE.train_data!r} is not a dataset on the hub" in probe_environment(RECIPE, is_demo=False).hub_error
+        )
+        for repo in list_hub_repos(RECIPE):
             (tmp_path / "cache").mkdir(exist_ok=True)
             folder = tmp_path / "cache" / f"{repo.kind}s--{repo.name.replace('/', '--')}" / "snapshots" / repo.revision
             folder.mkdir(parents=True)
@@ -296,26 +326,26 @@ def test_the_hub_is_asked_only_for_what_the_cache_lacks(tmp_path, monkeypatch, c
             json.dumps({"base": entry, "train": [train], "train_corpus": None, "evaluation": {}})
         )
         hub.requests.clear()
-        assert surroundings(facts).lacking == () and hub.requests == []
+        assert probe_environment(RECIPE, is_demo=False).incomplete_repos == () and hub.requests == []
 
 
 def test_training_stops_before_it_loads_a_model_where_a_check_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     shutil.copy(BASE / "config.json", tmp_path / "base")  # no weights: whoever loads them fails in another way
-    hold(dataclasses.replace(DEMO, lr=0.02), "base")
+    run_preflight(dataclasses.replace(DEMO, lr=0.02), "base")
     assert "warning: learning rate: 0.02, not within" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"head included: .*\n?.*custom_text_proj") as stopped:
-        hold(dataclasses.replace(DEMO, lora_targets=DEMO.lora_targets[:-1]), "base")
+        run_preflight(dataclasses.replace(DEMO, lora_targets=DEMO.lora_targets[:-1]), "base")
     assert stopped.value.exit_code == 2
     with pytest.raises(UserError, match="flash_attention_2 needs a GPU"):
-        hold(dataclasses.replace(DEMO, attention="flash_attention_2"), "base")
+        run_preflight(dataclasses.replace(DEMO, attention="flash_attention_2"), "base")
 
 
 def test_pages_by_number_come_from_a_repository_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     params = dataclasses.replace(RECIPE, train_corpus="someone/pages", train_corpus_revision="c" * 40)
-    assert [repo.key for repo in hub_repos(params)] == ["base", "train_data", "train_corpus"]
+    assert [repo.key for repo in list_hub_repos(params)] == ["base", "train_data", "train_corpus"]
 
 
 def test_a_kernel_of_the_hub_is_among_what_is_asked_for(tmp_path, monkeypatch):
@@ -323,11 +353,11 @@ def test_a_kernel_of_the_hub_is_among_what_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     (tmp_path / "base").mkdir()
     params = dataclasses.replace(DEMO, base="base", attention=f"someone/kernel@{'c' * 40}")
-    [(repo, files)] = hub_repos(params).items()
+    [(repo, files)] = list_hub_repos(params).items()
     assert (repo, files) == (("attention", "someone/kernel", "c" * 40, "kernel"), None)
     with running() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", hub.url)
-        assert "'someone/kernel' is not a kernel on the hub" in _asked(repo)
+        assert "'someone/kernel' is not a kernel on the hub" in probe_hub(repo)
         hub.add("kernel", "someone/kernel", "c" * 40, {})
-        assert _asked(repo) == ""
+        assert probe_hub(repo) == ""

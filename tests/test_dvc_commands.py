@@ -15,8 +15,9 @@ from typing import NamedTuple
 import pytest
 from pages import documented
 
-from colintern.params import load
+from colintern.params import load_params
 
+pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("check-params", "fetch-data", "verify", "train", "eval")
 UPDATES = {
@@ -30,7 +31,7 @@ UPDATES = {
     "max_visual_tokens": "24",
     "threads": "1",  # two would wait for each other where the other core is busy
 }
-PAGES = "DEMO_TRAIN_PAGES, DEMO_DEV_PAGES, DEMO_TEST_PAGES = "
+PAGES = "TRAIN_PAGES, DEV_PAGES, TEST_PAGES = "
 # Of the commits a user would make.
 IDENTITY = {f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 REFUSED = "Git user name and email must be configured"
@@ -108,10 +109,10 @@ def cut_down(repo: Path) -> None:
         params, found = re.subn(rf"^{key}: .*$", f"{key}: {value}", params, flags=re.MULTILINE)
         assert found == 1, key
     (repo / "params.yaml").write_text(params)
-    sources = (repo / "colintern" / "data" / "sources.py").read_text()
-    sources, found = re.subn(rf"^{PAGES}.*$", f"{PAGES}64, 10, 10", sources, flags=re.MULTILINE)
+    file = repo / "demo" / "dataset.py"
+    text, found = re.subn(rf"^{PAGES}.*$", f"{PAGES}64, 10, 10", file.read_text(), flags=re.MULTILINE)
     assert found == 1, PAGES
-    (repo / "colintern" / "data" / "sources.py").write_text(sources)
+    file.write_text(text)
 
 
 def set_up(repo: Repo) -> Repo:
@@ -210,7 +211,7 @@ def test_exp_run_runs_train_and_eval_alone(repo, experiment):
 
 def test_exp_run_writes_a_number_and_changes_the_metrics(repo, experiment):
     assert re.search(r"^lr: 3e-05$", (repo.path / "params.yaml").read_text(), re.MULTILINE)
-    lr = load(repo.path / "params.yaml").lr
+    lr = load_params(repo.path / "params.yaml").lr
     assert isinstance(lr, float) and lr == 3e-05
     committed = json.loads(repo.output("git show HEAD:metrics/train.json"))
     assert repo.metric("train")["loss"] != committed["loss"]
@@ -301,7 +302,7 @@ def test_a_queued_experiment_runs_to_success(repo, experiment):
     assert "page features: 0 computed, 74 of 74 pages in the cache" in logs, "the cache is found through DVC_ROOT too"
     rows = csv.DictReader(repo.output("dvc exp show --csv").splitlines())
     assert [float(row["lr"]) for row in rows if row["Experiment"] == name[1]] == [1e-3]
-    assert load(repo.path / "params.yaml").lr == 0.006, "a queued run leaves the workspace alone"
+    assert load_params(repo.path / "params.yaml").lr == 0.006, "a queued run leaves the workspace alone"
 
 
 def wait_until(repo: Repo, what: str, over: Callable[[str], bool]) -> str:

@@ -23,6 +23,9 @@ from processes import Place, kill, leave
 from safetensors.torch import load_file, save_file
 from test_survey import PAGES, SET, row, write_rows
 
+from colintern.core.recipes import render_recipe
+
+pytestmark = pytest.mark.integration
 ADAPTER = Path("experiments/colintern")
 BENCHMARKS = ("data/own/one", "data/own/two")
 MEANS = "results/mteb_evaluation/eval.json"
@@ -102,7 +105,7 @@ def write_params(*benchmarks: str) -> None:
         "feature_cache_gb": 0.1,
         "embedding_cache_gb": 0.1,
     }
-    text = (ROOT / "recipes" / "demo.yaml").read_text()
+    text = render_recipe(ROOT / "recipes" / "demo.yaml")
     text = text.replace("- demo\n", "".join(f"- {name}\n" for name in benchmarks))
     for key, value in small.items():
         text, found = re.subn(rf"(?m)^{key}: .*$", f"{key}: {value}", text)
@@ -419,9 +422,9 @@ def test_what_is_no_peer_is_refused_and_named(place, model, said):
 
 
 def offline_with_peer() -> None:
-    from colintern.storage.hub import stay_offline
+    from colintern.storage.hub import enable_offline_mode
 
-    stay_offline()
+    enable_offline_mode()
     register_peer()
 
 

@@ -50,13 +50,14 @@ from colintern.evaluation.scores import (
     task_rows,
 )
 from colintern.evaluation.subjects import Subject, subjects
-from colintern.params import Params, load
+from colintern.params import Params, load_recipe
 from colintern.reporting.pictures import picture
 from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k
-from colintern.storage.manifest import BEIR_SUFFIXES, arrow_name, local_files
+from colintern.storage.manifest import BEIR_SUFFIXES, get_arrow_name, hash_local_files
 
+pytestmark = pytest.mark.integration
 PAGES, COLOURS = 110, 512
-RECIPE = load(Path(__file__).parents[1] / "recipes" / "demo.yaml")
+RECIPE = load_recipe(Path(__file__).parents[1] / "recipes" / "demo.yaml")
 FOLDER = "eval/some-docs"
 
 
@@ -120,7 +121,7 @@ def write_world(folder: Path) -> None:
 
 def write_manifest(*benchmarks: str) -> Params:
     """What fetch-data does for local folders."""
-    entries = {name: local_files(name, BEIR_SUFFIXES)._asdict() for name in benchmarks if Path(name).is_dir()}
+    entries = {name: hash_local_files(name, BEIR_SUFFIXES)._asdict() for name in benchmarks if Path(name).is_dir()}
     Path("data").mkdir(exist_ok=True)
     Path("data/manifest.json").write_text(json.dumps({"evaluation": entries}))
     return replace(RECIPE, benchmarks=benchmarks, eval_batch_size=16)
@@ -267,12 +268,12 @@ def test_a_folder_is_read_as_it_is_now(params, monkeypatch):
     assert pages() == PAGES - 1, "the card is the same"
 
     def folders_after(**env: str) -> set[str]:
-        program = "from colintern.storage.manifest import arrow_cache; arrow_cache()"
+        program = "from colintern.storage.manifest import set_arrow_cache; set_arrow_cache()"
         env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | env
         subprocess.run([sys.executable, "-c", program], env=env, check=True)
         return {path.name for path in arrow.iterdir() if path.is_dir()}
 
-    named = arrow_name(json.loads(Path("data/manifest.json").read_text())["evaluation"][FOLDER])
+    named = get_arrow_name(json.loads(Path("data/manifest.json").read_text())["evaluation"][FOLDER])
     (arrow / "mine").mkdir()
     for name in (named, "0" * 40):  # as `datasets` names the locks of data from the hub
         (arrow / f"_data_.arrow_{name}_corpus_0.0.0.lock").touch()

@@ -25,6 +25,7 @@ from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 
+pytestmark = pytest.mark.integration
 FILES = {"README.md", "config.json", "identity.json", "model.safetensors"}
 FILES |= {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 
@@ -128,7 +129,7 @@ def refusal(command: list[str], capsys) -> str:
 
 def test_a_damaged_file_of_an_adapter_is_named_by_each_command(shared, monkeypatch, capsys):
     monkeypatch.chdir(shared)
-    monkeypatch.setattr("colintern.storage.hub.stay_offline", lambda: None)  # it is for the whole process
+    monkeypatch.setattr("colintern.storage.hub.enable_offline_mode", lambda: None)  # it is for the whole process
     monkeypatch.setenv("HF_DATASETS_CACHE", str(shared / "arrow"))
     for name, command in zip(
         READ, cycle(("search damaged documents Oslo", "check-adapter damaged", "export damaged --out exported"))
@@ -166,7 +167,7 @@ def test_an_odd_value_is_named_by_evaluate_and_report(top, command, name, edit, 
 def test_an_adapter_of_other_weights_is_refused_by_each_command(shared, fault, monkeypatch, capsys):
     """The statistics of a renamed layer are those of all layers of its kind, and tell nothing."""
     monkeypatch.chdir(shared)
-    monkeypatch.setattr("colintern.storage.hub.stay_offline", lambda: None)
+    monkeypatch.setattr("colintern.storage.hub.enable_offline_mode", lambda: None)
     shutil.rmtree("damaged", ignore_errors=True)
     shutil.copytree("adapter", "damaged")
     file = Path("damaged", "adapter_model.safetensors")

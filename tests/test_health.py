@@ -14,15 +14,25 @@ import torch
 from conftest import ROOT
 
 from bench.curves import EXPECTED, FOLDER, TUNED_ON, judge
-from colintern.monitoring.guide import bounds_for
-from colintern.monitoring.health import BAD, OK, WARN, Curve, findings, health, line, report, stored
-from colintern.monitoring.watch import Pace, Watch, memory_share, pace_findings
-from colintern.params import load
+from colintern.monitoring.guide import get_recommended_bounds
+from colintern.monitoring.health import (
+    BAD,
+    OK,
+    WARN,
+    LossCurve,
+    apply_rules,
+    assess_run,
+    findings_to_json,
+    format_finding,
+    format_health,
+)
+from colintern.monitoring.monitors import LossCurveMonitor, ThroughputMonitor, check_throughput, get_memory_share
+from colintern.params import load_params, load_recipe
 
 CURVES = sorted(FOLDER.glob("*.json"))
-PARAMS = dataclasses.replace(load(ROOT / "recipes" / "demo.yaml"), epochs=4, warmup_steps=10)
+PARAMS = dataclasses.replace(load_recipe(ROOT / "recipes" / "demo.yaml"), epochs=4, warmup_steps=10)
 CHANCE = 0.03
-BOUNDS = bounds_for(1_028_224)  # of demo/base: lr 3e-3 to 1e-2, batch 32
+BOUNDS = get_recommended_bounds(1_028_224)  # of demo/base: lr 3e-3 to 1e-2, batch 32
 REMEDIES = {
     "good": "",
     "good, cosine, batch 32": "",
@@ -47,20 +57,20 @@ def test_a_recorded_run_is_judged_by_what_was_done_to_it(file):
     assert judgement.verdict == EXPECTED[found["setting"]]
     assert REMEDIES[found["setting"]] in judgement.remedy
     assert bool(judgement.remedy) == (judgement.verdict != "learned")
-    assert max(map(len, report(judgement).splitlines())) <= 80
+    assert max(map(len, format_health(judgement).splitlines())) <= 80
 
 
 @pytest.mark.parametrize("name", ["good", "lr_2e-2", "lr_5e-5"])
 def test_more_digits_and_longer_logs_change_no_verdict(name):
     """Rows between, as with half the logging_steps, and rows left out."""
     found, judgement = judge(FOLDER / f"{name}-0.json")
-    params = dataclasses.replace(load(), **found["params"])
+    params = dataclasses.replace(load_params(), **found["params"])
     chance = judgement_chance(found)
     losses = [row for row in found["log"] if "loss" in row]
     rest = [row for row in found["log"] if "loss" not in row]
-    assert health([*losses[1::2], *rest], params, chance, BOUNDS).verdict == judgement.verdict
+    assert assess_run([*losses[1::2], *rest], params, chance, BOUNDS).verdict == judgement.verdict
     exact = [row | {"loss": row["loss"] * (1 + 1e-5)} for row in losses]
-    assert health([*exact, *rest], params, chance, BOUNDS).verdict == judgement.verdict
+    assert assess_run([*exact, *rest], params, chance, BOUNDS).verdict == judgement.verdict
 
 
 def judgement_chance(found) -> float:
@@ -91,11 +101,13 @@ def curve(
 
 
 def verdicts(log, params=PARAMS) -> dict[str, str]:
-    return {f.name: f.verdict for f in findings(Curve(log, params, CHANCE, BOUNDS, done=True)) if f.verdict != OK}
+    return {
+        f.name: f.verdict for f in apply_rules(LossCurve(log, params, CHANCE, BOUNDS, is_done=True)) if f.verdict != OK
+    }
 
 
 def test_a_good_curve_breaks_no_rule():
-    judgement = health(curve(), PARAMS, CHANCE, BOUNDS)
+    judgement = assess_run(curve(), PARAMS, CHANCE, BOUNDS)
     assert (judgement.verdict, judgement.why, judgement.remedy) == ("learned", "", "")
     assert [f.verdict for f in judgement.findings] == [OK] * 8
 
@@ -126,7 +138,7 @@ def test_a_good_curve_breaks_no_rule():
 def test_each_rule_speaks_where_it_is_broken(log, broken, verdict):
     found = verdicts(log)
     assert {name: found.get(name) for name in broken} == broken
-    judgement = health(log, PARAMS, CHANCE, BOUNDS)
+    judgement = assess_run(log, PARAMS, CHANCE, BOUNDS)
     assert judgement.verdict == verdict
     assert all(f.remedy for f in judgement.findings if f.verdict != OK)
 
@@ -141,16 +153,16 @@ def test_hard_negatives_count_as_pages_of_the_batch():
     """The loss of a model that knows nothing is log(96) with two negatives a row: 4.56, not 3.47."""
     params = dataclasses.replace(PARAMS, negatives=2)
     flat = curve(share=lambda x: 1.0, pages=96, dev=(0.5,) * 4)
-    assert health(flat, params, CHANCE, BOUNDS).verdict == "collapsed"
+    assert assess_run(flat, params, CHANCE, BOUNDS).verdict == "collapsed"
     fallen = curve(share=lambda x: 0.9, pages=32, dev=(0.5,) * 4)  # above log(32) x 0.85, far below log(96)
-    assert health(fallen, PARAMS, CHANCE, BOUNDS).verdict == "too slow"
+    assert assess_run(fallen, PARAMS, CHANCE, BOUNDS).verdict == "too slow"
     assert verdicts(fallen, params)["loss by epoch"] == WARN
 
 
 def test_the_remedy_follows_from_the_cause():
-    dead = health(curve(share=lambda x: 1.0, norm=lambda x: 0.001), PARAMS, CHANCE, BOUNDS)
-    slow = health(curve(share=lambda x: 1.0 - 0.1 * x), PARAMS, CHANCE, BOUNDS)
-    short = health(curve(share=lambda x: max(0.7, 1.1 - 3 * x)), PARAMS, CHANCE, BOUNDS)
+    dead = assess_run(curve(share=lambda x: 1.0, norm=lambda x: 0.001), PARAMS, CHANCE, BOUNDS)
+    slow = assess_run(curve(share=lambda x: 1.0 - 0.1 * x), PARAMS, CHANCE, BOUNDS)
+    short = assess_run(curve(share=lambda x: max(0.7, 1.1 - 3 * x)), PARAMS, CHANCE, BOUNDS)
     assert dead.remedy.startswith("lr: 0.003, the lowest for a base of this size, or more warmup_steps than 10;")
     assert slow.remedy.startswith("lr: 0.01, the highest for a base of this size, and epochs: 8;")
     assert short.remedy == "epochs: 8"
@@ -170,15 +182,15 @@ FAULTY_CURVES = [
 
 @pytest.mark.parametrize("size", [1_028_224, 905_300_000, 4_700_000_000])
 def test_remedies_stay_within_the_bounds_and_the_training_pairs(size):
-    bounds = bounds_for(size)
+    bounds = get_recommended_bounds(size)
     low, high = bounds.lr
     rates = (low / 30, low, (low * high) ** 0.5, high, 30 * high)
     for log, lr, batch, epochs in itertools.product(FAULTY_CURVES, rates, (2, 8, 32, 64, 4096), (1, 4, 8)):
         scaled = [row | {"epoch": row["epoch"] * epochs / 4} for row in log]
         params = dataclasses.replace(PARAMS, lr=lr, batch_size=batch, epochs=epochs)
-        pairs = Curve(scaled, params, CHANCE, bounds, done=True).pairs
+        pairs = LossCurve(scaled, params, CHANCE, bounds, is_done=True).num_pairs
         assert pairs == 200 // epochs * batch
-        for finding in health(scaled, params, CHANCE, bounds).findings:
+        for finding in assess_run(scaled, params, CHANCE, bounds).findings:
             assert bool(finding.remedy) == (finding.verdict != OK)
             for value in re.findall(r"\blr: ([\d.e-]+)", finding.remedy):
                 assert low <= float(value) <= high and float(value) != lr, finding
@@ -194,7 +206,7 @@ def test_a_batch_larger_than_the_data_is_suggested_with_more_pairs():
     params = dataclasses.replace(PARAMS, batch_size=4, epochs=40)
     assert (
         "more training pairs: batch_size 32 is recommended, an epoch has only 20;"
-        in health(few, params, CHANCE, BOUNDS).remedy
+        in assess_run(few, params, CHANCE, BOUNDS).remedy
     )
 
 
@@ -202,7 +214,7 @@ def test_a_run_of_one_epoch_is_too_slow_where_its_first_quarter_was():
     """The first curve is that of the demo with lr 5e-5: 0.94 of log(32) after a quarter, 0.80 at the end."""
     params = dataclasses.replace(PARAMS, epochs=1)
     slow, short = (
-        health([row | {"epoch": row["epoch"] / 4} for row in curve(share)], params, CHANCE, BOUNDS)
+        assess_run([row | {"epoch": row["epoch"] / 4} for row in curve(share)], params, CHANCE, BOUNDS)
         for share in (lambda x: 0.8 + 0.46 * math.exp(-4.8 * x), lambda x: max(0.7, 1.1 - 3 * x))
     )
     assert (slow.verdict, slow.remedy[:9]) == ("too slow", "lr: 0.01,")
@@ -212,7 +224,7 @@ def test_a_run_of_one_epoch_is_too_slow_where_its_first_quarter_was():
 def test_a_warm_up_that_outlasts_the_run_is_made_shorter():
     """No more of a learning rate that never came to its peak."""
     slow = curve(share=lambda x: 1.0 - 0.1 * x)
-    assert health(slow, dataclasses.replace(PARAMS, warmup_steps=400), CHANCE, BOUNDS).remedy == "warmup_steps: 20"
+    assert assess_run(slow, dataclasses.replace(PARAMS, warmup_steps=400), CHANCE, BOUNDS).remedy == "warmup_steps: 20"
 
 
 def test_a_ranking_that_was_better_before_asks_for_less_and_not_for_more(capsys):
@@ -223,14 +235,14 @@ def test_a_ranking_that_was_better_before_asks_for_less_and_not_for_more(capsys)
 
 
 def test_a_run_of_one_epoch_is_not_told_to_take_fewer():
-    found = health(curve(dev=(0.5, 0.9, 0.8, 0.6)), dataclasses.replace(PARAMS, epochs=1), CHANCE, BOUNDS).findings
+    found = assess_run(curve(dev=(0.5, 0.9, 0.8, 0.6)), dataclasses.replace(PARAMS, epochs=1), CHANCE, BOUNDS).findings
     assert [f.remedy for f in found if f.name == "dev NDCG@5"] == [
         "lr: 0.003, the lowest for a base of this size, or more warmup_steps than 10"
     ]
 
 
 def test_what_is_stored_can_be_compared_and_holds_the_remedy():
-    found = stored(health(curve(dev=(0.5, 0.9, 0.8, 0.6)), PARAMS, CHANCE, BOUNDS).findings)
+    found = findings_to_json(assess_run(curve(dev=(0.5, 0.9, 0.8, 0.6)), PARAMS, CHANCE, BOUNDS).findings)
     assert found["wrong"] == {
         "dev NDCG@5": "warn -> fewer epochs, or lr: 0.003, the lowest for a base of this size, or more warmup_steps "
         "than 10"
@@ -240,22 +252,23 @@ def test_what_is_stored_can_be_compared_and_holds_the_remedy():
 
 def test_chance_is_high_among_a_few_dev_pages():
     """Of 5 pages a random ranking scores 0.59, and no score is twice that."""
-    assert health(curve(dev=(0.7, 0.8, 0.9, 0.95)), PARAMS, 0.59, BOUNDS).verdict == "learned"
-    assert health(curve(dev=(0.7, 0.7, 0.7, 0.7)), PARAMS, 0.59, BOUNDS).verdict == "collapsed"
+    assert assess_run(curve(dev=(0.7, 0.8, 0.9, 0.95)), PARAMS, 0.59, BOUNDS).verdict == "learned"
+    assert assess_run(curve(dev=(0.7, 0.7, 0.7, 0.7)), PARAMS, 0.59, BOUNDS).verdict == "collapsed"
 
 
 def test_a_symmetric_loss_with_negatives_knows_nothing_below_log_of_the_pages():
     """32 queries, 128 pages: (log 128 + log 32) / 2 = 4.16, and log 128 is 4.85."""
     params = dataclasses.replace(PARAMS, symmetric_loss=True, negatives=3, batch_size=32)
     log = curve(share=lambda x: 1.0, norm=lambda x: 0.001, dev=(0.03,) * 4, pages=64)  # (log 64) is that mean
-    judged = health(log, params, CHANCE, BOUNDS)
+    judged = assess_run(log, params, CHANCE, BOUNDS)
     assert judged.verdict == "collapsed" and judged.remedy.startswith("lr: 0.003, the lowest")
-    assert "1.00 of 4.16" in report(judged)
+    assert "1.00 of 4.16" in format_health(judged)
 
 
-def replay(log, start=0, params=PARAMS) -> Watch:
+def replay(log, start=0, params=PARAMS) -> LossCurveMonitor:
     """Show a watch the rows one by one, as the Trainer does."""
-    watch = Watch(params, CHANCE, BOUNDS)
+    watch = LossCurveMonitor(params)
+    watch.random_ndcg, watch.bounds = CHANCE, BOUNDS
     ordered = sorted(log, key=lambda row: row["step"])
     watch.on_train_begin(None, SimpleNamespace(log_history=ordered[:start], global_step=0), None)
     for n in range(start + 1, len(ordered) + 1):
@@ -292,23 +305,23 @@ def test_a_log_without_a_whole_epoch_in_it_is_judged_at_its_end():
     params = dataclasses.replace(PARAMS, epochs=1)
     short = [{"step": 15, "epoch": 15 / 18, "loss": 3.4, "grad_norm": 2.0, "learning_rate": 1e-3}]
     assert (
-        health([*short, {"step": 18, "epoch": 1.0, "eval_ndcg_at_5": 0.3}], params, CHANCE, BOUNDS).verdict
+        assess_run([*short, {"step": 18, "epoch": 1.0, "eval_ndcg_at_5": 0.3}], params, CHANCE, BOUNDS).verdict
         == "collapsed"
     )
     late = [{"step": 60, "epoch": 1.5, "loss": 0.5, "grad_norm": 2.0, "learning_rate": 1e-3}]
-    assert health(late, dataclasses.replace(PARAMS, epochs=2), CHANCE, BOUNDS).verdict == "learned"
+    assert assess_run(late, dataclasses.replace(PARAMS, epochs=2), CHANCE, BOUNDS).verdict == "learned"
 
 
 def test_the_machines_values_are_judged_by_the_guides_bands():
     good = {"step_seconds": 2.0, "slowest_tenth_seconds": 2.5, "data_wait_share": 0.02, "memory_share": 0.5}
     gpu = {"gpu_memory_share": 0.85, "gpu_use_share": 0.97}
-    assert [f.verdict for f in pace_findings(good | gpu, PARAMS)] == [OK] * 5
+    assert [f.verdict for f in check_throughput(good | gpu, PARAMS)] == [OK] * 5
     poor = {"step_seconds": 30.0, "slowest_tenth_seconds": 31.0, "data_wait_share": 0.35, "memory_share": 0.95}
-    worse = pace_findings(poor | {"gpu_memory_share": 0.97, "gpu_use_share": 0.6}, PARAMS)
+    worse = check_throughput(poor | {"gpu_memory_share": 0.97, "gpu_use_share": 0.6}, PARAMS)
     assert [f.verdict for f in worse] == [BAD] * 5
-    assert all(len(row) <= 80 for f in worse for row in line(f).splitlines())
+    assert all(len(row) <= 80 for f in worse for row in format_finding(f).splitlines())
     assert all(f.remedy for f in worse)
-    on_cpu = pace_findings(poor, PARAMS)
+    on_cpu = check_throughput(poor, PARAMS)
     assert [f.verdict for f in on_cpu] == [OK, BAD, BAD], "the guide's seconds are a GPU's"
 
 
@@ -316,19 +329,19 @@ def test_memory_is_that_of_the_machine_or_of_the_container(tmp_path):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 1000 kB\nMemAvailable: 400 kB\n")
     group = tmp_path / "group"
-    assert memory_share(meminfo, group) == pytest.approx(0.6)
+    assert get_memory_share(meminfo, group) == pytest.approx(0.6)
     group.mkdir()
     (group / "memory.max").write_text("max\n")
-    assert memory_share(meminfo, group) == pytest.approx(0.6)
+    assert get_memory_share(meminfo, group) == pytest.approx(0.6)
     (group / "memory.max").write_text("1000\n")
     (group / "memory.current").write_text("950\n")
     (group / "memory.stat").write_text("anon 1\ninactive_file 50\n")
-    assert memory_share(meminfo, group) == pytest.approx(0.9)
-    assert 0 < memory_share() < 1
+    assert get_memory_share(meminfo, group) == pytest.approx(0.9)
+    assert 0 < get_memory_share() < 1
 
 
 def test_without_a_step_nothing_is_measured():
-    assert Pace().values() == {} and pace_findings({}, PARAMS) == []
+    assert ThroughputMonitor(PARAMS).summarize() == {} and check_throughput({}, PARAMS) == []
 
 
 def test_nobody_waits_for_what_tells_the_use_of_the_gpu(monkeypatch, tmp_path):
@@ -340,12 +353,12 @@ def test_nobody_waits_for_what_tells_the_use_of_the_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     card = SimpleNamespace(uuid="0", total_memory=1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    pace = Pace()
+    pace = ThroughputMonitor(PARAMS)
     start = time.monotonic()
     pace.on_log(None, None, None)
     pace.on_log(None, None, None)
-    assert time.monotonic() - start < 0.4 and pace.gpu_use == []
-    pace.asked.wait()
+    assert time.monotonic() - start < 0.4 and pace.gpu_use_shares == []
+    pace.gpu_query.wait()
     pace.on_log(None, None, None)
-    assert pace.gpu_use == [0.97]
-    pace.asked.wait()
+    assert pace.gpu_use_shares == [0.97]
+    pace.gpu_query.wait()

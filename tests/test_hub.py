@@ -21,36 +21,38 @@ from conftest import ROOT
 from hub import Fault, Hub, running, sha256
 from PIL import Image
 
+from colintern.core.recipes import render_recipe
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import encode_png
 from colintern.modeling.lora import add_lora
-from colintern.params import load
+from colintern.params import load_recipe
 from colintern.storage.digests import Digests
 
-RECIPE = load(ROOT / "recipes" / "internvl3_5-1b.yaml")
+pytestmark = pytest.mark.integration
+RECIPE = load_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml")
 BASE, TRAIN = RECIPE.base, RECIPE.train_data
 # What fetch-data does before it looks at rows: these files hold none.
 FETCH = """
 from pathlib import Path
-from colintern.storage.jsonfile import dumps
+from colintern.storage.files import dumps
 from colintern.core.errors import exit_on_user_error
-from colintern.params import load
+from colintern.params import load_params
 from colintern.ingest.sources import DemoWriters, fetch_inputs
 from demo.dataset import write_evaluation_set, write_training_set
 with exit_on_user_error():
-    manifest = fetch_inputs(load(), {}, DemoWriters(write_training_set, write_evaluation_set)).manifest
+    manifest = fetch_inputs(load_params(), {}, DemoWriters(write_training_set, write_evaluation_set)).manifest
     Path("data").mkdir(exist_ok=True)
     Path("data/manifest.json").write_text(dumps(manifest))
 """
 READ = """
-from colintern.storage.manifest import ready
+from colintern.storage.manifest import ensure_inputs
 from colintern.core.errors import exit_on_user_error
-from colintern.params import load
+from colintern.params import load_params
 from colintern.data.training_set import load_training_data
 with exit_on_user_error():
-    params = load()
-    load_training_data(params, force={anew})
-    ready(params, anew={anew})
+    params = load_params()
+    load_training_data(params, force={force})
+    ensure_inputs(params, force={force})
 """
 
 
@@ -95,8 +97,8 @@ class Workspace(NamedTuple):
     def fetch(self, **env: str) -> subprocess.CompletedProcess[str]:
         return self.run("-c", FETCH, **env)
 
-    def read(self, anew: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-        return self.run("-c", READ.format(anew=anew), **env)
+    def read(self, force: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+        return self.run("-c", READ.format(force=force), **env)
 
     def cached(self, kind: str, name: str) -> Path:
         [path] = (self.path / "hf/hub").glob(f"{kind}s--*/snapshots/*/{name}")
@@ -111,7 +113,7 @@ class Workspace(NamedTuple):
 def workspace(tmp_path):
     page = encode_png(Image.new("RGB", (8, 8)))
     write_beir(tmp_path / "own", [CorpusPage(0, page, "0.png")], [Query(0, "a")], [Qrel(0, 0)])
-    recipe = (ROOT / "recipes" / "internvl3_5-1b.yaml").read_text()
+    recipe = render_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml")
     recipe, changed = re.subn(r"(?m)^benchmarks:\n(- .*\n)+", "benchmarks:\n- own\n", recipe)
     assert changed == 1
     (tmp_path / "params.yaml").write_text(recipe)
@@ -404,11 +406,11 @@ def test_a_flipped_byte_is_found_before_training_and_mended_by_fetch_data(worksp
         file.seek(77_777)
         file.write(bytes([255 - TRAIN_FILES["data/train-00000-of-00002.parquet"][77_777]]))
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))  # a disk that flips a bit does not touch the clock
-    assert workspace.read(anew=False).returncode == 0, "stages that do not train believe the record"
+    assert workspace.read(force=False).returncode == 0, "stages that do not train believe the record"
     refused(
         workspace.read(), 2, "train-00000-of-00002.parquet", "changed after it was fetched", "dvc repro -f fetch-data"
     )
-    refused(workspace.read(anew=False), 2, shard.name)
+    refused(workspace.read(force=False), 2, shard.name)
     done = workspace.fetch()
     assert done.returncode == 0, done.stderr
     assert "not the bytes the hub names" in done.stdout + done.stderr
@@ -419,22 +421,22 @@ def test_a_flipped_byte_is_found_before_training_and_mended_by_fetch_data(worksp
 def test_digests_are_remembered_until_a_file_changes(tmp_path):
     file, record = tmp_path / "file", tmp_path / "data" / "record.json"
     file.write_bytes(b"one")
-    [one] = Digests(record).many([file])
+    [one] = Digests(record).hash_files([file])
     assert one == {"size": 3, "sha256": sha256(b"one")}
     known = json.loads(record.read_text())
     assert known == {str(file): [3, file.stat().st_mtime_ns, file.stat().st_ino, one["sha256"]]}
     record.write_text(json.dumps({str(file): [*known[str(file)][:3], "remembered"]}))
     assert Digests(record)(file)["sha256"] == "remembered"
-    assert Digests(record)(file, anew=True) == one
+    assert Digests(record)(file, force=True) == one
     os.utime(file)
     assert Digests(record)(file) == one
     for damaged in ('{"', "[]", "null", '{"a": 1}', json.dumps({str(file): ["x", 1, 2, 3]}), "[" * 100_000, "\0"):
         record.write_text(damaged)
-        assert Digests(record).many([file]) == [one], damaged
+        assert Digests(record).hash_files([file]) == [one], damaged
         assert json.loads(record.read_text()).keys() == {str(file)}, "the record is whole again"
     record.unlink()
     (record / "folder").mkdir(parents=True)
-    assert Digests(record).many([file]) == [one] and record.is_file()
+    assert Digests(record).hash_files([file]) == [one] and record.is_file()
 
 
 LOAD = """

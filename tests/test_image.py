@@ -11,7 +11,7 @@ from importlib.metadata import distribution, version
 from pathlib import Path
 
 import pytest
-from pages import block, documented, stand_in
+from pages import block, documented, stand_in, words
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,10 +40,10 @@ def copied_from_context() -> set[str]:
 
 
 def linter(name: str) -> str:
-    """A program of the dev extra, beside this Python."""
+    """Find a development tool, beside this Python."""
     found = shutil.which(name, path=Path(sys.executable).parent) or shutil.which(name)
     if found is None:
-        pytest.skip(f"{name} is not installed (it comes with the dev extra)")
+        pytest.skip(f"{name} is not installed (requirements-dev.txt has it)")
     return found
 
 
@@ -203,6 +203,36 @@ def test_make_refuses_without_an_engine(target: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("uid", "apt", "code", "said"),
+    [
+        (0, False, 2, "cannot install chromium: there is no apt-get here; tests that need them are skipped"),
+        (1000, True, 2, "cannot install chromium: you are not root, and sudo needs a password or is missing"),
+        (0, True, 0, ""),
+    ],
+)
+def test_make_test_deps_installs_what_is_missing_by_name(uid, apt, code, said, tmp_path: Path) -> None:
+    folder = tmp_path / "bin"  # all there is on PATH: no browser
+    folder.mkdir()
+    for name in ("awk", "bash", "env", "true"):
+        (folder / name).symlink_to(str(shutil.which(name)))
+    stand_in(folder, "id", f"echo {uid}")
+    if apt:
+        stand_in(folder, "apt-get", f'echo "$@" >>{tmp_path}/asked')
+    text = re.sub("/usr/lib/postgresql", str(tmp_path), (ROOT / "Makefile").read_text())
+    (tmp_path / "15" / "bin").mkdir(parents=True)
+    (tmp_path / "15" / "bin" / "initdb").touch()
+    (tmp_path / "Makefile").write_text(text)
+    command = [str(shutil.which("make")), *words(documented("make test-deps"))[1:]]
+    done = subprocess.run(command, cwd=tmp_path, env={"PATH": str(folder)}, capture_output=True, text=True)
+    assert done.returncode == code and said in done.stderr, done.stderr
+    if not code:
+        assert (tmp_path / "asked").read_text().splitlines()[-1].endswith("--no-install-recommends chromium")
+        shutil.copy(folder / "true", folder / "google-chrome")
+        done = subprocess.run(command, cwd=tmp_path, env={"PATH": str(folder)}, capture_output=True, text=True)
+        assert done.stdout + done.stderr == "" and len((tmp_path / "asked").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
     ("command", "asked"),
     [
         (documented("make image"), ["build --build-arg FLASH_ATTN= -t colintern .", "run --rm -i --user 0"]),
@@ -256,29 +286,43 @@ def test_budget_in_the_docs_is_the_one_that_is_held() -> None:
     assert f"{size_script().BUDGET:,} MB" in (ROOT / "docs" / "container.md").read_text()
 
 
-def test_make_sbom_names_every_package_and_is_valid(tmp_path: Path) -> None:
-    """On an environment with what three packages of this one say of themselves (all of them
-    take a minute; `docker/prove.sh` does that)."""
+@pytest.mark.parametrize(
+    ("command", "file"), [(documented("make sbom"), "sbom.json"), (documented("make image-sbom"), "sbom-image.json")]
+)
+def test_make_sbom_names_every_package_and_is_valid(command: str, file: str, tmp_path: Path) -> None:
+    """Three packages are enough, since all of them take a minute: docker/prove.sh lists those of the real image."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
     place = next((tmp_path / ".venv" / "lib").glob("python*/site-packages"))
     said = {name: distribution(name).locate_file(".") for name in ("dvc", "numpy", "torch")}
     for name, folder in said.items():
         about = Path(str(folder)) / f"{name}-{version(name)}.dist-info"
         shutil.copytree(about, place / about.name)
-    for name in ("Makefile", "pyproject.toml", "requirements.txt"):
-        shutil.copy(ROOT / name, tmp_path)
+    for name in ("Makefile", "pyproject.toml", "requirements.txt", "requirements-dev.txt", "docker/sbom.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
     for name in (".venv/.installed", ".tools/bin/uv"):  # set up already
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    path = f"{Path(linter('cyclonedx-py')).parent}{os.pathsep}{os.environ['PATH']}"
-    made = documented("make sbom")
-    assert "--no-validate" not in makefile("sbom")
-    subprocess.run(made, shell=True, cwd=tmp_path, env=os.environ | {"PATH": path}, check=True, capture_output=True)
-    bom = json.loads((tmp_path / "sbom.json").read_text())
+    # Runs what the image's shell is given, on the environment made above instead of the image's.
+    stand_in(
+        tmp_path / "bin",
+        "docker",
+        f'while [ $# -gt 2 ]; do shift; done; sh -c "$(echo "$2" | sed s,/opt/,{tmp_path}/.,)"',
+    )
+    path = os.pathsep.join((str(tmp_path / "bin"), str(Path(linter("cyclonedx-py")).parent), os.environ["PATH"]))
+    assert "--no-validate" not in makefile("sbom") + (ROOT / "docker" / "sbom.sh").read_text()
+    subprocess.run(command, shell=True, cwd=tmp_path, env=os.environ | {"PATH": path}, check=True, capture_output=True)
+    bom = json.loads((tmp_path / file).read_text())
     assert (bom["bomFormat"], bom["specVersion"], bom["metadata"]["component"]["name"]) == (
         "CycloneDX", "1.6", "colintern",
     )  # fmt: skip
     assert {part["name"]: part["version"] for part in bom["components"]} == {name: version(name) for name in said}
+
+
+def test_the_proofs_read_from_the_image_what_make_image_sbom_reads() -> None:
+    [reads] = re.findall(r"colintern -c '(.+ tar -c .+)'", makefile("image-sbom"))
+    for name in ("checks.sh", "engine-checks.sh"):
+        assert f"-c '{reads}'" in (ROOT / "docker" / name).read_text()
 
 
 def test_devcontainer_opens_a_stage_of_the_dockerfile_and_checks() -> None:
@@ -289,4 +333,4 @@ def test_devcontainer_opens_a_stage_of_the_dockerfile_and_checks() -> None:
     assert any(
         f"useradd --create-home --uid 1000 --shell /bin/bash {opened['remoteUser']}" in run for run in all_of("RUN")
     )
-    assert opened["postCreateCommand"] == "make check" and makefile("check")
+    assert opened["postCreateCommand"] == "make check" and "\ncheck: " in (ROOT / "Makefile").read_text()

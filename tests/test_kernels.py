@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -26,15 +27,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from colintern.core.errors import UserError
 from colintern.modeling.attention import implementation
-from colintern.modeling.kernels import fitting
-from colintern.params import load
-from colintern.preflight.doctor import FAIL, PASS, WARN, Facts, attention
-from colintern.preflight.machine import machine
-from colintern.storage.hub import folder as folder_at
-from colintern.storage.hub_errors import Repo
+from colintern.modeling.kernels import select_build_files
+from colintern.params import load_recipe
+from colintern.preflight.checks import FAIL, PASS, RUN_CHECKS, WARN, RunFacts
+from colintern.preflight.environment import probe_machine
+from colintern.storage.hub import Repo
 from colintern.storage.identity import fingerprint, stage_identity
-from colintern.storage.manifest import Files, source_files
+from colintern.storage.manifest import Files, hash_source_files
 
+pytestmark = pytest.mark.integration
 NAME, REVISION = "kernels-test/sdpa", "b" * 40
 KERNEL = f"{NAME}@{REVISION}"
 INIT = """
@@ -207,13 +208,13 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def put(build: str = HERE, metadata: dict | None = None, **files: str) -> Path:
-        folder = folder_at(Repo("attention", NAME, REVISION, "kernel"))
+        folder = Repo("attention", NAME, REVISION, "kernel").snapshot_folder
         facts = METADATA | {"id": f"_sdpa_{next(IDS)}"} | (metadata or {})
         named = FILES | {"metadata.json": json.dumps(facts)} | {f"{name}.py": text for name, text in files.items()}
         for name, text in named.items():
             (folder / build / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / build / name).write_text(text)
-        entry = Files(NAME, REVISION, source_files(str(folder)))
+        entry = Files(NAME, REVISION, hash_source_files(str(folder)))
         Path("data").mkdir(exist_ok=True)
         Path("data/manifest.json").write_text(json.dumps({"kernel": entry._asdict()}))
         return folder / build
@@ -257,12 +258,12 @@ def test_another_byte_is_another_identity(place, monkeypatch):
 @pytest.mark.parametrize(
     ("build", "metadata", "files", "words"),
     [
-        ("build/torch29-cxx11-cu126-x86_64-linux", {}, {}, "are: torch29-cxx11-cu126-x86_64-linux"),
+        ("build/torch29-cxx11-cu126-x86_64-linux", {}, {}, "torch29-cxx11-cu126-x86_64-linux"),
         ("build/torch-cuda", {"backend": {"type": "cuda"}}, {}, "its build torch-cuda needs a GPU"),
         (HERE, {"python-depends": ["einops"]}, {}, "requires Python dependency `einops`"),
         (HERE, {"kernels-minver": "99.0.0"}, {}, "requires kernels>=99.0.0"),
         (HERE, {"kernel-depends": [{"repo-id": "a/b", "version": 1}]}, {}, "needs others, a/b, which no revision"),
-        (HERE, {"backend": {"type": "cpx"}}, {}, "metadata.json: cannot be read: "),
+        (HERE, {"backend": {"type": "cpx"}}, {}, "the kernel cannot be used: "),
         (HERE, {}, {"counted": "import nothing_here"}, "ModuleNotFoundError: No module named 'nothing_here'"),
         (HERE, {}, {"__init__": "from .counted import flash_attn_varlen_func as f"}, "no flash_attn_func, and only"),
         (HERE, {}, {"counted": COUNTED.replace("is_causal=causal", "is_causal=False")}, "(causal=True) is "),
@@ -300,7 +301,7 @@ def test_without_flash_attn_nothing_else_takes_its_place():
         implementation("flash_attention_2", "bfloat16")
 
 
-DEMO = load(ROOT / "recipes" / "demo.yaml")
+DEMO = load_recipe(ROOT / "recipes" / "demo.yaml")
 REPO = Repo("attention", "a/b", "c" * 40, "kernel")
 
 
@@ -308,29 +309,33 @@ def built(*names: str) -> list[str]:
     return [f"build/{name}/metadata.json" for name in names]
 
 
-def test_one_build_for_each_kind_of_processor_is_chosen(monkeypatch):
+def test_the_best_build_for_this_machine_is_chosen_without_bytecode(monkeypatch):
     monkeypatch.setattr("torch.__version__", "2.13.0+cu130")
     monkeypatch.setattr("torch.version.cuda", "13.0")
-    arm, intel = "torch213-cxx11-cu130-aarch64-linux", "torch213-cxx11-cu130-x86_64-linux"
-    others = ("torch212-cxx11-cu130-x86_64-linux", "torch213-cxx11-cu126-x86_64-linux", "torch213-cpu-x86_64-linux")
-    assert fitting(REPO, [*built(arm, *others, intel), "build/README.md", "README.md"]) == built(arm, intel)
-    stable = "torch-stable-abi210-cu130-x86_64-linux"
-    assert fitting(REPO, built(stable, intel)) == built(stable), "the better one of a kind"
-    with pytest.raises(UserError, match=r"none for torch 2\.13\.0 with CUDA 13\.0 on .*; there are: torch212-cxx11"):
-        fitting(REPO, built("tvm-unheard-of", *others[:1]))
+    cpu = platform.machine()
+    here, stable = f"torch213-cxx11-cu130-{cpu}-linux", f"torch-stable-abi210-cu130-{cpu}-linux"
+    old, others = (
+        f"torch212-cxx11-cu130-{cpu}-linux",
+        (f"torch213-cxx11-cu126-{cpu}-linux", "torch213-cxx11-cu130-m68k-linux"),
+    )
+    more = [f"build/{here}/__init__.pyc", "build/README.md", "README.md"]
+    assert select_build_files(REPO, [*built(old, *others, here), *more]) == built(here)
+    assert select_build_files(REPO, built(stable, here)) == built(stable), "the better one of two"
+    with pytest.raises(UserError, match=rf"has no build for this machine: {old}: Torch version"):
+        select_build_files(REPO, built("tvm-unheard-of", old))
 
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr("colintern.modeling.kernels.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package kernels, which is in requirements"):
-        fitting(REPO, built("torch-universal"))
+        select_build_files(REPO, built("torch-universal"))
 
 
 def test_the_doctor_says_what_a_kernel_needs(place):
-    facts = Facts(dataclasses.replace(DEMO, attention=KERNEL), {}, machine())
-    assert attention(facts)[::2] == (WARN, "dvc repro fetch-data")
+    facts = RunFacts(dataclasses.replace(DEMO, attention=KERNEL), {}, probe_machine())
+    assert RUN_CHECKS["attention kernel"](facts)[::2] == (WARN, "dvc repro fetch-data")
     place()
-    assert attention(facts) == (PASS, f"{KERNEL}, every file by its hash")
+    assert RUN_CHECKS["attention kernel"](facts) == (PASS, f"{KERNEL}, every file by its hash")
     place("build/torch-cuda", {"backend": {"type": "cuda"}})
-    status, found, remedy = attention(facts)
+    status, found, remedy = RUN_CHECKS["attention kernel"](facts)
     assert (status, found, remedy) == (FAIL, f"{KERNEL} needs a GPU", "attention: auto")

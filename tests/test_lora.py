@@ -9,9 +9,9 @@ from test_model import TARGETS, load
 from colintern.modeling.bases import SIZES, preset
 from colintern.modeling.lora import add_lora, count, examine, faults, notes, ranges, table
 from colintern.modeling.modeling_colintern import meta_model
-from colintern.params import load as load_params
+from colintern.params import load_recipe
 
-RECIPE = load_params(ROOT / "recipes" / "internvl3_5-1b.yaml")
+RECIPE = load_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml")
 Q_PROJ = r"language_model\.layers\.\d+\.self_attn\.q_proj"
 # Qwen3's published parameter counts, of the files of Qwen/Qwen3-*B without an output layer of its own.
 QWEN3 = {"1b": 596_049_920, "2b": 1_720_574_976, "4b": 4_022_468_096, "8b": 8_190_735_360 - 151_936 * 4096}

@@ -6,7 +6,7 @@ from colpali_engine.loss import ColbertLoss
 from sentence_transformers.multi_vector_encoder.scoring import mean_colbert_scores
 from torch.nn.functional import cross_entropy
 
-from colintern.training.loss import contrastive_loss, false_negatives, maxsim_matrix
+from colintern.training.loss import contrastive_loss, find_false_negatives, maxsim_matrix
 
 
 def nothing(size: int) -> torch.Tensor:
@@ -184,19 +184,19 @@ def test_the_symmetric_loss_is_the_mean_of_both_directions():
 
 def test_what_a_page_answers_is_no_negative_of_it_either():
     scores = torch.tensor([[0.9, 0.9, 0.1], [0.9, 0.9, 0.1], [0.1, 0.2, 0.8]])
-    copies = false_negatives(torch.tensor([1, 2, 3]), torch.tensor([5, 5, 7]))
+    copies = find_false_negatives(torch.tensor([1, 2, 3]), torch.tensor([5, 5, 7]))
     assert contrastive_loss(scores, copies, 0.02, True) < 0.01 < contrastive_loss(scores, nothing(3), 0.02, True)
 
 
 def test_what_is_left_out_is_no_negative():
     scores = torch.tensor([[0.9, 0.9, 0.1], [0.9, 0.9, 0.1], [0.1, 0.2, 0.8]])
-    twin = contrastive_loss(scores, false_negatives(torch.tensor([1, 2, 3]), torch.tensor([5, 5, 7])), 0.02, False)
+    twin = contrastive_loss(scores, find_false_negatives(torch.tensor([1, 2, 3]), torch.tensor([5, 5, 7])), 0.02, False)
     assert twin < 0.01 < contrastive_loss(scores, nothing(3), 0.02, False)
 
 
 def test_copies_of_a_page_and_other_pages_of_the_same_query_are_no_negatives():
     # rows (q, a), (r, a), (q, b), (s, c); hard negatives b, a, d
-    left_out = false_negatives(torch.tensor([1, 2, 1, 3]), torch.tensor([10, 10, 11, 12, 11, 10, 13]))
+    left_out = find_false_negatives(torch.tensor([1, 2, 1, 3]), torch.tensor([10, 10, 11, 12, 11, 10, 13]))
     assert left_out.int().tolist() == [
         [0, 1, 1, 0, 1, 1, 0],
         [1, 0, 0, 0, 0, 1, 0],

@@ -14,12 +14,23 @@ from huggingface_hub import constants
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
+from colintern.core.recipes import render_recipe
 from colintern.data.training_set import ROW_INDEX, get_training_data_params, load_training_data, read_row_index
-from colintern.params import load
+from colintern.params import load_params
 from colintern.storage import hub
 from colintern.storage.digests import Digests
-from colintern.storage.hub_errors import Repo
-from colintern.storage.manifest import MANIFEST, QUARANTINE, SURVEY, benchmark_folder, check_base, local_files, read
+from colintern.storage.hub import Repo
+from colintern.storage.manifest import (
+    MANIFEST,
+    QUARANTINE,
+    SURVEY,
+    ensure_base,
+    ensure_benchmark,
+    hash_local_files,
+    read_data_file,
+)
+
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
@@ -28,27 +39,27 @@ def fetched(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     shutil.copytree(ROOT / "demo" / "base", "demo/base")
-    shutil.copy(ROOT / "recipes" / "demo.yaml", "params.yaml")
+    Path("params.yaml").write_text(render_recipe(ROOT / "recipes" / "demo.yaml"))
     for name in ("data/demo/train/data/train-0.parquet", "data/demo/beir/corpus/test-0.parquet"):
         Path(name).parent.mkdir(parents=True)
         Path(name).write_bytes(b"pages")
     manifest = {
-        "base": local_files("demo/base", (".json", ".safetensors"))._asdict(),
-        "made_for": get_training_data_params(load()),
-        "train": [local_files("data/demo/train", (".parquet",))._asdict()],
+        "base": hash_local_files("demo/base", (".json", ".safetensors"))._asdict(),
+        "made_for": get_training_data_params(load_params()),
+        "train": [hash_local_files("data/demo/train", (".parquet",))._asdict()],
         "train_corpus": None,
         "negatives": None,
-        "evaluation": {"demo": local_files("data/demo/beir", (".parquet",))._asdict()},
+        "evaluation": {"demo": hash_local_files("data/demo/beir", (".parquet",))._asdict()},
     }
     Path("data/manifest.json").write_text(json.dumps(manifest))
     return manifest
 
 
 def test_what_is_whole_is_found(fetched):
-    assert check_base(load()) == "demo/base"
+    assert ensure_base(load_params()) == "demo/base"
     found = ("demo", Path("data/demo/train"), ["data/train-0.parquet"], 1)
-    assert load_training_data(load()) == ([found], None, None)
-    assert benchmark_folder("demo") == Path("data/demo/beir")
+    assert load_training_data(load_params()) == ([found], None, None)
+    assert ensure_benchmark("demo") == Path("data/demo/beir")
 
 
 @pytest.mark.parametrize("kind", IRREGULAR)
@@ -64,19 +75,19 @@ def test_a_cached_file_that_is_no_regular_file_is_never_opened_and_named(tmp_pat
         "HF_HUB_OFFLINE" if kind == "a dangling link" else f"config.json: is {kind}, not a regular file; delete it"
     )
     with pytest.raises(UserError, match=message):
-        hub.get([file], Digests(tmp_path / "digests.json"))
+        hub.ensure_downloaded([file], Digests(tmp_path / "digests.json"))
 
 
 def test_a_missing_page_file_is_named(fetched):
     Path("data/demo/train/data/train-0.parquet").unlink()
     with pytest.raises(UserError, match=r"train-0\.parquet: missing.*dvc repro -f fetch-data"):
-        load_training_data(load())
+        load_training_data(load_params())
 
 
 def test_one_flipped_bit_is_found(fetched):
     Path("data/demo/beir/corpus/test-0.parquet").write_bytes(b"qages")
     with pytest.raises(UserError, match=r"test-0\.parquet: 5 bytes.*changed after it was fetched"):
-        benchmark_folder("demo")
+        ensure_benchmark("demo")
 
 
 def test_a_changed_base_is_found(fetched):
@@ -84,12 +95,12 @@ def test_a_changed_base_is_found(fetched):
         file.seek(5000)
         file.write(b"\x00\x01\x02\x03")
     with pytest.raises(UserError, match=r"model\.safetensors.*changed"):
-        check_base(load())
+        ensure_base(load_params())
 
 
 @pytest.mark.parametrize("key", ["train_data", "train_corpus", "negatives_file"])
 def test_a_manifest_of_other_training_data_is_refused(fetched, key):
-    params = replace(load(), **{key: "data/own/docs"})
+    params = replace(load_params(), **{key: "data/own/docs"})
     with pytest.raises(UserError, match=rf"{key}: 'data/own/docs' is not the one in .*; run: dvc repro"):
         load_training_data(params)
 
@@ -105,7 +116,7 @@ def test_an_untracked_base_is_found_from_the_copy_dvc_makes_for_an_experiment(fe
         (copy / "data" / "manifest.json").write_text(json.dumps(fetched))
         (copy / "params.yaml").write_text(text)
         monkeypatch.chdir(copy)
-        assert check_base(load()) == f"{tmp_path}/own/base"
+        assert ensure_base(load_params()) == f"{tmp_path}/own/base"
 
 
 def test_the_project_is_found_in_a_sub_folder_and_from_a_stage_of_another_one(tmp_path, monkeypatch):
@@ -127,12 +138,12 @@ def test_an_entry_that_points_outside_is_refused(fetched, name):
     entry["files"] = {name: next(iter(entry["files"].values()))}
     Path("data/manifest.json").write_text(json.dumps(fetched))
     with pytest.raises(UserError, match="points outside"):
-        load_training_data(load())
+        load_training_data(load_params())
 
 
 def test_an_unknown_local_benchmark_is_refused(fetched):
     with pytest.raises(UserError, match="data/own/nothing"):
-        benchmark_folder("data/own/nothing")
+        ensure_benchmark("data/own/nothing")
 
 
 @pytest.mark.parametrize("stage", ["verify", "train", "evaluate"])
@@ -157,4 +168,4 @@ def test_a_damaged_file_of_fetch_data_names_the_stage_that_makes_it_again(fetche
         return  # of no data sets
     Path(name).write_text(text)
     with pytest.raises(UserError, match=f"{name}: damaged: .*; make it again: dvc repro -f fetch-data"):
-        read_row_index() if name == ROW_INDEX else read(name)
+        read_row_index() if name == ROW_INDEX else read_data_file(name)

@@ -51,7 +51,7 @@ def test_on_the_cpu_of_a_machine_with_a_gpu_its_attention_is_the_cpus(folder, mo
             return attention_kernel(*asked)
 
     monkeypatch.setattr("colintern.modeling.alone.attention_kernel", on_that_machine)
-    assert load(folder, dtype="bfloat16", device="cpu").model.config._attn_implementation == "blocked"
+    assert load(folder, dtype="bfloat16", device="cpu").model.config._attn_implementation == "sdpa"
 
 
 def test_an_adapter_merged_by_whomever_embeds_as_it_does(folder, processor, pages, tmp_path):

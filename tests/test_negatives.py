@@ -10,13 +10,14 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from conftest import BASE, ROOT, page_image
+from conftest import BASE, ROOT, load_pairs, page_image
 from processes import program
 from pyarrow import parquet
 from test_survey import PAGES, fetch_data, quarantine, write_eval, write_set
 from test_training import TARGETS
 
 from colintern.core.errors import UserError
+from colintern.core.recipes import render_recipe
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import encode_png
 from colintern.encoding.page_features import Page
@@ -24,11 +25,11 @@ from colintern.ingest.scan import select_dev_pages
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from colintern.params import load
-from colintern.training.mining import Limits, Ranking, select
-from colintern.training.negatives import Mined, read, write
-from colintern.training.pairs import Pair, rows
+from colintern.params import load_params
+from colintern.training.mining import MiningLimits, TopKAccumulator, filter_negatives
+from colintern.training.pairs import MinedNegatives, TrainingPair, read_mined_negatives, write_mined_negatives
 
+pytestmark = pytest.mark.integration
 QUERIES, CORPUS, MINED = "data/own/queries", "data/own/corpus", "data/mined/negatives.parquet"
 
 
@@ -43,7 +44,7 @@ def folder(tmp_path, monkeypatch):
 
 def write_params(**values: object) -> None:
     """The demo recipe with other values."""
-    lines = (ROOT / "recipes" / "demo.yaml").read_text().replace("- demo\n", "- data/own/beir\n").splitlines()
+    lines = render_recipe(ROOT / "recipes" / "demo.yaml").replace("- demo\n", "- data/own/beir\n").splitlines()
     for place, line in enumerate(lines):
         name = line.partition(":")[0]
         if name in values:
@@ -85,7 +86,7 @@ def key(number: int) -> str:
 def test_rows_find_their_pages_and_negatives_by_number(by_number):
     done = fetch_data()
     assert done.returncode == 0, done.stderr
-    found = rows(load())
+    found = load_pairs()
     [dev] = found["test"]
     assert dev.page.key == min(key(n) for n in range(45)), "a fiftieth of 45 pages, by hash"
     assert len(found["train"]) == 44
@@ -132,8 +133,8 @@ def test_a_bad_row_costs_one_row():
     assert len(bad) == len(BAD)
     for number, (_, reason) in enumerate(BAD, start=45):
         assert bad[QUERIES, f"data/train-00000-of-00001.parquet:{number}"].startswith(reason)
-    assert sum(map(len, rows(load()).values())) == 45
-    shown = {page.key for row in rows(replace(load(), negatives=50))["train"] for page in row.negatives}
+    assert sum(map(len, load_pairs().values())) == 45
+    shown = {page.key for row in load_pairs(replace(load_params(), negatives=50))["train"] for page in row.negatives}
     assert key(50) in shown and hashlib.sha256(PAGES[59][:400]).hexdigest() not in shown
 
 
@@ -152,26 +153,30 @@ def test_negatives_that_nothing_gives_are_refused():
     write_params(train_data="data/own/set", negatives=2)
     assert fetch_data().returncode == 0
     with pytest.raises(UserError, match="negatives: 2, but no row has one: data/own/set has no column negative_pass"):
-        rows(load())
+        load_pairs()
     write_params(train_data="data/own/set", negatives=2, negatives_file="nothing.parquet")
     done = fetch_data()
     assert done.returncode == 2 and "negatives_file: 'nothing.parquet' does not exist" in done.stderr
     shutil.copy(next(Path("data/own/set").glob("*.parquet")), "nothing.parquet")
     assert fetch_data().returncode == 0
     with pytest.raises(UserError, match="was not written by `colintern mine`"):
-        rows(load())
-    write(Path("nothing.parquet"), [Mined("another", key(1), [key(2)], [1.0])], {})
+        load_pairs()
+    write_mined_negatives(Path("nothing.parquet"), [MinedNegatives("another", key(1), [key(2)], [1.0])], {})
     assert fetch_data().returncode == 0
     with pytest.raises(UserError, match="names none of the 40 training rows"):
-        rows(load())
-    write(Path("nothing.parquet"), [Mined("question 0", key(0), [key(2), key(41), "0" * 64], [3.0, 2.0, 1.0])], {})
+        load_pairs()
+    write_mined_negatives(
+        Path("nothing.parquet"),
+        [MinedNegatives("question 0", key(0), [key(2), key(41), "0" * 64], [3.0, 2.0, 1.0])],
+        {},
+    )
     with pytest.raises(UserError, match=r"nothing\.parquet: .*changed after it was fetched"):
-        rows(load())
+        load_pairs()
 
 
 def ranking(train, scores, keys, chunk, top=5):
     queries = list(dict.fromkeys(row.query for row in train))
-    found = Ranking(train, queries, top)
+    found = TopKAccumulator(train, queries, top)
     for start in range(0, len(keys), chunk):
         part = [Page(key, None) for key in keys[start : start + chunk]]
         found.add(part, scores[:, start : start + chunk])
@@ -181,9 +186,14 @@ def ranking(train, scores, keys, chunk, top=5):
 @pytest.mark.parametrize("chunk", [1, 2, 6])
 def test_what_is_right_or_nearly_as_good_is_no_negative(chunk):
     a, b, c, d, e, f = keys = list("abcdef")
-    train = [Pair("q", Page(a, None)), Pair("q", Page(b, None)), Pair("r", Page(c, None)), Pair("q", Page(a, None))]
+    train = [
+        TrainingPair("q", Page(a, None)),
+        TrainingPair("q", Page(b, None)),
+        TrainingPair("r", Page(c, None)),
+        TrainingPair("q", Page(a, None)),
+    ]
     scores = torch.tensor([[10.0, 12.0, 9.4, 9.6, 9.4, 1.0], [-9.0, -12.0, -10.0, -10.4, -10.6, -13.0]])
-    mined, right, close = select(train, ranking(train, scores, keys, chunk), Limits(5, 0.95, 2), unfit={f})
+    mined, right, close = filter_negatives(train, ranking(train, scores, keys, chunk), MiningLimits(5, 0.95, 2), {f})
     assert [(row.query, row.page, row.negatives) for row in mined] == [
         ("q", a, [c, e]),  # 9.4 <= 9.5, and 9.6 is too close; of equal scores the first page first
         ("q", b, [d, c]),
@@ -194,9 +204,9 @@ def test_what_is_right_or_nearly_as_good_is_no_negative(chunk):
 
 
 def test_a_file_reads_as_it_was_written(tmp_path):
-    row = Mined("q", "a" * 64, ["b" * 64], [0.5])
-    write(tmp_path / "deep" / "n.parquet", [row], {"adapter": "x"})
-    assert read(tmp_path / "deep" / "n.parquet") == {("q", "a" * 64): ["b" * 64]}
+    row = MinedNegatives("q", "a" * 64, ["b" * 64], [0.5])
+    write_mined_negatives(tmp_path / "deep" / "n.parquet", [row], {"adapter": "x"})
+    assert read_mined_negatives(tmp_path / "deep" / "n.parquet") == {("q", "a" * 64): ["b" * 64]}
     assert json.loads(parquet.read_schema(tmp_path / "deep" / "n.parquet").metadata[b"colintern"]) == {"adapter": "x"}
 
 
@@ -239,8 +249,8 @@ def test_mined_negatives_train(tmp_path):
 
     write_params(train_data="data/own/set", negatives=2, negatives_file=MINED)
     assert fetch_data().returncode == 0
-    found = rows(load())["train"]
-    mined = read(Path(MINED))
+    found = load_pairs()["train"]
+    mined = read_mined_negatives(Path(MINED))
     dev = {key(number) for number in range(40, 45)}
     for row in found:
         assert [page.key for page in row.negatives] == mined[row.query, row.page.key][:2]

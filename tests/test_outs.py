@@ -10,6 +10,7 @@ from conftest import ROOT
 from small_run import OUT
 from test_dvc_commands import Repo, bare_environment, ran
 
+pytestmark = pytest.mark.integration
 STAGES = """stages:
   make:
     cmd: mkdir -p out/deep && echo one > out/deep/x && echo two > out/y && echo three > file
@@ -18,10 +19,10 @@ STAGES = """stages:
     cmd: python check.py
     deps: [out, file]
 """
-PROGRAM = """from colintern.storage.outs import check_outs
+PROGRAM = """from colintern.storage.outs import verify_dvc_outputs
 from colintern.core.errors import exit_on_user_error
 with exit_on_user_error():
-    check_outs()
+    verify_dvc_outputs()
     print("passed")
 """
 
@@ -54,7 +55,7 @@ def test_d5_a_flipped_byte_in_dvcs_cache_is_named_and_the_message_mends_it(repo,
     failed = repo.run("dvc repro -f -s use")
     assert failed.returncode and "passed" not in failed.stdout
     assert f"error: {name}: is not what dvc.lock names, {cached(repo, name).replace('/', '')}" in failed.stdout
-    [remedy] = re.findall(r"delete what is here: (rm -rf .*)", failed.stdout)
+    [remedy] = re.findall(r"delete it here: (rm -rf .*)", failed.stdout)
     repo.output(remedy)
     assert ran(repo.output("dvc repro")) == ["make"] and (repo.path / name).read_text() == text
     assert "passed" in repo.output("dvc repro -f -s use")

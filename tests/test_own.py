@@ -36,10 +36,11 @@ from colintern.ingest.query_csv import read_query_csv
 from colintern.ingest.sources import detect_format
 from colintern.ingest.user_documents import MADE, UserDocuments, convert_documents
 from colintern.ingest.validation import check_bad_fraction, collect_quarantine
-from colintern.params import load
+from colintern.params import load_recipe
 from colintern.storage.isolation import Failure, IsolatedPool
 from colintern.storage.lock import mark_in_use
 
+pytestmark = pytest.mark.integration
 DOCS = "data/own/docs"
 
 
@@ -323,7 +324,7 @@ def test_what_is_unchanged_is_not_made_again_and_what_is_changed_or_damaged_is(f
     convert_jsonl()
     assert file.read_bytes() == content
     Path("demo/base").mkdir(parents=True)
-    params = replace(load(ROOT / "recipes" / "demo.yaml"), train_data=DOCS)
+    params = replace(load_recipe(ROOT / "recipes" / "demo.yaml"), train_data=DOCS)
     train = [own.list_dataset_files("train")._asdict()]
     made = {"made_for": get_training_data_params(params), "train": train, "train_corpus": None, "negatives": None}
     Path("data/manifest.json").write_text(json.dumps(made))

@@ -1,5 +1,5 @@
-"""`spread`: the same results whether this process does the work, others do, or both. `IsolatedPool`: what a call does
-to its process costs that call alone."""
+"""`parallel_map` gives the same results whether this process does the work, others do, or both; in an `IsolatedPool` a
+call that ends its process fails alone."""
 
 import os
 import signal
@@ -13,7 +13,9 @@ import pytest
 from colintern.core.errors import UserError
 from colintern.storage import isolation, parallel
 from colintern.storage.isolation import CallLimits, Failure, IsolatedPool, try_call
-from colintern.storage.parallel import spread
+from colintern.storage.parallel import parallel_map
+
+pytestmark = pytest.mark.integration
 
 
 def where(number: int) -> tuple[int, int]:
@@ -27,21 +29,21 @@ def slowly(number: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("seconds", [60.0, 0.0])
 def test_results_come_in_order_from_here_or_from_other_processes(monkeypatch, seconds):
-    monkeypatch.setattr(parallel, "START", seconds)
-    found = list(spread(where, range(9), "squares", "number"))
+    monkeypatch.setattr(parallel, "SERIAL_SECONDS", seconds)
+    found = list(parallel_map(where, range(9), "squares", "number"))
     assert [square for square, _ in found] == [number * number for number in range(9)]
     assert {process == os.getpid() for _, process in found} == {seconds > 0}
 
 
 def test_what_is_left_after_the_first_seconds_goes_to_other_processes(monkeypatch):
-    monkeypatch.setattr(parallel, "START", 0.2)
-    found = list(spread(slowly, range(5), "squares", "number"))
+    monkeypatch.setattr(parallel, "SERIAL_SECONDS", 0.2)
+    found = list(parallel_map(slowly, range(5), "squares", "number"))
     assert [square for square, _ in found] == [0, 1, 4, 9, 16]
     assert [process == os.getpid() for _, process in found] == [True, True, False, False, False]
 
 
 def test_nothing_to_do():
-    assert list(spread(where, [], "squares", "number")) == []
+    assert list(parallel_map(where, [], "squares", "number")) == []
 
 
 def end_itself(number: int) -> None:
@@ -49,9 +51,9 @@ def end_itself(number: int) -> None:
 
 
 def test_a_killed_process_ends_the_work_with_a_sentence(monkeypatch):
-    monkeypatch.setattr(parallel, "START", 0.0)
+    monkeypatch.setattr(parallel, "SERIAL_SECONDS", 0.0)
     with pytest.raises(UserError, match=r"squares: one of .* processes was killed"):
-        list(spread(end_itself, range(3), "squares", "number"))
+        list(parallel_map(end_itself, range(3), "squares", "number"))
 
 
 def act(actions: Sequence[str]) -> Iterator[object]:

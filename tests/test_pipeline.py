@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from pages import documented, words
 from pipeline_facts import (
     ALL_KEYS,
     KEYS,
@@ -45,10 +46,10 @@ LEVELS = [
     {"tuning"},
     {"reporting"},
     {"planning", "preflight"},
-    {"analysis"},
+    {"analysis", "monitoring"},
     {"training", "evaluation", "search", "statistics", "demo"},
     {"ingest"},
-    {"data", "encoding", "monitoring"},
+    {"data", "encoding"},
     {"modeling"},
     {"storage", "scoring"},
     {"params"},
@@ -109,7 +110,9 @@ def test_an_edit_of_an_observer_changes_no_stage_and_no_fingerprint(tmp_path, mo
     monkeypatch.chdir(repo)
 
     def get_status() -> str:
-        done = subprocess.run(["dvc", "status", "--json"], cwd=repo, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [*words(documented("dvc status")), "--json"], cwd=repo, capture_output=True, text=True, check=True
+        )
         return done.stdout
 
     def get_code_hashes() -> dict[str, dict[str, str]]:
@@ -237,7 +240,8 @@ def test_the_hash_of_nothing_is_refused(tmp_path):
 
 def test_every_imported_package_is_declared():
     """Installed as a dependency of another package alone, it may be missing after an update of that package."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    runtime, dev = pyproject["project"]["dependencies"], pyproject["dependency-groups"]["dev"]
     installed = packages_distributions()
     own = {"colintern", "stages", "demo", "bench", "cluster", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
 
@@ -250,8 +254,8 @@ def test_every_imported_package_is_declared():
             if not names & {canonicalize_name(name) for name in installed.get(module, [_namespace(module)])}
         }
 
-    assert find_undeclared(project["dependencies"], "colintern", "stages", "cluster", ".github/scripts") == set()
-    assert find_undeclared(project["dependencies"] + project["optional-dependencies"]["dev"], "bench", "tests") == set()
+    assert find_undeclared(runtime, "colintern", "stages", "cluster", ".github/scripts") == set()
+    assert find_undeclared(runtime + dev, "bench", "tests") == set()
 
 
 def _imported(path: Path) -> set[str]:
@@ -264,3 +268,37 @@ def _imported(path: Path) -> set[str]:
 def _namespace(module: str) -> str:
     """The distribution of a namespace package, which its metadata may not name."""
     return {"ruamel": "ruamel-yaml"}.get(module, module)
+
+
+# Names that libraries call private, and so may change with any release: pyproject.toml bounds those libraries.
+PRIVATE = {
+    "_attn_implementation": "transformers",
+    "_contains": "optuna",
+    "_int_mm": "torch",
+    "_is_accelerate_prepared": "accelerate",
+    "_load_from_checkpoint": "transformers",
+    "_n_gpu": "transformers",
+    "_name_or_path": "transformers",
+    "_on_queue_feeder_error": "python",  # multiprocessing
+    "_overloadpacket": "torch",
+    "_python_dispatch": "torch",
+    "_pytree": "torch",
+    "_scaled_dot_product_flash_attention": "torch",
+    "_scaled_dot_product_flash_attention_backward": "torch",
+    "_softmax_backward_data": "torch",
+    "_tree_cache": "huggingface-hub",
+    "_trial_id": "optuna",
+    "_unsafe_view": "torch",
+}
+PUBLIC = {"_asdict", "_exit", "_fields", "_replace"}  # of named tuples and os, documented
+
+
+def test_private_names_of_libraries_are_listed_and_their_libraries_bounded():
+    nodes = [n for path in (ROOT / "colintern").rglob("*.py") for n in ast.walk(ast.parse(path.read_text("utf-8")))]
+    own = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") not in ("self", "cls")}
+    read |= {part for n in nodes if isinstance(n, ast.ImportFrom) and n.module for part in n.module.split(".")}
+    assert {name for name in read - own - PUBLIC if re.match(r"_[a-z]", name)} == set(PRIVATE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds = {canonicalize_name(one.name): str(one.specifier) for one in map(Requirement, project["dependencies"])}
+    assert [library for library in {*PRIVATE.values(), "mteb"} - {"python"} if "<" not in bounds[library]] == []

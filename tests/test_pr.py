@@ -19,6 +19,7 @@ from pages import documented
 from ruamel.yaml import YAML
 from test_dvc_commands import IDENTITY, Repo, bare_environment, copy_working_tree
 
+pytestmark = pytest.mark.integration
 SCRIPTS = ROOT / ".github" / "scripts"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 RUN = f"{sys.executable} {SCRIPTS}"
@@ -104,7 +105,8 @@ def test_the_report_has_metrics_params_and_the_comparison_where_the_outs_are(two
     repo = Repo(tmp_path / "copy", two_commits.env)
     shutil.copytree(two_commits.path, repo.path, symlinks=True)
     shutil.copy(ROOT / "Makefile", repo.path)
-    (repo.path / "requirements.txt").touch()
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        (repo.path / name).touch()
     (repo.path / ".github").symlink_to(ROOT / ".github")
     for folder, file in ((".tools/bin", "uv"), (".venv", ".installed")):  # set up already
         (repo.path / folder).mkdir(parents=True)

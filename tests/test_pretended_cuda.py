@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, page_image
 from small_run import STEPS, params
 
+pytestmark = pytest.mark.integration
 TRIED = """
 import torch
 x = torch.ones(2, 3, device="cuda", requires_grad=True)

@@ -9,6 +9,9 @@ import pytest
 from conftest import BASE, ROOT
 from processes import FORKS
 
+from colintern.params import load_recipe
+
+pytestmark = pytest.mark.integration
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk", "to Oslo", "a long one, of freight in March"]
 SHOWN, NEGATIVES = (0, 1, 2, 3, 1, 0), ((3, 2), (), (1,), (0, 1), (), (2,))
 
@@ -34,19 +37,19 @@ def gradient(folder: Path, images: list, size: int, rank: int, port: int, change
     from colintern.encoding.page_features import Page, PageFeatures
     from colintern.modeling.lora import add_lora
     from colintern.modeling.processing_colintern import ColIntern3_5Processor
-    from colintern.params import load as load_params
-    from colintern.training import trainer as engine
-    from colintern.training.pairs import Pair, Pairs
-    from colintern.training.processes import joined
-    from colintern.training.trainer import ContrastiveTrainer, DevSet, arguments
+    from colintern.training import loss as losses
+    from colintern.training.distributed import init_distributed
+    from colintern.training.pairs import TrainingDataset, TrainingPair
+    from colintern.training.run import assemble_trainer, build_training_arguments
+    from colintern.training.trainer import RetrievalEvaluator
 
     fail = changes.pop("fail", None)
     torch.set_num_threads(1)
     params = dataclasses.replace(
-        load_params(ROOT / "recipes" / "demo.yaml"),
+        load_recipe(ROOT / "recipes" / "demo.yaml"),
         **{"batch_size": 6, "micro_batch_size": 2, "lora_dropout": 0.1} | changes,
     )
-    with joined(1) as own:
+    with init_distributed(1) as own:
         processor = ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=96, max_query_tokens=64)
         torch.manual_seed(0)
         model = add_lora(load(BASE), TARGETS, rank=4, alpha=4, dropout=params.lora_dropout)
@@ -57,16 +60,16 @@ def gradient(folder: Path, images: list, size: int, rank: int, port: int, change
         features = PageFeatures(model, processor, folder / "none", 0.0, "exact")
         pages = [Page.of(image) for image in images]
         rows = [
-            Pair(q, pages[n], tuple(pages[w] for w in wrong))
+            TrainingPair(q, pages[n], tuple(pages[w] for w in wrong))
             for q, n, wrong in zip(QUERIES, SHOWN, NEGATIVES, strict=True)
         ]
-        args = arguments(params, folder / f"run-{size}", quiet=True, size=own.size)
-        trainer = ContrastiveTrainer(params, processor, DevSet(rows, features), processes=own, model=model, args=args)
-        share = len(rows) // own.size
-        mine = Pairs(rows[own.rank * share : (own.rank + 1) * share], features)
+        args = build_training_arguments(params, folder / f"run-{size}", quiet=True, world_size=own.world_size)
+        trainer = assemble_trainer(params, model, processor, args, RetrievalEvaluator(rows, features, 1), context=own)
+        share = len(rows) // own.world_size
+        mine = TrainingDataset(rows[own.rank * share : (own.rank + 1) * share], features)
         if fail and own.rank == 1:
             # After the other process has the embeddings, or in the loss.
-            place, name, at = (type(model), "forward", 9) if fail == "forward" else (engine, "maxsim_matrix", 1)
+            place, name, at = (type(model), "forward", 9) if fail == "forward" else (losses, "maxsim_matrix", 1)
             real, calls = getattr(place, name), []
 
             def call(*args, **kwargs):
@@ -78,7 +81,10 @@ def gradient(folder: Path, images: list, size: int, rank: int, port: int, change
             setattr(place, name, call)
         loss = trainer.training_step(model, trainer.data_collator(list(mine)))
         found = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
-        torch.save((loss, trainer.tally.masked, trainer.micro, found), folder / f"{size}-{rank}.pt")
+        torch.save(
+            (loss, trainer.metric_accumulator.num_false_negatives, trainer.micro_batch_size, found),
+            folder / f"{size}-{rank}.pt",
+        )
 
 
 def stepped(folder: Path, pages: list, size: int, **changes) -> list:
@@ -131,7 +137,7 @@ def test_lack_of_memory_is_known_by_any_name(words):
     """As torch's AcceleratorError, which is no OutOfMemoryError, and as Triton's RuntimeError."""
     import torch
 
-    from colintern.training.processes import ALONE
+    from colintern.training.distributed import SINGLE_PROCESS
 
     def fail(kind, words):
         raise kind(words)
@@ -139,15 +145,17 @@ def test_lack_of_memory_is_known_by_any_name(words):
     for kind in (torch.AcceleratorError, RuntimeError):
         assert not issubclass(kind, torch.OutOfMemoryError)
         with pytest.raises(torch.OutOfMemoryError):
-            ALONE.together(lambda kind=kind: fail(kind, words))
+            SINGLE_PROCESS.run_or_all_oom(lambda kind=kind: fail(kind, words))
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        ALONE.together(lambda: fail(torch.AcceleratorError, "CUDA error: an illegal memory access was encountered"))
+        SINGLE_PROCESS.run_or_all_oom(
+            lambda: fail(torch.AcceleratorError, "CUDA error: an illegal memory access was encountered")
+        )
 
 
 def test_a_number_format_of_the_launcher_is_refused(monkeypatch):
     from colintern.core.errors import UserError
-    from colintern.training.processes import joined
+    from colintern.training.distributed import init_distributed
 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(UserError, match=r"ACCELERATE_MIXED_PRECISION: 'fp16' .* dtype decides"), joined(1):
+    with pytest.raises(UserError, match=r"ACCELERATE_MIXED_PRECISION: 'fp16' .* dtype decides"), init_distributed(1):
         pass

@@ -11,14 +11,12 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
 from processes import kill
 from small_run import STEPS, at_step
 
 from colintern.core import progress as bars
 from colintern.monitoring import progress
-from colintern.monitoring.progress import Progress
-from colintern.params import load
+from colintern.monitoring.progress import ProgressReporter
 
 ROW = r"loss \d\.\d{3}(, dev \d\.\d{3})?(, [\d.]+ pages/s)?, [\d.]+ GB"
 TIME = r"\[(\d+:)?\d\d:\d\d<(\d+:)?(\d\d|\?):?(\d\d)?\]"
@@ -79,15 +77,15 @@ def test_a_log_gets_few_rows_and_one_that_goes_on_knows_its_last_scores(place):
 def test_rows_of_a_long_run_come_every_half_minute(monkeypatch, capsys, seconds):
     clock = iter(range(10**6))
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(progress, "EVERY", seconds)
-    shown = Progress(load(ROOT / "recipes" / "demo.yaml"), quiet=True)
+    monkeypatch.setattr(progress, "MIN_ROW_INTERVAL", seconds)
+    shown, args = ProgressReporter(pages_per_step=32), SimpleNamespace(disable_tqdm=True)
     state = SimpleNamespace(log_history=[], global_step=0, max_steps=9230, is_world_process_zero=True)
-    shown.on_train_begin(None, state, None)
+    shown.on_train_begin(args, state, None)
     for step in range(5, 1000, 5):
         state.global_step = step
-        shown.on_step_begin(None, state, None)
-        shown.on_step_end(None, state, None)
-        shown.on_log(None, state, None, logs={"loss": 1.0})
+        shown.on_step_begin(args, state, None)
+        shown.on_step_end(args, state, None)
+        shown.on_log(args, state, None, logs={"loss": 1.0})
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 199 if seconds == 0 else len(rows) < 40
     assert max(map(len, rows)) <= 80

@@ -10,11 +10,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from pages import documented, words
 
-from colintern.params import Params, load
+from colintern.core.recipes import TEMPLATE, render_recipe
+from colintern.params import Params, load_params, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if path.stem != TEMPLATE]
 KEYS = [field.name for field in fields(Params)]
 
 
@@ -40,23 +42,9 @@ def copy(tmp_path: Path) -> Path:
     """A checkout without git: the command, the recipes, and params.yaml as the demo recipe."""
     root = tmp_path / "checkout"
     (root / "demo" / "base").mkdir(parents=True)
-    for folder in ("modeling", "storage"):
-        (root / "colintern" / folder).mkdir(parents=True)
-    for name in (
-        "__init__",
-        "__main__",
-        "modeling/__init__",
-        "modeling/tiling",
-        "params",
-        "storage/__init__",
-        "storage/paths",
-        "storage/regular",
-    ):
-        shutil.copy(ROOT / "colintern" / f"{name}.py", root / "colintern" / f"{name}.py")
-    shutil.copytree(ROOT / "colintern" / "core", root / "colintern" / "core")
-    shutil.copytree(ROOT / "colintern" / "commands", root / "colintern" / "commands")
+    shutil.copytree(ROOT / "colintern", root / "colintern", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "recipes", root / "recipes")
-    shutil.copy(root / "recipes" / "demo.yaml", root / "params.yaml")
+    (root / "params.yaml").write_text(render_recipe(root / "recipes" / "demo.yaml"))
     return root
 
 
@@ -75,9 +63,13 @@ def edit(root: Path) -> str:
     return text
 
 
+def read_params_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.name == "params.yaml" else render_recipe(path)
+
+
 @pytest.mark.parametrize("path", [*RECIPES, ROOT / "params.yaml"], ids=lambda path: path.name)
 def test_every_file_has_exactly_the_keys_in_order_and_a_comment_on_each(path: Path) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_params_text(path).splitlines()
     assert [line.partition(":")[0] for line in lines if line[:1].isalpha()] == KEYS
     for key in KEYS:
         above = next(i for i, line in enumerate(lines) if line.startswith(f"{key}:"))
@@ -95,7 +87,8 @@ def test_every_recipe_is_valid_and_opens_with_its_description(
 ) -> None:
     (tmp_path / "demo" / "base").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    load(path)
+    Path("params.yaml").write_text(render_recipe(path))
+    load_params()
     assert re.match(r"# \w.{20,}", path.read_text(encoding="utf-8"))
 
 
@@ -105,13 +98,13 @@ def test_dvc_changes_one_line_of_a_recipe(path: Path, tmp_path: Path) -> None:
     from dvc.utils.hydra import apply_overrides  # here: DVC takes a second to import
 
     target = tmp_path / "params.yaml"
-    shutil.copy(path, target)
+    target.write_text(render_recipe(path))
     apply_overrides(target, ["lr=3e-5"])
-    assert target.read_text() == re.sub(r"(?m)^lr: .*", "lr: 3e-05", path.read_text())
+    assert target.read_text() == re.sub(r"(?m)^lr: .*", "lr: 3e-05", render_recipe(path))
 
 
 def test_the_guides_optimal_settings_with_our_micro_batch() -> None:
-    params = load(ROOT / "recipes" / "internvl3_5-1b.yaml")
+    params = load_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml")
     assert (params.epochs, params.lr, params.warmup_steps, params.lora_dropout) == (5, 5e-5, 100, 0.1)
     assert (params.lora_rank, params.lora_alpha, params.batch_size, params.micro_batch_size) == (32, 32, 64, 64)
     assert params.benchmarks == ("ViDoRe(v1)", "ViDoRe(v2)")
@@ -141,7 +134,7 @@ def test_recipes_are_listed_with_their_descriptions(copy: Path) -> None:
 def test_a_recipe_is_written_with_its_comments(clone: Path) -> None:
     run = colintern(clone, "recipe", "internvl3_5-1b")
     assert run.returncode == 0, run.stderr
-    assert (clone / "params.yaml").read_bytes() == (clone / "recipes" / "internvl3_5-1b.yaml").read_bytes()
+    assert (clone / "params.yaml").read_text() == render_recipe(clone / "recipes" / "internvl3_5-1b.yaml")
     # Uncommitted, but a recipe word for word: nothing is lost by going back.
     assert colintern(clone, "recipe", "demo").returncode == 0
 
@@ -155,7 +148,7 @@ def test_uncommitted_edits_are_kept_unless_forced(clone: Path) -> None:
         assert (clone / "params.yaml").read_text() == edited
         git(clone, "add", "params.yaml")
     assert colintern(clone, "recipe", "demo", "--force").returncode == 0
-    assert (clone / "params.yaml").read_bytes() == (clone / "recipes" / "demo.yaml").read_bytes()
+    assert (clone / "params.yaml").read_text() == render_recipe(clone / "recipes" / "demo.yaml")
 
 
 def test_committed_edits_may_be_overwritten(clone: Path) -> None:
@@ -202,7 +195,7 @@ def test_tiles_of_the_base_in_params(copy: Path) -> None:
     (copy / "demo" / "base" / "config.json").write_text(json.dumps({"vision_config": sizes}))
     run = colintern(copy, "tiles", "224", "336", "--max-visual-tokens", "96")
     assert "2 x 3 of 112 px\ntokens  6 x 16 = 96 visual tokens, at most 96\n" in run.stdout
-    shutil.copy(copy / "recipes" / "internvl3_5-1b.yaml", copy / "params.yaml")
+    (copy / "params.yaml").write_text(render_recipe(copy / "recipes" / "internvl3_5-1b.yaml"))
     assert "2 x 3 of 448 px\ntokens  6 x 256 = 1536 " in colintern(copy, "tiles", "1240", "1754").stdout
 
 
@@ -241,8 +234,60 @@ def test_a_recipe_is_written_into_the_clone_it_is_run_in_not_the_one_that_is_ins
     before = (clone / "params.yaml").read_text()
     done = colintern(other, "recipe", "mine", code=clone)
     assert done.returncode == 0, done.stderr
-    assert (other / "params.yaml").read_text() == (other / "recipes" / "mine.yaml").read_text()
+    assert (other / "params.yaml").read_text() == render_recipe(other / "recipes" / "mine.yaml")
     assert (clone / "params.yaml").read_text() == before
     refused = colintern(tmp_path, "recipe", "demo", code=clone)
     assert refused.returncode == 2 and f"{tmp_path / 'recipes'}: no recipes here" in refused.stderr
     assert not (tmp_path / "params.yaml").exists()
+
+
+def test_a_recipe_holds_only_what_differs_from_the_template() -> None:
+    from ruamel.yaml import YAML
+
+    read = YAML(typ="safe").load
+    template = read(ROOT / "recipes" / f"{TEMPLATE}.yaml")
+    for path in RECIPES:
+        recipe = read(path)
+        assert recipe.keys() >= {key for key, value in template.items() if value is None}
+        assert not [key for key, value in recipe.items() if template[key] == value]
+
+
+def test_keys_that_params_lack_are_added_with_values_that_change_nothing(clone: Path) -> None:
+    before = (clone / "params.yaml").read_text()
+    cut = before
+    for key in ("pool_factor", "symmetric_loss"):
+        cut = re.sub(rf"(?m)(?:^#.*\n)+^{key}: .*\n", "", cut)
+    assert cut.count("\n") < before.count("\n") - 3
+    edited = re.sub(r"(?m)^lr: .*", "lr: 0.002  # mine", cut)
+    (clone / "params.yaml").write_text(edited)
+    run = colintern(clone, *words(documented("colintern recipe --update"))[1:])
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "params.yaml: 2 keys added\n  symmetric_loss: false\n  pool_factor: 1\n"
+    assert (clone / "params.yaml").read_text() == re.sub(r"(?m)^lr: .*", "lr: 0.002  # mine", before)
+    assert colintern(clone, "recipe", "--update").stdout == "params.yaml: 0 keys added\n"
+
+
+def test_an_update_refuses_what_it_cannot_know(clone: Path) -> None:
+    text = (clone / "params.yaml").read_text()
+    for edited, expected in (
+        (re.sub(r"(?m)^lr: .*\n", "", text), ("lr: missing", "recipes/demo.yaml")),
+        (text.replace("\nlr: ", "\nlearning_rate: "), ("lr: missing",)),
+        (text + "nope: 1\n", ("nope: unknown key",)),
+        ("lr: [", ("is not valid YAML",)),
+    ):
+        (clone / "params.yaml").write_text(edited)
+        run = colintern(clone, "recipe", "--update")
+        assert run.returncode == 2 and "Traceback" not in run.stderr
+        assert all(word in run.stderr for word in expected), run.stderr
+        assert (clone / "params.yaml").read_text() == edited
+    for options in (("demo", "--update"), ("--update", "--force")):
+        assert "takes no recipe and no --force" in colintern(clone, "recipe", *options).stderr
+
+
+def test_a_recipe_with_a_wrong_key_is_refused(clone: Path) -> None:
+    path = clone / "recipes" / "mine.yaml"
+    text = (clone / "recipes" / "demo.yaml").read_text()
+    path.write_text(text + "nope: 1\n")
+    assert "mine.yaml: nope: no key of" in colintern(clone, "recipe", "mine").stderr
+    path.write_text(re.sub(r"(?m)^lr: .*\n", "", text))
+    assert "mine.yaml: lr: missing" in colintern(clone, "recipe", "mine").stderr

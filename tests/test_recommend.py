@@ -14,17 +14,19 @@ from pages import documented, words
 from colintern.__main__ import main
 from colintern.commands.recommend import _head, _memory_table
 from colintern.core.errors import UserError
+from colintern.core.recipes import render_recipe
 from colintern.monitoring import guide as guide_rules
-from colintern.monitoring.guide import DEMO, EPOCHS, bounds_for, optimal_lr, optimal_rank
-from colintern.params import load
+from colintern.monitoring.guide import DEMO, MIN_EPOCHS, get_optimal_lr, get_optimal_rank, get_recommended_bounds
+from colintern.params import load_params
 from colintern.planning import costs as costs_module
 from colintern.planning import recommend as rules
 from colintern.planning.costs import Costs
 from colintern.planning.gpus import GPUS, find
 from colintern.planning.recommend import steps_of, warmup_of
 
+pytestmark = pytest.mark.integration
 COUNTED: dict[tuple[str, ...], Costs] = {}
-RECIPE = (ROOT / "recipes" / "internvl3_5-1b.yaml").read_text()
+RECIPE = render_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml")
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +53,7 @@ def checkout(tmp_path, monkeypatch):
 @pytest.fixture
 def demo(tmp_path, monkeypatch):
     shutil.copytree(BASE, tmp_path / "demo" / "base")
-    shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text(render_recipe(ROOT / "recipes" / "demo.yaml"))
     (tmp_path / "data").mkdir()
     own = {"demo (train)": {"rows": 3600, "pages": 1800}, "demo (dev)": {"rows": 100, "pages": 100}}
     (tmp_path / "data" / "survey.json").write_text(json.dumps(own))
@@ -67,22 +69,22 @@ def guide(gpu_memory_gb):
 def test_the_rules():
     assert doctest.testmod(guide_rules).failed == 0
     sizes = [int(billions * 1e9) for billions in (0.3, 0.905, 2.4, 4.7, 7.9)]
-    assert [optimal_lr(size) for size in sizes] == [7e-5, 5e-5, 5e-5, 3e-5, 3e-5]
-    assert [optimal_rank(size) for size in sizes] == [16, 32, 32, 64, 64]
-    for rule in (optimal_lr, optimal_rank):
+    assert [get_optimal_lr(size) for size in sizes] == [7e-5, 5e-5, 5e-5, 3e-5, 3e-5]
+    assert [get_optimal_rank(size) for size in sizes] == [16, 32, 32, 64, 64]
+    for rule in (get_optimal_lr, get_optimal_rank):
         with pytest.raises(ValueError, match=r"1B parameters and up, and do not reach 1\.0 M"):
             rule(1_028_224)
-    assert steps_of(118_195, 64) == 1846 * EPOCHS == 9230
+    assert steps_of(118_195, 64) == 1846 * MIN_EPOCHS == 9230
     assert [warmup_of(steps) for steps in (9230, 448, 9)] == [100, 44, 0]
 
 
 @pytest.mark.parametrize("billions", [0.2, 0.4, 0.9, 1.2, 2.4, 4.7, 7.9])
 def test_what_is_recommended_passes_the_doctor(billions):
     size = int(billions * 1e9)
-    bounds = bounds_for(size)
-    assert bounds.lr[0] < optimal_lr(size) < bounds.lr[1]
-    assert (bounds.epochs, bounds.batch) == (EPOCHS, guide_rules.BATCH) and bounds.name != DEMO
-    assert bounds_for(guide_rules.SMALLEST - 1).name == DEMO
+    bounds = get_recommended_bounds(size)
+    assert bounds.lr[0] < get_optimal_lr(size) < bounds.lr[1]
+    assert (bounds.epochs, bounds.batch) == (MIN_EPOCHS, guide_rules.MIN_BATCH_SIZE) and bounds.name != DEMO
+    assert get_recommended_bounds(guide_rules.MIN_GUIDE_PARAMETERS - 1).name == DEMO
 
 
 @pytest.mark.parametrize("base", ["internvl3_5-1b", "OpenGVLab/InternVL3_5-1B-HF", "OpenGVLab/x@" + "0" * 40])
@@ -138,6 +140,7 @@ def test_an_unknown_card_is_answered_with_those_there_are(name):
     [
         (documented("colintern recommend --base internvl3_5-1b --gpu l40s"), r"time of a step +9\.7\d s on L40S"),
         (documented("colintern recommend --base internvl3_5-1b --gpu a100-80gb"), r"time of a step +4\.7\d s on A100"),
+        (documented("colintern recommend --base internvl3_5-1b --gpu h200"), r"all 9,230 steps +4\.3 h"),
     ],
 )
 def test_what_the_pages_quote_is_what_it_says(checkout, capsys, command, said):
@@ -153,7 +156,7 @@ def test_what_is_written_changes_values_only_and_is_what_was_printed(checkout, c
     told = json.loads(printed.out)
     assert printed.err == "recommend: counting memory and operations of a training step of internvl3_5-1b\n"
     values = {value["key"]: value["value"] for value in told["values"]}
-    params = load("params.yaml")
+    params = load_params("params.yaml")
     assert {key: getattr(params, key) for key in values} == values
     assert (params.lr, params.batch_size, params.micro_batch_size, params.epochs) == (5e-5, 64, 64, 5)
     assert (params.lora_rank, params.gradient_checkpointing, params.warmup_steps) == (32, True, 100)
@@ -201,7 +204,7 @@ def test_the_demo_gets_no_rule_of_the_guides(demo, capsys):
     assert "do not reach" in out and "How the demo answers to its settings" in " ".join(out.split())
     assert re.search(r"(?m)^micro_batch_size +32 ", out) and not re.search(r"(?m)^lr ", out)
     assert "3,600 pairs, 1,900 pages (data/survey.json)" in out
-    assert load("params.yaml").lr == 0.006
+    assert load_params("params.yaml").lr == 0.006
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pages import block
 from test_dvc_commands import Repo, bare_environment
 from test_remotes import SECRETS
 
+pytestmark = pytest.mark.integration
 STAGES = """stages:
   train:
     cmd: mkdir -p experiments/colintern metrics && cp dvc.yaml experiments/colintern && echo {} > metrics/train.json

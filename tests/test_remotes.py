@@ -17,6 +17,7 @@ from stores import KEY, MARK, SECRET, Store, s3
 from test_dvc_commands import IDENTITY, STAGES, Repo, bare_environment, copy_working_tree, cut_down, ran, skipped
 from test_outs import flip
 
+pytestmark = pytest.mark.integration
 SECRETS = {
     "HF_TOKEN": f"hf_{MARK}0123456789abcdefghijkl",
     "WANDB_API_KEY": f"{MARK}0123456789012345678901234567890123",  # 40 characters, else W&B refuses it

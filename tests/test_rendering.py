@@ -17,6 +17,8 @@ from colintern.search import sources as searched
 from colintern.storage import isolation
 from colintern.storage.isolation import CallLimits
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:

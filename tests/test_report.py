@@ -17,14 +17,15 @@ from processes import FORKS
 from test_adapters import trained
 
 from colintern.core.errors import UserError
+from colintern.core.recipes import render_recipe
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import encode_png
 from colintern.encoding.embed import embed_queries
 from colintern.encoding.pooling import cut
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
-from colintern.monitoring.guide import bounds_for
-from colintern.monitoring.health import HEALTH, health, stored
-from colintern.params import load as load_params
+from colintern.monitoring.guide import get_recommended_bounds
+from colintern.monitoring.health import HEALTH, assess_run, findings_to_json
+from colintern.params import load_params
 from colintern.reporting import failures as module
 from colintern.reporting import plots
 from colintern.reporting.cases import Seen, case
@@ -34,10 +35,11 @@ from colintern.reporting.heatmaps import layout
 from colintern.reporting.html import render
 from colintern.reporting.words import query_words
 from colintern.scoring.maxsim import maxsim_scores
-from colintern.storage.jsonfile import dumps
-from colintern.storage.manifest import BEIR_SUFFIXES, local_files, source_files
+from colintern.storage.files import dumps
+from colintern.storage.manifest import BEIR_SUFFIXES, hash_local_files, hash_source_files
 from demo.corpus import generate_corpus
 
+pytestmark = pytest.mark.integration
 SET = "data/own/pages"
 HOSTILE = '<script>alert(1)</script> & "Oslo" <img src=http://example.org/x onerror=alert(1)>'
 DOCUMENTS = "data/own/docs"
@@ -84,14 +86,14 @@ def evaluated(tmp_path_factory, processor, pages) -> Path:
     with contextlib.chdir(top):
         for name in ("colintern", "stages", "dvc.yaml", "versions.yaml"):
             Path(name).symlink_to(ROOT / name)
-        text = (ROOT / "recipes" / "demo.yaml").read_text().replace("- demo\n", f"- {SET}\n")
+        text = render_recipe(ROOT / "recipes" / "demo.yaml").replace("- demo\n", f"- {SET}\n")
         Path("params.yaml").write_text(text)
         write_set()
         manifest = json.loads(Path("data/manifest.json").read_text())
         Path(DOCUMENTS, "sub dir").mkdir(parents=True)
         Path(DOCUMENTS, HARD_NAME.partition("#page")[0]).touch()
-        made_from = {"folder": DOCUMENTS, "files": source_files(DOCUMENTS), "pseudo": False}
-        manifest["evaluation"] = {SET: local_files(SET, BEIR_SUFFIXES)._replace(made_from=made_from)._asdict()}
+        made_from = {"folder": DOCUMENTS, "files": hash_source_files(DOCUMENTS), "pseudo": False}
+        manifest["evaluation"] = {SET: hash_local_files(SET, BEIR_SUFFIXES)._replace(made_from=made_from)._asdict()}
         Path("data/manifest.json").write_text(dumps(manifest))
         write_health()
     code, log = fork(top, "evaluate", "adapter")
@@ -101,8 +103,8 @@ def evaluated(tmp_path_factory, processor, pages) -> Path:
 
 def write_health() -> None:
     state = json.loads(Path("adapter/trainer_state.json").read_text())
-    judged = health(state["log_history"], load_params(), 0.5, bounds_for(0))
-    Path("adapter", HEALTH).write_text(dumps({"verdict": judged.verdict} | stored(judged.findings)))
+    judged = assess_run(state["log_history"], load_params(), 0.5, get_recommended_bounds(0))
+    Path("adapter", HEALTH).write_text(dumps({"verdict": judged.verdict} | findings_to_json(judged.findings)))
 
 
 @pytest.fixture(scope="session")

@@ -16,12 +16,14 @@ from test_report import fork, run
 
 from colintern.core.errors import UserError
 from colintern.core.page_labels import count_columns
+from colintern.core.recipes import render_recipe
 from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.search.index import Index, identity
 from colintern.search.listing import listing, maps
 from colintern.search.sources import images, shown, skipped, sources
 
+pytestmark = pytest.mark.integration
 WORDS = ("Oslo", "Rome", "Halde", "milk", "Calyx")
 
 
@@ -30,7 +32,7 @@ def adapted(tmp_path_factory, processor, pages):
     top = trained(tmp_path_factory.mktemp("search"), processor, pages, epochs=1, warmup_steps=0)
     for name in ("colintern", "stages", "dvc.yaml", "versions.yaml"):
         (top / name).symlink_to(ROOT / name)
-    shutil.copy(ROOT / "recipes" / "demo.yaml", top / "params.yaml")
+    (top / "params.yaml").write_text(render_recipe(ROOT / "recipes" / "demo.yaml"))
     return top
 
 

@@ -8,14 +8,21 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from ruamel.yaml import YAML
 from transformers.utils import is_kernels_available
 
 MAKEFILE = (ROOT / "Makefile").read_text()
+UV = shutil.which("uv", path=f"{ROOT}/.tools/bin{os.pathsep}{os.environ['PATH']}") or ""
+needs_uv = pytest.mark.skipif(not UV, reason="no uv; `make test` brings it")
 PLANTED = "".join(("AKIA", "Z7Q3K5W2N8R4T6Y1"))  # looks like a key of AWS; in two parts, else our own check finds it
 
 
@@ -73,11 +80,22 @@ def test_code_of_a_hub_repository_is_never_run():
 def test_kernels_of_the_hub_come_from_checked_folders_alone():
     files = [file for folder in ("colintern", "stages", "bench") for file in (ROOT / folder).rglob("*.py")]
     using = [file for file in files if re.search(r"(?m)^\s*(from|import) kernels\b", file.read_text())]
-    assert using == [ROOT / "colintern" / "storage" / "kernels.py"]
+    assert using == [ROOT / "colintern" / "modeling" / "kernels.py"]
     words = set(re.findall(r"\w+", using[0].read_text()))
     assert "get_local_kernel" in words
     assert not words & {"get_kernel", "get_locked_kernel", "load_kernel", "install_kernel", "has_kernel"}
     assert not is_kernels_available(), "transformers would load kernels that no commit pins"
+
+
+def test_hooks_of_pre_commit_are_the_parts_of_make_check():
+    config = YAML(typ="safe").load(ROOT / ".pre-commit-config.yaml")
+    [parts] = re.findall(r"^check: (.+?)  ##", MAKEFILE, re.M)
+    [repository] = config["repos"]
+    assert repository["repo"] == "local", "a remote repository would bring tools that no hash covers"
+    hooks = {hook["id"]: hook for hook in repository["hooks"]}
+    assert list(hooks) == parts.split()
+    for name, hook in hooks.items():
+        assert hook["entry"] == f"make {name}" and hook["language"] == "system" and not hook["pass_filenames"]
 
 
 # --- The lock ---
@@ -94,17 +112,18 @@ def wheel(folder: Path) -> str:
     return hashlib.sha256((folder / "tiny-1-py3-none-any.whl").read_bytes()).hexdigest()
 
 
+@needs_uv
+@pytest.mark.parametrize("lock", ["requirements.txt", "requirements-dev.txt"])
 @pytest.mark.parametrize("hashed", ["right", "wrong", "none"])
-def test_make_installs_by_hash_alone(tmp_path, hashed):
-    uv = shutil.which("uv", path=f"{ROOT}/.tools/bin{os.pathsep}{os.environ['PATH']}")
-    if uv is None:
-        pytest.skip("no uv; `make test` brings it")
+def test_make_installs_by_hash_alone(tmp_path, hashed, lock):
     (tmp_path / ".tools" / "bin").mkdir(parents=True)
-    (tmp_path / ".tools" / "bin" / "uv").symlink_to(uv)
+    (tmp_path / ".tools" / "bin" / "uv").symlink_to(UV)
     shutil.copy(ROOT / "Makefile", tmp_path)
     digest = wheel(tmp_path)
     line = {"right": f" --hash=sha256:{digest}", "wrong": f" --hash=sha256:{digest[::-1]}", "none": ""}[hashed]
-    (tmp_path / "requirements.txt").write_text(f"tiny==1{line}\n")
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / "requirements-dev.txt").touch()
+    (tmp_path / lock).write_text(f"tiny==1{line}\n")
     env = os.environ | {"UV_OFFLINE": "1", "UV_NO_INDEX": "1", "UV_FIND_LINKS": str(tmp_path), "UV_NO_CACHE": "1"}
     done = subprocess.run(
         ["make", ".venv/.installed", f"PYTHON={sys.executable}"], cwd=tmp_path, env=env, capture_output=True, text=True
@@ -115,14 +134,69 @@ def test_make_installs_by_hash_alone(tmp_path, hashed):
     assert said in done.stderr and not (tmp_path / ".venv" / ".installed").exists(), "this folder is no package"
 
 
-def test_every_requirement_has_hashes_and_every_install_asks_for_them():
-    entries = re.sub(r"\\\n", " ", (ROOT / "requirements.txt").read_text()).splitlines()
-    entries = [line for line in entries if line and line.lstrip()[0] != "#"]
-    assert len(entries) > 100
+def read_lock(name: str) -> list[str]:
+    """Read the entries of a lock, a line each."""
+    lines = re.sub(r"\\\n", " ", (ROOT / name).read_text()).splitlines()
+    return [line for line in lines if line and line.lstrip()[0] != "#"]
+
+
+@pytest.mark.parametrize(("lock", "least"), [("requirements.txt", 200), ("requirements-dev.txt", 40)])
+def test_every_requirement_has_hashes_and_every_install_asks_for_them(lock, least):
+    entries = read_lock(lock)
+    assert len(entries) > least and "://" not in "".join(entries)
     for entry in entries:
         assert re.match(r"[\w.\[\],-]+==\S+ .*--hash=sha256:[0-9a-f]{64}", entry), entry
     installs = [line for line in MAKEFILE.splitlines() if "pip install" in line]
     assert len(installs) == 3
     assert [line for line in installs if "--require-hashes -r" not in line] == [
-        line for line in installs if line.endswith("--no-deps --no-build-isolation -e .")
+        line for line in installs if line.endswith("--no-deps -e .")
     ]
+
+
+def pin_versions(*locks: str) -> dict[str, str]:
+    """Map each package that locks install on this machine to its version."""
+    entries = [Requirement(line.partition(" --hash")[0]) for lock in locks for line in read_lock(lock)]
+    used = [entry for entry in entries if entry.marker is None or entry.marker.evaluate()]
+    return {canonicalize_name(entry.name): str(entry.specifier).removeprefix("==") for entry in used}
+
+
+def resolve_versions(declared: list[str]) -> dict[str, str]:
+    """Map all packages that requirements need, in this environment, to the versions that are installed."""
+    found, seen, waiting = {}, set(), [(line, "") for line in declared]
+    while waiting:
+        line, extra = waiting.pop()
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        new = {(requirement.name, wanted) for wanted in ("", *requirement.extras)} - seen
+        if new:
+            package = distribution(requirement.name)
+            found[canonicalize_name(requirement.name)] = package.version
+            waiting += [(line, wanted) for _, wanted in new for line in package.requires or ()]
+            seen |= new
+    return found
+
+
+def test_each_lock_has_all_that_its_packages_need():
+    """The image installs the first lock alone; the second leaves out what the first has, on this system too."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    runtime, dev = project["project"]["dependencies"], project["dependency-groups"]["dev"]
+    first, both = pin_versions("requirements.txt"), pin_versions("requirements.txt", "requirements-dev.txt")
+    needed, needed_dev = resolve_versions(runtime), resolve_versions(runtime + dev)
+    assert {name: first.get(name) for name in needed} == needed
+    assert both == needed_dev, "and nothing else"
+    assert not {"mypy", "pytest", "ruff", "cyclonedx-bom"} & set(first), "development tools are not in the image"
+
+
+@needs_uv
+def test_a_wheel_has_the_one_version_the_types_and_nothing_beside_the_library(tmp_path):
+    [pinned] = re.findall(r"^uv==(\S+)", (ROOT / "docker" / "uv.txt").read_text(), re.M)
+    [backend] = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert pinned in Requirement(backend).specifier, "otherwise uv downloads the backend, and no hash covers it"
+    subprocess.run([UV, "build", "--offline", "--wheel", "-q", "-o", tmp_path, ROOT], check=True)
+    [file] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+    assert file.name == f"colintern-{version('colintern')}-py3-none-any.whl"
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"colintern"}
+    assert {"colintern/py.typed", "colintern/reporting/templates/report.html"} <= set(names)

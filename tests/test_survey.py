@@ -13,12 +13,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import IRREGULAR, ROOT, page_image
+from conftest import IRREGULAR, ROOT, load_pairs, page_image
 from pdf_writer import write_pdf
 from test_images import bomb
 
 from colintern.commands import data as data_command
 from colintern.core.errors import UserError
+from colintern.core.recipes import render_recipe
 from colintern.data.formats import BEIR_TABLES, CorpusPage, Qrel, Query, check_beir_layout, write_beir
 from colintern.data.images import encode_png
 from colintern.ingest import scan
@@ -26,12 +27,13 @@ from colintern.ingest.documents import MAX_QUERY_CHARACTERS
 from colintern.ingest.scan import DatasetSplit, scan_rows
 from colintern.ingest.sources import group_files_by_split
 from colintern.ingest.validation import check_benchmarks, validate_judgments
-from colintern.params import load
+from colintern.params import load_params
 from colintern.statistics.dataset_stats import MEASURES, format_stats, load_dataset_stats, summarize_stats
 from colintern.statistics.survey import survey_rows
-from colintern.storage.manifest import benchmark_folder, local_file, local_files
+from colintern.storage.manifest import ensure_benchmark, hash_local_file, hash_local_files
 from stages import fetch_data as stage
 
+pytestmark = pytest.mark.integration
 SET, BEIR = "data/own/set", "data/own/beir"
 TRAIN_FILE, DEV_FILE = (Path(SET, f"{split}-00000-of-00001.parquet") for split in ("train", "test"))
 TRAIN_SPLIT = DatasetSplit(SET, "train", Path(SET), (TRAIN_FILE.name,))
@@ -51,7 +53,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def write_params(**values: object) -> None:
-    text = (ROOT / "recipes" / "demo.yaml").read_text()
+    text = render_recipe(ROOT / "recipes" / "demo.yaml")
     text = text.replace("train_data: demo\n", f"train_data: {values.pop('train_data', SET)}\n")
     benchmarks = values.pop("benchmarks", (BEIR,))
     text = text.replace("- demo\n", "".join(f"- {name}\n" for name in benchmarks))
@@ -114,13 +116,11 @@ def quarantine() -> list[dict]:
 
 
 def dev_and_train() -> dict:
-    from colintern.training.pairs import rows
-
-    return {split: [pair.query for pair in pairs] for split, pairs in rows(load()).items()}
+    return {split: [pair.query for pair in pairs] for split, pairs in load_pairs().items()}
 
 
 def stats() -> dict:
-    return load_dataset_stats(load().max_visual_tokens)
+    return load_dataset_stats(load_params().max_visual_tokens)
 
 
 CASES = [
@@ -370,12 +370,12 @@ def test_tables_of_an_evaluation_set_that_cannot_be_read_are_named(table, rows, 
 def test_a_parquet_file_that_is_no_regular_file_is_refused(kind):
     IRREGULAR[kind](Path(SET, "train-1.parquet"))
     if kind == "a folder":  # as some programs write a table: what is in it counts
-        assert len(local_files(SET, (".parquet",)).files) == 2
+        assert len(hash_local_files(SET, (".parquet",)).files) == 2
     else:
         with pytest.raises(UserError, match=f"{SET}: train-1.parquet is {kind}; only regular files are read"):
-            local_files(SET, (".parquet",))
+            hash_local_files(SET, (".parquet",))
     with pytest.raises(UserError, match=f"negatives_file: .* is {kind}"):
-        local_file(f"{SET}/train-1.parquet")
+        hash_local_file(f"{SET}/train-1.parquet")
     for path in Path(BEIR, "qrels").glob("*"):
         path.unlink()
     IRREGULAR[kind](Path(BEIR, "qrels", "test.parquet"))
@@ -494,7 +494,7 @@ def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():
     assert "1 of 81 rows in data/quarantine.json" in fetched()
     [entry] = quarantine()
     assert (entry["source"], entry["row"]) == (str(folder), "cut.pdf")
-    corpus = pq.read_table(next(benchmark_folder(str(folder)).glob("corpus/*.parquet"))).num_rows
+    corpus = pq.read_table(next(ensure_benchmark(str(folder)).glob("corpus/*.parquet"))).num_rows
     assert sum(map(len, dev_and_train().values())) + corpus == 80
     assert trains_on_pseudo_queries()
     write_pdf(folder / "c.pdf", [["new"]])

@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 from small_run import OUT, STEPS, Run, at_step, params, work
 from test_processes import free_port, rank_of
 
+pytestmark = pytest.mark.integration
+
 
 def in_write(of: str) -> None:
     """Kill when half of a checkpoint's file is written, or before its folder gets its name."""
@@ -54,9 +56,9 @@ def in_write(of: str) -> None:
 
 
 def before_the_end() -> None:
-    from colintern.training import runs
+    from colintern.training import run
 
-    runs.finish = lambda *args: kill()
+    run.save_artifacts = lambda *args: kill()
 
 
 def no_step() -> None:
@@ -333,10 +335,10 @@ def test_t11_where_one_page_does_not_fit_the_run_ends_with_what_to_change(place)
 def no_room_in_the_tower() -> None:
     from colintern.training import trainer
 
-    def page_features(*_):
+    def compute_image_features(*_):
         raise torch.AcceleratorError("CUDA error: out of memory")  # of a kernel that is loaded; no OutOfMemoryError
 
-    trainer.page_features = page_features
+    trainer.compute_image_features = compute_image_features
 
 
 def test_t11_where_the_tower_does_not_fit_either(place):

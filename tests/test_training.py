@@ -14,14 +14,14 @@ from colintern.core.errors import UserError
 from colintern.encoding.page_features import Page, PageFeatures
 from colintern.modeling import dropout
 from colintern.modeling.lora import add_lora
-from colintern.monitoring.watch import pace_findings
-from colintern.params import load as load_params
-from colintern.training.determinism import set_deterministic
-from colintern.training.pairs import Pair, Pairs
-from colintern.training.parts import places, restored, take
-from colintern.training.runs import prepare
-from colintern.training.trainer import ContrastiveTrainer, DevSet, NonFiniteError, arguments
+from colintern.monitoring.monitors import LossCurveMonitor, ThroughputMonitor, check_throughput
+from colintern.params import load_recipe
+from colintern.training.mini_batching import plan_mini_batches, scatter_to_batch_order, slice_mini_batch
+from colintern.training.pairs import TrainingDataset, TrainingPair
+from colintern.training.run import assemble_trainer, build_trainer, build_training_arguments, set_deterministic
+from colintern.training.trainer import NonFiniteError, RetrievalEvaluator
 
+pytestmark = pytest.mark.integration
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk"]
 
 
@@ -34,23 +34,23 @@ def make(processor, pages, tmp_path):
 
     def build(cache_gb=0.0, queries=QUERIES, shown=(0, 1, 2, 3), negatives=((),) * 4, **changes):
         params = dataclasses.replace(
-            load_params(ROOT / "recipes" / "demo.yaml"),
+            load_recipe(ROOT / "recipes" / "demo.yaml"),
             **{"batch_size": len(queries), "logging_steps": 1, "epochs": 1} | changes,
         )
         torch.manual_seed(0)
         base = load(BASE).to(getattr(torch, params.dtype))
         wrapped = add_lora(base, TARGETS, rank=4, alpha=4, dropout=params.lora_dropout)
-        args = arguments(params, tmp_path / "run", quiet=True)
+        args = build_training_arguments(params, tmp_path / "run", quiet=True)
         features = PageFeatures(wrapped, processor, tmp_path / "features", cache_gb, params.feature_cache_format)
         keyed = [Page.of(page) for page in pages]
         features.fill(keyed, workers=0)
         rows = [
-            Pair(query, keyed[number], tuple(keyed[n] for n in wrong))
+            TrainingPair(query, keyed[number], tuple(keyed[n] for n in wrong))
             for query, number, wrong in zip(queries, shown, negatives, strict=True)
         ]
-        dev = DevSet([Pair(query, page) for query, page in zip(QUERIES, keyed, strict=True)], features)
-        pairs = Pairs(rows, features)
-        return ContrastiveTrainer(params, processor, dev, model=wrapped, args=args, train_dataset=pairs)
+        dev = RetrievalEvaluator(list(map(TrainingPair, QUERIES, keyed)), features, params.eval_batch_size)
+        monitors = [LossCurveMonitor(params), ThroughputMonitor(params)]
+        return assemble_trainer(params, wrapped, processor, args, dev, TrainingDataset(rows, features), monitors)
 
     return build
 
@@ -103,7 +103,7 @@ def test_beside_a_bfloat16_base_adapters_are_float32_and_computed_in_bfloat16(ma
     low = gradients(trainer, processor, pages)
     assert seen == {torch.bfloat16}
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
-    trainer.low_precision = False
+    trainer.is_low_precision = False
     trainer.model.zero_grad()
     high = gradients(trainer, processor, pages)
     assert torch.float32 in seen, "the control computed in float32"
@@ -113,7 +113,7 @@ def test_beside_a_bfloat16_base_adapters_are_float32_and_computed_in_bfloat16(ma
 def test_the_loss_curve_in_bfloat16_stays_with_that_of_float32_adapters(make):
     def curve(low_precision):
         trainer = make(micro_batch_size=4, dtype="bfloat16", warmup_steps=0, lr=2e-3)
-        trainer.low_precision = low_precision
+        trainer.is_low_precision = low_precision
         trainer.args.num_train_epochs = 12
         trainer.evaluate = lambda *args, **kwargs: {}
         trainer.train()
@@ -140,7 +140,7 @@ def test_compiled_layers_give_the_same_gradient_and_keep_less_for_it(make, proce
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             made = gradients(trainer, processor, pages)
-        masks = {mask.untyped_storage().data_ptr() for mask in trainer.masks.drawn.values()}
+        masks = {mask.untyped_storage().data_ptr() for mask in trainer.dropout_masks.drawn.values()}
         return made, sum(size for place, size in kept.items() if place not in masks)
 
     (eager, whole), (compiled, less) = run(False), run(True)
@@ -167,16 +167,19 @@ def test_no_variant_of_a_compiled_layer_runs_as_if_it_were_not(make, processor, 
 
 def test_chance_among_fewer_pages_than_ranks_is_a_rank_of_each():
     pages = [Page(str(n), None) for n in range(6)]
-    chance = [DevSet([Pair("q", page) for page in pages[:n]], None).chance for n in (1, 2, 6)]
+    chance = [
+        RetrievalEvaluator([TrainingPair("q", page) for page in pages[:n]], None, 1).random_ndcg for n in (1, 2, 6)
+    ]
     assert chance == pytest.approx([1, (1 + 1 / math.log2(3)) / 2, 2.9485 / 6], abs=1e-4)
 
 
 def test_compile_without_a_compiler_is_refused_before_anything_is_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr("colintern.training.runs.rows", lambda params: {"train": [None] * 400, "test": []})
+    monkeypatch.setattr("colintern.training.run.training_data", lambda params: None)
+    monkeypatch.setattr("colintern.training.run.load_training_pairs", lambda *_: {"train": [None] * 400, "test": []})
     monkeypatch.setenv("PATH", str(tmp_path))
-    params = dataclasses.replace(load_params(ROOT / "recipes" / "demo.yaml"), compile=True)
+    params = dataclasses.replace(load_recipe(ROOT / "recipes" / "demo.yaml"), compile=True)
     with pytest.raises(UserError, match=r"compile: true needs a C\+\+ compiler, g\+\+ or clang\+\+"):
-        prepare(params, "a base that does not exist", tmp_path)
+        build_trainer(params, "a base that does not exist", tmp_path)
 
 
 NEGATIVES = ((3, 2), (), (1,), (0, 1))
@@ -192,17 +195,19 @@ def test_the_order_of_a_batch_in_parts_does_not_change_the_gradient(
     def run(order, cut):
         trainer = make(micro_batch_size=micro, negatives=NEGATIVES, lora_dropout=dropout)
         trainer.model.double()
-        monkeypatch.setattr("colintern.training.trainer.places", order)
-        monkeypatch.setattr("colintern.training.trainer.take", cut)
+        monkeypatch.setattr("colintern.training.trainer.plan_mini_batches", order)
+        monkeypatch.setattr("colintern.training.trainer.slice_mini_batch", cut)
         return gradients(trainer, processor, pages)
 
     def as_it_comes(inputs, size):
         return [part.tolist() for part in torch.arange(len(inputs["input_ids"])).split(size)]
 
     def uncut(inputs, rows, processor):
-        return take(inputs, rows, processor) | {key: inputs[key][rows] for key in ("input_ids", "attention_mask")}
+        return slice_mini_batch(inputs, rows, processor) | {
+            key: inputs[key][rows] for key in ("input_ids", "attention_mask")
+        }
 
-    assert apart(run(as_it_comes, uncut), run(places, take)) < 1e-6
+    assert apart(run(as_it_comes, uncut), run(plan_mini_batches, slice_mini_batch)) < 1e-6
 
 
 @pytest.mark.parametrize("micro", [1, 3, 4])
@@ -219,7 +224,7 @@ def test_hard_negatives_change_the_gradient_and_the_micro_batch_does_not(make, p
 def test_a_batch_with_negatives_holds_the_rows_pages_first(make, processor, pages):
     trainer = make(negatives=NEGATIVES)
     batch = trainer.data_collator(list(trainer.train_dataset))
-    keys = [page.key for page in (row.page for row in trainer.train_dataset.rows)]
+    keys = [page.key for page in (row.page for row in trainer.train_dataset.pairs)]
     wanted = [*keys, keys[3], keys[2], keys[1], keys[0], keys[1]]
     assert batch["page_ids"].tolist() == [int(key[:14], 16) for key in wanted]
     assert len(batch["query_ids"]) == 4 and len(batch["page"]["input_ids"]) == 9
@@ -235,11 +240,13 @@ def test_masked_pairs_are_counted_also_across_a_resume(make, tmp_path):
     whole.args.num_train_epochs, whole.args.logging_steps = 5, 2
     whole.train()
     curve = [row for row in whole.state.log_history if "loss" in row]
-    assert [row["masked_pairs"] for row in curve] == [8, 8] and whole.tally.total == 20
+    assert [row["masked_pairs"] for row in curve] == [8, 8] and whole.metric_accumulator.total_false_negatives == 20
     again = make(**changes)
     again.args.num_train_epochs, again.args.logging_steps = 5, 2
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
-    assert [row for row in again.state.log_history if "loss" in row] == curve and again.tally.total == 20
+    assert [
+        row for row in again.state.log_history if "loss" in row
+    ] == curve and again.metric_accumulator.total_false_negatives == 20
 
 
 def test_dropout_is_the_same_in_both_passes_of_a_micro_batch(make, processor, pages):
@@ -258,7 +265,7 @@ def test_dropout_is_the_same_in_both_passes_of_a_micro_batch(make, processor, pa
 
 def first_queries(trainer):
     query = trainer.data_collator(list(trainer.train_dataset))["query"]
-    return take(query, places(query, 2)[0], trainer.processor)
+    return slice_mini_batch(query, plan_mini_batches(query, 2)[0], trainer.processor)
 
 
 def test_a_deterministic_step_refuses_kernels_that_are_not_and_changes_no_bit_on_a_cpu(make, processor, pages):
@@ -281,8 +288,8 @@ def test_dropout_is_that_of_its_share_and_other_for_each_row_module_step_and_sid
     ones = torch.ones(4, 50, 128)
 
     def draw(module, side="page", step=3):
-        trainer.masks.draw(step, torch.device("cpu"))
-        with trainer.masks.rows(side, torch.arange(4), 50):
+        trainer.dropout_masks.draw(step, torch.device("cpu"))
+        with trainer.dropout_masks.rows(side, torch.arange(4), 50):
             return module(ones)
 
     trainer.model.train()
@@ -292,7 +299,7 @@ def test_dropout_is_that_of_its_share_and_other_for_each_row_module_step_and_sid
     others = [draw(gate), draw(up, "query"), draw(up, step=4), first.flip(0), first.roll(1, 1)]
     for other in others:  # independent ones agree in 0.25^2 + 0.75^2 of their elements
         assert (first == other).float().mean().item() == pytest.approx(0.625, abs=0.03)
-    with trainer.masks.rows("page", torch.arange(4), 49), pytest.raises(ValueError, match="49"):
+    with trainer.dropout_masks.rows("page", torch.arange(4), 49), pytest.raises(ValueError, match="49"):
         up(ones)
     assert not [name for name in trainer.model.state_dict() if "dropout" in name], "PEFT would save it"
 
@@ -311,17 +318,17 @@ def test_parts_of_a_batch_are_rows_of_like_length_with_their_own_tiles(processor
     assert len(set(tiles.tolist())) > 2, "ragged pages"
     lengths = batch["attention_mask"].sum(1)
     for size in (1, 2, 3, 4):
-        rows = places(batch, size)
+        rows = plan_mini_batches(batch, size)
         flat = [row for part in rows for row in part]
         assert sorted(flat) == [0, 1, 2, 3] and (size == 4 or flat != [0, 1, 2, 3])
         assert max(map(len, rows)) <= size
         assert size == 4 or [lengths[row] for row in flat] == sorted(lengths, reverse=True)
-        parts = [take(batch, part, processor) for part in rows]
+        parts = [slice_mini_batch(batch, part, processor) for part in rows]
         for part, taken in zip(rows, parts, strict=True):
             assert taken["input_ids"].shape == (len(part), lengths[part].max())
             assert torch.equal(taken["image_features"], torch.cat([own[row] for row in part]))
         for key in ("input_ids", "attention_mask"):
-            cut = restored(rows, (part[key][..., None] for part in parts))[..., 0]
+            cut = scatter_to_batch_order(rows, (part[key][..., None] for part in parts))[..., 0]
             assert torch.equal(cut * batch["attention_mask"], batch[key] * batch["attention_mask"])
 
 
@@ -340,7 +347,7 @@ def test_rows_are_cut_into_parts_where_the_padding_would_cost_more(lengths, size
     mask = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
     for row, length in zip(mask, lengths, strict=True):
         row[:length] = 1
-    assert places({"input_ids": mask, "attention_mask": mask}, size) == wanted
+    assert plan_mini_batches({"input_ids": mask, "attention_mask": mask}, size) == wanted
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
@@ -357,7 +364,7 @@ def test_no_other_cut_of_the_sorted_rows_costs_less(size):
             for number in range(128)
         )
         best = min(cost(cut) for cut in cuts if max(map(len, cut)) <= size)
-        found = places({"input_ids": mask, "attention_mask": mask}, size)
+        found = plan_mini_batches({"input_ids": mask, "attention_mask": mask}, size)
         assert cost([lengths[part].tolist() for part in found]) == best
 
 
@@ -389,20 +396,22 @@ def test_a_gradient_or_a_weight_that_is_not_finite_stops_the_run(make, processor
     ],
 )
 def test_a_run_that_could_not_be_reported_is_refused_before_anything_is_loaded(monkeypatch, tmp_path, changes, message):
-    monkeypatch.setattr("colintern.training.runs.rows", lambda params: {"train": [None] * 40, "test": []})
-    params = dataclasses.replace(load_params(ROOT / "recipes" / "demo.yaml"), **changes)
+    monkeypatch.setattr("colintern.training.run.training_data", lambda params: None)
+    monkeypatch.setattr("colintern.training.run.load_training_pairs", lambda *_: {"train": [None] * 40, "test": []})
+    params = dataclasses.replace(load_recipe(ROOT / "recipes" / "demo.yaml"), **changes)
     with pytest.raises(UserError, match=message):
-        prepare(params, "a base that does not exist", tmp_path)
+        build_trainer(params, "a base that does not exist", tmp_path)
 
 
 def test_more_layers_than_there_are_cannot_be_computed_again(make, monkeypatch, tmp_path):
     said = "gradient_checkpointing: 3 is more than the 2 layers of the language model"
     with pytest.raises(UserError, match=said):
         make(gradient_checkpointing=3, logging_steps=1)
-    monkeypatch.setattr("colintern.training.runs.rows", lambda params: {"train": [None] * 40, "test": []})
-    params = dataclasses.replace(load_params(ROOT / "recipes" / "demo.yaml"), gradient_checkpointing=3, logging_steps=1)
+    monkeypatch.setattr("colintern.training.run.training_data", lambda params: None)
+    monkeypatch.setattr("colintern.training.run.load_training_pairs", lambda *_: {"train": [None] * 40, "test": []})
+    params = dataclasses.replace(load_recipe(ROOT / "recipes" / "demo.yaml"), gradient_checkpointing=3, logging_steps=1)
     with pytest.raises(UserError, match=said):  # before it looks at a page, of which there are none here
-        prepare(params, str(BASE), tmp_path)
+        build_trainer(params, str(BASE), tmp_path)
 
 
 @pytest.mark.parametrize(("wanted", "calls"), [(False, [1, 1]), (1, [2, 1]), (2, [2, 2]), (True, [2, 2])])
@@ -475,7 +484,7 @@ def test_the_tower_sees_a_page_once_a_step_or_never_and_is_never_differentiated(
 
 def test_the_time_spent_waiting_for_data_is_told_from_the_time_of_a_step(make, monkeypatch):
     """With rows that take their time; evaluation, which lies between steps too, is not counted as waiting."""
-    item, wait, score = Pairs.__getitem__, 1.0, DevSet.ndcg
+    item, wait, score = TrainingDataset.__getitem__, 1.0, RetrievalEvaluator.compute_ndcg
 
     def slow(self, index):
         time.sleep(wait / 4)
@@ -485,17 +494,18 @@ def test_the_time_spent_waiting_for_data_is_told_from_the_time_of_a_step(make, m
         time.sleep(2.0)
         return score(self, *args)
 
-    monkeypatch.setattr(Pairs, "__getitem__", slow)
-    monkeypatch.setattr(DevSet, "ndcg", slow_score)
+    monkeypatch.setattr(TrainingDataset, "__getitem__", slow)
+    monkeypatch.setattr(RetrievalEvaluator, "compute_ndcg", slow_score)
     trainer = make(1.0, workers=0, warmup_steps=0)
     trainer.args.num_train_epochs = 3
     trainer.train()
-    pace, spent = trainer.pace.values(), sum(trainer.pace.steps)
-    assert len(trainer.pace.steps) == 3 and 3 * wait <= trainer.pace.waited < 3 * wait + 2.0
-    assert pace["data_wait_share"] == pytest.approx(trainer.pace.waited / (trainer.pace.waited + spent))
+    monitor = trainer.run_callbacks[1]
+    pace, spent = monitor.summarize(), sum(monitor.step_seconds)
+    assert len(monitor.step_seconds) == 3 and 3 * wait <= monitor.wait_seconds < 3 * wait + 2.0
+    assert pace["data_wait_share"] == pytest.approx(monitor.wait_seconds / (monitor.wait_seconds + spent))
     assert 0 < pace["step_seconds"] <= pace["slowest_tenth_seconds"] and 0 < pace["memory_share"] < 1
     assert ("gpu_memory_share" in pace) == torch.cuda.is_available()
-    judged = {finding.name: finding.verdict for finding in pace_findings(pace, trainer.params)}
+    judged = {finding.name: finding.verdict for finding in check_throughput(pace, monitor.params)}
     assert judged["data wait"] != "ok"
 
 

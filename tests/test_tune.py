@@ -22,21 +22,21 @@ from browser import PHONE, program, tab
 from conftest import ROOT
 from processes import FORKS, Place
 from small_run import OUT, at_step
-from studies import SETTINGS, made, taker, worker
+from studies import SETTINGS, claim_and_die, complete_trials, open_test_study
 from test_dvc_commands import IDENTITY, copy_working_tree
 
-from bench import study as judged
+from bench import study as bench_study
 from colintern import __main__ as cli
 from colintern.commands import tune
-from colintern.commands.tune import _check as check_study
+from colintern.commands.tune import _check_study_name
 from colintern.core.errors import UserError
-from colintern.params import load, write
-from colintern.tuning import experiments, outcome
-from colintern.tuning import trial_context as told
-from colintern.tuning.space import Search, read
-from colintern.tuning.store import Store
-from colintern.tuning.studies import warm_start
-from colintern.tuning.trials import SLOT, Taken, cause, finish, put_back, take
+from colintern.params import load_params, update_params
+from colintern.tuning import experiments, trial_context
+from colintern.tuning.search_space import SearchSpace, list_extremes, read_search_space
+from colintern.tuning.studies import add_finished_experiments
+from colintern.tuning.study_report import collect_results, format_trial_table, write_study_report
+from colintern.tuning.study_storage import StudyStorage, redact_address
+from colintern.tuning.trials import SLOT, ClaimedTrial, claim_trial, find_cause, record_score, requeue
 
 HEAD = "".join(f"{key}: {value}\n" for key, value in SETTINGS.items())
 SPACE = HEAD + "space:\n  lr: {low: 0.001, high: 0.02, log: true}\n  lora_rank: {choices: [8, 16]}\n"
@@ -45,18 +45,17 @@ TWO += (
     "space:\n  lr: {low: 0.001, high: 0.02, log: true}\n  pool_factor: {low: 1, high: 4}\n  dim: {choices: [32, 128]}\n"
 )
 optuna.logging.set_verbosity(optuna.logging.ERROR)
-pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage", "ignore::optuna.exceptions.ExperimentalWarning")
-
-
-def values(path: Path = ROOT / "params.yaml") -> dict:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(load(path)).items()}
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore:Heartbeat of storage", "ignore::optuna.exceptions.ExperimentalWarning"),
+]
 
 
 @pytest.fixture
-def search(tmp_path, monkeypatch) -> Search:
+def space(tmp_path, monkeypatch) -> SearchSpace:
     monkeypatch.chdir(ROOT)
     (tmp_path / "tune.yaml").write_text(SPACE)
-    return read(values(), tmp_path / "tune.yaml")
+    return read_search_space(load_params(ROOT / "params.yaml"), tmp_path / "tune.yaml")
 
 
 # --- The space ---
@@ -64,9 +63,11 @@ def search(tmp_path, monkeypatch) -> Search:
 
 def test_the_repositorys_own_space_fits_its_params(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert {one.key for one in read(values(), Path("tune.yaml")).space} >= {"lr", "lora_rank", "temperature"}
-    wide = {one.key: one for one in read(values(), judged.SPACE).space}
-    assert all(judged.within(wide[key], wide[key].ends, value) for key, value in judged.GUIDE.items())
+    params = load_params(ROOT / "params.yaml")
+    assert read_search_space(params, Path("tune.yaml")).distributions.keys() >= {"lr", "lora_rank", "temperature"}
+    wide = read_search_space(params, bench_study.SPACE).distributions
+    for key, value in bench_study.GUIDE.items():
+        assert bench_study.is_within(wide[key], list_extremes(wide[key]), value), key
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_the_repositorys_own_space_fits_its_params(monkeypatch):
             "space.pool_factor: no stage that decides the dev score reads it, only eval",
         ),
         ("dim: {choices: [64, 128]}", "space.dim: no stage that decides the dev score reads it"),
-        ("dev_queries: {low: 1, high: 9}", "it decides on what the dev score is measured"),
+        ("dev_queries: {low: 1, high: 9}", "it decides what the dev score is measured on"),
         ("workers: {low: 0, high: 2}", "it does not change the dev score"),
         ("lora_targets: {choices: [a, b]}", "lists cannot be searched"),
         ("lr: 0.1", "it must be {low: A, high: B}"),
@@ -101,7 +102,7 @@ def test_what_cannot_be_searched_is_refused(tmp_path, monkeypatch, text, words):
     monkeypatch.chdir(ROOT)
     (tmp_path / "tune.yaml").write_text(f"{HEAD}space:\n  {text}\n")
     with pytest.raises(UserError, match=re.escape(words)):
-        read(values(), tmp_path / "tune.yaml")
+        read_search_space(load_params(ROOT / "params.yaml"), tmp_path / "tune.yaml")
 
 
 @pytest.mark.parametrize(
@@ -127,23 +128,27 @@ def test_a_bad_tune_yaml_is_refused(tmp_path, monkeypatch, text, words):
     monkeypatch.chdir(ROOT)
     (tmp_path / "tune.yaml").write_text(text)
     with pytest.raises(UserError, match=re.escape(words)):
-        read(values(), tmp_path / "tune.yaml")
+        read_search_space(load_params(ROOT / "params.yaml"), tmp_path / "tune.yaml")
 
 
 def test_the_winner_is_written_between_the_comments(tmp_path):
     file = tmp_path / "params.yaml"
     before = (ROOT / "params.yaml").read_text()
     file.write_text(before)
-    assert write(file, {"lr": 0.00123456789, "lora_rank": 8, "lr_scheduler": "cosine", "compile": False}) == [
+    assert update_params(file, {"lr": 0.00123456789, "lora_rank": 8, "lr_scheduler": "cosine", "compile": False}) == [
         "lr", "lora_rank", "lr_scheduler",
     ]  # fmt: skip
-    assert (load(file).lr, load(file).lora_rank, load(file).lr_scheduler) == (0.00123456789, 8, "cosine")
+    assert (load_params(file).lr, load_params(file).lora_rank, load_params(file).lr_scheduler) == (
+        0.00123456789,
+        8,
+        "cosine",
+    )
     comments = [line for line in before.splitlines() if line.startswith("#")]
     assert [line for line in file.read_text().splitlines() if line.startswith("#")] == comments
 
 
 def test_the_tuner_imports_no_torch():
-    names = [f"colintern.{name}" for name in ("commands.tune", "tuning.outcome", "tuning.studies", "tuning.trials")]
+    names = [f"colintern.{name}" for name in ("commands.tune", "tuning.study_report", "tuning.trials")]
     code = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
@@ -151,22 +156,22 @@ def test_the_tuner_imports_no_torch():
 # --- Who takes which trial ---
 
 
-def test_three_workers_make_no_trial_twice_and_none_too_many(tmp_path, search):
-    workers = [FORKS.Process(target=worker, args=(tmp_path, search, 12)) for _ in range(3)]
+def test_three_workers_make_no_trial_twice_and_none_too_many(tmp_path, space):
+    workers = [FORKS.Process(target=complete_trials, args=(tmp_path, space, 12)) for _ in range(3)]
     for one in workers:
         one.start()
     for one in workers:
         one.join(120)
-    trials = made(tmp_path, search)[1].trials
+    trials = open_test_study(tmp_path, space)[1].trials
     assert [one.exitcode for one in workers] == [0, 0, 0]
     assert Counter(t.state.name for t in trials) == {"COMPLETE": 12} and {t.number for t in trials} == set(range(12))
 
 
-def test_u1_a_killed_workers_trial_is_tried_once_more_with_the_same_settings(tmp_path, search):
-    store, study = made(tmp_path, search, 1)
+def test_u1_a_killed_workers_trial_is_tried_once_more_with_the_same_settings(tmp_path, space):
+    storage, study = open_test_study(tmp_path, space, 1)
 
     def killed() -> None:
-        one = FORKS.Process(target=taker, args=(tmp_path, search))
+        one = FORKS.Process(target=claim_and_die, args=(tmp_path, space))
         one.start()
         one.join(60)
         assert one.exitcode == -signal.SIGKILL
@@ -174,27 +179,29 @@ def test_u1_a_killed_workers_trial_is_tried_once_more_with_the_same_settings(tmp
 
     killed()
     killed()  # its second try
-    second = take(study, store, search, 2)
-    assert isinstance(second, Taken)
+    second = claim_trial(study, storage, space, 2)
+    assert isinstance(second, ClaimedTrial)
     study.tell(second.number, 0.5)
-    assert take(study, store, search, 2) == 0
+    assert claim_trial(study, storage, space, 2) == 0
     first, again, other = study.trials
     assert first.params == again.params != other.params
     assert [t.state.name for t in study.trials] == ["FAIL", "FAIL", "COMPLETE"]
     assert [t.user_attrs[SLOT] for t in study.trials] == [0, 0, 2]
 
 
-def test_a_resumed_study_goes_on_as_if_never_stopped(tmp_path, search):
+def test_a_resumed_study_goes_on_as_if_never_stopped(tmp_path, space):
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     for folder, totals in ((straight, [8]), (parts, [3, 8])):
         for total in totals:
-            store, study = made(folder, search)
-            while isinstance(taken := take(study, store, search, total), Taken):
+            storage, study = open_test_study(folder, space)
+            while isinstance(trial := claim_trial(study, storage, space, total), ClaimedTrial):
                 if len(study.trials) == 2 and folder == parts:
-                    put_back(study, taken.number)  # Ctrl-C
-                    taken = take(study, store, search, total)
-                study.tell(taken.number, 1 - abs(taken.values["lr"] - 0.006))
-    done = [[t.params for t in made(f, search)[1].trials if t.state.name == "COMPLETE"] for f in (straight, parts)]
+                    requeue(study, trial.number)  # Ctrl-C
+                    trial = claim_trial(study, storage, space, total)
+                study.tell(trial.number, 1 - abs(trial.values["lr"] - 0.006))
+    done = [
+        [t.params for t in open_test_study(f, space)[1].trials if t.state.name == "COMPLETE"] for f in (straight, parts)
+    ]
     assert len(done[0]) == len(done[1]) == 8
     assert done[0][:2] == done[1][:2], "put back with the same settings"
     assert len({json.dumps(one) for one in done[1]}) == 8, "a resumed study does not draw its first trials again"
@@ -202,13 +209,13 @@ def test_a_resumed_study_goes_on_as_if_never_stopped(tmp_path, search):
 
 def on_a_full_disk() -> None:
     """`colintern tune`; from its first trial on no file may grow any more."""
-    work = tune._work
+    work = tune._run_trials
 
     def full(*args):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         work(*args)
 
-    tune._work = full
+    tune._run_trials = full
     os.environ |= IDENTITY
     cli.main(["tune", "--trials", "1"])
 
@@ -232,7 +239,7 @@ def test_a_path_that_dvc_cannot_copy_is_refused_before_the_first_trial(tmp_path,
     with pytest.raises(
         UserError, match=rf"repo: DVC cannot copy a project whose path has '{re.escape(name.strip('abc'))}'"
     ):
-        check_study("fine")
+        _check_study_name("fine")
 
 
 # --- The password ---
@@ -251,14 +258,13 @@ def test_a_path_that_dvc_cannot_copy_is_refused_before_the_first_trial(tmp_path,
 )
 def test_a_storage_that_cannot_be_used_is_named_without_its_password(url, words):
     with pytest.raises(UserError, match=re.escape(f"--storage: {words}")) as refused:
-        Store(url, "a", 30)
+        StudyStorage(url, "a", 30)
     assert "marked" not in "".join(traceback.format_exception(refused.value))
 
 
 def test_the_password_is_taken_out_of_whatever_is_shown():
-    store = object.__new__(Store)
-    store.url = "postgresql://me:marked%40word@host/x"
-    text = store.redacted(f"cannot reach {store.url}; password marked@word, or marked%40word")
+    url = "postgresql://me:marked%40word@host/x"
+    text = redact_address(f"cannot reach {url}; password marked@word, or marked%40word", url)
     assert "marked" not in text
 
 
@@ -266,7 +272,8 @@ def test_the_password_is_taken_out_of_whatever_is_shown():
 
 
 def as_trial(url: str, number: int, owner: int, step: int = 0, do: object = None) -> None:
-    os.environ |= {told.STORAGE: url, told.STUDY: "a", told.TRIAL: str(number), told.OWNER: str(owner)}
+    context = trial_context
+    os.environ |= {context.STORAGE: url, context.STUDY: "a", context.TRIAL: str(number), context.OWNER: str(owner)}
     if do:
         at_step(step, do)
 
@@ -282,71 +289,71 @@ def dev_scores(folder: Path) -> dict[int, float]:
         return {int(row["step"]): float(row["eval_ndcg_at_5"]) for row in csv.DictReader(file)}
 
 
-def test_a_trial_reports_each_dev_score_and_ends_on_the_same_bytes(place, whole, tmp_path, search):
-    store, study = made(tmp_path, search)
-    trial = take(study, store, search, 9)
-    store.optuna.set_trial_user_attr(trial.id, told.SIZE, [1, 128])
-    assert place.run(as_trial, store.url, trial.number, os.getpid()) == 0, place.log
+def test_a_trial_reports_each_dev_score_and_ends_on_the_same_bytes(place, whole, tmp_path, space):
+    storage, study = open_test_study(tmp_path, space)
+    trial = claim_trial(study, storage, space, 9)
+    storage.rdb.set_trial_user_attr(trial.id, trial_context.SIZE, [1, 128])
+    assert place.run(as_trial, storage.url, trial.number, os.getpid()) == 0, place.log
     assert place.result() == whole
     reported = study.trials[0].intermediate_values
     scores = dev_scores(place.folder)
     assert list(scores) == [3, 6, 9, 10] and reported == dict(enumerate(scores.values(), start=1))
-    measured = study.trials[0].user_attrs[told.MEASURED]
+    measured = study.trials[0].user_attrs[trial_context.MEASURED]
     assert measured["dev_ndcg_at_5"] == round(reported[4], 6), "at full size the same score"
     assert measured["training_seconds"] > 0 and measured["vectors_per_page"] == 12 + 16
 
 
-def test_a_trial_stops_when_told_and_leaves_nothing(place, tmp_path, search):
-    store, study = made(tmp_path, search)
+def test_a_trial_stops_when_told_and_leaves_nothing(place, tmp_path, space):
+    storage, study = open_test_study(tmp_path, space)
     for _ in range(3):  # as good as can be, so that the fourth is below their median
-        good = study.ask(search.distributions())
+        good = study.ask(space.distributions)
         good.report(1.1, 1)
         study.tell(good, 1.1)
-    trial = take(study, store, search, 9)
+    trial = claim_trial(study, storage, space, 9)
     (place.folder / "metrics" / "train.json").unlink(missing_ok=True)  # of the run that the fixture may have made
-    assert place.run(as_trial, store.url, trial.number, os.getpid()) == 3, place.log
+    assert place.run(as_trial, storage.url, trial.number, os.getpid()) == 3, place.log
     assert "stopped at step 3 of 10: the study found its dev score too low" in place.err
     assert not (place.folder / OUT).exists() and not (place.folder / "metrics" / "train.json").exists()
     assert not [path for path in (place.folder / ".scratch").iterdir() if path.is_dir()]
     attributes = study.trials[-1].user_attrs
-    assert attributes[told.STOPPED] == 1 and list(study.trials[-1].intermediate_values) == [1]
+    assert attributes[trial_context.STOPPED] == 1 and list(study.trials[-1].intermediate_values) == [1]
 
 
-def test_a_trial_whose_tuner_is_gone_leaves_a_checkpoint_for_the_second_try(place, whole, tmp_path, search):
-    store, study = made(tmp_path, search)
-    trial, again = take(study, store, search, 9), take(study, store, search, 9)
-    store.optuna.set_trial_user_attr(again.id, told.SIZE, [4, 2])
+def test_a_trial_whose_tuner_is_gone_leaves_a_checkpoint_for_the_second_try(place, whole, tmp_path, space):
+    storage, study = open_test_study(tmp_path, space)
+    trial, again = claim_trial(study, storage, space, 9), claim_trial(study, storage, space, 9)
+    storage.rdb.set_trial_user_attr(again.id, trial_context.SIZE, [4, 2])
     tuner = subprocess.Popen(["sleep", "300"])
-    assert place.run(as_trial, store.url, trial.number, tuner.pid, 7, partial(gone, tuner.pid)) == 75, place.log
+    assert place.run(as_trial, storage.url, trial.number, tuner.pid, 7, partial(gone, tuner.pid)) == 75, place.log
     tuner.wait()
     assert (place.scratch / "checkpoint-7").is_dir()
-    assert place.run(as_trial, store.url, again.number, os.getpid()) == 0, place.log
+    assert place.run(as_trial, storage.url, again.number, os.getpid()) == 0, place.log
     assert "resuming from" in place.log and place.result() == whole
     assert list(study.trials[1].intermediate_values) == [1, 2, 3, 4], "also what was measured before the kill"
-    small = study.trials[1].user_attrs[told.MEASURED]
+    small = study.trials[1].user_attrs[trial_context.MEASURED]
     assert small["vectors_per_page"] == 12 + 16 / 4, "text, and what is left of 16 tokens of a tile"
 
 
-def test_experiments_are_read_where_the_pipeline_is_a_sub_folder_of_gits(tmp_path, search, monkeypatch):
+def test_experiments_are_read_where_the_pipeline_is_a_sub_folder_of_gits(tmp_path, space, monkeypatch):
     project = tmp_path / "project"
     for name in ("dvc.yaml", "dvc.lock", "params.yaml", "metrics/train.json"):
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, project / name)
-    write(project / "params.yaml", {"lora_rank": 8})
-    params = dataclasses.replace(load(ROOT / "params.yaml"), lora_rank=8)
+    update_params(project / "params.yaml", {"lora_rank": 8})
+    params = dataclasses.replace(load_params(ROOT / "params.yaml"), lora_rank=8)
     commit = "git -c user.name=T -c user.email=t@localhost commit -qm state"
     place = f"refs/exps/ab/{'c' * 38}/a-000"
     line = f"git init -q && git add -A && {commit} && git update-ref {place} HEAD"
     subprocess.run(line, shell=True, cwd=tmp_path, check=True)
     monkeypatch.chdir(project)
-    store, study = made(tmp_path, search)
-    assert warm_start(study, search, params) == (1, {})
-    assert finish(study, store, take(study, store, search, 9), "a-000").startswith("complete  0.")
+    storage, study = open_test_study(tmp_path, space)
+    assert add_finished_experiments(study, space, params) == (1, {})
+    assert record_score(study, storage, claim_trial(study, storage, space, 9), "a-000").startswith("complete  0.")
 
 
-def test_a_workspace_that_changed_while_dvc_took_it_ends_the_trial(tmp_path, search, monkeypatch):
-    store, study = made(tmp_path, search)
-    trial = take(study, store, search, 9)
+def test_a_workspace_that_changed_while_dvc_took_it_ends_the_trial(tmp_path, space, monkeypatch):
+    storage, study = open_test_study(tmp_path, space)
+    trial = claim_trial(study, storage, space, 9)
     asked = []
 
     def check() -> None:
@@ -358,90 +365,93 @@ def test_a_workspace_that_changed_while_dvc_took_it_ends_the_trial(tmp_path, sea
     monkeypatch.setattr(experiments.subprocess, "Popen", lambda command, **options: begin(dvc, **options))
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     with pytest.raises(UserError, match="lr was 1, is 2"):
-        experiments.experiment(store, trial, "a-000", tmp_path / "log", check)
+        experiments.run_experiment(storage, trial, "a-000", tmp_path / "log", check)
 
 
 # --- What is shown ---
 
 
 @pytest.fixture
-def finished(tmp_path, search):
-    store, study = made(tmp_path, search)
+def finished(tmp_path, space):
+    storage, study = open_test_study(tmp_path, space)
     for number in range(10):
-        taken = take(study, store, search, 10)
-        trial = optuna.trial.Trial(study, taken.id)
-        score = 0.9 - 40 * abs(taken.values["lr"] - 0.006)
+        trial = claim_trial(study, storage, space, 10)
+        score = 0.9 - 40 * abs(trial.values["lr"] - 0.006)
         for epoch in (1, 2):
-            trial.report(score * epoch / 2, epoch)
+            optuna.trial.Trial(study, trial.id).report(score * epoch / 2, epoch)
         if number in (4, 7):
-            study.tell(taken.number, state=optuna.trial.TrialState.PRUNED)
+            study.tell(trial.number, state=optuna.trial.TrialState.PRUNED)
         else:
-            study.tell(taken.number, score)
+            study.tell(trial.number, score)
     return study
 
 
-def test_the_table_fits_80_columns_and_shows_the_best_first(finished, search):
-    lines = outcome.table(outcome.rows(finished), outcome.importance(finished, search), search)
+def test_the_table_fits_80_columns_and_shows_the_best_first(finished, space):
+    lines = format_trial_table(collect_results(finished, space))
     assert max(map(len, lines)) <= 80 and len(lines) == 11
     assert f"{finished.best_trial.number:03}" == lines[1].split()[0]
     assert sum("pruned" in line for line in lines) == 2
 
 
-def test_importance_finds_the_key_that_matters(finished, search):
-    weights = outcome.importance(finished, search)
-    assert weights["lr"] > 0.8 and abs(sum(weights.values()) - 1) < 1e-9
+def test_importance_finds_the_key_that_matters(finished, space):
+    importance = collect_results(finished, space).importance
+    assert importance["lr"] > 0.8 and abs(sum(importance.values()) - 1) < 1e-9
 
 
-def test_the_files_are_the_same_each_time(finished, search, tmp_path, monkeypatch):
+def test_the_files_are_the_same_each_time(finished, space, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = [path.read_bytes() for path in outcome.write(finished, search, Path("studies"))]
-    assert [path.read_bytes() for path in outcome.write(finished, search, Path("studies"))] == first
+    first, second = (
+        [path.read_bytes() for path in write_study_report(collect_results(finished, space), Path("studies"))]
+        for _ in range(2)
+    )
+    assert first == second
     best = json.loads(Path("optuna_best_params.json").read_text())
     assert best["params"] == finished.best_trial.params and best["dev_ndcg_at_5"] == finished.best_value
     assert best["trials"] == {"complete": 8, "pruned": 2}
 
 
 @pytest.mark.skipif(program() is None, reason="needs a Chromium")
-def test_the_page_is_whole_in_a_browser(finished, search, tmp_path, monkeypatch):
+def test_the_page_is_whole_in_a_browser(finished, space, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    page = outcome.write(finished, search, Path("studies"))[1]
+    page = write_study_report(collect_results(finished, space), Path("studies"))[1]
     with tab(tmp_path / "profile") as one:
         for name, size, dark in (("desktop", (1280, 1500), False), ("phone", PHONE, True)):
             one.show(page, size, dark)
             assert not one.complaints() and len(one.fetched()) == 1
-            assert one.value("document.querySelectorAll('svg').length") == 4
+            pictures = "[...document.images].filter(i => i.complete && i.naturalWidth).map(i => i.alt).join()"
+            assert one.value(pictures) == "History,In training,Importance,Settings and score"
             assert one.value("document.documentElement.scrollWidth <= innerWidth")
             one.picture(tmp_path / f"{name}.png")
 
 
 @pytest.fixture
-def weighed(tmp_path, search):
+def weighed(tmp_path, space):
     """A study of two objectives: small pages cost score, and lr decides the rest."""
     (tmp_path / "tune.yaml").write_text(TWO)
-    two = read(values(), tmp_path / "tune.yaml")
-    store, study = made(tmp_path, two)
+    two = read_search_space(load_params(ROOT / "params.yaml"), tmp_path / "tune.yaml")
+    storage, study = open_test_study(tmp_path, two)
     for _ in range(12):
-        taken = take(study, store, two, 12)
-        factor, dim = study.trials[taken.number].user_attrs[told.SIZE]
-        assert (factor, dim) == (taken.values["pool_factor"], taken.values["dim"])
-        score = 0.9 - 0.05 * factor - 0.1 * (dim < 128) - 10 * abs(taken.values["lr"] - 0.006)
-        study.tell(taken.number, [score, 96 / factor * dim * 2])
+        trial = claim_trial(study, storage, two, 12)
+        factor, dim = study.trials[trial.number].user_attrs[trial_context.SIZE]
+        assert (factor, dim) == (trial.values["pool_factor"], trial.values["dim"])
+        score = 0.9 - 0.05 * factor - 0.1 * (dim < 128) - 10 * abs(trial.values["lr"] - 0.006)
+        study.tell(trial.number, [score, 96 / factor * dim * 2])
     return study, two
 
 
 def test_the_front_is_optunas_and_stands_in_table_file_and_page(weighed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study, two = weighed
-    found = outcome.rows(study)
-    front = [row.number for row in outcome.front(found)]
+    results = collect_results(study, two)
+    front = [row.number for row in results.front]
     assert sorted(front) == sorted(trial.number for trial in study.best_trials) and 1 < len(front) < 12
-    lines = outcome.table(found, outcome.importance(study, two), two)
+    lines = format_trial_table(results)
     assert max(map(len, lines)) <= 80 and {int(line[:3]) for line in lines[1:13] if " * " in line} == set(front)
-    page = outcome.write(study, two, Path("studies"))[1].read_text()
+    page = write_study_report(results, Path("studies"))[1].read_text()
     best = json.loads(Path("optuna_best_params.json").read_text())["front"]
     assert [row["experiment"] for row in best] == [f"a-{number:03}" for number in front]
     assert [row["bytes_per_page"] for row in best] == sorted(row["bytes_per_page"] for row in best)
-    assert 'aria-label="Front"' in page and page.count("<td>yes</td>") == len(front)
+    assert 'alt="Front"' in page and page.count("<td>yes</td>") == len(front)
 
 
 @pytest.mark.parametrize(
@@ -453,35 +463,35 @@ def test_the_front_is_optunas_and_stands_in_table_file_and_page(weighed, tmp_pat
         ),
         ("Traceback\n  File x\nValueError: no\nERROR: failed to reproduce", "ValueError: no"),
         ("ERROR: Git user name\nERROR: second", "ERROR: Git user name"),
-        ("", "it said nothing"),
+        ("", "it printed nothing"),
     ],
 )
 def test_the_cause_of_a_failed_trial(text, found):
-    assert cause(text).startswith(found)
+    assert find_cause(text).startswith(found)
 
 
 # --- PostgreSQL, for several machines ---
 
 
-def test_workers_on_a_postgresql_server(postgresql, tmp_path, search):
-    workers = [FORKS.Process(target=worker, args=(postgresql, search, 8)) for _ in range(2)]
+def test_workers_on_a_postgresql_server(postgresql, tmp_path, space):
+    workers = [FORKS.Process(target=complete_trials, args=(postgresql, space, 8)) for _ in range(2)]
     for one in workers:
         one.start()
     for one in workers:
         one.join(120)
-    store, study = made(postgresql, search, 1)
-    assert Counter(t.state.name for t in study.trials) == {"COMPLETE": 8} and "marked" not in store.shown
+    storage, study = open_test_study(postgresql, space, 1)
+    assert Counter(t.state.name for t in study.trials) == {"COMPLETE": 8} and "marked" not in storage.shown_url
     for _ in range(2):  # and its second try
-        killed = FORKS.Process(target=taker, args=(postgresql, search, 9))
+        killed = FORKS.Process(target=claim_and_die, args=(postgresql, space, 9))
         killed.start()
         killed.join(60)
         assert killed.exitcode == -signal.SIGKILL
         time.sleep(2.5)
-    assert take(study, store, search, 9) == 0, "no third try"
+    assert claim_trial(study, storage, space, 9) == 0, "no third try"
     first, again = study.trials[8:]
     assert first.params == again.params and (first.state.name, again.state.name) == ("FAIL", "FAIL")
     assert [t.user_attrs[SLOT] for t in (first, again)] == [8, 8]
     with pytest.raises(UserError) as refused:
-        Store(postgresql.replace("marked", "markedwrong"), "a", 1)
+        StudyStorage(postgresql.replace("marked", "markedwrong"), "a", 1)
     assert "marked" not in str(refused.value) and "authentication" in str(refused.value)
     assert refused.value.__cause__ is None and refused.value.__suppress_context__

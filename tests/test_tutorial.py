@@ -6,6 +6,7 @@ from pages import ROOT, documented, fenced
 from pdf_writer import write_pdf
 from test_dvc_commands import IDENTITY, Repo, bare_environment, copy_working_tree, cut_down, set_up
 
+pytestmark = pytest.mark.integration
 PAGE = ROOT / "docs" / "tutorial.md"
 RUN = {  # the page's commands in its order, and what it quotes of their output, without numbers
     documented("make repro"): "model      ndcg@5 ndcg@10 rec@100",

@@ -11,16 +11,18 @@ from conftest import BASE, ROOT
 from hub import running
 from processes import Place
 
-from colintern.params import load
+from colintern.core.recipes import render_recipe
+from colintern.params import load_recipe
 
-RECIPE = load(ROOT / "recipes" / "internvl3_5-1b.yaml")
+pytestmark = pytest.mark.integration
+RECIPE = load_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml")
 CONFIG = (ROOT / "tests" / "internvl3_5-1b.json").read_bytes()
 
 
 @pytest.fixture
 def workspace(tmp_path):
     """A folder with the 1B recipe as params.yaml, the demo's base, and an empty cache."""
-    shutil.copy(ROOT / "recipes" / "internvl3_5-1b.yaml", tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text(render_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml"))
     (tmp_path / "demo").mkdir()
     shutil.copytree(BASE, tmp_path / "demo" / "base")
     (tmp_path / "demo" / "base" / "model.safetensors").unlink()  # nobody reads weights

@@ -20,6 +20,7 @@ from test_processes import free_port, rank_of
 from colintern.core.errors import UserError, exit_on_user_error
 from colintern.encoding.workers import check_workers
 
+pytestmark = pytest.mark.integration
 RUN_TIMEOUT_SECONDS = 60  # a run takes 5 s
 
 
@@ -28,7 +29,8 @@ def inject_fault(where: str) -> None:
     from transformers import TrainerCallback
 
     from colintern.encoding import page_features as features
-    from colintern.training import checkpoints, pairs, trainer
+    from colintern.monitoring import monitors
+    from colintern.training import checkpoints, loss, pairs, trainer
 
     def bug(*args, **kwargs):
         raise ZeroDivisionError(f"a bug in {where}")
@@ -41,10 +43,10 @@ def inject_fault(where: str) -> None:
 
     owner, name, replacement = {
         "step": (trainer.ContrastiveTrainer, "training_step", bug),
-        "loss": (trainer, "contrastive_loss", bug),
-        "evaluation": (trainer.DevSet, "ndcg", bug),
-        "callback": (trainer.Watch, "on_step_end", bug),
-        "save": (checkpoints, "seal", bug),
+        "loss": (loss, "contrastive_loss", bug),
+        "evaluation": (trainer.RetrievalEvaluator, "compute_ndcg", bug),
+        "callback": (monitors.LossCurveMonitor, "on_step_end", bug),
+        "save": (checkpoints, "commit_checkpoint", bug),
         "batch": (pairs.Collator, "__call__", bug),
         "page": (features.Tiles, "__getitem__", bug),
         "queue": (pairs.Collator, "__call__", collate),

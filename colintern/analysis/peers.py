@@ -14,7 +14,7 @@ from mteb.models.model_implementations import MODEL_REGISTRY
 from colintern.core.errors import UserError
 from colintern.evaluation.subjects import Subject, surroundings
 from colintern.params import Params
-from colintern.storage.hub_errors import brief
+from colintern.storage.hub import describe_error
 
 
 def peer(params: Params, model: str) -> Subject | None:
@@ -45,7 +45,7 @@ def peer(params: Params, model: str) -> Subject | None:
         try:
             return mteb.get_model(name, revision=meta.revision)
         except (ImportError, OSError) as error:
-            raise UserError(f"MODEL: mteb cannot load {name!r}: {brief(error)}") from error
+            raise UserError(f"MODEL: mteb cannot load {name!r}: {describe_error(error)}") from error
 
     settings = {"eval_batch_size": params.eval_batch_size, "threads": params.threads}
     engine = {"colpali-engine": version("colpali-engine")}

@@ -1,6 +1,8 @@
-"""`colintern check-adapter`: are the trained weights really there."""
+"""`colintern check-adapter`: check that an adapter was trained and fits its base."""
 
 import argparse
+import json
+import math
 from pathlib import Path
 
 from colintern.core.errors import UserError
@@ -18,9 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the table; exit 1 where a finding is bad, 2 where a file is missing or cannot be read."""
-    import json
-    import math
+    """Print the results; exit 1 if a check fails, 2 if a file is missing or cannot be read."""
     import warnings
 
     require_model("FOLDER", args.folder, merged=False)
@@ -28,21 +28,21 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--base: {args.base} is no folder here; give the one the adapter was trained on")
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.modeling.weights import statistics
-    from colintern.preflight.adapter_check import base_folder, check, read_adapter, table
-    from colintern.storage.hub import stay_offline
+    from colintern.preflight.adapter_check import check_adapter, find_base, format_adapter_table, read_adapter
+    from colintern.storage.hub import enable_offline_mode
 
     adapter = read_adapter(args.folder)
-    stay_offline()  # the base is where the adapter says, or nowhere
-    found = check(adapter, base_folder(adapter, args.base))
-    good = all(finding.ok for finding in found)
+    enable_offline_mode()  # the base is where the adapter says, or nowhere
+    results = check_adapter(adapter, find_base(adapter, args.base))
+    is_ok = all(result.ok for result in results)
     if args.json:
         start, now = (
-            {name: row | {"std": row["std"] if math.isfinite(row["std"]) else None} for name, row in rows.items()}
-            for rows in (adapter.identity["start"], statistics(adapter.files.weights, adapter.files.head))
+            {name: row | {"std": row["std"] if math.isfinite(row["std"]) else None} for name, row in groups.items()}
+            for groups in (adapter.identity["start"], statistics(adapter.files.weights, adapter.files.head))
         )  # JSON has no NaN
-        report = {"ok": good, "start": start, "now": now, "findings": [finding._asdict() for finding in found]}
+        report = {"ok": is_ok, "start": start, "now": now, "findings": [result._asdict() for result in results]}
         print(json.dumps(report, indent=2, allow_nan=False))
     else:
-        print(table(adapter, found))
-    if not good:
+        print(format_adapter_table(adapter, results))
+    if not is_ok:
         raise SystemExit(1)

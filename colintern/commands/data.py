@@ -2,7 +2,7 @@
 
 import argparse
 
-from colintern.params import load
+from colintern.params import load_params
 
 SUMMARY = "show what fetch-data found in the data"
 EXAMPLE = "colintern data"
@@ -16,10 +16,10 @@ def run(args: argparse.Namespace) -> None:
     """Print the survey of the data that params name."""
     from colintern.data.training_set import read_training_manifest
     from colintern.statistics.dataset_stats import format_stats, load_dataset_stats
-    from colintern.storage.manifest import QUARANTINE, benchmark_folder, local, read
+    from colintern.storage.manifest import QUARANTINE, ensure_benchmark, is_local_benchmark, read_data_file
 
-    params = load()
+    params = load_params()
     read_training_manifest(params)  # refuses the survey of other data than params name
-    for name in filter(local, params.benchmarks):
-        benchmark_folder(name)
-    print(format_stats(load_dataset_stats(params.max_visual_tokens), read(QUARANTINE)["rows"]))
+    for name in filter(is_local_benchmark, params.benchmarks):
+        ensure_benchmark(name)
+    print(format_stats(load_dataset_stats(params.max_visual_tokens), read_data_file(QUARANTINE)["rows"]))

@@ -1,14 +1,19 @@
-"""`colintern doctor`: the guide's debugging checklist, asked of params.yaml and of this machine."""
+"""`colintern doctor`: the guide's debugging checklist, applied to params.yaml and this machine."""
 
 import argparse
+import json
+import os
+import sys
+from textwrap import wrap
 
-from colintern.core.terminal import escape_controls, print_coloured
-from colintern.params import load
+from colintern.core.terminal import TERMINAL_COLUMNS, escape_controls, print_coloured
+from colintern.params import load_params
 from colintern.storage.paths import require_base
 
 SUMMARY = "check settings, model and machine before training; exit 1 if a check fails"
 EXAMPLE = "colintern doctor"
 COLOURS = {"pass": "32", "warn": "33", "fail": "31"}
+INDENT = 24  # columns of status and name
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,55 +21,47 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the findings; exit 1 where one is `fail`, 0 else."""
-    import json
+    """Print the results of all checks; exit 1 if one of them is `fail`."""
     import warnings
 
-    params = load()
+    params = load_params()
     require_base(params.base, params)
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.modeling.bases import at_hand
-    from colintern.preflight.doctor import CHECKS, examined, facts_for
-    from colintern.preflight.surroundings import AROUND, surroundings
+    from colintern.preflight.checks import ENVIRONMENT_CHECKS, RUN_CHECKS, collect_run_facts, run_checks
+    from colintern.preflight.environment import probe_environment
 
-    facts = facts_for(params, at_hand(params), None)
-    found = [*examined(facts, CHECKS), *examined(surroundings(facts), AROUND)]
-    counts = {status: sum(finding.status == status for finding in found) for status in COLOURS}
+    facts = collect_run_facts(params, at_hand(params), None)
+    environment = probe_environment(params, facts.is_demo)
+    results = [*run_checks(facts, RUN_CHECKS), *run_checks(environment, ENVIRONMENT_CHECKS)]
+    counts = {status: sum(result.status == status for result in results) for status in COLOURS}
     if args.json:
-        print(json.dumps({"size": facts.bounds.name, "checks": [f._asdict() for f in found]} | counts, indent=2))
+        checks = [result._asdict() for result in results]
+        print(json.dumps({"size": facts.bounds.name, "checks": checks} | counts, indent=2))
     else:
-        total = facts.counts["total_parameters"]
-        print(f"{params.base}: {total:,} parameters, judged as {facts.bounds.name}")
-        for finding in found:
-            _show(finding.status, finding.name, finding.found, finding.remedy)
-        print_coloured(", ".join(f"{count} {_paint(status)}" for status, count in counts.items()))
+        print(f"{params.base}: {facts.counts['total_parameters']:,} parameters, judged as {facts.bounds.name}")
+        for result in results:
+            _print_result(result.status, result.name, result.found, result.remedy)
+        print_coloured(", ".join(f"{count} {_colour(status)}" for status, count in counts.items()))
     if counts["fail"]:
         raise SystemExit(1)
 
 
-def _show(status: str, name: str, found: str, remedy: str) -> None:
-    from textwrap import wrap
-
-    lines = wrap(escape_controls(found), 80 - 24)
-    print_coloured(f"{_paint(status)}  {name:<18}{lines[0]}")
-    for line in [*lines[1:], *_remedy(remedy)]:
-        print(f"{'':<24}{line}")
-
-
-def _remedy(text: str) -> list[str]:
-    """One line for each line of it, however long: commands are there to be copied."""
-    from textwrap import wrap
-
-    found = []
-    for line in text.splitlines():
-        found += wrap(line.strip(), 80 - 27, break_long_words=False, break_on_hyphens=False)
-    return [f"{'-> ' if n == 0 else '   '}{line}" for n, line in enumerate(found)]
+def _print_result(status: str, name: str, found: str, remedy: str) -> None:
+    first, *rest = wrap(escape_controls(found), TERMINAL_COLUMNS - INDENT)
+    print_coloured(f"{_colour(status)}  {name:<18}{first}")
+    # Commands are there to be copied: a word is not broken, however long it is.
+    remedy_lines = []
+    for line in remedy.splitlines():
+        width = TERMINAL_COLUMNS - INDENT - 3
+        remedy_lines += wrap(line.strip(), width, break_long_words=False, break_on_hyphens=False)
+    for number, line in enumerate(remedy_lines):
+        rest.append(f"{'   ' if number else '-> '}{line}")
+    for line in rest:
+        print(f"{'':<{INDENT}}{line}")
 
 
-def _paint(status: str) -> str:
-    """The status, in colour on a terminal that has it; https://no-color.org."""
-    import os
-    import sys
-
-    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return status if plain else f"\033[{COLOURS[status]}m{status}\033[0m"
+def _colour(status: str) -> str:
+    """Colour a status on a terminal that has colours; https://no-color.org."""
+    is_plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return status if is_plain else f"\033[{COLOURS[status]}m{status}\033[0m"

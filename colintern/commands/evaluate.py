@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from colintern.core.errors import UserError
-from colintern.params import Params, at_commit, load
+from colintern.params import Params, load_params, split_hub_id
 from colintern.storage.paths import require_evaluated_model, require_writable
 
 SUMMARY = "evaluate an adapter, a merged model or one on the hub; the rest is as in params.yaml"
@@ -42,20 +42,18 @@ def run(args: argparse.Namespace) -> None:
         _require_replaceable(args.out)
         require_writable("--out", args.out.parent)
     import csv
-    import warnings
 
-    from colintern.storage.manifest import arrow_cache, benchmark_folder, local
+    from colintern.storage.manifest import ensure_benchmark, is_local_benchmark, set_arrow_cache
 
     for benchmark in settings[0].benchmarks:
-        if local(benchmark):
-            benchmark_folder(benchmark)
+        if is_local_benchmark(benchmark):
+            ensure_benchmark(benchmark)
         elif "/" in benchmark:
             raise UserError(
                 f"benchmarks: {benchmark!r}: no such folder, and names of mteb's benchmarks contain no /; give a "
                 "folder that fetch-data has read, or a name such as 'ViDoRe(v2)'"
             )
-    arrow_cache()
-    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
+    set_arrow_cache()
     from colintern.analysis import sizes
     from colintern.analysis.verdicts import table
 
@@ -64,8 +62,8 @@ def run(args: argparse.Namespace) -> None:
     from colintern.evaluation.scores import report
     from colintern.evaluation.subjects import subjects
     from colintern.evaluation.tasks import evaluate
-    from colintern.storage.hub import stay_offline
-    from colintern.storage.jsonfile import dumps
+    from colintern.storage.files import dumps
+    from colintern.storage.hub import enable_offline_mode
 
     # An unknown name or missing data is refused before anything is loaded.
     for _, task in resolve_benchmarks(settings[0].benchmarks):
@@ -73,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     models = _peers(settings, name)
     if not models:
         folder = Path(name) if Path(name).is_dir() else _from_hub(name)
-        stay_offline()
+        enable_offline_mode()
         models = [subjects(params, folder) for params in settings]
     label = re.sub(r"[^\w.-]+", "-", Path(name.partition("@")[0]).name)
     out = args.out or Path("results/evaluate") / f"{label}-{models[0]['trained'].revision[:8]}"
@@ -110,7 +108,7 @@ def _require_replaceable(out: Path) -> bool:
 
 def _settings(args: argparse.Namespace) -> list[Params]:
     """params.yaml with what the command line says, once for each size that is asked for."""
-    params = load()
+    params = load_params()
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size: {args.batch_size} is not valid; it must be 1 or more")
     for option, numbers, most in (("--pool-factor", args.pool_factor, 64), ("--dim", args.dim, 128)):
@@ -136,10 +134,9 @@ def _peers(settings: list[Params], name: str) -> list[dict[str, Any]]:
 def _from_hub(name: str) -> Path:
     """The folder in the hub's cache, fetched first where it must be."""
     from colintern.analysis.peers import nearest
-    from colintern.storage import hub
-    from colintern.storage.hub_errors import Repo
-    from colintern.storage.manifest import BASE_SUFFIXES, hub_files
+    from colintern.storage.hub import Repo
+    from colintern.storage.manifest import BASE_SUFFIXES, download_hub_files
 
-    repo = Repo("MODEL", *at_commit("MODEL", name, f"; nor does mteb know it, {nearest(name)}"), "model")
-    hub_files([(repo, BASE_SUFFIXES)])
-    return hub.folder(repo)
+    repo = Repo("MODEL", *split_hub_id("MODEL", name, f"; nor does mteb know it, {nearest(name)}"), "model")
+    download_hub_files([(repo, BASE_SUFFIXES)])
+    return repo.snapshot_folder

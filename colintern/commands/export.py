@@ -5,7 +5,7 @@ from pathlib import Path
 
 from colintern.core.errors import UserError
 from colintern.core.terminal import print_phase
-from colintern.params import load, on_hub
+from colintern.params import is_on_hub, load_params
 from colintern.storage.paths import require_model, require_writable
 
 SUMMARY = "write an adapter as a merged model with processor and card; push it to the hub only if asked"
@@ -25,25 +25,23 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--out: {args.out} exists; give a folder that does not")
     require_writable("--out", args.out.parent)
     require_model("MODEL", args.model, merged=False)
-    if args.push is not None and not on_hub(args.push):
+    if args.push is not None and not is_on_hub(args.push):
         raise UserError(f"--push: {args.push!r} is no repository; write owner/name")
-    params = load()
+    params = load_params()
     print_phase(f"export: checking {args.model} and its base")
-    import warnings
 
-    from colintern.storage.manifest import arrow_cache
+    from colintern.storage.manifest import set_arrow_cache
 
-    arrow_cache()
-    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
+    set_arrow_cache()
     from huggingface_hub import constants
 
     from colintern.reporting.export import export, push
-    from colintern.storage.hub import stay_offline
+    from colintern.storage.hub import enable_offline_mode
 
     offline = constants.HF_HUB_OFFLINE
     if args.push and offline:
         raise UserError(f"--push: {args.push} cannot be reached, because HF_HUB_OFFLINE is set")
-    stay_offline()
+    enable_offline_mode()
     why = export(params, args.model, args.out, args.name or args.out.resolve().name)
     size = sum(file.stat().st_size for file in args.out.iterdir())
     card = f"without results in its card: {why}" if why else "its results are in its card"

@@ -7,9 +7,9 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from colintern.core.errors import UserError
-from colintern.core.rules import mixture
+from colintern.core.rules import parse_mixture
 from colintern.core.terminal import print_phase
-from colintern.params import Params, load, write
+from colintern.params import Params, load_params, update_params
 from colintern.storage.paths import require_base
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    params = load(PARAMS)
+    params = load_params(PARAMS)
     base = args.base or params.base
     if args.write and (not _same(base, params) or args.table):
         what = "--table recommends nothing" if args.table else f"{PARAMS} is for base {params.base}, not {base}"
@@ -55,9 +55,9 @@ def run(args: argparse.Namespace) -> None:
     card, memory = _card(args.gpu, memory)
     architecture = config(base, params)
     size, query = parameters(architecture), params.max_query_tokens
-    known = size >= guide.SMALLEST
+    known = size >= guide.MIN_GUIDE_PARAMETERS
     dtype, dropout = (rules.DTYPE, rules.DROPOUT) if known else (params.dtype, params.lora_dropout)
-    rank = guide.optimal_rank(size) if known else params.lora_rank
+    rank = guide.get_optimal_rank(size) if known else params.lora_rank
     costs = Costs(architecture, getattr(torch, dtype), params.lora_targets, rank, dropout)
     head = {"base": base, "parameters": size, "trained": costs.trained, "gpu": card, "gpu_memory_gb": memory}
     if args.table:
@@ -66,11 +66,13 @@ def run(args: argparse.Namespace) -> None:
             json.dumps(head | {"table": table}, allow_nan=False) if args.json else "\n".join(_memory_table(base, table))
         )
         return
-    batch, tokens = (guide.BATCH, rules.VISUAL_TOKENS) if known else (params.batch_size, (params.max_visual_tokens,))
+    batch, tokens = (
+        (guide.MIN_BATCH_SIZE, rules.VISUAL_TOKENS) if known else (params.batch_size, (params.max_visual_tokens,))
+    )
     gpu = GPUS[card] if card else rules.nearest(memory)
     found = rules.plan(costs, memory, gpu, batch, tokens, query, params.negatives)
     values = list(rules.recommend(costs, found, memory, rows, pages))
-    epochs = guide.EPOCHS if known else params.epochs
+    epochs = guide.MIN_EPOCHS if known else params.epochs
     forecast = rules.forecast(costs, found, gpu if card else None, rows // batch * epochs, pages)
     head |= {"data": data, "rows": rows, "pages": pages, "negatives": params.negatives}
     if args.json:
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         print("\n".join([*_head(head), "", *_table(values), "", *_forecast(found, forecast, card)]))
     if args.write:
-        changed = write(PARAMS, {value.key: value.value for value in values if value.value is not None})
+        changed = update_params(PARAMS, {value.key: value.value for value in values if value.value is not None})
         if not args.json:
             print(f"\n{PARAMS}: " + (", ".join(changed) + " written" if changed else "has these values already"))
 
@@ -90,14 +92,14 @@ def _same(base: str, params: Params) -> bool:
 
 def _data(args: argparse.Namespace, params: Params) -> tuple[str, int, int]:
     """Where the numbers of pairs and pages come from, and the numbers."""
-    names = [name for name, _ in mixture(params.train_data)]
+    names = [name for name, _ in parse_mixture(params.train_data)]
     own = json.loads(SURVEY.read_text(encoding="utf-8")) if SURVEY.is_file() else {}
     if args.rows and args.pages:
         return "--rows, --pages", args.rows, args.pages
     if (args.base and not _same(args.base, params)) or names == [COLPALI[0]]:
         origin, rows, pages = COLPALI
     elif all(f"{name} (train)" in own for name in names):
-        weights = dict(mixture(params.train_data))
+        weights = dict(parse_mixture(params.train_data))
         rows = sum(own[f"{name} (train)"]["rows"] * weights[name] for name in names)
         origin, pages = str(SURVEY), sum(facts["pages"] for facts in own.values())
     else:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from colintern.core.errors import UserError
 from colintern.core.terminal import print_phase
-from colintern.params import load
+from colintern.params import load_params
 from colintern.storage.paths import require_model, require_new_file
 
 SUMMARY = "write an HTML file on an evaluated model: verdict, curves, scores, worst queries with heatmaps"
@@ -35,21 +35,19 @@ def run(args: argparse.Namespace) -> None:
     if args.results and not (args.results / "run.json").is_file():
         raise UserError(f"--results: {args.results} holds no run.json; give an evaluation's folder")
     require_new_file("--out", args.out or Path("results/report/name.html"))
-    params = load()
+    params = load_params()
     print_phase(f"report: reading the evaluation of {args.model}")
-    import warnings
 
-    from colintern.storage.manifest import arrow_cache
+    from colintern.storage.manifest import set_arrow_cache
 
-    arrow_cache()
-    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
+    set_arrow_cache()
     from colintern.evaluation.subjects import subjects
     from colintern.reporting.evaluated import as_evaluated, evaluation, find, worst
     from colintern.reporting.failures import failures
     from colintern.reporting.report import report
-    from colintern.storage.hub import stay_offline
+    from colintern.storage.hub import enable_offline_mode
 
-    stay_offline()
+    enable_offline_mode()
     subject = subjects(params, args.model)["trained"]
     folder = find(subject.revision, args.results)
     params = as_evaluated(params, folder)

@@ -7,7 +7,7 @@ from textwrap import fill
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.core.terminal import escape_controls
-from colintern.params import load
+from colintern.params import load_params
 from colintern.storage.paths import require_model, require_new_file, require_writable
 
 SUMMARY = "rank the pages of a folder or PDF for a query, and show where they match; indexed once"
@@ -46,21 +46,19 @@ def run(args: argparse.Namespace) -> None:
     if args.html:
         require_new_file("--html", args.html)
     require_writable("--index", args.index or root() / INDEX)
-    params = load()
+    params = load_params()
     import time
-    import warnings
 
-    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.search.sources import reasons, skipped, sources
 
     pages, bad = sources(args.place)  # what can be refused, before a model is loaded
     from colintern.encoding.embed import embed_queries
     from colintern.evaluation.subjects import subjects
     from colintern.search.index import Index, identity
-    from colintern.storage.hub import stay_offline
+    from colintern.storage.hub import enable_offline_mode
     from colintern.storage.identity import content_hash
 
-    stay_offline()
+    enable_offline_mode()
     subject = subjects(params, args.model)["trained"]
     encoder = subject.encoder()
     model, processor = encoder.model, encoder.processor

@@ -1,7 +1,6 @@
 """`colintern tune`: a search over settings, each trial a DVC experiment."""
 
 import argparse
-import dataclasses
 import os
 import re
 import signal
@@ -9,12 +8,18 @@ import subprocess
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.core.rules import unsupported_path_characters
-from colintern.params import Params, load, write
+from colintern.params import load_params, update_params
+
+if TYPE_CHECKING:  # they take a while to import, which `--help` need not wait for
+    import optuna
+
+    from colintern.tuning.search_space import SearchSpace
+    from colintern.tuning.study_storage import StudyStorage
 
 SUMMARY = "search for settings, each trial a DVC experiment"
 EXAMPLE = "colintern tune --trials 10"
@@ -24,18 +29,20 @@ STORAGE = "COLINTERN_STORAGE"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--trials", type=_whole, required=True, metavar="N", help="trials of the study, over all its workers and runs")
+    add(
+        "--trials", type=_parse_count, required=True, metavar="N", help="trials of the study, over all workers and runs"
+    )
     add("--space", type=Path, default=Path("tune.yaml"), metavar="FILE", help="what is searched (default: tune.yaml)")
-    add("--study", default="study", metavar="NAME", help="its name: a study of this name goes on (default: study)")
+    add("--study", default="study", metavar="NAME", help="its name: a study of this name is resumed (default: study)")
     add(
         "--storage",
         default=os.environ.get(STORAGE, ""),
         metavar="URL",
-        help=f"where it is kept (default: ${STORAGE}, which `ps` does not show, else sqlite, studies/NAME.db)",
+        help=f"where it is stored (default: ${STORAGE}, which `ps` does not show, else sqlite, studies/NAME.db)",
     )
     add(
         "--heartbeat",
-        type=_whole,
+        type=_parse_count,
         default=30,
         metavar="SECONDS",
         help="a worker without a heartbeat for twice that is considered dead",
@@ -45,38 +52,37 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    params = load(PARAMS)
-    from colintern.tuning.space import read
+    params = load_params(PARAMS)
+    from colintern.tuning.search_space import read_search_space
+    from colintern.tuning.studies import add_finished_experiments, open_study
+    from colintern.tuning.study_storage import StudyStorage, silence_optuna
 
-    values = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(params).items()}
-    search = read(values, args.space)
-    if search.against and args.apply:
+    space = read_search_space(params, args.space)
+    if space.second_objective and args.apply:
         raise UserError(
-            f"--apply: dev NDCG@5 against {search.against} has a front and no best trial; `dvc exp apply` one"
+            f"--apply: dev NDCG@5 against {space.second_objective} has a front and no best trial; `dvc exp apply` one"
         )
-    _check(args.study)
-    from colintern.tuning.store import Store, quiet
-    from colintern.tuning.studies import open_study, warm_start
-
-    quiet()
-    store = Store(args.storage, args.study, args.heartbeat)
-    with store.answers():
-        study = open_study(store, search, params)
-        print(f"study {args.study} in {store.shown}")
+    _check_study_name(args.study)
+    silence_optuna()
+    storage = StudyStorage(args.storage, args.study, args.heartbeat)
+    with storage.storage_errors():
+        study = open_study(storage, space, params)
+        print(f"study {args.study} in {storage.shown_url}")
         if args.warm_start:
-            added, left = warm_start(study, search, params)
-            print(f"warm start: {added} experiments added" + "".join(f"; {n} not, {why}" for why, n in left.items()))
-        _work(study, store, search, args.trials)
-        _tell(study, search, params, args.apply)
+            num_added, skipped = add_finished_experiments(study, space, params)
+            reasons = "".join(f"; {count} not, {reason}" for reason, count in skipped.items())
+            print(f"warm start: {num_added} experiments added{reasons}")
+        _run_trials(study, storage, space, args.trials)
+        _report(study, space, args.apply)
 
 
-def _check(name: str) -> None:
-    """Raises UserError where the name cannot be an experiment's, or DVC could not make one here."""
+def _check_study_name(name: str) -> None:
+    """Check that the name can be an experiment's, and that DVC can make experiments here."""
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
         raise UserError(f"--study: {name!r} is not valid; letters, digits, - and _")
-    if odd := unsupported_path_characters(os.getcwd()):
+    if characters := unsupported_path_characters(os.getcwd()):
         raise UserError(
-            f"{os.getcwd()}: DVC cannot copy a project whose path has {odd!r}, as each trial needs; move the "
+            f"{os.getcwd()}: DVC cannot copy a project whose path has {characters!r}, as each trial needs; move the "
             "repository to a path of ASCII characters without # and ?"
         )
     if subprocess.run(["git", "var", "GIT_COMMITTER_IDENT"], capture_output=True).returncode:
@@ -86,64 +92,62 @@ def _check(name: str) -> None:
         )
 
 
-def _work(study: Any, store: Any, search: Any, total: int) -> None:
-    """Trials until the study has `total`, and those of other workers are over too."""
-    from colintern.tuning.studies import unchanged
-    from colintern.tuning.trials import put_back, run, take
+def _run_trials(study: "optuna.Study", storage: "StudyStorage", space: "SearchSpace", total: int) -> None:
+    """Run trials until the study has `total`, and wait for those of other workers."""
+    from colintern.tuning.studies import check_inputs_unchanged
+    from colintern.tuning.trials import claim_trial, get_experiment_name, requeue, run_trial
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    said = False
-    while not isinstance(taken := take(study, store, search, total), int) or taken:
-        if isinstance(taken, int):
-            if not said:
-                print(f"waiting for {taken} trials of other workers", flush=True)
-            said = True
-            time.sleep(min(5, store.heartbeat))
+    is_waiting = False
+    while trial := claim_trial(study, storage, space, total):
+        if isinstance(trial, int):
+            if not is_waiting:
+                print(f"waiting for {trial} trials of other workers", flush=True)
+            is_waiting = True
+            time.sleep(min(5, storage.heartbeat_seconds))
             continue
-        said = False
-        log = root() / "logs" / "tune" / f"{study.study_name}-{taken.number:03}.log"
-        settings = ", ".join(
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in taken.values.items()
-        )
-        print(f"{study.study_name}-{taken.number:03}  {settings}", flush=True)
+        is_waiting = False
+        name = get_experiment_name(study, trial.number)
+        settings = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.values.items()]
+        print(f"{name}  {', '.join(settings)}", flush=True)
+        log = root() / "logs" / "tune" / f"{name}.log"
         try:
-            print(run(study, store, taken, log, partial(unchanged, study, search)), flush=True)
+            print(run_trial(study, storage, trial, log, partial(check_inputs_unchanged, study, space)), flush=True)
         except UserError:
-            put_back(study, taken.number)
+            requeue(study, trial.number)
             raise
         except KeyboardInterrupt:
-            put_back(study, taken.number)
-            print(
-                "stopped; the trial under way waits for the next `colintern tune`, with the same settings", flush=True
-            )
+            requeue(study, trial.number)
+            print("stopped; the next `colintern tune` resumes this trial with the same settings", flush=True)
             raise SystemExit(75) from None
 
 
-def _tell(study: Any, search: Any, params: Params, apply: bool) -> None:
-    from colintern.tuning import outcome
-    from colintern.tuning.store import FOLDER
+def _report(study: "optuna.Study", space: "SearchSpace", apply: bool) -> None:
+    from colintern.tuning.study_report import (
+        collect_results,
+        format_trial_table,
+        require_complete_trial,
+        write_study_report,
+    )
+    from colintern.tuning.study_storage import STUDIES
 
-    outcome.check(study)
-    found, weights = outcome.rows(study), outcome.importance(study, search)
-    print("\n" + "\n".join(outcome.table(found, weights, search)))
-    if weights:
-        print("importance: " + ", ".join(f"{key} {value:.2f}" for key, value in weights.items()))
-    files = outcome.write(study, search, root() / FOLDER)
-    print("written: " + ", ".join(map(str, files)))
-    best = outcome.complete(found)
-    if not best:
-        return
-    if search.against:
-        print("front: " + ", ".join(row.name for row in outcome.front(found)) + "; `dvc exp apply` takes one")
-        return
-    print(f"best: {best[0].name}, dev NDCG@5 {best[0].score:.4f}; `dvc exp apply {best[0].name} && dvc repro` takes it")
-    if apply:
-        changed = write(PARAMS, best[0].values)
-        print(f"{PARAMS}: " + (", ".join(changed) + " written" if changed else "has these values already"))
+    results = collect_results(study, space)
+    require_complete_trial(results)
+    print("\n" + "\n".join(format_trial_table(results)))
+    if results.importance:
+        print("importance: " + ", ".join(f"{key} {value:.2f}" for key, value in results.importance.items()))
+    print("written: " + ", ".join(map(str, write_study_report(results, root() / STUDIES))))
+    if results.front:
+        print("front: " + ", ".join(row.name for row in results.front) + "; `dvc exp apply` takes one")
+    elif results.complete:
+        best = results.complete[0]
+        print(f"best: {best.name}, dev NDCG@5 {best.score:.4f}; `dvc exp apply {best.name} && dvc repro` takes it")
+        if apply:
+            keys = update_params(PARAMS, best.values)
+            print(f"{PARAMS}: " + (", ".join(keys) + " written" if keys else "has these values already"))
 
 
-def _whole(text: str) -> int:
+def _parse_count(text: str) -> int:
     if not (text.isdecimal() and len(text) <= 6 and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)

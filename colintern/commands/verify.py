@@ -3,7 +3,7 @@
 import argparse
 
 from colintern.core.errors import UserError
-from colintern.params import load
+from colintern.params import load_params
 from colintern.storage.paths import require_base
 
 SUMMARY = "count what LoRA trains and what stays frozen, without any weights"
@@ -23,12 +23,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the report; exit 2 where training with these targets would go wrong."""
     import json
-    import warnings
 
-    params = load(args.params)
+    params = load_params(args.params)
     base = args.base or params.base
     require_base(base, params)
-    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.modeling.bases import config
     from colintern.modeling.lora import examine, faults, notes, table
     from colintern.modeling.modeling_colintern import meta_model

@@ -15,7 +15,7 @@ from colintern.core.errors import UserError
 from colintern.data.formats import check_beir_layout, get_benchmark_label, get_task_name, normalize_id
 from colintern.data.images import InvalidImageError, decode_image
 from colintern.storage.identity import content_hash
-from colintern.storage.manifest import MANIFEST, arrow_name, benchmark_folder, local, read
+from colintern.storage.manifest import MANIFEST, ensure_benchmark, get_arrow_name, is_local_benchmark, read_data_file
 
 BEIR_COLUMNS = {
     "corpus": ["corpus-id", "image"],
@@ -56,7 +56,7 @@ def list_hub_datasets(benchmarks: Sequence[str]) -> dict[str, dict[str, str]]:
     """
     datasets = {}
     for entry in benchmarks:
-        for task in [] if local(entry) else _resolve_entry(entry)[1]:
+        for task in [] if is_local_benchmark(entry) else _resolve_entry(entry)[1]:
             data = task.metadata.dataset
             if not re.fullmatch("[0-9a-f]{40}", data["revision"] or ""):
                 raise UserError(
@@ -71,7 +71,7 @@ def use_fetched_data(task: AbsTask) -> AbsTask:
     """Return the task so that it reads what fetch-data fetched: `datasets` finds no hub id in the cache offline."""
     if Path(task.metadata.dataset["path"]).is_dir():
         return task
-    folder = benchmark_folder(task.metadata.name)
+    folder = ensure_benchmark(task.metadata.name)
     task_type: Any = type(type(task).__name__, (_DecodedPagesMixin, type(task)), {})
     copy = task_type.__new__(task_type)  # mteb keeps one object for each task of a benchmark
     metadata = task.metadata.model_copy(update={"dataset": task.metadata.dataset | {"path": str(folder)}})
@@ -152,15 +152,15 @@ def build_folder_task(folder: Path, name: str, entry: dict[str, Any]) -> AbsTask
     )
     # A class of its own, because mteb falls back to the metadata of the class when it unloads the data.
     documents = (entry.get("made_from") or {}).get("folder", "")
-    attributes = {"metadata": metadata, "arrow_name": arrow_name(entry), "documents": documents}
+    attributes = {"metadata": metadata, "arrow_name": get_arrow_name(entry), "documents": documents}
     return type(name, (_FolderMixin, vidore), attributes)()
 
 
 def _resolve_entry(entry: str) -> tuple[str, list[AbsTask]]:
     """Return label and tasks of an entry; the tasks whose data is not public are left out and printed."""
-    if local(entry):
-        folder = benchmark_folder(entry)
-        task = build_folder_task(folder, get_task_name(entry, folder), read(MANIFEST)["evaluation"][entry])
+    if is_local_benchmark(entry):
+        folder = ensure_benchmark(entry)
+        task = build_folder_task(folder, get_task_name(entry, folder), read_data_file(MANIFEST)["evaluation"][entry])
         return get_benchmark_label(entry, folder), [task]
     label, tasks = _get_mteb_tasks(entry)
     private = [task.metadata.name for task in tasks if not task.metadata.is_public]

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.data.images import STORED_FORMATS
-from colintern.storage.regular import describe_refused, list_files
+from colintern.storage.files import describe_refused, list_files
 
 ROWS_PER_GROUP = 100  # what `datasets` itself uses for image columns, so that one row can be read without the rest
 MAX_GROUP_BYTES = 2**28  # of images, after which a row group ends too: past 2 GB pyarrow cannot read it as a whole

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.core.rules import mixture
+from colintern.core.rules import parse_mixture
 from colintern.params import Params
-from colintern.storage.manifest import MANIFEST, checked_folder, read
+from colintern.storage.manifest import MANIFEST, ensure_files, read_data_file
 
 ROW_INDEX = "data/rows.parquet"
 # Columns of a row that names its pages by their row number in a corpus, as in manu/colpali-queries.
@@ -98,7 +98,7 @@ def read_training_manifest(params: Params) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it was made for other training data.
     """
-    manifest = read(MANIFEST)
+    manifest = read_data_file(MANIFEST)
     for key, value in get_training_data_params(params).items():
         if value != (known := manifest["made_for"][key]):
             raise UserError(f"{key}: {value!r} is not the one in {MANIFEST}, {known!r}; run: dvc repro fetch-data")
@@ -114,13 +114,13 @@ def load_training_data(params: Params, force: bool = False) -> TrainingData:
     manifest = read_training_manifest(params)
 
     def check_set(entry: dict[str, Any], name: str, key: str) -> TrainingSet:
-        folder = checked_folder(entry, key, "dataset", force)
+        folder = ensure_files(entry, key, "dataset", force)
         return TrainingSet(name, folder, sorted(entry["files"]), entry["weight"])
 
-    names = [name for name, _ in mixture(params.train_data)]
+    names = [name for name, _ in parse_mixture(params.train_data)]
     corpus, negatives = manifest["train_corpus"], manifest["negatives"]
     if negatives:
-        checked_folder(negatives, "negatives_file", "dataset", force)
+        ensure_files(negatives, "negatives_file", "dataset", force)
     return TrainingData(
         [check_set(entry, name, "train_data") for entry, name in zip(manifest["train"], names, strict=True)],
         check_set(corpus, params.train_corpus, "train_corpus") if corpus else None,
@@ -142,4 +142,4 @@ def has_page_numbers(file: Path) -> bool:
 
 def trains_on_pseudo_queries() -> bool:
     """Check whether a program made some of the training and dev queries from the text of the pages."""
-    return any((entry["made_from"] or {}).get("pseudo") for entry in read(MANIFEST)["train"])
+    return any((entry["made_from"] or {}).get("pseudo") for entry in read_data_file(MANIFEST)["train"])

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from colintern.storage.files import irregular_type
 from colintern.storage.lock import locked
-from colintern.storage.regular import irregular_type
 
 logger = logging.getLogger(__name__)
 

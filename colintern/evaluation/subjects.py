@@ -23,7 +23,7 @@ from colintern.modeling.loading import (
 )
 from colintern.params import Params
 from colintern.storage.identity import content_hash, fingerprint, get_stage_versions, read_identity, stage_code
-from colintern.storage.manifest import MANIFEST, check_base, kernel_entry, read
+from colintern.storage.manifest import MANIFEST, ensure_base, get_kernel_entry, read_data_file
 
 NAME = "colintern/colintern3_5"
 EMBEDDINGS = Path("data/.embeddings")  # deleting it costs only time
@@ -56,7 +56,7 @@ def subjects(params: Params, folder: Path) -> dict[str, Subject]:
     if not is_adapter(folder) and (folder / "config.json").is_file():
         return {"trained": _merged(params, folder)}
     require_adapter(folder)
-    base = check_base(params)
+    base = ensure_base(params)
     require_base(params, folder)
     names = [("trained", NAME)] + [("untrained", f"{NAME}-untrained")] * params.eval_untrained
     return {which: _adapter(params, base, folder, which == "trained", name) for which, name in names}
@@ -64,7 +64,7 @@ def subjects(params: Params, folder: Path) -> dict[str, Subject]:
 
 def _adapter(params: Params, base: str, folder: Path, trained: bool, name: str) -> Subject:
     revision = content_hash(folder / "adapter_model.safetensors")[:40]
-    what = {"adapter": content_hash(folder), "base": read(MANIFEST)["base"], "trained": trained}
+    what = {"adapter": content_hash(folder), "base": read_data_file(MANIFEST)["base"], "trained": trained}
     known = read_identity(folder).get("params", {})
 
     def encoder() -> ColIntern3_5Encoder:
@@ -110,7 +110,7 @@ def _identity(params: Params, what: dict[str, Any]) -> dict[str, Any]:
         "max_visual_tokens": params.max_visual_tokens,
         "threads": params.threads,
     }
-    return what | {"kernel": kernel_entry(params.attention), "params": settings} | surroundings()
+    return what | {"kernel": get_kernel_entry(params.attention), "params": settings} | surroundings()
 
 
 def surroundings() -> dict[str, Any]:

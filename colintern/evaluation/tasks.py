@@ -23,8 +23,8 @@ from colintern.evaluation.scores import Scores, checked, collect, size
 from colintern.evaluation.subjects import Subject
 from colintern.modeling.host import settle
 from colintern.params import Params
+from colintern.storage.files import dumps
 from colintern.storage.identity import fingerprint
-from colintern.storage.jsonfile import dumps
 from colintern.storage.lock import locked
 
 CLOCK = ("evaluation_time", "date", "evaluation_phases", "kg_co2_emissions")  # of mteb's result files; all may be null

@@ -18,8 +18,8 @@ from colintern.ingest.documents import (
     read_json_lines,
     resolve_within,
 )
-from colintern.storage.parallel import spread
-from colintern.storage.regular import list_files
+from colintern.storage.files import list_files
+from colintern.storage.parallel import parallel_map
 
 KEYS = {"image", "query", "queries", "split"}
 
@@ -37,7 +37,7 @@ def read_jsonl_folder(folder: Path, store: ImageStore) -> RawDocuments:
         except ValueError as error:
             images[name] = str(error)
     documents.read_files = {os.path.relpath(path, folder) for path in (*files, *paths.values())}
-    stored = spread(_store_image, [(path, store) for path in paths.values()], "reading images", "page")
+    stored = parallel_map(_store_image, [(path, store) for path in paths.values()], "reading images", "page")
     for name, image in zip(paths, stored, strict=True):
         images[name] = f"image {name!r}: {image}" if isinstance(image, str) else image
     for where, row in rows:

@@ -29,9 +29,9 @@ from colintern.ingest.pdf_rendering import (
 from colintern.ingest.pseudo_queries import DocumentText, make_pseudo_queries
 from colintern.ingest.query_csv import COLUMNS, read_query_csv
 from colintern.ingest.render_cache import RenderCache, RenderedPdf, fill_missing
+from colintern.storage.files import irregular_type, list_files
 from colintern.storage.isolation import Failure, IsolatedPool
-from colintern.storage.manifest import digests
-from colintern.storage.regular import irregular_type, list_files
+from colintern.storage.manifest import get_digests
 
 QUERY_FILES = ("queries.csv", "queries.jsonl")
 OUTLINE, TEXT = "outline entries", "text layers"  # kinds of invalid rows that cost no page and no question
@@ -42,7 +42,7 @@ def read_pdf_folder(folder: Path, store: ImageStore) -> RawDocuments:
     documents, query_file = RawDocuments(), _find_query_file(folder)
     files = {path.relative_to(folder).as_posix(): path for path in list_pdfs(folder)}
     render_cache = RenderCache(store.render_cache or store.folder)
-    digests_of_files = digests().many(list(files.values()))
+    digests_of_files = get_digests().hash_files(list(files.values()))
     hashes = {name: digest["sha256"] for name, digest in zip(files, digests_of_files, strict=True)}
     pdfs = {name: render_cache.load(sha256) for name, sha256 in hashes.items()}
     loaded = {name: (pdf.outline, len(pdf.pages)) for name, pdf in pdfs.items()}
@@ -84,7 +84,7 @@ def is_query_file(path: Path) -> bool:
 
 def _has_hash(file: Path, sha256: str) -> bool:
     try:
-        return digests()(file)["sha256"] == sha256
+        return get_digests()(file)["sha256"] == sha256
     except OSError:  # it was deleted
         return False
 

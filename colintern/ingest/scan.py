@@ -15,9 +15,9 @@ from colintern.core.errors import UserError
 from colintern.data.images import InvalidImageError, decode_image
 from colintern.data.training_set import POSITIVES, IndexRow
 from colintern.ingest.documents import MAX_QUERY_CHARACTERS, find_query_error
+from colintern.storage.files import list_files
 from colintern.storage.manifest import TRAIN_SUFFIXES
-from colintern.storage.parallel import spread
-from colintern.storage.regular import list_files
+from colintern.storage.parallel import parallel_map
 
 TEXT_TYPES = "(large_)?string(_view)?|null"
 COLUMN_TYPES = {  # column -> types whose values can be read, and what it must hold in words
@@ -75,7 +75,8 @@ def scan_rows(splits: Sequence[DatasetSplit]) -> ScannedRows:
         for group in _list_row_groups(split, name)
     ]
     rows: ScannedRows = {split: [] for split in splits}
-    for (split, _, _), group_rows in zip(tasks, spread(_scan_row_group, tasks, "checking pages", "block"), strict=True):
+    groups = parallel_map(_scan_row_group, tasks, "checking pages", "block")
+    for (split, _, _), group_rows in zip(tasks, groups, strict=True):
         rows[split] += group_rows
     numbered = [(split, split.corpus) for split in splits if split.corpus]
     for split, corpus in numbered:

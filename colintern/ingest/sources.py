@@ -7,29 +7,28 @@ from typing import Any, NamedTuple
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.core.rules import kernel_at, mixture
+from colintern.core.rules import parse_mixture, split_kernel
 from colintern.data.training_set import POSITIVES, get_training_data_params, has_page_numbers
 from colintern.ingest.jsonl import list_jsonl_files, read_jsonl_folder
 from colintern.ingest.pdfs import is_query_file, list_pdfs, read_pdf_folder
 from colintern.ingest.scan import DatasetSplit
 from colintern.ingest.user_documents import DocumentReader, UserDocuments, convert_documents
-from colintern.modeling.kernels import fitting
-from colintern.params import Params, on_hub
-from colintern.storage.hub import Choice
-from colintern.storage.hub_errors import Repo
+from colintern.modeling.kernels import select_build_files
+from colintern.params import Params, is_on_hub
+from colintern.storage.files import describe_refused, list_files
+from colintern.storage.hub import FileSelector, Repo
 from colintern.storage.manifest import (
     BASE_SUFFIXES,
     BEIR_SUFFIXES,
     TASK_SUFFIXES,
     TRAIN_SUFFIXES,
     Files,
-    folder_of,
-    hub_files,
-    local,
-    local_file,
-    local_files,
+    download_hub_files,
+    get_files_folder,
+    hash_local_file,
+    hash_local_files,
+    is_local_benchmark,
 )
-from colintern.storage.regular import describe_refused, list_files
 
 DEMO = "demo"  # a name in params.yaml; its sets are drawn, not fetched
 SPLIT_WORDS = {  # that `datasets` and the users of its hub write into the names of files and folders
@@ -57,15 +56,16 @@ def fetch_inputs(params: Params, tasks: Mapping[str, Mapping[str, str]], demo: D
     """Put all that params name on disk; `tasks` of mteb's are given as by `list_hub_datasets`.
 
     Raises:
-        UserError: a folder that holds nothing; see also `hub.fetch`.
+        UserError: a folder that holds nothing; see also `hub.download_repos`.
     """
-    sets, benchmarks = mixture(params.train_data), [name for name in params.benchmarks if local(name)]
-    wanted: dict[tuple[str, str], tuple[Repo, Choice]] = {}
+    sets = parse_mixture(params.train_data)
+    benchmarks = [name for name in params.benchmarks if is_local_benchmark(name)]
+    wanted: dict[tuple[str, str], tuple[Repo, FileSelector]] = {}
     if params.base_revision:
         wanted["base", ""] = (Repo("base", params.base, params.base_revision, "model"), BASE_SUFFIXES)
-    if kernel := kernel_at(params.attention):
-        wanted["kernel", ""] = (Repo("attention", *kernel, "kernel"), fitting)
-    for name in filter(on_hub, dict(sets)):
+    if kernel := split_kernel(params.attention):
+        wanted["kernel", ""] = (Repo("attention", *kernel, "kernel"), select_build_files)
+    for name in filter(is_on_hub, dict(sets)):
         wanted["train", name] = (Repo("train_data", name, params.train_revision, "dataset"), TRAIN_SUFFIXES)
     if params.train_corpus_revision:
         repo = Repo("train_corpus", params.train_corpus, params.train_corpus_revision, "dataset")
@@ -74,7 +74,7 @@ def fetch_inputs(params: Params, tasks: Mapping[str, Mapping[str, str]], demo: D
         repo = Repo(f"benchmarks: {name}", data["path"], data["revision"], "dataset")
         wanted["evaluation", name] = (repo, TASK_SUFFIXES)
     # All at once, and before anything is made here: one check of free space, one progress bar.
-    fetched = dict(zip(wanted, hub_files(list(wanted.values())), strict=True))
+    fetched = dict(zip(wanted, download_hub_files(list(wanted.values())), strict=True))
     readers = {name: detect_format(name) for name in (*dict(sets), *benchmarks)}
     documents = {name: convert_documents(name, reader) for name, reader in readers.items() if reader}
 
@@ -84,21 +84,21 @@ def fetch_inputs(params: Params, tasks: Mapping[str, Mapping[str, str]], demo: D
             write = demo.write_training_set if part == "train" else demo.write_evaluation_set
             name = f"data/demo/{part}"
             write(root() / name)
-        return documents[name].list_dataset_files(part) if name in documents else local_files(name, suffixes)
+        return documents[name].list_dataset_files(part) if name in documents else hash_local_files(name, suffixes)
 
     train = [fetched.get(("train", name)) or list_local(name, "train") for name, _ in sets]
     corpus = fetched.get(("corpus", ""))
     if params.train_corpus and not corpus:
-        corpus = local_files(params.train_corpus, TRAIN_SUFFIXES)
+        corpus = hash_local_files(params.train_corpus, TRAIN_SUFFIXES)
     evaluation = {name: list_local(name, "beir") for name in benchmarks}
     evaluation |= {name: fetched["evaluation", name] for name in tasks}
     manifest = {
-        "base": (fetched.get(("base", "")) or local_files(params.base, BASE_SUFFIXES))._asdict(),
+        "base": (fetched.get(("base", "")) or hash_local_files(params.base, BASE_SUFFIXES))._asdict(),
         "kernel": fetched["kernel", ""]._asdict() if kernel else None,
         "made_for": get_training_data_params(params),
         "train": [files._replace(weight=weight)._asdict() for files, (_, weight) in zip(train, sets, strict=True)],
         "train_corpus": corpus._asdict() if corpus else None,
-        "negatives": local_file(params.negatives_file)._asdict() if params.negatives_file else None,
+        "negatives": hash_local_file(params.negatives_file)._asdict() if params.negatives_file else None,
         "evaluation": {name: files._asdict() for name, files in evaluation.items()},
     }
     return FetchedInputs(manifest, documents)
@@ -111,7 +111,7 @@ def list_dataset_splits(manifest: Mapping[str, Any], train_data: str, train_corp
         UserError: a corpus is missing or has no effect; see also `has_page_numbers`.
     """
     train = [Files(**entry) for entry in manifest["train"]]
-    numbered = [has_page_numbers(folder_of(files, "dataset") / min(files.files)) for files in train]
+    numbered = [has_page_numbers(get_files_folder(files, "dataset") / min(files.files)) for files in train]
     entry, corpus = manifest["train_corpus"], None
     if any(numbered) and not entry:
         raise UserError(
@@ -124,17 +124,19 @@ def list_dataset_splits(manifest: Mapping[str, Any], train_data: str, train_corp
         )
     if entry:
         files = Files(**entry)
-        corpus = DatasetSplit(train_corpus, "corpus", folder_of(files, "dataset"), tuple(sorted(files.files)))
+        corpus = DatasetSplit(train_corpus, "corpus", get_files_folder(files, "dataset"), tuple(sorted(files.files)))
     splits = [corpus] if corpus else []
-    for (name, _), files, has_numbers in zip(mixture(train_data), train, numbered, strict=True):
+    for (name, _), files, has_numbers in zip(parse_mixture(train_data), train, numbered, strict=True):
         by_split, unread = group_files_by_split(files.files)
         if unread:
             print(
                 f"{name}: {len(unread)} of {len(files.files)} parquet files are not read, since their names are those "
                 f"of neither train nor dev set: {', '.join(unread)}"
             )
-        folder, pages = folder_of(files, "dataset"), corpus if has_numbers else None
-        splits += [DatasetSplit(name, key, folder, tuple(some), on_hub(name), pages) for key, some in by_split.items()]
+        folder, pages = get_files_folder(files, "dataset"), corpus if has_numbers else None
+        splits += [
+            DatasetSplit(name, split, folder, tuple(names), is_on_hub(name), pages) for split, names in by_split.items()
+        ]
     for name, entry in manifest["evaluation"].items():
         if not entry["revision"]:  # mteb itself checks its own tasks
             shards = [file for file in sorted(entry["files"]) if re.fullmatch(r"corpus/.*\.parquet", file)]
@@ -162,7 +164,7 @@ def group_files_by_split(files: Iterable[str]) -> tuple[dict[str, list[str]], li
 
 def get_tokenizer_path(manifest: Mapping[str, Any]) -> Path:
     """Return the file of the base's tokenizer."""
-    return folder_of(Files(**manifest["base"]), "model") / "tokenizer.json"
+    return get_files_folder(Files(**manifest["base"]), "model") / "tokenizer.json"
 
 
 def detect_format(name: str) -> DocumentReader | None:

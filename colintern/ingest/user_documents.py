@@ -29,11 +29,10 @@ from colintern.ingest.documents import (
     StoredImage,
     normalize_query,
 )
+from colintern.storage.files import LINKED_FOLDER, dumps, list_files
 from colintern.storage.identity import code_hashes, content_hash
-from colintern.storage.jsonfile import dumps
 from colintern.storage.lock import get_last_use, is_in_use, locked
-from colintern.storage.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, local_files, source_files
-from colintern.storage.regular import LINKED_FOLDER, list_files
+from colintern.storage.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, hash_local_files, hash_source_files
 
 MADE = "data/own/.made"
 RENDERED = "rendered"  # beside the keys of a folder, see `render_cache.py`
@@ -67,7 +66,7 @@ class UserDocuments(NamedTuple):
             )
         suffixes = TRAIN_SUFFIXES if part == "train" else BEIR_SUFFIXES
         made_from = self.made_from | {"pseudo": set(self.summary["kinds"]) != {"given"}}
-        return local_files(f"{self.made}/{part}", suffixes)._replace(made_from=made_from)
+        return hash_local_files(f"{self.made}/{part}", suffixes)._replace(made_from=made_from)
 
 
 def convert_documents(folder: str, reader: DocumentReader) -> UserDocuments:
@@ -76,7 +75,7 @@ def convert_documents(folder: str, reader: DocumentReader) -> UserDocuments:
     Raises:
         UserError: rows put one page or one query into two splits; see also the readers.
     """
-    made_from = {"folder": folder, "files": source_files(folder)}
+    made_from = {"folder": folder, "files": hash_source_files(folder)}
     refused = list_files(root() / folder).refused  # named with what is not read
     linked = [name if kind == LINKED_FOLDER else f"{name} ({kind})" for name, kind in refused.items()]
     facts = {

@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from colintern.core.errors import UserError
-from colintern.storage.jsonfile import read_json_object
+from colintern.storage.files import read_json_object, require_regular_file
 from colintern.storage.paths import ADAPTER
-from colintern.storage.regular import require_regular_file
 
 WEIGHTS_FILE, CONFIG_FILE = ADAPTER
 HEAD_FILE = "head.safetensors"

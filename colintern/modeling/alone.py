@@ -18,8 +18,8 @@ from colintern.modeling.adapter_files import (
 )
 from colintern.modeling.loading import load_model, require_adapter, require_finite, require_merged
 from colintern.modeling.modeling_colintern import attention_kernel
-from colintern.params import at_commit
-from colintern.storage.hub_errors import brief
+from colintern.params import split_hub_id
+from colintern.storage.hub import describe_error
 from colintern.storage.identity import content_hash, read_identity
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -43,11 +43,11 @@ class Alone(NamedTuple):
         if Path(model).is_dir():
             folder, revision = Path(model), ""
         else:
-            name, revision = at_commit("model", str(model))
+            name, revision = split_hub_id("model", str(model))
             try:
                 folder = Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
             except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-                raise UserError(f"model: {model!r} cannot be fetched: {brief(error)}") from error
+                raise UserError(f"model: {model!r} cannot be fetched: {describe_error(error)}") from error
         if not is_adapter(folder) and (folder / "config.json").is_file():
             require_merged(folder)
             return cls(folder, revision or content_hash(folder)[:40], False)

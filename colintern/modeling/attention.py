@@ -20,9 +20,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from colintern.core.errors import UserError
-from colintern.modeling.kernels import build_here, imported, unfit
+from colintern.modeling.kernels import find_build, find_unmet_need, import_kernel
 from colintern.modeling.modeling_colintern import attention_kernel
-from colintern.storage.manifest import Files, checked_folder, digests, folder_of, kernel_entry
+from colintern.storage.manifest import Files, ensure_files, get_digests, get_files_folder, get_kernel_entry
 
 KEY = "attention"
 FUNCTION = "flash_attn_func"  # what flash-attn 2 and 3 and the kernels made of them all have
@@ -37,7 +37,7 @@ def implementation(attention: str, dtype: str, training: bool = False) -> str:
         UserError: flash-attn is not installed; or a kernel was not fetched, is not the one that was fetched, does not
             fit this machine, cannot be imported, or computes something else.
     """
-    entry = kernel_entry(attention)
+    entry = get_kernel_entry(attention)
     if entry is None:
         name = attention_kernel(attention, dtype)
         if name == "flash_attention_2" and not find_spec("flash_attn"):
@@ -46,14 +46,14 @@ def implementation(attention: str, dtype: str, training: bool = False) -> str:
                 "or a kernel of the hub as OWNER/NAME@<40 hex digits>"
             )
         return name
-    folder = folder_of(Files(**entry), "kernel")
-    digests().forget(*(folder / file for file in entry["files"]))  # what is about to run is hashed now, not believed
-    checked_folder(entry, KEY, "kernel")
-    build = build_here(KEY, folder, entry["files"])
-    if lacks := unfit(build, dtype):
-        raise UserError(f"attention: {attention}: its build {build.folder.name} {lacks}")
+    folder = get_files_folder(Files(**entry), "kernel")
+    get_digests().invalidate(*(folder / file for file in entry["files"]))  # code is hashed right before it runs
+    ensure_files(entry, KEY, "kernel")
+    build = find_build(KEY, folder)
+    if need := find_unmet_need(build, dtype):
+        raise UserError(f"attention: {attention}: its build {build.variant_str} {need}")
     name = f"kernel-{hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:16]}"
-    function = _function(attention, folder, build.folder.name, tuple(entry["files"]))
+    function = _function(attention, folder, tuple(entry["files"]))
     _check(attention, function, getattr(torch, dtype), training)
     AttentionInterface.register(name, _attend(function))
     AttentionMaskInterface.register(name, _no_mask)
@@ -66,17 +66,17 @@ def lacking(attention: str, dtype: str) -> str:
     Raises:
         UserError: it was not fetched.
     """
-    entry = kernel_entry(attention)
+    entry = get_kernel_entry(attention)
     assert entry, attention
     try:
-        return unfit(build_here(KEY, folder_of(Files(**entry), "kernel"), entry["files"]), dtype)
+        return find_unmet_need(find_build(KEY, get_files_folder(Files(**entry), "kernel")), dtype)
     except UserError as error:
         return str(error).removeprefix(f"{KEY}: ")
 
 
 @cache  # a second import in one process would be another module
-def _function(attention: str, folder: Path, build: str, files: tuple[str, ...]) -> Callable[..., Any]:
-    module = imported(KEY, folder, build, files)
+def _function(attention: str, folder: Path, files: tuple[str, ...]) -> Callable[..., Any]:
+    module = import_kernel(KEY, folder, files)
     function = getattr(module, FUNCTION, None)
     if not callable(function):
         there = ", ".join(sorted(name for name in vars(module) if not name.startswith("_"))) or "nothing"

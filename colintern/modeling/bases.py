@@ -15,10 +15,9 @@ from transformers import InternVLConfig
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.params import Params, on_hub
-from colintern.storage import hub
-from colintern.storage.hub_errors import OfflineError, Repo
-from colintern.storage.manifest import digests
+from colintern.params import Params, is_on_hub
+from colintern.storage.hub import OfflineError, Repo, download_file
+from colintern.storage.manifest import get_digests
 from colintern.storage.paths import PRESETS, base_at_commit
 
 # name -> hidden size, MLP size, layers and attention heads of its language model
@@ -62,12 +61,12 @@ def config(base: str, params: Params) -> InternVLConfig:
     """
     if base in SIZES:
         return preset(base)
-    if not on_hub(base.partition("@")[0]):
+    if not is_on_hub(base.partition("@")[0]):
         return _read(root() / base / "config.json", base)
     name, revision = base_at_commit(base, params)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what is fetched is told there, beside a report for machines
-            return _read(hub.fetch_one(Repo("base", name, revision, "model"), "config.json", digests()), base)
+            return _read(download_file(Repo("base", name, revision, "model"), "config.json", get_digests()), base)
     except OfflineError as error:
         shipped = f"\n  or, with the config that is shipped: --base {known(name)}" if known(name) else ""
         raise OfflineError(f"{error}{shipped}", error.reason) from error
@@ -80,7 +79,8 @@ def at_hand(params: Params) -> InternVLConfig:
         UserError, OfflineError: see `config`.
     """
     name = known(params.base)  # "" of a folder, for which the hub's cache has no place
-    if name and not (hub.folder(Repo("base", params.base, params.base_revision, "model")) / "config.json").is_file():
+    repo = Repo("base", params.base, params.base_revision, "model")
+    if name and not (repo.snapshot_folder / "config.json").is_file():
         return preset(name)
     return config(params.base, params)
 
@@ -88,7 +88,7 @@ def at_hand(params: Params) -> InternVLConfig:
 def known(base: str) -> str:
     """The preset of a hub id of OpenGVLab's, "" if there is none."""
     name = base.lower().removeprefix("opengvlab/").removesuffix("-hf")
-    return name if name in SIZES and on_hub(base) else ""
+    return name if name in SIZES and is_on_hub(base) else ""
 
 
 def _read(file: Path, base: str) -> InternVLConfig:

@@ -17,9 +17,8 @@ from colintern.modeling.attention import implementation
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.params import Params
-from colintern.storage.jsonfile import read_json_object
+from colintern.storage.files import read_json_object, require_regular_file
 from colintern.storage.paths import suggest_adapter_source
-from colintern.storage.regular import require_regular_file
 
 TOKENIZER_FILE, TOKENIZER_CONFIG, PROCESSOR_CONFIG = "tokenizer.json", "tokenizer_config.json", "processor_config.json"
 MAX_TILE = 4096  # pixels
@@ -73,7 +72,7 @@ def require_base(params: Params, folder: Path) -> None:
 
 
 def load_adapter(params: Params, base: str, adapter: Path, trained: bool = True) -> nn.Module:
-    """The model, on the GPU if there is one; `base` is where `manifest.check_base` found its weights.
+    """The model, on the GPU if there is one; `base` is where `manifest.ensure_base` found its weights.
 
     Raises:
         UserError: weights that are missing or do not fit, such as an adapter without its head.

@@ -23,7 +23,6 @@ from transformers import InternVLConfig, InternVLModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
-from colintern.modeling import causal
 from colintern.modeling.adapter_files import (
     HEAD_FILE,
     HEAD_KEYS,
@@ -262,18 +261,15 @@ def meta_model(base: str | InternVLConfig, revision: str | None) -> ColIntern3_5
 
 def attention_kernel(choice: str, dtype: str, device: str | None = None) -> str:
     """transformers' name for a `choice` that is no kernel of the hub: `auto` is what is fastest, in bfloat16
-    flash_attention_2 on CUDA, where it is installed, and our own `blocked` on the CPU; else sdpa.
+    flash_attention_2 on CUDA, where it is installed; else sdpa.
 
     flash-attn's kernels know no float32. `device`: None for the GPU where there is one.
     """
     assert "/" not in choice, f"{choice}: transformers would load what the hub's cache has, see modeling/attention.py"
     if choice != "auto":
         return choice
-    if dtype != "bfloat16":
-        return "sdpa"
-    if device == "cpu" or not torch.cuda.is_available():
-        return causal.NAME
-    return "flash_attention_2" if find_spec("flash_attn") else "sdpa"
+    usable = dtype == "bfloat16" and device != "cpu" and torch.cuda.is_available() and find_spec("flash_attn")
+    return "flash_attention_2" if usable else "sdpa"
 
 
 def _hub_adapter(name: str, revision: str | None) -> Path | None:

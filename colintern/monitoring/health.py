@@ -1,37 +1,43 @@
-"""How a training run goes, judged by its logged rows alone, while it runs and at its end.
+"""Rules of training health: judge a run by its logged rows alone, while it runs and at its end.
 
-A loss says something only beside log(P), the loss of a model that knows nothing of the P pages of a batch: the training
-guide's 2.40 -> 1.50 is from 0.87 to 0.54 of log(16). So every loss here is a share of log(P), or, for a symmetric loss
-with hard negatives, whose other half knows only the B queries, of the mean of log(P) and log(B). The rules see no clock
-and no machine (for those see `watch`), and rows rounded to four digits are enough for them: two runs of one identity,
-one of them interrupted, are judged the same. `python -m bench.curves` holds the rules against recorded runs.
+A loss is compared with log(P), the loss of a model that cannot tell the P pages of a batch apart: the training guide's
+2.40 -> 1.50 is 0.87 to 0.54 of log(16). So every loss here is a share of log(P), or, for a symmetric loss with hard
+negatives, whose other half compares the B queries only, of the mean of log(P) and log(B). The rules use neither time
+nor machine (see `monitors` for those), and rows rounded to four digits suffice: two runs of one identity, one of them
+interrupted, get the same findings. `python -m bench.curves` checks the rules against recorded runs.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import mean, median
 from textwrap import wrap
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from colintern.monitoring.guide import Bounds
+from colintern.monitoring.guide import RecommendedBounds
 from colintern.params import Params
 
+LogRow = dict[
+    str, float
+]  # as in trainer_state.json: step, epoch, and loss, grad_norm and learning_rate, or a dev score
+HEALTH = "health.json"  # in an adapter's folder: the verdict and the value of each rule
 OK, WARN, BAD = "ok", "warn", "bad"
-# Overall verdicts.
+# Verdicts of a whole run.
 DIVERGED, COLLAPSED, TOO_SLOW, UNDERTRAINED, LEARNED = "diverged", "collapsed", "too slow", "undertrained", "learned"
-NOTHING = 0.97  # share of log(P) from which a model knows nothing; the guide's "too slow" is 2.35 of 2.40, 0.98
-SLOW, UNFIT = 0.85, 0.65  # shares of log(P): after an epoch, and at the end of a run that has learned
-GUIDE = [loss / math.log(16) for loss in (1.50, 1.20, 1.00, 0.85, 0.75)]  # its healthy training, by epoch
-ROUGH = 0.05  # share of log(P) by which rows may jump
-DEAD, JUMP = 0.1, 5  # gradient norm below which nothing moves; times the median that is a spike
-MATCH = "look whether the queries belong to their pages"
-HEALTH = "health.json"  # in an adapter's folder: the verdict and what each rule found
-FEW = 3  # rows without which nothing is said
+# Shares of log(P).
+UNTRAINED_THRESHOLD = 0.97  # the guide's "too slow" is 2.35 of 2.40, 0.98
+SLOW_THRESHOLD = 0.85  # after an epoch
+UNDERTRAINED_THRESHOLD = 0.65  # at the end of a run
+MAX_JUMP = 0.05  # difference of successive rows
+GUIDE_LOSSES = [loss / math.log(16) for loss in (1.50, 1.20, 1.00, 0.85, 0.75)]  # by epoch, of healthy training
+MIN_GRAD_NORM = 0.1  # norm
+SPIKE_FACTOR = 5  # times the median norm
+MIN_ROWS = 3
+CHECK_DATA = "look whether the queries belong to their pages"
 
 
-class Finding(NamedTuple):
-    """One rule's answer. `verdict`: ok, warn or bad; `value`: the number it was judged by; `remedy`: "" where ok."""
+class HealthFinding(NamedTuple):
+    """The result of one rule. `verdict`: ok, warn or bad; `value`: the number that decided; `remedy`: "" where ok."""
 
     name: str
     verdict: str
@@ -41,105 +47,87 @@ class Finding(NamedTuple):
     remedy: str
 
 
-def judged(name: str, rule: str, warn: bool, bad: bool, value: float, seen: str, remedy: str) -> Finding:
-    """A finding; `bad` wins over `warn`, and what is ok has no remedy."""
-    verdict = BAD if bad else WARN if warn else OK
-    return Finding(name, verdict, value, seen, rule, remedy if verdict != OK else "")
-
-
-class Health(NamedTuple):
-    """The verdict over all, why and what to do ("" where it learned), and every rule's finding."""
+class RunHealth(NamedTuple):
+    """The verdict on a run, its cause and what to do ("" where it learned), and the findings of all rules."""
 
     verdict: str
     why: str
     remedy: str
-    findings: list[Finding]
+    findings: list[HealthFinding]
 
 
-class Curve:
-    """A log history, made ready for the rules.
+class RuleResult(NamedTuple):
+    """What a rule returns; None in its place if it is too early or there is nothing to check."""
 
-    Args:
-        log: rows as in trainer_state.json: step, epoch, and loss, grad_norm and learning_rate, or eval_ndcg_at_5.
-        chance: NDCG@5 of a random ranking of the dev pages.
-        bounds: recommended for the base's size; every remedy stays within them.
-        done: the run is over, also where its last steps are in no row.
-    """
-
-    def __init__(self, log: Sequence[Mapping[str, Any]], params: Params, chance: float, bounds: Bounds, done: bool):
-        self.params, self.chance, self.bounds, self.done = params, chance, bounds, done
-        self.rows = [row for row in log if "loss" in row]
-        asked = [row for row in log if "eval_ndcg_at_5" in row]
-        self.dev = [row["eval_ndcg_at_5"] for row in asked]
-        self.asked = asked[-1]["step"] if asked else 0
-        pages = params.batch_size * (1 + params.negatives)
-        mirrored = params.batch_size if params.symmetric_loss else pages  # a page is asked for queries, no negatives
-        ignorant = (math.log(max(2, pages)) + math.log(max(2, mirrored))) / 2
-        self.unit = f"log({pages})" if mirrored == pages else f"{ignorant:.2f}"
-        self.losses = [row["loss"] / ignorant for row in self.rows]
-        self.tail = self.losses[-max(1, len(self.losses) // 10) :]
-
-    @property
-    def step(self) -> int:
-        return int(self.rows[-1]["step"])
-
-    @property
-    def steps(self) -> float:
-        """Of the whole run."""
-        return self.params.epochs * self.step / self.rows[-1]["epoch"]
-
-    @property
-    def pairs(self) -> int:
-        """Count the training pairs that the steps of an epoch use; the data may have up to a batch more."""
-        return round(self.steps / self.params.epochs) * self.params.batch_size
-
-    @property
-    def least(self) -> float:
-        """The dev score below which the ranking is chance; lower where there are only a few pages."""
-        return min(2 * self.chance, (1 + self.chance) / 2)
-
-    @property
-    def warm(self) -> list[Mapping[str, Any]]:
-        """The rows after the warm-up, or after a fifth of the rows where that is later."""
-        later = len(self.rows) // 5
-        return [row for i, row in enumerate(self.rows) if row["step"] > self.params.warmup_steps and i >= later]
-
-    @property
-    def epoch_ends(self) -> list[float]:
-        """The loss of each epoch that is over, see `ending`."""
-        over = self.params.epochs if self.done else int(self.rows[-1]["epoch"])
-        return [self.ending(end, 1) for end in range(1, over + 1)]
-
-    @property
-    def early(self) -> float:
-        """The place, in epochs, where the loss of a run that is fast enough has come down: after an epoch, or a quarter
-        of a run of fewer than four, but then not within twice the warm-up."""
-        warm = 2 * self.params.warmup_steps / self.steps * self.params.epochs
-        return min(1, max(self.params.epochs / 4, warm))
-
-    @property
-    def early_loss(self) -> float:
-        return self.ending(self.early, self.early)
-
-    def ending(self, end: float, length: float) -> float:
-        """The mean loss of the last quarter of so many epochs, or of the row nearest to their end."""
-        places = [(row["epoch"], loss) for row, loss in zip(self.rows, self.losses, strict=True)]
-        quarter = [loss for place, loss in places if end - length / 4 < place <= end]
-        return mean(quarter or [min(places, key=lambda place: abs(place[0] - end))[1]])
-
-
-class Answer(NamedTuple):
-    """What a rule says; None in its place where it is too early to say, or there is nothing to judge."""
-
-    warn: bool
-    bad: bool
+    is_warning: bool
+    is_bad: bool
     value: float
     seen: str
     remedy: str
 
 
-def suggest_lower_lr(params: Params, bounds: Bounds) -> str:
-    """Suggest a third of the lr, or the lowest of the bounds, against an unstable training."""
+def make_finding(
+    name: str, rule: str, is_warning: bool, is_bad: bool, value: float, seen: str, remedy: str
+) -> HealthFinding:
+    """Build a finding; bad takes precedence over warning, and what is ok has no remedy."""
+    verdict = BAD if is_bad else WARN if is_warning else OK
+    return HealthFinding(name, verdict, value, seen, rule, remedy if verdict != OK else "")
+
+
+class LossCurve:
+    """A log history with the quantities that the rules need; `is_done`: the last steps may be in no row."""
+
+    def __init__(
+        self, log: Sequence[LogRow], params: Params, random_ndcg: float, bounds: RecommendedBounds, is_done: bool
+    ):
+        self.params, self.random_ndcg, self.bounds, self.is_done = params, random_ndcg, bounds, is_done
+        self.rows = [row for row in log if "loss" in row]
+        evaluations = [row for row in log if "eval_ndcg_at_5" in row]
+        self.dev_scores = [row["eval_ndcg_at_5"] for row in evaluations]
+        self.last_evaluation = evaluations[-1]["step"] if evaluations else 0
+        pages = params.batch_size * (1 + params.negatives)
+        mirrored = params.batch_size if params.symmetric_loss else pages  # hard negatives have no query
+        untrained = (math.log(max(2, pages)) + math.log(max(2, mirrored))) / 2
+        self.unit = f"log({pages})" if mirrored == pages else f"{untrained:.2f}"
+        self.losses = [row["loss"] / untrained for row in self.rows]
+        self.last_tenth = self.losses[-max(1, len(self.losses) // 10) :]
+        if self.rows:
+            self.step, self.epoch = int(self.rows[-1]["step"]), self.rows[-1]["epoch"]
+            self.max_steps = params.epochs * self.step / self.epoch
+            # By the steps of an epoch; the data may have up to a batch more.
+            self.num_pairs = round(self.max_steps / params.epochs) * params.batch_size
+
+    @property
+    def min_dev_score(self) -> float:
+        """Return the dev score below which a ranking counts as random; lower where there are only a few pages."""
+        return min(2 * self.random_ndcg, (1 + self.random_ndcg) / 2)
+
+    @property
+    def rows_after_warmup(self) -> list[LogRow]:
+        """Return the rows after the warm-up, or after a fifth of the rows if that is later."""
+        fifth = len(self.rows) // 5
+        return [row for i, row in enumerate(self.rows) if row["step"] > self.params.warmup_steps and i >= fifth]
+
+    @property
+    def early_epoch(self) -> float:
+        """Return the epoch after which a loss should have fallen: 1, or a quarter of a run of fewer than four."""
+        warm = 2 * self.params.warmup_steps / self.max_steps * self.params.epochs  # not within twice the warm-up
+        return min(1, max(self.params.epochs / 4, warm))
+
+    @property
+    def early_loss(self) -> float:
+        """Return the loss at `early_epoch`."""
+        return self.mean_loss_at(self.early_epoch, self.early_epoch)
+
+    def mean_loss_at(self, end: float, length: float) -> float:
+        """Return the mean loss of the last quarter of `length` epochs before `end`, else of the row nearest to it."""
+        rows = [(row["epoch"], loss) for row, loss in zip(self.rows, self.losses, strict=True)]
+        quarter = [loss for epoch, loss in rows if end - length / 4 < epoch <= end]
+        return mean(quarter or [min(rows, key=lambda row: abs(row[0] - end))[1]])
+
+
+def suggest_lower_lr(params: Params, bounds: RecommendedBounds) -> str:
+    """Suggest a third of the lr, or the lowest of the bounds, for unstable training."""
     low, high = bounds.lr
     lr = min(max(params.lr / 3, low), high)
     warmup = f"more warmup_steps than {params.warmup_steps}"
@@ -148,8 +136,8 @@ def suggest_lower_lr(params: Params, bounds: Bounds) -> str:
     return f"lr: {lr:.2g}{', the lowest for a base of this size,' if lr == low else ','} or {warmup}"
 
 
-def suggest_higher_lr(params: Params, bounds: Bounds) -> str:
-    """Suggest three times the lr, clipped to the bounds, for a slow training; at the upper bound also more epochs."""
+def suggest_higher_lr(params: Params, bounds: RecommendedBounds) -> str:
+    """Suggest three times the lr, clipped to the bounds, for slow training; at the upper bound also more epochs."""
     low, high = bounds.lr
     lr = min(max(3 * params.lr, low), high)
     epochs = f"epochs: {2 * params.epochs}"
@@ -158,175 +146,199 @@ def suggest_higher_lr(params: Params, bounds: Bounds) -> str:
     return f"lr: {lr:.2g}" + (f", the highest for a base of this size, and {epochs}" if lr == high else "")
 
 
-def suggest_larger_batch(c: Curve, batch_size: int) -> str:
-    """Suggest a batch size, or more data where the data cannot fill it; "" where the batch is as large already."""
-    if c.params.batch_size >= batch_size:
+def suggest_larger_batch(curve: LossCurve, batch_size: int) -> str:
+    """Suggest a batch size, or more data if the data cannot fill it; "" if the batch is as large already."""
+    if curve.params.batch_size >= batch_size:
         return ""
-    if batch_size > c.pairs:
-        return f"more training pairs: batch_size {batch_size} is recommended, an epoch has only {c.pairs}"
+    if batch_size > curve.num_pairs:
+        return f"more training pairs: batch_size {batch_size} is recommended, an epoch has only {curve.num_pairs}"
     return f"batch_size: {batch_size}"
 
 
-def dead(c: Curve) -> bool:
-    """Whether the gradient has gone while the loss is still that of a model that knows nothing."""
-    norms = [row["grad_norm"] for row in c.rows if "grad_norm" in row]
-    return bool(norms) and median(norms[-len(c.tail) :]) < DEAD and mean(c.tail) > SLOW
+def suggest_fix(curve: LossCurve) -> str:
+    """Suggest what to do about a loss that does not fall."""
+    scores = curve.dev_scores
+    has_lost_score = bool(scores) and scores[-1] < curve.min_dev_score <= max(scores)
+    has_risen = mean(curve.last_tenth) > 1.1 * min(curve.losses)
+    is_unstable = gradient_vanished(curve) or has_lost_score or has_risen
+    if not is_unstable and curve.params.warmup_steps >= curve.max_steps:  # lr has never reached its peak
+        return f"warmup_steps: {int(curve.max_steps / 10)}"
+    lr = (suggest_lower_lr if is_unstable else suggest_higher_lr)(curve.params, curve.bounds)
+    return "; ".join(filter(None, [lr, suggest_larger_batch(curve, curve.bounds.batch), f"else {CHECK_DATA}"]))
 
 
-def cure(c: Curve) -> str:
-    """What to do about a loss that does not fall."""
-    lost = bool(c.dev) and c.dev[-1] < c.least <= max(c.dev)
-    fell = dead(c) or lost or mean(c.tail) > 1.1 * min(c.losses)  # it was better before
-    if not fell and c.params.warmup_steps >= c.steps:  # the learning rate never came to its peak
-        return f"warmup_steps: {int(c.steps / 10)}"
-    lr = (suggest_lower_lr if fell else suggest_higher_lr)(c.params, c.bounds)
-    return "; ".join(filter(None, [lr, suggest_larger_batch(c, c.bounds.batch), f"else {MATCH}"]))
+def gradient_vanished(curve: LossCurve) -> bool:
+    """Return whether the gradient is gone while the loss is still high."""
+    norms = [row["grad_norm"] for row in curve.rows if "grad_norm" in row]
+    last_norms = norms[-len(curve.last_tenth) :]
+    return bool(norms) and median(last_norms) < MIN_GRAD_NORM and mean(curve.last_tenth) > SLOW_THRESHOLD
 
 
-def finite(c: Curve) -> Answer | None:
-    numbers = [row[key] for row in c.rows for key in ("loss", "grad_norm") if key in row]
-    wrong = sum(not math.isfinite(number) for number in numbers)
-    seen = f"{wrong} of {len(numbers)} losses and norms are NaN or infinite"
-    return Answer(False, wrong > 0, wrong, seen, suggest_lower_lr(c.params, c.bounds))
+Rule = Callable[[LossCurve], RuleResult | None]
+RULES: dict[str, tuple[str, Rule]] = {}  # in the order of their findings
 
 
-def known(c: Curve) -> Answer | None:
-    if c.step <= 2 * c.params.warmup_steps or len(c.losses) < 2 * FEW:
+def register_rule(name: str, text: str) -> Callable[[Rule], Rule]:
+    """Register a rule with the text that describes it."""
+
+    def register(check: Rule) -> Rule:
+        RULES[name] = text, check
+        return check
+
+    return register
+
+
+@register_rule("finite", "a loss or norm that is not finite is bad")
+def _check_finite(curve: LossCurve) -> RuleResult | None:
+    numbers = [row[key] for row in curve.rows for key in ("loss", "grad_norm") if key in row]
+    num_wrong = sum(not math.isfinite(number) for number in numbers)
+    seen = f"{num_wrong} of {len(numbers)} losses and norms are NaN or infinite"
+    return RuleResult(False, num_wrong > 0, num_wrong, seen, suggest_lower_lr(curve.params, curve.bounds))
+
+
+@register_rule("loss now", f"above {UNTRAINED_THRESHOLD} of log(P) after twice the warm-up warn, after an epoch bad")
+def _check_loss_floor(curve: LossCurve) -> RuleResult | None:
+    if curve.step <= 2 * curve.params.warmup_steps or len(curve.losses) < 2 * MIN_ROWS:
         return None
-    share = mean(c.tail if len(c.tail) >= FEW else c.losses[-FEW:])
-    early = not c.done and c.rows[-1]["epoch"] < 1
-    return Answer(share > NOTHING, share > NOTHING and not early, share, f"{share:.2f} of {c.unit}", cure(c))
+    share = mean(curve.last_tenth if len(curve.last_tenth) >= MIN_ROWS else curve.losses[-MIN_ROWS:])
+    is_untrained, is_early = share > UNTRAINED_THRESHOLD, not curve.is_done and curve.epoch < 1
+    seen = f"{share:.2f} of {curve.unit}"
+    return RuleResult(is_untrained, is_untrained and not is_early, share, seen, suggest_fix(curve))
 
 
-def early_loss(c: Curve) -> Answer | None:
-    if not c.done and c.rows[-1]["epoch"] < c.early:
+@register_rule(
+    "early loss",
+    f"above {SLOW_THRESHOLD} of log(P) after an epoch or a quarter run warn, above {UNTRAINED_THRESHOLD} bad",
+)
+def _check_early_loss(curve: LossCurve) -> RuleResult | None:
+    if not curve.is_done and curve.epoch < curve.early_epoch:
         return None
-    share = c.early_loss
-    seen = f"{c.losses[0]:.2f} -> {share:.2f} of {c.unit}"
-    return Answer(share > SLOW, share > NOTHING, share, seen, cure(c))
+    share = curve.early_loss
+    seen = f"{curve.losses[0]:.2f} -> {share:.2f} of {curve.unit}"
+    return RuleResult(share > SLOW_THRESHOLD, share > UNTRAINED_THRESHOLD, share, seen, suggest_fix(curve))
 
 
-def by_epoch(c: Curve) -> Answer | None:
-    ends = c.epoch_ends
-    if len(ends) < c.params.epochs:
+@register_rule("loss by epoch", f"above {UNDERTRAINED_THRESHOLD} of log(P) at the end warn, above {SLOW_THRESHOLD} bad")
+def _check_loss_by_epoch(curve: LossCurve) -> RuleResult | None:
+    epochs = curve.params.epochs
+    if not curve.is_done and int(curve.epoch) < epochs:
         return None
-    guide, ours = (" ".join(f"{share:.2f}" for share in shares[:5]) for shares in (GUIDE[: len(ends)], ends))
-    seen = f"{ours}{' ...' if len(ends) > 5 else ''}; the guide's {guide}"
-    remedy = f"epochs: {max(5, 2 * c.params.epochs)}" if c.early_loss <= SLOW else cure(c)
-    return Answer(ends[-1] > UNFIT, ends[-1] > SLOW, ends[-1], seen, remedy)
+    losses = [curve.mean_loss_at(end, 1) for end in range(1, epochs + 1)]
+    guide, ours = (" ".join(f"{share:.2f}" for share in shares[:5]) for shares in (GUIDE_LOSSES[:epochs], losses))
+    seen = f"{ours}{' ...' if epochs > 5 else ''}; the guide's {guide}"
+    remedy = f"epochs: {max(5, 2 * epochs)}" if curve.early_loss <= SLOW_THRESHOLD else suggest_fix(curve)
+    return RuleResult(losses[-1] > UNDERTRAINED_THRESHOLD, losses[-1] > SLOW_THRESHOLD, losses[-1], seen, remedy)
 
 
-def rough(c: Curve) -> Answer | None:
-    losses = c.losses[-len(c.warm) :] if c.warm else []
-    if len(losses) < 2 * FEW:
+@register_rule("steady loss", f"rows that jump by {MAX_JUMP} of log(P) warn, by {2 * MAX_JUMP} bad: oscillating")
+def _check_oscillation(curve: LossCurve) -> RuleResult | None:
+    num_warm = len(curve.rows_after_warmup)
+    if num_warm < 2 * MIN_ROWS:
         return None
-    # Second differences: a steady fall is not rough; their median: nor is the step from one epoch to the next.
+    losses = curve.losses[-num_warm:]
+    # Second differences ignore a steady fall, and their median the step from one epoch to the next.
     jump = median(abs(b - (a + d) / 2) for a, b, d in zip(losses, losses[1:], losses[2:], strict=False))
-    lower = min(max(c.params.lr / 2, c.bounds.lr[0]), c.bounds.lr[1])
-    lr = f"lr: {lower:.2g}" if lower < c.params.lr else ""
-    remedy = ", ".join(filter(None, [suggest_larger_batch(c, max(c.bounds.batch, 2 * c.params.batch_size)), lr]))
-    return Answer(jump > ROUGH, jump > 2 * ROUGH, jump, f"rows jump by {jump:.3f} of {c.unit}", remedy)
+    (low, high), lr = curve.bounds.lr, curve.params.lr
+    lower = min(max(lr / 2, low), high)
+    batch = suggest_larger_batch(curve, max(curve.bounds.batch, 2 * curve.params.batch_size))
+    remedy = ", ".join(filter(None, [batch, f"lr: {lower:.2g}" if lower < lr else ""]))
+    seen = f"rows jump by {jump:.3f} of {curve.unit}"
+    return RuleResult(jump > MAX_JUMP, jump > 2 * MAX_JUMP, jump, seen, remedy)
 
 
-def gradient(c: Curve) -> Answer | None:
-    norms = [row["grad_norm"] for row in c.warm if "grad_norm" in row]
-    if len(norms) < 2 * FEW:
+@register_rule(
+    "gradient norm", f"{SPIKE_FACTOR} x the median in 5 % of the rows warn, in 20 % bad; below {MIN_GRAD_NORM} bad"
+)
+def _check_gradient(curve: LossCurve) -> RuleResult | None:
+    norms = [row["grad_norm"] for row in curve.rows_after_warmup if "grad_norm" in row]
+    if len(norms) < 2 * MIN_ROWS:
         return None
     usual = median(norms)
-    spikes = sum(norm > JUMP * usual for norm in norms) / len(norms)
+    spikes = sum(norm > SPIKE_FACTOR * usual for norm in norms) / len(norms)
     seen = f"{usual:.2g} (guide: 1-3), highest {max(norms):.2g}, {spikes:.0%} spikes"
-    return Answer(spikes > 0.05, dead(c) or spikes > 0.2, usual, seen, suggest_lower_lr(c.params, c.bounds))
+    is_bad = gradient_vanished(curve) or spikes > 0.2
+    return RuleResult(spikes > 0.05, is_bad, usual, seen, suggest_lower_lr(curve.params, curve.bounds))
 
 
-def learning_rate(c: Curve) -> Answer | None:
-    rows = [row for row in c.rows if "learning_rate" in row]
-    share = c.params.warmup_steps / c.steps
-    after = [row["learning_rate"] for row in rows if row["step"] > c.params.warmup_steps + 1]
-    rises = any(b > a * 1.001 for a, b in pairwise(after))
-    high = max((row["learning_rate"] for row in rows), default=0.0)
-    wrong = rises or high > c.params.lr * 1.001 or share >= 1
-    seen = f"up to {high:.2g} of {c.params.lr:g}, warm-up {share:.0%} of {c.steps:.0f} steps"
-    return Answer(share > 0.25, wrong, share, seen, f"warmup_steps: {int(c.steps / 10)}")
+@register_rule("learning rate", "a warm-up over 0.25 of the run warn; rises after it, or all of the run, bad")
+def _check_learning_rate(curve: LossCurve) -> RuleResult | None:
+    rows = [row for row in curve.rows if "learning_rate" in row]
+    share = curve.params.warmup_steps / curve.max_steps
+    rates = [row["learning_rate"] for row in rows if row["step"] > curve.params.warmup_steps + 1]
+    is_rising = any(later > earlier * 1.001 for earlier, later in pairwise(rates))
+    highest = max((row["learning_rate"] for row in rows), default=0.0)
+    is_wrong = is_rising or highest > curve.params.lr * 1.001 or share >= 1
+    seen = f"up to {highest:.2g} of {curve.params.lr:g}, warm-up {share:.0%} of {curve.max_steps:.0f} steps"
+    return RuleResult(share > 0.25, is_wrong, share, seen, f"warmup_steps: {int(curve.max_steps / 10)}")
 
 
-def dev_score(c: Curve) -> Answer | None:
-    if not c.dev or (not c.done and c.asked <= 2 * c.params.warmup_steps):
+@register_rule("dev NDCG@5", "below 0.8 of its best warn, below twice chance bad")
+def _check_dev_score(curve: LossCurve) -> RuleResult | None:
+    if not curve.dev_scores or (not curve.is_done and curve.last_evaluation <= 2 * curve.params.warmup_steps):
         return None
-    last, best = c.dev[-1], max(c.dev)
-    seen = f"{last:.3f}, best {best:.3f}, chance {c.chance:.3f}"
-    fewer = "fewer epochs, or " if c.params.epochs > c.bounds.epochs else ""
-    remedy = cure(c) if last < c.least else fewer + suggest_lower_lr(c.params, c.bounds)
-    return Answer(last < 0.8 * best, last < c.least, last, seen, remedy)
+    last, best, lowest = curve.dev_scores[-1], max(curve.dev_scores), curve.min_dev_score
+    seen = f"{last:.3f}, best {best:.3f}, chance {curve.random_ndcg:.3f}"
+    fewer = "fewer epochs, or " if curve.params.epochs > curve.bounds.epochs else ""
+    remedy = suggest_fix(curve) if last < lowest else fewer + suggest_lower_lr(curve.params, curve.bounds)
+    return RuleResult(last < 0.8 * best, last < lowest, last, seen, remedy)
 
 
-RULES: dict[str, tuple[str, Callable[[Curve], Answer | None]]] = {
-    "finite": ("a loss or norm that is not finite is bad", finite),
-    "loss now": (f"above {NOTHING} of log(P) after twice the warm-up warn, after an epoch bad", known),
-    "early loss": (f"above {SLOW} of log(P) after an epoch or a quarter run warn, above {NOTHING} bad", early_loss),
-    "loss by epoch": (f"above {UNFIT} of log(P) at the end warn, above {SLOW} bad", by_epoch),
-    "steady loss": (f"rows that jump by {ROUGH} of log(P) warn, by {2 * ROUGH} bad: oscillating", rough),
-    "gradient norm": (f"{JUMP} x the median in 5 % of the rows warn, in 20 % bad; below {DEAD} bad", gradient),
-    "learning rate": ("a warm-up over 0.25 of the run warn; rises after it, or all of the run, bad", learning_rate),
-    "dev NDCG@5": ("below 0.8 of its best warn, below twice chance bad", dev_score),
-}
-
-
-def findings(curve: Curve) -> list[Finding]:
-    """What each rule says of the rows so far, in the order of `RULES`; without those that cannot say yet."""
+def apply_rules(curve: LossCurve) -> list[HealthFinding]:
+    """Return the finding of each rule on the rows so far, in the order of `RULES`; without rules that need more."""
     if not curve.rows:
         return []
-    answers = ((name, words, rule(curve)) for name, (words, rule) in RULES.items())
-    return [judged(name, words, *answer) for name, words, answer in answers if answer]
+    results = ((name, text, check(curve)) for name, (text, check) in RULES.items())
+    return [make_finding(name, text, *result) for name, text, result in results if result]
 
 
-def health(log: Sequence[Mapping[str, Any]], params: Params, chance: float, bounds: Bounds) -> Health:
-    """A finished run, judged: the first that holds of
+def assess_run(log: Sequence[LogRow], params: Params, random_ndcg: float, bounds: RecommendedBounds) -> RunHealth:
+    """Assess a finished run.
 
-    - `diverged`: something is not finite;
-    - `collapsed`: it ends where it knows nothing: the loss is log(P), or the ranking of the dev pages is chance;
-    - `too slow`: the loss ends high, and was so early: after an epoch, or a quarter of a run of fewer than four;
-    - `undertrained`: the loss ends high, but was falling from the start;
-    - `learned`.
+    Its verdict is the first that applies: `diverged` (something is not finite), `collapsed` (it ends with the loss of
+    an untrained model, or a random ranking), `too slow` (the loss ends high, and was high early), `undertrained` (it
+    ends high, but fell from the start), `learned`.
     """
-    curve = Curve(log, params, chance, bounds, done=True)
-    found = findings(curve)
-    by_name = {finding.name: finding for finding in found}
+    curve = LossCurve(log, params, random_ndcg, bounds, is_done=True)
+    findings = apply_rules(curve)
+    by_name = {finding.name: finding for finding in findings}
 
-    def is_(name: str, *verdicts: str) -> bool:
+    def is_judged(name: str, *verdicts: str) -> bool:
         return name in by_name and by_name[name].verdict in verdicts
 
-    flat = mean(curve.tail) > NOTHING
-    if is_("finite", BAD):
+    is_flat = mean(curve.last_tenth) > UNTRAINED_THRESHOLD
+    if is_judged("finite", BAD):
         verdict, cause = DIVERGED, "finite"
-    elif flat or is_("dev NDCG@5", BAD):
-        verdict, cause = COLLAPSED, "dev NDCG@5" if not flat else "loss by epoch"
-    elif is_("loss by epoch", WARN, BAD):
-        slow = is_("early loss", WARN, BAD)
-        verdict, cause = (TOO_SLOW, "early loss") if slow else (UNDERTRAINED, "loss by epoch")
+    elif is_flat or is_judged("dev NDCG@5", BAD):
+        verdict, cause = COLLAPSED, "loss by epoch" if is_flat else "dev NDCG@5"
+    elif is_judged("loss by epoch", WARN, BAD):
+        is_slow = is_judged("early loss", WARN, BAD)
+        verdict, cause = (TOO_SLOW, "early loss") if is_slow else (UNDERTRAINED, "loss by epoch")
     else:
-        return Health(LEARNED, "", "", found)
-    return Health(verdict, f"{cause}: {by_name[cause].seen}", by_name[cause].remedy, found)
+        return RunHealth(LEARNED, "", "", findings)
+    return RunHealth(verdict, f"{cause}: {by_name[cause].seen}", by_name[cause].remedy, findings)
 
 
-def line(finding: Finding) -> str:
-    """One finding with its remedy, at most 80 columns wide."""
+def format_finding(finding: HealthFinding) -> str:
+    """Format a finding with its remedy, at most 80 columns wide."""
     text = f"{finding.verdict:<5}{finding.name:<15}{finding.seen}"
-    more = f" -> {finding.remedy}" if finding.remedy else ""
-    return "\n".join(wrap(text + more, 80, subsequent_indent=" " * 20, break_long_words=False))
+    remedy = f" -> {finding.remedy}" if finding.remedy else ""
+    return "\n".join(wrap(text + remedy, 80, subsequent_indent=" " * 20, break_long_words=False))
 
 
-def report(judgement: Health) -> str:
-    """Every finding, and the verdict with its remedy, which is then not repeated; at most 80 columns wide."""
-    last = f"training health: {judgement.verdict}"
-    if judgement.why:
-        last += f"; {judgement.why} -> {judgement.remedy}"
-    shown = (f._replace(remedy="") if f.remedy == judgement.remedy else f for f in judgement.findings)
-    return "\n".join([*map(line, shown), *wrap(last, 80, subsequent_indent="  ")])
+def format_health(health: RunHealth) -> str:
+    """Format all findings and the verdict with its remedy, which the findings do not repeat; at most 80 columns."""
+    last = f"training health: {health.verdict}"
+    if health.why:
+        last += f"; {health.why} -> {health.remedy}"
+    shown = (f._replace(remedy="") if f.remedy == health.remedy else f for f in health.findings)
+    return "\n".join([*map(format_finding, shown), *wrap(last, 80, subsequent_indent="  ")])
 
 
-def stored(found: Sequence[Finding]) -> dict[str, Any]:
-    """Return the findings as JSON: the value of every rule; verdict and remedy of those that are not ok."""
+def findings_to_json(findings: Sequence[HealthFinding]) -> dict[str, dict[str, float | str]]:
+    """Return the value of every rule, and verdict and remedy of those that are not ok."""
     return {
-        "values": {f.name: round(f.value, 4) for f in found},
-        "wrong": {f.name: f"{f.verdict} -> {f.remedy}" for f in found if f.verdict != OK},
+        "values": {finding.name: round(finding.value, 4) for finding in findings},
+        "wrong": {
+            finding.name: f"{finding.verdict} -> {finding.remedy}" for finding in findings if finding.verdict != OK
+        },
     }

@@ -1,8 +1,8 @@
-"""A run on W&B, TensorBoard or Trackio, in a way that cannot disturb it.
+"""Log a run to W&B, TensorBoard or Trackio without risk for the run.
 
-What is logged is what transformers' callback for the Trainer's `report_to` logs. Here it is kept from harming a run:
-where W&B cannot be reached or no key is known the run is kept on the disk instead, and whatever else fails in a tracker
-costs one warning and the tracker. Curves for `dvc plots` are written from the checkpoints' history, without a tracker.
+transformers' callback for the Trainer's `report_to` does the logging. If W&B cannot be reached or has no key, the run
+is logged offline; any other failure of a tracker costs one warning and the tracker. Curves for `dvc plots` are written
+from the checkpoints' history, without a tracker.
 """
 
 import dataclasses
@@ -15,21 +15,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.params import Params
 
-START, END = "20", 20  # seconds W&B may take to begin a run, and to send the rest at its end: a preemption gives 30
-ID = "wandb-id"  # beside the checkpoints
-LINKED = re.compile(r"(?<=://)[^/@\s]+@")  # user and password in an address
+# Seconds for W&B to start a run, and to send the rest at its end: a preempted machine has 30.
+INIT_TIMEOUT, FINISH_TIMEOUT = "20", 20
+RUN_ID_FILE = "wandb-id"  # beside the checkpoints
+URL_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+MAX_ERROR_CHARACTERS = 200
 
 
-def check_tracker(params: Params) -> None:
-    """Raises UserError where the tracker's package is missing, or W&B is asked to upload what holds a token."""
-    name = params.tracker
+def check_tracker(name: str) -> None:
+    """Check that the package of a tracker is installed, and that W&B is not asked to upload a file with a token.
+
+    Raises:
+        UserError: it is not, or W&B is.
+    """
     if name != "none" and importlib.util.find_spec(name) is None:
         raise UserError(
             f"tracker: {name!r} needs the package {name}, which is not installed here; install it with "
@@ -44,74 +49,78 @@ def check_tracker(params: Params) -> None:
         )
 
 
-class Tracker(TrainerCallback):
-    """Callback for `params.tracker`, which must not be "none"; `folder` is where the run's checkpoints lie.
+class TrackerCallback(TrainerCallback):
+    """Forwards events to the callback of `params.tracker`, which must not be "none".
 
     A W&B run has one id however often it is interrupted. Rows between the last checkpoint and a kill are logged twice,
     with the same values.
     """
 
-    def __init__(self, params: Params, folder: Path):
-        self.params, self.folder, self.inner = params, folder, None
+    def __init__(self, params: Params):
+        self.params = params
+        self.callback: TrainerCallback | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Start the tracker."""
+        checkpoints = Path(str(args.output_dir)).parent
         try:
             if self.params.tracker == "wandb":
-                print(f"W&B: {self._begin_wandb()}", flush=True)
-            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(root() / "logs" / "tensorboard" / self.folder.name))
-            self.inner = get_reporting_integration_callbacks(self.params.tracker)[0]()
+                print(f"W&B: {self._start_wandb(checkpoints)}", flush=True)
+            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(root() / "logs" / "tensorboard" / checkpoints.name))
+            self.callback = get_reporting_integration_callbacks(self.params.tracker)[0]()
         except Exception as error:
-            self._give_up(error)
-        self._tell("on_train_begin", args, state, control, kwargs)
+            self._disable(error)
+        self._forward("on_train_begin", args, state, control, **kwargs)
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._tell("on_log", args, state, control, kwargs)
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Log a row."""
+        self._forward("on_log", args, state, control, **kwargs)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._tell("on_train_end", args, state, control, kwargs)
-        if self.inner and self.params.tracker == "wandb":
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """End the tracker's run; an interrupted one has exit code 1."""
+        self._forward("on_train_end", args, state, control, **kwargs)
+        if self.callback and self.params.tracker == "wandb":
             import wandb
 
             try:
                 wandb.finish(exit_code=int(state.global_step < state.max_steps))
             except Exception as error:
-                self._give_up(error)
+                self._disable(error)
 
-    def _tell(self, event: str, args: Any, state: Any, control: Any, kwargs: dict[str, Any]) -> None:
-        if not self.inner:
+    def _forward(self, event: str, *args, **kwargs) -> None:
+        if self.callback is None:
             return
         try:
-            getattr(self.inner, event)(args, state, control, **kwargs)
+            getattr(self.callback, event)(*args, **kwargs)
         except Exception as error:
-            self._give_up(error)
+            self._disable(error)
 
-    def _give_up(self, error: Exception) -> None:
-        if isinstance(error, UserError):  # a second signal, raised wherever it arrives
+    def _disable(self, error: Exception) -> None:
+        if isinstance(error, UserError):  # of a second signal, which may arrive anywhere
             raise error
-        self.inner = None
-        print(f"warning: tracker {self.params.tracker} ends, training goes on: {_said(error)}", flush=True)
+        self.callback = None
+        print(f"warning: tracker {self.params.tracker} ends, training continues: {format_error(error)}", flush=True)
 
-    def _begin_wandb(self) -> str:
-        """Begin or resume the run; returns where it is to be seen.
+    def _start_wandb(self, checkpoints: Path) -> str:
+        """Start or resume the run; return where it can be seen.
 
-        A key is never asked for: nobody may be at the terminal.
+        W&B may not ask for a key: nobody may be at the terminal.
         """
         os.environ.setdefault("WANDB_SILENT", "true")
-        os.environ.setdefault("WANDB_INIT_TIMEOUT", START)
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)
         import wandb
 
-        place = self.folder / ID
-        if not place.is_file():
-            place.write_text(secrets.token_hex(4))
-        settings = wandb.Settings(finish_timeout=END, finish_timeout_raises=True)
+        id_file = checkpoints / RUN_ID_FILE
+        if not id_file.is_file():
+            id_file.write_text(secrets.token_hex(4))
         options: dict[str, Any] = {
-            "id": place.read_text(),
+            "id": id_file.read_text(),
             "resume": "allow",
             "dir": os.environ.get("WANDB_DIR") or str(root().absolute()),
             "config": dataclasses.asdict(self.params),
             "project": os.environ.get("WANDB_PROJECT", "huggingface"),
             "name": os.environ.get("WANDB_NAME") or os.environ.get("DVC_EXP_NAME"),
-            "settings": settings,
+            "settings": wandb.Settings(finish_timeout=FINISH_TIMEOUT, finish_timeout_raises=True),
         }
         mode = wandb.setup().settings.mode
         if mode in ("online", "run"):
@@ -124,15 +133,14 @@ class Tracker(TrainerCallback):
             except Exception as error:
                 with suppress(Exception):
                     wandb.teardown()  # else the id counts as in use
-                kept = wandb.init(**options, mode="offline").settings.sync_dir
-                print(f"warning: W&B cannot be used, the run is kept offline: {_said(error)}", flush=True)
-                return f"send it later with `wandb sync {kept}`"
+                folder = wandb.init(**options, mode="offline").settings.sync_dir
+                print(f"warning: W&B cannot be used, the run is kept offline: {format_error(error)}", flush=True)
+                return f"send it later with `wandb sync {folder}`"
         run = wandb.init(**options)
-        if mode == "disabled":
-            return mode
-        return f"{mode}, `wandb sync {run.settings.sync_dir}` sends it"
+        return mode if mode == "disabled" else f"{mode}, `wandb sync {run.settings.sync_dir}` sends it"
 
 
-def _said(error: Exception) -> str:
-    """An error in one line, without the password of an address in it."""
-    return LINKED.sub("", " ".join((str(error) or type(error).__name__).split()))[:200]
+def format_error(error: Exception) -> str:
+    """Format an error in one line, without the credentials of a URL."""
+    text = " ".join((str(error) or type(error).__name__).split())
+    return URL_CREDENTIALS.sub("", text)[:MAX_ERROR_CHARACTERS]

@@ -193,8 +193,7 @@ class Costs:
         return measure(run, [part for side in parts for part in side])
 
     def _embed(self, model: Any, part: dict[str, Tensor], made: Any = None, grad: Tensor | None = None) -> Tensor:
-        """As `ContrastiveTrainer._embed`, around the backward pass too: a checkpointed layer is computed anew in it,
-        and must take the same dropout."""
+        """As `ContrastiveTrainer.embed_mini_batch` and `backward_mini_batch`, with the same dropout in both."""
         rows, length = part["input_ids"].shape
         # autocast is `measure`'s
         cast = torch.autocast(model.device.type, torch.bfloat16) if self.low_precision else nullcontext()

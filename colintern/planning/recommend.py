@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 
 from colintern.core.errors import UserError
 from colintern.modeling.tiling import INTERNVL_TILE, choose_grid
-from colintern.monitoring.guide import BATCH, EPOCHS, SMALLEST, optimal_lr, optimal_rank
+from colintern.monitoring.guide import (
+    MIN_BATCH_SIZE,
+    MIN_EPOCHS,
+    MIN_GUIDE_PARAMETERS,
+    get_optimal_lr,
+    get_optimal_rank,
+)
 from colintern.planning.costs import Costs, Setting, Step
 from colintern.planning.gpus import ASSUMED, GPUS, Gpu, seconds
 
@@ -114,7 +120,7 @@ def recommend(costs: Costs, found: Plan, gpu_memory_gb: float, rows: int, pages:
     would decide has no value."""
     setting, step = found.setting, found.step
     size, batch, micro = costs.parameters, setting.batch_size, setting.micro_batch_size
-    if size < SMALLEST:
+    if size < MIN_GUIDE_PARAMETERS:
         reason = (
             f"The guide's rules are for 1B parameters and up, and do not reach {size / 1e6:.1f} M; for the demo base "
             f'the README has measurements: "How the demo answers to its settings".'
@@ -126,12 +132,14 @@ def recommend(costs: Costs, found: Plan, gpu_memory_gb: float, rows: int, pages:
         grid = choose_grid(A4[0], A4[1], setting.tiles, INTERNVL_TILE)
         fit = "" if visual == VISUAL_TOKENS[0] else f"; with {VISUAL_TOKENS[0]} no step fits this GPU"
         steps = steps_of(rows, batch)
-        yield Value("lr", optimal_lr(size), "guide", f"{size / 1e9:.1f} B: 7e-5 below 0.5 B, 5e-5 below 3 B, then 3e-5")
-        yield Value("lora_rank", optimal_rank(size), "guide", "16 below 0.5 B, 32 below 3 B, then 64")
-        yield Value("lora_alpha", optimal_rank(size), "guide", "equal to the rank")
+        yield Value(
+            "lr", get_optimal_lr(size), "guide", f"{size / 1e9:.1f} B: 7e-5 below 0.5 B, 5e-5 below 3 B, then 3e-5"
+        )
+        yield Value("lora_rank", get_optimal_rank(size), "guide", "16 below 0.5 B, 32 below 3 B, then 64")
+        yield Value("lora_alpha", get_optimal_rank(size), "guide", "equal to the rank")
         yield Value("lora_dropout", DROPOUT, "guide", "its LoraConfig")
         yield Value("dtype", DTYPE, "guide", "BF16 training; adapters and AdamW's moments stay float32")
-        yield Value("epochs", EPOCHS, "guide", "5, not 1")
+        yield Value("epochs", MIN_EPOCHS, "guide", "5, not 1")
         yield Value("batch_size", batch, "guide", "64 pages to tell apart: no accumulation, so effective and real")
         yield Value("warmup_steps", warmup_of(steps), "guide", f"{WARMUP}, at most a tenth of {steps:,} steps")
         yield Value(
@@ -165,7 +173,7 @@ def _rank(plan: Plan) -> float:
 
 def steps_of(rows: int, batch: int) -> int:
     """Optimiser steps of a run; the last, incomplete batch of an epoch is dropped."""
-    return rows // batch * EPOCHS
+    return rows // batch * MIN_EPOCHS
 
 
 def warmup_of(steps: int) -> int:
@@ -197,7 +205,7 @@ def memory_table(costs: Costs, query_tokens: int) -> Iterator[tuple[int, str, li
         row = []
         for checkpointing in (False, True):
             tokens = tiles * costs.config.image_seq_length + PROMPT_TOKENS
-            setting = Setting(BATCH, 1, checkpointing, tiles, tokens, query_tokens)
+            setting = Setting(MIN_BATCH_SIZE, 1, checkpointing, tiles, tokens, query_tokens)
             micro = optimal_micro_batch_size(memory, costs, setting)
             peak = costs.step(setting._replace(micro_batch_size=micro)).peak / GIB if micro else None
             row.append((micro, peak))

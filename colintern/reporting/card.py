@@ -6,7 +6,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from colintern.evaluation.scores import METRICS, short
-from colintern.params import on_hub
+from colintern.params import is_on_hub
 from colintern.reporting.evaluated import Evaluation, intervals
 from colintern.reporting.html import TEMPLATES
 from colintern.storage.identity import fingerprint, versions
@@ -19,7 +19,7 @@ def card(name: str, revision: str, identity: dict[str, Any], found: Evaluation |
     base = identity["base"]["folder"]
     data = ModelCardData(
         model_name=name,
-        base_model=base if on_hub(base) and identity["base"]["revision"] else None,
+        base_model=base if is_on_hub(base) and identity["base"]["revision"] else None,
         library_name="colpali",  # not transformers, whose AutoModel would leave out the head
         pipeline_tag=TASK,
         tags=["colpali", "late-interaction", "multi-vector", TASK],
@@ -56,7 +56,7 @@ def _results(found: Evaluation) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=TASK,
-            dataset_type=tasks[name].dataset["path"] if on_hub(tasks[name].dataset["path"]) else "local",
+            dataset_type=tasks[name].dataset["path"] if is_on_hub(tasks[name].dataset["path"]) else "local",
             dataset_name=short(name),
             dataset_revision=tasks[name].dataset["revision"],
             metric_type=metric,

@@ -13,10 +13,10 @@ from colintern.evaluation.subjects import subjects
 from colintern.modeling.loading import load_processor
 from colintern.modeling.modeling_colintern import ColIntern3_5, quiet
 from colintern.params import Params
-from colintern.preflight.adapter_check import base_folder, check, read_adapter
+from colintern.preflight.adapter_check import check_adapter, find_base, read_adapter
 from colintern.reporting.card import card
 from colintern.reporting.evaluated import FULL, Evaluation, as_evaluated, evaluation, find
-from colintern.storage.hub_errors import brief
+from colintern.storage.hub import describe_error
 
 
 def export(params: Params, folder: Path, out: Path, name: str) -> str:
@@ -28,8 +28,8 @@ def export(params: Params, folder: Path, out: Path, name: str) -> str:
         UserError: no adapter, or one that `colintern check-adapter` refuses.
     """
     adapter = read_adapter(folder)
-    base = base_folder(adapter, None)
-    wrong = [finding for finding in check(adapter, base) if not finding.ok]
+    base = find_base(adapter, None)
+    wrong = [finding for finding in check_adapter(adapter, base) if not finding.ok]
     if wrong:
         raise UserError(f"{folder}: {wrong[0].name}: {wrong[0].found}; see: colintern check-adapter {folder}")
     revision = subjects(params, folder)["trained"].revision
@@ -73,5 +73,5 @@ def push(folder: Path, name: str) -> str:
         return api.upload_folder(repo_id=name, folder_path=folder, commit_message="colintern export").commit_url
     except (HTTPError, OSError) as error:
         raise UserError(
-            f"--push: {name}: {brief(error)}; `hf auth login` or HF_TOKEN gives the right to write"
+            f"--push: {name}: {describe_error(error)}; `hf auth login` or HF_TOKEN gives the right to write"
         ) from error

@@ -25,10 +25,9 @@ from colintern.encoding.tensor_cache import TensorCache
 from colintern.ingest.documents import InvalidRow
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.search.sources import Source, images
+from colintern.storage.files import MISSING, dumps, irregular_type
 from colintern.storage.identity import code_hashes, fingerprint
-from colintern.storage.jsonfile import dumps
 from colintern.storage.lock import locked
-from colintern.storage.regular import MISSING, irregular_type
 
 LIMIT = 10**15  # bytes: as much as the disk has, less what the cache leaves free
 FLUSH = 64  # pages after which what is done is on the disk

@@ -14,9 +14,9 @@ from colintern.core.page_labels import get_file_url
 from colintern.data.images import InvalidImageError, decode_image
 from colintern.ingest.documents import InvalidRow
 from colintern.ingest.pdf_rendering import DPI, LIMITS, PageRef, count_pages, group_pages, render_pages
+from colintern.storage.files import LINKED_FOLDER, MISSING, irregular_type, list_files
 from colintern.storage.identity import content_hash
 from colintern.storage.isolation import Failure, IsolatedPool
-from colintern.storage.regular import LINKED_FOLDER, MISSING, irregular_type, list_files
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 SEARCHED = (".pdf", *IMAGES)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from colintern.modeling.tiling import base_tile, choose_grid
-from colintern.storage.manifest import MANIFEST, SURVEY, Files, folder_of, read
+from colintern.storage.manifest import MANIFEST, SURVEY, Files, get_files_folder, read_data_file
 
 HISTOGRAM_COLUMNS = ("set", "measure", "value", "count")
 MEASURES = {  # histogram -> what the table calls its mean
@@ -25,8 +25,8 @@ def load_dataset_stats(max_visual_tokens: int) -> Stats:
     Raises:
         UserError: there is no survey.
     """
-    stats: Stats = read(SURVEY)
-    side, tokens = base_tile(folder_of(Files(**read(MANIFEST)["base"]), "model"))
+    stats: Stats = read_data_file(SURVEY)
+    side, tokens = base_tile(get_files_folder(Files(**read_data_file(MANIFEST)["base"]), "model"))
     for facts in stats.values():
         tiles: Counter[int] = Counter()
         for size, count in facts.pop("page sizes").items():

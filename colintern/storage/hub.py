@@ -1,189 +1,239 @@
-"""The hub: files of a repository at a commit, whole and checked, in huggingface_hub's own cache (HF_HOME).
+"""Download and verify files of hub repositories at a commit, in huggingface_hub's own cache (HF_HOME).
 
-huggingface_hub lists and transfers: Xet or HTTP, redirects, HF_TOKEN, 429 with Retry-After, and a cut transfer goes on
-where it broke off. What it lacks is here: the question whether all of it fits the disk, before the first byte; one bar
-over all files; the hash of what arrived, since it takes any bytes of the right length; another try where it gives up
-at once (a 5xx on the file itself, a reset connection, a wrong length).
-A download that was killed goes on with the files it had not finished.
+`snapshot_download` lists and transfers (Xet or HTTP), sends HF_TOKEN, waits for 429, and resumes dropped connections.
+Added here is what it does not do:
+
+- It accepts any bytes of the right length that come by HTTP: every file is hashed.
+- It gives up on a 5xx for a file, a reset connection and a wrong length: they are retried.
+- Its `dry_run` needs a request for each file and tells no hash: the listing tells whether the files fit the disk.
+- On Ctrl-C it waits for its threads, which may wait for the network: here Ctrl-C ends the process.
 """
 
+import errno
 import os
 import shutil
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from multiprocessing.pool import ThreadPool
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from glob import escape
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from huggingface_hub import HfApi, RepoFile, constants, hf_hub_download, is_offline_mode
-from huggingface_hub._tree_cache import TreeCacheEntry, read_tree_cache, write_tree_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub import (
+    HfApi,
+    RepoFile,
+    constants,
+    get_cached_repo_tree,
+    is_offline_mode,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils.sha import git_hash
-from tqdm import tqdm
 
 from colintern.core.errors import UserError
 from colintern.core.progress import ProgressBar
 from colintern.storage.digests import Digests
-from colintern.storage.hub_errors import PASSING, OfflineError, Repo, brief, explained, offline
-from colintern.storage.regular import DANGLING, MISSING, irregular_type
+from colintern.storage.files import DANGLING, MISSING, irregular_type
 
-WORKERS = 8  # files at once
-WAITS = (1, 2, 4, 8)  # seconds before another try, after which a file is given up
-ABANDONED = 3600  # seconds after which nobody writes a partial file any more: a killed process left it
+RETRY_WAITS_SECONDS = (1, 2, 4, 8)  # after the last one the repository is given up
+STALE_PARTIAL_SECONDS = 3600  # age from which no process writes a partial file any more: a killed one left it
+RETRYABLE_STATUS_CODES = (500, 502, 503, 504)  # the server is in trouble, it does not refuse
+REVISION_KEYS = {
+    "base": "base_revision", "train_data": "train_revision", "train_corpus": "train_corpus_revision",
+}  # fmt: skip
 
 
-# Which files of a repository are wanted: those with one of these suffixes, the first of which some file must have; or
-# what picks them from the paths of all.
-Choice = tuple[str, ...] | Callable[[Repo, list[str]], list[str]]
+class OfflineError(UserError):
+    """The cache lacks a file and the hub cannot be reached; the process exits with 7."""
+
+    exit_code = 7
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class Repo(NamedTuple):
+    """A repository at a commit; `key` is what names it for the user, such as "base" or "benchmarks: <task>"."""
+
+    key: str
+    name: str
+    revision: str
+    kind: str  # model, dataset or kernel
+
+    @property
+    def cache_folder(self) -> Path:
+        """The repository's folder in the hub's cache."""
+        return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.name, repo_type=self.kind)
+
+    @property
+    def snapshot_folder(self) -> Path:
+        """The folder of the files at this commit in the hub's cache; it need not exist."""
+        return self.cache_folder / "snapshots" / self.revision
+
+
+# Selects files of a repository: by their suffixes, of which the first one must occur; or by a function of all paths.
+FileSelector = tuple[str, ...] | Callable[[Repo, list[str]], list[str]]
 
 
 class HubFile(NamedTuple):
-    """A file of a repository; `want` is the sha256 of its bytes or, of a file outside LFS, its git hash (40 hex)."""
+    """A file of a repository; `hash` is the sha256 of its bytes or, of a file outside LFS, its git hash (40 hex)."""
 
     repo: Repo
     path: str
     size: int
-    want: str
+    hash: str
+
+    @property
+    def has_sha256(self) -> bool:
+        """Whether the hash is a sha256, not a git hash."""
+        return len(self.hash) == 64
 
     @property
     def cached(self) -> Path:
-        return folder(self.repo) / self.path
+        """The path in the hub's cache; it need not exist."""
+        return self.repo.snapshot_folder / self.path
 
 
-def folder(repo: Repo) -> Path:
-    """Where the cache has, or will have, the repository's files at this commit."""
-    return _storage(repo) / "snapshots" / repo.revision
-
-
-def _storage(repo: Repo) -> Path:
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo.name, repo_type=repo.kind)
-
-
-def stay_offline() -> None:
+def enable_offline_mode() -> None:
     """Keep the rest of this process off the hub: all it needs is in the cache.
 
-    Else transformers asks for every file that a repository might also have, and where there is no network each of these
-    17 questions takes 23 seconds to fail.
+    Otherwise transformers asks for every file that a repository might also have; without a network each of these 17
+    requests takes 23 seconds to fail.
     """
-    os.environ["HF_HUB_OFFLINE"] = "1"  # for processes this one starts, and for what is imported later
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for child processes and later imports
     constants.HF_HUB_OFFLINE = True
 
 
-def fetch(wanted: Sequence[tuple[Repo, Choice]], digests: Digests) -> list[list[HubFile]]:
-    """Have the chosen files of each of the repositories whole in the cache.
+def download_repos(wanted: Sequence[tuple[Repo, FileSelector]], digests: Digests) -> list[list[HubFile]]:
+    """Download the selected files of each repository that the cache lacks, and verify all of them.
 
     Raises:
         OfflineError: the hub cannot be reached and the cache lacks something.
-        UserError: an unknown, private or gated repository, an unknown revision, nothing to choose, not enough room on
-            the disk, or a file that arrives wrong twice.
+        UserError: an unknown, private or gated repository, an unknown revision, nothing to select, too little disk
+            space, or a file that arrives wrong twice.
     """
-    found: list[list[HubFile]] = []
-    for repo, choice in wanted:
+    selected: list[list[HubFile]] = []
+    for repo, selector in wanted:
         try:
-            found.append(_listing(repo, choice))
+            selected.append(_select_files(repo, selector))
         except OfflineError as error:
-            raise offline([repo for repo, _ in wanted if _tree(repo) is None], error.reason) from error
-    get([file for files in found for file in files], digests)
-    return found
+            raise create_offline_error(
+                [repo for repo, _ in wanted if not _read_cached_tree(repo)], error.reason
+            ) from error
+    ensure_downloaded([file for files in selected for file in files], digests)
+    return selected
 
 
-def fetch_one(repo: Repo, path: str, digests: Digests) -> Path:
-    """One file of a repository in the cache, which nothing else of it need be.
+def download_file(repo: Repo, path: str, digests: Digests) -> Path:
+    """Return the path of one file in the cache; download and verify it first if it is missing.
 
     Raises:
-        OfflineError, UserError: see `fetch`.
+        OfflineError, UserError: see `download_repos`.
     """
-    cached = folder(repo) / path
-    if cached.is_file():
-        return cached
-    files = [file for file in _listing(repo, (PurePosixPath(path).suffix,)) if file.path == path]
-    if not files:
+    cached = repo.snapshot_folder / path
+    if not cached.is_file():
+        ensure_downloaded(_select_files(repo, lambda _, paths: [name for name in paths if name == path]), digests)
+    if not cached.is_file():
         raise UserError(f"{repo.key}: {repo.name!r} at {repo.revision} holds no {path}")
-    get(files, digests)
     return cached
 
 
-def outside(path: str) -> bool:
-    """Whether a path that should be below a folder may lead out of it."""
+def escapes_root(path: str) -> bool:
+    """Return whether a path that should be below a folder may lead out of it."""
     return PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts
 
 
-def _tree(repo: Repo) -> dict[str, TreeCacheEntry] | None:
-    return read_tree_cache(str(_storage(repo)), repo.revision)
+def _read_cached_tree(repo: Repo) -> list[RepoFile]:
+    """Return the files of a repository if the cache has its listing, else []."""
+    try:
+        return get_cached_repo_tree(repo.name, repo_type=repo.kind, revision=repo.revision)
+    except CachedRepoTreeNotFoundError:
+        return []
 
 
-def _listing(repo: Repo, choice: Choice) -> list[HubFile]:
-    """The chosen ones of the repository's files; the hub is asked once, since a commit's files never change."""
-    tree = _tree(repo)
-    if tree is None:
+def _list_files(repo: Repo) -> dict[str, RepoFile]:
+    """Return the files of a repository by path; the hub is asked only if the cache lacks the listing."""
+    tree = _read_cached_tree(repo)
+    if not tree:
         try:
             listed = HfApi().list_repo_tree(repo.name, recursive=True, revision=repo.revision, repo_type=repo.kind)
-            tree = {entry.path: _entry(entry) for entry in listed if isinstance(entry, RepoFile)}
+            tree = [entry for entry in listed if isinstance(entry, RepoFile)]
         except (HTTPError, OSError, HFValidationError) as error:
-            raise explained(error, repo) from error
-        write_tree_cache(str(_storage(repo)), repo.revision, tree)
-    if isinstance(choice, tuple):
-        paths = [path for path in sorted(tree) if PurePosixPath(path).suffix in choice]
-        if not any(path.endswith(choice[0]) for path in paths):
-            raise UserError(f"{repo.key}: {repo.name!r} at {repo.revision} holds no *{choice[0]}")
+            raise to_user_error(error, repo) from error
+    return {entry.path: entry for entry in tree}
+
+
+def _select_files(repo: Repo, selector: FileSelector) -> list[HubFile]:
+    entries = _list_files(repo)
+    if isinstance(selector, tuple):
+        paths = [path for path in sorted(entries) if PurePosixPath(path).suffix in selector]
+        if not any(path.endswith(selector[0]) for path in paths):
+            raise UserError(f"{repo.key}: {repo.name!r} at {repo.revision} holds no *{selector[0]}")
     else:
-        paths = choice(repo, sorted(tree))
+        paths = selector(repo, sorted(entries))
     for path in paths:
-        if outside(path):
+        if escapes_root(path):
             raise UserError(f"{repo.key}: {repo.name!r} at {repo.revision} names a file outside itself, {path!r}")
-    return [HubFile(repo, path, tree[path].size, tree[path].lfs_sha256 or tree[path].blob_id) for path in paths]
+    hashes = {path: entry.lfs.sha256 if entry.lfs else entry.blob_id for path, entry in entries.items()}
+    return [HubFile(repo, path, entries[path].size, hashes[path]) for path in paths]
 
 
-def _entry(file: RepoFile) -> TreeCacheEntry:
-    lfs_sha256, lfs_size = (file.lfs.sha256, file.lfs.size) if file.lfs else (None, None)
-    return TreeCacheEntry(file.size, file.blob_id, lfs_sha256, lfs_size, file.xet_hash)
-
-
-def get(files: Iterable[HubFile], digests: Digests) -> None:
-    """Have these files in the cache, each with the hash it should have; what is there and right is left alone.
+def ensure_downloaded(files: Sequence[HubFile], digests: Digests) -> None:
+    """Download the files that the cache lacks, and verify the hash of every file.
 
     Raises:
-        OfflineError, UserError: see `fetch`.
+        OfflineError, UserError: see `download_repos`.
     """
-    files = list(files)
     kinds = [irregular_type(file.cached) for file in files]
     for file, kind in zip(files, kinds, strict=True):
         if kind not in ("", MISSING, DANGLING):
             raise UserError(f"{file.cached}: is {kind}, not a regular file; delete it, it is then fetched again")
     missing = [file for file, kind in zip(files, kinds, strict=True) if kind]
     if is_offline_mode() and missing:
-        raise offline([file.repo for file in missing], "HF_HUB_OFFLINE is set")
-    _sweep({file.repo for file in missing})
-    total = _check_room(missing)
+        raise create_offline_error([file.repo for file in missing], "HF_HUB_OFFLINE is set")
+    remove_stale_partials({file.repo for file in missing})
+    total = _check_disk_space(missing)
     if missing:
         print(f"fetching {len(missing)} files, {total / 1e9:.2f} GB, into {constants.HF_HUB_CACHE}", flush=True)
-    stop = threading.Event()
-    with (
-        ProgressBar(total=total, unit="B", unit_scale=True, desc="fetching", delay=1) as bar,
-        ThreadPool(WORKERS) as pool,  # of daemon threads: Ctrl-C ends the process, not the transfers under way
-    ):
-        try:
-            for _ in pool.imap_unordered(partial(_whole, digests=digests, bar=bar, stop=stop), files):
-                pass
-        finally:
-            stop.set()
-            digests.save()
+    _download(missing)
+    wrong = _list_wrong_files(files, digests)
+    for file in wrong:
+        print(f"{file.cached}: not the bytes the hub names; fetching it again", flush=True)
+    _download(wrong, force=True)
+    for file in _list_wrong_files(wrong, digests):
+        # Both the link and its target, or the next reader would find a file.
+        file.cached.resolve().unlink(missing_ok=True)
+        file.cached.unlink(missing_ok=True)
+        raise UserError(
+            f"{file.repo.key}: {file.path} of {file.repo.name} arrived twice with other bytes than its hash "
+            f"{file.hash[:12]}; something between here and {constants.ENDPOINT} changes files"
+        )
 
 
-def _sweep(repos: Iterable[Repo]) -> None:
-    """Delete what killed processes left half-written; huggingface_hub never looks at it again."""
+def remove_stale_partials(repos: Iterable[Repo]) -> None:
+    """Delete the partial files of killed processes; huggingface_hub does not read them again."""
     for repo in repos:
-        for path in (_storage(repo) / "blobs").glob("*.incomplete"):
-            if time.time() - path.stat().st_mtime > ABANDONED:
+        for path in (repo.cache_folder / "blobs").glob("*.incomplete"):
+            if time.time() - path.stat().st_mtime > STALE_PARTIAL_SECONDS:
                 path.unlink(missing_ok=True)
 
 
-def _check_room(missing: Sequence[HubFile]) -> int:
-    """How many bytes are to come; a file that another commit has under the same hash is not among them."""
-    blobs = {_storage(file.repo) / "blobs" / file.want: file.size for file in missing}
+def _check_disk_space(missing: Sequence[HubFile]) -> int:
+    """Return the number of bytes to download; a file that another commit has with the same hash is not counted."""
+    blobs = {file.repo.cache_folder / "blobs" / file.hash: file.size for file in missing}
     need = sum(size for blob, size in blobs.items() if not blob.exists())
     cache = Path(constants.HF_HUB_CACHE).absolute()
     free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
@@ -195,87 +245,109 @@ def _check_room(missing: Sequence[HubFile]) -> int:
     return need
 
 
-def _whole(file: HubFile, digests: Digests, bar: tqdm, stop: threading.Event) -> None:
-    """Download a file unless it is there and right; bytes of another hash are fetched once more."""
-    if not file.cached.is_file():
-        _download(file, bar, stop, again=False)
-    if _right(file, digests):
+def _list_wrong_files(files: Sequence[HubFile], digests: Digests) -> list[HubFile]:
+    digests.hash_files([file.cached for file in files if file.has_sha256])  # in parallel
+    return [file for file in files if not hash_matches(file, digests)]
+
+
+def hash_matches(file: HubFile, digests: Digests) -> bool:
+    """Return whether the cached bytes have the hash that the hub lists."""
+    if file.has_sha256:
+        return digests(file.cached)["sha256"] == file.hash
+    return file.cached.stat().st_size == file.size and git_hash(file.cached.read_bytes()) == file.hash
+
+
+def _download(files: Sequence[HubFile], force: bool = False) -> None:
+    """Download files, repository by repository, with huggingface_hub's progress bars."""
+    for repo in dict.fromkeys(file.repo for file in files):
+        listed = _list_files(repo)
+        paths = [file.path for file in files if file.repo == repo]
+        for path in paths:
+            if path not in listed:
+                raise UserError(
+                    f"{repo.key}: {repo.name!r} has no file {path} at {repo.revision}; run: dvc repro -f fetch-data"
+                )
+        for wait in (*RETRY_WAITS_SECONDS, None):
+            try:
+                with _end_on_ctrl_c():
+                    snapshot_download(
+                        repo.name, repo_type=repo.kind, revision=repo.revision, force_download=force,
+                        allow_patterns=list(map(escape, paths)), tqdm_class=ProgressBar,
+                    )  # fmt: skip
+                break
+            except (HTTPError, OSError, ValueError, RuntimeError) as error:
+                if wait is None or not is_retryable(error):
+                    raise to_user_error(error, repo) from error
+                print(f"{repo.name}: {describe_error(error)}; trying again in {wait} s", flush=True)
+                time.sleep(wait)
+
+
+@contextmanager
+def _end_on_ctrl_c() -> Iterator[None]:
+    """Let SIGINT end the process in the block, instead of KeyboardInterrupt, which waits for threads."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
-    bar.write(f"{file.cached}: not the bytes the hub names; fetching it again")
-    _download(file, bar, stop, again=True)
-    if not _right(file, digests):
-        # Both the link and what it leads to, or the next reader would find a file.
-        file.cached.resolve().unlink(missing_ok=True)
-        file.cached.unlink(missing_ok=True)
-        raise UserError(
-            f"{file.repo.key}: {file.path} of {file.repo.name} arrived twice with other bytes than its hash "
-            f"{file.want[:12]}; something between here and {constants.ENDPOINT} changes files"
-        )
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
-def _right(file: HubFile, digests: Digests) -> bool:
-    if len(file.want) == 64:
-        return digests(file.cached)["sha256"] == file.want
-    return file.cached.stat().st_size == file.size and git_hash(file.cached.read_bytes()) == file.want
-
-
-def _download(file: HubFile, bar: tqdm, stop: threading.Event, again: bool) -> None:
-    repo = file.repo
-    for wait in (*WAITS, None):
-        feed = _feed(bar, stop)
-        try:
-            hf_hub_download(
-                repo.name,
-                file.path,
-                repo_type=repo.kind,
-                revision=repo.revision,
-                force_download=again,
-                tqdm_class=feed,  # type: ignore[arg-type]
-            )
-            return
-        except (HTTPError, OSError, ValueError, RuntimeError) as error:
-            if wait is None or not _passing(error):
-                raise explained(error, repo, file.path) from error
-            bar.update(-feed.sent)
-            bar.write(f"{file.path}: {brief(error)}; trying again in {wait} s")
-            if stop.wait(wait):
-                raise _Stopped from error
-
-
-def _passing(error: Exception) -> bool:
-    """Whether another try may help where the client made none, or none that helped."""
+def is_retryable(error: Exception) -> bool:
+    """Return whether another try may help where huggingface_hub gives up."""
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in PASSING
+        return error.response.status_code in RETRYABLE_STATUS_CODES
     return isinstance(error, HTTPError) or "Consistency check" in str(error)
 
 
-class _Stopped(Exception):
-    """Another file has failed, or Ctrl-C."""
+def to_user_error(error: Exception, repo: Repo) -> UserError:
+    """Translate what huggingface_hub raised when it listed or downloaded `repo`.
+
+    The message names the key of params.yaml and the remedy. It shows no request, whose headers hold the token.
+    """
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        return to_user_error(error.__cause__, repo)
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    what = f"{repo.key}: {repo.name!r}"
+    page = f"{constants.ENDPOINT}/{'' if repo.kind == 'model' else repo.kind + 's/'}{repo.name}"
+    if isinstance(error, GatedRepoError):
+        return UserError(
+            f"{what} is gated: open {page} and accept its terms, then set HF_TOKEN to a token of that account "
+            f"(made at {constants.ENDPOINT}/settings/tokens)"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        key = REVISION_KEYS.get(repo.key, repo.key)
+        return UserError(f"{key}: {repo.revision!r} is no commit of {repo.name}; see {page}/commits/main")
+    if status in (401, 403, 404) or isinstance(error, HFValidationError):
+        return UserError(
+            f"{what} is not a {repo.kind} on the hub, or is private: check the name at {page}; for a private one set "
+            f"HF_TOKEN to a token that may read it (one that is set and refused looks the same)"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"HF_HOME: the disk of {constants.HF_HUB_CACHE} is full; what is there already is kept")
+    is_unreachable = status is None or status in (408, 429, *RETRYABLE_STATUS_CODES)
+    if isinstance(error, HTTPError | OfflineModeIsEnabled | RuntimeError) and is_unreachable:  # RuntimeError: hf_xet's
+        return create_offline_error([repo], describe_error(error))
+    return UserError(f"{what}: {describe_error(error)}")
 
 
-def _feed(bar: tqdm, stop: threading.Event) -> Any:
-    """What huggingface_hub takes for the progress bar of one file: it hands the bytes on to the one bar of all."""
+def describe_error(error: Exception) -> str:
+    """Describe an error in one line, without the address of an HTTP error, which may be signed."""
+    if isinstance(error, HfHubHTTPError):
+        return f"HTTP {error.response.status_code}"
+    return str(error).partition("\n")[0] or type(error).__name__
 
-    class Feed:
-        sent = 0
 
-        def __init__(self, *args: Any, **kwargs: Any):
-            pass
-
-        def __enter__(self) -> "Feed":
-            return self
-
-        def update(self, n: float | None = 1) -> None:
-            if stop.is_set():
-                raise _Stopped
-            with bar.get_lock():
-                bar.update(n)
-            Feed.sent += int(n or 0)
-
-        def ignore(self, *args: Any, **kwargs: Any) -> None:
-            pass
-
-        __exit__ = close = set_postfix_str = ignore
-        update_transfer = set_transfer_postfix_str = ignore  # having these, it does not open a second bar for Xet
-
-    return Feed
+def create_offline_error(repos: Iterable[Repo], reason: str) -> OfflineError:
+    """Return the error that names the commands to fill the cache where there is a network."""
+    commands = [
+        f"hf download {repo.name} --revision {repo.revision}" + f" --repo-type {repo.kind}" * (repo.kind != "model")
+        for repo in dict.fromkeys(repos)
+    ]
+    return OfflineError(
+        f"{constants.ENDPOINT} cannot be reached ({reason}) and {constants.HF_HUB_CACHE} lacks files; where there is a "
+        "network, with the same HF_HOME, run: dvc repro -f fetch-data\n  or: " + "\n  or: ".join(commands),
+        reason,
+    )

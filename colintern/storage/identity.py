@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from colintern.core.errors import UserError
 from colintern.core.imports import OBSERVERS, TOP, list_reached_modules
 from colintern.params import Params
-from colintern.storage.jsonfile import read_json_object
+from colintern.storage.files import read_json_object
 
 IDENTITY_FILE = "identity.json"
 NUMBER = (int, float)

@@ -1,4 +1,4 @@
-"""One process at a time: a lock on a file, released when its process ends. And shared locks on folders in use."""
+"""Lock files for one process at a time, and folders for shared use; a lock ends with its process."""
 
 import fcntl
 import os
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TextIO
 
 from colintern.core.errors import UserError
-from colintern.storage.regular import irregular_type
+from colintern.storage.files import irregular_type
 
-ORPHANS = 30  # seconds after which a killed trainer's data loader should have ended; it looks every 5
+MAX_ORPHAN_SECONDS = 30  # the data loader of a killed trainer ends within this time: it checks every 5 s
 
 
 class IrregularLockError(UserError, OSError):
-    """A lock that is no regular file. Also an OSError: a cache whose lock cannot be taken is still read."""
+    """The lock is not a regular file. Also an OSError: a cache whose lock cannot be taken is still read."""
 
 
 def open_lock(path: Path) -> TextIO:
@@ -34,7 +34,7 @@ def open_lock(path: Path) -> TextIO:
 
 @contextmanager
 def locked(path: Path, waiting: str = "") -> Iterator[None]:
-    """Hold `path`; where another process has it, print `waiting` and wait. A process that dies lets go of it."""
+    """Hold an exclusive lock on `path`; if another process has it, print `waiting` and wait."""
     with open_lock(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -46,15 +46,15 @@ def locked(path: Path, waiting: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def locked_or_refused(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone, without waiting for another one that holds it.
+def try_lock(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `folder`, without waiting for a running process.
 
     Raises:
         UserError: another process holds it; its PID is named.
     """
     lock = folder.with_suffix(".lock")
     with open_lock(lock) as file:
-        for _ in range(ORPHANS):
+        for _ in range(MAX_ORPHAN_SECONDS):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -65,7 +65,7 @@ def locked_or_refused(folder: Path) -> Iterator[None]:
                     raise UserError(f"{lock}: process {owner} is training this very run") from error
                 time.sleep(1)  # the owner was killed; its data loader's processes hold the lock until they notice
         else:
-            raise UserError(f"{lock}: is held by what process {owner}, now gone, has started; end that first")
+            raise UserError(f"{lock}: is held by a child of process {owner}, which is gone; end the child first")
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

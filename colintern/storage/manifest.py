@@ -1,7 +1,6 @@
-"""The manifest: fetch-data's out, which names every file of a run with its size and sha256.
+"""The manifest: an out of fetch-data that names every file of a run with its size and sha256.
 
-Whoever reads one of those files asks here for its folder, so that a file that is missing or was changed is found
-before it is trained on.
+Stages get folders of files from here: a file that is missing or was changed is found before it is used.
 """
 
 import fcntl
@@ -16,15 +15,21 @@ from typing import Any, NamedTuple
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.core.rules import kernel_at
+from colintern.core.rules import split_kernel
 from colintern.params import Params
-from colintern.storage import hub
-from colintern.storage.digests import Digests, digests_at
-from colintern.storage.hub import Choice, HubFile
-from colintern.storage.hub_errors import Repo
+from colintern.storage.digests import Digests, load_digests
+from colintern.storage.files import MISSING, describe_refused, irregular_type, list_files
+from colintern.storage.hub import (
+    FileSelector,
+    HubFile,
+    Repo,
+    download_repos,
+    enable_offline_mode,
+    ensure_downloaded,
+    escapes_root,
+)  # fmt: skip
 from colintern.storage.identity import fingerprint
 from colintern.storage.lock import mark_in_use, open_lock
-from colintern.storage.regular import MISSING, describe_refused, irregular_type, list_files
 
 MANIFEST = "data/manifest.json"
 ARROW = "data/.arrow"  # mteb's copies of the pages it ranks; below the repository's root
@@ -34,13 +39,14 @@ BASE_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja")  # no pickles
 TRAIN_SUFFIXES = (".parquet",)
 BEIR_SUFFIXES = (".parquet", ".md")
 TASK_SUFFIXES = (*BEIR_SUFFIXES, ".yaml", ".json", ".jsonl", ".csv", ".tsv")  # where mteb's data sets are read from
+REDO = "dvc repro -f fetch-data"
 
 
 class Files(NamedTuple):
-    """`folder` holds `files` (path below the folder -> {size, sha256}); it is a hub repository if `revision`.
+    """The hashed files of a folder of the repository or, with a `revision`, of a repository of the hub.
 
-    `made_from`: {"folder", "files", "pseudo"} of the documents they were made from, if they were; `weight`: how often
-    an epoch shows each training row.
+    `files` maps a path below `folder` to {size, sha256}. `made_from` is {"folder", "files", "pseudo"} of the documents
+    that the files were made from, if any; `weight` is how often an epoch shows each training row.
     """
 
     folder: str
@@ -50,275 +56,277 @@ class Files(NamedTuple):
     weight: int = 1
 
 
-def local(benchmark: str) -> bool:
-    """Whether an entry of `benchmarks` is the demo or a folder, not a name of mteb's."""
+def is_local_benchmark(benchmark: str) -> bool:
+    """Return whether an entry of `benchmarks` is the demo or a folder, not a name that mteb knows."""
     return benchmark == "demo" or (root() / benchmark).is_dir()
 
 
-def digests() -> Digests:
-    """The hashes this repository's stages have taken of files."""
-    return digests_at(root().absolute())
+def get_digests() -> Digests:
+    """Return the recorded hashes of this repository."""
+    return load_digests(root().absolute())
 
 
-def local_files(folder: str, suffixes: tuple[str, ...]) -> Files:
-    """Every file with one of the `suffixes` below `folder` of the repository.
+def hash_local_files(folder: str, suffixes: tuple[str, ...]) -> Files:
+    """Hash every file with one of the `suffixes` below a folder of the repository.
 
     Raises:
-        UserError: the folder does not exist or holds no such file, or what is called like one is no regular file.
+        UserError: the folder does not exist or holds no such file, or one with such a name is not a regular file.
     """
-    return Files(folder, "", _below(root() / folder, folder, suffixes))
+    top = root() / folder
+    paths, refused = list_files(top, suffixes)
+    irregular = {path: kind for path, kind in refused.items() if not path.endswith("/")}
+    if irregular:  # a part of the data would be missing
+        raise UserError(f"{folder}: {describe_refused(irregular)}; only regular files are read, replace or delete it")
+    if not paths:
+        state = "holds no " + " or ".join(f"*{s}" for s in suffixes) if top.is_dir() else "does not exist"
+        others = f" ({describe_refused(refused)})" if top.is_dir() and refused else ""
+        raise UserError(f"{folder}: the folder {state}{others}; give `demo`, a folder, or a hub id with its revision")
+    if refused:
+        print(f"{folder}: not read: {describe_refused(refused)}")
+    return Files(folder, "", _hash_below(top, [path.relative_to(top).as_posix() for path in paths]))
 
 
-def local_file(name: str) -> Files:
-    """One file of the repository.
+def hash_local_file(name: str) -> Files:
+    """Hash the `negatives_file` of the repository.
 
     Raises:
-        UserError: it does not exist.
+        UserError: it does not exist or is not a regular file.
     """
     if kind := irregular_type(root() / name):
         state = "does not exist" if kind == MISSING else f"is {kind}, not a regular file"
         raise UserError(f"negatives_file: {name!r} {state}; `colintern mine --out {name}` makes one")
-    return Files(".", "", _named(root(), [name]))
+    return Files(".", "", _hash_below(root(), [name]))
 
 
-def source_files(folder: str) -> dict[str, dict[str, Any]]:
-    """Every file below a folder of documents, hidden ones left out."""
+def hash_source_files(folder: str) -> dict[str, dict[str, Any]]:
+    """Hash every file below a folder of documents, without hidden ones."""
     top = root() / folder
-    return _named(top, [path.relative_to(top).as_posix() for path in list_files(top).files])
+    return _hash_below(top, [path.relative_to(top).as_posix() for path in list_files(top).files])
 
 
-def hub_files(wanted: Sequence[tuple[Repo, Choice]]) -> list[Files]:
-    """The chosen files of each repository, whole in the hub's own cache.
+def download_hub_files(wanted: Sequence[tuple[Repo, FileSelector]]) -> list[Files]:
+    """Download and verify the selected files of each repository.
 
     Raises:
-        UserError: see `hub.fetch`.
+        UserError: see `hub.download_repos`.
     """
-    found = hub.fetch(wanted, digests())
+    selected = download_repos(wanted, get_digests())
     return [
-        Files(repo.name, repo.revision, _named(hub.folder(repo), [file.path for file in files]))
-        for (repo, _), files in zip(wanted, found, strict=True)
+        Files(repo.name, repo.revision, _hash_below(repo.snapshot_folder, [file.path for file in files]))
+        for (repo, _), files in zip(wanted, selected, strict=True)
     ]
 
 
-def _below(top: Path, name: str, suffixes: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    paths, refused = list_files(top, suffixes)
-    irregular = {path: kind for path, kind in refused.items() if not path.endswith("/")}
-    if irregular:  # a part of the data would be missing
-        raise UserError(f"{name}: {describe_refused(irregular)}; only regular files are read, replace or delete it")
-    if not paths:
-        state = "holds no " + " or ".join(f"*{s}" for s in suffixes) if top.is_dir() else "does not exist"
-        others = f" ({describe_refused(refused)})" if top.is_dir() and refused else ""
-        raise UserError(f"{name}: the folder {state}{others}; give `demo`, a folder, or a hub id with its revision")
-    if refused:
-        print(f"{name}: not read: {describe_refused(refused)}")
-    return _named(top, [p.relative_to(top).as_posix() for p in paths])
+def _hash_below(top: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    return dict(zip(names, get_digests().hash_files([top / name for name in names]), strict=True))
 
 
-def _named(top: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    return dict(zip(names, digests().many([top / name for name in names]), strict=True))
+def get_files_folder(files: Files, kind: str) -> Path:
+    """Return the folder of the files on this disk."""
+    if files.revision:
+        return Repo("", files.folder, files.revision, kind).snapshot_folder
+    return root() / files.folder
 
 
-def folder_of(files: Files, kind: str) -> Path:
-    """Where the files lie on this disk."""
-    return hub.folder(Repo("", files.folder, files.revision, kind)) if files.revision else root() / files.folder
+def set_arrow_cache() -> None:
+    """Make `datasets` keep its arrow files in the repository, without progress bars. Call it before the import.
 
-
-def arrow_cache() -> None:
-    """Have `datasets` keep its arrow files in the repository, and no bars; to be called before it is imported.
-
-    mteb makes a folder when it is imported, by default in the home directory, which may be read-only.
-
-    Copies of data sets that the manifest no longer names are deleted, unless another process may be reading them.
+    On import mteb makes a folder, by default in the home directory, which may be read-only. Copies of data sets that
+    the manifest no longer names are deleted, unless another process may be reading them.
     """
     cache = root() / ARROW
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ["HF_DATASETS_CACHE"] = str(cache)
     os.environ.setdefault("MTEB_CACHE", str(root() / "data" / ".mteb"))
     with open_lock(cache / ".lock") as file:
-        lock = os.dup(file.fileno())  # the copy is held until this process ends
+        lock = os.dup(file.fileno())  # held until this process ends
     # A copy that `dvc exp run --temp` makes has another manifest, and shares the cache with the workspace.
     if root().resolve() == Path.cwd() and Path(MANIFEST).is_file():
         with suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _prune(cache)
+            _prune_arrow_cache(cache)
     fcntl.flock(lock, fcntl.LOCK_SH)
 
 
-def _prune(cache: Path) -> None:
-    """Delete what `datasets` has made of data sets that the manifest does not name, and no other files."""
-    named = {arrow_name(entry) for entry in read(MANIFEST)["evaluation"].values()}
+def _prune_arrow_cache(cache: Path) -> None:
+    """Delete the copies of data sets that the manifest does not name, and no other files."""
+    named = {get_arrow_name(entry) for entry in read_data_file(MANIFEST)["evaluation"].values()}
     for path in cache.iterdir():
         name = re.search(r"(?:^|_)([0-9a-f]{40})(?:_|$)", path.name)
         if name and name[1] not in named:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def arrow_name(entry: dict[str, Any]) -> str:
-    """Name the folder of the arrow cache for an entry of the manifest: a commit of the hub, or a hash of its files.
+def get_arrow_name(entry: dict[str, Any]) -> str:
+    """Return the folder's name in the arrow cache for an entry of the manifest: a commit, or a hash of its files.
 
     `datasets` itself takes the commit, which is the last part of the path in the hub's cache.
     """
     return entry["revision"] or fingerprint(entry["files"])[:40]
 
 
-def ready(params: Params, *, evaluation: bool = False, anew: bool = False) -> str:
-    """Fetch and check files of base, kernel and, if asked, evaluation; after that, this process stays off the hub.
+def ensure_inputs(params: Params, *, evaluation: bool = False, force: bool = False) -> str:
+    """Download what is missing of base, kernel and, with `evaluation`, benchmarks, and verify all of it.
 
-    Returns where the base is loaded from, see `check_base`.
+    After that this process stays off the hub.
 
     Args:
-        anew: hash every file, whatever is known of it, to find what the disk itself has changed.
+        params: they name the base.
+        evaluation: whether benchmarks are needed.
+        force: hash every file, even one whose hash is recorded, to find what the disk itself has changed.
+
+    Returns:
+        The name or folder from which the base is loaded, see `ensure_base`.
 
     Raises:
         UserError: no manifest, or a file is missing and cannot be fetched, or is not the one that was fetched.
     """
-    base = check_base(params, anew)
-    if entry := read(MANIFEST).get("kernel"):
-        checked_folder(entry, "attention", "kernel", anew)
-    for name in read(MANIFEST)["evaluation"] if evaluation else ():
-        benchmark_folder(name, anew)
-    hub.stay_offline()
+    base = ensure_base(params, force)
+    manifest = read_data_file(MANIFEST)
+    if entry := manifest.get("kernel"):
+        ensure_files(entry, "attention", "kernel", force)
+    for name in manifest["evaluation"] if evaluation else ():
+        ensure_benchmark(name, force)
+    enable_offline_mode()
     return base
 
 
-def check_base(params: Params, anew: bool = False) -> str:
-    """Where the base is loaded from, a hub id or a folder, whose files are there and are those that were fetched.
+def ensure_base(params: Params, force: bool = False) -> str:
+    """Verify the base, and return the hub id or folder from which it is loaded.
 
     Raises:
         UserError: the manifest was made for another base, or a file is missing or changed.
     """
-    entry = read(MANIFEST)["base"]
+    entry = read_data_file(MANIFEST)["base"]
     if (entry["folder"], entry["revision"]) != (params.base, params.base_revision):
         raise UserError(
             f"base: {params.base!r} is not the one in {MANIFEST}, {entry['folder']!r}; run: dvc repro fetch-data"
         )
-    folder = checked_folder(entry, "base", "model", anew)
+    folder = ensure_files(entry, "base", "model", force)
     return params.base if params.base_revision else str(folder)
 
 
-def kernel_entry(attention: str) -> dict[str, Any] | None:
-    """What is known of the kernel repository that `attention` names; None where it names none.
+def get_kernel_entry(attention: str) -> dict[str, Any] | None:
+    """Return the manifest's entry of the kernel repository that `attention` names; None if it names none.
 
     Raises:
         UserError: fetch-data has not fetched it.
     """
-    wanted = kernel_at(attention)
+    wanted = split_kernel(attention)
     if wanted is None:
         return None
-    entry = read(MANIFEST).get("kernel")
+    entry = read_data_file(MANIFEST).get("kernel")
     if entry is None or (entry["folder"], entry["revision"]) != wanted:
         there = f"{entry['folder']}@{entry['revision']}" if entry else "none"
         raise UserError(f"attention: {attention!r} is not the kernel in {MANIFEST}, {there}; run: dvc repro fetch-data")
     return entry
 
 
-def benchmark_folder(name: str, anew: bool = False) -> Path:
-    """The checked folder, in mteb's layout, of a local benchmark, or of the task of mteb's that is called `name`.
+def ensure_benchmark(name: str, force: bool = False) -> Path:
+    """Verify a local benchmark or a task of mteb, and return its folder, which has mteb's layout.
 
     Raises:
         UserError: fetch-data has not seen it, or its files are missing or changed.
     """
-    entries = read(MANIFEST)["evaluation"]
+    entries = read_data_file(MANIFEST)["evaluation"]
     if name not in entries:
         raise UserError(
             f"benchmarks: {name!r} is not among the data sets in {MANIFEST}, which are "
             f"{', '.join(entries) or 'none'}; check the name, then run: dvc repro fetch-data"
         )
-    return checked_folder(entries[name], f"benchmarks: {name}", "dataset", anew)
+    return ensure_files(entries[name], f"benchmarks: {name}", "dataset", force)
 
 
-def read(name: str) -> dict[str, Any]:
+def read_data_file(name: str) -> dict[str, Any]:
     """Read one of fetch-data's JSON files.
 
     Raises:
         UserError: it is missing, or damaged.
     """
     try:
-        found = json.loads(Path(name).read_text(encoding="utf-8"))
+        content = json.loads(Path(name).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{name}: missing; run the stage that makes it: dvc repro fetch-data") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{name}: damaged: {str(error)[:200]}; make it again: dvc repro -f fetch-data") from error
-    if not _is_intact(name, found):
-        raise UserError(f"{name}: damaged: is not what fetch-data wrote; make it again: dvc repro -f fetch-data")
-    return found
+        raise UserError(f"{name}: damaged: {str(error)[:200]}; make it again: {REDO}") from error
+    if not _is_intact(name, content):
+        raise UserError(f"{name}: damaged: is not what fetch-data wrote; make it again: {REDO}")
+    return content
 
 
-def _is_intact(name: str, found: Any) -> bool:
-    """Tell whether the content of one of fetch-data's files has the form in which it was written."""
-    if not isinstance(found, dict):
+def _is_intact(name: str, content: Any) -> bool:
+    """Return whether the content of one of fetch-data's files has the form in which it was written."""
+    if not isinstance(content, dict):
         return False
     if name == QUARANTINE:
-        rows = found.get("rows")
-        keys = {"source", "kind", "row", "reason"}
-        return isinstance(rows, list) and all(isinstance(row, dict) and keys <= row.keys() for row in rows)
+        rows = content.get("rows")
+        return isinstance(rows, list) and all(_has_keys(row, "source", "kind", "row", "reason") for row in rows)
     if name == SURVEY:
-        return all(isinstance(facts, dict) and "page sizes" in facts for facts in found.values())
-    train, evaluation = found.get("train", []), found.get("evaluation", {})
-    if (
-        not found.keys() & {"base", "train", "kernel", "evaluation"}
-        or not isinstance(train, list)
-        or not isinstance(evaluation, dict)
-    ):
+        return all(_has_keys(facts, "page sizes") for facts in content.values())
+    train, evaluation = content.get("train", []), content.get("evaluation", {})
+    if not (content.keys() & {"base", "train", "kernel", "evaluation"} and isinstance(train, list)):
         return False
-    others = [found[key] for key in ("base", "train_corpus", "negatives", "kernel") if found.get(key)]
-    return all(map(_is_entry, [*train, *others, *evaluation.values()]))
+    others = [content[key] for key in ("base", "train_corpus", "negatives", "kernel") if content.get(key)]
+    return isinstance(evaluation, dict) and all(map(_is_files_entry, [*train, *others, *evaluation.values()]))
 
 
-def _is_entry(entry: Any) -> bool:
-    """Tell whether an entry of the manifest has the fields of `Files`, and a size and a hash for each file."""
+def _is_files_entry(entry: Any) -> bool:
+    """Return whether an entry of the manifest has the fields of `Files`, and a size and a hash for each file."""
     return (
-        isinstance(entry, dict)
-        and {"folder", "revision", "files"} <= entry.keys() <= set(Files._fields)
+        _has_keys(entry, "folder", "revision", "files")
+        and entry.keys() <= set(Files._fields)
         and isinstance(entry["folder"], str)
         and isinstance(entry["revision"], str)
         and isinstance(entry["files"], dict)
-        and all(isinstance(file, dict) and {"size", "sha256"} <= file.keys() for file in entry["files"].values())
+        and all(_has_keys(file, "size", "sha256") for file in entry["files"].values())
     )
 
 
-def checked_folder(entry: dict[str, Any], key: str, kind: str, anew: bool = False) -> Path:
-    """The folder of an entry, all of whose files are there and are the ones that were fetched.
+def _has_keys(value: Any, *keys: str) -> bool:
+    return isinstance(value, dict) and set(keys) <= value.keys()
+
+
+def ensure_files(entry: dict[str, Any], key: str, kind: str, force: bool = False) -> Path:
+    """Download what is missing of an entry of the manifest, verify all of its files, and return their folder.
 
     Raises:
         UserError: a file is missing and cannot be fetched, or was changed.
     """
     files = Files(**entry)
     for name in files.files:
-        if hub.outside(name):
+        if escapes_root(name):
             raise UserError(f"{MANIFEST}: {name!r} points outside {files.folder}")
-    folder = root() / files.folder
+    folder = get_files_folder(files, kind)
     if files.made_from:
         mark_in_use(folder.parent.resolve())
-    if files.revision:
+    missing = [name for name in files.files if not (folder / name).is_file()]
+    if missing and not files.revision:
+        raise UserError(f"{folder / missing[0]}: missing, but {MANIFEST} names it; run: {REDO}")
+    if missing:  # the manifest came from elsewhere, or the cache was emptied
         repo = Repo(key, files.folder, files.revision, kind)
-        folder = hub.folder(repo)
-        lacking = {name: want for name, want in files.files.items() if not (folder / name).is_file()}
-        if lacking:  # the manifest came from elsewhere, or the cache was emptied
-            hub.get([HubFile(repo, name, want["size"], want["sha256"]) for name, want in lacking.items()], digests())
-    for name in files.files:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: missing, but {MANIFEST} names it; run: dvc repro -f fetch-data")
-    paths = [folder / name for name in files.files]
-    for path, want, have in zip(paths, files.files.values(), digests().many(paths, anew), strict=True):
-        if have != want:
-            digests().forget(path)  # so that fetch-data, too, sees what is in it now
+        wanted = {name: files.files[name] for name in missing}
+        ensure_downloaded(
+            [HubFile(repo, name, file["size"], file["sha256"]) for name, file in wanted.items()], get_digests()
+        )
+    have = dict(zip(files.files, get_digests().hash_files([folder / name for name in files.files], force), strict=True))
+    for name, want in files.files.items():
+        if have[name] != want:
+            get_digests().invalidate(folder / name)  # so that fetch-data, too, reads it again
             raise UserError(
-                f"{path}: {have['size']} bytes with sha256 {have['sha256'][:12]}, but {MANIFEST} says {want['size']} "
-                f"bytes with {want['sha256'][:12]}; it was changed after it was fetched: dvc repro -f fetch-data"
+                f"{folder / name}: {have[name]['size']} bytes with sha256 {have[name]['sha256'][:12]}, but {MANIFEST} "
+                f"says {want['size']} bytes with {want['sha256'][:12]}; it was changed after it was fetched: {REDO}"
             )
     if files.made_from:
-        _check_sources(files.made_from)
+        _verify_sources(files.made_from)
     return folder
 
 
-def _check_sources(made_from: dict[str, Any]) -> None:
-    have, want = source_files(made_from["folder"]), made_from["files"]
+def _verify_sources(made_from: dict[str, Any]) -> None:
+    have, want = hash_source_files(made_from["folder"]), made_from["files"]
     changed = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
     if changed:
         name = changed[0]
         state = "new" if name not in want else "missing" if name not in have else "changed"
         raise UserError(
-            f"{made_from['folder']}/{name}: {state} since the pages were made ({len(changed)} such files); "
-            f"run: dvc repro -f fetch-data"
+            f"{made_from['folder']}/{name}: {state} since the pages were made ({len(changed)} such files); run: {REDO}"
         )

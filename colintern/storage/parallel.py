@@ -1,4 +1,4 @@
-"""A function over many tasks on all cores, with a progress bar; for work that is no part of a training step."""
+"""Map a function over many tasks on all cores, with a progress bar. Training steps do not use it."""
 
 import os
 import time
@@ -6,38 +6,38 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from typing import Any
+from typing import TypeVar
 
 from colintern.core.errors import UserError
 from colintern.core.progress import ProgressBar
 
-START = 2.0  # seconds that a process takes to import what its function needs
+SERIAL_SECONDS = 2.0  # other processes start after this: each takes as long to import what its function needs
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
-def spread(function: Callable[[Any], Any], tasks: Sequence[Any], label: str, unit: str) -> Iterator[Any]:
-    """The function's results, in the order of the tasks. Function and tasks must be picklable.
-
-    Work of no more than `START` seconds is done here: other processes would begin when it is over.
+def parallel_map(function: Callable[[Task], Result], tasks: Sequence[Task], label: str, unit: str) -> Iterator[Result]:
+    """Yield the function's results in the order of the tasks. Function and tasks must be picklable.
 
     Raises:
         UserError: one of the other processes was killed.
     """
-    here = 0
-    end = time.monotonic() + START
+    done = 0
+    end = time.monotonic() + SERIAL_SECONDS
     with ProgressBar(total=len(tasks), desc=label, unit=unit) as bar:
-        while here < len(tasks) and time.monotonic() < end:
-            yield function(tasks[here])
+        while done < len(tasks) and time.monotonic() < end:
+            yield function(tasks[done])
             bar.update()
-            here += 1
-        if here == len(tasks):
+            done += 1
+        if done == len(tasks):
             return
-        processes = min(len(tasks) - here, os.cpu_count() or 1)
+        processes = min(len(tasks) - done, os.cpu_count() or 1)
         # spawn: pyarrow starts threads, which do not survive a fork
         try:
             with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-                for done in pool.map(function, tasks[here:]):
+                for result in pool.map(function, tasks[done:]):
                     bar.update()
-                    yield done
+                    yield result
         except BrokenProcessPool as error:
             raise UserError(
                 f"{label}: one of {processes} processes was killed; if the system is out of memory, free some"

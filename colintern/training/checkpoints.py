@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there, and the signals that ask for one.
+"""Crash-safe checkpoints, and the signals that request one.
 
-transformers writes a checkpoint below `saving/`. Only when every file is on the disk and named with its sha256 is the
-folder renamed to its place, so whatever has a name is complete; what has rotted since is found by its hash.
+transformers writes a checkpoint below `saving/`. The folder gets its final name only when every file is synced to disk
+and listed with its sha256: a named checkpoint is complete, and later corruption is found by its hashes.
 """
 
 import hashlib
@@ -12,92 +12,97 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.modeling.saving import save_adapter_extras
 from colintern.storage.identity import content_hash
-from colintern.storage.outs import ENDED
-from colintern.training.processes import Processes
+from colintern.storage.outs import FINISHED_MARK
+from colintern.training.distributed import EXIT_INTERRUPTED, DistributedContext
 
-SAVING = "saving"
-FILES = "files.json"  # of a checkpoint: each other file's sha256
-STATE = "trainer_state.json"
-KEEP = 2
-
-
-class Interrupted(UserError):
-    """A signal ended the training; it goes on from its checkpoint. The process exits with 75 (EX_TEMPFAIL)."""
-
-    exit_code = 75
+SAVING_FOLDER = "saving"
+HASHES_FILE = "files.json"  # of a checkpoint: sha256 of each other file
+STATE_FILE = "trainer_state.json"
+MAX_CHECKPOINTS = 2
+BYTES_PER_TRAINED_PARAMETER = 3 * 4  # in float32 with AdamW's two moments
+MAX_OTHER_BYTES = 2**20  # of a checkpoint
 
 
-class Checkpoints(TrainerCallback):
-    """Makes a whole adapter of what transformers has saved, gives it its name, and keeps the newest two."""
+class TrainingInterruptedError(UserError):
+    """A signal ended the training; a rerun resumes from its checkpoint. The process exits with 75 (EX_TEMPFAIL)."""
 
-    def __init__(self, folder: Path, processor: Any, processes: Processes):
-        self.folder, self.processor, self.processes = folder, processor, processes
+    exit_code = EXIT_INTERRUPTED
 
-    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.processes.barrier()  # each process has written a file of it
-        self.processes.first(lambda: self._seal(f"checkpoint-{state.global_step}", model))
 
-    def _seal(self, name: str, model: Any) -> None:
-        made = self.folder / SAVING / name
-        save_adapter_extras(model, self.processor, made)
-        seal(made, self.folder / name)
-        shutil.copyfile(self.folder / name / STATE, self.folder / SAVING / STATE)
-        os.replace(self.folder / SAVING / STATE, self.folder / STATE)
-        for old in _by_step(self.folder)[KEEP:]:
+class CheckpointWriter(TrainerCallback):
+    """Completes and commits what transformers has saved, and deletes all but the newest checkpoints."""
+
+    def __init__(self, folder: Path, processor: ColIntern3_5Processor, context: DistributedContext):
+        self.folder, self.processor, self.context = folder, processor, context
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Commit the checkpoint once every rank has written its file of it."""
+        self.context.barrier()
+        name, model = f"checkpoint-{state.global_step}", kwargs["model"]
+        self.context.run_on_rank0_and_broadcast(lambda: self._commit(name, model))
+
+    def _commit(self, name: str, model: Any) -> None:
+        saved = self.folder / SAVING_FOLDER / name
+        save_adapter_extras(model, self.processor, saved)
+        commit_checkpoint(saved, self.folder / name)
+        shutil.copyfile(self.folder / name / STATE_FILE, self.folder / SAVING_FOLDER / STATE_FILE)
+        os.replace(self.folder / SAVING_FOLDER / STATE_FILE, self.folder / STATE_FILE)
+        for old in _list_checkpoints(self.folder)[MAX_CHECKPOINTS:]:
             _delete(old)
 
 
-class Signals(TrainerCallback):
-    """SIGTERM and Ctrl-C: a checkpoint after the step under way, then the end; a second one ends at once."""
+class GracefulShutdown(TrainerCallback):
+    """On SIGTERM or Ctrl-C, saves a checkpoint after the current step and stops; a second signal stops at once."""
 
-    def __init__(self, processes: Processes) -> None:
-        self.processes = processes
-        self.received, self.stepping, self.owner = 0, False, os.getpid()
+    def __init__(self, context: DistributedContext):
+        self.context = context
+        self.signal_number, self.is_training, self.pid = 0, False, os.getpid()
 
-    def __call__(self, number: int, frame: Any) -> None:
-        if os.getpid() != self.owner:  # a process that loads data: it is still needed, and ends with its trainer
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.pid:  # a DataLoader worker: the current step needs it, and it ends with the trainer
             return
         name = signal.Signals(number).name
-        if self.received or not self.stepping:
-            raise Interrupted(f"ended by {name}; the same command goes on from the last checkpoint, if there is one")
-        self.received = number
+        if self.signal_number or not self.is_training:
+            raise TrainingInterruptedError(
+                f"ended by {name}; the same command resumes from the last checkpoint, if there is one"
+            )
+        self.signal_number = number
         tqdm.write(f"{name}: a checkpoint after this step, then the end; again to end at once")
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stepping = True
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
+        """From now on a signal waits for the end of the step."""
+        self.is_training = True
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # The signal may reach the processes in different steps: one that has it stops all of them in this one.
-        if self.processes.any(bool(self.received) or _homeless()) and state.global_step < state.max_steps:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
+        """Stop all ranks in the same step: a signal may reach them in different ones."""
+        should_stop = self.context.all_reduce_any(bool(self.signal_number) or _is_working_folder_deleted())
+        if should_stop and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
     @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Take the signals inside, and give them back.
-
-        Raises:
-            Interrupted: one came, and the training ended before its last step.
-        """
-        before = {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGINT)}
+    def handle_signals(self) -> Iterator[None]:
+        """Handle the signals inside the `with` block."""
+        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
 
-def _homeless() -> bool:
-    """Whether the folder that a run was started in is gone, as after `dvc queue stop --kill`: nobody will take what it
-    leaves, and the checkpoint is what another run can go on from."""
+def _is_working_folder_deleted() -> bool:
+    """Return True after `dvc queue stop --kill`: only the checkpoint of such a run can still be used."""
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -106,9 +111,8 @@ def _homeless() -> bool:
 
 
 @contextmanager
-def shown(folder: Path) -> Iterator[None]:
-    """Link a run's checkpoints and `trainer_state.json` into experiments/, where the guide's readers look for them,
-    as long as the run goes on. A link whose run is over, or gone, goes too."""
+def link_checkpoints(folder: Path) -> Iterator[None]:
+    """Link the checkpoints of a run into experiments/, where the guide's readers look, while it runs."""
     link = root() / "experiments" / folder.name
     folder.mkdir(parents=True, exist_ok=True)
     link.parent.mkdir(exist_ok=True)
@@ -118,86 +122,84 @@ def shown(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            folder.rmdir()  # where nothing was kept
-        for old in link.parent.glob("train-*"):
-            if old.is_symlink() and (not old.exists() or (old / ENDED).exists()):
+            folder.rmdir()  # only if it is empty
+        for old in link.parent.glob("train-*"):  # of this run, and of others that are over or deleted
+            if old.is_symlink() and (not old.exists() or (old / FINISHED_MARK).exists()):
                 old.unlink()
 
 
-def seal(made: Path, place: Path) -> None:
-    """Bring a checkpoint's files to the disk, name them with their hashes, and rename its folder to `place`."""
-    names = sorted(path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file())
+def commit_checkpoint(saved: Path, target: Path) -> None:
+    """Sync the files of a checkpoint to disk, list their hashes, and rename its folder to `target`."""
+    names = sorted(path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file())
     hashes = {}
     for name in names:
-        with (made / name).open("rb") as file:
+        with (saved / name).open("rb") as file:
             hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
-    with (made / FILES).open("w", encoding="utf-8") as file:
+    with (saved / HASHES_FILE).open("w", encoding="utf-8") as file:
         json.dump(hashes, file)
         file.flush()
         os.fsync(file.fileno())
-    if place.exists():
-        _delete(place)
-    os.replace(made, place)
-    parent = os.open(place.parent, os.O_RDONLY)
+    if target.exists():
+        _delete(target)
+    os.replace(saved, target)
+    parent = os.open(target.parent, os.O_RDONLY)
     os.fsync(parent)
     os.close(parent)
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all there and unchanged; a bad one is named, and deleted."""
-    shutil.rmtree(folder / SAVING, ignore_errors=True)
-    for place in _by_step(folder):
-        fault = _fault(place)
-        if not fault:
-            return place
-        print(f"warning: {fault}; going on from an older checkpoint")
-        _delete(place)
+def latest_valid_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint with all files unchanged; report and delete the invalid ones before it."""
+    shutil.rmtree(folder / SAVING_FOLDER, ignore_errors=True)
+    for checkpoint in _list_checkpoints(folder):
+        if not (problem := validate_checkpoint(checkpoint)):
+            return checkpoint
+        print(f"warning: {problem}; resuming from an older checkpoint")
+        _delete(checkpoint)
     return None
 
 
-def _fault(place: Path) -> str:
+def validate_checkpoint(checkpoint: Path) -> str:
+    """Compare the files of a checkpoint with their hashes; return the first problem, "" if there is none."""
     try:
-        hashes = json.loads((place / FILES).read_text(encoding="utf-8"))
+        hashes = json.loads((checkpoint / HASHES_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return f"{place / FILES}: cannot be read: {error}"
+        return f"{checkpoint / HASHES_FILE}: cannot be read: {error}"
     if not isinstance(hashes, dict):
-        return f"{place / FILES}: is no list of files with their hashes"
-    for name, known in hashes.items():
-        if not (place / name).is_file():
-            return f"{place / name}: missing"
-        if content_hash(place / name) != known:
-            return f"{place / name}: {(place / name).stat().st_size} bytes that are not those that were saved"
+        return f"{checkpoint / HASHES_FILE}: is no list of files with their hashes"
+    for file, sha256 in ((checkpoint / name, sha256) for name, sha256 in hashes.items()):
+        if not file.is_file():
+            return f"{file}: missing"
+        if content_hash(file) != sha256:
+            return f"{file}: {file.stat().st_size} bytes that are not those that were saved"
     return ""
 
 
-def _delete(place: Path) -> None:
-    """Delete a checkpoint, or a file that is in its place."""
-    if place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place)
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
-        place.unlink()
+        path.unlink()
 
 
-def _by_step(folder: Path) -> list[Path]:
-    """The checkpoints, newest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
-    return sorted(found, key=lambda path: -int(path.name.partition("-")[2]))
+def _list_checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints, newest first."""
+    steps = {path: path.name.partition("-")[2] for path in folder.glob("checkpoint-*")}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: -int(steps[path]))
 
 
-def size(trained: int) -> int:
-    """Bytes of one checkpoint of so many trained parameters: each in float32 with AdamW's two moments; a little for
-    the rest."""
-    return 3 * 4 * trained + 2**20
+def checkpoint_bytes(num_trained: int) -> int:
+    """Return the size of a checkpoint of so many trained parameters."""
+    return BYTES_PER_TRAINED_PARAMETER * num_trained + MAX_OTHER_BYTES
 
 
-def room(trained: int) -> int:
-    """Bytes that a run needs at most: the checkpoints that are kept, the one that is being written, the adapter."""
-    return (KEEP + 2) * size(trained)
+def required_disk_bytes(num_trained: int) -> int:
+    """Return the most that a run needs: the checkpoints that are kept, the one being written, and the adapter."""
+    return (MAX_CHECKPOINTS + 2) * checkpoint_bytes(num_trained)
 
 
-def check_room(folder: Path, need: int, what: str) -> None:
-    """Raises UserError where the disk of `folder` has less than `need` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise UserError(f"{folder}: {what} need {need / 1e6:.1f} MB, have {free / 1e6:.1f} MB; make room on this disk")
+def ensure_free_disk(folder: Path, num_bytes: int, what: str) -> None:
+    """Raise UserError if fewer than `num_bytes` are free on the disk of `folder`."""
+    required, free = num_bytes / 1e6, shutil.disk_usage(folder).free / 1e6
+    if free < required:
+        raise UserError(f"{folder}: {what} need {required:.1f} MB, have {free:.1f} MB; make room on this disk")

@@ -1,22 +1,22 @@
-"""Hard negatives from a trained adapter: the pages it ranks high for a query, without those that may answer it.
+"""Hard-negative mining with a trained adapter: pages ranked high for a query, without those that may answer it.
 
-A page that scores nearly as high as the right one is often right as well, and nobody has said so. Such pages are left
-out by a margin relative to the score of the row's own page ("TopK-PercPos", de Souza Moreira et al. 2024, NV-Retriever,
-arXiv 2407.15831).
+A page that scores nearly as high as the labelled one often answers the query as well. Such pages are excluded by a
+margin relative to the score of the labelled page ("TopK-PercPos", de Souza Moreira et al. 2024, NV-Retriever, arXiv
+2407.15831).
 """
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from colintern.core.progress import ProgressBar
 from colintern.core.project import root
-from colintern.data.training_set import get_training_data_params
+from colintern.data.training_set import get_training_data_params, load_training_data
 from colintern.encoding.embed import embed_features, embed_queries
 from colintern.encoding.page_features import FEATURES, Page, PageFeatures
 from colintern.modeling.host import settle
@@ -24,124 +24,121 @@ from colintern.modeling.loading import load_adapter, load_processor, require_ada
 from colintern.params import Params
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.storage.identity import content_hash, versions
-from colintern.storage.manifest import check_base
-from colintern.training.negatives import Mined
-from colintern.training.pairs import Pair, candidates
+from colintern.storage.manifest import ensure_base
+from colintern.training.pairs import MinedNegatives, TrainingPair, load_mining_candidates
 
-CHUNK = 256  # pages whose embeddings are in memory at once; 256 pages of 1,536 tokens take 0.2 GB
-
-
-class Limits(NamedTuple):
-    """The `top` ranks of a query are looked at; pages above `margin` x the right page's score go; `keep` are kept."""
-
-    top: int
-    margin: float
-    keep: int
+MAX_PAGES_IN_MEMORY = 256  # embeddings; 256 pages of 1,536 tokens take 0.2 GB
 
 
-class Found(NamedTuple):
-    """The rows of the file, what made them, and how many pages were left out: right ones, and too close ones."""
+class MiningLimits(NamedTuple):
+    """Ranks that are considered, the largest share of the positive's score, and most negatives of a pair."""
 
-    rows: list[Mined]
-    provenance: dict[str, Any]
-    right: int
-    close: int
+    range_max: int
+    relative_margin: float
+    num_negatives: int
 
 
-def mine(params: Params, adapter: Path, limits: Limits) -> Found:
-    """Negatives for each row of the training split, from all pages that training may see.
+class MiningResult(NamedTuple):
+    """The negatives of each pair, what made them, and how many pages were excluded as positives and as too close."""
 
-    Raises:
-        UserError: data, base or adapter are missing or changed.
-    """
+    rows: list[MinedNegatives]
+    provenance: dict[str, object]
+    num_positives: int
+    num_too_close: int
+
+
+def mine_hard_negatives(params: Params, adapter: Path, limits: MiningLimits) -> MiningResult:
+    """Mine negatives for each training pair; raise UserError if data, base or adapter are missing or changed."""
     require_adapter(adapter)
-    base = check_base(params)
+    base = ensure_base(params)
     require_base(params, adapter)
     settle(params.threads)
     model = load_adapter(params, base, adapter)
     processor = load_processor(params, adapter, model)
-    train, pages, unfit = candidates(params)
+    train, pages, excluded_page_keys = load_mining_candidates(load_training_data(params))
     features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)
     features.fill(pages, params.workers)
-    queries = list(dict.fromkeys(row.query for row in train))
-    tokens = embed_queries(
-        model, processor, ProgressBar(queries, desc="embedding queries", unit="query"), params.eval_batch_size
-    )
-    ranking = Ranking(train, queries, limits.top)
+    queries = list(dict.fromkeys(pair.query for pair in train))
+    query_bar = ProgressBar(queries, desc="embedding queries", unit="query")
+    query_embeddings = embed_queries(model, processor, query_bar, params.eval_batch_size)
+    top_k = TopKAccumulator(train, queries, limits.range_max)
     page_features = map(features, pages)
     with ProgressBar(desc="ranking pages", total=len(pages), unit="page") as bar:
-        for start in range(0, len(pages), CHUNK):
-            embedded = embed_features(model, processor, islice(page_features, CHUNK), params.eval_batch_size)
-            ranking.add(pages[start : start + CHUNK], maxsim_scores(tokens, embedded))
-            bar.update(len(embedded))
-    rows, right, close = select(train, ranking, limits, unfit)
-    provenance = {
+        for start in range(0, len(pages), MAX_PAGES_IN_MEMORY):
+            chunk = islice(page_features, MAX_PAGES_IN_MEMORY)
+            embeddings = embed_features(model, processor, chunk, params.eval_batch_size)
+            top_k.add(pages[start : start + MAX_PAGES_IN_MEMORY], maxsim_scores(query_embeddings, embeddings))
+            bar.update(len(embeddings))
+    rows, num_positives, num_too_close = filter_negatives(train, top_k, limits, excluded_page_keys)
+    provenance: dict[str, object] = {
         "adapter": str(adapter),
         "adapter_sha256": content_hash(adapter / "adapter_model.safetensors"),
         "base": params.base,
         "base_revision": params.base_revision,
         "data": get_training_data_params(params),
-        "limits": limits._asdict(),
+        "limits": {"top": limits.range_max, "margin": limits.relative_margin, "keep": limits.num_negatives},
         "pages": len(pages),
         "versions": versions(),
     }
-    return Found(rows, provenance, right, close)
+    return MiningResult(rows, provenance, num_positives, num_too_close)
 
 
-class Ranking:
-    """The best pages of each query so far, and the score of each row's own page; pages come chunk by chunk."""
+class TopKAccumulator:
+    """Keeps the best pages of each query, and the score of each pair's own page, while pages come in chunks."""
 
-    def __init__(self, train: Sequence[Pair], queries: Sequence[str], top: int):
-        self.top = top
-        self.places = {query: place for place, query in enumerate(queries)}
-        self.keys: list[str] = []
+    def __init__(self, train: Sequence[TrainingPair], queries: Sequence[str], range_max: int):
+        self.range_max = range_max
+        self.row_of_query = {query: row for row, query in enumerate(queries)}
+        self.page_keys: list[str] = []
         self.scores = torch.empty(len(queries), 0)
-        self.pages = torch.empty(len(queries), 0, dtype=torch.long)
-        self.own: dict[tuple[str, str], float] = {}
-        self.asked: defaultdict[str, set[str]] = defaultdict(set)
-        for row in train:
-            self.asked[row.page.key].add(row.query)
+        self.page_indices = torch.empty(len(queries), 0, dtype=torch.long)
+        self.positive_scores: dict[tuple[str, str], float] = {}
+        self.queries_of_page: defaultdict[str, set[str]] = defaultdict(set)
+        for pair in train:
+            self.queries_of_page[pair.page.key].add(pair.query)
 
     def add(self, pages: Sequence[Page], scores: Tensor) -> None:
-        """`scores`: (queries, pages) of a chunk of pages."""
-        first = len(self.keys)
-        self.keys += [page.key for page in pages]
+        """Add a chunk of pages with their scores, (queries, pages)."""
+        first = len(self.page_keys)
+        self.page_keys += [page.key for page in pages]
         for column, page in enumerate(pages):
-            for query in self.asked.get(page.key, ()):
-                self.own[query, page.key] = scores[self.places[query], column].item()
-        numbers = torch.arange(first, len(self.keys)).expand(len(scores), -1)
-        # Stable: of equal scores the earlier page comes first, whatever the chunks.
+            for query in self.queries_of_page.get(page.key, ()):
+                self.positive_scores[query, page.key] = scores[self.row_of_query[query], column].item()
+        indices = torch.arange(first, len(self.page_keys)).expand(len(scores), -1)
+        # A stable sort: of equal scores the earlier page comes first, whatever the size of the chunks.
         self.scores, order = torch.cat([self.scores, scores], 1).sort(dim=1, descending=True, stable=True)
-        self.pages = torch.cat([self.pages, numbers], 1).gather(1, order)[:, : self.top]
-        self.scores = self.scores[:, : self.top]
+        self.page_indices = torch.cat([self.page_indices, indices], 1).gather(1, order)[:, : self.range_max]
+        self.scores = self.scores[:, : self.range_max]
 
-    def best(self, query: str) -> list[tuple[str, float]]:
-        """(page, score) of the top ranks of a query, the best first."""
-        place = self.places[query]
-        keys = (self.keys[number] for number in self.pages[place].tolist())
-        return list(zip(keys, self.scores[place].tolist(), strict=True))
+    def rank_pages(self, query: str) -> list[tuple[str, float]]:
+        """Return (page key, score) of the best pages of a query, the best first."""
+        row = self.row_of_query[query]
+        keys = (self.page_keys[index] for index in self.page_indices[row].tolist())
+        return list(zip(keys, self.scores[row].tolist(), strict=True))
 
 
-def select(
-    train: Sequence[Pair], ranking: Ranking, limits: Limits, unfit: Collection[str]
-) -> tuple[list[Mined], int, int]:
-    """The rows of the file, and how many ranked pages were left out as right ones and as too close to the right one.
+def filter_negatives(
+    train: Sequence[TrainingPair], top_k: TopKAccumulator, limits: MiningLimits, excluded_page_keys: Collection[str]
+) -> tuple[list[MinedNegatives], int, int]:
+    """Select each pair's negatives; also count the ranked pages excluded as positives and as too close to one.
 
-    Example: margin 0.95, own page at 10.0: pages at 9.6 and above may be right too and are left out, one at 9.4 is a
-    negative.
+    Example: relative_margin 0.95, the pair's page at 10.0: one at 9.6 may be a positive, one at 9.4 is a negative.
     """
-    answers = defaultdict(set)
-    for row in train:
-        answers[row.query].add(row.page.key)
-    mined, right, close = [], 0, 0
-    for query, page in dict.fromkeys((row.query, row.page.key) for row in train):
-        # A margin of a negative score would lie above it.
-        own = ranking.own[query, page]
-        most = own - (1 - limits.margin) * abs(own)
-        best = ranking.best(query)
-        others = [(key, score) for key, score in best if key not in answers[query]]
-        hard = [(key, score) for key, score in others if score <= most]
-        right, close = right + len(best) - len(others), close + len(others) - len(hard)
-        kept = [(key, score) for key, score in hard if key not in unfit][: limits.keep]
-        mined.append(Mined(query, page, [key for key, _ in kept], [score for _, score in kept]))
-    return mined, right, close
+    positives = defaultdict(set)
+    for pair in train:
+        positives[pair.query].add(pair.page.key)
+    mined, num_positives, num_too_close = [], 0, 0
+    for query, page in dict.fromkeys((pair.query, pair.page.key) for pair in train):
+        positive_score = top_k.positive_scores[query, page]
+        # By the absolute value: a share of a negative score would lie above it.
+        max_score = positive_score - (1 - limits.relative_margin) * abs(positive_score)
+        ranked = top_k.rank_pages(query)
+        others = [(key, score) for key, score in ranked if key not in positives[query]]
+        hard = [(key, score) for key, score in others if score <= max_score]
+        num_positives, num_too_close = (
+            num_positives + len(ranked) - len(others),
+            num_too_close + len(others) - len(hard),
+        )
+        kept = [(key, score) for key, score in hard if key not in excluded_page_keys][: limits.num_negatives]
+        mined.append(MinedNegatives(query, page, [key for key, _ in kept], [score for _, score in kept]))
+    return mined, num_positives, num_too_close

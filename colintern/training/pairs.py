@@ -1,252 +1,296 @@
-"""From files to batches: the rows of the training set, and what the model is given of them."""
+"""Training pairs: from the files of the manifest to the batches that the trainer receives.
+
+A pair may have hard negatives: pages that score high for its query and do not answer it. They come from a column of the
+training set, or from a parquet file that `colintern mine` writes, one row a training pair: `query`, `page` (sha256 of
+the page's bytes), `negatives` (the same of each negative, the hardest first) and `scores` (MaxSim of each).
+"""
 
 import hashlib
+import json
+import os
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
+import pyarrow as pa
 import torch
 from PIL.Image import Image
-from pyarrow.parquet import ParquetFile, read_metadata, read_schema, read_table
+from pyarrow import parquet
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from colintern.core.errors import UserError
 from colintern.data.images import decode_image
-from colintern.data.training_set import (
-    NEGATIVES,
-    POSITIVES,
-    ROW_INDEX,
-    IndexRow,
-    TrainingData,
-    TrainingSet,
-    load_training_data,
-    read_row_index,
-)
+from colintern.data.training_set import NEGATIVES, POSITIVES, ROW_INDEX, IndexRow, TrainingData, read_row_index
 from colintern.encoding.page_features import Page, PageFeatures
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from colintern.params import Params
 from colintern.storage.manifest import MANIFEST
-from colintern.training import negatives
+from colintern.training.distributed import Batch
+
+COLUMN_TYPES = {"query": pa.string(), "page": pa.string(), "negatives": pa.list_(pa.string())}
+SCHEMA = pa.schema(COLUMN_TYPES | {"scores": pa.list_(pa.float32())})
+PROVENANCE_KEY = b"colintern"  # of the metadata of a file of mined negatives
+ROWS_PER_READ = 8  # of a row group
 
 
-class Pair(NamedTuple):
-    """A query, the page that answers it, and pages that do not though they look like it."""
+class TrainingPair(NamedTuple):
+    """A query, the page that answers it, and pages that look similar and do not."""
 
     query: str
     page: Page
     negatives: Sequence[Page] = ()
 
 
-def rows(params: Params) -> dict[str, list[Pair]]:
-    """The training sets' rows by split: train, and test: the dev set. Images stay on disk until a page is asked for.
+class MinedNegatives(NamedTuple):
+    """A row of a file of mined negatives."""
 
-    Rows in quarantine are left out. In the training split the rows of a set occur as often as its weight says; in the
-    dev set the sets take turns.
+    query: str
+    page: str
+    negatives: list[str]
+    scores: list[float]
+
+
+class PageInputs(TypedDict, total=False):
+    """A page of an item: its key, and its features, or its normalized tiles if they are not in the cache."""
+
+    key: str
+    features: Tensor
+    tiles: Tensor
+
+
+class TrainingItem(TypedDict):
+    """An item of `TrainingDataset`; `pages`: the page that answers the query, then its hard negatives."""
+
+    query: str
+    pages: list[PageInputs]
+
+
+def load_training_pairs(data: TrainingData, num_negatives: int = 0) -> dict[str, list[TrainingPair]]:
+    """Load the pairs of the splits "train" and "test" (the dev set); images stay on disk until a page is needed.
+
+    Rows in quarantine are excluded. In "train" the rows of a set are repeated by its weight and have at most
+    `num_negatives` hard negatives; in "test" the sets take turns, so that the first `dev_queries` are of all sets.
 
     Raises:
-        UserError: the manifest, the index or a file is missing or changed, a set has no row for a split, or the hard
-            negatives that params ask for are not there.
+        UserError: the manifest, the index or a file is missing or changed, a set has no row for a split, or no pair has
+            a hard negative although they are wanted.
     """
-    data = load_training_data(params)
-    pages, entries = _pages(data)
-    wrong = _from_column(data, pages, entries) if params.negatives and not data.negatives else {}
-    found: defaultdict[tuple[str, str], list[Pair]] = defaultdict(list)
-    for e in entries:
-        found[e.source, e.split].append(Pair(e.query, pages[e.page], wrong.get((e.source, e.file, e.row), ())))
-    for one in data.sets:
+    pages, entries = _load_pages(data)
+    negatives = _load_column_negatives(data, pages, entries) if num_negatives and not data.negatives else {}
+    pairs: defaultdict[tuple[str, str], list[TrainingPair]] = defaultdict(list)
+    for entry in entries:
+        row_negatives = negatives.get((entry.source, entry.file, entry.row), ())
+        pairs[entry.source, entry.split].append(TrainingPair(entry.query, pages[entry.page], row_negatives))
+    for dataset in data.sets:
         for split in ("train", "dev"):
-            if not found[one.name, split]:
-                raise UserError(f"train_data: {one.folder} has no row of {split} that can be used")
-    train = [pair for one in data.sets for pair in found[one.name, "train"] * one.weight]
-    # In turn, so that of the first `dev_queries` each set has its share.
-    turns = zip_longest(*(found[one.name, "dev"] for one in data.sets))
+            if not pairs[dataset.name, split]:
+                raise UserError(f"train_data: {dataset.folder} has no row of {split} that can be used")
+    train = [pair for dataset in data.sets for pair in pairs[dataset.name, "train"] * dataset.weight]
+    turns = zip_longest(*(pairs[dataset.name, "dev"] for dataset in data.sets))
     dev = [pair for turn in turns for pair in turn if pair]
-    if params.negatives:
+    if num_negatives:
         if data.negatives:
-            train = _mined(train, pages, data.negatives)
-        train = _first(params, train, {pair.page.key for pair in dev})
+            train = _add_mined_negatives(train, pages, data.negatives)
+        train = _limit_negatives(train, num_negatives, {pair.page.key for pair in dev}, data)
     return {"train": train, "test": dev}
 
 
-def candidates(params: Params) -> tuple[list[Pair], list[Page], set[str]]:
-    """The training rows without negatives, all pages that training knows, and the keys of those among them that may be
-    nobody's negative, since the dev set asks for them."""
-    parts = rows(replace(params, negatives=0, negatives_file=""))
-    dev, own = ({pair.page.key for pair in parts[split]} for split in ("test", "train"))
-    pages, _ = _pages(load_training_data(params))
-    return parts["train"], [page for key, page in pages.items() if key in own or key not in dev], dev
+def load_mining_candidates(data: TrainingData) -> tuple[list[TrainingPair], list[Page], set[str]]:
+    """Load the training pairs, all pages that training may see, and the keys of the dev set's, to be excluded."""
+    splits = load_training_pairs(data)
+    dev_keys, train_keys = ({pair.page.key for pair in splits[split]} for split in ("test", "train"))
+    pages, _ = _load_pages(data)
+    return splits["train"], [page for key, page in pages.items() if key in train_keys or key not in dev_keys], dev_keys
 
 
-def _pages(data: TrainingData) -> tuple[dict[str, Page], list[IndexRow]]:
-    """Every page that can be used, by its key, and the rows of the index.
-
-    Raises:
-        UserError: the index is missing, or is not that of these sets.
-    """
-    sets = [*data.sets, *([data.corpus] if data.corpus else [])]
-    places = {(one.name, file): one.folder / file for one in sets for file in one.files}
-    numbered = {one.name for one in data.sets if one.has_page_numbers}
+def _load_pages(data: TrainingData) -> tuple[dict[str, Page], list[IndexRow]]:
+    """Load every valid page by its key, and the rows of the index, which must be that of these sets."""
+    datasets = [*data.sets, *([data.corpus] if data.corpus else [])]
+    files = {(dataset.name, file): dataset.folder / file for dataset in datasets for file in dataset.files}
+    numbered_sets = {dataset.name for dataset in data.sets if dataset.has_page_numbers}
     pages: dict[str, Page] = {}
     entries = read_row_index()
-    for e in entries:
-        if (e.source, e.file) not in places:
-            raise UserError(f"{ROW_INDEX}: {e.file} of {e.source} is not in {MANIFEST}; run: dvc repro -f fetch-data")
-        if e.source not in numbered:
-            pages.setdefault(e.page, Page(e.page, partial(row_image, places[e.source, e.file], e.row)))
+    for entry in entries:
+        if (entry.source, entry.file) not in files:
+            raise UserError(
+                f"{ROW_INDEX}: {entry.file} of {entry.source} is not in {MANIFEST}; run: dvc repro -f fetch-data"
+            )
+        if entry.source not in numbered_sets:
+            image = partial(read_page_image, files[entry.source, entry.file], entry.row)
+            pages.setdefault(entry.page, Page(entry.page, image))
     return pages, entries
 
 
-def _from_column(
+def _load_column_negatives(
     data: TrainingData, pages: dict[str, Page], entries: Sequence[IndexRow]
 ) -> dict[tuple[str, str, int], list[Page]]:
-    """(set, file, row) -> the negatives that the row itself names by number; pages that cannot be used are left out."""
-    if not data.corpus:
+    """Map (set, file, row) to the hard negatives that the row gives by their row number in the corpus."""
+    corpus = data.corpus
+    if not corpus:
         return {}
-    known = {(e.file, e.row): pages[e.page] for e in entries if e.source == data.corpus.name}
-    in_order = [(file, row) for file in data.corpus.files for row in range(_length(data.corpus, file))]
-    found, lost = {}, 0
-    for one in data.sets:
-        for file in one.files if one.has_page_numbers else ():
-            if NEGATIVES not in read_schema(one.folder / file).names:
+    valid_pages = {(entry.file, entry.row): pages[entry.page] for entry in entries if entry.source == corpus.name}
+    lengths = [(file, parquet.read_metadata(corpus.folder / file).num_rows) for file in corpus.files]
+    corpus_rows = [(file, row) for file, length in lengths for row in range(length)]
+    negatives, num_dropped = {}, 0
+    for dataset in data.sets:
+        for file in dataset.files if dataset.has_page_numbers else ():
+            if NEGATIVES not in parquet.read_schema(dataset.folder / file).names:
                 continue
-            table = read_table(one.folder / file, columns=[POSITIVES, NEGATIVES], use_threads=False)
-            for row, (right, wrong) in enumerate(zip(*(column.to_pylist() for column in table.columns), strict=True)):
-                right = right if isinstance(right, list) else [right]
-                numbers = [number for number in wrong or () if number not in right]
-                there = [known[in_order[n]] for n in numbers if 0 <= n < len(in_order) and in_order[n] in known]
-                found[one.name, file, row], lost = there, lost + len(numbers) - len(there)
-    if lost:
-        print(f"{lost} numbers in {NEGATIVES} are no rows of {data.corpus.name}, or of pages in quarantine")
-    return found
+            table = parquet.read_table(dataset.folder / file, columns=[POSITIVES, NEGATIVES], use_threads=False)
+            columns = (column.to_pylist() for column in table.columns)
+            for row, (positive, numbers) in enumerate(zip(*columns, strict=True)):
+                positives = positive if isinstance(positive, list) else [positive]
+                wanted = [number for number in numbers or () if number not in positives]
+                keys = [corpus_rows[number] for number in wanted if 0 <= number < len(corpus_rows)]
+                found = [valid_pages[key] for key in keys if key in valid_pages]
+                negatives[dataset.name, file, row], num_dropped = found, num_dropped + len(wanted) - len(found)
+    if num_dropped:
+        print(f"{num_dropped} numbers in {NEGATIVES} are no rows of {corpus.name}, or of pages in quarantine")
+    return negatives
 
 
-def _length(one: TrainingSet, file: str) -> int:
-    return read_metadata(one.folder / file).num_rows
-
-
-def _mined(train: list[Pair], pages: dict[str, Page], file: Path) -> list[Pair]:
-    """The rows with the negatives of a mined file.
-
-    Raises:
-        UserError: the file knows none of the rows.
-    """
-    found = negatives.read(file)
-    keys = [found.get((pair.query, pair.page.key)) for pair in train]
-    unknown = sum(wrong is None for wrong in keys)
-    if unknown == len(train):
+def _add_mined_negatives(train: list[TrainingPair], pages: dict[str, Page], file: Path) -> list[TrainingPair]:
+    mined = read_mined_negatives(file)
+    keys_by_pair = [mined.get((pair.query, pair.page.key)) for pair in train]
+    num_missing = sum(keys is None for keys in keys_by_pair)
+    if num_missing == len(train):
         raise UserError(
             f"negatives_file: {file}: names none of the {len(train)} training rows; was it made for others?"
         )
-    lost = sum(key not in pages for wrong in keys for key in wrong or ())
-    print(f"{file}: {unknown} of {len(train)} rows are not in it; {lost} of its negatives are no pages of these sets")
+    num_dropped = sum(key not in pages for keys in keys_by_pair for key in keys or ())
+    print(
+        f"{file}: {num_missing} of {len(train)} rows are not in it; "
+        f"{num_dropped} of its negatives are no pages of these sets"
+    )
     return [
-        pair._replace(negatives=[pages[key] for key in wrong or () if key in pages])
-        for pair, wrong in zip(train, keys, strict=True)
+        pair._replace(negatives=[pages[key] for key in keys or () if key in pages])
+        for pair, keys in zip(train, keys_by_pair, strict=True)
     ]
 
 
-def _first(params: Params, train: list[Pair], unfit: set[str]) -> list[Pair]:
-    """The rows with the first `negatives` of their negatives, those left out whose page is `unfit` or the row's own.
-
-    Raises:
-        UserError: no row has any.
-    """
-    kept = []
+def _limit_negatives(
+    train: list[TrainingPair], num_negatives: int, excluded_page_keys: Collection[str], data: TrainingData
+) -> list[TrainingPair]:
+    """Keep the first `num_negatives` of each pair that are neither excluded nor its own page; require one in all."""
+    limited = []
     for pair in train:
-        fit = (page for page in pair.negatives if page.key not in unfit and page.key != pair.page.key)
-        kept.append(pair._replace(negatives=tuple(islice(fit, params.negatives))))
-    fewer = sum(len(pair.negatives) < params.negatives for pair in kept)
-    if not any(pair.negatives for pair in kept):
+        valid = (page for page in pair.negatives if page.key not in excluded_page_keys and page.key != pair.page.key)
+        limited.append(pair._replace(negatives=tuple(islice(valid, num_negatives))))
+    counts = [len(pair.negatives) for pair in limited]
+    if not any(counts):
+        names = " + ".join(dataset.name for dataset in data.sets)
         raise UserError(
-            f"negatives: {params.negatives}, but no row has one: {params.train_data} has no column {NEGATIVES}, and "
-            f"negatives_file is {params.negatives_file!r}; `colintern mine` makes such a file"
+            f"negatives: {num_negatives}, but no row has one: {names} has no column {NEGATIVES}, and "
+            f"negatives_file is {str(data.negatives or '')!r}; `colintern mine` makes such a file"
         )
-    print(
-        f"{sum(len(pair.negatives) for pair in kept)} hard negatives; {fewer} of {len(kept)} rows have fewer than asked"
-    )
-    return kept
+    num_fewer = sum(count < num_negatives for count in counts)
+    print(f"{sum(counts)} hard negatives; {num_fewer} of {len(limited)} rows have fewer than asked")
+    return limited
 
 
-def row_image(path: Path, row: int) -> Image:
-    """The page in one row of a parquet file.
+def write_mined_negatives(path: Path, rows: Sequence[MinedNegatives], provenance: dict[str, object]) -> None:
+    """Write a file of mined negatives atomically, with what they were mined from and how as JSON in its metadata."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist([row._asdict() for row in rows], schema=SCHEMA)
+    table = table.replace_schema_metadata({PROVENANCE_KEY: json.dumps(provenance, sort_keys=True)})
+    partial_path = path.with_name(f".{path.name}.partial")
+    parquet.write_table(table, partial_path)
+    os.replace(partial_path, path)
 
-    Its row group is read no further than the row, and let go of. At random a page of 300 kB costs 8 ms in groups of
-    100 rows and up to 90 ms in groups of 1,000, for which memory has to hold such a group, compressed and not.
+
+def read_mined_negatives(path: Path) -> dict[tuple[str, str], list[str]]:
+    """Map (query, page) to its negatives; raise UserError for any other file than `write_mined_negatives` writes."""
+    try:
+        table = parquet.read_table(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"negatives_file: {path}: is not a parquet file: {error}") from error
+    if not table.schema.equals(SCHEMA) or PROVENANCE_KEY not in (table.schema.metadata or {}):
+        raise UserError(f"negatives_file: {path}: was not written by `colintern mine`; it has {table.schema.names}")
+    columns = (table[name].to_pylist() for name in ("query", "page", "negatives"))
+    return {(query, page): negatives for query, page, negatives in zip(*columns, strict=True)}
+
+
+def read_page_image(path: Path, row: int) -> Image:
+    """Read the page in one row of a parquet file.
+
+    The row group is read up to the row and not kept. At random, a page of 300 kB takes 8 ms from groups of 100 rows and
+    up to 90 ms from groups of 1,000, for which memory has to hold such a group, compressed and decompressed.
 
     Raises:
-        InvalidImageError: see `decode_image`.
+        InvalidImageError: see `decode`.
     """
-    with ParquetFile(path, memory_map=True) as file:
+    with parquet.ParquetFile(path, memory_map=True) as file:
         group = 0
         while row >= (size := file.metadata.row_group(group).num_rows):
             row, group = row - size, group + 1
-        # No threads: they would not survive the fork of a data loader's process.
-        for batch in file.iter_batches(8, [group], ["image"], use_threads=False):
+        # Threads of pyarrow would not survive the fork of a DataLoader worker.
+        for batch in file.iter_batches(ROWS_PER_READ, [group], ["image"], use_threads=False):
             if row < len(batch):
                 image = batch["image"][row].as_py()
                 return decode_image(image["bytes"] if isinstance(image, dict) else image)
             row -= len(batch)
-    raise AssertionError("a row group holds as many rows as its metadata says")
+    raise AssertionError("a row group has as many rows as its metadata says")
 
 
-class Pairs(Dataset):
-    """The rows of a training set, for the data loader.
+class TrainingDataset(Dataset[TrainingItem]):
+    """The training pairs as items for the DataLoader."""
 
-    An item is {"query": str, "pages": the row's page, then its negatives}; a page is {"key": str} with its "features",
-    or its "tiles" where the features are not known.
-    """
-
-    def __init__(self, rows: Sequence[Pair], features: PageFeatures):
-        self.rows, self.cache, self.processor = rows, features.cache, features.processor
+    def __init__(self, pairs: Sequence[TrainingPair], features: PageFeatures):
+        self.pairs, self.cache, self.processor = pairs, features.cache, features.processor
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.pairs)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        return {"query": row.query, "pages": [self._page(page) for page in (row.page, *row.negatives)]}
+    def __getitem__(self, index: int) -> TrainingItem:
+        pair = self.pairs[index]
+        return {"query": pair.query, "pages": [self._load_page(page) for page in (pair.page, *pair.negatives)]}
 
-    def _page(self, page: Page) -> dict[str, Any]:
-        known = self.cache.get(page.key)
-        found = {"tiles": self.processor.page_tiles(page.image())} if known is None else {"features": known}
-        return {"key": page.key} | found
+    def _load_page(self, page: Page) -> PageInputs:
+        features = self.cache.get(page.key)
+        if features is None:
+            return {"key": page.key, "tiles": self.processor.page_tiles(page.image())}
+        return {"key": page.key, "features": features}
 
 
 class Collator:
-    """Items of `Pairs` to one batch of B rows with P pages: the B pages of the rows, then the negatives of all rows.
+    """Collates B items with P pages in all to a batch: the B pages of the pairs come first, then all hard negatives.
 
-    `query` and `page` are inputs of the model, the pages' features left out. Those are in `features`, one page after
-    another, where they are `known` (P,); the tiles of the others are in `tiles`; `counts` (P,) are tiles a page.
-    `query_ids` (B,) and `page_ids` (P,) int64 are equal for queries of equal words and pages of equal bytes.
+    `query` and `page` are inputs of the model without the pages' features. Those are in `features`, concatenated, for
+    the pages that are `known` (P,); the tiles of the others are in `tiles`; `counts` (P,) are tiles per page.
+    `query_ids` (B,) and `page_ids` (P,) int64 are equal for equal queries and for pages of equal bytes.
     """
 
     def __init__(self, processor: ColIntern3_5Processor):
         self.processor = processor
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[TrainingItem]) -> Batch:
+        """Collate the items."""
         pages = [item["pages"][0] for item in items] + [page for item in items for page in item["pages"][1:]]
-        # One tensor of each kind: every tensor a data loader's process sends costs a file descriptor.
-        parts = {kind: [page[kind] for page in pages if kind in page] for kind in ("features", "tiles")}
+        features = [page["features"] for page in pages if "features" in page]
+        tiles = [page["tiles"] for page in pages if "tiles" in page]
         counts = [len(page["features"] if "features" in page else page["tiles"]) for page in pages]
-        return {
+        batch: Batch = {
             "query": dict(self.processor.process_queries([item["query"] for item in items])),
             "page": dict(self.processor.page_tokens(counts)),
-            **{kind: torch.cat(found) for kind, found in parts.items() if found},
             "known": torch.tensor(["features" in page for page in pages]),
             "counts": torch.tensor(counts),
-            "query_ids": torch.tensor([_number(_words_key(item["query"])) for item in items]),
-            "page_ids": torch.tensor([_number(page["key"]) for page in pages]),
+            "query_ids": torch.tensor([_to_int64(_hash_query(item["query"])) for item in items]),
+            "page_ids": torch.tensor([_to_int64(page["key"]) for page in pages]),
         }
+        # One tensor of each kind: every tensor that a DataLoader worker sends takes a file descriptor.
+        if features:
+            batch["features"] = torch.cat(features)
+        if tiles:
+            batch["tiles"] = torch.cat(tiles)
+        return batch
 
 
-def _words_key(query: str) -> str:
+def _hash_query(query: str) -> str:
     return hashlib.sha256(" ".join(query.split()).encode()).hexdigest()
 
 
-def _number(key: str) -> int:
-    """A hash as a number that fits int64."""
-    return int(key[:14], 16)
+def _to_int64(digest: str) -> int:
+    return int(digest[:14], 16)

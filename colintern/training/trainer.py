@@ -1,25 +1,25 @@
-"""Training: transformers' Trainer with a contrastive step of our own.
+"""transformers' Trainer with a contrastive step that computes the gradient of the whole batch.
 
-Each query is compared with the pages of all `batch_size` rows and with the hard negatives of all of them.
-`micro_batch_size` only says how many pages or queries are in the model at once: with a smaller one each part is
-embedded without a graph, the loss and the gradient of every embedding are computed over the whole batch, and each part
-is embedded again to send its gradient on (gradient caching, Gao et al. 2021, arXiv 2101.06983). The gradient is the
-same.
+Each query is compared with the pages of all `batch_size` pairs and with their hard negatives. `micro_batch_size` only
+bounds how many pages or queries are in the model at once. The step is gradient caching (GradCache, Gao et al. 2021,
+arXiv 2101.06983): (1) embed mini-batches without a graph, (2) compute the loss of the full batch and its gradient with
+respect to each embedding, (3) embed each mini-batch again with a graph and backpropagate its cached gradient.
 """
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 
 from colintern.core.errors import OutOfMemory, UserError
 from colintern.encoding.embed import embed_features, embed_queries
@@ -27,22 +27,15 @@ from colintern.encoding.fp8 import rounded
 from colintern.encoding.page_features import PageFeatures
 from colintern.encoding.workers import seed_and_init_worker
 from colintern.modeling.dropout import Masks
-from colintern.modeling.layers import checkpoint_layers, compile_layers
-from colintern.modeling.lora import count
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from colintern.monitoring.guide import bounds_for
-from colintern.monitoring.health import suggest_lower_lr
-from colintern.monitoring.progress import Progress
-from colintern.monitoring.watch import Pace, Watch
-from colintern.params import Params
 from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k
-from colintern.training.checkpoints import SAVING, Checkpoints
-from colintern.training.loss import contrastive_loss, false_negatives, maxsim_matrix
-from colintern.training.pairs import Collator, Pair
-from colintern.training.parts import places, restored, take
-from colintern.training.processes import ALONE, SIDES, Processes, share
+from colintern.training.checkpoints import CheckpointWriter
+from colintern.training.distributed import SIDES, SINGLE_PROCESS, Batch, BatchShards, DistributedContext, Side
+from colintern.training.loss import Loss, find_false_negatives
+from colintern.training.mini_batching import plan_mini_batches, scatter_to_batch_order, slice_mini_batch
+from colintern.training.pairs import Collator, TrainingDataset, TrainingPair
 
-Batch = dict[str, Any]
+NDCG_CUTOFF = 5
 
 
 class NonFiniteError(UserError):
@@ -51,273 +44,284 @@ class NonFiniteError(UserError):
     exit_code = 5
 
 
-class Tally(TrainerCallback, ExportableState):
-    """What a logged row sums up since the row before it; kept in the checkpoints, so that a resumed run logs the same.
+class RunCallback(TrainerCallback):
+    """A callback that also gets the trainer, may end the run with an error, and writes artifacts."""
 
-    `total`: false negatives of the whole run.
-    """
+    stop_error: UserError | None = None  # set where it stops the run before its last step; nothing of that run is kept
 
-    FIELDS = ("loss", "steps", "masked", "total")
+    def on_run_begin(self) -> None:
+        """Run before data and model are loaded."""
+
+    def on_trainer_init(self, trainer: "ContrastiveTrainer") -> None:
+        """Run at the end of the trainer's constructor."""
+
+    def save_artifacts(self, trainer: "ContrastiveTrainer", folder: Path) -> dict[str, float | str]:
+        """Run on rank 0 after the last step: write files into the adapter's folder; return metrics to report."""
+        return {}
+
+
+class MetricAccumulator(TrainerCallback, ExportableState):
+    """Sums up the steps since the last logged row; checkpoints save it, so that a resumed run logs the same."""
+
+    SAVED_FIELDS = ("loss_sum", "num_steps", "num_false_negatives", "total_false_negatives")
 
     def __init__(self) -> None:
-        self.loss, self.steps, self.masked, self.total = 0.0, 0, 0, 0
+        self.loss_sum, self.num_steps, self.num_false_negatives = 0.0, 0, 0
+        self.total_false_negatives = 0  # of the whole run
 
-    def add(self, loss: float, masked: int) -> None:
-        self.loss, self.steps = self.loss + loss, self.steps + 1
-        self.masked, self.total = self.masked + masked, self.total + masked
+    def add(self, loss: float, num_false_negatives: int) -> None:
+        """Add a step."""
+        self.loss_sum, self.num_steps = self.loss_sum + loss, self.num_steps + 1
+        self.num_false_negatives += num_false_negatives
+        self.total_false_negatives += num_false_negatives
 
-    def row(self) -> dict[str, float]:
-        """The mean loss of the steps since the last row, and how many pairs they left out."""
-        row = {"loss": self.loss / self.steps, "masked_pairs": self.masked}
-        self.loss, self.steps, self.masked = 0.0, 0, 0
+    def pop_averages(self) -> dict[str, float]:
+        """Return the mean loss and the number of false negatives since the last call."""
+        row = {"loss": self.loss_sum / self.num_steps, "masked_pairs": self.num_false_negatives}
+        self.loss_sum, self.num_steps, self.num_false_negatives = 0.0, 0, 0
         return row
 
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {name: getattr(self, name) for name in self.FIELDS}}
+    def state(self) -> dict[str, dict[str, float]]:
+        """Return what a checkpoint keeps."""
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in self.SAVED_FIELDS}}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for name, value in state.stateful_callbacks[type(self).__name__]["attributes"].items():
+    def restore(self, state: TrainerState) -> None:
+        """Load what a checkpoint has kept."""
+        saved: Any = state.stateful_callbacks
+        for name, value in saved[type(self).__name__]["attributes"].items():
             setattr(self, name, value)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
+        """Load the sums of the checkpoint."""
+        self.restore(state)
+
+
+class RetrievalEvaluator(Dataset[str]):
+    """The dev set: its queries, and the pages that answer them, each page once however many queries it answers."""
+
+    def __init__(self, pairs: Sequence[TrainingPair], features: PageFeatures, batch_size: int):
+        distinct = {pair.page.key: pair.page for pair in pairs}
+        indices = {key: index for index, key in enumerate(distinct)}
+        self.queries, self.pages = [pair.query for pair in pairs], list(distinct.values())
+        self.relevant = [{indices[pair.page.key]} for pair in pairs]
+        self.features, self.batch_size = features, batch_size
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def embed(self, model: Any, processor: ColIntern3_5Processor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the embeddings of the queries and of the pages."""
+        pages = embed_features(model, processor, map(self.features, self.pages), self.batch_size)
+        return embed_queries(model, processor, self.queries, self.batch_size), pages
+
+    def compute_ndcg(self, queries: list[Tensor], pages: list[Tensor]) -> float:
+        """Return NDCG@5 of embeddings of the queries over those of the pages."""
+        return ndcg_at_k(maxsim_scores(queries, pages), self.relevant, NDCG_CUTOFF)
+
+    @property
+    def random_ndcg(self) -> float:
+        """Return the expected NDCG@5 of a random ranking with one relevant page."""
+        num_pages = len(self.pages)
+        return sum(1 / math.log2(rank + 1) for rank in range(1, min(NDCG_CUTOFF, num_pages) + 1)) / num_pages
 
 
 class ContrastiveTrainer(Trainer):
-    """transformers' Trainer; a batch is what `Collator` makes, the dev set is measured as retrieval."""
+    """transformers' Trainer with batches of `Collator`, a gradient-caching step and a retrieval dev set.
+
+    `model` is wrapped in LoRA; `loss_function` gets the embeddings of a whole batch; `quantize_features`: features that
+    are not in the cache are rounded as the fp8 cache does.
+    """
 
     def __init__(
         self,
-        params: Params,
+        model: PeftModel,
         processor: ColIntern3_5Processor,
-        dev: "DevSet",
+        args: TrainingArguments,
+        loss_function: Loss,
+        evaluator: RetrievalEvaluator,
+        micro_batch_size: int,
+        quantize_features: bool = False,
+        train_dataset: TrainingDataset | None = None,
         callbacks: Sequence[TrainerCallback] = (),
-        processes: Processes = ALONE,
-        **kwargs: Any,
+        context: DistributedContext = SINGLE_PROCESS,
     ):
-        self.processes = processes
-        self.params, self.dev, self.processor, self.tally = params, dev, processor, Tally()
-        self.bounds = bounds_for(count(kwargs["model"], params.lora_targets)["total_parameters"])
-        self.remedy = f"try {suggest_lower_lr(params, self.bounds)}"
-        self.micro, self.low_precision = params.micro_batch_size, params.dtype == "bfloat16"
-        self.masks = Masks(kwargs["model"], params.seed, torch.bfloat16 if self.low_precision else torch.float32)
-        self.pace = Pace()
-        checkpoint_layers(kwargs["model"], params.gradient_checkpointing)
-        checkpoints = Checkpoints(Path(kwargs["args"].output_dir).parent, processor, self.processes)
-        kwargs["model"]._is_accelerate_prepared = True  # `Processes` sums gradients; accelerate would take their mean
-        own = [self.tally, checkpoints, Watch(params, dev.chance, self.bounds), self.pace, *callbacks]
-        super().__init__(data_collator=Collator(processor), eval_dataset=dev, callbacks=own, **kwargs)
-        for stock in (PrinterCallback, ProgressCallback):
-            self.remove_callback(stock)
-        self.add_callback(Progress(params, quiet=bool(self.args.disable_tqdm)))
-        if params.compile:
-            compile_layers(kwargs["model"])
+        self.processor, self.loss_function, self.evaluator, self.context = processor, loss_function, evaluator, context
+        self.micro_batch_size, self.quantize_features = micro_batch_size, quantize_features
+        self.is_low_precision = model.dtype == torch.bfloat16
+        self.dropout_masks = Masks(model, args.seed, torch.bfloat16 if self.is_low_precision else torch.float32)
+        self.metric_accumulator = MetricAccumulator()
+        self.hint = "lower lr"  # against a loss that is not finite
+        checkpoints = CheckpointWriter(Path(str(args.output_dir)).parent, processor, context)
+        model._is_accelerate_prepared = True  # type: ignore[assignment]  # accelerate would average gradients, not sum
+        collator: Any = Collator(processor)
+        first = [self.metric_accumulator, checkpoints]
+        super().__init__(model, args, collator, train_dataset, evaluator, callbacks=[*first, *callbacks])
+        for default in (PrinterCallback, ProgressCallback):
+            self.remove_callback(default)
+        self.run_callbacks = [callback for callback in callbacks if isinstance(callback, RunCallback)]
+        for callback in self.run_callbacks:
+            callback.on_trainer_init(self)
 
-    def get_train_dataloader(self) -> Any:
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the DataLoader, with workers set up by `init_worker`."""
         loader = super().get_train_dataloader()
         inner: Any = getattr(loader, "base_dataloader", loader)  # of accelerate's wrapper
         inner.worker_init_fn = partial(seed_and_init_worker, inner.worker_init_fn)
         return loader
 
-    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
-        """One forward and backward pass over a whole batch; returns its loss, a detached scalar.
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: object = None) -> Tensor:  # type: ignore[override]
+        """Run the forward and backward pass of a whole batch; return its loss, a detached scalar.
 
         Raises:
             NonFiniteError: the loss or the gradient is not finite.
-            OutOfMemory: not even one page at a time fits, in the tower or in the language model.
+            OutOfMemory: a single page does not fit, in the vision tower or in the language model.
         """
         model.train()
-        batch: Batch = self._prepare_inputs(inputs)
+        batch = cast(Batch, self._prepare_inputs(inputs))  # type: ignore[arg-type]
+        step = self.state.global_step + 1
         try:
-            rounds = self.params.feature_cache_format == "fp8"
-            batch["page"]["image_features"] = self.processes.together(lambda: page_features(model, batch, rounds))
+            compute = partial(compute_image_features, model, batch, self.quantize_features)
+            batch["page"]["image_features"] = self.context.run_or_all_oom(compute)
         except torch.OutOfMemoryError as error:
+            batch_size = self.args.per_device_train_batch_size * self.context.world_size
             raise OutOfMemory(
-                f"out of memory in the tower, which takes one page at a time, at step {self.state.global_step + 1}; "
-                f"lower max_visual_tokens, {self.params.max_visual_tokens}, or batch_size, {self.params.batch_size}"
+                f"out of memory in the tower, which takes one page at a time, at step {step}; "
+                f"lower max_visual_tokens, {self.processor.max_visual_tokens}, or batch_size, {batch_size}"
             ) from error
-        self.masks.draw(self.state.global_step, model.device)
-        # PEFT would cast every adapter's input to float32, only for `_embed` to cast it back.
-        with disable_input_dtype_casting(model, active=self.low_precision):
-            loss = self._fitting_step(model, batch)
+        self.dropout_masks.draw(self.state.global_step, model.device)
+        shards = self.context.gather_batch_layout(batch)
+        # PEFT would cast the input of every adapter to float32, only for autocast to cast it back.
+        with disable_input_dtype_casting(model, active=self.is_low_precision):
+            loss = self.step_with_oom_backoff(model, batch, shards)
         norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not value.isfinite():
-                step = self.state.global_step + 1
-                raise NonFiniteError(f"{name} is {value.item()} at step {step}; {self.remedy}")
-        ids = batch["share"].query_ids, batch["share"].page_ids
-        self.tally.add(loss.item(), int(false_negatives(*ids).sum()))
+                raise NonFiniteError(f"{name} is {value.item()} at step {step}; {self.hint}")
+        self.metric_accumulator.add(loss.item(), int(find_false_negatives(shards.query_ids, shards.page_ids).sum()))
         return loss.detach()
 
-    def _fitting_step(self, model: Any, batch: Batch) -> Tensor:
-        """The loss, with its gradient in the model; where the memory does not hold it, with half the micro-batch."""
-        batch["share"] = self.processes.shares(batch)
+    def step_with_oom_backoff(self, model: Any, batch: Batch, shards: BatchShards) -> Tensor:
+        """Compute loss and gradient; halve `micro_batch_size`, which does not change them, until they fit in memory."""
         while True:
             try:
-                return self._step(model, batch)
+                return self.gradcache_forward_backward(model, batch, shards)
             except torch.OutOfMemoryError as error:
-                size = min(self.micro, len(batch["page_ids"]))
-                if size == 1:
+                max_rows = min(self.micro_batch_size, len(batch["page_ids"]))
+                if max_rows == 1:
                     raise OutOfMemory(
                         f"out of memory with one page at a time, at step {self.state.global_step + 1}; set "
-                        f"gradient_checkpointing: true, or lower max_visual_tokens, {self.params.max_visual_tokens}"
+                        f"gradient_checkpointing: true, or lower max_visual_tokens, {self.processor.max_visual_tokens}"
                     ) from error
-                self.micro = (size + 1) // 2
-            # The error, gone here, held what the step had made. Again, from an empty gradient.
+                self.micro_batch_size = (max_rows + 1) // 2
+            # Outside the handler, where the error no longer holds the tensors of the step.
             model.zero_grad(set_to_none=True)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            print(f"out of memory: micro_batch_size is now {self.micro}; batch and gradient stay as they are")
+            size = self.micro_batch_size
+            print(f"out of memory: micro_batch_size is now {size}; the batch and its gradient do not change")
 
-    def _step(self, model: Any, batch: Batch) -> Tensor:
-        """Embeddings, the loss of all of them with the gradient of each, and that gradient sent on, part by part. Only
-        where the whole batch is one part does its graph wait for the gradient; else parts are embedded again."""
-        rows = {side: places(batch[side], self.micro) for side in SIDES}
-        parts = [(side, part) for side, found in rows.items() for part in found]
-        whole = self.micro >= len(batch["page_ids"])
+    def gradcache_forward_backward(self, model: Any, batch: Batch, shards: BatchShards) -> Tensor:
+        """Compute the loss of the whole batch and add its gradient to the adapters; see the top of this module.
+
+        A batch of a single chunk, at most `micro_batch_size` pages, keeps the graph of its first pass instead.
+        """
+        plans = {side: plan_mini_batches(batch[side], self.micro_batch_size) for side in SIDES}
+        mini_batches = [(side, rows) for side, plan in plans.items() for rows in plan]
+        is_single_chunk = self.micro_batch_size >= len(batch["page_ids"])
+        num_query_chunks = len(plans["query"])
 
         def embed() -> list[Tensor]:
-            with torch.set_grad_enabled(whole):
-                return [self._embed(model, batch, *part) for part in parts]
+            with torch.set_grad_enabled(is_single_chunk):
+                return [self.embed_mini_batch(model, batch, shards, *mini_batch) for mini_batch in mini_batches]
 
-        # What takes memory is in `together`: a process that started anew alone would wait for the others for ever.
-        def room() -> list[list[Tensor]]:
-            sides = restored(rows["query"], leaves[:ends]), restored(rows["page"], leaves[ends:])
-            return [self.processes.room(batch["share"], *side) for side in zip(SIDES, sides, strict=True)]
+        def allocate() -> list[list[Tensor]]:
+            queries = scatter_to_batch_order(plans["query"], cached_reps[:num_query_chunks])
+            pages = scatter_to_batch_order(plans["page"], cached_reps[num_query_chunks:])
+            sides = zip(SIDES, (queries, pages), strict=True)
+            return [self.context.allocate_gather_buffers(shards, *side) for side in sides]
 
         def backward() -> Tensor:
-            loss = self._loss(batch, rooms)
-            rooms.clear()
+            loss = self._compute_batch_loss(batch, shards, gather_buffers)
+            gather_buffers.clear()
             loss.backward()
-            for part, embedded, leaf in zip(parts, made, leaves, strict=True):
-                self._embed(model, batch, *part, embedded if whole else None, leaf.grad)
+            for mini_batch, first_pass, cached in zip(mini_batches, embeddings, cached_reps, strict=True):
+                kept = first_pass if is_single_chunk else None
+                self.backward_mini_batch(model, batch, shards, *mini_batch, cached.grad, kept)
             return loss
 
-        made = self.processes.together(embed)
-        leaves = [embedded.detach().requires_grad_() for embedded in made]
-        ends = len(rows["query"])
-        rooms = self.processes.together(room)
-        self.processes.exchange(rooms)
-        loss: Tensor = self.processes.together(backward)
-        self.processes.sum_gradients(model)
+        embeddings = self.context.run_or_all_oom(embed)
+        cached_reps = [part.detach().requires_grad_() for part in embeddings]
+        gather_buffers = self.context.run_or_all_oom(allocate)
+        self.context.all_gather_into(gather_buffers)
+        loss = self.context.run_or_all_oom(backward)
+        self.context.all_reduce_gradients(model)
         return loss
 
-    def _embed(
-        self, model: Any, batch: Batch, side: str, rows: list[int], made: Tensor | None = None, grad: Any = None
-    ) -> Tensor:
-        """Embeddings of a part; with `grad`, which is theirs, that goes back to the adapters, through the graph of
-        `made` if given."""
-        inputs = take(batch[side], rows, self.processor)
-        length = inputs["input_ids"].shape[1]
-        # The adapters' weights are float32, and would else be computed in it beside a bfloat16 base.
-        cast = torch.autocast(model.device.type, torch.bfloat16) if self.low_precision else nullcontext()
-        # Around the backward pass too: checkpointing computes anew in it, and must draw the same dropout.
-        numbers = torch.tensor([batch["share"].numbers[side][row] for row in rows])
-        with self.masks.rows(side, numbers.to(inputs["input_ids"].device), length):
-            if made is None:
-                with cast:
-                    made = model(**inputs)
-            if grad is not None:
-                made = (made * grad).sum()  # what backward needs, without the embeddings
-                made.backward()
-        return made
+    def embed_mini_batch(self, model: Any, batch: Batch, shards: BatchShards, side: Side, rows: list[int]) -> Tensor:
+        """Return the embeddings of some rows of a side."""
+        inputs = slice_mini_batch(batch[side], rows, self.processor)
+        # The float32 weights of the adapters would be computed in float32 beside a bfloat16 base.
+        autocast = torch.autocast(model.device.type, torch.bfloat16) if self.is_low_precision else nullcontext()
+        with self._apply_dropout(batch, shards, side, rows, inputs["input_ids"].shape[1]), autocast:
+            return model(**inputs)
 
-    def _loss(self, batch: Batch, rooms: Sequence[list[Tensor]]) -> Tensor:
-        """Of all queries against all pages, those of other processes too."""
-        own, sides = batch["share"], list[Tensor]()
-        for side, room in zip(SIDES, rooms, strict=True):
-            sides += self.processes.gathered(own, side, room, batch[side]["attention_mask"])
-        left_out = false_negatives(own.query_ids, own.page_ids)
-        scores = maxsim_matrix(*sides)
-        return contrastive_loss(scores, left_out, self.params.temperature, self.params.symmetric_loss)
+    def backward_mini_batch(
+        self, model: Any, batch: Batch, shards: BatchShards, side: Side, rows: list[int], grad: Any, embeddings: Any
+    ) -> None:
+        """Backpropagate the gradient of the embeddings of some rows; None for embeddings computes them again."""
+        if embeddings is None:
+            embeddings = self.embed_mini_batch(model, batch, shards, side, rows)
+        # Checkpointed layers run their forward pass again in the backward pass, and need the same dropout.
+        with self._apply_dropout(batch, shards, side, rows, embeddings.shape[1]):
+            embeddings = (embeddings * grad).sum()  # rebound: the backward pass does not need the embeddings
+            embeddings.backward()
+
+    def _apply_dropout(
+        self, batch: Batch, shards: BatchShards, side: Side, rows: list[int], length: int
+    ) -> AbstractContextManager[None]:
+        device = batch[side]["input_ids"].device
+        indices = torch.tensor([shards.row_indices[side][row] for row in rows]).to(device)
+        return self.dropout_masks.rows(side, indices, length)
+
+    def _compute_batch_loss(self, batch: Batch, shards: BatchShards, buffers_by_side: list[list[Tensor]]) -> Tensor:
+        queries, pages = (
+            self.context.all_gather_with_local_grad(shards, side, buffers, batch[side]["attention_mask"])
+            for side, buffers in zip(SIDES, buffers_by_side, strict=True)
+        )
+        return self.loss_function(*queries, *pages, find_false_negatives(shards.query_ids, shards.page_ids))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """A row of the training curve takes loss and masked pairs from the tally."""
-        super().log(logs | self.tally.row() if "loss" in logs else logs, start_time)
+        """Log a row; in a row of the training curve, loss and masked pairs are those of `MetricAccumulator`."""
+        super().log(logs | self.metric_accumulator.pop_averages() if "loss" in logs else logs, start_time)
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """NDCG@5 on the dev set.
+    def evaluate(
+        self, eval_dataset: object = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Compute NDCG@5 on the dev set.
 
         Raises:
             NonFiniteError: a trained weight is not finite.
         """
         model: Any = self.model
-        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-        if broken := [name for name, p in trained if not p.isfinite().all()]:
-            raise NonFiniteError(f"{broken[0]} is not finite after step {self.state.global_step}; {self.remedy}")
-        metrics = {f"{metric_key_prefix}_ndcg_at_5": self.dev.ndcg(self.model, self.processor, self.params)}
+        trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+        if non_finite := [name for name, parameter in trained if not parameter.isfinite().all()]:
+            raise NonFiniteError(f"{non_finite[0]} is not finite after step {self.state.global_step}; {self.hint}")
+        ndcg = self.evaluator.compute_ndcg(*self.evaluator.embed(model, self.processor))
+        metrics = {f"{metric_key_prefix}_ndcg_at_5": ndcg}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
-def page_features(model: Any, batch: Batch, rounds: bool) -> Tensor:
-    """The features of a batch's pages, (tiles, tokens of a tile, hidden size): once a step and without a graph, also
-    where the pages go through the language model twice. `rounds`: those that no cache has rounded are rounded here."""
-    counts, known = batch["counts"], batch["known"].tolist()
-    sides = {
-        kind: iter(batch[kind].split(counts[batch["known"] == (kind == "features")].tolist()))
-        for kind in ("features", "tiles")
-        if kind in batch
-    }
+def compute_image_features(model: Any, batch: Batch, quantize: bool) -> Tensor:
+    """Return the features of a batch's pages, (tiles, tokens of a tile, hidden size), once a step and without a graph.
+
+    `quantize`: features that are computed here, not read from the cache, are rounded as the fp8 cache does.
+    """
+    is_known, counts = batch["known"], batch["counts"]
+    features = iter(batch["features"].split(counts[is_known].tolist()) if "features" in batch else ())
+    tiles = iter(batch["tiles"].split(counts[~is_known].tolist()) if "tiles" in batch else ())
+    convert = rounded if quantize else torch.Tensor.detach
     with torch.no_grad():
-        form = rounded if rounds else torch.Tensor.detach
-        pages = [next(sides["features"]) if k else form(model.page_features(next(sides["tiles"]))) for k in known]
+        pages = [next(features) if known else convert(model.page_features(next(tiles))) for known in is_known.tolist()]
     return torch.cat(pages)
-
-
-class DevSet(Dataset):
-    """Dev queries and the pages they ask for, each page once however many rows show it."""
-
-    def __init__(self, rows: Sequence[Pair], features: PageFeatures):
-        distinct = {row.page.key: row.page for row in rows}
-        places = {key: place for place, key in enumerate(distinct)}
-        self.queries, self.pages, self.features = [row.query for row in rows], list(distinct.values()), features
-        self.relevant = [{places[row.page.key]} for row in rows]
-
-    def __len__(self) -> int:
-        return len(self.queries)
-
-    def ndcg(self, model: Any, processor: ColIntern3_5Processor, params: Params) -> float:
-        """NDCG@5 of the dev queries over the dev pages."""
-        size = params.eval_batch_size
-        pages = embed_features(model, processor, map(self.features, self.pages), size)
-        return ndcg_at_k(maxsim_scores(embed_queries(model, processor, self.queries, size), pages), self.relevant, 5)
-
-    @property
-    def chance(self) -> float:
-        """NDCG@5 of a random ranking: one right page among all."""
-        pages = len(self.pages)
-        return sum(1 / math.log2(rank + 1) for rank in range(1, min(5, pages) + 1)) / pages
-
-
-def arguments(params: Params, folder: Path, quiet: bool, size: int = 1) -> TrainingArguments:
-    """The Trainer's arguments in each of `size` processes; checkpoints end up in `folder`, see `Checkpoints`. The dev
-    set is measured with each logged row unless `eval_steps` is set."""
-    args = TrainingArguments(
-        output_dir=str(folder / SAVING),
-        per_device_train_batch_size=share(params, size),
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_drop_last=True,  # each step compares with batch_size pages, the last one too
-        num_train_epochs=params.epochs,
-        learning_rate=params.lr,
-        lr_scheduler_type=params.lr_scheduler,
-        warmup_steps=params.warmup_steps,
-        weight_decay=params.weight_decay,
-        max_grad_norm=params.max_grad_norm,
-        logging_steps=params.logging_steps,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        save_strategy="steps",
-        save_steps=params.save_steps,
-        seed=params.seed,
-        data_seed=params.seed,
-        dataloader_num_workers=params.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        disable_tqdm=quiet,
-        report_to="none",  # see `Tracker`
-        run_name=folder.name,
-    )
-    # Which GPU is this process's is known with its device; that others can be seen is none of the Trainer's business,
-    # which would split each batch over all of them.
-    if args.device.type == "cuda":
-        args._n_gpu = 1
-    return args

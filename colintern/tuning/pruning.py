@@ -1,20 +1,21 @@
-"""A run that is a trial of a study: it reports its dev score to the study, and stops when told.
+"""Report a training run to the Optuna study that it is a trial of, and stop it when the study prunes it.
 
-It gives the same bytes as a run that nobody asked, unless it is stopped.
+A run that is not stopped gives the same bytes as a run outside a study.
 """
 
 import os
 import signal
 import threading
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
 
-from transformers import TrainerCallback
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from colintern.core.errors import UserError
-from colintern.encoding.embed import embed_features, embed_queries
-from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k
-from colintern.training.processes import Processes
-from colintern.training.trainer import ContrastiveTrainer
+from colintern.monitoring.monitors import ThroughputMonitor
+from colintern.training.distributed import DistributedContext
+from colintern.training.trainer import ContrastiveTrainer, RunCallback
 from colintern.tuning.trial_context import (
     MEASURED,
     OWNER,
@@ -25,120 +26,130 @@ from colintern.tuning.trial_context import (
     STORAGE,
     STUDY,
     TRIAL,
-    alive,
-    pruner,
-    storage,
+    is_running,
+    make_pruner,
+    open_storage,
 )
 
+T = TypeVar("T")
 
-class Pruned(UserError):
+
+class TrialPrunedError(UserError):
     """The study stopped this trial early; nothing of it is kept. The process exits with 3."""
 
     exit_code = 3
 
 
-class Reporter(TrainerCallback):
-    """Reports each dev score under the number of the evaluation, from 1, and stops the training when told.
+class OptunaPruningCallback(RunCallback):
+    """Reports each dev score to the trial as that of evaluation 1, 2, ..., and stops the training if it is pruned.
 
-    Only the first of several processes talks to the study; all of them stop. Where the storage cannot be reached the
-    training goes on, with one warning.
+    Rank 0 alone communicates with the study; all ranks stop. If the storage cannot be reached, training continues with
+    one warning.
     """
 
-    def __init__(self, processes: Processes):
-        self.processes, self.count, self.stopped, self.silent = processes, 0, False, False
+    def __init__(self, context: DistributedContext, throughput: ThroughputMonitor):
+        self.context, self.throughput = context, throughput
+        self.num_evaluations, self.is_disabled = 0, False
         self.is_over = threading.Event()  # the study has ended this trial: its worker was stopped or believed dead
-        if processes.main:
-            self._safely(self._join)
-        threading.Thread(target=self._end_with, args=(int(os.environ[OWNER]),), daemon=True).start()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A resumed run reports again what it measured before: its trial may be another one's second try."""
+    def on_run_begin(self) -> None:
+        """Load the trial, and watch its tuner."""
+        if self.context.is_main_process:
+            self._call_storage(self._load_trial)
+        threading.Thread(target=self._stop_with_tuner, args=(int(os.environ[OWNER]),), daemon=True).start()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
+        """Report the scores of a resumed run again: the trial may be another one's second try."""
         for row in state.log_history:
             if "eval_ndcg_at_5" in row:
-                self._tell(row["eval_ndcg_at_5"])
+                self._report(row["eval_ndcg_at_5"])
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        self._tell(metrics["eval_ndcg_at_5"])
-        last = state.global_step >= state.max_steps
-        stop = self.processes.main and not last and bool(self._safely(self._should_stop))
-        if self.processes.any(stop):
-            self.stopped = control.should_training_stop = True
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Report the score; stop all ranks if the trial should be pruned."""
+        self._report(kwargs["metrics"]["eval_ndcg_at_5"])
+        is_last = state.global_step >= state.max_steps
+        should_stop = self.context.is_main_process and not is_last and bool(self._call_storage(self._should_prune))
+        if self.context.all_reduce_any(should_stop):
+            control.should_training_stop = True
+            self.stop_error = TrialPrunedError(
+                f"stopped at step {state.global_step} of {state.max_steps}: the study found its dev score too low"
+            )
 
-    def _tell(self, score: float) -> None:
-        self.count += 1
-        if self.processes.main and not self.silent and not self.several:
-            self._safely(lambda: self.trial.report(score, self.count))
+    def save_artifacts(self, trainer: ContrastiveTrainer, folder: Path) -> dict[str, float | str]:
+        """Store the trial's second objective: the time of all steps, and the score with smaller pages."""
+        if self.is_disabled:
+            return {}
+        measured = {}
+        if summary := self.throughput.summarize():  # {} if all steps were made before a kill
+            seconds = summary["step_seconds"] * trainer.state.max_steps * self.context.world_size
+            measured["training_seconds"] = round(seconds, 3)
+        if page_size := self.trial.user_attrs.get(SIZE):
+            measured |= measure_at_page_size(trainer, *page_size)
+        self._call_storage(lambda: self.trial.set_user_attr(MEASURED, measured))
+        return {}
 
-    def _join(self) -> None:
-        """The trial, with the pruner that the study was made with."""
+    def _load_trial(self) -> None:
         from optuna import load_study
         from optuna.trial import Trial
 
-        study = load_study(study_name=os.environ[STUDY], storage=storage(os.environ[STORAGE]))
-        study.pruner = pruner(study.user_attrs[SETTINGS])
-        self.several = len(study.directions) > 1  # of which optuna takes no reports while a trial runs
-        [found] = [t for t in study.get_trials(deepcopy=False) if t.number == int(os.environ[TRIAL])]
-        self.trial = Trial(study, found._trial_id)
+        study = load_study(study_name=os.environ[STUDY], storage=open_storage(os.environ[STORAGE]))
+        study.pruner = make_pruner(study.user_attrs[SETTINGS])
+        self.has_two_objectives = len(study.directions) > 1  # then Optuna takes no reports from a running trial
+        [trial] = [t for t in study.get_trials(deepcopy=False) if t.number == int(os.environ[TRIAL])]
+        self.trial = Trial(study, trial._trial_id)
         self.trial.set_user_attr(STARTED, os.getpid())
 
-    def _should_stop(self) -> bool:
-        if self.several or not self.trial.should_prune():
+    def _report(self, score: float) -> None:
+        self.num_evaluations += 1
+        if self.context.is_main_process and not self.is_disabled and not self.has_two_objectives:
+            self._call_storage(lambda: self.trial.report(score, self.num_evaluations))
+
+    def _should_prune(self) -> bool:
+        if self.has_two_objectives or not self.trial.should_prune():
             return False
-        self.trial.set_user_attr(STOPPED, self.count)
+        self.trial.set_user_attr(STOPPED, self.num_evaluations)
         return True
 
-    def finish(self, trainer: ContrastiveTrainer) -> None:
-        """Tells what the score may be weighed against: the time of all steps, and the score of smaller pages."""
-        if self.silent:
-            return
-        found = {}
-        if pace := trainer.pace.values():  # nothing where all steps were made before a kill
-            seconds = pace["step_seconds"] * trainer.state.max_steps * self.processes.size
-            found["training_seconds"] = round(seconds, 3)
-        if size := self.trial.user_attrs.get(SIZE):
-            score, vectors = _at_size(trainer, *size)
-            found |= {"dev_ndcg_at_5": round(score, 6), "vectors_per_page": vectors}
-        self._safely(lambda: self.trial.set_user_attr(MEASURED, found))
+    def _stop_with_tuner(self, pid: int) -> None:
+        """Send SIGTERM to this process once its tuner or its trial is over.
 
-    def _end_with(self, owner: int) -> None:
-        """Send SIGTERM to this process once its tuner or its trial is over: it writes a checkpoint, from which the next
-        try of these settings resumes."""
-        while alive(owner) and not self.is_over.wait(1):
+        It then saves a checkpoint, from which the next try of these settings resumes.
+        """
+        while is_running(pid) and not self.is_over.wait(1):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def _safely(self, do: Any) -> Any:
+    def _call_storage(self, function: Callable[[], T]) -> T | None:
+        """Call a function that uses the storage; after an error, call none any more."""
         from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
         from sqlalchemy.exc import SQLAlchemyError
 
-        if self.silent:
+        if self.is_disabled:
             return None
         try:
-            return do()
+            return function()
         except UpdateFinishedTrialError:
-            self.silent = True
+            self.is_disabled = True
             self.is_over.set()
-            return None
         except (StorageInternalError, SQLAlchemyError) as error:
-            self.silent = True  # the message could name the storage, and with it a password
-            print(f"warning: the study's storage does not answer ({type(error).__name__}); training goes on, unpruned")
-            return None
+            self.is_disabled = True  # the message could name the storage, and with it a password
+            name = type(error).__name__
+            print(f"warning: the study's storage does not answer ({name}); training continues without pruning")
+        return None
 
 
-def _at_size(trainer: ContrastiveTrainer, factor: int, dim: int) -> tuple[float, float]:
-    """Dev NDCG@5 with each page pooled and each vector cut as evaluation does it, and vectors a page on average."""
+def measure_at_page_size(trainer: ContrastiveTrainer, pool_factor: int, dim: int) -> dict[str, float]:
+    """Measure the dev set with pages pooled and vectors truncated as in evaluation, and the mean vectors per page."""
     from colintern.encoding.pooling import cut, pool
 
-    dev, processor, size = trainer.dev, trainer.processor, trainer.params.eval_batch_size
-    model: Any = trainer.model
-    pages = list(embed_features(model, processor, map(dev.features, dev.pages), size))
-    if factor > 1:
-        pages = [pool(page, factor, processor.image_seq_length, processor.text_before) for page in pages]
-    queries = embed_queries(model, processor, dev.queries, size)
-    score = ndcg_at_k(maxsim_scores(cut(queries, dim), cut(pages, dim)), dev.relevant, 5)
-    return score, sum(map(len, pages)) / len(pages)
+    processor = trainer.processor
+    queries, pages = trainer.evaluator.embed(trainer.model, processor)
+    if pool_factor > 1:
+        pages = [pool(page, pool_factor, processor.image_seq_length, processor.text_before) for page in pages]
+    ndcg = trainer.evaluator.compute_ndcg(cut(queries, dim), cut(pages, dim))
+    return {"dev_ndcg_at_5": round(ndcg, 6), "vectors_per_page": sum(map(len, pages)) / len(pages)}
 
 
-def reporter(processes: Processes) -> Reporter | None:
-    """None where this run is no trial."""
-    return Reporter(processes) if STORAGE in os.environ else None
+def make_pruning_callbacks(context: DistributedContext, throughput: ThroughputMonitor) -> list[OptunaPruningCallback]:
+    """Return the callback of a run that is a trial; [] for any other run."""
+    return [OptunaPruningCallback(context, throughput)] if STORAGE in os.environ else []

@@ -1,88 +1,89 @@
-"""One trial: settings are taken from the study, run as a DVC experiment, and its end is told to the study.
+"""A trial: claimed from the study, run as a DVC experiment, and its outcome recorded in the study.
 
-A trial of the study has a number and an experiment `STUDY-NNN`. Tries of one trial share its `slot`, so that a killed
-trial and its second try count once.
+Trial N of a study is the experiment `STUDY-N`. All tries of one trial share its `slot`, so that a killed trial and its
+second try count once.
 """
 
 import json
 import re
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import optuna
+from optuna import samplers
+from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.trial import TrialState
 
-from colintern.evaluation.scores import BYTES as NUMBER
-from colintern.tuning.experiments import Taken, children, dvc, experiment, experiments, git, wait
-from colintern.tuning.space import BYTES, Search
-from colintern.tuning.store import Store
+from colintern.evaluation.scores import BYTES as BYTES_PER_NUMBER
+from colintern.tuning.experiments import (
+    ClaimedTrial,
+    list_experiments,
+    remove_experiment,
+    run_experiment,
+    run_git,
+)
+from colintern.tuning.search_space import BYTES_PER_PAGE, SearchSpace
+from colintern.tuning.study_storage import StudyStorage
 from colintern.tuning.trial_context import MEASURED, SETTINGS, SIZE, STARTED, STOPPED
 
-SLOT, CAUSE, EXPERIMENT, COMPUTED, CPU = "slot", "cause", "experiment", "pages computed", "CPU seconds"
-FULL = "size"  # of a study: {pool_factor, dim} of params.yaml
-# Not the settings' fault: a signal, a lock that DVC does not wait for.
-AGAIN = re.compile(r"exited with 75|Unable to acquire (?:\w+ )?lock|is busy, it is being blocked")
+# User attributes of trials.
+SLOT, CAUSE, EXPERIMENT, NUM_COMPUTED, CPU_SECONDS = "slot", "cause", "experiment", "pages computed", "CPU seconds"
+FULL_SIZE = "size"  # user attribute of a study: {pool_factor, dim} of params.yaml
+# Not caused by the settings: a signal, a lock that DVC does not wait for.
+TRANSIENT = re.compile(r"exited with 75|Unable to acquire (?:\w+ )?lock|is busy, it is being blocked")
 RETRY_SECONDS = 5
-LINE = 200  # characters of a cause on the terminal
+MAX_CAUSE_LENGTH = 200  # characters on the terminal
 SCORE = "dev_ndcg_at_5"  # in metrics/train.json
+CAUSE_PATTERNS = (r"error: \S", r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b")
 
 
-def sampler(search: Search, number: int) -> Any:
-    """The sampler of one trial. Its seed is the trial's own: a resumed study would else draw its first trials again."""
-    from optuna import samplers
-
-    seed = int(np.random.SeedSequence([search.settings["seed"], number]).generate_state(1)[0])
-    if search.settings["sampler"] == "random":
+def make_sampler(space: SearchSpace, number: int) -> samplers.BaseSampler:
+    """Make the sampler of one trial, with a seed of its own: a resumed study would else draw its first trials again."""
+    seed = int(np.random.SeedSequence([space.settings["seed"], number]).generate_state(1)[0])
+    if space.settings["sampler"] == "random":
         return samplers.RandomSampler(seed)
-    # A running trial counts as a bad one, so that workers at the same time look at different places.
-    return samplers.TPESampler(n_startup_trials=search.settings["startup_trials"], seed=seed, constant_liar=True)
+    # A running trial counts as a bad one, so that workers at the same time sample different regions.
+    return samplers.TPESampler(n_startup_trials=space.settings["startup_trials"], seed=seed, constant_liar=True)
 
 
-def take(study: Any, store: Store, search: Search, total: int) -> Taken | int:
-    """The next trial, or how many trials of other workers run where no other is left to be taken."""
-    from optuna import storages
-    from optuna.trial import TrialState
+def claim_trial(study: optuna.Study, storage: StudyStorage, space: SearchSpace, total: int) -> ClaimedTrial | int:
+    """Claim the next trial of a study of `total` trials.
 
-    with store.alone():
-        storages.fail_stale_trials(study)
+    Returns:
+        The trial; or, where none is left, the number of trials that other workers still run.
+    """
+    with storage.exclusive():
+        fail_stale_trials(study)
         trials = study.get_trials(deepcopy=False)
-        for trial in trials:  # its worker died where it held the lock, before it had settings
-            if trial.state == TrialState.RUNNING and SLOT not in trial.user_attrs:
-                study.tell(trial.number, state=TrialState.FAIL)
-        waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
-        if not waiting and len(slots(trials)) >= total:
-            return sum(trial.state == TrialState.RUNNING and SLOT in trial.user_attrs for trial in trials)
-        study.sampler = sampler(search, len(trials))
-        trial = study.ask(search.distributions())
-        store.alive(trial._trial_id)
+        for other in trials:  # its worker died inside this block, before the trial had settings
+            if other.state == TrialState.RUNNING and SLOT not in other.user_attrs:
+                study.tell(other.number, state=TrialState.FAIL)
+        slots = {other.user_attrs[SLOT] for other in trials if SLOT in other.user_attrs}
+        if len(slots) >= total and all(other.state != TrialState.WAITING for other in trials):
+            return sum(other.state == TrialState.RUNNING and SLOT in other.user_attrs for other in trials)
+        study.sampler = make_sampler(space, len(trials))
+        trial = study.ask(space.distributions)
+        trial_id = storage.get_trial_id(trial.number)
+        storage.record_heartbeat(trial_id)
         for key in (STARTED, STOPPED, EXPERIMENT, MEASURED):  # of the try before
             if key in trial.user_attrs:
                 trial.set_user_attr(key, None)
         trial.set_user_attr(SLOT, trial.user_attrs.get(SLOT, trial.number))
-        if search.against == BYTES:
-            trial.set_user_attr(SIZE, [trial.params.get(key, value) for key, value in study.user_attrs[FULL].items()])
-        values = {key: trial.params[key] for key in search.distributions()}
-        return Taken(
-            trial.number,
-            trial._trial_id,
-            values,
-            storages.RetryHeartbeatStaleTrialCallback.retry_history(study.get_trials(deepcopy=False)[trial.number]),
-        )
+        if space.second_objective == BYTES_PER_PAGE:
+            full_size = study.user_attrs[FULL_SIZE]
+            trial.set_user_attr(SIZE, [trial.params.get(key, value) for key, value in full_size.items()])
+        killed_tries = RetryHeartbeatStaleTrialCallback.retry_history(storage.rdb.get_trial(trial_id))
+        values = {key: trial.params[key] for key in space.distributions}
+        return ClaimedTrial(trial.number, trial_id, values, killed_tries)
 
 
-def slots(trials: Any) -> set[int]:
-    """The trials that were begun, each once however often it was tried."""
-    return {trial.user_attrs[SLOT] for trial in trials if SLOT in trial.user_attrs}
-
-
-def put_back(study: Any, number: int) -> None:
-    """A trial that was stopped from outside: the same settings wait for the next worker."""
-    import optuna
-    from optuna.trial import TrialState
-
-    [trial] = [one for one in study.get_trials(deepcopy=False) if one.number == number]
-    again = optuna.create_trial(
+def requeue(study: optuna.Study, number: int) -> None:
+    """Let the settings of a trial that was stopped from outside wait for the next worker."""
+    trial = study.get_trials(deepcopy=False)[number]
+    waiting = optuna.create_trial(
         state=TrialState.WAITING,
         params=trial.params,
         distributions=trial.distributions,
@@ -90,95 +91,103 @@ def put_back(study: Any, number: int) -> None:
         system_attrs=trial.system_attrs,
     )
     study.tell(number, state=TrialState.FAIL)
-    study.add_trial(again)
+    study.add_trial(waiting)
 
 
-def run(study: Any, store: Store, trial: Taken, log: Path, check: Callable[[], None]) -> str:
-    """Run it, and tell the study how it ended; returns a line about that. For `check` see `experiment`.
+def run_trial(
+    study: optuna.Study, storage: StudyStorage, trial: ClaimedTrial, log: Path, check_workspace: Callable[[], None]
+) -> str:
+    """Run a trial, record its outcome in the study, and return a line that describes it.
 
     The study may have given the trial to another worker meanwhile, if this machine was suspended: then the experiment
     made here is removed.
     """
-    name = f"{study.study_name}-{trial.number:03}"
+    name = get_experiment_name(study, trial.number)
     start = time.monotonic()
-    for number in trial.before:  # its worker was killed when the experiment was there and the study not told
-        if (old := f"{study.study_name}-{number:03}") in experiments():
-            return f"{name}  {finish(study, store, trial, old)}  was finished by the worker that was killed"
-    used = children()
-    code = experiment(store, trial, name, log, check)
-    if code == 0 and study.user_attrs[SETTINGS]["against"] != "none" and not measured(store, trial):
-        # DVC knew this training, of a trial that differs in the size of its pages alone: it is done again to measure.
-        dvc("exp", "remove", "-q", name)
-        code = experiment(store, trial, name, log, check, "--force")
-    store.optuna.set_trial_user_attr(trial.id, CPU, round(children() - used, 1))
-    text = store.redacted(log.read_text(errors="replace"))
-    log.write_text(text)
+    for number in trial.killed_tries:  # the worker was killed between the experiment and the study's record of it
+        if (old_name := get_experiment_name(study, number)) in list_experiments():
+            outcome = record_score(study, storage, trial, old_name)
+            return f"{name}  {outcome}  was finished by the worker that was killed"
+    cpu_seconds = _get_child_cpu_seconds()
+    code = run_experiment(storage, trial, name, log, check_workspace)
+    has_two_objectives = study.user_attrs[SETTINGS]["against"] != "none"
+    if code == 0 and has_two_objectives and not storage.rdb.get_trial(trial.id).user_attrs.get(MEASURED):
+        # DVC knew this training, of a trial that differs in page size alone: it is repeated to be measured.
+        remove_experiment(name)
+        code = run_experiment(storage, trial, name, log, check_workspace, "--force")
+    storage.rdb.set_trial_user_attr(trial.id, CPU_SECONDS, round(_get_child_cpu_seconds() - cpu_seconds, 1))
+    output = storage.redact(log.read_text(errors="replace"))
+    log.write_text(output)
     try:
-        words = tell(study, store, trial, name, code, text)
-    except (ValueError, RuntimeError) as error:  # optuna's: the trial is over already
+        outcome = record_outcome(study, storage, trial, name, code, output)
+    except (ValueError, RuntimeError) as error:  # Optuna's: the trial is over already
         if "finish" not in str(error).lower() and "state" not in str(error).lower():
             raise
-        dvc("exp", "remove", "-q", name)
-        return f"{name}  was given to another worker, because nothing was heard of this one; its result is dropped"
-    return f"{name}  {words}  {time.monotonic() - start:.0f} s"
+        remove_experiment(name)
+        return f"{name}  was given to another worker, because this one had no heartbeat; its result is dropped"
+    return f"{name}  {outcome}  {time.monotonic() - start:.0f} s"
 
 
-def measured(store: Store, trial: Taken) -> dict[str, float]:
-    """What the run of a trial told of time and size; {} where there was no run."""
-    return store.optuna.get_trial(trial.id).user_attrs.get(MEASURED) or {}
+def get_experiment_name(study: optuna.Study, number: int) -> str:
+    """Return the name of a trial's experiment."""
+    return f"{study.study_name}-{number:03}"
 
 
-def tell(study: Any, store: Store, trial: Taken, name: str, code: int, text: str) -> str:
-    """How it ended, in the study and in words."""
-    from optuna.trial import TrialState
+def _get_child_cpu_seconds() -> float:
+    """Return the CPU-seconds of the processes that this one has waited for, and of their children."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
-    attributes = store.optuna.get_trial(trial.id).user_attrs
-    if found := re.search(r"page features: (\d+) computed", text):
-        store.optuna.set_trial_user_attr(trial.id, COMPUTED, int(found[1]))
+
+def record_outcome(
+    study: optuna.Study, storage: StudyStorage, trial: ClaimedTrial, name: str, code: int, output: str
+) -> str:
+    """Record how the experiment ended, by its exit code and output, and return it in words."""
+    if match := re.search(r"page features: (\d+) computed", output):
+        storage.rdb.set_trial_user_attr(trial.id, NUM_COMPUTED, int(match[1]))
     if code == 0:
-        return finish(study, store, trial, name)
-    if attributes.get(STOPPED):
+        return record_score(study, storage, trial, name)
+    if evaluation := storage.rdb.get_trial(trial.id).user_attrs.get(STOPPED):
         study.tell(trial.number, state=TrialState.PRUNED)
-        return f"pruned    after evaluation {attributes[STOPPED]}"
-    if AGAIN.search(text):
-        wait(RETRY_SECONDS, store, trial)
-        put_back(study, trial.number)
-        return f"put back: {cause(text)}"[:LINE]
-    return fail(study, store, trial, cause(text))
+        return f"pruned    after evaluation {evaluation}"
+    if TRANSIENT.search(output):
+        storage.sleep(RETRY_SECONDS, trial.id)
+        requeue(study, trial.number)
+        return f"put back: {find_cause(output)}"[:MAX_CAUSE_LENGTH]
+    return _record_failure(study, storage, trial, find_cause(output))
 
 
-def fail(study: Any, store: Store, trial: Taken, why: str) -> str:
-    from optuna.trial import TrialState
-
-    store.optuna.set_trial_user_attr(trial.id, CAUSE, why)
-    study.tell(trial.number, state=TrialState.FAIL)
-    return f"failed    {why[:LINE]}"
-
-
-def finish(study: Any, store: Store, trial: Taken, name: str) -> str:
-    """Tell the score that is in the metrics of an experiment, or both objectives, as its run measured them."""
-    score = json.loads(git("show", f"{experiments()[name]}:./metrics/train.json"))[SCORE]
-    store.optuna.set_trial_user_attr(trial.id, EXPERIMENT, name)
+def record_score(study: optuna.Study, storage: StudyStorage, trial: ClaimedTrial, name: str) -> str:
+    """Record the score in the metrics of an experiment, or both objectives as its run measured them."""
+    score = json.loads(run_git("show", f"{list_experiments()[name]}:./metrics/train.json"))[SCORE]
+    storage.rdb.set_trial_user_attr(trial.id, EXPERIMENT, name)
     against = study.user_attrs[SETTINGS]["against"]
     if against == "none":
         study.tell(trial.number, score)
         return f"complete  {score:.4f}"
-    [ran] = [one for one in study.get_trials(deepcopy=False) if one.number == int(name.rpartition("-")[2])]
-    found = ran.user_attrs.get(MEASURED) or {}
-    if against == BYTES and "vectors_per_page" in found:
-        score, second = found[SCORE], found["vectors_per_page"] * ran.user_attrs[SIZE][1] * NUMBER
-    elif against in found:
-        second = found[against]
-    else:  # the storage did not answer, or all steps were made by a try that was killed
-        return fail(study, store, trial, f"{against} was not measured")
+    attributes = study.get_trials(deepcopy=False)[int(name.rpartition("-")[2])].user_attrs
+    measured = attributes.get(MEASURED) or {}
+    if against == BYTES_PER_PAGE and "vectors_per_page" in measured:
+        score, second = measured[SCORE], measured["vectors_per_page"] * attributes[SIZE][1] * BYTES_PER_NUMBER
+    elif against in measured:
+        second = measured[against]
+    else:  # the storage could not be reached, or a try that was killed made all steps
+        return _record_failure(study, storage, trial, f"{against} was not measured")
     study.tell(trial.number, [score, second])
     return f"complete  {score:.4f} at {second:,.0f} {against.replace('_', ' ')}"
 
 
-def cause(text: str) -> str:
-    """The line of a failed trial's output that says why: a stage's own error, an exception's, or DVC's."""
-    lines = text.splitlines()
-    for pattern in (r"error: \S", r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b", r"ERROR: \S"):
-        if found := [line.strip() for line in lines if re.match(pattern, line)]:
-            return found[-1] if pattern != r"ERROR: \S" else found[0]
-    return lines[-1].strip() if lines else "it said nothing"
+def _record_failure(study: optuna.Study, storage: StudyStorage, trial: ClaimedTrial, cause: str) -> str:
+    storage.rdb.set_trial_user_attr(trial.id, CAUSE, cause)
+    study.tell(trial.number, state=TrialState.FAIL)
+    return f"failed    {cause[:MAX_CAUSE_LENGTH]}"
+
+
+def find_cause(output: str) -> str:
+    """Return the line of a failed trial's output that names the cause: a stage's error, an exception's, or DVC's."""
+    lines = output.splitlines()
+    for pattern in CAUSE_PATTERNS:
+        if causes := [line for line in lines if re.match(pattern, line)]:
+            return causes[-1].strip()
+    dvc_errors = [line for line in lines if re.match(r"ERROR: \S", line)]
+    return (dvc_errors or lines[-1:] or ["it printed nothing"])[0].strip()

@@ -1,0 +1,47 @@
+"""Names are those of the field: few functions have one-word names, and no two definitions share a name."""
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+
+from conftest import ROOT
+
+TOPS = ("colintern", "stages", "demo")
+MAX_ONE_WORD_SHARE = 0.25
+# One-word names of torch, transformers, PEFT, mteb, DVC, tqdm and the standard library for the same thing.
+FIELD_WORDS = frozenset(
+    "backward close collate encode flush forward get load main open pack pool read render run save score similarity "
+    "step submit train unpack update write".split()
+)
+ENTRY_POINTS = {"main", "run", "arguments", "add_arguments"}  # of stages and of commands, one each
+
+
+def list_definitions() -> Iterator[tuple[str, ast.AST, bool]]:
+    """Yield the module, the node and whether it is at the top level, of each class and function."""
+    for top in TOPS:
+        for file in (ROOT / top).rglob("*.py"):
+            tree = ast.parse(file.read_text())
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                    yield file.relative_to(ROOT).as_posix(), node, node in tree.body
+
+
+def test_few_functions_have_a_name_of_one_word():
+    names = [
+        (module, node.name.strip("_"))
+        for module, node, _ in list_definitions()
+        if not isinstance(node, ast.ClassDef) and not re.fullmatch(r"__\w+__", node.name)
+    ]
+    counted = [(module, name) for module, name in names if name not in FIELD_WORDS]
+    one_word = [f"{module}: {name}" for module, name in counted if "_" not in name]
+    share = len(one_word) / len(counted)
+    assert share <= MAX_ONE_WORD_SHARE, f"{share:.0%} of {len(counted)}: " + ", ".join(one_word)
+
+
+def test_no_class_or_public_function_has_the_name_of_another():
+    modules = defaultdict(list)
+    for module, node, is_top in list_definitions():
+        if is_top and not node.name.startswith("_") and node.name not in ENTRY_POINTS:
+            modules[node.name].append(module)
+    assert not {name: found for name, found in modules.items() if len(found) > 1}
