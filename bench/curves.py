@@ -68,12 +68,12 @@ def record(setting: str, seed: int, params: Params, base: Path) -> dict[str, Any
     from colintern.training.pairs import TrainingDataset, TrainingPair
     from colintern.training.run import assemble_trainer, build_training_arguments
     from colintern.training.trainer import RetrievalEvaluator
-    from demo.corpus import corpus
+    from demo.corpus import generate_corpus
 
     params = dataclasses.replace(params, workers=0, save_steps=10**6, **changes(setting, seed))
 
     def pairs(split: str, pages: int, queries: int) -> list[TrainingPair]:
-        drawn = corpus(split, pages, queries, seed=7)
+        drawn = generate_corpus(split, pages, queries, seed=7)
         return [TrainingPair(query, Page.from_image(page.image)) for page in drawn for query in page.queries]
 
     set_seed(seed)

@@ -26,7 +26,7 @@ from colintern.reporting.heatmaps import (
     find_hottest_box,
 )
 from colintern.storage.manifest import ensure_base
-from demo.corpus import GOODS, KINDS, DemoPage, corpus
+from demo.corpus import GOODS, KINDS, DemoPage, generate_corpus
 
 PAGES = 200
 BOUND = 0.90
@@ -90,7 +90,7 @@ def main() -> None:
     require_adapter(folder)
     require_same_base(params, folder)
     base, processor = ensure_base(params), load_processor(params, folder)
-    pages = corpus("test", PAGES, 1, seed=0)
+    pages = generate_corpus("test", PAGES, 1, seed=0)
     after = measure(load_adapter(params, base, folder), processor, pages)
     before = measure(load_adapter(params, base, folder, trained=False), processor, pages)
     print(f"{len(pages)} pages, a query each: hottest cell on the answer")

@@ -26,7 +26,7 @@ from colintern.params import load_recipe
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.scoring.metrics import ndcg_at_k
 from colintern.storage.manifest import ensure_base
-from demo.corpus import corpus
+from demo.corpus import generate_corpus
 
 PAGES, FACTORS = 200, (2, 3, 4, 8)
 
@@ -62,7 +62,7 @@ def main() -> None:
     require_adapter(args.adapter)
     require_same_base(params, args.adapter)
     model, processor = load_adapter(params, ensure_base(params), args.adapter), load_processor(params, args.adapter)
-    drawn = corpus("test", PAGES, 1, seed=0)
+    drawn = generate_corpus("test", PAGES, 1, seed=0)
     queries = embed_queries(model, processor, [page.queries[0] for page in drawn], 32)
     pages = embed_pages(model, processor, [page.image for page in drawn], 16)
     relevant = [{number} for number in range(PAGES)]

@@ -25,7 +25,9 @@ def main() -> None:
     set_arrow_cache()
     ensure_inputs(params, evaluation=True)
     from colintern.analysis.score_tables import format_score_table
-    from colintern.data.benchmarks import tasks_for  # only now: `datasets` reads the environment when it is imported
+    from colintern.data.benchmarks import (
+        resolve_benchmarks,  # only now: `datasets` reads the environment when it is imported
+    )
     from colintern.evaluation.models import make_eval_models
     from colintern.evaluation.results import (
         BENCHMARK_COLUMNS,
@@ -37,7 +39,7 @@ def main() -> None:
     )
     from colintern.evaluation.run import evaluate_models
 
-    tasks_for(params)  # a misspelt name is refused before anything else is looked at
+    resolve_benchmarks(params.benchmarks)  # a misspelt name is refused before anything else is looked at
     out = Path("results/mteb_evaluation")
     scores = evaluate_models(make_eval_models(params, Path("experiments/colintern")), params, out)
     Path("metrics").mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ from colintern.core.errors import UserError, exit_on_user_error
 from colintern.modeling.lora import find_lora_errors, format_lora_report, report_lora_on_meta
 from colintern.modeling.modeling_colintern import build_meta_model
 from colintern.params import load_params
-from colintern.statistics.inventory import COLUMNS, inventory, survey_rows
+from colintern.statistics.dataset_stats import HISTOGRAM_COLUMNS, iter_histogram_rows, load_dataset_stats
 from colintern.storage.files import dumps, write_csv
 from colintern.storage.manifest import ensure_inputs
 from colintern.storage.outs import verify_dvc_outputs
@@ -28,10 +28,10 @@ def main() -> None:
     print(format_lora_report(params.base, counts))
     if wrong := find_lora_errors(counts):
         raise UserError("\n  ".join(wrong))
-    found = inventory(params.max_visual_tokens)
+    found = load_dataset_stats(params.max_visual_tokens)
     Path("metrics").mkdir(exist_ok=True)
     Path("metrics/verify.json").write_text(dumps({"trainable_parameters": counts.trainable_parameters}))
-    write_csv(Path("plots/data.csv"), survey_rows(found), COLUMNS)
+    write_csv(Path("plots/data.csv"), iter_histogram_rows(found), HISTOGRAM_COLUMNS)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ from transformers import BatchFeature
 
 from colintern.analysis.score_tables import classify_ndcg, compare_with_target, format_score_table
 from colintern.core.errors import UserError
-from colintern.data.benchmarks import tasks_for
+from colintern.data.benchmarks import resolve_benchmarks
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
-from colintern.data.images import decode, png_bytes
+from colintern.data.images import decode_image, encode_png
 from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.encoding.page_features import PageFeatures
 from colintern.evaluation import run as evaluation
@@ -113,7 +113,7 @@ def write_world(folder: Path) -> None:
     pages, queries = _world()
     write_beir(
         folder,
-        [CorpusPage(i, png_bytes(_page(page)), f"{i}.png") for i, page in enumerate(pages)],
+        [CorpusPage(i, encode_png(_page(page)), f"{i}.png") for i, page in enumerate(pages)],
         [Query(i, " ".join(map(str, query))) for i, query in enumerate(queries)],
         [Qrel(i, i) for i in range(PAGES)],
     )
@@ -199,7 +199,7 @@ def git(*command: str) -> str:
 def test_results_can_be_submitted_to_mteb_as_they_are(params, monkeypatch):
     """By mteb's own `submit_results`, into a clone of the results repository in which nothing is yet."""
     evaluate(subject(ColourModel(), ColourProcessor()), params, "out")
-    task = tasks_for(params)[0][1]
+    task = resolve_benchmarks(params)[0][1]
     cache = mteb.ResultCache("out")
     found = cache.load_results(tasks=[task], include_remote=False, validate_and_filter=True)
     [model] = found.model_results
@@ -233,12 +233,12 @@ def test_results_can_be_submitted_to_mteb_as_they_are(params, monkeypatch):
 
 
 def test_other_data_is_another_revision(params):
-    before = tasks_for(params)[0][1].metadata.dataset["revision"]
+    before = resolve_benchmarks(params)[0][1].metadata.dataset["revision"]
     corpus = next(Path(FOLDER).glob("corpus/*.parquet"))
     pq.write_table(pq.read_table(corpus).slice(0, PAGES - 1), corpus)
     with pytest.raises(UserError, match="changed after it was fetched"):
-        tasks_for(params)
-    assert tasks_for(write_manifest(FOLDER))[0][1].metadata.dataset["revision"] != before
+        resolve_benchmarks(params)
+    assert resolve_benchmarks(write_manifest(FOLDER))[0][1].metadata.dataset["revision"] != before
 
 
 def test_pages_that_pyarrow_wrote_without_the_metadata_of_datasets_are_images(params):
@@ -258,7 +258,7 @@ def test_a_folder_is_read_as_it_is_now(params, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", arrow.absolute())
 
     def pages() -> int:
-        [(_, task)] = tasks_for(write_manifest(FOLDER))
+        [(_, task)] = resolve_benchmarks(write_manifest(FOLDER))
         task.load_data()
         return len(task.corpus["test"])
 
@@ -328,12 +328,12 @@ def test_a_broken_model_is_an_error(params):
 )
 def test_an_unknown_name_is_refused_with_the_nearest(workspace, entry, near):
     with pytest.raises(UserError) as refused:
-        tasks_for(write_manifest(entry))
+        resolve_benchmarks(write_manifest(entry))
     assert repr(entry) in str(refused.value) and near in str(refused.value)
 
 
 def test_benchmark_and_task_names(workspace, capsys):
-    pairs = tasks_for(write_manifest("ViDoRe(v1)", "VidoreDocVQARetrieval", "ViDoRe(v3)"))
+    pairs = resolve_benchmarks(write_manifest("ViDoRe(v1)", "VidoreDocVQARetrieval", "ViDoRe(v3)"))
     labels = [label for label, _ in pairs]
     assert [labels.count(name) for name in dict(pairs)] == [10, 1, 8]
     assert "ViDoRe(v3): left out, because their data is not public: Vidore3TelecomRetrieval" in capsys.readouterr().out
@@ -341,24 +341,24 @@ def test_benchmark_and_task_names(workspace, capsys):
 
 def test_what_cannot_be_evaluated_is_refused(params):
     with pytest.raises(UserError, match="NFCorpus is Retrieval, category t2t"):
-        tasks_for(write_manifest("NFCorpus"))
+        resolve_benchmarks(write_manifest("NFCorpus"))
     with pytest.raises(UserError, match="label 'some-docs', which an entry before it already has"):
         write_world(Path("other/some-docs"))
-        tasks_for(write_manifest(FOLDER, "other/some-docs"))
+        resolve_benchmarks(write_manifest(FOLDER, "other/some-docs"))
     with pytest.raises(UserError, match="both be the task SomeDocsRetrieval"):
         write_world(Path("other/some_docs"))
-        tasks_for(write_manifest(FOLDER, "other/some_docs"))
+        resolve_benchmarks(write_manifest(FOLDER, "other/some_docs"))
     for file in Path(FOLDER).glob("qrels/*"):
         file.unlink()
     with pytest.raises(UserError, match=r"not an evaluation set.*no parquet file in qrels"):
-        tasks_for(write_manifest(FOLDER))
+        resolve_benchmarks(write_manifest(FOLDER))
 
 
 def test_cached_features_change_no_byte_of_the_results(workspace, model, processor, pages):
     texts = ["from Oslo", "Rome", "sent to Halde", "milk"]
     write_beir(
         Path(FOLDER),
-        [CorpusPage(i, png_bytes(page), f"{i}.png") for i, page in enumerate(pages)],
+        [CorpusPage(i, encode_png(page), f"{i}.png") for i, page in enumerate(pages)],
         [Query(i, text) for i, text in enumerate(texts)],
         [Qrel(i, i) for i in range(len(pages))],
     )
@@ -387,16 +387,16 @@ def test_a_page_is_the_same_page_in_an_evaluation_as_in_training(workspace, mode
         [Query(0, "from Oslo")],
         [Qrel(0, 0)],
     )
-    [(_, task)] = tasks_for(write_manifest(FOLDER))
+    [(_, task)] = resolve_benchmarks(write_manifest(FOLDER))
     task.load_data()
     seen = list(task.corpus["test"]["image"])
     assert [image.mode for image in seen] == ["RGBA", "I;16"]
-    trained_on = embed_pages(model, processor, [decode(data) for data in files], 2)
+    trained_on = embed_pages(model, processor, [decode_image(data) for data in files], 2)
     for features in (None, PageFeatures(model, processor, workspace / "features", 1.0, "exact")):
         found = ColIntern3_5Encoder(model, processor, "colintern/real", "a" * 40, features).embed_images(seen)
         for one, other in zip(found, trained_on, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
-    assert encode_picture(clear) == encode_picture(decode(files[0])), "nor does a report show another one"
+    assert encode_picture(clear) == encode_picture(decode_image(files[0])), "nor does a report show another one"
 
 
 def test_each_query_is_kept_with_what_mteb_scored_it_with(params):
@@ -498,7 +498,7 @@ def test_a_folder_that_is_no_adapter_is_named(params, workspace):
 
 def several_languages() -> tuple[list, dict, dict]:
     """ViDoRe v2 with a score of 0.1 for every language and task but those of English, 0.5 and 0.9."""
-    pairs = tasks_for(replace(RECIPE, benchmarks=("ViDoRe(v2)",)))
+    pairs = resolve_benchmarks(replace(RECIPE, benchmarks=("ViDoRe(v2)",)))
     results = {}
     for _, task in pairs:
         name = task.metadata.name

@@ -96,14 +96,14 @@ def test_after_training_the_hottest_cell_lies_on_the_answer(processor):
     """The adapter of `make repro`, where there is one: 9 of 10 demo pages; `python -m bench.heatmap` has all 200."""
     from bench.heatmap import BOUND, measure
     from colintern.modeling.modeling_colintern import ColIntern3_5
-    from demo.corpus import corpus
+    from demo.corpus import generate_corpus
 
     adapter = ROOT / "experiments" / "colintern"
     config = adapter / "adapter_config.json"
     if not config.is_file() or json.loads(config.read_text())["base_model_name_or_path"] != "demo/base":
         pytest.skip("experiments/colintern holds no adapter of the demo; make repro trains one")
     model = ColIntern3_5.from_pretrained(adapter, base=str(BASE), dtype=torch.float32)
-    found = measure(model, processor, corpus("test", 60, 1, seed=0))
+    found = measure(model, processor, generate_corpus("test", 60, 1, seed=0))
     assert found.cases >= BOUND > 2 * found.cells
 
 

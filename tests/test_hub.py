@@ -23,7 +23,7 @@ from PIL import Image
 
 from colintern.core.recipes import render_recipe
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
-from colintern.data.images import png_bytes
+from colintern.data.images import encode_png
 from colintern.modeling.lora import add_lora
 from colintern.params import load_recipe
 from colintern.storage.digests import Digests
@@ -37,10 +37,10 @@ from pathlib import Path
 from colintern.storage.files import dumps
 from colintern.core.errors import exit_on_user_error
 from colintern.params import load_params
-from colintern.ingest.sources import GeneratedSets, fetch
+from colintern.ingest.sources import DemoWriters, fetch_inputs
 from demo.dataset import write_evaluation_set, write_training_set
 with exit_on_user_error():
-    manifest = fetch(load_params(), {}, GeneratedSets(write_training_set, write_evaluation_set)).manifest
+    manifest = fetch_inputs(load_params(), {}, DemoWriters(write_training_set, write_evaluation_set)).manifest
     Path("data").mkdir(exist_ok=True)
     Path("data/manifest.json").write_text(dumps(manifest))
 """
@@ -48,10 +48,10 @@ READ = """
 from colintern.storage.manifest import ensure_inputs
 from colintern.core.errors import exit_on_user_error
 from colintern.params import load_params
-from colintern.data.trainset import training_data
+from colintern.data.training_set import load_training_data
 with exit_on_user_error():
     params = load_params()
-    training_data(params, force={force})
+    load_training_data(params, force={force})
     ensure_inputs(params, force={force})
 """
 
@@ -111,7 +111,7 @@ class Workspace(NamedTuple):
 
 @pytest.fixture
 def workspace(tmp_path):
-    page = png_bytes(Image.new("RGB", (8, 8)))
+    page = encode_png(Image.new("RGB", (8, 8)))
     write_beir(tmp_path / "own", [CorpusPage(0, page, "0.png")], [Query(0, "a")], [Qrel(0, 0)])
     recipe = render_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml")
     recipe, changed = re.subn(r"(?m)^benchmarks:\n(- .*\n)+", "benchmarks:\n- own\n", recipe)

@@ -28,7 +28,7 @@ from test_evaluation import (
 )
 
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
-from colintern.data.images import png_bytes
+from colintern.data.images import encode_png
 from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.scoring.metrics import METRIC_KEYS
@@ -95,7 +95,7 @@ def test_metrics_are_those_of_three_other_implementations(workspace, ties, seed)
     texts = [" ".join(map(str, query)) for query in asked]
     write_beir(
         Path(FOLDER),
-        [CorpusPage(i, png_bytes(_page(page)), f"{i}.png") for i, page in enumerate(pages)],
+        [CorpusPage(i, encode_png(_page(page)), f"{i}.png") for i, page in enumerate(pages)],
         [Query(i, text) for i, text in enumerate(texts)],
         qrels,
     )

@@ -20,7 +20,7 @@ from test_adapters import trained
 from colintern.core.errors import UserError
 from colintern.core.recipes import render_recipe
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
-from colintern.data.images import png_bytes
+from colintern.data.images import encode_png
 from colintern.encoding.embed import embed_queries
 from colintern.encoding.pooling import truncate_dim
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
@@ -42,7 +42,7 @@ from colintern.reporting.html import render_html
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.storage.files import dumps
 from colintern.storage.manifest import BEIR_SUFFIXES, hash_local_files, hash_source_files
-from demo.corpus import corpus
+from demo.corpus import generate_corpus
 
 pytestmark = pytest.mark.integration
 SET = "data/own/pages"
@@ -73,8 +73,8 @@ def run(folder: Path, command: tuple[str, ...]) -> None:
 
 def write_set() -> None:
     """60 pages, one of whose queries would do harm if it were not escaped."""
-    pages = corpus("test", 60, 1, seed=3)
-    images = [png_bytes(page.image.resize((600, 900))) for page in pages]
+    pages = generate_corpus("test", 60, 1, seed=3)
+    images = [encode_png(page.image.resize((600, 900))) for page in pages]
     queries = [HOSTILE, *(page.queries[0] for page in pages[1:])]
     write_beir(
         Path(SET),

@@ -55,10 +55,15 @@ def run(args: argparse.Namespace) -> None:
                 "folder that fetch-data has read, or a name such as 'ViDoRe(v2)'"
             )
     set_arrow_cache()
-    from colintern.data.benchmarks import from_cache, tasks_for  # `datasets` reads the environment when it is imported
+    from colintern.data.benchmarks import (  # `datasets` reads the environment when it is imported
+        resolve_benchmarks,
+        use_fetched_data,
+    )
 
-    for _, task in tasks_for(settings[0]):  # refuse an unknown name or missing data before anything is loaded
-        from_cache(task)
+    for _, task in resolve_benchmarks(
+        settings[0].benchmarks
+    ):  # refuse an unknown name or missing data before anything is loaded
+        use_fetched_data(task)
     _evaluate_settings(args, name, settings, _find_models(settings, name))
 
 

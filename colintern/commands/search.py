@@ -14,7 +14,7 @@ from colintern.storage.paths import require_model, require_new_file, require_wri
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from colintern.ingest.collected import Bad
+    from colintern.ingest.documents import InvalidRow
     from colintern.modeling.processing_colintern import ColIntern3_5Processor
     from colintern.search.index import PageIndex
     from colintern.search.sources import PageSource
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     _show_ranking(args, index, processor, embedding, ranking)
 
 
-def _print_left_out(bad: "list[Bad]") -> None:
+def _print_left_out(bad: "list[InvalidRow]") -> None:
     for page in bad:
         line = escape_controls(f"left out: {page.where}: {page.reason}")  # before it is measured
         print(fill(line, 80, subsequent_indent="  ", break_long_words=False))
@@ -113,7 +113,7 @@ def _show_ranking(
     top = ranking[: args.top]
     print(format_ranking([(source.name, score) for source, score in top], [source.link for source, _ in top]))
     shown = [source for source, _ in top[: len(top) if args.html else MAX_MAPS]]
-    bad: list[Bad] = []  # pages of the index that cannot be rendered any more
+    bad: list[InvalidRow] = []  # pages of the index that cannot be rendered any more
     images = dict(render_sources(shown, bad))
     _print_left_out(bad)
     pages = [

@@ -15,7 +15,7 @@ import mteb
 from mteb.abstasks.abstask import AbsTask
 
 from colintern.core.project import root
-from colintern.data.benchmarks import from_cache, tasks_for
+from colintern.data.benchmarks import resolve_benchmarks, use_fetched_data
 from colintern.evaluation.models import EvalModel
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.evaluation.results import (
@@ -54,7 +54,7 @@ def evaluate_models(models: Mapping[str, EvalModel], params: Params, out: Path) 
         UserError: see `tasks_for` and `EvalModel.load_encoder`.
         RuntimeError: a task has a score that is not a number.
     """
-    pairs = tasks_for(params)
+    pairs = resolve_benchmarks(params.benchmarks)
     configure_cpu_runtime(params.threads)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -114,7 +114,7 @@ def _run_task(encoder: Any, task: AbsTask, batch_size: int, dim: int, folder: Pa
         encoder.page_count = encoder.vector_count = 0
     results = mteb.evaluate(
         encoder,
-        record_per_query(from_cache(task), queries),
+        record_per_query(use_fetched_data(task), queries),
         co2_tracker=False,
         encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
         cache=cache,

@@ -12,7 +12,7 @@ from mteb.abstasks.abstask import AbsTask
 from colintern.analysis.score_tables import list_published_scores
 from colintern.analysis.significance import ScoreComparison, ScorePair, compare_scores
 from colintern.core.errors import UserError
-from colintern.data.benchmarks import tasks_for
+from colintern.data.benchmarks import resolve_benchmarks
 from colintern.evaluation.results import (
     QueryResult,
     RunInfo,
@@ -94,7 +94,7 @@ def read_evaluation(params: Params, folder: Path) -> Evaluation:
         UserError: the data has changed since, or the results are of an older version.
     """
     run = _read_run(folder)
-    pairs = tasks_for(params)
+    pairs = resolve_benchmarks(params.benchmarks)
     results = {}
     for _, task in pairs:
         name, data = task.metadata.name, task.metadata.dataset["revision"]

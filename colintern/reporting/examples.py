@@ -12,7 +12,7 @@ from torch import Tensor
 from colintern.core.page_labels import label_page
 from colintern.core.progress import ProgressBar
 from colintern.core.terminal import escape_controls
-from colintern.data.benchmarks import from_cache
+from colintern.data.benchmarks import use_fetched_data
 from colintern.encoding.embed import embed_queries
 from colintern.encoding.pooling import truncate_dim
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
@@ -142,7 +142,7 @@ class EvaluationCorpus:
     """The pages and queries of a task, by their ids."""
 
     def __init__(self, task: AbsTask):
-        loaded: Any = from_cache(task)
+        loaded: Any = use_fetched_data(task)
         loaded.load_data()
         loaded.convert_v1_dataset_format_to_v2(num_proc=1)
         self.subsets = loaded.dataset

@@ -29,7 +29,7 @@ from colintern.reporting.evaluation import (
 from colintern.reporting.examples import QueryExample
 from colintern.reporting.html import render_html
 from colintern.scoring.metrics import MAIN_METRIC, METRIC_KEYS, RANKING_METRICS
-from colintern.statistics.inventory import inventory, summarize_survey
+from colintern.statistics.dataset_stats import load_dataset_stats, summarize_stats
 from colintern.storage.identity import content_hash, read_identity, versions
 from colintern.storage.manifest import MANIFEST, SURVEY
 
@@ -164,7 +164,7 @@ def _summarize_data(folder: Path, max_visual_tokens: int) -> dict[str, object] |
         return None
     if read_identity(folder).get("deps", {}).get(MANIFEST) != content_hash(Path(MANIFEST)):
         return None
-    sets = summarize_survey(inventory(max_visual_tokens))
+    sets = summarize_stats(load_dataset_stats(max_visual_tokens))
     keys = [key for key in next(iter(sets.values()), {}) if not key.startswith("languages")]
     languages: dict[str, object] = {name: values.get("languages, guessed", {}) for name, values in sets.items()}
     return {"keys": keys, "sets": sets, "languages": languages}

@@ -20,7 +20,7 @@ from colintern.core.progress import ProgressBar
 from colintern.encoding.embed import embed_pages
 from colintern.encoding.page_features import Page
 from colintern.encoding.tensor_cache import TensorCache
-from colintern.ingest.collected import Bad
+from colintern.ingest.documents import InvalidRow
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.scoring.maxsim import maxsim_scores
@@ -85,7 +85,7 @@ class PageIndex:
         model: nn.Module,
         processor: ColIntern3_5Processor,
         batch_size: int,
-        bad: list[Bad],
+        bad: list[InvalidRow],
     ) -> int:
         """Embed the pages that are missing, and return how many were embedded; `bad` gets those that do not render."""
         missing = self.list_missing(sources)

@@ -11,9 +11,9 @@ from PIL import Image
 
 from colintern.core.errors import UserError
 from colintern.core.page_labels import get_file_url
-from colintern.data.images import BadImage, decode
-from colintern.ingest.collected import Bad
-from colintern.ingest.rendering import DPI, LIMITS, PageRef, count_pages, group_pages, render_pages
+from colintern.data.images import InvalidImageError, decode_image
+from colintern.ingest.documents import InvalidRow
+from colintern.ingest.pdf_rendering import DPI, LIMITS, PageRef, count_pages, group_pages, render_pages
 from colintern.storage.files import LINKED_FOLDER, MISSING, irregular_type, list_files
 from colintern.storage.identity import content_hash
 from colintern.storage.isolation import Failure, IsolatedPool
@@ -37,7 +37,7 @@ class PageSource(NamedTuple):
         return get_file_url(self.path, None if self.page is None else self.page + 1)
 
 
-def list_sources(place: Path) -> tuple[list[PageSource], list[Bad]]:
+def list_sources(place: Path) -> tuple[list[PageSource], list[InvalidRow]]:
     """List every page of a PDF, an image, or a folder of them (hidden files left out), and the unreadable files.
 
     Raises:
@@ -53,17 +53,17 @@ def list_sources(place: Path) -> tuple[list[PageSource], list[Bad]]:
         page_counts = dict(zip(pdfs, pool.map(count_pages, [[path] for path in pdfs]), strict=True))
     sources: list[PageSource] = []
     irregular = {decode_name(name): kind for name, kind in refused.items() if kind != LINKED_FOLDER}
-    bad = [Bad(name, f"is {kind}, not a regular file") for name, kind in irregular.items()]
+    bad = [InvalidRow(name, f"is {kind}, not a regular file") for name, kind in irregular.items()]
     for path in files:
         name = decode_name(path.relative_to(place) if is_folder else path.name)
         try:
             content = content_hash(path)
         except OSError as error:  # somebody else's, or gone by now
-            bad.append(Bad(name, f"cannot be read: {error.strerror}"))
+            bad.append(InvalidRow(name, f"cannot be read: {error.strerror}"))
             continue
         num_pages = page_counts.get(path)
         if isinstance(num_pages, Failure):
-            bad.append(Bad(name, f"not a readable PDF: {num_pages.reason}"))
+            bad.append(InvalidRow(name, f"not a readable PDF: {num_pages.reason}"))
         elif num_pages is None:
             sources.append(PageSource(name, path, None, content))
         else:
@@ -81,7 +81,7 @@ def decode_name(name: str | os.PathLike[str]) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def format_reasons(bad: Sequence[Bad]) -> str:
+def format_reasons(bad: Sequence[InvalidRow]) -> str:
     """Format the first of them as the rest of an error's sentence."""
     return "".join(f"; {page.where}: {page.reason}" for page in bad[:MAX_REASONS])
 
@@ -98,17 +98,17 @@ def summarize_unsearched(place: Path) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def render_sources(sources: Sequence[PageSource], bad: list[Bad]) -> Iterator[tuple[PageSource, Image.Image]]:
+def render_sources(sources: Sequence[PageSource], bad: list[InvalidRow]) -> Iterator[tuple[PageSource, Image.Image]]:
     """Yield the pages rendered, in their order; `bad` gets those that cannot be."""
     groups = group_pages(PageRef(source.path, source.page) for source in sources if source.page is not None)
     with IsolatedPool(LIMITS, processes=1) as pool:  # one: each rendered page takes megabytes
         rendered = pool.map(render_pages, groups)
         for source in sources:
             try:
-                page = decode(source.path.read_bytes()) if source.page is None else next(rendered)
-            except (BadImage, OSError) as error:
+                page = decode_image(source.path.read_bytes()) if source.page is None else next(rendered)
+            except (InvalidImageError, OSError) as error:
                 page = Failure(str(error))
             if isinstance(page, Failure):
-                bad.append(Bad(source.name, page.reason))
+                bad.append(InvalidRow(source.name, page.reason))
             else:
                 yield source, page
