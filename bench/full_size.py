@@ -36,7 +36,7 @@ from colintern.params import Params, load_recipe
 from colintern.training.pairs import TrainingDataset, TrainingPair
 from colintern.training.run import assemble_trainer, build_training_arguments
 from colintern.training.trainer import ContrastiveTrainer, RetrievalEvaluator
-from demo.corpus import corpus
+from demo.corpus import generate_corpus
 
 CONFIG, RECIPE, TOKENIZER = Path("tests/internvl3_5-1b.json"), Path("recipes/internvl3_5-1b.yaml"), "demo/base"
 STEPS, DEV_PAGES, MOST_GIB = 2, 4, 24
@@ -94,7 +94,7 @@ def check_weights(model: ColIntern3_5, folder: Path) -> None:
 def pages(split: str, number: int, scale: int) -> list[TrainingPair]:
     """Demo pages, one query each, `scale` times as large (as drawn, 224 x 336 px, one tile holds them)."""
     rows = []
-    for page in corpus(split, number, 1, seed=0):
+    for page in generate_corpus(split, number, 1, seed=0):
         image = page.image.resize((page.image.width * scale, page.image.height * scale))
         rows.append(TrainingPair(page.queries[0], Page.from_image(image)))
     return rows

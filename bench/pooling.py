@@ -23,9 +23,10 @@ from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.encoding.pooling import pool_tiles
 from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_same_base
 from colintern.params import load_recipe
-from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k
+from colintern.scoring.maxsim import maxsim_scores
+from colintern.scoring.metrics import ndcg_at_k
 from colintern.storage.manifest import ensure_base
-from demo.corpus import corpus
+from demo.corpus import generate_corpus
 
 PAGES, FACTORS = 200, (2, 3, 4, 8)
 
@@ -61,7 +62,7 @@ def main() -> None:
     require_adapter(args.adapter)
     require_same_base(params, args.adapter)
     model, processor = load_adapter(params, ensure_base(params), args.adapter), load_processor(params, args.adapter)
-    drawn = corpus("test", PAGES, 1, seed=0)
+    drawn = generate_corpus("test", PAGES, 1, seed=0)
     queries = embed_queries(model, processor, [page.queries[0] for page in drawn], 32)
     pages = embed_pages(model, processor, [page.image for page in drawn], 16)
     relevant = [{number} for number in range(PAGES)]

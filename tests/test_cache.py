@@ -14,6 +14,7 @@ from colintern.encoding import tensor_cache as module
 from colintern.encoding.tensor_cache import TensorCache
 from colintern.storage.lock import locked, try_lock
 
+pytestmark = pytest.mark.integration
 MB = 10**6
 
 

@@ -11,6 +11,7 @@ from processes import FORKS
 
 from colintern.params import load_recipe
 
+pytestmark = pytest.mark.integration
 QUERIES = ["from Oslo", "sent to Rome by Halde", "Halde", "the milk", "to Oslo", "a long one, of freight in March"]
 SHOWN, NEGATIVES = (0, 1, 2, 3, 1, 0), ((3, 2), (), (1,), (0, 1), (), (2,))
 

@@ -7,7 +7,7 @@ import sys
 from textwrap import wrap
 
 from colintern.core.terminal import TERMINAL_COLUMNS, escape_controls, print_coloured
-from colintern.params import load
+from colintern.params import load_params
 from colintern.storage.paths import require_base
 
 SUMMARY = "check settings, model and machine before training; exit 1 if a check fails"
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     """Print the results of all checks; exit 1 if one of them is `fail`."""
     import warnings
 
-    params = load()
+    params = load_params()
     require_base(params.base, params)
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.modeling.configuration_colintern import load_cached_or_preset_config

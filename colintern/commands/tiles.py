@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from colintern.core.errors import UserError
-from colintern.params import load
+from colintern.params import load_params
 
 SUMMARY = "show which tiles a page is cut into"
 EXAMPLE = "colintern tiles 1240 1754 --max-visual-tokens 1536 --tile 448 --tokens-per-tile 256"
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     if (tile is None) != (tokens is None):
         raise UserError("--tile and --tokens-per-tile describe one base: give both, or neither")
     if bound is None or tile is None:
-        params = load()
+        params = load_params()
         bound = bound or params.max_visual_tokens
         if tile is None:
             tile, tokens = read_base_tile(Path(params.base))

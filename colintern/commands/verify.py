@@ -3,7 +3,7 @@
 import argparse
 
 from colintern.core.errors import UserError
-from colintern.params import load
+from colintern.params import load_params
 from colintern.storage.paths import require_base
 
 SUMMARY = "count what LoRA trains and what stays frozen, without any weights"
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     import json
     from dataclasses import asdict
 
-    params = load(args.params)
+    params = load_params(args.params)
     base = args.base or params.base
     require_base(base, params)
     from colintern.modeling.configuration_colintern import load_base_config

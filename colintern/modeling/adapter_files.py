@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from colintern.core.errors import UserError
 from colintern.modeling.configuration_colintern import HEAD, HEAD_KEYS
-from colintern.params import on_hub
+from colintern.params import is_on_hub
 from colintern.storage.files import read_json_object, require_regular_file
 from colintern.storage.paths import ADAPTER
 
@@ -348,7 +348,7 @@ def save_adapter_extras(wrapped: Any, processor: Any, folder: Path) -> None:
     config = wrapped.peft_config["default"]
     base, revision = config.base_model_name_or_path, config.revision
     text = ADAPTER_README.format(
-        base_model=f"base_model: {base}\n" if revision and on_hub(base) else "",
+        base_model=f"base_model: {base}\n" if revision and is_on_hub(base) else "",
         base=base,
         at_revision=f" at `{revision}`" if revision else "",
         revision_argument=f", revision={revision!r}" if revision else "",

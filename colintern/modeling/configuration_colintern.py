@@ -19,7 +19,7 @@ from transformers import InternVLModel as BackboneModel  # noqa: F401  for model
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.params import Params, on_hub
+from colintern.params import Params, is_on_hub
 from colintern.storage.hub import OfflineError, Repo, download_file
 from colintern.storage.manifest import get_digests
 from colintern.storage.paths import PRESETS, base_at_commit
@@ -79,7 +79,7 @@ def load_base_config(base: str, params: Params) -> BackboneConfig:
     """
     if base in PRESET_SIZES:
         return make_preset_config(base)
-    if not on_hub(base.partition("@")[0]):
+    if not is_on_hub(base.partition("@")[0]):
         return _read_config(root() / base / "config.json", base)
     name, revision = base_at_commit(base, params)
     try:
@@ -108,7 +108,7 @@ def load_cached_or_preset_config(params: Params) -> BackboneConfig:
 def get_preset_name(base: str) -> str:
     """Return the preset of a hub id of OpenGVLab, "" if there is none."""
     name = base.lower().removeprefix("opengvlab/").removesuffix("-hf")
-    return name if name in PRESET_SIZES and on_hub(base) else ""
+    return name if name in PRESET_SIZES and is_on_hub(base) else ""
 
 
 def _read_config(file: Path, base: str) -> BackboneConfig:

@@ -27,7 +27,7 @@ from colintern.modeling.attention import choose_attn_implementation, resolve_att
 from colintern.modeling.configuration_colintern import HEAD
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from colintern.params import Params, at_commit
+from colintern.params import Params, split_hub_id
 from colintern.storage import hub
 from colintern.storage.files import read_json_object, require_regular_file
 from colintern.storage.identity import content_hash, read_identity
@@ -56,7 +56,7 @@ class PretrainedRef(NamedTuple):
         if Path(model).is_dir():
             folder, revision = Path(model), ""
         else:
-            name, revision = at_commit("model", str(model))
+            name, revision = split_hub_id("model", str(model))
             try:
                 folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOAD_PATTERNS))
             except (HfHubHTTPError, LocalEntryNotFoundError) as error:
@@ -169,7 +169,7 @@ def load_adapter(params: Params, base: str, adapter: Path, trained: bool = True)
 
     Args:
         params: for dtype and attention.
-        base: where `manifest.check_base` found the base's weights.
+        base: where `manifest.ensure_base` found the base's weights.
         adapter: its folder.
         trained: whether LoRA is loaded too.
 

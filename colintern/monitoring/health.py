@@ -178,7 +178,7 @@ Rule = Callable[[LossCurve], RuleResult | None]
 RULES: dict[str, tuple[str, Rule]] = {}  # in the order of their findings
 
 
-def rule(name: str, text: str) -> Callable[[Rule], Rule]:
+def register_rule(name: str, text: str) -> Callable[[Rule], Rule]:
     """Register a rule with the text that describes it."""
 
     def register(check: Rule) -> Rule:
@@ -188,7 +188,7 @@ def rule(name: str, text: str) -> Callable[[Rule], Rule]:
     return register
 
 
-@rule("finite", "a loss or norm that is not finite is bad")
+@register_rule("finite", "a loss or norm that is not finite is bad")
 def _check_finite(curve: LossCurve) -> RuleResult | None:
     numbers = [row[key] for row in curve.rows for key in ("loss", "grad_norm") if key in row]
     num_wrong = sum(not math.isfinite(number) for number in numbers)
@@ -196,7 +196,7 @@ def _check_finite(curve: LossCurve) -> RuleResult | None:
     return RuleResult(False, num_wrong > 0, num_wrong, seen, suggest_lower_lr(curve.params, curve.bounds))
 
 
-@rule("loss now", f"above {UNTRAINED_THRESHOLD} of log(P) after twice the warm-up warn, after an epoch bad")
+@register_rule("loss now", f"above {UNTRAINED_THRESHOLD} of log(P) after twice the warm-up warn, after an epoch bad")
 def _check_loss_floor(curve: LossCurve) -> RuleResult | None:
     if curve.step <= 2 * curve.params.warmup_steps or len(curve.losses) < 2 * MIN_ROWS:
         return None
@@ -206,7 +206,7 @@ def _check_loss_floor(curve: LossCurve) -> RuleResult | None:
     return RuleResult(is_untrained, is_untrained and not is_early, share, seen, suggest_fix(curve))
 
 
-@rule(
+@register_rule(
     "early loss",
     f"above {SLOW_THRESHOLD} of log(P) after an epoch or a quarter run warn, above {UNTRAINED_THRESHOLD} bad",
 )
@@ -218,7 +218,7 @@ def _check_early_loss(curve: LossCurve) -> RuleResult | None:
     return RuleResult(share > SLOW_THRESHOLD, share > UNTRAINED_THRESHOLD, share, seen, suggest_fix(curve))
 
 
-@rule("loss by epoch", f"above {UNDERTRAINED_THRESHOLD} of log(P) at the end warn, above {SLOW_THRESHOLD} bad")
+@register_rule("loss by epoch", f"above {UNDERTRAINED_THRESHOLD} of log(P) at the end warn, above {SLOW_THRESHOLD} bad")
 def _check_loss_by_epoch(curve: LossCurve) -> RuleResult | None:
     epochs = curve.params.epochs
     if not curve.is_done and int(curve.epoch) < epochs:
@@ -230,7 +230,7 @@ def _check_loss_by_epoch(curve: LossCurve) -> RuleResult | None:
     return RuleResult(losses[-1] > UNDERTRAINED_THRESHOLD, losses[-1] > SLOW_THRESHOLD, losses[-1], seen, remedy)
 
 
-@rule("steady loss", f"rows that jump by {MAX_JUMP} of log(P) warn, by {2 * MAX_JUMP} bad: oscillating")
+@register_rule("steady loss", f"rows that jump by {MAX_JUMP} of log(P) warn, by {2 * MAX_JUMP} bad: oscillating")
 def _check_oscillation(curve: LossCurve) -> RuleResult | None:
     num_warm = len(curve.rows_after_warmup)
     if num_warm < 2 * MIN_ROWS:
@@ -246,7 +246,9 @@ def _check_oscillation(curve: LossCurve) -> RuleResult | None:
     return RuleResult(jump > MAX_JUMP, jump > 2 * MAX_JUMP, jump, seen, remedy)
 
 
-@rule("gradient norm", f"{SPIKE_FACTOR} x the median in 5 % of the rows warn, in 20 % bad; below {MIN_GRAD_NORM} bad")
+@register_rule(
+    "gradient norm", f"{SPIKE_FACTOR} x the median in 5 % of the rows warn, in 20 % bad; below {MIN_GRAD_NORM} bad"
+)
 def _check_gradient(curve: LossCurve) -> RuleResult | None:
     norms = [row["grad_norm"] for row in curve.rows_after_warmup if "grad_norm" in row]
     if len(norms) < 2 * MIN_ROWS:
@@ -258,7 +260,7 @@ def _check_gradient(curve: LossCurve) -> RuleResult | None:
     return RuleResult(spikes > 0.05, is_bad, usual, seen, suggest_lower_lr(curve.params, curve.bounds))
 
 
-@rule("learning rate", "a warm-up over 0.25 of the run warn; rises after it, or all of the run, bad")
+@register_rule("learning rate", "a warm-up over 0.25 of the run warn; rises after it, or all of the run, bad")
 def _check_learning_rate(curve: LossCurve) -> RuleResult | None:
     rows = [row for row in curve.rows if "learning_rate" in row]
     share = curve.params.warmup_steps / curve.max_steps
@@ -270,7 +272,7 @@ def _check_learning_rate(curve: LossCurve) -> RuleResult | None:
     return RuleResult(share > 0.25, is_wrong, share, seen, f"warmup_steps: {int(curve.max_steps / 10)}")
 
 
-@rule("dev NDCG@5", "below 0.8 of its best warn, below twice chance bad")
+@register_rule("dev NDCG@5", "below 0.8 of its best warn, below twice chance bad")
 def _check_dev_score(curve: LossCurve) -> RuleResult | None:
     if not curve.dev_scores or (not curve.is_done and curve.last_evaluation <= 2 * curve.params.warmup_steps):
         return None

@@ -70,15 +70,15 @@ class TrackerCallback(TrainerCallback):
             self.callback = get_reporting_integration_callbacks(self.params.tracker)[0]()
         except Exception as error:
             self._disable(error)
-        self._forward("on_train_begin", args, state, control, kwargs)
+        self._forward("on_train_begin", args, state, control, **kwargs)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Log a row."""
-        self._forward("on_log", args, state, control, kwargs)
+        self._forward("on_log", args, state, control, **kwargs)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """End the tracker's run; an interrupted one has exit code 1."""
-        self._forward("on_train_end", args, state, control, kwargs)
+        self._forward("on_train_end", args, state, control, **kwargs)
         if self.callback and self.params.tracker == "wandb":
             import wandb
 
@@ -87,18 +87,11 @@ class TrackerCallback(TrainerCallback):
             except Exception as error:
                 self._disable(error)
 
-    def _forward(
-        self,
-        event: str,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        kwargs: dict[str, object],
-    ) -> None:
+    def _forward(self, event: str, *args, **kwargs) -> None:
         if self.callback is None:
             return
         try:
-            getattr(self.callback, event)(args, state, control, **kwargs)
+            getattr(self.callback, event)(*args, **kwargs)
         except Exception as error:
             self._disable(error)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from colintern.core.progress import ProgressBar
 from colintern.core.project import root
-from colintern.data.trainset import asked, training_data
+from colintern.data.training_set import get_training_data_params, load_training_data
 from colintern.encoding.embed import embed_features, embed_queries
 from colintern.encoding.page_features import FEATURES_DIR, Page, PageFeatures
 from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_same_base
@@ -55,7 +55,7 @@ def mine_hard_negatives(params: Params, adapter: Path, limits: MiningLimits) -> 
     configure_cpu_runtime(params.threads)
     model = load_adapter(params, base, adapter)
     processor = load_processor(params, adapter, model)
-    train, pages, excluded_page_keys = load_mining_candidates(training_data(params))
+    train, pages, excluded_page_keys = load_mining_candidates(load_training_data(params))
     features = PageFeatures(
         model, processor, root() / FEATURES_DIR, params.feature_cache_gb, params.feature_cache_format
     )
@@ -77,7 +77,7 @@ def mine_hard_negatives(params: Params, adapter: Path, limits: MiningLimits) -> 
         "adapter_sha256": content_hash(adapter / "adapter_model.safetensors"),
         "base": params.base,
         "base_revision": params.base_revision,
-        "data": asked(params),
+        "data": get_training_data_params(params),
         "limits": {"top": limits.range_max, "margin": limits.relative_margin, "keep": limits.num_negatives},
         "pages": len(pages),
         "versions": versions(),

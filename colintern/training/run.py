@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments, set_s
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.data.trainset import asks_pseudo_queries, training_data
+from colintern.data.training_set import load_training_data, trains_on_pseudo_queries
 from colintern.encoding.page_features import FEATURES_DIR, PageFeatures
 from colintern.encoding.workers import check_workers, stop_workers_on_exit
 from colintern.modeling.adapter_files import adapter_weight_stats, save_adapter_extras
@@ -128,11 +128,11 @@ def build_trainer(
 ) -> ContrastiveTrainer:
     """Load data and model, wrap the model in LoRA, compute the page features, and construct the trainer.
 
-    `base_path` is what `check_base` returns; `folder` is that of the checkpoints. Raises UserError, see `train`.
+    `base_path` is what `ensure_base` returns; `folder` is that of the checkpoints. Raises UserError, see `train`.
     """
     quiet = not sys.stderr.isatty() or "CI" in os.environ or not context.is_main_process
     args = build_training_arguments(params, folder, quiet, context.world_size)
-    splits = load_training_pairs(training_data(params), params.negatives)
+    splits = load_training_pairs(load_training_data(params), params.negatives)
     train, dev = splits["train"], splits["test"][: params.dev_queries]
     num_steps = len(train) // params.batch_size * params.epochs
     if not num_steps:
@@ -314,7 +314,7 @@ def save_artifacts(trainer: ContrastiveTrainer, identity: dict[str, Any], out: P
     }
     for callback in trainer.run_callbacks:
         metrics |= callback.save_artifacts(trainer, partial)
-    if asks_pseudo_queries():
+    if trains_on_pseudo_queries():
         metrics["queries"] = "pseudo"  # qualifies the dev score, whose queries are of the same kind
     if (error := trainer.evaluator.features.relative_error) is not None:
         metrics["feature_error"] = round(error, 6)

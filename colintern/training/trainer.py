@@ -28,14 +28,13 @@ from colintern.encoding.page_features import PageFeatures
 from colintern.encoding.workers import seed_and_init_worker
 from colintern.modeling.dropout import DropoutMaskBank
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k
+from colintern.scoring.maxsim import maxsim_scores
+from colintern.scoring.metrics import MAIN_METRIC, ndcg_at_k
 from colintern.training.checkpoints import CheckpointWriter
 from colintern.training.distributed import SIDES, SINGLE_PROCESS, Batch, BatchShards, DistributedContext, Side
 from colintern.training.loss import Loss, find_false_negatives
 from colintern.training.mini_batching import plan_mini_batches, scatter_to_batch_order, slice_mini_batch
 from colintern.training.pairs import Collator, TrainingDataset, TrainingPair
-
-NDCG_CUTOFF = 5
 
 
 class NonFiniteError(UserError):
@@ -116,13 +115,13 @@ class RetrievalEvaluator(Dataset[str]):
 
     def compute_ndcg(self, queries: list[Tensor], pages: list[Tensor]) -> float:
         """Return NDCG@5 of embeddings of the queries over those of the pages."""
-        return ndcg_at_k(maxsim_scores(queries, pages), self.relevant, NDCG_CUTOFF)
+        return ndcg_at_k(maxsim_scores(queries, pages), self.relevant, MAIN_METRIC.cutoff)
 
     @property
     def random_ndcg(self) -> float:
         """Return the expected NDCG@5 of a random ranking with one relevant page."""
         num_pages = len(self.pages)
-        return sum(1 / math.log2(rank + 1) for rank in range(1, min(NDCG_CUTOFF, num_pages) + 1)) / num_pages
+        return sum(1 / math.log2(rank + 1) for rank in range(1, min(MAIN_METRIC.cutoff, num_pages) + 1)) / num_pages
 
 
 class ContrastiveTrainer(Trainer):
@@ -309,7 +308,7 @@ class ContrastiveTrainer(Trainer):
         if non_finite := [name for name, parameter in trained if not parameter.isfinite().all()]:
             raise NonFiniteError(f"{non_finite[0]} is not finite after step {self.state.global_step}; {self.hint}")
         ndcg = self.evaluator.compute_ndcg(*self.evaluator.embed(model, self.processor))
-        metrics = {f"{metric_key_prefix}_ndcg_at_5": ndcg}
+        metrics = {f"{metric_key_prefix}_{MAIN_METRIC.key}": ndcg}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -92,11 +92,13 @@ class OptunaPruningCallback(RunCallback):
         from optuna import load_study
         from optuna.trial import Trial
 
-        study = load_study(study_name=os.environ[STUDY], storage=open_storage(os.environ[STORAGE]))
+        storage, name = open_storage(os.environ[STORAGE]), os.environ[STUDY]
+        study = load_study(study_name=name, storage=storage)
         study.pruner = make_pruner(study.user_attrs[SETTINGS])
         self.has_two_objectives = len(study.directions) > 1  # then Optuna takes no reports from a running trial
-        [trial] = [t for t in study.get_trials(deepcopy=False) if t.number == int(os.environ[TRIAL])]
-        self.trial = Trial(study, trial._trial_id)
+        study_id = storage.get_study_id_from_name(name)
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, int(os.environ[TRIAL]))
+        self.trial = Trial(study, trial_id)
         self.trial.set_user_attr(STARTED, os.getpid())
 
     def _report(self, score: float) -> None:
@@ -153,6 +155,6 @@ def measure_at_page_size(trainer: ContrastiveTrainer, pool_factor: int, dim: int
     return {"dev_ndcg_at_5": round(ndcg, 6), "vectors_per_page": sum(map(len, pages)) / len(pages)}
 
 
-def pruning_callback(context: DistributedContext, throughput: ThroughputMonitor) -> list[OptunaPruningCallback]:
+def make_pruning_callbacks(context: DistributedContext, throughput: ThroughputMonitor) -> list[OptunaPruningCallback]:
     """Return the callback of a run that is a trial; [] for any other run."""
     return [OptunaPruningCallback(context, throughput)] if STORAGE in os.environ else []
