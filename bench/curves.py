@@ -21,7 +21,7 @@ from typing import Any
 
 from colintern.monitoring.guide import get_recommended_bounds
 from colintern.monitoring.health import COLLAPSED, LEARNED, TOO_SLOW, UNDERTRAINED, RunHealth, assess_run
-from colintern.params import Params, load
+from colintern.params import Params, load_params
 
 FOLDER = Path(__file__).parents[1] / "tests" / "curves"
 PAGES, DEV, TEST, SEEDS = 320, 60, 60, (0, 2, 1)
@@ -68,13 +68,13 @@ def record(setting: str, seed: int, params: Params, base: Path) -> dict[str, Any
     from colintern.training.pairs import TrainingDataset, TrainingPair
     from colintern.training.run import assemble_trainer, build_training_arguments
     from colintern.training.trainer import RetrievalEvaluator
-    from demo.corpus import corpus
+    from demo.corpus import generate_corpus
 
     params = dataclasses.replace(params, workers=0, save_steps=10**6, **changes(setting, seed))
 
     def pairs(split: str, pages: int, queries: int) -> list[TrainingPair]:
-        drawn = corpus(split, pages, queries, seed=7)
-        return [TrainingPair(query, Page.of(page.image)) for page in drawn for query in page.queries]
+        drawn = generate_corpus(split, pages, queries, seed=7)
+        return [TrainingPair(query, Page.from_image(page.image)) for page in drawn for query in page.queries]
 
     set_seed(seed)
     model = ColIntern3_5.from_pretrained(base, seed=seed, dtype="float32", attn_implementation="sdpa")
@@ -88,7 +88,7 @@ def record(setting: str, seed: int, params: Params, base: Path) -> dict[str, Any
         random.Random(seed).shuffle(queries)
         train = [pair._replace(query=query) for pair, query in zip(train, queries, strict=True)]
     features = PageFeatures(wrapped, processor, Path(".scratch/curves"), 1.0, "exact")
-    features.fill([pair.page for pair in (*train, *dev, *test)], workers=0)
+    features.precompute([pair.page for pair in (*train, *dev, *test)], workers=0)
     with tempfile.TemporaryDirectory() as scratch:
         args = build_training_arguments(params, Path(scratch), quiet=True)
         args.eval_steps = len(train) // params.batch_size
@@ -117,7 +117,7 @@ def changes(setting: str, seed: int) -> dict[str, Any]:
 
 
 def record_all(settings: list[str], base: Path, seeds: tuple[int, ...] = SEEDS) -> None:
-    params = load()
+    params = load_params()
     FOLDER.mkdir(exist_ok=True)
     for seed in seeds:
         for setting in settings:
@@ -132,7 +132,7 @@ def judge(file: Path) -> tuple[dict[str, Any], RunHealth]:
     """A recorded run and what the rules say of it."""
     found = json.loads(file.read_text())
     chance = sum(1 / math.log2(rank + 1) for rank in range(1, 6)) / found["pages"]
-    return found, assess_run(found["log"], dataclasses.replace(load(), **found["params"]), chance, BOUNDS)
+    return found, assess_run(found["log"], dataclasses.replace(load_params(), **found["params"]), chance, BOUNDS)
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:

@@ -125,13 +125,13 @@ def clone(place: Path, train_data: str) -> Path:
 
 def start(batches: int) -> None:
     """In a process of its own: from params to the first batch, and `batches` more. Prints one line of JSON."""
-    from colintern.data.trainset import training_data
-    from colintern.params import load
+    from colintern.data.training_set import load_training_data
+    from colintern.params import load_params
     from colintern.storage.manifest import ensure_base
     from colintern.training.pairs import load_training_pairs
     from colintern.training.run import build_trainer
 
-    params = load()
+    params = load_params()
     base = ensure_base(params)
     began, worked = time.perf_counter(), time.process_time()
     trainer = build_trainer(params, base, Path(".scratch/bench"))
@@ -141,7 +141,7 @@ def start(batches: int) -> None:
     for _ in range(batches):
         next(loader)
     ended = time.perf_counter()
-    found = load_training_pairs(training_data(params), params.negatives)
+    found = load_training_pairs(load_training_data(params), params.negatives)
     facts = {
         "start_s": first - began,
         "start_cpu_s": worked,

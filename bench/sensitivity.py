@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from colintern.core.errors import exit_on_user_error
-from colintern.params import Params, load
+from colintern.params import Params, load_params
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "good": {},
@@ -39,7 +39,7 @@ def run(params: Params) -> tuple[float, float, str]:
     import torch
     from pyarrow.parquet import read_table
 
-    from colintern.data.images import decode
+    from colintern.data.images import decode_image
     from colintern.encoding.page_features import Page
     from colintern.monitoring.monitors import LossCurveMonitor
     from colintern.storage.manifest import ensure_base, ensure_benchmark
@@ -51,7 +51,9 @@ def run(params: Params) -> tuple[float, float, str]:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     folder = ensure_benchmark("demo")
-    corpus = [Page.of(decode(image["bytes"])) for image in read_table(folder / "corpus")["image"].to_pylist()]
+    corpus = [
+        Page.from_image(decode_image(image["bytes"])) for image in read_table(folder / "corpus")["image"].to_pylist()
+    ]
     queries = read_table(folder / "queries")["query"].to_pylist()
 
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(None):  # only the table is for people
@@ -74,7 +76,7 @@ def main() -> None:
     chosen = {n: s for n, s in SETTINGS.items() if not args.only or n.startswith(tuple(args.only))}
     if not chosen:
         parser.error(f"--only {args.only}: the settings are {', '.join(SETTINGS)}")
-    params = load()
+    params = load_params()
     os.environ["TQDM_DISABLE"] = "1"  # of the processes started below
     jobs = [(name, seed) for name in chosen for seed in args.seeds]
     changed = [dataclasses.replace(params, threads=1, seed=seed, **chosen[name]) for name, seed in jobs]

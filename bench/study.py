@@ -17,7 +17,7 @@ from typing import Any
 
 from colintern.core.errors import exit_on_user_error
 from colintern.monitoring.guide import MIN_BATCH_SIZE
-from colintern.params import load
+from colintern.params import load_params
 
 SPACE = Path(__file__).with_suffix(".yaml")
 # Its "Critical Training Parameters" and LoraConfig, for 1B: the smallest base that its rules are for. Epochs, its 5,
@@ -32,7 +32,7 @@ def prepare_study(name: str) -> tuple[Any, Any, dict[str, Any]]:
     from colintern.tuning.study_storage import StudyStorage, silence_optuna
 
     silence_optuna()
-    params = load()
+    params = load_params()
     space = read_search_space(params, SPACE)
     study = open_study(StudyStorage("", name, 30), space, params)
     current = {key: getattr(params, key) for key in space.distributions}

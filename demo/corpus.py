@@ -12,7 +12,7 @@ from random import Random
 
 from PIL import Image
 
-from demo.pages import LAYOUTS, Page, Word
+from demo.pages import LAYOUTS, PageCanvas, PlacedWord
 
 COMPANIES = (
     "Acorn Altor Baxel Borun Brize Calyx Cedra Delio Dorma Elvan Fabro Ferox Galen Gorse Halde Helix Ibera Indra Jarvo "
@@ -76,22 +76,22 @@ FILLER = (
 ).split()
 
 
-def page_words() -> list[str]:
-    """Every word that can stand on a page: what the demo base learns to read."""
+def list_page_words() -> list[str]:
+    """List every word that can be on a page: what the demo base learns to read."""
     labels = [w for words in LABELS.values() for w in words]
     kinds = [w for words in KINDS.values() for w in words]
     return sorted({*COMPANIES, *CITIES, *PEOPLE, *GOODS, *labels, *kinds, *FILLER})
 
 
-def query_words() -> list[str]:
-    """Every word that can stand in a query."""
+def list_query_words() -> list[str]:
+    """List every word that can be in a query."""
     texts = (*OPENINGS, *(p for ps in PHRASES.values() for p in ps))
     spoken = {w for text in texts for w in text.replace("{}", "").split()}
-    return sorted({*page_words(), *GOODS.values(), *spoken})
+    return sorted({*list_page_words(), *GOODS.values(), *spoken})
 
 
 @dataclass(frozen=True)
-class Plan:
+class PagePlan:
     """What a page is to state, and which pairs of facts its queries ask for; `seed` decides how it looks."""
 
     name: str
@@ -110,58 +110,58 @@ class DemoPage:
     facts: dict[str, str]
     image: Image.Image
     queries: tuple[str, ...]
-    words: tuple[Word, ...]
+    words: tuple[PlacedWord, ...]
 
 
-def split_of(pair: Pair) -> str:
-    """The only split that asks for this pair of facts: train (60 %), dev (10 %) or test (30 %)."""
+def get_split(pair: Pair) -> str:
+    """Return the only split whose queries name this pair of facts: train (60 %), dev (10 %) or test (30 %)."""
     bucket = hashlib.sha256(" ".join(sorted(pair)).encode()).digest()[0] / 256
     return "train" if bucket < 0.6 else "dev" if bucket < 0.7 else "test"
 
 
-def corpus(split: str, pages: int, queries_per_page: int, seed: int) -> list[DemoPage]:
-    """The pages of `plans`, drawn."""
-    return list(map(draw, plans(split, pages, queries_per_page, seed)))
+def generate_corpus(split: str, pages: int, queries_per_page: int, seed: int) -> list[DemoPage]:
+    """Draw the pages of `plan_pages`."""
+    return list(map(draw_page, plan_pages(split, pages, queries_per_page, seed)))
 
 
-def plans(split: str, pages: int, queries_per_page: int, seed: int) -> list[Plan]:
-    """Pages whose queries ask only for pairs of facts that belong to `split`.
+def plan_pages(split: str, pages: int, queries_per_page: int, seed: int) -> list[PagePlan]:
+    """Plan pages whose queries name only pairs of facts that belong to `split`.
 
     One page of the split is of the kind that a query names and states its pair, so every query has one right answer.
     """
     rng = Random(f"{seed}/{split}")
-    made: list[Plan] = []
+    plans: list[PagePlan] = []
     stated: set[tuple[str, Pair]] = set()  # of a kind, on any page so far
     asked: set[tuple[str, Pair]] = set()
-    while len(made) < pages:
+    while len(plans) < pages:
         kind = rng.choice(sorted(LAYOUTS))
         facts = {name: rng.choice(values) for name, values in FACTS.items()}
         pairs = list(combinations(facts.values(), 2))
-        own = [pair for pair in pairs if split_of(pair) == split and (kind, pair) not in stated]
+        own = [pair for pair in pairs if get_split(pair) == split and (kind, pair) not in stated]
         if len(own) < queries_per_page or any((kind, pair) in asked for pair in pairs):
             continue
         chosen = rng.sample(own, queries_per_page)
         stated.update((kind, pair) for pair in pairs)
         asked.update((kind, pair) for pair in chosen)
-        name = f"{split}-{len(made):05d}.png"
-        made.append(Plan(name, kind, facts, chosen, f"{seed}/{name}"))
-    return made
+        name = f"{split}-{len(plans):05d}.png"
+        plans.append(PagePlan(name, kind, facts, chosen, f"{seed}/{name}"))
+    return plans
 
 
-def draw(plan: Plan) -> DemoPage:
+def draw_page(plan: PagePlan) -> DemoPage:
     """Draw a page, until every fact has found both its places on it, and put its queries in words."""
     rng = Random(plan.seed)
     while True:
-        page = Page(Random(rng.random()))
-        LAYOUTS[plan.kind](page, _lines(plan.kind, plan.facts, rng))
+        page = PageCanvas(Random(rng.random()))
+        LAYOUTS[plan.kind](page, _write_lines(plan.kind, plan.facts, rng))
         placed = [word.text for word in page.words]
         if all(placed.count(value) == 2 for value in plan.facts.values()):
             break
-    queries = tuple(_ask(plan, pair, rng) for pair in plan.asked)
+    queries = tuple(_write_query(plan, pair, rng) for pair in plan.asked)
     return DemoPage(plan.name, plan.kind, plan.facts, page.image, queries, tuple(page.words))
 
 
-def _lines(kind: str, facts: dict[str, str], rng: Random) -> Iterator[list[str]]:
+def _write_lines(kind: str, facts: dict[str, str], rng: Random) -> Iterator[list[str]]:
     # Business pages repeat themselves, and a word that a tile's edge cuts in two can be read in its other place.
     lines = [[label, value] for name, value in facts.items() for label in rng.sample(LABELS[name], 2)]
     lines += [rng.sample(FILLER, rng.choice((2, 3, 4))) for _ in range(4)]
@@ -170,7 +170,7 @@ def _lines(kind: str, facts: dict[str, str], rng: Random) -> Iterator[list[str]]
     return iter([heading, *lines])
 
 
-def _ask(plan: Plan, pair: Pair, rng: Random) -> str:
+def _write_query(plan: PagePlan, pair: Pair, rng: Random) -> str:
     """A query for a pair of the page's facts, in words of its own: another order, other labels, synonyms."""
     names = [name for name, value in plan.facts.items() if value in pair]
     rng.shuffle(names)

@@ -1,4 +1,4 @@
-"""Drawing the demo's pages: words set in real fonts, freely laid out, in five kinds of document.
+"""Draw the demo's pages: words set in real fonts, freely laid out, in five kinds of document.
 
 A layout is a function of the words to place and a random generator; it knows nothing of what the words mean. The
 same layouts draw the pages the demo base learns to read on (random words) and the demo corpus (facts).
@@ -15,38 +15,41 @@ from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT = 224, 336  # two by three tiles of 112 px: the smallest page that needs the tiler
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral", "STIXGeneralBol")
-CLEAR = 3  # free pixels kept around a word
+MIN_GAP = 3  # free pixels kept around a word
 
 
 @lru_cache(maxsize=64)
-def font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """A font that ships inside matplotlib, set by Pillow's own layout, so that every machine draws the same pixels: the
-    other layout, raqm, is there only where the system has FriBidi, and sets the same word wider or narrower."""
+def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """Load a font that ships inside matplotlib, set by Pillow's own layout: the same pixels on every machine.
+
+    The other layout, raqm, is there only where the system has FriBidi, and sets the same word wider or narrower.
+    """
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @dataclass(frozen=True)
-class Word:
+class PlacedWord:
     """A word and the box of its ink: (left, top, right, bottom) in pixels."""
 
     text: str
     box: tuple[float, float, float, float]
 
     @property
-    def centre(self) -> tuple[float, float]:
+    def center(self) -> tuple[float, float]:
+        """Return the middle of the box."""
         left, top, right, bottom = self.box
         return (left + right) / 2, (top + bottom) / 2
 
 
 @dataclass
-class Page:
+class PageCanvas:
     """A white page being drawn; `words` lists what stands on it, in the order it was set."""
 
     rng: Random
     align: float = 0.0  # 1 puts each word in the middle of a 28 px cell, 0 leaves it where the layout wants it
     image: Image.Image = field(default_factory=lambda: Image.new("RGB", (WIDTH, HEIGHT), "white"))
-    words: list[Word] = field(default_factory=list)
+    words: list[PlacedWord] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.draw = ImageDraw.Draw(self.image)
@@ -55,9 +58,9 @@ class Page:
         shade = self.rng.randrange(0, 90)
         self.ink = (shade, shade, shade if self.rng.random() < 0.7 else min(255, shade + 90))
 
-    def put(self, text: str, x: float, y: float, grow: int = 0) -> float:
-        """Set one word at the left end x of a line whose top is y, if it fits; returns where the next may begin."""
-        type_ = font(self.face, self.size + grow)
+    def draw_word(self, text: str, x: float, y: float, grow: int = 0) -> float:
+        """Set one word at the left end x of a line whose top is y, if it fits, and return where the next may begin."""
+        type_ = load_font(self.face, self.size + grow)
         left, top, right, bottom = self.draw.textbbox((0, 0), text, font=type_)
         wide, high = right - left, bottom - top
         if self.align:
@@ -69,36 +72,37 @@ class Page:
         x, y = round(x), round(y)
         box = (x, y + top, x + wide, y + bottom)
         inside = box[0] >= 1 and box[1] >= 1 and box[2] <= WIDTH - 1 and box[3] <= HEIGHT - 1
-        if inside and not any(_touch(box, word.box) for word in self.words):
+        if inside and not any(_overlaps(box, word.box) for word in self.words):
             self.draw.text((x - left, y), text, font=type_, fill=self.ink)
-            self.words.append(Word(text, box))
+            self.words.append(PlacedWord(text, box))
             return x + wide + self.size * 0.6
         return x
 
     def line(self, words: list[str], x: float, y: float, grow: int = 0) -> list[str]:
-        """Set words one after another from (x, y); returns those that did not fit on the line."""
+        """Set words one after another from (x, y) and return those that did not fit on the line."""
         for i, text in enumerate(words):
-            after = self.put(text, x, y, grow)
+            after = self.draw_word(text, x, y, grow)
             if after == x:
                 return words[i:]
             x = after
         return []
 
     def rule(self, x0: float, y0: float, x1: float, y1: float, tone: int = 170) -> None:
+        """Draw a line."""
         self.draw.line((x0, y0, x1, y1), fill=(tone, tone, tone))
 
     def block(self, x0: float, y0: float, x1: float, y1: float) -> None:
-        """A filled shape for charts: pale, so that a label on it stays readable."""
+        """Draw a filled shape of a chart: pale, so that a label on it stays readable."""
         colour = tuple(self.rng.randrange(170, 245) for _ in range(3))
         self.draw.rectangle((x0, y0, x1, y1), fill=colour)
 
 
-def _touch(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-    return a[0] < b[2] + CLEAR and b[0] < a[2] + CLEAR and a[1] < b[3] + CLEAR and b[1] < a[3] + CLEAR
+def _overlaps(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] + MIN_GAP and b[0] < a[2] + MIN_GAP and a[1] < b[3] + MIN_GAP and b[1] < a[3] + MIN_GAP
 
 
-def letter(page: Page, lines: Iterator[list[str]]) -> None:
-    """Sender at the top, a date on the right, then paragraphs."""
+def draw_letter(page: PageCanvas, lines: Iterator[list[str]]) -> None:
+    """Draw a sender at the top, a date on the right, then paragraphs."""
     r, pitch = page.rng, page.rng.uniform(21, 27)
     margin, y = r.uniform(6, 24), r.uniform(6, 20)
     for words in lines:
@@ -110,8 +114,8 @@ def letter(page: Page, lines: Iterator[list[str]]) -> None:
         y += pitch * r.choice((1, 1, 1.4))
 
 
-def invoice(page: Page, lines: Iterator[list[str]]) -> None:
-    """A heading, two columns of addresses, ruled rows."""
+def draw_invoice(page: PageCanvas, lines: Iterator[list[str]]) -> None:
+    """Draw a heading, two columns of addresses, ruled rows."""
     r, pitch = page.rng, page.rng.uniform(20, 25)
     y = r.uniform(6, 16)
     page.line(next(lines), r.uniform(6, 60), y, grow=2)
@@ -126,8 +130,8 @@ def invoice(page: Page, lines: Iterator[list[str]]) -> None:
         y += pitch
 
 
-def report(page: Page, lines: Iterator[list[str]]) -> None:
-    """A title and headed paragraphs, in one column or two."""
+def draw_report(page: PageCanvas, lines: Iterator[list[str]]) -> None:
+    """Draw a title and headed paragraphs, in one column or two."""
     r, pitch = page.rng, page.rng.uniform(20, 25)
     y = r.uniform(8, 20)
     page.line(next(lines), r.uniform(8, 50), y, grow=3)
@@ -142,8 +146,8 @@ def report(page: Page, lines: Iterator[list[str]]) -> None:
         tops[c] += pitch
 
 
-def table(page: Page, lines: Iterator[list[str]]) -> None:
-    """A grid with ruled cells, one word or two a cell."""
+def draw_table(page: PageCanvas, lines: Iterator[list[str]]) -> None:
+    """Draw a grid with ruled cells, one word or two per cell."""
     r = page.rng
     columns, pitch = r.choice((3, 4)), r.uniform(22, 28)
     x0, y0 = r.uniform(4, 12), r.uniform(8, 40)
@@ -153,15 +157,15 @@ def table(page: Page, lines: Iterator[list[str]]) -> None:
     y = y0
     for words in lines:
         for c, text in enumerate(words[:columns]):
-            page.put(text, x0 + c * step + r.uniform(2, 6), y)
+            page.draw_word(text, x0 + c * step + r.uniform(2, 6), y)
         page.rule(x0, y - 6, WIDTH - 4, y - 6)
         y += pitch
     for c in range(columns + 1):
         page.rule(x0 + c * step, y0 - 6, x0 + c * step, min(y, HEIGHT) - 6)
 
 
-def chart(page: Page, lines: Iterator[list[str]]) -> None:
-    """Bars or stripes with labels, a title above and notes below."""
+def draw_chart(page: PageCanvas, lines: Iterator[list[str]]) -> None:
+    """Draw bars or stripes with labels, a title above and notes below."""
     r, pitch = page.rng, page.rng.uniform(20, 25)
     y = r.uniform(6, 16)
     page.line(next(lines), r.uniform(6, 50), y, grow=2)
@@ -169,7 +173,7 @@ def chart(page: Page, lines: Iterator[list[str]]) -> None:
     for _ in range(r.choice((4, 5, 6))):
         page.block(r.uniform(50, 70), y - 4, r.uniform(90, WIDTH - 8), y + page.size + 4)
         words = next(lines)
-        page.put(words[0], r.uniform(4, 8), y)
+        page.draw_word(words[0], r.uniform(4, 8), y)
         page.line(words[1:], r.uniform(72, 84), y)
         y += pitch
     page.rule(60, 30, 60, y, tone=60)
@@ -178,10 +182,10 @@ def chart(page: Page, lines: Iterator[list[str]]) -> None:
         y += pitch
 
 
-LAYOUTS: dict[str, Callable[[Page, Iterator[list[str]]], None]] = {
-    "invoice": invoice,
-    "report": report,
-    "table": table,
-    "chart": chart,
-    "letter": letter,
+LAYOUTS: dict[str, Callable[[PageCanvas, Iterator[list[str]]], None]] = {
+    "invoice": draw_invoice,
+    "report": draw_report,
+    "table": draw_table,
+    "chart": draw_chart,
+    "letter": draw_letter,
 }

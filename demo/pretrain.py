@@ -22,8 +22,8 @@ from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageP
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from demo.corpus import page_words, query_words
-from demo.pages import LAYOUTS, Page
+from demo.corpus import list_page_words, list_query_words
+from demo.pages import LAYOUTS, PageCanvas
 
 TILE, PATCH, CELL = 112, 14, 28
 SPECIAL = {
@@ -36,7 +36,7 @@ END = "<|endoftext|>"
 
 
 def make_processor() -> ColIntern3_5Processor:
-    """A byte-level BPE in which every word of the demo is one token, and the stock image processor with small tiles."""
+    """Make a byte-level BPE with a token for each word of the demo, and the stock image processor with small tiles."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -48,7 +48,7 @@ def make_processor() -> ColIntern3_5Processor:
         show_progress=False,
     )
     prompt = "user\nDescribe the image. Query: "
-    bpe.train_from_iterator([f" {w}" for w in query_words()] * 3 + [prompt] * 3, trainer)
+    bpe.train_from_iterator([f" {w}" for w in list_query_words()] * 3 + [prompt] * 3, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=END, pad_token=END, extra_special_tokens=SPECIAL, model_max_length=1024
     )
@@ -64,6 +64,7 @@ def make_processor() -> ColIntern3_5Processor:
 
 
 def make_config(processor: ColIntern3_5Processor) -> InternVLConfig:
+    """Return the configuration of the model."""
     vision = {
         "hidden_size": 96,
         "num_hidden_layers": 3,
@@ -97,12 +98,12 @@ def make_config(processor: ColIntern3_5Processor) -> InternVLConfig:
     )
 
 
-class Pages(Dataset):
+class RandomPages(Dataset):
     """Endless pages of random words with, for each visual token, the id of the word centred in its cell (or END)."""
 
     def __init__(self, processor: ColIntern3_5Processor, steps: int, batch: int, drift: float, seed: int):
         self.processor, self.steps, self.batch, self.drift, self.seed = processor, steps, batch, drift, seed
-        self.words, self.spoken = page_words(), query_words()
+        self.words, self.spoken = list_page_words(), list_query_words()
         self.ids = {w: self._id(w) for w in self.spoken}
 
     def _id(self, word: str) -> int:
@@ -123,26 +124,26 @@ class Pages(Dataset):
         queries = self.processor.process_queries(texts)
         return batch | {"query_ids": queries["input_ids"], "query_mask": queries["attention_mask"]}
 
-    def _page(self, rng: Random, align: float) -> Page:
-        page = Page(rng, align=align)
+    def _page(self, rng: Random, align: float) -> PageCanvas:
+        page = PageCanvas(rng, align=align)
         LAYOUTS[rng.choice(sorted(LAYOUTS))](
             page, iter([rng.choices(self.words, k=rng.randrange(2, 6)) for _ in range(14)])
         )
         return page
 
-    def _labels(self, page: Page) -> torch.Tensor:
+    def _labels(self, page: PageCanvas) -> torch.Tensor:
         """(96,) word ids in the order of the visual tokens: tile by tile, row by row within a tile."""
         cols, side = page.image.width // TILE, TILE // CELL
         labels = torch.zeros(page.image.width * page.image.height // CELL**2, dtype=torch.long)
         for word in page.words:
-            x, y = (int(c // CELL) for c in word.centre)
+            x, y = (int(c // CELL) for c in word.center)
             tile = (y // side) * cols + x // side
             labels[tile * side**2 + (y % side) * side + x % side] = self.ids[word.text]
         return labels
 
 
-def losses(model: InternVLForConditionalGeneration, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """The loss of a batch, and the share of words that were named right."""
+def compute_loss(model: InternVLForConditionalGeneration, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """Return the loss of a batch, and the share of words that were named right."""
     ids, image = batch["input_ids"], model.config.image_token_id
     hidden = model.model(input_ids=ids, pixel_values=batch["pixel_values"], use_cache=False).last_hidden_state
     visual = ids == image
@@ -160,6 +161,7 @@ def losses(model: InternVLForConditionalGeneration, batch: dict[str, torch.Tenso
 
 
 def main() -> None:
+    """Train the base and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--start", type=Path, help="checkpoint to go on from; else random weights")
@@ -178,13 +180,13 @@ def main() -> None:
     else:
         model = InternVLForConditionalGeneration(make_config(processor))
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(processor.tokenizer)} tokens")
-    pages = Pages(processor, args.steps, args.batch, args.drift, args.seed)
+    pages = RandomPages(processor, args.steps, args.batch, args.drift, args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
     start, cpu = time.time(), time.process_time()
     average = 0.0
     for step, batch in enumerate(DataLoader(pages, batch_size=None, num_workers=1, prefetch_factor=4), 1):
-        loss, right = losses(model, batch)
+        loss, right = compute_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -194,11 +196,12 @@ def main() -> None:
         if step % 100 == 0 or step == args.steps:
             print(f"step {step} loss {loss:.3f} read {average:.3f} {time.time() - start:.0f} s", flush=True)
         if step % 500 == 0 or step == args.steps:
-            save(model, processor, args.out)
+            save_checkpoint(model, processor, args.out)
     print(f"RESULT read={average:.4f} steps={args.steps} cpu_seconds={time.process_time() - cpu:.0f}")
 
 
-def save(model: InternVLForConditionalGeneration, processor: ColIntern3_5Processor, out: Path) -> None:
+def save_checkpoint(model: InternVLForConditionalGeneration, processor: ColIntern3_5Processor, out: Path) -> None:
+    """Save model and processor, the weights in fp16."""
     half = InternVLForConditionalGeneration(model.config)
     half.load_state_dict(model.state_dict())
     half.half().save_pretrained(out)

@@ -9,12 +9,12 @@ stage. Lists all problems and exits with 2 if there are any.
 from pathlib import Path
 
 from colintern.core.errors import exit_on_user_error
-from colintern.params import load
+from colintern.params import load_params
 
 
 @exit_on_user_error()
 def main() -> None:
-    load()
+    load_params()
     out = Path("data/params-check.txt")
     out.parent.mkdir(exist_ok=True)
     out.write_text("every key of params.yaml is valid\n")

@@ -1,24 +1,24 @@
-"""fetch-data: put base, kernel, training pages and pages to evaluate on disk, name every file, see every row.
+"""fetch-data: put base, kernel, training pages and pages to evaluate on disk, name every file, scan every row.
 
     python -m stages.fetch_data
 
-Input: params.yaml. Output: data/manifest.json (file, size, sha256, repository, revision) and the bytes it names, of
-which those from the hub lie in its own cache; data/quarantine.json, the rows that are left out and why;
-data/rows.parquet, the rows that are trained on; data/survey.json, the data in numbers. Exit 2 for too many rows left
-out, for a training set without rows, for an evaluation set with a fault, and for a page in two splits; exit 7 when the
-hub cannot be reached and the cache lacks something.
+Input: params.yaml. Output: data/manifest.json (file, size, sha256, repository, revision) and the bytes it names (those
+from the hub are in its own cache); data/quarantine.json, the rows that are left out and why; data/rows.parquet, the
+rows that are trained on; data/survey.json, the data in numbers. Exit 2 for too many rows left out, a training set
+without rows, an evaluation set with an error, and a page in two splits; exit 7 when the hub cannot be reached and the
+cache lacks something.
 """
 
 from pathlib import Path
 
 from colintern.core.errors import exit_on_user_error
-from colintern.data import index
-from colintern.ingest.checks import check, check_benchmarks, quarantine
-from colintern.ingest.collected import MAX_QUERY_CHARACTERS
-from colintern.ingest.scan import look, usable
-from colintern.ingest.sources import GeneratedSets, fetch, parts, tokenizer
-from colintern.params import load
-from colintern.statistics.survey import survey
+from colintern.data.training_set import write_row_index
+from colintern.ingest.documents import MAX_QUERY_CHARACTERS
+from colintern.ingest.scan import scan_rows, valid_rows
+from colintern.ingest.sources import DemoWriters, fetch_inputs, get_tokenizer_path, list_dataset_splits
+from colintern.ingest.validation import check_benchmarks, collect_quarantine, validate_data
+from colintern.params import load_params
+from colintern.statistics.survey import survey_rows
 from colintern.storage.files import dumps
 from colintern.storage.manifest import MANIFEST, QUARANTINE, SURVEY, is_local_benchmark, set_arrow_cache
 from demo.dataset import write_evaluation_set, write_training_set
@@ -26,34 +26,35 @@ from demo.dataset import write_evaluation_set, write_training_set
 
 @exit_on_user_error()
 def main() -> None:
-    params = load()
+    """Run the stage."""
+    params = load_params()
     tasks = {}
     if not all(map(is_local_benchmark, params.benchmarks)):
         set_arrow_cache()
-        from colintern.data.benchmarks import hub_data  # only now: it imports mteb, which takes seconds
+        from colintern.data.benchmarks import list_hub_datasets  # only now: it imports mteb, which takes seconds
 
-        tasks = hub_data(params)
-    manifest, own = fetch(params, tasks, GeneratedSets(write_training_set, write_evaluation_set))
+        tasks = list_hub_datasets(params.benchmarks)
+    manifest, documents = fetch_inputs(params, tasks, DemoWriters(write_training_set, write_evaluation_set))
     check_benchmarks(params.benchmarks, manifest["evaluation"])
     Path("data").mkdir(exist_ok=True)
-    seen = look(parts(params, manifest))
-    bad, rows = quarantine(seen, own)
-    Path(QUARANTINE).write_text(dumps({"rows": bad}))  # before anything below may refuse the data
-    check(seen, bad, rows, params.max_bad_fraction)
-    found = survey(seen, tokenizer(manifest))
-    for name, facts in found.items():
+    scanned = scan_rows(list_dataset_splits(manifest, params.train_data, params.train_corpus))
+    quarantine = collect_quarantine(scanned, documents)
+    # Written before anything below may refuse the data.
+    Path(QUARANTINE).write_text(dumps({"rows": [row._asdict() for row in quarantine.rows]}))
+    validate_data(scanned, quarantine, params.max_bad_fraction)
+    survey = survey_rows(scanned, get_tokenizer_path(manifest))
+    for name, facts in survey.items():
         if cut := facts.get("queries cut"):
             print(f"{name}: {cut} of {facts['queries']} queries have more than {MAX_QUERY_CHARACTERS} characters; cut")
-    Path(SURVEY).write_text(dumps(found))
-    index.write(usable(seen))
+    Path(SURVEY).write_text(dumps(survey))
+    write_row_index(valid_rows(scanned))
     Path(MANIFEST).write_text(dumps(manifest))
-    print(f"{len(bad)} of {sum(rows.values())} rows in {QUARANTINE}")
-    named = [("base", manifest["base"])]
-    named += [("kernel", manifest["kernel"])] if manifest["kernel"] else []
-    named += [*(("train", part) for part in manifest["train"])]
-    for name, part in [*named, *manifest["evaluation"].items()]:
-        size = sum(file["size"] for file in part["files"].values())
-        print(f"{name:<31.31} {part['folder']:<27.27} {len(part['files']):>3} files {size / 1e6:>7.1f} MB")
+    print(f"{len(quarantine.rows)} of {quarantine.totals.total()} rows in {QUARANTINE}")
+    entries = [(name, manifest[name]) for name in ("base", "kernel") if manifest[name]]
+    entries += [*(("train", entry) for entry in manifest["train"]), *manifest["evaluation"].items()]
+    for name, entry in entries:
+        size = sum(file["size"] for file in entry["files"].values())
+        print(f"{name:<31.31} {entry['folder']:<27.27} {len(entry['files']):>3} files {size / 1e6:>7.1f} MB")
 
 
 if __name__ == "__main__":

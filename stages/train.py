@@ -19,8 +19,8 @@ if not sys.stderr.isatty():
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from colintern.core.errors import exit_on_user_error
-from colintern.data.trainset import training_data
-from colintern.params import load
+from colintern.data.training_set import load_training_data
+from colintern.params import load_params
 from colintern.storage.manifest import ensure_inputs
 from colintern.storage.outs import verify_dvc_outputs
 
@@ -28,14 +28,14 @@ from colintern.storage.outs import verify_dvc_outputs
 @exit_on_user_error()
 def main() -> None:
     """Run the stage."""
-    params = load()
+    params = load_params()
     from colintern.training.distributed import init_distributed, maybe_launch_workers
 
     maybe_launch_workers(params.launch, params.batch_size, params.threads, "stages.train")
     with init_distributed(params.threads) as context:
         context.run_on_rank0_and_broadcast(verify_dvc_outputs)
         # A flipped bit costs seconds here, and a training run later.
-        context.run_on_rank0_and_broadcast(lambda: bool(training_data(params, force=True)))
+        context.run_on_rank0_and_broadcast(lambda: bool(load_training_data(params, force=True)))
         base = context.run_on_rank0_and_broadcast(lambda: ensure_inputs(params, force=True))
         from colintern.preflight.checks import run_preflight
 

@@ -103,9 +103,9 @@ def fake_gs(tmp_path, monkeypatch) -> Path:
 
 def load_pairs(params=None):
     """Load the training pairs of the project in the current folder."""
-    from colintern.data.trainset import training_data
-    from colintern.params import load
+    from colintern.data.training_set import load_training_data
+    from colintern.params import load_params
     from colintern.training.pairs import load_training_pairs
 
-    params = params or load()
-    return load_training_pairs(training_data(params), params.negatives)
+    params = params or load_params()
+    return load_training_pairs(load_training_data(params), params.negatives)

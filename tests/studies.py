@@ -33,7 +33,7 @@ def open_test_study(
             study_name="a",
             directions=space.directions,
             load_if_exists=True,
-            pruner=trial_context.pruner(space.settings),
+            pruner=trial_context.make_pruner(space.settings),
         )
         study.set_user_attr(trial_context.SETTINGS, space.settings)
         has_sizes = space.second_objective == BYTES_PER_PAGE

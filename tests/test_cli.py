@@ -18,6 +18,8 @@ from colintern.core.errors import UserError
 from colintern.core.recipes import render_recipe
 from colintern.storage.paths import require_writable
 
+pytestmark = pytest.mark.integration
+
 # Runs `colintern` on each command line of its argument; of what takes long to import nothing can be imported.
 WITHOUT_LIBRARIES = """
 import json, sys

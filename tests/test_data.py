@@ -17,10 +17,9 @@ from PIL import Image
 
 from colintern.core.errors import UserError
 from colintern.core.recipes import render_recipe
-from colintern.data import index
-from colintern.data.images import png_bytes
-from colintern.data.trainset import asked
-from colintern.params import load
+from colintern.data.images import encode_png
+from colintern.data.training_set import ROW_INDEX, IndexRow, get_training_data_params, read_row_index, write_row_index
+from colintern.params import load_params
 from colintern.storage.manifest import hash_local_files
 from colintern.training.pairs import read_page_image
 
@@ -30,9 +29,9 @@ STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 # Most memory in MB, seen after each page of the first row group and of all, and the bytes read before pages.
 READ_ALL = """
 import json
-from colintern.data.trainset import training_data
+from colintern.data.training_set import ROW_INDEX, IndexRow, read_row_index, write_row_index, load_training_data
 from colintern.training.pairs import load_training_pairs
-from colintern.params import load
+from colintern.params import load_params
 
 def fact(file, name):
     return int(next(line for line in open(f"/proc/self/{file}") if line.startswith(name)).split()[1])
@@ -40,9 +39,9 @@ def fact(file, name):
 def most(pairs):
     return max(fact("status", "VmRSS") for pair in pairs if pair.page.image()) / 1024
 
-load_training_pairs(training_data(load()))  # what is imported on first use
+load_training_pairs(load_training_data(load_params()))  # what is imported on first use
 before = fact("io", "rchar")
-pairs = load_training_pairs(training_data(load()))["train"]
+pairs = load_training_pairs(load_training_data(load_params()))["train"]
 started = fact("io", "rchar") - before
 print(json.dumps({"one": most(pairs[:8]), "all": most(pairs), "read": started / 2**20, "rows": len(pairs)}))
 """
@@ -62,7 +61,7 @@ def page(number: int, noise: int = 0) -> bytes:
         pixels, file = np.random.default_rng(number).integers(0, 256, (noise, noise, 3), np.uint8), io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG", compress_level=0)
         return file.getvalue()
-    return png_bytes(Image.new("RGB", (10 + number, 10), "white"))
+    return encode_png(Image.new("RGB", (10 + number, 10), "white"))
 
 
 @pytest.fixture
@@ -80,7 +79,7 @@ def fetched(train: list[bytes], dev: list[bytes], **index_of_dev: str) -> None:
     Path("params.yaml").write_text(text.replace("train_data: demo\n", f"train_data: {SET}\n"))
     manifest = {
         "base": hash_local_files("demo/base", (".json", ".safetensors"))._asdict(),
-        "made_for": asked(load()),
+        "made_for": get_training_data_params(load_params()),
         "train_corpus": None,
         "negatives": None,
         "train": [hash_local_files(SET, (".parquet",))._asdict()],
@@ -88,9 +87,9 @@ def fetched(train: list[bytes], dev: list[bytes], **index_of_dev: str) -> None:
     }
     Path("data/manifest.json").write_text(json.dumps(manifest))
     name = "{}-00000-of-00001.parquet"
-    found = [index.Row(SET, "train", name.format("train"), n, f"t{n}", f"train {n}") for n in range(len(train))]
-    found += [index.Row(SET, "dev", name.format("test"), n, f"d{n}", f"test {n}") for n in range(len(dev))]
-    index.write(row._replace(**index_of_dev) if row.split == "dev" else row for row in found)
+    found = [IndexRow(SET, "train", name.format("train"), n, f"t{n}", f"train {n}") for n in range(len(train))]
+    found += [IndexRow(SET, "dev", name.format("test"), n, f"d{n}", f"test {n}") for n in range(len(dev))]
+    write_row_index(row._replace(**index_of_dev) if row.split == "dev" else row for row in found)
 
 
 @pytest.mark.parametrize("column", [STRUCT, pa.binary()], ids=["as the hub stores it", "bare bytes"])
@@ -138,16 +137,16 @@ def test_an_index_that_does_not_fit_the_manifest_is_refused(folder, change, mess
 
 def test_a_missing_index_says_what_to_run(folder):
     fetched([page(0)], [page(1)])
-    Path(index.INDEX).unlink()
+    Path(ROW_INDEX).unlink()
     with pytest.raises(UserError, match=r"data/rows\.parquet: missing.*dvc repro fetch-data"):
         load_pairs()
 
 
 def test_the_index_has_the_same_bytes_for_the_same_rows(folder):
-    found = [index.Row(SET, "train", "a.parquet", n, f"{n:064x}", f"query {n} é") for n in range(300)]
+    found = [IndexRow(SET, "train", "a.parquet", n, f"{n:064x}", f"query {n} é") for n in range(300)]
     Path("data").mkdir()
     written = []
     for _ in range(2):
-        index.write(iter(found))
-        written.append(Path(index.INDEX).read_bytes())
-    assert written[0] == written[1] and index.read() == found
+        write_row_index(iter(found))
+        written.append(Path(ROW_INDEX).read_bytes())
+    assert written[0] == written[1] and read_row_index() == found

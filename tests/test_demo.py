@@ -9,8 +9,8 @@ from conftest import ROOT
 from PIL import ImageFont
 from safetensors.torch import load_file
 
-from demo.corpus import GOODS, KINDS, corpus, split_of
-from demo.pages import FONTS, font
+from demo.corpus import GOODS, KINDS, generate_corpus, get_split
+from demo.pages import FONTS, load_font
 
 pytestmark = pytest.mark.integration
 SPLITS = {"train": (400, 2), "dev": (40, 1), "test": (80, 1)}
@@ -18,11 +18,11 @@ SPLITS = {"train": (400, 2), "dev": (40, 1), "test": (80, 1)}
 
 @pytest.fixture(scope="module")
 def splits():
-    return {name: corpus(name, pages, queries, seed=0) for name, (pages, queries) in SPLITS.items()}
+    return {name: generate_corpus(name, pages, queries, seed=0) for name, (pages, queries) in SPLITS.items()}
 
 
 def test_the_same_seed_draws_the_same_pages_and_another_does_not(splits):
-    again, other = corpus("test", 5, 1, seed=0), corpus("test", 5, 1, seed=1)
+    again, other = generate_corpus("test", 5, 1, seed=0), generate_corpus("test", 5, 1, seed=1)
     assert [p.image.tobytes() for p in again] == [p.image.tobytes() for p in splits["test"][:5]]
     assert [p.queries for p in again] == [p.queries for p in splits["test"][:5]]
     assert [p.queries for p in again] != [p.queries for p in other]
@@ -30,7 +30,7 @@ def test_the_same_seed_draws_the_same_pages_and_another_does_not(splits):
 
 def test_no_library_of_the_system_has_a_say_in_how_wide_a_word_is():
     """Pillow takes raqm where FriBidi is installed, and other pages, other queries, another score came of it."""
-    assert {font(name, 10).layout_engine for name in FONTS} == {ImageFont.Layout.BASIC}
+    assert {load_font(name, 10).layout_engine for name in FONTS} == {ImageFont.Layout.BASIC}
 
 
 def test_splits_share_no_page_no_query_and_no_asked_pair(splits):
@@ -46,7 +46,7 @@ def test_splits_share_no_page_no_query_and_no_asked_pair(splits):
         assert not queries[a] & queries[b]
         assert not asked[a] & asked[b]
     for name, pairs in asked.items():
-        assert all(len(pair) == 2 and split_of(tuple(pair)) == name for pair in pairs)
+        assert all(len(pair) == 2 and get_split(tuple(pair)) == name for pair in pairs)
 
 
 def test_one_page_answers_a_query(splits):

@@ -28,7 +28,11 @@ RUN = (  # as they stand, in a copy where nothing was run yet
     documented("colintern verify --base internvl3_5-1b"),
     documented("colintern recipe own-pdfs"),
 )
-AFTER_FETCH = (documented("colintern data"), documented("colintern verify"))  # after fetch-data on a small set
+AFTER_FETCH = (  # after fetch-data on a small set
+    documented("colintern data"),
+    documented("colintern verify"),
+    documented("colintern recommend --probe"),
+)
 CANNOT = {  # how a command begins, and why no test runs it
     "make test": "the suite itself; .github/workflows/tests.yml runs it, and `make test-slow`",
     "make test-unit": "a part of the suite",
@@ -217,6 +221,7 @@ def test_messages_are_the_programs_own():
     assert not missing, missing
 
 
+@pytest.mark.integration
 def test_cheap_commands_run_as_they_stand(tmp_path, capsys):
     copy_working_tree(tmp_path)
     with contextlib.chdir(tmp_path):
@@ -228,6 +233,7 @@ def test_cheap_commands_run_as_they_stand(tmp_path, capsys):
         assert line in said
 
 
+@pytest.mark.integration
 def test_commands_on_fetched_data_run_as_they_stand(fetched, capsys):
     said = {}
     for command in AFTER_FETCH:
@@ -236,3 +242,5 @@ def test_commands_on_fetched_data_run_as_they_stand(fetched, capsys):
         said[command] = capsys.readouterr().out
     assert "40 rows, 40 pages" in said["colintern data"]
     assert "15 modules get LoRA: 163,840 trainable parameters" in said["colintern verify"]
+    sizes = re.findall(r"(?m)^batch_size (\d), micro_batch_size \d: .* s, peak", said["colintern recommend --probe"])
+    assert sizes == ["2", "8"]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 from pages import documented
 
-from colintern.params import load
+from colintern.params import load_params
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,7 @@ UPDATES = {
     "max_visual_tokens": "24",
     "threads": "1",  # two would wait for each other where the other core is busy
 }
-PAGES = "DEMO_TRAIN_PAGES, DEMO_DEV_PAGES, DEMO_TEST_PAGES = "
+PAGES = "TRAIN_PAGES, DEV_PAGES, TEST_PAGES = "
 # Of the commits a user would make.
 IDENTITY = {f"GIT_{who}_{what}": "test@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 REFUSED = "Git user name and email must be configured"
@@ -109,10 +109,10 @@ def cut_down(repo: Path) -> None:
         params, found = re.subn(rf"^{key}: .*$", f"{key}: {value}", params, flags=re.MULTILINE)
         assert found == 1, key
     (repo / "params.yaml").write_text(params)
-    sources = (repo / "colintern" / "data" / "sources.py").read_text()
-    sources, found = re.subn(rf"^{PAGES}.*$", f"{PAGES}64, 10, 10", sources, flags=re.MULTILINE)
+    file = repo / "demo" / "dataset.py"
+    text, found = re.subn(rf"^{PAGES}.*$", f"{PAGES}64, 10, 10", file.read_text(), flags=re.MULTILINE)
     assert found == 1, PAGES
-    (repo / "colintern" / "data" / "sources.py").write_text(sources)
+    file.write_text(text)
 
 
 def set_up(repo: Repo) -> Repo:
@@ -211,7 +211,7 @@ def test_exp_run_runs_train_and_eval_alone(repo, experiment):
 
 def test_exp_run_writes_a_number_and_changes_the_metrics(repo, experiment):
     assert re.search(r"^lr: 3e-05$", (repo.path / "params.yaml").read_text(), re.MULTILINE)
-    lr = load(repo.path / "params.yaml").lr
+    lr = load_params(repo.path / "params.yaml").lr
     assert isinstance(lr, float) and lr == 3e-05
     committed = json.loads(repo.output("git show HEAD:metrics/train.json"))
     assert repo.metric("train")["loss"] != committed["loss"]
@@ -264,8 +264,8 @@ def test_plots_in_a_shallow_clone(shallow):
 def test_called_from_a_stage_of_another_project_this_one_is_run(repo, experiment, tmp_path):
     """DVC leaves the other project's DVC_ROOT in the environment."""
     (tmp_path / "dvc.yaml").write_text("stages: {model: {cmd: make -C ../colintern repro}}")
-    output = repo.output("dvc repro --force --single-item verify", DVC_ROOT=str(tmp_path), DVC_STAGE="model")
-    assert ran(output) == ["verify"]
+    output = repo.output("dvc repro --force --single-item check-params", DVC_ROOT=str(tmp_path), DVC_STAGE="model")
+    assert ran(output) == ["check-params"]
     repo.output("python -m stages.verify", DVC_ROOT=str(tmp_path), DVC_STAGE="model")
 
 
@@ -302,7 +302,7 @@ def test_a_queued_experiment_runs_to_success(repo, experiment):
     assert "page features: 0 computed, 74 of 74 pages in the cache" in logs, "the cache is found through DVC_ROOT too"
     rows = csv.DictReader(repo.output("dvc exp show --csv").splitlines())
     assert [float(row["lr"]) for row in rows if row["Experiment"] == name[1]] == [1e-3]
-    assert load(repo.path / "params.yaml").lr == 0.006, "a queued run leaves the workspace alone"
+    assert load_params(repo.path / "params.yaml").lr == 0.006, "a queued run leaves the workspace alone"
 
 
 def wait_until(repo: Repo, what: str, over: Callable[[str], bool]) -> str:

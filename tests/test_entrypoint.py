@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY = str(ROOT / "docker" / "entrypoint")
 STRANGER = 12345

@@ -18,7 +18,7 @@ from PIL import Image
 
 from colintern.data import formats
 from colintern.data.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
-from colintern.data.images import png_bytes
+from colintern.data.images import encode_png
 
 HUB_COLUMNS = [  # of vidore/colpali_train_set
     "image", "image_filename", "query", "answer", "source", "options", "page", "model", "prompt", "answer_type",
@@ -47,22 +47,23 @@ def test_a_page_of_many_rows_is_held_once_and_written_as_if_it_were_held_for_eac
     rows = [TrainingRow(page(n // 60), f"{n // 60}.png", f"question {n}", page="1") for n in range(230)]
     rows.append(TrainingRow(page(0), "again.png", "question", answer="a"))
     file = write_training_split(tmp_path, "train", rows)
-    schema = formats._schema({"image": formats.IMAGE_TYPE} | dict.fromkeys(formats.TEXT_COLUMNS, pa.string()))
+    schema = formats._build_schema({"image": formats.IMAGE_TYPE} | dict.fromkeys(formats.TEXT_COLUMNS, pa.string()))
     with pq.ParquetWriter(
         tmp_path / "plain.parquet", schema, version="2.6", compression="snappy", dictionary_pagesize_limit=2**30
     ) as writer:
-        for start in range(0, len(rows), formats.ROW_GROUP):
-            group = [vars(row) | {"image": formats._image(row.image, row.image_filename)} for row in rows[start:][:100]]
+        for start in range(0, len(rows), formats.ROWS_PER_GROUP):
+            group = [
+                vars(row) | {"image": {"bytes": row.image, "path": row.image_filename}} for row in rows[start:][:100]
+            ]
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
     assert file.read_bytes() == (tmp_path / "plain.parquet").read_bytes()
-    [table] = [
-        formats._table([{"image": formats._image(page(7), "x")}] * 100, pa.schema([("image", formats.PAGE_TYPE)]))
-    ]
+    image = {"bytes": page(7), "path": "x"}
+    table = formats._build_table([{"image": image}] * 100, pa.schema([("image", formats.SHARED_IMAGE_TYPE)]))
     assert table.nbytes < 2 * len(page(7)) + 100 * 16
 
 
 def page(shade: int) -> bytes:
-    return png_bytes(Image.new("L", (40 + shade, 30), shade))
+    return encode_png(Image.new("L", (40 + shade, 30), shade))
 
 
 def training_rows() -> list[TrainingRow]:
@@ -102,7 +103,7 @@ def test_training_set_is_read_by_datasets_as_images_and_strings(tmp_path: Path) 
 
 
 def test_a_page_asked_twice_is_stored_once(tmp_path: Path) -> None:
-    noise = png_bytes(Image.effect_noise((1200, 1200), 80))  # > 1 MB, above parquet's own dictionary limit
+    noise = encode_png(Image.effect_noise((1200, 1200), 80))  # > 1 MB, above parquet's own dictionary limit
     rows = [TrainingRow(noise, "noise.png", f"query {number}") for number in range(4)]
     path = write_training_split(tmp_path, "train", rows)
     assert len(noise) > 2**20
@@ -119,7 +120,7 @@ def test_more_rows_than_a_row_group_keep_their_order(tmp_path: Path) -> None:
 
 
 def test_large_pages_fill_a_row_group_before_it_is_too_large_to_be_read(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(formats, "GROUP_BYTES", 3 * len(page(1)))
+    monkeypatch.setattr(formats, "MAX_GROUP_BYTES", 3 * len(page(1)))
     rows = [TrainingRow(page(1), "one.png", f"question {number}") for number in range(7)]
     path = write_training_split(tmp_path, "train", rows)
     assert pq.ParquetFile(path).num_row_groups == 3

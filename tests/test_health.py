@@ -27,7 +27,7 @@ from colintern.monitoring.health import (
     format_health,
 )
 from colintern.monitoring.monitors import LossCurveMonitor, ThroughputMonitor, check_throughput, get_memory_share
-from colintern.params import load, load_recipe
+from colintern.params import load_params, load_recipe
 
 CURVES = sorted(FOLDER.glob("*.json"))
 PARAMS = dataclasses.replace(load_recipe(ROOT / "recipes" / "demo.yaml"), epochs=4, warmup_steps=10)
@@ -64,7 +64,7 @@ def test_a_recorded_run_is_judged_by_what_was_done_to_it(file):
 def test_more_digits_and_longer_logs_change_no_verdict(name):
     """Rows between, as with half the logging_steps, and rows left out."""
     found, judgement = judge(FOLDER / f"{name}-0.json")
-    params = dataclasses.replace(load(), **found["params"])
+    params = dataclasses.replace(load_params(), **found["params"])
     chance = judgement_chance(found)
     losses = [row for row in found["log"] if "loss" in row]
     rest = [row for row in found["log"] if "loss" not in row]

@@ -18,9 +18,9 @@ from pages import documented
 from test_dvc_commands import IDENTITY, STAGES, Repo, bare_environment, copy_working_tree, ran, set_up, skipped
 
 from colintern.data.formats import TrainingRow, write_training_split
-from colintern.data.images import png_bytes
-from colintern.params import load
-from demo.corpus import corpus
+from colintern.data.images import encode_png
+from colintern.params import load_params
+from demo.corpus import generate_corpus
 
 pytestmark = pytest.mark.integration
 RECIPE = ROOT / "recipes" / "internvl3_5-1b.yaml"
@@ -48,9 +48,9 @@ TASKS.append(mteb.get_task(V3).metadata)
 def write_task(folder: Path, number: int) -> None:
     """A data set as ViDoRe has it on the hub, all in one split. v1 and v2: three configurations; v2's queries say their
     language. v3: three configurations a language, ids that are text, judgements of two grades."""
-    pages = corpus("test", 4, 1, seed=number)
+    pages = generate_corpus("test", 4, 1, seed=number)
     ids = list(range(len(pages)))
-    images = [{"bytes": png_bytes(page.image), "path": page.name} for page in pages]
+    images = [{"bytes": encode_png(page.image), "path": page.name} for page in pages]
     queries = [page.queries[0] for page in pages]
     if folder.name == V3:
         names = list(map(str, ids))
@@ -82,10 +82,11 @@ def write_task(folder: Path, number: int) -> None:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    top, recipe = tmp_path_factory.mktemp("hub"), load(RECIPE)
+    top, recipe = tmp_path_factory.mktemp("hub"), load_params(RECIPE)
     for split, drawn, number in (("train", "train", ROWS), ("test", "dev", 4)):
         rows = [
-            TrainingRow(png_bytes(page.image), page.name, page.queries[0]) for page in corpus(drawn, number, 1, seed=0)
+            TrainingRow(encode_png(page.image), page.name, page.queries[0])
+            for page in generate_corpus(drawn, number, 1, seed=0)
         ]
         write_training_split(top / "train", split, rows)
     with running() as hub:
@@ -124,7 +125,7 @@ def repo(hub, tmp_path_factory):
 
 
 def test_the_manifest_names_every_data_set_at_its_commit(repo, hub):
-    manifest, recipe = json.loads((repo.path / "data/manifest.json").read_text()), load(RECIPE)
+    manifest, recipe = json.loads((repo.path / "data/manifest.json").read_text()), load_params(RECIPE)
     assert (manifest["base"]["folder"], manifest["base"]["revision"]) == (recipe.base, recipe.base_revision)
     [train] = manifest["train"]
     assert (train["folder"], train["revision"]) == (recipe.train_data, recipe.train_revision)
@@ -158,7 +159,7 @@ def test_the_recipe_trains_and_evaluates_without_another_word_to_the_hub(repo, h
 
 def test_the_adapter_names_its_base_as_others_find_it(repo):
     config = json.loads((repo.path / "experiments/colintern/adapter_config.json").read_text())
-    recipe = load(RECIPE)
+    recipe = load_params(RECIPE)
     assert (config["base_model_name_or_path"], config["revision"]) == (recipe.base, recipe.base_revision)
 
 

@@ -10,8 +10,8 @@ import pytest
 from conftest import EPS
 from PIL import Image
 
-from colintern.data.images import BadImage, decode, png_bytes, standard
-from colintern.modeling.images import rgb
+from colintern.data.images import InvalidImageError, decode_image, encode_png, normalize_image_bytes
+from colintern.modeling.images import to_rgb
 
 GREY = Image.fromarray((np.arange(1200).reshape(30, 40) // 5).astype(np.uint8))
 
@@ -37,7 +37,7 @@ def bomb(width: int, height: int) -> bytes:
 
 
 TWO_PAGES, ANIMATED = (encoded(GREY, kind, save_all=True, append_images=[GREY.rotate(90)]) for kind in ("TIFF", "GIF"))
-NOISE = png_bytes(Image.effect_noise((200, 200), 50))
+NOISE = encode_png(Image.effect_noise((200, 200), 50))
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ NOISE = png_bytes(Image.effect_noise((200, 200), 50))
     ids=["empty", "html", "zeros", "cut", "damaged", "cut jpeg", "float", "two pages", "cut tiff", "cut gif"],
 )
 def test_what_is_no_page_is_refused_with_its_reason(data, reason):
-    for read in (decode, standard):
-        with pytest.raises(BadImage, match=reason):
+    for read in (decode_image, normalize_image_bytes):
+        with pytest.raises(InvalidImageError, match=reason):
             read(data)
 
 
@@ -66,8 +66,8 @@ def test_what_is_no_page_is_refused_with_its_reason(data, reason):
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(width, height):
     data = bomb(width, height)
     assert len(data) < 190_000
-    with pytest.raises(BadImage, match=r"bomb|megapixels"):
-        decode(data)
+    with pytest.raises(InvalidImageError, match=r"bomb|megapixels"):
+        decode_image(data)
 
 
 def near(image: Image.Image, other: Image.Image, most: int = 2) -> bool:
@@ -91,22 +91,22 @@ def test_every_mode_gives_the_same_page():
         (encoded(page.convert("CMYK"), "TIFF"), page),
         (encoded(bits.convert("1"), "PNG"), bits.convert("RGB")),
     ):
-        assert decode(data).mode == "RGB"
-        assert near(decode(data), expected)
-        assert near(Image.open(io.BytesIO(standard(data))).convert("RGB"), expected)
+        assert decode_image(data).mode == "RGB"
+        assert near(decode_image(data), expected)
+        assert near(Image.open(io.BytesIO(normalize_image_bytes(data))).convert("RGB"), expected)
 
 
 def test_a_cmyk_jpeg_keeps_its_colours():
     red = Image.new("RGB", (32, 32), (200, 30, 30))
-    assert near(decode(encoded(red.convert("CMYK"), "JPEG", quality=95)), red, 6)
+    assert near(decode_image(encoded(red.convert("CMYK"), "JPEG", quality=95)), red, 6)
 
 
 def test_transparent_is_white_paper_not_black():
-    assert decode(encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0)), "PNG")).getpixel((1, 1)) == (255, 255, 255)
+    assert decode_image(encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0)), "PNG")).getpixel((1, 1)) == (255, 255, 255)
     cut = Image.new("RGB", (4, 4), "black")
     data = encoded(cut, "PNG", transparency=(0, 0, 0))
-    assert decode(data).getpixel((1, 1)) == (255, 255, 255)
-    assert decode(standard(data)).getpixel((1, 1)) == (255, 255, 255)
+    assert decode_image(data).getpixel((1, 1)) == (255, 255, 255)
+    assert decode_image(normalize_image_bytes(data)).getpixel((1, 1)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -121,14 +121,14 @@ def test_exif_orientation_is_honoured(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(stored, "JPEG", exif=exif, quality=95)
-    assert near(decode(data), upright, 40)
-    assert near(Image.open(io.BytesIO(standard(data))), upright, 40)
+    assert near(decode_image(data), upright, 40)
+    assert near(Image.open(io.BytesIO(normalize_image_bytes(data))), upright, 40)
 
 
 def test_what_needs_no_conversion_keeps_its_bytes():
-    for data in (png_bytes(GREY), encoded(GREY.convert("RGB"), "JPEG"), encoded(GREY, "PNG")):
-        assert standard(data) is data
-    assert standard(encoded(GREY, "BMP")).startswith(b"\x89PNG")
+    for data in (encode_png(GREY), encoded(GREY.convert("RGB"), "JPEG"), encoded(GREY, "PNG")):
+        assert normalize_image_bytes(data) is data
+    assert normalize_image_bytes(encoded(GREY, "BMP")).startswith(b"\x89PNG")
 
 
 LEVELS = np.asarray(GREY).astype(np.int64) * 255 // 239  # 0 to 255
@@ -194,8 +194,8 @@ def png_16(values: np.ndarray, significant: int | None = None) -> bytes:
 )  # fmt: skip
 def test_deep_grey_is_scaled_to_its_white(data):
     expected = Image.fromarray(LEVELS.astype(np.uint8)).convert("RGB")
-    assert near(decode(data), expected)
-    assert near(Image.open(io.BytesIO(standard(data))), expected)
+    assert near(decode_image(data), expected)
+    assert near(Image.open(io.BytesIO(normalize_image_bytes(data))), expected)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_deep_grey_is_scaled_to_its_white(data):
 def test_a_dark_page_is_scaled_by_what_its_file_says(data, white):
     value = int(np.asarray(Image.open(io.BytesIO(data))).max())
     value = 200 if data.startswith(b"P5") else value
-    assert abs(decode(data).getpixel((1, 1))[0] - value * 255 / white) <= 1
+    assert abs(decode_image(data).getpixel((1, 1))[0] - value * 255 / white) <= 1
 
 
 @pytest.mark.parametrize(
@@ -224,20 +224,22 @@ def test_a_dark_page_is_scaled_by_what_its_file_says(data, white):
     ],
 )
 def test_samples_without_a_known_scale_are_refused(data, reason):
-    with pytest.raises(BadImage, match=reason):
-        standard(data)
+    with pytest.raises(InvalidImageError, match=reason):
+        normalize_image_bytes(data)
 
 
 def test_colours_of_16_bits_and_lab_are_pages():
     colours = np.dstack([LEVELS, LEVELS[::-1], LEVELS[:, ::-1]])
-    assert near(decode(tiff((colours * 257).astype(np.uint16))), Image.fromarray(colours.astype(np.uint8)))
+    assert near(decode_image(tiff((colours * 257).astype(np.uint16))), Image.fromarray(colours.astype(np.uint8)))
     lab = encoded(Image.merge("LAB", [Image.new("L", (4, 4), level) for level in (255, 128, 128)]), "TIFF")
-    assert min(decode(lab).getpixel((1, 1))) > 250
+    assert min(decode_image(lab).getpixel((1, 1))) > 250
 
 
 def test_a_page_keeps_its_scale_outside_of_files():
-    assert near(rgb(Image.fromarray(LEVELS.astype(np.int32))), Image.fromarray(LEVELS.astype(np.uint8)).convert("RGB"))
-    assert rgb(Image.new("I;16", (4, 4))).getextrema() == ((0, 0),) * 3
+    assert near(
+        to_rgb(Image.fromarray(LEVELS.astype(np.int32))), Image.fromarray(LEVELS.astype(np.uint8)).convert("RGB")
+    )
+    assert to_rgb(Image.new("I;16", (4, 4))).getextrema() == ((0, 0),) * 3
 
 
 @pytest.mark.parametrize("place", [33, -12])  # after the header, and before the end
@@ -252,10 +254,10 @@ def test_a_page_keeps_its_scale_outside_of_files():
     ids=["zTXt", "iTXt", "81 MB", "profile"],
 )
 def test_a_png_with_much_text_is_a_page_that_any_program_opens(extra, place):
-    plain = png_bytes(GREY)
+    plain = encode_png(GREY)
     data = plain[:place] + extra + plain[place:]
-    assert near(decode(data), GREY.convert("RGB"))
-    stored = standard(data)
+    assert near(decode_image(data), GREY.convert("RGB"))
+    stored = normalize_image_bytes(data)
     assert len(stored) < 2 * len(plain) or stored is data  # a profile at the end is not read
     with Image.open(io.BytesIO(stored)) as image:
         assert near(image.convert("RGB"), GREY.convert("RGB"))
@@ -271,8 +273,8 @@ WMF = struct.pack("<IHhhhhHI", 0x9AC6CDD7, 0, 0, 0, 40, 30, 72, 0).ljust(22, b"\
     ids=["EPS", "EPS in DOS", "WMF", "PDF", "FITS", "MPEG", "GRIB"],
 )  # fmt: skip
 def test_no_program_is_started_for_what_is_no_picture(data, fake_gs):
-    for read in (decode, standard):
-        with pytest.raises(BadImage, match=r"not an image: .*; it must be one of PNG, JPEG"):
+    for read in (decode_image, normalize_image_bytes):
+        with pytest.raises(InvalidImageError, match=r"not an image: .*; it must be one of PNG, JPEG"):
             read(data)
     assert not fake_gs.exists()
     if data == EPS:  # else this test would not notice it

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -25,10 +26,10 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from colintern.core.errors import UserError
-from colintern.modeling.attention import implementation
+from colintern.modeling.attention import resolve_attn_implementation
 from colintern.modeling.kernels import select_build_files
 from colintern.params import load_recipe
-from colintern.preflight.checks import FAIL, PASS, WARN, RunFacts, check_attention
+from colintern.preflight.checks import FAIL, PASS, RUN_CHECKS, WARN, RunFacts
 from colintern.preflight.environment import probe_machine
 from colintern.storage.hub import Repo
 from colintern.storage.identity import fingerprint, stage_identity
@@ -140,7 +141,7 @@ def test_the_builds_that_fit_are_fetched_and_named_and_no_more(workspace):
 
 def params_of(workspace: Workspace, attention: str) -> None:
     with contextlib.chdir(workspace.path):
-        params(attention=check_attention, epochs=1)
+        params(attention=attention, epochs=1)
 
 
 def scores(metrics: dict) -> dict[str, float]:
@@ -223,7 +224,7 @@ def place(tmp_path, monkeypatch):
 
 def wrong(words: str, training: bool = False) -> None:
     with pytest.raises(UserError) as caught:
-        implementation(KERNEL, "float32", training)
+        resolve_attn_implementation(KERNEL, "float32", training)
     assert words in str(caught.value), caught.value
 
 
@@ -236,7 +237,7 @@ def test_a_flipped_byte_is_found_before_anything_is_imported(place):
     wrong(f"{file}: {before.st_size} bytes with sha256")
     assert not Path("ran").exists()
     place(counted=marker + COUNTED)
-    assert implementation(KERNEL, "float32", training=True).startswith("kernel-")
+    assert resolve_attn_implementation(KERNEL, "float32", training=True).startswith("kernel-")
     assert Path("ran").exists()
 
 
@@ -246,7 +247,7 @@ def test_another_byte_is_another_identity(place, monkeypatch):
     names, runs = [], []
     for more in ("", "# more\n"):
         place(counted=COUNTED + more)
-        names.append(implementation(KERNEL, "float32"))
+        names.append(resolve_attn_implementation(KERNEL, "float32"))
         runs.append(fingerprint(stage_identity("train", params)))
     other = dataclasses.replace(params, attention=f"{NAME}@{'c' * 40}")
     runs.append(fingerprint(stage_identity("train", other)))
@@ -257,12 +258,12 @@ def test_another_byte_is_another_identity(place, monkeypatch):
 @pytest.mark.parametrize(
     ("build", "metadata", "files", "words"),
     [
-        ("build/torch29-cxx11-cu126-x86_64-linux", {}, {}, "are: torch29-cxx11-cu126-x86_64-linux"),
+        ("build/torch29-cxx11-cu126-x86_64-linux", {}, {}, "torch29-cxx11-cu126-x86_64-linux"),
         ("build/torch-cuda", {"backend": {"type": "cuda"}}, {}, "its build torch-cuda needs a GPU"),
         (HERE, {"python-depends": ["einops"]}, {}, "requires Python dependency `einops`"),
         (HERE, {"kernels-minver": "99.0.0"}, {}, "requires kernels>=99.0.0"),
         (HERE, {"kernel-depends": [{"repo-id": "a/b", "version": 1}]}, {}, "needs others, a/b, which no revision"),
-        (HERE, {"backend": {"type": "cpx"}}, {}, "metadata.json: cannot be read: "),
+        (HERE, {"backend": {"type": "cpx"}}, {}, "the kernel cannot be used: "),
         (HERE, {}, {"counted": "import nothing_here"}, "ModuleNotFoundError: No module named 'nothing_here'"),
         (HERE, {}, {"__init__": "from .counted import flash_attn_varlen_func as f"}, "no flash_attn_func, and only"),
         (HERE, {}, {"counted": COUNTED.replace("is_causal=causal", "is_causal=False")}, "(causal=True) is "),
@@ -276,7 +277,7 @@ def test_a_kernel_that_cannot_work_is_refused(place, build, metadata, files, wor
 
 def test_a_kernel_without_gradient_evaluates_and_does_not_train(place):
     place(counted=COUNTED.replace("enable_gqa=True).transpose(1, 2)", "enable_gqa=True).transpose(1, 2).detach()"))
-    assert implementation(KERNEL, "float32")
+    assert resolve_attn_implementation(KERNEL, "float32")
     wrong("flash_attn_func has no gradient; it can evaluate, but not train", training=True)
 
 
@@ -288,7 +289,7 @@ def test_a_kernel_that_is_not_deterministic_is_refused_where_that_is_asked_for(p
 
 def test_under_autocast_a_kernel_gets_what_torchs_own_attention_would(place):
     place()
-    attend = ALL_ATTENTION_FUNCTIONS[implementation(KERNEL, "bfloat16", training=True)]
+    attend = ALL_ATTENTION_FUNCTIONS[resolve_attn_implementation(KERNEL, "bfloat16", training=True)]
     parts = [torch.randn(1, 2, 5, 8, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16)]
     with torch.autocast("cpu", torch.bfloat16):
         result, _ = attend(nn.Module(), *parts, None, scaling=0.5, is_causal=True)
@@ -297,7 +298,7 @@ def test_under_autocast_a_kernel_gets_what_torchs_own_attention_would(place):
 
 def test_without_flash_attn_nothing_else_takes_its_place():
     with pytest.raises(UserError, match="needs the package flash-attn"):
-        implementation("flash_attention_2", "bfloat16")
+        resolve_attn_implementation("flash_attention_2", "bfloat16")
 
 
 DEMO = load_recipe(ROOT / "recipes" / "demo.yaml")
@@ -308,16 +309,20 @@ def built(*names: str) -> list[str]:
     return [f"build/{name}/metadata.json" for name in names]
 
 
-def test_one_build_for_each_kind_of_processor_is_chosen(monkeypatch):
+def test_the_best_build_for_this_machine_is_chosen_without_bytecode(monkeypatch):
     monkeypatch.setattr("torch.__version__", "2.13.0+cu130")
     monkeypatch.setattr("torch.version.cuda", "13.0")
-    arm, intel = "torch213-cxx11-cu130-aarch64-linux", "torch213-cxx11-cu130-x86_64-linux"
-    others = ("torch212-cxx11-cu130-x86_64-linux", "torch213-cxx11-cu126-x86_64-linux", "torch213-cpu-x86_64-linux")
-    assert select_build_files(REPO, [*built(arm, *others, intel), "build/README.md", "README.md"]) == built(arm, intel)
-    stable = "torch-stable-abi210-cu130-x86_64-linux"
-    assert select_build_files(REPO, built(stable, intel)) == built(stable), "the better one of a kind"
-    with pytest.raises(UserError, match=r"none for torch 2\.13\.0 with CUDA 13\.0 on .*; there are: torch212-cxx11"):
-        select_build_files(REPO, built("tvm-unheard-of", *others[:1]))
+    cpu = platform.machine()
+    here, stable = f"torch213-cxx11-cu130-{cpu}-linux", f"torch-stable-abi210-cu130-{cpu}-linux"
+    old, others = (
+        f"torch212-cxx11-cu130-{cpu}-linux",
+        (f"torch213-cxx11-cu126-{cpu}-linux", "torch213-cxx11-cu130-m68k-linux"),
+    )
+    more = [f"build/{here}/__init__.pyc", "build/README.md", "README.md"]
+    assert select_build_files(REPO, [*built(old, *others, here), *more]) == built(here)
+    assert select_build_files(REPO, built(stable, here)) == built(stable), "the better one of two"
+    with pytest.raises(UserError, match=rf"has no build for this machine: {old}: Torch version"):
+        select_build_files(REPO, built("tvm-unheard-of", old))
 
 
 def test_a_missing_package_is_named(monkeypatch):
@@ -328,9 +333,9 @@ def test_a_missing_package_is_named(monkeypatch):
 
 def test_the_doctor_says_what_a_kernel_needs(place):
     facts = RunFacts(dataclasses.replace(DEMO, attention=KERNEL), {}, probe_machine())
-    assert check_attention(facts)[::2] == (WARN, "dvc repro fetch-data")
+    assert RUN_CHECKS["attention kernel"](facts)[::2] == (WARN, "dvc repro fetch-data")
     place()
-    assert check_attention(facts) == (PASS, f"{KERNEL}, every file by its hash")
+    assert RUN_CHECKS["attention kernel"](facts) == (PASS, f"{KERNEL}, every file by its hash")
     place("build/torch-cuda", {"backend": {"type": "cuda"}})
-    status, found, remedy = check_attention(facts)
+    status, found, remedy = RUN_CHECKS["attention kernel"](facts)
     assert (status, found, remedy) == (FAIL, f"{KERNEL} needs a GPU", "attention: auto")

@@ -1,5 +1,5 @@
-from colintern.statistics import language
-from colintern.statistics.language import languages
+from colintern.statistics import survey
+from colintern.statistics.survey import guess_languages
 
 QUESTIONS = {
     "en": "What does the table say about the revenue of {}?",
@@ -12,16 +12,16 @@ QUESTIONS = {
 
 def test_distinct_queries_are_counted_and_what_is_no_language_is_unknown():
     queries = [question.format(year) for question in QUESTIONS.values() for year in (2019, 2020, 2020)]
-    assert languages([*queries, "42", "x"]) == dict.fromkeys(QUESTIONS, 2) | {"unknown": 2}
+    assert guess_languages([*queries, "42", "x"]) == dict.fromkeys(QUESTIONS, 2) | {"unknown": 2}
 
 
 def test_of_many_queries_evenly_spread_ones_are_looked_at(monkeypatch):
-    monkeypatch.setattr(language, "SAMPLE", 40)
+    monkeypatch.setattr(survey, "MAX_LANGUAGE_QUERIES", 40)
     queries = [question.format(year) for question in QUESTIONS.values() for year in range(1000, 1020)]
-    found = languages(queries)
-    assert found == languages(queries) and sum(found.values()) == 34, "every third of 100"
+    found = guess_languages(queries)
+    assert found == guess_languages(queries) and sum(found.values()) == 34, "every third of 100"
     assert set(found) == set(QUESTIONS)
 
 
 def test_no_queries_have_no_language():
-    assert languages([]) == {}
+    assert guess_languages([]) == {}

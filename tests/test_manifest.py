@@ -15,10 +15,8 @@ from huggingface_hub import constants
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.core.recipes import render_recipe
-from colintern.data import index
-from colintern.data.index import INDEX
-from colintern.data.trainset import asked, training_data
-from colintern.params import load
+from colintern.data.training_set import ROW_INDEX, get_training_data_params, load_training_data, read_row_index
+from colintern.params import load_params
 from colintern.storage import hub
 from colintern.storage.digests import Digests
 from colintern.storage.hub import Repo
@@ -47,7 +45,7 @@ def fetched(tmp_path, monkeypatch):
         Path(name).write_bytes(b"pages")
     manifest = {
         "base": hash_local_files("demo/base", (".json", ".safetensors"))._asdict(),
-        "made_for": asked(load()),
+        "made_for": get_training_data_params(load_params()),
         "train": [hash_local_files("data/demo/train", (".parquet",))._asdict()],
         "train_corpus": None,
         "negatives": None,
@@ -58,9 +56,9 @@ def fetched(tmp_path, monkeypatch):
 
 
 def test_what_is_whole_is_found(fetched):
-    assert ensure_base(load()) == "demo/base"
+    assert ensure_base(load_params()) == "demo/base"
     found = ("demo", Path("data/demo/train"), ["data/train-0.parquet"], 1)
-    assert training_data(load()) == ([found], None, None)
+    assert load_training_data(load_params()) == ([found], None, None)
     assert ensure_benchmark("demo") == Path("data/demo/beir")
 
 
@@ -83,7 +81,7 @@ def test_a_cached_file_that_is_no_regular_file_is_never_opened_and_named(tmp_pat
 def test_a_missing_page_file_is_named(fetched):
     Path("data/demo/train/data/train-0.parquet").unlink()
     with pytest.raises(UserError, match=r"train-0\.parquet: missing.*dvc repro -f fetch-data"):
-        training_data(load())
+        load_training_data(load_params())
 
 
 def test_one_flipped_bit_is_found(fetched):
@@ -97,14 +95,14 @@ def test_a_changed_base_is_found(fetched):
         file.seek(5000)
         file.write(b"\x00\x01\x02\x03")
     with pytest.raises(UserError, match=r"model\.safetensors.*changed"):
-        ensure_base(load())
+        ensure_base(load_params())
 
 
 @pytest.mark.parametrize("key", ["train_data", "train_corpus", "negatives_file"])
 def test_a_manifest_of_other_training_data_is_refused(fetched, key):
-    params = replace(load(), **{key: "data/own/docs"})
+    params = replace(load_params(), **{key: "data/own/docs"})
     with pytest.raises(UserError, match=rf"{key}: 'data/own/docs' is not the one in .*; run: dvc repro"):
-        training_data(params)
+        load_training_data(params)
 
 
 def test_an_untracked_base_is_found_from_the_copy_dvc_makes_for_an_experiment(fetched, tmp_path, monkeypatch):
@@ -118,7 +116,7 @@ def test_an_untracked_base_is_found_from_the_copy_dvc_makes_for_an_experiment(fe
         (copy / "data" / "manifest.json").write_text(json.dumps(fetched))
         (copy / "params.yaml").write_text(text)
         monkeypatch.chdir(copy)
-        assert ensure_base(load()) == f"{tmp_path}/own/base"
+        assert ensure_base(load_params()) == f"{tmp_path}/own/base"
 
 
 def test_the_project_is_found_in_a_sub_folder_and_from_a_stage_of_another_one(tmp_path, monkeypatch):
@@ -140,7 +138,7 @@ def test_an_entry_that_points_outside_is_refused(fetched, name):
     entry["files"] = {name: next(iter(entry["files"].values()))}
     Path("data/manifest.json").write_text(json.dumps(fetched))
     with pytest.raises(UserError, match="points outside"):
-        training_data(load())
+        load_training_data(load_params())
 
 
 def test_an_unknown_local_benchmark_is_refused(fetched):
@@ -164,10 +162,10 @@ def test_a_stage_run_by_hand_without_its_inputs_says_what_to_run(fetched, stage)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"base": 1}', "[" * 100_000, "\0", '{"demo": 3}'])
-@pytest.mark.parametrize("name", [MANIFEST, QUARANTINE, SURVEY, INDEX])
+@pytest.mark.parametrize("name", [MANIFEST, QUARANTINE, SURVEY, ROW_INDEX])
 def test_a_damaged_file_of_fetch_data_names_the_stage_that_makes_it_again(fetched, name, text):
     if (name, text) == (SURVEY, "{}"):
         return  # of no data sets
     Path(name).write_text(text)
     with pytest.raises(UserError, match=f"{name}: damaged: .*; make it again: dvc repro -f fetch-data"):
-        index.read() if name == INDEX else read_data_file(name)
+        read_row_index() if name == ROW_INDEX else read_data_file(name)

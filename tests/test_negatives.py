@@ -19,13 +19,13 @@ from test_training import TARGETS
 from colintern.core.errors import UserError
 from colintern.core.recipes import render_recipe
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
-from colintern.data.images import png_bytes
+from colintern.data.images import encode_png
 from colintern.encoding.page_features import Page
-from colintern.ingest.scan import held_out
+from colintern.ingest.scan import select_dev_pages
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from colintern.params import load
+from colintern.params import load_params
 from colintern.training.mining import MiningLimits, TopKAccumulator, filter_negatives
 from colintern.training.pairs import MinedNegatives, TrainingPair, read_mined_negatives, write_mined_negatives
 
@@ -38,7 +38,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     shutil.copytree(BASE, "demo/base")
-    page = CorpusPage(0, png_bytes(page_image("a page of the test set")), "0.png")
+    page = CorpusPage(0, encode_png(page_image("a page of the test set")), "0.png")
     write_beir(Path("data/own/beir"), [page], [Query(0, "a query")], [Qrel(0, 0)])
 
 
@@ -134,7 +134,7 @@ def test_a_bad_row_costs_one_row():
     for number, (_, reason) in enumerate(BAD, start=45):
         assert bad[QUERIES, f"data/train-00000-of-00001.parquet:{number}"].startswith(reason)
     assert sum(map(len, load_pairs().values())) == 45
-    shown = {page.key for row in load_pairs(replace(load(), negatives=50))["train"] for page in row.negatives}
+    shown = {page.key for row in load_pairs(replace(load_params(), negatives=50))["train"] for page in row.negatives}
     assert key(50) in shown and hashlib.sha256(PAGES[59][:400]).hexdigest() not in shown
 
 
@@ -212,8 +212,8 @@ def test_a_file_reads_as_it_was_written(tmp_path):
 
 def test_held_out_is_a_fiftieth_by_hash():
     keys = [f"{number:064x}" for number in range(200)]
-    assert held_out([*keys, *keys]) == set(keys[:4])
-    assert held_out(keys[:3]) == {keys[0]}
+    assert select_dev_pages([*keys, *keys]) == set(keys[:4])
+    assert select_dev_pages(keys[:3]) == {keys[0]}
 
 
 def test_mined_negatives_train(tmp_path):

@@ -15,6 +15,8 @@ from colintern.storage import isolation, parallel
 from colintern.storage.isolation import CallLimits, Failure, IsolatedPool, try_call
 from colintern.storage.parallel import parallel_map
 
+pytestmark = pytest.mark.integration
+
 
 def where(number: int) -> tuple[int, int]:
     return number * number, os.getpid()

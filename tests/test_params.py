@@ -18,9 +18,9 @@ from huggingface_hub.utils import validate_repo_id
 from colintern.core import rules
 from colintern.core.errors import UserError, exit_on_user_error
 from colintern.core.recipes import render_recipe
-from colintern.core.rules import mixture
+from colintern.core.rules import parse_mixture
 from colintern.core.terminal import print_coloured
-from colintern.params import HINTS, MAX_DIGITS, Params, load
+from colintern.params import MAX_DIGITS, TYPES, Params, load_params
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = render_recipe(ROOT / "recipes" / "demo.yaml")
@@ -46,7 +46,7 @@ def changed(**values: str) -> str:
 
 def load_text(text: str | bytes) -> Params:
     Path("params.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    return load()
+    return load_params()
 
 
 def refusal(text: str | bytes) -> str:
@@ -221,8 +221,8 @@ def test_what_the_hub_takes_for_no_id_is_a_path(name: str) -> None:
 
 
 def test_a_mixture_is_sets_with_whole_weights() -> None:
-    assert mixture("demo") == [("demo", 1)]
-    assert mixture("demo + data/own/c++ docs*3") == [("demo", 1), ("data/own/c++ docs", 3)]
+    assert parse_mixture("demo") == [("demo", 1)]
+    assert parse_mixture("demo + data/own/c++ docs*3") == [("demo", 1), ("data/own/c++ docs", 3)]
     assert load_text(changed(train_data="demo*2 + org/name", train_revision=SHA)).train_data == "demo*2 + org/name"
     assert "names 2 hub ids" in refusal(changed(train_data="org/one + org/two", train_revision=SHA))
 
@@ -293,16 +293,16 @@ def test_what_is_not_a_yaml_mapping_is_refused_by_file_name(text: str | bytes) -
 
 def test_what_cannot_be_read_is_refused_by_name(folder: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.yaml: cannot be read: No such file.*go to the repository root"):
-        load("nowhere.yaml")
+        load_params("nowhere.yaml")
     with pytest.raises(UserError, match="demo: cannot be read: Is a directory"):
-        load(folder / "demo")
+        load_params(folder / "demo")
 
 
 def test_a_program_exits_with_2_and_one_message(folder: Path) -> None:
     (folder / "params.yaml").write_text(changed(lr="7") + "größe: 3\n", encoding="utf-8")
     program = (
-        "from colintern.core.errors import exit_on_user_error\nfrom colintern.params import load\n"
-        "with exit_on_user_error():\n    load()\n"
+        "from colintern.core.errors import exit_on_user_error\nfrom colintern.params import load_params\n"
+        "with exit_on_user_error():\n    load_params()\n"
     )
     # An ASCII terminal must get the message too, not a UnicodeEncodeError.
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii:backslashreplace"}
@@ -379,7 +379,7 @@ def test_nothing_reads_params_with_pyyaml() -> None:
     assert not offences
 
 
-BOUNDED = [key for key, hint in HINTS.items() if (get_args(hint) or (hint,))[0] in (int, int | str, bool | int)]
+BOUNDED = [key for key, hint in TYPES.items() if (get_args(hint) or (hint,))[0] in (int, int | str, bool | int)]
 
 
 @pytest.mark.parametrize("digits", [11, 400])

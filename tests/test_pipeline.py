@@ -34,7 +34,7 @@ import colintern
 from colintern.core.errors import UserError
 from colintern.core.imports import OBSERVERS, find_module, get_package, list_imports
 from colintern.encoding import page_features
-from colintern.ingest import own as user_documents
+from colintern.ingest import user_documents
 from colintern.search import index as search_index
 from colintern.storage.identity import code_hashes, content_hash, stage_code
 
@@ -159,8 +159,8 @@ def test_a_module_that_does_not_exist_is_refused():
             {"encoding/fp8", "modeling/processing_colintern", "data/images"},
             {"scoring/maxsim", "training/loss"},
         ),
-        (user_documents, {"ingest/pdfs", "ingest/jsonl", "ingest/rendering", "data/formats"}, {"storage/hub"}),
-        (search_index, {"modeling/modeling_colintern", "encoding/embed", "ingest/rendering"}, {"training/loss"}),
+        (user_documents, {"ingest/pdfs", "ingest/jsonl", "ingest/pdf_rendering", "data/formats"}, {"storage/hub"}),
+        (search_index, {"modeling/modeling_colintern", "encoding/embed", "ingest/pdf_rendering"}, {"training/loss"}),
     ],
 )
 def test_a_cache_depends_on_the_code_that_made_its_entries(module, reached, not_reached):
@@ -286,7 +286,6 @@ PRIVATE = {
     "_scaled_dot_product_flash_attention": "torch",
     "_scaled_dot_product_flash_attention_backward": "torch",
     "_softmax_backward_data": "torch",
-    "_tree_cache": "huggingface-hub",
     "_trial_id": "optuna",
     "_unsafe_view": "torch",
 }

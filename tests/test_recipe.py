@@ -13,7 +13,7 @@ import pytest
 from pages import documented, words
 
 from colintern.core.recipes import TEMPLATE, render_recipe
-from colintern.params import Params, load, load_recipe
+from colintern.params import Params, load_params, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if path.stem != TEMPLATE]
@@ -88,7 +88,7 @@ def test_every_recipe_is_valid_and_opens_with_its_description(
     (tmp_path / "demo" / "base").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(render_recipe(path))
-    load()
+    load_params()
     assert re.match(r"# \w.{20,}", path.read_text(encoding="utf-8"))
 
 

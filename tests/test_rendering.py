@@ -9,13 +9,15 @@ from pdf_writer import inflating, stream, write_objects, write_odd_page, write_p
 from test_own import DOCS, bad_rows, handbook
 
 from colintern.ingest import pdfs
-from colintern.ingest.checks import check_share, quarantine
-from colintern.ingest.collected import Collected, Shelf
-from colintern.ingest.own import make
-from colintern.ingest.rendering import LIMITS, MAX_TEXT
+from colintern.ingest.documents import ImageStore, RawDocuments
+from colintern.ingest.pdf_rendering import LIMITS, MAX_TEXT_CHARACTERS
+from colintern.ingest.user_documents import convert_documents
+from colintern.ingest.validation import check_bad_fraction, collect_quarantine
 from colintern.search import sources as searched
 from colintern.storage import isolation
 from colintern.storage.isolation import CallLimits
+
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
@@ -58,8 +60,8 @@ def write_inflating(path: Path) -> None:
 
 def pages_and_reasons(folder: Path, shelf: Path, kind: str = "pages") -> tuple[set[str], dict[str, str]]:
     shelf.mkdir(exist_ok=True)
-    found = pdfs.collect(folder, Shelf(shelf))
-    return set(found.pages), {bad.where: bad.reason for bad in found.bad if bad.kind == kind}
+    found = pdfs.read_pdf_folder(folder, ImageStore(shelf))
+    return set(found.pages), {bad.where: bad.reason for bad in found.invalid_rows if bad.kind == kind}
 
 
 def test_a_page_that_takes_too_long_is_left_out_and_the_next_is_there(folder, tmp_path, monkeypatch):
@@ -80,9 +82,12 @@ def test_a_page_that_takes_too_much_memory_is_left_out_of_data_and_search(folder
     write_odd_page(folder / "cropbox.pdf", page="/CropBox [1000 1000 1100 1100]")
     pages, reasons = pages_and_reasons(folder, tmp_path / "shelf")
     assert pages == {"cropbox.pdf#page=2", "large.pdf#page=2"}
-    found, bad = searched.sources(folder)
+    found, bad = searched.list_sources(folder)
     assert len(found) == 4 and not bad
-    assert [source.name for source, _ in searched.images(found, bad)] == ["cropbox.pdf, page 2", "large.pdf, page 2"]
+    assert [source.name for source, _ in searched.render_sources(found, bad)] == [
+        "cropbox.pdf, page 2",
+        "large.pdf, page 2",
+    ]
     assert [one.where for one in bad] == ["cropbox.pdf, page 1", "large.pdf, page 1"]
     assert [one.reason for one in bad] == list(reasons.values()) and "memory" in bad[1].reason
 
@@ -117,7 +122,7 @@ def test_what_pdfium_raises_for_a_page_or_a_file_costs_that_alone(folder, tmp_pa
     assert reasons.keys() == expected.keys()
     assert all(re.search(pattern, reasons[where]) for where, pattern in expected.items()), reasons
     _, texts = pages_and_reasons(folder, tmp_path / "shelf", "text layers")
-    assert texts == {"wordy.pdf#page=1": f"its text has 110,000 characters, of which {MAX_TEXT:,} are read"}
+    assert texts == {"wordy.pdf#page=1": f"its text has 110,000 characters, of which {MAX_TEXT_CHARACTERS:,} are read"}
 
 
 def write_outline(path: Path, *entries: str, catalog: str = "/Outlines 8 0 R") -> None:
@@ -140,7 +145,7 @@ def test_an_outline_entry_that_is_no_good_costs_that_entry(folder, capsys):
         folder / "titles.pdf", "/Title <FEFFD83D> /Dest [5 0 R /Fit]", "/Title <FEFFDE00> /Dest [5 0 R /Fit]",
         "/Title <FEFF00> /Dest [5 0 R /Fit]", "/Title (\xff\xfe\x80) /Dest [5 0 R /Fit]", "/Dest [5 0 R /Fit]",
     )  # fmt: skip
-    own = make(DOCS, pdfs.collect)
+    own = convert_documents(DOCS, pdfs.read_pdf_folder)
     assert own.summary["kinds"] == {"heading": 1} and own.summary["rows"] == {"pages": 10, "outline entries": 12}
     expected = {
         "beyond.pdf, outline entry 1": "points at page 58; the file has 2",
@@ -153,21 +158,21 @@ def test_an_outline_entry_that_is_no_good_costs_that_entry(folder, capsys):
     assert all(reason.startswith(expected[where]) for where, reason in bad_rows(own).items())
     assert bad_rows(own).keys() == expected.keys()
     assert "6 bad of 12 outline entries" in capsys.readouterr().out
-    check_share(*quarantine({}, {DOCS: own}), most=0)
+    check_bad_fraction(collect_quarantine({}, {DOCS: own}), 0)
 
 
 def test_pages_are_the_same_in_one_process_and_in_several(folder, tmp_path, monkeypatch):
     handbook(folder)
 
-    def collected(processes: int) -> Collected:
+    def collected(processes: int) -> RawDocuments:
         monkeypatch.setattr(os, "cpu_count", lambda: processes)
         shelf = tmp_path / str(processes)
         shelf.mkdir()
-        return pdfs.collect(folder, Shelf(shelf))
+        return pdfs.read_pdf_folder(folder, ImageStore(shelf))
 
     monkeypatch.setattr(isolation, "SECOND_WORKER_DELAY_SECONDS", 0.0)
     one, several = collected(1), collected(3)
     assert [(name, page.key) for name, page in one.pages.items()] == [
         (n, page.key) for n, page in several.pages.items()
     ]
-    assert one.asks == several.asks and len(one.pages) == 60
+    assert one.pairs == several.pairs and len(one.pages) == 60

@@ -80,7 +80,7 @@ def test_code_of_a_hub_repository_is_never_run():
 def test_kernels_of_the_hub_come_from_checked_folders_alone():
     files = [file for folder in ("colintern", "stages", "bench") for file in (ROOT / folder).rglob("*.py")]
     using = [file for file in files if re.search(r"(?m)^\s*(from|import) kernels\b", file.read_text())]
-    assert using == [ROOT / "colintern" / "storage" / "kernels.py"]
+    assert using == [ROOT / "colintern" / "modeling" / "kernels.py"]
     words = set(re.findall(r"\w+", using[0].read_text()))
     assert "get_local_kernel" in words
     assert not words & {"get_kernel", "get_locked_kernel", "load_kernel", "install_kernel", "has_kernel"}

@@ -1,12 +1,13 @@
 """Parquet sets with real faults in their rows: what costs a row, what stops the run, and what is never read (D1-D8)."""
 
+import io
 import json
 import re
 import shutil
 import subprocess
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,23 +15,30 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import IRREGULAR, ROOT, load_pairs, page_image
 from pdf_writer import write_pdf
-from processes import program
+from test_images import bomb
 
+from colintern.commands import data as data_command
 from colintern.core.errors import UserError
 from colintern.core.recipes import render_recipe
-from colintern.data.benchmarks import _folder_task
-from colintern.data.formats import TABLES, CorpusPage, Qrel, Query, check_beir, write_beir
-from colintern.data.images import png_bytes
-from colintern.ingest.checks import check_benchmarks, check_judgements
-from colintern.ingest.collected import MAX_QUERY_CHARACTERS
-from colintern.ingest.scan import Part, look
-from colintern.ingest.splits import by_name
-from colintern.params import load
-from colintern.statistics.survey import survey
-from colintern.storage.manifest import hash_local_file, hash_local_files
+from colintern.data.formats import BEIR_TABLES, CorpusPage, Qrel, Query, check_beir_layout, write_beir
+from colintern.data.images import encode_png
+from colintern.ingest import scan
+from colintern.ingest.documents import MAX_QUERY_CHARACTERS
+from colintern.ingest.scan import DatasetSplit, scan_rows
+from colintern.ingest.sources import group_files_by_split
+from colintern.ingest.validation import check_benchmarks, validate_judgments
+from colintern.params import load_params
+from colintern.statistics.dataset_stats import MEASURES, format_stats, load_dataset_stats, summarize_stats
+from colintern.statistics.survey import survey_rows
+from colintern.storage.manifest import ensure_benchmark, hash_local_file, hash_local_files
+from stages import fetch_data as stage
 
+pytestmark = pytest.mark.integration
 SET, BEIR = "data/own/set", "data/own/beir"
-PAGES = [png_bytes(page_image(f"page {number}")) for number in range(60)]
+TRAIN_FILE, DEV_FILE = (Path(SET, f"{split}-00000-of-00001.parquet") for split in ("train", "test"))
+TRAIN_SPLIT = DatasetSplit(SET, "train", Path(SET), (TRAIN_FILE.name,))
+BEIR_SPLIT = DatasetSplit(BEIR, "test", Path(BEIR), ("corpus/test-00000-of-00001.parquet",))
+PAGES = [encode_png(page_image(f"page {number}")) for number in range(60)]
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +55,8 @@ def folder(tmp_path, monkeypatch):
 def write_params(**values: object) -> None:
     text = render_recipe(ROOT / "recipes" / "demo.yaml")
     text = text.replace("train_data: demo\n", f"train_data: {values.pop('train_data', SET)}\n")
-    text = text.replace("- demo\n", f"- {BEIR}\n")
+    benchmarks = values.pop("benchmarks", (BEIR,))
+    text = text.replace("- demo\n", "".join(f"- {name}\n" for name in benchmarks))
     for key, value in values.items():
         text = text.replace(f"\n{key}: 0.01\n", f"\n{key}: {value}\n")
     Path("params.yaml").write_text(text)
@@ -79,11 +88,39 @@ def write_eval(pages: range) -> None:
 
 
 def fetch_data() -> "subprocess.CompletedProcess[str]":
-    return program("stages.fetch_data")
+    """Run the stage in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            stage.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return subprocess.CompletedProcess("fetch-data", code, out.getvalue(), err.getvalue())
+
+
+def fetched() -> str:
+    """Run the stage, which must succeed, and return what it prints."""
+    done = fetch_data()
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def refused(message: str) -> None:
+    """Run the stage, which must refuse the data."""
+    done = fetch_data()
+    assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
 
 
 def quarantine() -> list[dict]:
     return json.loads(Path("data/quarantine.json").read_text())["rows"]
+
+
+def dev_and_train() -> dict:
+    return {split: [pair.query for pair in pairs] for split, pairs in load_pairs().items()}
+
+
+def stats() -> dict:
+    return load_dataset_stats(load_params().max_visual_tokens)
 
 
 CASES = [
@@ -97,6 +134,7 @@ CASES = [
     ({"query": ""}, "query is empty"),
     ({"query": " \t\u2003"}, "query is empty"),
     ({"query": None}, "query is not text"),
+    ({"image": {"bytes": bomb(14_000, 14_000), "path": "b.png"}}, "image: decompression bomb"),
 ]
 
 
@@ -106,144 +144,108 @@ def test_each_bad_row_costs_one_row_and_is_named():
     bad = [row(n) | change for n, (change, _) in enumerate(CASES)]
     long = {"query": "word " * 10_000} | {"image": row(0)["image"]}
     right_to_left = row(1) | {"query": "ما هو المبلغ؟ 📄"}
-    write_rows("train", [*bad[:5], *map(row, range(10, 30)), long, right_to_left, *bad[5:]])
+    write_rows("train", [*bad[:5], *map(row, range(11, 30)), long, right_to_left, *bad[5:]])
     write_params(max_bad_fraction=0.3)
-    done = fetch_data()
-    assert done.returncode == 0, done.stderr
-    assert "10 of 47 rows in data/quarantine.json" in done.stdout  # 32 training, 5 dev, 10 pages of the benchmark
-    places = [f"train-00000-of-00001.parquet:{n}" for n in (*range(5), *range(27, 32))]
+    assert "11 of 47 rows in data/quarantine.json" in fetched()  # 32 training, 5 dev, 10 pages of the benchmark
+    places = [f"{TRAIN_FILE.name}:{n}" for n in (*range(5), *range(26, 32))]
     assert [(entry["source"], entry["row"]) for entry in quarantine()] == [(SET, place) for place in places]
     for entry, (_, reason) in zip(quarantine(), CASES, strict=True):
         assert entry["reason"].startswith(reason)
-    queries = [row.query for row in load_pairs()["train"]]
-    assert queries == [f"question {n}" for n in range(10, 30)] + [long["query"], right_to_left["query"]]
+    queries = dev_and_train()["train"]
+    assert queries == [f"question {n}" for n in range(11, 30)] + [long["query"], right_to_left["query"]]
     processor = ColIntern3_5Processor.from_pretrained("demo/base", max_visual_tokens=96, max_query_tokens=64)
     assert processor.process_queries(queries[-2:])["input_ids"].shape == (2, 64)
-    assert processor.count_cut(queries) == 1
+    assert processor.count_truncated(queries) == 1
 
 
 def test_too_many_bad_rows_stop_the_run_and_are_named_all_the_same():
     write_rows("train", [row(0) | {"query": ""}, *map(row, range(1, 40))])
-    done = fetch_data()
-    assert done.returncode == 2
-    assert f"{SET}: 1 of 45 rows cannot be used, more than max_bad_fraction: 0.01" in done.stderr
-    assert "train-00000-of-00001.parquet:0: query is empty: ''" in done.stderr
-    assert len(quarantine()) == 1
-    assert not Path("data/manifest.json").exists()
-
-
-def test_the_list_is_there_when_it_is_empty():
-    assert fetch_data().returncode == 0
-    assert quarantine() == []
-
-
-def test_a_decompression_bomb_in_a_row_is_refused_and_named():
-    from test_images import bomb
-
-    write_rows("train", [row(0) | {"image": {"bytes": bomb(14_000, 14_000), "path": "b.png"}}, *map(row, range(1, 40))])
-    write_params(max_bad_fraction=0.05)
-    assert fetch_data().returncode == 0
-    [entry] = quarantine()
-    assert entry["reason"].startswith("image: decompression bomb")
+    message = f"{SET}: 1 of 45 rows cannot be used, more than max_bad_fraction: 0.01"
+    refused(rf"(?s){message}.*{TRAIN_FILE.name}:0: query is empty: ''")
+    assert len(quarantine()) == 1 and not Path("data/manifest.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("train", "dev", "evaluation", "message"),
+    ("train", "dev", "evaluation", "small", "message"),
     [
-        (range(0, 41), range(40, 45), range(45, 55), rf"in {SET} \(train\), .*:40, and in {SET} \(dev\), .*:0 "),
-        (range(0, 40), range(40, 46), range(45, 55), rf"in {SET} \(dev\), .*:5, and in {BEIR} \(test\), corpus/.*:0 "),
-        (range(0, 40), range(40, 45), range(38, 55), rf"in {SET} \(train\), .*:38, and in {BEIR} \(test\), .*:0 \(2 "),
+        (range(0, 41), range(40, 45), range(45, 55), None, rf"in {SET} \(train\), .*:40, and in {SET} \(dev\), .*:0 "),
+        (range(40), range(40, 46), range(45, 55), None, rf"in {SET} \(dev\), .*:5, and in {BEIR} .*, corpus/.*:0 "),
+        (range(40), range(40, 45), range(38, 55), None, rf"in {SET} \(train\), .*:38, and in {BEIR} .*:0 \(2 "),
+        (range(40), range(40, 45), range(45, 55), range(43, 48), r"in data/own/small \(train\)"),
     ],
-    ids=["train and dev", "dev and evaluation", "train and evaluation"],
-)
-def test_a_page_in_two_splits_is_refused_with_both_places(train, dev, evaluation, message):
+    ids=["train and dev", "dev and evaluation", "train and evaluation", "two sets of a mixture"],
+)  # fmt: skip
+def test_a_page_in_two_splits_is_refused_with_both_places(train, dev, evaluation, small, message):
     write_set(train, dev)
     write_eval(evaluation)
-    done = fetch_data()
-    assert done.returncode == 2
-    assert re.search(f"the same page is {message}", done.stderr), done.stderr
+    if small:
+        write_set(small, range(58, 59), "data/own/small")
+        write_params(train_data=f"{SET} + data/own/small*3")
+    refused(f"the same page is {message}")
     assert not Path("data/manifest.json").exists()
 
 
 def test_a_mixture_shows_the_rows_of_a_set_as_often_as_its_weight_says():
-
     write_set(range(55, 58), range(58, 59), "data/own/small")
     write_params(train_data=f"{SET} + data/own/small*3")
-    done = fetch_data()
-    assert done.returncode == 0, done.stderr
-    found = {split: [row.query for row in some] for split, some in load_pairs().items()}
-    queries = found["train"]
-    assert len(queries) == 40 + 3 * 3
-    assert queries.count("question 56") == 3 and queries.count("question 7") == 1
+    fetched()
+    assert quarantine() == [], "the list is there when it is empty"
+    found = dev_and_train()
+    assert len(found["train"]) == 40 + 3 * 3
+    assert found["train"].count("question 56") == 3 and found["train"].count("question 7") == 1
     assert found["test"].count("question 58") == 1, "the dev set is not weighted"
     assert found["test"][:2] == ["question 40", "question 58"], "the sets take turns"
 
 
-def test_a_leak_between_two_sets_of_a_mixture_is_found():
-    write_set(range(43, 48), range(58, 59), "data/own/small")
-    write_params(train_data=f"{SET} + data/own/small*3")
-    done = fetch_data()
-    assert done.returncode == 2
-    assert "the same page is in data/own/small (train)" in done.stderr
-
-
-EVALUATION_FAULTS = {
-    "corpus": ({"image": {"bytes": b"<html>", "path": "1.png"}}, "corpus/.*:0: image: not an image"),
-    "queries": ({"query": "  "}, "query 45: query is empty"),
-    "qrels": ({"corpus-id": 999}, "qrels: the page '999' of query '45' is not in the corpus"),
-}
-
-
-def rewritten(part: str, rows: Callable[[list[dict]], list[dict]]) -> None:
+def rewrite(part: str, change: Callable[[list[dict]], list[dict]], **options: object) -> Path:
+    """Write the rows of a table of the evaluation set again; `schema=True` keeps the types of its columns."""
     [path] = Path(BEIR, part).glob("*.parquet")
     table = pq.read_table(path)
-    pq.write_table(pa.Table.from_pylist(rows(table.to_pylist())), path)
+    schema = table.schema if options.get("schema") else None
+    pq.write_table(pa.Table.from_pylist(change(table.to_pylist()), schema=schema), path)
+    return path
 
 
 @pytest.mark.parametrize(
-    ("part", "rows", "message"),
+    ("part", "change", "message"),
     [
         ("corpus", lambda rows: [*rows, rows[3]], "corpus-id 48 is in 2 rows"),
         ("queries", lambda rows: [*rows, rows[3]], "query-id 48 is in 2 rows"),
+        ("queries", lambda rows: [rows[0] | {"query": "  "}, *rows[1:]], "query 45: query is empty"),
+        ("qrels", lambda rows: [rows[0] | {"corpus-id": 999}, *rows[1:]], "'999' of query '45' is not in the corpus"),
+        ("qrels", lambda rows: rows[1:], "query 45: no qrel names a page for it"),
         ("qrels", lambda rows: [rows[0] | {"score": 0}, *rows[1:]], "query 45: .* with a score above 0"),
         ("qrels", lambda rows: [rows[0] | {"score": None}, *rows], "qrels: the score None of query 45"),
         ("qrels", lambda rows: [rows[0] | {"score": 2**62}, *rows[1:]], "query 45 is not from -1000 to 1000"),
         ("qrels", lambda rows: [row | {"score": 0.5} for row in rows], "the score 0.5 of query 45 is no whole number"),
         ("qrels", lambda rows: [row | {"score": True} for row in rows], "the score True of query 45 is no whole"),
+        ("qrels", lambda rows: [row | {"corpus-id": 45.5} for row in rows], "row 0: corpus-id 45.5 is of the type"),
+        ("qrels", lambda rows: [rows[0] | {"corpus-id": None}, *rows], "row 0: corpus-id None is of the type None"),
         (
-            "qrels",
-            lambda rows: [row | {"corpus-id": 45.5} for row in rows],
-            "qrels: row 0: corpus-id 45.5 is of the type",
-        ),
-        (
-            "qrels",
-            lambda rows: [rows[0] | {"corpus-id": None}, *rows],
-            "qrels: row 0: corpus-id None is of the type None",
-        ),
-        (
-            "corpus",
-            lambda rows: [row | {"corpus-id": f"{row['corpus-id']:04}"} for row in rows],
+            "corpus", lambda rows: [row | {"corpus-id": f"{row['corpus-id']:04}"} for row in rows],
             "the page '45' of query '45' is not in the corpus; .* qrels has them as int, the corpus as str",
         ),
         ("qrels", lambda rows: [*rows, rows[0] | {"score": 0}], "page 45 of query 45 has the scores 1 and 0"),
         ("qrels", lambda rows: [{k: v for k, v in row.items() if k != "score"} for row in rows], "no column score"),
     ],
-)
-def test_judgements_that_mteb_would_not_take_or_take_otherwise_are_refused(part, rows, message):
-    rewritten(part, rows)
+)  # fmt: skip
+def test_judgments_that_mteb_would_refuse_or_misread_are_refused(part, change, message):
+    rewrite(part, change)
     with pytest.raises(UserError, match=message):
-        check_judgements(Part(BEIR, "test", Path(BEIR), ()))
+        validate_judgments(BEIR_SPLIT)
 
 
 @pytest.mark.parametrize("kind", [str, float, int])
 def test_ids_are_compared_as_mteb_compares_them_and_only_what_is_needed_is_read(kind):
+    from colintern.data.benchmarks import build_folder_task
+
     for part in ("queries", "qrels"):
-        rewritten(part, lambda rows: [row | {"query-id": kind(row["query-id"])} for row in rows])
-    rewritten("qrels", lambda rows: [row | {"corpus-id": kind(row["corpus-id"]), "note": None} for row in rows])
-    rewritten("corpus", lambda rows: [row | {"seen": None if row["corpus-id"] % 2 else "yes"} for row in rows])
+        rewrite(part, lambda rows: [row | {"query-id": kind(row["query-id"])} for row in rows])
+    rewrite("qrels", lambda rows: [row | {"corpus-id": kind(row["corpus-id"]), "note": None} for row in rows])
+    rewrite("corpus", lambda rows: [row | {"seen": None if row["corpus-id"] % 2 else "yes"} for row in rows])
     Path(BEIR, "beir.py").write_text("raise SystemExit('is never run')\n")
-    check_judgements(Part(BEIR, "test", Path(BEIR), ()))
-    task = _folder_task(Path(BEIR), "IdsRetrieval", {"revision": "a" * 40})
+    validate_judgments(BEIR_SPLIT)
+    task = build_folder_task(Path(BEIR), "IdsRetrieval", {"revision": "a" * 40})
     task.load_data()
     assert task.relevant_docs["test"]["query-test-45"] == {"corpus-test-45": 1}
     pages = {f"corpus-test-{number}" for number in range(45, 55)}
@@ -251,55 +253,42 @@ def test_ids_are_compared_as_mteb_compares_them_and_only_what_is_needed_is_read(
     assert task.relevant_docs["test"].keys() == set(task.queries["test"]["id"])
 
 
-@pytest.mark.parametrize("part", ["corpus", "queries", "qrels"])
-def test_an_evaluation_set_without_rows_is_refused(part):
-    [path] = Path(BEIR, part).glob("*.parquet")
-    pq.write_table(pq.read_table(path).slice(0, 0), path)
-    with pytest.raises(UserError, match=f"{part}: has no rows"):
-        check_judgements(Part(BEIR, "test", Path(BEIR), ()))
-
-
 CARD = "---\nconfigs:\n" + "".join(
-    f"- config_name: {table}\n  data_files:\n  - split: test\n    path: {table}/*\n" for table in TABLES
+    f"- config_name: {table}\n  data_files:\n  - split: test\n    path: {table}/*\n" for table in BEIR_TABLES
 )
 
 
 @pytest.mark.parametrize(
-    ("card", "lacking"),
+    ("card", "missing"),
     [
         ("", "corpus"),
         ("# Pages\n", "corpus"),
         ("---\nlicense: mit\n---\n", "corpus"),
         ("---\nconfigs: [\n---\n", "corpus"),
+        ("---\n- configs\n---\n", "corpus"),
         (CARD.replace("test\n    path: qrels", "train\n    path: qrels") + "---\n", "qrels"),
         (CARD + "---\n", None),
-        ("---\nconfigs:\n" + "".join(f"- {{config_name: {t}, data_dir: {t}}}\n" for t in TABLES) + "---\n", None),
+        ("---\nconfigs:\n" + "".join(f"- {{config_name: {t}, data_dir: {t}}}\n" for t in BEIR_TABLES) + "---\n", None),
     ],
-    ids=["empty", "no head", "no configs", "no YAML", "train", "whole", "folders"],
+    ids=["empty", "no head", "no configs", "no YAML", "a list", "train", "whole", "folders"],
 )
-def test_a_card_by_which_mteb_finds_no_table_is_refused(card, lacking):
+def test_a_card_by_which_mteb_finds_no_table_is_refused(card, missing):
     Path(BEIR, "README.md").write_text(card)
-    with pytest.raises(UserError, match=f"README.md has none for {lacking}") if lacking else nullcontext():
-        check_beir(Path(BEIR))
+    with pytest.raises(UserError, match=f"README.md has none for {missing}") if missing else nullcontext():
+        check_beir_layout(Path(BEIR))
 
 
 def test_evaluation_sets_are_refused_by_layout_and_name_before_their_rows_are_read():
-    text = Path("params.yaml").read_text()
-
-    def refusal(*others: str) -> str:
-        for other in others:
-            shutil.copytree(BEIR, other, dirs_exist_ok=True)
-        Path("params.yaml").write_text(text.replace(f"- {BEIR}\n", "".join(f"- {one}\n" for one in (BEIR, *others))))
-        done = fetch_data()
-        assert done.returncode == 2 and not Path("data/quarantine.json").exists()
-        return done.stderr
-
-    assert f"{BEIR} and data/more/beir would both be called beir; rename one" in refusal("data/more/beir")
+    shutil.copytree(BEIR, "data/more/beir")
+    write_params(benchmarks=(BEIR, "data/more/beir"))
+    refused(f"{BEIR} and data/more/beir would both be called beir; rename one")
     Path(BEIR, "README.md").unlink()
-    assert f"{BEIR}: not an evaluation set" in refusal()
+    write_params()
+    refused(f"{BEIR}: not an evaluation set")
+    assert not Path("data/quarantine.json").exists()
 
 
-def test_names_of_evaluation_sets_are_held_against_each_other_and_those_of_mteb():
+def test_names_of_evaluation_sets_are_compared_with_each_other_and_those_of_mteb():
     local, hub = {"folder": BEIR, "revision": ""}, {"folder": "vidore/x", "revision": "a" * 40}
     check_benchmarks(["data/文件", "data/書類", "V"], {"data/文件": local, "data/書類": local, "VRetrieval": hub})
     for names in (["some-docs", "some_docs"], ["demo", "own/demo"]):
@@ -309,40 +298,15 @@ def test_names_of_evaluation_sets_are_held_against_each_other_and_those_of_mteb(
         check_benchmarks(["data/v", "V"], {"data/v": local, "VRetrieval": hub})
 
 
-@pytest.mark.parametrize("part", EVALUATION_FAULTS)
-def test_an_evaluation_set_with_a_fault_is_refused(part):
-    change, message = EVALUATION_FAULTS[part]
-    [path] = Path(BEIR, part).glob("*.parquet")
-    table = pq.read_table(path)
-    first, *rest = table.to_pylist()
-    pq.write_table(pa.Table.from_pylist([first | change, *rest], schema=table.schema), path)
-    done = fetch_data()
-    assert done.returncode == 2
-    assert re.search(f"benchmarks: {BEIR}: {message}", done.stderr), done.stderr
-
-
-def test_a_query_without_a_page_in_an_evaluation_set_is_refused():
-    [path] = Path(BEIR, "qrels").glob("*.parquet")
-    pq.write_table(pq.read_table(path).slice(1), path)
-    done = fetch_data()
-    assert done.returncode == 2
-    assert "query 45: no qrel names a page for it" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"PAR1 no", "is not a parquet file"), (None, "has no column image")],
-    ids=["cut", "columns"],
-)
-def test_a_file_that_is_no_training_set_is_refused(content, message):
-    path = Path(SET, "train-00000-of-00001.parquet")
-    if content:
-        path.write_bytes(content)
-    else:
-        pq.write_table(pa.table({"query": ["one"]}), path)
-    done = fetch_data()
-    assert done.returncode == 2
-    assert f"{path}: {message}" in done.stderr
+def test_an_evaluation_set_with_an_error_stops_the_run():
+    broken = {"image": {"bytes": b"<html>", "path": "1.png"}}
+    path = rewrite("corpus", lambda rows: [rows[0] | broken, *rows[1:]], schema=True)
+    refused(f"benchmarks: {BEIR}: corpus/.*:0: image: not an image")
+    for part in BEIR_TABLES:
+        write_eval(range(45, 55))
+        [path] = Path(BEIR, part).glob("*.parquet")
+        pq.write_table(pq.read_table(path).slice(0, 0), path)
+        refused(f"benchmarks: {BEIR}: {part}: has no rows")
 
 
 COLUMNS = {  # of a training file that has them wrong -> what is said of it
@@ -352,29 +316,34 @@ COLUMNS = {  # of a training file that has them wrong -> what is said of it
     "numbers as images": ({"image": [7]}, "column image is of the type int64; it must hold the bytes of images"),
     "lists of images": ({"image": [[PAGES[0]]]}, "column image is of the type list"),
     "no columns": (None, "has no column image and query; it has \\[\\]"),
+    "no image": ({"image": None}, "has no column image; "),
 }
 
 
 @pytest.mark.parametrize(("columns", "message"), COLUMNS.values(), ids=COLUMNS)
 def test_a_column_of_a_wrong_type_is_named_with_its_file(columns, message):
     table = {} if columns is None else {"query": ["one"], "image": [PAGES[0]]} | columns
-    pq.write_table(pa.table(table), f"{SET}/train.parquet")
-    with pytest.raises(UserError, match=f"{SET}/train.parquet: {message}"):
-        look([Part(SET, "train", Path(SET), ("train.parquet",))])
+    pq.write_table(pa.table({name: values for name, values in table.items() if values}), TRAIN_FILE)
+    with pytest.raises(UserError, match=f"{TRAIN_FILE}: {message}"):
+        scan_rows([TRAIN_SPLIT])
 
 
-@pytest.mark.parametrize("place", ["pages", "text", "footer"])
-def test_damaged_row_groups_are_named_with_their_file(place):
-    path = Path(SET, "train-00000-of-00001.parquet")
+@pytest.mark.parametrize("place", ["pages", "text", "footer", "all"])
+def test_damaged_files_are_named(place):
+    if place == "all":
+        TRAIN_FILE.write_bytes(b"PAR1 no")
+        refused(f"{TRAIN_FILE}: is not a parquet file")
+        return
     if place == "text":
-        pq.write_table(pa.table({"query": pa.array([b"\xff"]).view(pa.string()), "image": [PAGES[0]]}), path)
+        query = pa.array([b"\xff"]).view(pa.string())
+        pq.write_table(pa.table({"query": query, "image": [PAGES[0]]}), TRAIN_FILE)
     else:
-        data = bytearray(path.read_bytes())
-        at = 4 if place == "pages" else len(data) - 200
-        data[at : at + 100] = bytes(100)
-        path.write_bytes(data)
-    with pytest.raises(UserError, match=f"{path}: "):
-        look([Part(SET, "train", Path(SET), (path.name,))])
+        data = bytearray(TRAIN_FILE.read_bytes())
+        start = 4 if place == "pages" else len(data) - 200
+        data[start : start + 100] = bytes(100)
+        TRAIN_FILE.write_bytes(data)
+    with pytest.raises(UserError, match=f"{TRAIN_FILE}: "):
+        scan_rows([TRAIN_SPLIT])
 
 
 @pytest.mark.parametrize(
@@ -394,14 +363,7 @@ def test_tables_of_an_evaluation_set_that_cannot_be_read_are_named(table, rows, 
     else:
         pq.write_table(pa.table(rows), path)
     with pytest.raises(UserError, match=f"{path}: {message}"):
-        check_judgements(Part(BEIR, "test", Path(BEIR), ()))
-
-
-def test_a_training_file_without_rows_is_named():
-    write_rows("train", [])
-    done = fetch_data()
-    assert done.returncode == 2
-    assert "has no row that can be used, in 1 parquet files (train-00000-of-00001.parquet)" in done.stderr
+        validate_judgments(BEIR_SPLIT)
 
 
 @pytest.mark.parametrize("kind", IRREGULAR)
@@ -418,7 +380,7 @@ def test_a_parquet_file_that_is_no_regular_file_is_refused(kind):
         path.unlink()
     IRREGULAR[kind](Path(BEIR, "qrels", "test.parquet"))
     with pytest.raises(UserError, match=f"no parquet file in qrels/: test.parquet/? is {kind}"):
-        check_beir(Path(BEIR))
+        check_beir_layout(Path(BEIR))
 
 
 def test_a_long_query_is_cut_and_counted():
@@ -426,31 +388,23 @@ def test_a_long_query_is_cut_and_counted():
     assert len(longest) == MAX_QUERY_CHARACTERS
     texts = [longest, longest + "x" * 2**22]
     write_rows("train", [row(0), *(row(1) | {"query": text} for text in texts)])
-    rewritten("queries", lambda rows: [rows[0] | {"query": texts[1]}, *rows[1:]])
-    parts = [
-        Part(SET, "train", Path(SET), ("train-00000-of-00001.parquet",)),
-        Part(BEIR, "test", Path(BEIR), ("corpus/test-00000-of-00001.parquet",)),
-    ]
-    seen = look(parts)
-    assert [one.query for one in seen[parts[0]]] == ["question 0", longest, longest]
-    facts = survey(seen, ROOT / "demo" / "base" / "tokenizer.json")
+    rewrite("queries", lambda rows: [rows[0] | {"query": texts[1]}, *rows[1:]])
+    scanned = scan_rows([TRAIN_SPLIT, BEIR_SPLIT])
+    assert [info.query for info in scanned[TRAIN_SPLIT]] == ["question 0", longest, longest]
+    facts = survey_rows(scanned, ROOT / "demo" / "base" / "tokenizer.json")
     assert [found["queries cut"] for found in facts.values()] == [1, 1]
-    tokens = max(map(int, facts[f"{SET} (train)"]["tokens of a query"]))
-    assert tokens == max(map(int, facts[f"{BEIR} (test)"]["tokens of a query"])) <= MAX_QUERY_CHARACTERS
+    tokens = max(map(int, facts[str(TRAIN_SPLIT)]["tokens of a query"]))
+    assert tokens == max(map(int, facts[str(BEIR_SPLIT)]["tokens of a query"])) <= MAX_QUERY_CHARACTERS
 
 
 def test_a_file_is_opened_and_a_page_hashed_as_often_however_many_rows_there_are(monkeypatch):
     from test_own import Counted
 
-    from colintern.ingest import survey as module
-
-    path = Path(SET, "train-00000-of-00001.parquet")
     write_rows("train", [row(0) | {"query": f"question {number}"} for number in range(800)])  # 50 row groups
-    opened = Counted(monkeypatch, module.pq, "ParquetFile")
-    hashed = Counted(monkeypatch, module.hashlib, "sha256")
-    part = Part(SET, "train", Path(SET), (path.name,))
-    [rows] = look([part]).values()
-    assert len(rows) == 800 and len({one.key for one in rows}) == 1
+    opened = Counted(monkeypatch, scan.pq, "ParquetFile")
+    hashed = Counted(monkeypatch, scan.hashlib, "sha256")
+    [rows] = scan_rows([TRAIN_SPLIT]).values()
+    assert len(rows) == 800 and len({info.key for info in rows}) == 1
     assert opened.calls <= 3 and hashed.calls == 50, "once a row group"
 
 
@@ -460,120 +414,89 @@ def test_names_of_files_say_the_split_as_in_datasets():
         "dev": ["validation-0.parquet", "dev/0.parquet", "train/val.parquet"],
     }
     other = ["constraint.parquet", "pages.parquet", "test-0.parquet"]
-    found, unread = by_name(sum(names.values(), other))
-    assert found == {split: sorted(some) for split, some in names.items()}
-    assert unread == other
-    assert by_name(["train.parquet", "test.parquet"]) == ({"train": ["train.parquet"], "dev": ["test.parquet"]}, [])
-    assert by_name(["b.parquet", "a.parquet"]) == ({"train": ["a.parquet", "b.parquet"], "dev": []}, [])
+    found, unread = group_files_by_split(sum(names.values(), other))
+    assert found == {split: sorted(some) for split, some in names.items()} and unread == other
+    assert group_files_by_split(["train.parquet", "test.parquet"]) == (
+        {"train": ["train.parquet"], "dev": ["test.parquet"]},
+        [],
+    )
+    assert group_files_by_split(["b.parquet", "a.parquet"]) == ({"train": ["a.parquet", "b.parquet"], "dev": []}, [])
 
 
-def test_a_file_that_is_not_read_is_told_and_a_set_without_rows_refused():
-    [train, dev] = (Path(SET, f"{name}-00000-of-00001.parquet") for name in ("train", "test"))
-    shutil.copy(dev, Path(SET, "validation.parquet"))
-    done = fetch_data()
-    assert done.returncode == 0, done.stderr
-    assert f"{SET}: 1 of 3 parquet files are not read" in done.stdout and dev.name in done.stdout
-    train.rename(Path(SET, "mypages.parquet"))
-    done = fetch_data()
-    assert done.returncode == 2
-    assert f"train_data: {SET} (train): has no row that can be used, in 0 parquet files" in done.stderr
-
-
-def test_a_folder_of_two_kinds_is_refused():
+def test_a_file_that_is_not_read_is_named_and_a_set_without_rows_or_of_two_kinds_refused():
+    shutil.copy(DEV_FILE, Path(SET, "validation.parquet"))
+    shown = fetched()
+    assert f"{SET}: 1 of 3 parquet files are not read" in shown and DEV_FILE.name in shown
+    TRAIN_FILE.rename(Path(SET, "mypages.parquet"))
+    refused(rf"train_data: {SET} \(train\): has no row that can be used, in 0 parquet files")
+    write_rows("train", [])
+    refused(rf"has no row that can be used, in 1 parquet files \({TRAIN_FILE.name}\)")
     Path(SET, "rows.jsonl").write_text("{}")
-    done = fetch_data()
-    assert done.returncode == 2
-    assert f"{SET}: holds parquet files and JSON lines" in done.stderr
+    refused(f"{SET}: holds parquet files and JSON lines")
 
 
 def test_the_data_in_numbers():
-    from colintern.params import load
-    from colintern.statistics.inventory import inventory, summarize_survey
-
-    write_rows("train", [*map(row, range(40)), row(3), row(3) | {"query": "again"}, row(4) | {"query": ""}])
+    french, german = "Quels sont les principaux risques du projet ?", "Wer hat den Vertrag unterschrieben?"
+    spoken = [row(n) | {"query": query} for n, query in enumerate((french, french, german, "4711"))]
+    spoken += [row(n) | {"query": f"What does figure {n} show us?"} for n in range(4, 8)]
+    rest = [*map(row, range(8, 40)), row(8), row(8) | {"query": "again"}, row(9) | {"query": ""}]
+    write_rows("train", [*spoken, *rest])
     write_params(max_bad_fraction=0.05)
-    assert fetch_data().returncode == 0
-    found = summarize_survey(inventory(load().max_visual_tokens))
+    fetched()
+    found = summarize_stats(stats())
     train, test = found[f"{SET} (train)"], found[f"{BEIR} (test)"]
     assert {key: train[key] for key in ("rows", "pages", "queries", "duplicates", "quarantined")} == {
         "rows": 43, "pages": 40, "queries": 42, "duplicates": 1, "quarantined": 1
     }  # fmt: skip
-    assert train["bytes"] == Path(SET, "train-00000-of-00001.parquet").stat().st_size
+    assert train["bytes"] == TRAIN_FILE.stat().st_size
     assert train["queries/page"] == 42 / 40
     assert train["tiles/page"] == 1 and train["tokens/page"] == 16  # 112 x 112 px is one tile
-    assert inventory(load().max_visual_tokens)[f"{SET} (train)"]["queries of a page"] == {"1": 39, "3": 1}
-    assert (test["rows"], test["pages"], test["queries"]) == (10, 10, 10)
-    assert test["tokens/query"] > 1
-    assert sum(train["languages, guessed"].values()) == 41, "distinct queries"
-
-
-def test_the_languages_of_the_queries_are_counted_over_distinct_queries_and_shown_as_a_guess():
-    from colintern.statistics.inventory import inventory, summarize_survey, table
-
-    french, german = "Quels sont les principaux risques du projet ?", "Wer hat den Vertrag unterschrieben?"
-    spoken = [row(n) | {"query": query} for n, query in enumerate((french, french, german, "4711", "question 1"))]
-    write_rows("train", [*spoken, *(row(n) | {"query": f"What does figure {n} show us?"} for n in range(5, 9))])
-    assert fetch_data().returncode == 0
-    found = inventory(load().max_visual_tokens)
-    assert summarize_survey(found)[f"{SET} (train)"]["languages, guessed"] == {"de": 1, "en": 4, "fr": 1, "unknown": 2}
-    assert "guessed, of 8 distinct queries: en: 4  fr: 1  de: 1  unknown: 2" in table(found, [])
-
-
-def test_the_table_says_the_same():
-    from colintern.params import load
-    from colintern.statistics.inventory import inventory, table
-
-    write_rows("train", [row(4) | {"query": ""}, *map(row, range(40))])
-    write_params(max_bad_fraction=0.05)
-    assert fetch_data().returncode == 0
-    shown = table(inventory(load().max_visual_tokens), quarantine())
-    assert f"{SET} (train): 41 rows, 40 pages, 40 queries, 0 duplicates, 1 quarantined" in shown
+    assert stats()[f"{SET} (train)"]["queries of a page"] == {"1": 39, "3": 1}
+    assert (test["rows"], test["pages"], test["queries"]) == (10, 10, 10) and test["tokens/query"] > 1
+    languages = train["languages, guessed"]
+    assert sum(languages.values()) == 40, "distinct queries"
+    assert (languages["de"], languages["en"], languages["fr"]) == (1, 4, 1)
+    shown = format_stats(stats(), quarantine())
+    assert f"{SET} (train): 43 rows, 40 pages, 42 queries, 1 duplicates, 1 quarantined" in shown
     assert f"quarantined: {SET}: 1 x query is empty" in shown
+    assert "guessed, of 40 distinct queries: en: 4  fr: 1  de: 1  unknown: 34" in shown
 
 
 def test_values_stand_in_their_order_which_is_not_that_of_json_keys():
-    from colintern.statistics.inventory import MEASURES, table
-
     facts = dict.fromkeys(("rows", "pages", "queries", "duplicates", "quarantined", "bytes"), 3)
     facts |= {"languages, guessed": {}, **{key: {"10": 2, "9": 1} for key in MEASURES}}
-    assert table({"x": facts}, []).count("9: 1  10: 2") == len(MEASURES)
+    assert format_stats({"x": facts}, []).count("9: 1  10: 2") == len(MEASURES)
+    facts |= {"languages, guessed": {}, **{key: {str(n): 1 for n in (3, 5, 6, 7, 8, 9, 29)} for key in MEASURES}}
+    assert format_stats({"x": facts}, []).count("3-7: 4  8-12: 2  28-29: 1") == len(MEASURES)
 
 
 def test_the_survey_of_other_data_than_params_name_is_refused():
-    from colintern.commands import data
-
-    assert fetch_data().returncode == 0
-    data.run(Namespace())
+    fetched()
+    data_command.run(Namespace())
     write_params(train_data="data/own/other")
     with pytest.raises(UserError, match=f"train_data: 'data/own/other' is not the one in data/manifest.json, '{SET}'"):
-        data.run(Namespace())
-    write_params()
+        data_command.run(Namespace())
     shutil.copytree(BEIR, "data/own/other")
-    Path("params.yaml").write_text(Path("params.yaml").read_text().replace(f"- {BEIR}\n", "- data/own/other\n"))
+    write_params(benchmarks=("data/own/other",))
     with pytest.raises(UserError, match="'data/own/other' is not among the data sets"):
-        data.run(Namespace())
+        data_command.run(Namespace())
 
 
 def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():
-    from colintern.data.trainset import asks_pseudo_queries
-    from colintern.storage.manifest import ensure_benchmark
+    from colintern.data.training_set import trains_on_pseudo_queries
 
     folder = Path("data/own/manuals")
     for name in ("a", "b"):
         pages = [[f"About {name}{n}topic", f"The {name}{n}pump fills a {name}{n}tank in hours."] for n in range(40)]
         write_pdf(folder / f"{name}.pdf", pages, [(lines[0], n) for n, lines in enumerate(pages)])
     (folder / "cut.pdf").write_bytes((folder / "a.pdf").read_bytes()[200:900])
-    write_params(train_data=folder, max_bad_fraction=0.05)
-    text = Path("params.yaml").read_text()
-    Path("params.yaml").write_text(text.replace(f"- {BEIR}\n", f"- {folder}\n"))
-    done = fetch_data()
-    assert done.returncode == 0, done.stderr
+    write_params(train_data=folder, benchmarks=(folder,), max_bad_fraction=0.05)
+    assert "1 of 81 rows in data/quarantine.json" in fetched()
     [entry] = quarantine()
     assert (entry["source"], entry["row"]) == (str(folder), "cut.pdf")
-    assert "1 of 81 rows in data/quarantine.json" in done.stdout
     corpus = pq.read_table(next(ensure_benchmark(str(folder)).glob("corpus/*.parquet"))).num_rows
-    assert sum(map(len, load_pairs().values())) + corpus == 80
-    assert asks_pseudo_queries()
+    assert sum(map(len, dev_and_train().values())) + corpus == 80
+    assert trains_on_pseudo_queries()
     write_pdf(folder / "c.pdf", [["new"]])
     with pytest.raises(UserError, match=r"data/own/manuals/c\.pdf: new since the pages were made"):
-        load_pairs()
+        dev_and_train()

@@ -20,7 +20,7 @@ from small_run import STEPS, at_step, params
 
 from colintern.core.errors import UserError
 from colintern.monitoring.tracker import check_tracker, format_error
-from colintern.params import load
+from colintern.params import load_params
 
 pytestmark = pytest.mark.integration
 KEY = "0123456789abcdef" * 2 + "f" * 8
@@ -148,10 +148,10 @@ def test_a_package_that_is_missing_is_named_with_its_installation(place):
         with contextlib.chdir(place.folder):
             params(tracker=name)
             if importlib.util.find_spec(name):
-                check_tracker(load().tracker)
+                check_tracker(load_params().tracker)
                 continue
             with pytest.raises(UserError, match=f"tracker: '{name}' .*uv pip install --python .* {name}`"):
-                check_tracker(load().tracker)
+                check_tracker(load_params().tracker)
 
 
 @pytest.mark.parametrize("upload", ["end", "checkpoint"])
@@ -159,10 +159,10 @@ def test_what_would_upload_the_hubs_token_is_refused(place, monkeypatch, upload)
     monkeypatch.setenv("WANDB_LOG_MODEL", upload)
     with contextlib.chdir(place.folder):
         params(tracker="none")
-        check_tracker(load().tracker)
+        check_tracker(load_params().tracker)
         params(tracker="wandb")
         with pytest.raises(UserError, match=f"WANDB_LOG_MODEL: '{upload}' is not valid"):
-            check_tracker(load().tracker)
+            check_tracker(load_params().tracker)
 
 
 def test_a_password_in_an_address_is_not_printed():

@@ -30,7 +30,7 @@ from colintern import __main__ as cli
 from colintern.commands import tune
 from colintern.commands.tune import _check_study_name
 from colintern.core.errors import UserError
-from colintern.params import load, write
+from colintern.params import load_params, update_params
 from colintern.tuning import experiments, trial_context
 from colintern.tuning.search_space import SearchSpace, list_extremes, read_search_space
 from colintern.tuning.studies import add_finished_experiments
@@ -55,7 +55,7 @@ pytestmark = [
 def space(tmp_path, monkeypatch) -> SearchSpace:
     monkeypatch.chdir(ROOT)
     (tmp_path / "tune.yaml").write_text(SPACE)
-    return read_search_space(load(ROOT / "params.yaml"), tmp_path / "tune.yaml")
+    return read_search_space(load_params(ROOT / "params.yaml"), tmp_path / "tune.yaml")
 
 
 # --- The space ---
@@ -63,7 +63,7 @@ def space(tmp_path, monkeypatch) -> SearchSpace:
 
 def test_the_repositorys_own_space_fits_its_params(monkeypatch):
     monkeypatch.chdir(ROOT)
-    params = load(ROOT / "params.yaml")
+    params = load_params(ROOT / "params.yaml")
     assert read_search_space(params, Path("tune.yaml")).distributions.keys() >= {"lr", "lora_rank", "temperature"}
     wide = read_search_space(params, bench_study.SPACE).distributions
     for key, value in bench_study.GUIDE.items():
@@ -102,7 +102,7 @@ def test_what_cannot_be_searched_is_refused(tmp_path, monkeypatch, text, words):
     monkeypatch.chdir(ROOT)
     (tmp_path / "tune.yaml").write_text(f"{HEAD}space:\n  {text}\n")
     with pytest.raises(UserError, match=re.escape(words)):
-        read_search_space(load(ROOT / "params.yaml"), tmp_path / "tune.yaml")
+        read_search_space(load_params(ROOT / "params.yaml"), tmp_path / "tune.yaml")
 
 
 @pytest.mark.parametrize(
@@ -128,17 +128,21 @@ def test_a_bad_tune_yaml_is_refused(tmp_path, monkeypatch, text, words):
     monkeypatch.chdir(ROOT)
     (tmp_path / "tune.yaml").write_text(text)
     with pytest.raises(UserError, match=re.escape(words)):
-        read_search_space(load(ROOT / "params.yaml"), tmp_path / "tune.yaml")
+        read_search_space(load_params(ROOT / "params.yaml"), tmp_path / "tune.yaml")
 
 
 def test_the_winner_is_written_between_the_comments(tmp_path):
     file = tmp_path / "params.yaml"
     before = (ROOT / "params.yaml").read_text()
     file.write_text(before)
-    assert write(file, {"lr": 0.00123456789, "lora_rank": 8, "lr_scheduler": "cosine", "compile": False}) == [
+    assert update_params(file, {"lr": 0.00123456789, "lora_rank": 8, "lr_scheduler": "cosine", "compile": False}) == [
         "lr", "lora_rank", "lr_scheduler",
     ]  # fmt: skip
-    assert (load(file).lr, load(file).lora_rank, load(file).lr_scheduler) == (0.00123456789, 8, "cosine")
+    assert (load_params(file).lr, load_params(file).lora_rank, load_params(file).lr_scheduler) == (
+        0.00123456789,
+        8,
+        "cosine",
+    )
     comments = [line for line in before.splitlines() if line.startswith("#")]
     assert [line for line in file.read_text().splitlines() if line.startswith("#")] == comments
 
@@ -335,8 +339,8 @@ def test_experiments_are_read_where_the_pipeline_is_a_sub_folder_of_gits(tmp_pat
     for name in ("dvc.yaml", "dvc.lock", "params.yaml", "metrics/train.json"):
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, project / name)
-    write(project / "params.yaml", {"lora_rank": 8})
-    params = dataclasses.replace(load(ROOT / "params.yaml"), lora_rank=8)
+    update_params(project / "params.yaml", {"lora_rank": 8})
+    params = dataclasses.replace(load_params(ROOT / "params.yaml"), lora_rank=8)
     commit = "git -c user.name=T -c user.email=t@localhost commit -qm state"
     place = f"refs/exps/ab/{'c' * 38}/a-000"
     line = f"git init -q && git add -A && {commit} && git update-ref {place} HEAD"
@@ -424,7 +428,7 @@ def test_the_page_is_whole_in_a_browser(finished, space, tmp_path, monkeypatch):
 def weighed(tmp_path, space):
     """A study of two objectives: small pages cost score, and lr decides the rest."""
     (tmp_path / "tune.yaml").write_text(TWO)
-    two = read_search_space(load(ROOT / "params.yaml"), tmp_path / "tune.yaml")
+    two = read_search_space(load_params(ROOT / "params.yaml"), tmp_path / "tune.yaml")
     storage, study = open_test_study(tmp_path, two)
     for _ in range(12):
         trial = claim_trial(study, storage, two, 12)

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,10 @@ import pytest
 from pages import documented, words
 from ruamel.yaml import YAML
 from sqlalchemy.exc import SQLAlchemyError
-from test_dvc_commands import Repo, bare_environment, copy_working_tree, cut_down, set_up
+from test_dvc_commands import ROOT, TIMEOUT, Repo, bare_environment, copy_working_tree, cut_down, set_up
 
 from colintern import __main__ as cli
-from colintern.params import load
+from colintern.params import load_params
 from colintern.tuning.trial_context import STARTED
 from colintern.tuning.trials import SLOT
 
@@ -37,7 +38,11 @@ space:
 
 @pytest.fixture(scope="module")
 def repo(tmp_path_factory) -> Repo:
-    """The copy, trained once, committed."""
+    """The copy, whose data are fetched and whose later stages look finished, committed.
+
+    A study needs a pipeline that has run, but reads no weights of it: outs that stand in for those of verify, train and
+    eval save three stages, each of which imports torch for ten seconds.
+    """
     path, home = tmp_path_factory.mktemp("repo"), tmp_path_factory.mktemp("home")
     copy_working_tree(path)
     cut_down(path)
@@ -50,7 +55,13 @@ def repo(tmp_path_factory) -> Repo:
     repo = set_up(Repo(path, bare_environment(home) | {"PYTHONPATH": ""}))
     repo.output("git init -q -b main")
     repo.commit()
-    repo.output("dvc repro -q")
+    repo.output("dvc repro -q fetch-data")
+    for folder in ("metrics", "plots"):
+        shutil.copytree(ROOT / folder, path / folder)
+    for folder in ("experiments/colintern", "results/mteb_evaluation"):
+        (path / folder).mkdir(parents=True)
+        (path / folder / "stand-in").touch()
+    repo.output("dvc commit -q -f verify train eval")
     repo.commit()
     repo.output("git config user.name Test && git config user.email test@localhost")
     return repo
@@ -84,7 +95,7 @@ def test_u1_two_workers_one_killed_nothing_lost_and_nothing_twice(repo):
     assert any(option in command for command in started), started
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    assert second.wait(300) == 0, (repo.path / "logs" / "second").read_text()
+    assert second.wait(TIMEOUT) == 0, (repo.path / "logs" / "second").read_text()
     found = trials(repo)
     assert [t.state.name for t in found].count("COMPLETE") == 2, found
     killed, *others = found
@@ -146,7 +157,7 @@ def test_a_trial_that_is_stopped_from_outside_is_put_back_and_resumes(repo):
         os.kill((trainer, process.pid)[number], signal.SIGTERM)
         if number == 0:
             until(lambda: len(trials(repo, "stopped")) == 2, "the trial is put back")
-    assert process.wait(60) == 75, (repo.path / "logs" / "stopped").read_text()
+    assert process.wait(TIMEOUT) == 75, (repo.path / "logs" / "stopped").read_text()
     file.write_text(text)
     assert not psutil.pid_exists(trainer), "no training is left behind"
     first, second, third = trials(repo, "stopped")
@@ -164,7 +175,7 @@ def test_a_study_ends_where_params_are_edited_under_it(repo):
         process = start(repo, "edited", "--study edited --trials 4")
     until(lambda: any(STARTED in t.user_attrs for t in trials(repo, "edited")), "the first trial trains")
     file.write_text(text.replace("temperature: 0.015", "temperature: 0.03"))
-    assert process.wait(300) == 2, (repo.path / "logs" / "edited").read_text()
+    assert process.wait(TIMEOUT) == 2, (repo.path / "logs" / "edited").read_text()
     file.write_text(text)
     assert "params.yaml: temperature was 0.015, is 0.03" in (repo.path / "logs" / "edited").read_text()
     *done, stopped, again = trials(repo, "edited")
@@ -198,7 +209,7 @@ def test_a_finished_study_runs_nothing_more_and_applies_its_best(repo, tune):
     code, output = tune(*words(command)[2:])
     best = max((t for t in trials(repo) if t.state.name == "COMPLETE"), key=lambda t: t.value)
     assert code == 0 and "lr, lora_rank written" in output and max(map(len, output.splitlines())) < 200
-    assert load(repo.path / "params.yaml").lr == best.params["lr"]
+    assert load_params(repo.path / "params.yaml").lr == best.params["lr"]
 
 
 def test_another_space_is_refused(repo, tune):
@@ -253,7 +264,7 @@ def test_a_storage_that_does_not_answer_is_refused_without_its_password(tune, mo
 
 
 def until(over, what: str) -> None:
-    end = time.monotonic() + 200
+    end = time.monotonic() + TIMEOUT
     while not over():
         assert time.monotonic() < end, what
         time.sleep(0.4)

@@ -1,25 +1,25 @@
-"""`colintern data`: what is in the data."""
+"""`colintern data`: print what is in the data."""
 
 import argparse
 
-from colintern.params import load
+from colintern.params import load_params
 
 SUMMARY = "show what fetch-data found in the data"
 EXAMPLE = "colintern data"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """None."""
+    """Add no arguments."""
 
 
 def run(args: argparse.Namespace) -> None:
-    from colintern.data.trainset import made_for
-    from colintern.statistics.inventory import inventory, table
+    """Print the survey of the data that params name."""
+    from colintern.data.training_set import read_training_manifest
+    from colintern.statistics.dataset_stats import format_stats, load_dataset_stats
     from colintern.storage.manifest import QUARANTINE, ensure_benchmark, is_local_benchmark, read_data_file
 
-    params = load()
-    made_for(params)  # the survey of other data shall not pass for that of params
+    params = load_params()
+    read_training_manifest(params)  # refuses the survey of other data than params name
     for name in filter(is_local_benchmark, params.benchmarks):
         ensure_benchmark(name)
-    found = inventory(params.max_visual_tokens)
-    print(table(found, read_data_file(QUARANTINE)["rows"]))
+    print(format_stats(load_dataset_stats(params.max_visual_tokens), read_data_file(QUARANTINE)["rows"]))

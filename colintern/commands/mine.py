@@ -6,7 +6,7 @@ from pathlib import Path
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.core.terminal import print_phase
-from colintern.params import load
+from colintern.params import load_params
 from colintern.storage.paths import require_model, require_new_file
 
 SUMMARY = "find hard negatives for the training set with a trained adapter"
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     if not (root() / args.out).resolve().is_relative_to(root().resolve()):
         raise UserError(f"--out: {args.out} is outside the repository; give a path below it, as negatives_file needs")
     require_new_file("--out", root() / args.out)
-    params = load()
+    params = load_params()
     from colintern.storage.manifest import ensure_inputs
 
     print_phase("mine: checking the base and the training pages")

@@ -43,13 +43,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _add_missing_keys() -> None:
-    from colintern.params import load, read_mapping
+    from colintern.params import load_params, read_yaml_mapping
 
-    read_mapping(TARGET, "`key: value` on each line", "`colintern recipe demo` writes one")  # refuses what is no YAML
+    read_yaml_mapping(
+        TARGET, "`key: value` on each line", "`colintern recipe demo` writes one"
+    )  # refuses what is no YAML
     text, added = add_missing_keys(TARGET.read_text(encoding="utf-8"))
     TARGET.write_text(text, encoding="utf-8")
     print("\n".join([f"{TARGET}: {len(added)} keys added", *(f"  {entry}" for entry in added)]))
-    load(TARGET)  # reports keys that are unknown or misspelt
+    load_params(TARGET)  # reports keys that are unknown or misspelt
 
 
 def _would_lose_edits(target: Path, recipes: Iterable[str]) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.core.rules import unsupported_path_characters
-from colintern.params import load, write
+from colintern.params import load_params, update_params
 
 if TYPE_CHECKING:  # they take a while to import, which `--help` need not wait for
     import optuna
@@ -52,7 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    params = load(PARAMS)
+    params = load_params(PARAMS)
     from colintern.tuning.search_space import read_search_space
     from colintern.tuning.studies import add_finished_experiments, open_study
     from colintern.tuning.study_storage import StudyStorage, silence_optuna
@@ -143,7 +143,7 @@ def _report(study: "optuna.Study", space: "SearchSpace", apply: bool) -> None:
         best = results.complete[0]
         print(f"best: {best.name}, dev NDCG@5 {best.score:.4f}; `dvc exp apply {best.name} && dvc repro` takes it")
         if apply:
-            keys = write(PARAMS, best.values)
+            keys = update_params(PARAMS, best.values)
             print(f"{PARAMS}: " + (", ".join(keys) + " written" if keys else "has these values already"))
 
 

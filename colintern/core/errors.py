@@ -1,4 +1,4 @@
-"""Errors of users, and how a program ends with them."""
+"""Errors that a user can cause, and the exit codes of a program."""
 
 import errno
 import os
@@ -11,9 +11,8 @@ from colintern.core.memory import describe_out_of_memory, patch_thread_start_to_
 from colintern.core.project import root
 from colintern.core.terminal import escape_controls, escape_output
 
-# Of what the place of a file is to blame for, not the program: somebody else's, read-only, full.
-FULL = (errno.ENOSPC, errno.EDQUOT)
-PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, *FULL)
+DISK_FULL_CODES = (errno.ENOSPC, errno.EDQUOT)
+FILE_SYSTEM_CODES = (errno.EACCES, errno.EPERM, errno.EROFS, *DISK_FULL_CODES)  # not faults of the program
 
 
 class UserError(ValueError):
@@ -30,39 +29,41 @@ class OutOfMemory(UserError):
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Around a program's main (as `with` or as a decorator): print a UserError on stderr and exit with its code; with 2
-    for a file or folder that may not be written or read, and for a full disk; with 6 where memory is missing. What is
-    printed meanwhile is escaped."""
+    """Print a UserError of the `with` block or decorated main on stderr, and exit with its code.
+
+    The code is 2 for a file or folder that may not be written or read and for a full disk, and 6 if memory is missing.
+    Control characters in the output of the block are escaped.
+    """
     patch_thread_start_to_check_memory()
     try:
         with escape_output():
             yield
-    except UserError as problem:
-        print(escape_controls(f"error: {problem}"), file=sys.stderr)
-        raise SystemExit(problem.exit_code) from problem
-    except Exception as problem:
-        if words := _place_fault(problem):
+    except UserError as error:
+        print(escape_controls(f"error: {error}"), file=sys.stderr)
+        raise SystemExit(error.exit_code) from error
+    except Exception as error:
+        if message := _describe_file_system_error(error):
             code = UserError.exit_code
-        elif words := describe_out_of_memory(problem):
+        elif message := describe_out_of_memory(error):
             code = OutOfMemory.exit_code
         else:
             raise
-        print(escape_controls(f"error: {words}"), file=sys.stderr)
-        raise SystemExit(code) from problem
+        print(escape_controls(f"error: {message}"), file=sys.stderr)
+        raise SystemExit(code) from error
 
 
-def _place_fault(problem: Exception) -> str:
-    """Describe the fault of a file's place that an error tells of; "" if it tells of none.
+def _describe_file_system_error(error: Exception) -> str:
+    """Describe an error whose cause is permissions or a full disk; "" if it has another cause.
 
-    A file that cannot be opened is named. The system names no file where a disk is full while one is written, and
-    libraries raise errors of their own over it; other errors that were handled on the way are not looked at.
+    A file that cannot be opened is named. If a disk fills up during a write, the system names no file, and libraries
+    raise errors of their own from it.
     """
-    if isinstance(problem, OSError) and problem.errno in PLACE and problem.filename is not None:
-        return f"{problem.filename}: {problem.strerror}"
-    behind: BaseException | None = problem
-    while behind is not None:
-        if isinstance(behind, OSError) and behind.errno in FULL:
+    if isinstance(error, OSError) and error.errno in FILE_SYSTEM_CODES and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in DISK_FULL_CODES:
             free = shutil.disk_usage(root()).free / 1e6
-            return f"{os.strerror(behind.errno)}: {free:.1f} MB are free on the disk of {root().absolute()}; make room"
-        behind = behind.__cause__ or behind.__context__
+            return f"{os.strerror(cause.errno)}: {free:.1f} MB are free on the disk of {root().absolute()}; make room"
+        cause = cause.__cause__ or cause.__context__
     return ""

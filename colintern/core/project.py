@@ -1,9 +1,9 @@
-"""The folder of the pipeline."""
+"""Find the folder of the pipeline."""
 
 import os
 from pathlib import Path
 
-COPIES = (".dvc", "tmp", "exps")  # where DVC makes copies of a project; those of --temp are in standalone there
+DVC_COPIES = (".dvc", "tmp", "exps")  # where DVC makes copies of a project; those of --temp are in standalone there
 
 
 def root() -> Path:
@@ -17,9 +17,9 @@ def root() -> Path:
     except FileNotFoundError:  # `dvc queue stop --kill` has deleted the copy
         return Path(os.environ.get("DVC_ROOT") or ".")
     parts = here.parts
-    for start in range(len(parts) - len(COPIES), 0, -1):
-        if parts[start : start + len(COPIES)] == COPIES:
-            project, (kind, *inner) = Path(*parts[:start]), parts[start + len(COPIES) :] or ("",)
+    for start in range(len(parts) - len(DVC_COPIES), 0, -1):
+        if parts[start : start + len(DVC_COPIES)] == DVC_COPIES:
+            project, (kind, *inner) = Path(*parts[:start]), parts[start + len(DVC_COPIES) :] or ("",)
             folder = project.joinpath(*(inner[1:] if kind == "standalone" else inner))
             return folder if (folder / "dvc.yaml").is_file() else project
     return Path()

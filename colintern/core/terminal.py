@@ -1,4 +1,4 @@
-"""Text for a terminal: names of files and words of data may hold characters that command it."""
+"""Print text on a terminal; names of files and words of data may hold control characters."""
 
 import re
 import sys
@@ -7,17 +7,17 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
 TERMINAL_COLUMNS = 80  # width of the tables that are printed
-# All control characters but newline and tab, and what breaks a line or turns its direction.
-COMMANDING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+# All control characters but newline and tab, and characters that break a line or change its direction.
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def escape_controls(text: str) -> str:
-    r"""Write each character that commands a terminal as Python does in a literal: \x1b."""
-    return COMMANDING.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    r"""Escape control characters as in a Python literal: \x1b."""
+    return CONTROL_CHARACTERS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class EscapingStream:
-    """A text stream that prints control characters escaped. `stream` is the one below, for colours of our own."""
+    """A text stream that escapes control characters. `stream` is the one below, for escape sequences of our own."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -35,7 +35,7 @@ STREAMS: list[EscapingStream] = []
 
 @contextmanager
 def escape_output() -> Iterator[None]:
-    """Escape what standard output must not carry: control characters, and what its encoding lacks."""
+    """Escape control characters on standard output, and characters that its encoding lacks."""
     if hasattr(sys.stdout, "reconfigure"):
         with suppress(OSError):  # of a terminal that was opened for reading too
             sys.stdout.reconfigure(errors="backslashreplace")  # as Python sets it for stderr

@@ -1,8 +1,8 @@
-"""Source: a folder of PDFs, each page one image.
+"""Read a folder of PDFs, each page one image.
 
-The questions stand in `queries.csv` or `queries.jsonl` in the folder: query, file (path below the folder), page (from
-1) and, if wanted, split (train, dev or test). A query with several lines is answered by several pages. Without such a
-file the PDFs' own text layer is asked: pseudo-queries, named so wherever their numbers appear.
+The questions are in `queries.csv` or `queries.jsonl` in the folder: query, file (path below the folder), page (from 1)
+and, if wanted, split (train, dev or test). A query with several lines is answered by several pages. Without such a file
+pseudo-queries are made from the PDFs' own text layer, and named so wherever their numbers appear.
 """
 
 import os
@@ -14,13 +14,11 @@ from typing import Any
 
 from colintern.core.errors import UserError
 from colintern.core.progress import ProgressBar
-from colintern.ingest.collected import Bad, Collected, Shelf, inside, json_lines, query_fault, split_fault, torn
-from colintern.ingest.pseudo import Text, pseudo_queries
-from colintern.ingest.query_table import COLUMNS, csv_rows
-from colintern.ingest.rendered import RenderedPdf, RenderedStore, fill_missing
-from colintern.ingest.rendering import (
+from colintern.ingest import documents as docs
+from colintern.ingest.documents import ImageStore, RawDocuments, resolve_within
+from colintern.ingest.pdf_rendering import (
     LIMITS,
-    MAX_TEXT,
+    MAX_TEXT_CHARACTERS,
     PageRef,
     RenderedPage,
     count_pages,
@@ -28,47 +26,60 @@ from colintern.ingest.rendering import (
     read_outlines,
     render_and_store_pages,
 )
+from colintern.ingest.pseudo_queries import DocumentText, make_pseudo_queries
+from colintern.ingest.query_csv import COLUMNS, read_query_csv
+from colintern.ingest.render_cache import RenderCache, RenderedPdf, fill_missing
 from colintern.storage.files import irregular_type, list_files
 from colintern.storage.isolation import Failure, IsolatedPool
 from colintern.storage.manifest import get_digests
 
 QUERY_FILES = ("queries.csv", "queries.jsonl")
-OUTLINE, TEXT = "outline entries", "text layers"  # kinds of bad rows that cost no page and no question
+OUTLINE, TEXT = "outline entries", "text layers"  # kinds of invalid rows that cost no page and no question
 
 
-def collect(folder: Path, shelf: Shelf) -> Collected:
-    """Every page of the folder's PDFs, and the queries for them."""
-    found = Collected()
-    files = {path.relative_to(folder).as_posix(): path for path in pdf_files(folder)}
-    store = RenderedStore(shelf.rendered or shelf.folder)
-    hashed = zip(files, get_digests().hash_files(list(files.values())), strict=True)
-    hashes = {name: digest["sha256"] for name, digest in hashed}
-    documents = {name: store.load(sha256) for name, sha256 in hashes.items()}
-    loaded = {name: (pdf.outline, len(pdf.pages)) for name, pdf in documents.items()}
+def read_pdf_folder(folder: Path, store: ImageStore) -> RawDocuments:
+    """Read every page of the folder's PDFs, and the queries for them."""
+    documents, query_file = RawDocuments(), _find_query_file(folder)
+    files = {path.relative_to(folder).as_posix(): path for path in list_pdfs(folder)}
+    render_cache = RenderCache(store.render_cache or store.folder)
+    digests_of_files = get_digests().hash_files(list(files.values()))
+    hashes = {name: digest["sha256"] for name, digest in zip(files, digests_of_files, strict=True)}
+    pdfs = {name: render_cache.load(sha256) for name, sha256 in hashes.items()}
+    loaded = {name: (pdf.outline, len(pdf.pages)) for name, pdf in pdfs.items()}
     with IsolatedPool(LIMITS) as pool:
-        counts = _count_pages(files, documents, pool, found)
-        documents = {name: documents[name] for name in counts}
-        outlines = _read_outlines(files, documents, pool, found)
-        for name, pdf in _store_pages(files, documents, store.shelf, pool, found):
+        counts = _count_pages(files, pdfs, pool, documents)
+        pdfs = {name: pdfs[name] for name in counts}
+        outlines = _read_outlines(files, pdfs, pool, documents)
+        for name, pdf in _store_pages(files, pdfs, render_cache.images, pool, documents):
             # A file whose hash is another one now was changed while it was read.
             if (pdf.outline, len(pdf.pages)) != loaded[name] and _has_hash(files[name], hashes[name]):
-                store.save(hashes[name], pdf)
-    found.read = set(files)
-    if given := _query_file(folder):
-        found.read.add(given.name)
-        _read_queries(folder, given, counts, found)
+                render_cache.save(hashes[name], pdf)
+    documents.read_files = set(files)
+    if query_file:
+        documents.read_files.add(query_file.name)
+        _read_queries(folder, query_file, counts, documents)
     else:
         texts = [
-            Text([document.get_text(index) for index in range(counts[name])], outlines[name])
-            for name, document in documents.items()
+            DocumentText([pdf.get_text(index) for index in range(counts[name])], outlines[name])
+            for name, pdf in pdfs.items()
         ]
         names = list(counts)
-        for query in pseudo_queries(texts):
-            page_name = _name(names[query.document], query.page)
-            if page_name in found.pages:
-                found.add_query(query.query, page_name, query.kind)
-    store.prune(set(hashes.values()), documents.values())
-    return found
+        for query in make_pseudo_queries(texts):
+            page_name = _name_page(names[query.document], query.page)
+            if page_name in documents.pages:
+                documents.add_query(query.query, page_name, query.kind)
+    render_cache.prune(set(hashes.values()), pdfs.values())
+    return documents
+
+
+def list_pdfs(folder: Path) -> list[Path]:
+    """List the PDFs below the folder, in the order of their paths; hidden files and folders are left out."""
+    return list_files(folder, (".pdf",)).files
+
+
+def is_query_file(path: Path) -> bool:
+    """Check whether a file of a folder of PDFs holds its questions; the suffix may be in capitals."""
+    return path.stem + path.suffix.lower() in QUERY_FILES
 
 
 def _has_hash(file: Path, sha256: str) -> bool:
@@ -78,127 +89,120 @@ def _has_hash(file: Path, sha256: str) -> bool:
         return False
 
 
-def pdf_files(folder: Path) -> list[Path]:
-    """The PDFs below the folder, in the order of their paths; hidden files and folders are left out."""
-    return list_files(folder, (".pdf",)).files
-
-
-def is_query_file(path: Path) -> bool:
-    """Tell whether a file of a folder of PDFs is the one that holds the questions; its suffix may be in capitals."""
-    return path.stem + path.suffix.lower() in QUERY_FILES
-
-
-def _name(file: str, index: int) -> str:
+def _name_page(file: str, index: int) -> str:
     return f"{file}#page={index + 1}"
 
 
 def _count_pages(
-    files: dict[str, Path], documents: dict[str, RenderedPdf], pool: IsolatedPool, found: Collected
+    files: dict[str, Path], pdfs: dict[str, RenderedPdf], pool: IsolatedPool, documents: RawDocuments
 ) -> dict[str, int]:
-    """Count the pages of each file; one that cannot be used counts as one bad page."""
+    """Count the pages of each file; one that cannot be used counts as one invalid page."""
     counts: dict[str, int] = {}
-    known = {name: document.count for name, document in documents.items()}
+    known = {name: pdf.count for name, pdf in pdfs.items()}
     for name, count in fill_missing(known, lambda missing: pool.map(count_pages, [[files[name]] for name in missing])):
-        if torn(name):  # no parquet file takes it
+        if docs.has_lone_surrogate(name):  # parquet files take no such text
             where = name.encode(errors="backslashreplace").decode()
-            found.bad.append(Bad(where, "its name is not UTF-8; rename it", "pages"))
+            documents.reject(where, "its name is not UTF-8; rename it", "pages")
         elif isinstance(count, Failure):
-            found.bad.append(Bad(name, f"not a readable PDF: {count.reason}", "pages"))
+            documents.reject(name, f"not a readable PDF: {count.reason}", "pages")
         else:
-            counts[name] = documents[name].count = count
-    found.rows["pages"] += len(files) - len(counts) + sum(counts.values())
+            counts[name] = pdfs[name].count = count
+    documents.row_counts["pages"] += len(files) - len(counts) + sum(counts.values())
     return counts
 
 
 def _read_outlines(
-    files: dict[str, Path], documents: dict[str, RenderedPdf], pool: IsolatedPool, found: Collected
+    files: dict[str, Path], pdfs: dict[str, RenderedPdf], pool: IsolatedPool, documents: RawDocuments
 ) -> dict[str, list[tuple[str, int]]]:
     """Read the outline entries that point at pages of their file, as (title, page from 0), by file."""
-    outlines: dict[str, list[tuple[str, int]]] = {}
-    known = {name: document.outline for name, document in documents.items()}
-    for name, outline in fill_missing(
-        known, lambda missing: pool.map(read_outlines, [[files[name]] for name in missing])
-    ):
+    entries: dict[str, list[tuple[str, int]]] = {}
+    known = {name: pdf.outline for name, pdf in pdfs.items()}
+    outlines = fill_missing(known, lambda missing: pool.map(read_outlines, [[files[name]] for name in missing]))
+    for name, outline in outlines:
         if isinstance(outline, Failure):
-            outlines[name], faults = [], {f"{name}, outline": outline.reason}
+            entries[name], errors = [], {f"{name}, outline": outline.reason}
         else:
-            documents[name].outline, outlines[name] = outline, outline.entries
-            faults = {f"{name}, outline entry {number}": reason for number, reason in outline.faults.items()}
-        if faults:
-            found.rows[OUTLINE] += len(outlines[name]) + len(faults)
-        found.bad += [Bad(where, reason, OUTLINE) for where, reason in faults.items()]
-    return outlines
+            pdfs[name].outline, entries[name] = outline, outline.entries
+            errors = {f"{name}, outline entry {number}": reason for number, reason in outline.errors.items()}
+        if errors:
+            documents.row_counts[OUTLINE] += len(entries[name]) + len(errors)
+        for where, reason in errors.items():
+            documents.reject(where, reason, OUTLINE)
+    return entries
 
 
 def _store_pages(
-    files: dict[str, Path], documents: dict[str, RenderedPdf], shelf: Shelf, pool: IsolatedPool, found: Collected
+    files: dict[str, Path],
+    pdfs: dict[str, RenderedPdf],
+    images: ImageStore,
+    pool: IsolatedPool,
+    documents: RawDocuments,
 ) -> Iterator[tuple[str, RenderedPdf]]:
-    """Put the pages of each file into `found` and `documents`; yield each file when all of its pages are there."""
-    known = {
-        (name, index): document.pages.get(index)
-        for name, document in documents.items()
-        for index in range(document.count or 0)
-    }
-    missing = sum(page is None for page in known.values())
-    if missing < len(known):
-        print(f"rendered before: {len(known) - missing} of {len(known)} pages")
+    """Render the pages that `pdfs` lack; yield each file when all of its pages are in `documents`."""
+    known = {(name, index): pdf.pages.get(index) for name, pdf in pdfs.items() for index in range(pdf.count or 0)}
+    num_missing = sum(page is None for page in known.values())
+    if num_missing < len(known):
+        print(f"rendered before: {len(known) - num_missing} of {len(known)} pages")
 
     def render_missing_pages(pages: Sequence[tuple[str, int]]) -> Iterable[RenderedPage | Failure]:
         groups = group_pages(PageRef(files[name], index) for name, index in pages)
-        results = pool.map(partial(render_and_store_pages, shelf), groups)
+        results = pool.map(partial(render_and_store_pages, images), groups)
         return ProgressBar(results, "rendering", len(pages), unit="page", disable=not pages)
 
     for name, pages in groupby(fill_missing(known, render_missing_pages), lambda item: item[0][0]):
-        document = documents[name]
         for (_, index), page in pages:
-            where = _name(name, index)
+            where = _name_page(name, index)
             if isinstance(page, Failure):
-                found.bad.append(Bad(where, page.reason, "pages"))
+                documents.reject(where, page.reason, "pages")
                 continue
-            document.pages[index], found.pages[where] = page, page.image
-            if page.characters > MAX_TEXT:
-                cut = f"its text has {page.characters:,} characters, of which {MAX_TEXT:,} are read"
-                found.rows[TEXT] = len(known)
-                found.bad.append(Bad(where, cut, TEXT))
-        yield name, document
+            pdfs[name].pages[index], documents.pages[where] = page, page.image
+            if page.characters > MAX_TEXT_CHARACTERS:
+                reason = f"its text has {page.characters:,} characters, of which {MAX_TEXT_CHARACTERS:,} are read"
+                documents.row_counts[TEXT] = len(known)
+                documents.reject(where, reason, TEXT)
+        yield name, pdfs[name]
 
 
-def _query_file(folder: Path) -> Path | None:
-    found = sorted(filter(is_query_file, folder.iterdir()))
-    if len(found) > 1:
-        raise UserError(f"{folder}: has {' and '.join(path.name for path in found)}; keep one")
-    if found and (kind := irregular_type(found[0])):  # without it, the PDFs' own text would be asked
-        raise UserError(f"{found[0]}: is {kind}, not a regular file; replace or delete it")
-    return found[0] if found else None
+def _find_query_file(folder: Path) -> Path | None:
+    files = sorted(filter(is_query_file, folder.iterdir()))
+    if len(files) > 1:
+        raise UserError(f"{folder}: has {' and '.join(path.name for path in files)}; keep one")
+    if files and (kind := irregular_type(files[0])):  # without it, pseudo-queries would be made
+        raise UserError(f"{files[0]}: is {kind}, not a regular file; replace or delete it")
+    return files[0] if files else None
 
 
-def _read_queries(folder: Path, file: Path, counts: dict[str, int], found: Collected) -> None:
+def _read_queries(folder: Path, file: Path, counts: dict[str, int], documents: RawDocuments) -> None:
     is_jsonl = file.suffix.lower() == ".jsonl"
-    rows = json_lines(file, found, "questions") if is_jsonl else csv_rows(file, counts, found)
-    locate = cache(partial(inside, folder))  # many rows name the same file
+    rows: Iterator[tuple[str, dict[str, Any]]] = (
+        docs.read_json_lines(file, documents, "questions") if is_jsonl else read_query_csv(file, counts, documents)
+    )
+    resolve = cache(partial(resolve_within, folder))  # many rows name the same file
     for where, row in rows:
-        if unknown := row.keys() - set(COLUMNS):
-            found.unknown.update(map(str, unknown - {""}))
-        file_name = row.get("file")
-        path, fault = locate(file_name) if isinstance(file_name, str) else inside(folder, file_name)
-        name, fault = ("", fault) if fault else _page(os.path.relpath(path, folder), row.get("page"), counts)
-        fault = query_fault(row.get("query")) or fault or split_fault(row.get("split", ""))
-        if not fault and name not in found.pages:
-            fault = f"page {name} could not be rendered"
-        if fault:
-            found.bad.append(Bad(where, fault, "questions"))
+        documents.unknown_keys.update(str(key) for key in row.keys() - {*COLUMNS, ""})
+        name, page, split = row.get("file"), "", row.get("split", "")
+        error = docs.find_query_error(row.get("query"))
+        try:
+            path = resolve(name) if isinstance(name, str) else resolve_within(folder, name)
+            page = _find_page(os.path.relpath(path, folder), str(row.get("page")), counts)
+            error = error or docs.find_split_error(split)
+        except ValueError as reason:
+            error = error or str(reason)
+        if not error and page not in documents.pages:
+            error = f"page {page} could not be rendered"
+        if error:
+            documents.reject(where, error, "questions")
             continue
-        found.add_query(row["query"], name, "given")
-        if row.get("split"):
-            found.fixed.setdefault(name, []).append((row["split"], where))
+        documents.add_query(row["query"], page, "given")
+        if split:
+            documents.named_splits.setdefault(page, []).append((split, where))
 
 
-def _page(file: str, page: Any, counts: dict[str, int]) -> tuple[str, str]:
-    """The name of a row's page, and what is wrong with it ("" if nothing)."""
-    page = str(page)
+def _find_page(file: str, page: str, counts: dict[str, int]) -> str:
+    """Return the name of a row's page; raise ValueError with the reason if there is no such page."""
     if file not in counts:
-        return "", f"{file} is not a readable PDF of this folder"
+        raise ValueError(f"{file} is not a readable PDF of this folder")
     # Python reads no number of more than 4,300 digits.
     if not page.isdecimal() or len(page) > 9 or not 1 <= int(page) <= counts[file]:
-        return "", f"page {page!r:.40}: {file} has pages 1 to {counts[file]}"
-    return _name(file, int(page) - 1), ""
+        raise ValueError(f"page {page!r:.40}: {file} has pages 1 to {counts[file]}")
+    return _name_page(file, int(page) - 1)

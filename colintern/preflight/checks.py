@@ -14,9 +14,9 @@ from huggingface_hub import constants
 
 from colintern.core.errors import UserError
 from colintern.core.rules import split_kernel
-from colintern.modeling.attention import lacking
-from colintern.modeling.lora import FLOAT32, examine, faults, notes
-from colintern.modeling.modeling_colintern import meta_model
+from colintern.modeling.attention import unavailable_reason
+from colintern.modeling.lora import FLOAT32, LoraReport, find_lora_errors, find_lora_warnings, report_lora_on_meta
+from colintern.modeling.modeling_colintern import build_meta_model
 from colintern.monitoring.guide import DEMO, RecommendedBounds, get_recommended_bounds
 from colintern.params import Params
 from colintern.preflight.environment import Environment, Machine, probe_machine
@@ -30,22 +30,16 @@ GUIDE_GPU_BYTES = 16 * 2**30  # the guide's smallest GPU
 
 
 class RunFacts(NamedTuple):
-    """What a run is checked by.
-
-    Attributes:
-        params: Values of params.yaml.
-        counts: Modules and parameters, see `lora.count`.
-        machine: This machine.
-    """
+    """What a run is checked by; `counts` are modules and parameters, see `lora.report_lora`."""
 
     params: Params
-    counts: dict[str, Any]
+    counts: LoraReport
     machine: Machine
 
     @property
     def bounds(self) -> RecommendedBounds:
         """Return the recommended settings for this size of the base."""
-        return get_recommended_bounds(self.counts["total_parameters"])
+        return get_recommended_bounds(self.counts.total_parameters)
 
     @property
     def is_demo(self) -> bool:
@@ -66,16 +60,14 @@ Status = tuple[str, str] | tuple[str, str, str]  # status, found, remedy
 Facts = TypeVar("Facts")
 
 
-def check_epochs(facts: RunFacts) -> Status:
-    """Compare the number of epochs with the recommended minimum."""
+def _check_epochs(facts: RunFacts) -> Status:
     have, want = facts.params.epochs, facts.bounds.epochs
     if have >= want:
         return PASS, f"{have}, at least {want} for this size ({facts.bounds.name})"
     return WARN, f"{have}, below {want} (the guide: 5; not measured here at this size)", f"epochs: {want}"
 
 
-def check_batch_size(facts: RunFacts) -> Status:
-    """Compare the batch size with the recommended minimum."""
+def _check_batch_size(facts: RunFacts) -> Status:
     have, want = facts.params.batch_size, facts.bounds.batch
     if have >= want:
         return PASS, f"{have}: each query against {have} pages, whatever micro_batch_size is"
@@ -83,8 +75,7 @@ def check_batch_size(facts: RunFacts) -> Status:
     return WARN, f"{have}, below {want} ({seen})", f"batch_size: {want}; micro_batch_size bounds the memory"
 
 
-def check_learning_rate(facts: RunFacts) -> Status:
-    """Compare the learning rate with the recommended range."""
+def _check_learning_rate(facts: RunFacts) -> Status:
     (low, high), have = facts.bounds.lr, facts.params.lr
     seen = f"{low:g} to {high:g} for {facts.bounds.name}: {facts.bounds.lr_source}"
     if low <= have <= high:
@@ -92,47 +83,42 @@ def check_learning_rate(facts: RunFacts) -> Status:
     return WARN, f"{have:g}, not within {seen}", f"lr: a number from {low:g} to {high:g}"
 
 
-def check_lora(facts: RunFacts) -> Status:
-    """Check that any module is trained."""
-    modules, trained = facts.counts["lora_modules"], facts.counts["trainable_parameters"]
+def _check_lora(facts: RunFacts) -> Status:
+    modules, trained = facts.counts.lora_modules, facts.counts.trainable_parameters
     if not trained:
         return FAIL, "no module gets LoRA, nothing is trained", "lora_targets: take those of `colintern recipe`"
     return PASS, f"rank {facts.params.lora_rank} on {modules} modules, {trained:,} parameters"
 
 
-def check_lora_targets(facts: RunFacts) -> Status:
-    """Check that the patterns match what they should, and that no projection is left out."""
+def _check_lora_targets(facts: RunFacts) -> Status:
     counts = facts.counts
-    if errors := faults(counts):
+    if errors := find_lora_errors(counts):
         return FAIL, errors[0].removeprefix("lora_targets: "), "colintern verify names every fault"
-    num_targets = 7 * counts["layers"] + 1
-    if counts["lora_modules"] != num_targets:
-        [note] = notes(counts)[:1] or ["some projections are left out"]
-        return WARN, f"{counts['lora_modules']} modules of {num_targets}: {note}", "colintern verify shows each pattern"
-    return PASS, f"{num_targets} modules: 7 in each of {counts['layers']} layers, and the head"
+    num_targets = 7 * counts.layers + 1
+    if counts.lora_modules != num_targets:
+        [note] = find_lora_warnings(counts)[:1] or ["some projections are left out"]
+        return WARN, f"{counts.lora_modules} modules of {num_targets}: {note}", "colintern verify shows each pattern"
+    return PASS, f"{num_targets} modules: 7 in each of {counts.layers} layers, and the head"
 
 
-def check_head(facts: RunFacts) -> Status:
-    """Check that the projection head is adapted."""
-    if not facts.counts["head"]:
+def _check_head(facts: RunFacts) -> Status:
+    if not facts.counts.head:
         return FAIL, "custom_text_proj is not adapted: its random projection stays", "add custom_text_proj to it"
-    return PASS, "custom_text_proj, {} -> {}".format(*facts.counts["head"])
+    return PASS, "custom_text_proj, {} -> {}".format(*facts.counts.head)
 
 
-def check_vision_frozen(facts: RunFacts) -> Status:
-    """Check that vision tower and projector stay frozen."""
-    if num_adapted := facts.counts["adapted_vision_modules"]:
+def _check_vision_frozen(facts: RunFacts) -> Status:
+    if num_adapted := facts.counts.adapted_vision_modules:
         return (
             FAIL,
             f"{num_adapted} modules of tower or projector get LoRA",
             r"begin lora_targets with language_model\.",
         )
-    tower, projector = facts.counts["frozen_vision_modules"], facts.counts["frozen_projector_modules"]
+    tower, projector = facts.counts.frozen_vision_modules, facts.counts.frozen_projector_modules
     return PASS, f"{tower} modules of the tower and {projector} of the projector stay as they are"
 
 
-def check_bf16(facts: RunFacts) -> Status:
-    """Check that the device has arithmetic of this dtype."""
+def _check_bf16(facts: RunFacts) -> Status:
     device = facts.machine.gpu or "the CPU"
     if facts.params.dtype == "float32":
         if facts.is_demo:
@@ -143,8 +129,7 @@ def check_bf16(facts: RunFacts) -> Status:
     return WARN, f"bfloat16 is emulated by {device}: right, but slow", "a GPU of compute capability 8.0 or newer"
 
 
-def check_attention(facts: RunFacts) -> Status:
-    """Check that the attention kernel can be used."""
+def _check_attention(facts: RunFacts) -> Status:
     attention, machine = facts.params.attention, facts.machine
     if split_kernel(attention):
         return _check_hub_kernel(facts)
@@ -165,7 +150,7 @@ def check_attention(facts: RunFacts) -> Status:
 def _check_hub_kernel(facts: RunFacts) -> Status:
     attention = facts.params.attention
     try:
-        lacks = lacking(attention, facts.params.dtype)
+        lacks = unavailable_reason(attention, facts.params.dtype)
     except UserError as error:
         return WARN, str(error).removeprefix("attention: "), "dvc repro fetch-data"
     if lacks:
@@ -173,9 +158,8 @@ def _check_hub_kernel(facts: RunFacts) -> Status:
     return PASS, f"{attention}, every file by its hash"
 
 
-def check_disk(facts: RunFacts) -> Status:
-    """Compare free disk space with what checkpoints and page features need."""
-    trained, have = facts.counts["trainable_parameters"], facts.machine.disk_bytes
+def _check_disk(facts: RunFacts) -> Status:
+    trained, have = facts.counts.trainable_parameters, facts.machine.disk_bytes
     required = required_disk_bytes(trained)
     features = max(0.0, facts.params.feature_cache_gb * GB - facts.machine.features_bytes)
     free = f"{have / GB:.1f} GB free"
@@ -188,11 +172,10 @@ def check_disk(facts: RunFacts) -> Status:
     return PASS, f"{free}; at most {(required + features) / GB:.1f} GB needed for checkpoints and page features"
 
 
-def check_memory(facts: RunFacts) -> Status:
-    """Compare memory with what weights and optimizer need."""
+def _check_memory(facts: RunFacts) -> Status:
     width = 2 if facts.params.dtype == "bfloat16" else FLOAT32
-    weights = width * facts.counts["total_parameters"]
-    least = weights + 4 * FLOAT32 * facts.counts["trainable_parameters"]  # weights, gradients, two moments
+    weights = width * facts.counts.total_parameters
+    least = weights + 4 * FLOAT32 * facts.counts.trainable_parameters  # weights, gradients, two moments
     machine = facts.machine
     where, have = (machine.gpu, machine.gpu_bytes) if machine.gpu else ("main memory", machine.memory_bytes)
     found = f"{have / GB:.1f} GB of {where}; weights and optimizer {least / GB:.2g} GB, activations not counted"
@@ -206,8 +189,7 @@ def check_memory(facts: RunFacts) -> Status:
     return PASS, found
 
 
-def check_driver(facts: RunFacts) -> Status:
-    """Check that torch can use the GPU of this machine."""
+def _check_driver(facts: RunFacts) -> Status:
     machine = facts.machine
     built = f"torch {machine.torch} for " + (f"CUDA {machine.torch_cuda}" if machine.torch_cuda else "the CPU")
     if machine.gpu:
@@ -225,8 +207,7 @@ def check_driver(facts: RunFacts) -> Status:
     return FAIL, found, f"install driver {least} or newer"
 
 
-def check_git(environment: Environment) -> Status:
-    """Check that git works, that a commit names this state, and that git knows a committer."""
+def _check_git(environment: Environment) -> Status:
     if environment.git_error:
         remedy = "git clone the repository: DVC works in a git repository only"
         if "dubious ownership" in environment.git_error:
@@ -241,8 +222,7 @@ def check_git(environment: Environment) -> Status:
     return PASS, f"commit {environment.commit}, nothing changed"
 
 
-def check_project_path(environment: Environment) -> Status:
-    """Check that DVC can copy the project."""
+def _check_project_path(environment: Environment) -> Status:
     if environment.unsupported_characters:
         remedy = "move the repository to a path of ASCII characters without # and ?"
         characters = environment.unsupported_characters
@@ -250,8 +230,7 @@ def check_project_path(environment: Environment) -> Status:
     return PASS, "DVC can copy the project for --temp, --queue and colintern tune"
 
 
-def check_dvc_remote(environment: Environment) -> Status:
-    """Check that DVC has a default remote."""
+def _check_dvc_remote(environment: Environment) -> Status:
     if environment.default_remote:
         return PASS, f"{environment.default_remote}"
     if remotes := environment.remotes:
@@ -261,8 +240,7 @@ def check_dvc_remote(environment: Environment) -> Status:
     return WARN, "none: nobody else can fetch the adapter", "dvc remote add --default NAME URL"
 
 
-def check_hub_access(environment: Environment) -> Status:
-    """Check that the hub gives what the cache lacks."""
+def _check_hub_access(environment: Environment) -> Status:
     token = "a token is set" if environment.has_token else "no token"
     if not environment.repos:
         return PASS, "nothing of this run comes from the hub"
@@ -274,8 +252,7 @@ def check_hub_access(environment: Environment) -> Status:
     return PASS, f"{constants.ENDPOINT} will give what the cache lacks ({len(names)} repositories); {token}"
 
 
-def check_wandb(environment: Environment) -> Status:
-    """Check that W&B is used if it is configured."""
+def _check_wandb(environment: Environment) -> Status:
     if environment.wandb_variables and not environment.uses_wandb:
         found = f"{', '.join(environment.wandb_variables)} set, but training sends nothing to W&B"
         return WARN, found, "tracker: wandb; or look at the curves in plots/: dvc plots show"
@@ -285,25 +262,25 @@ def check_wandb(environment: Environment) -> Status:
 
 
 RUN_CHECKS: dict[str, Callable[[RunFacts], Status]] = {
-    "epochs": check_epochs,
-    "effective batch": check_batch_size,
-    "learning rate": check_learning_rate,
-    "LoRA on": check_lora,
-    "target modules": check_lora_targets,
-    "head included": check_head,
-    "vision frozen": check_vision_frozen,
-    "bf16": check_bf16,
-    "attention kernel": check_attention,
-    "disk": check_disk,
-    "memory": check_memory,
-    "driver and CUDA": check_driver,
+    "epochs": _check_epochs,
+    "effective batch": _check_batch_size,
+    "learning rate": _check_learning_rate,
+    "LoRA on": _check_lora,
+    "target modules": _check_lora_targets,
+    "head included": _check_head,
+    "vision frozen": _check_vision_frozen,
+    "bf16": _check_bf16,
+    "attention kernel": _check_attention,
+    "disk": _check_disk,
+    "memory": _check_memory,
+    "driver and CUDA": _check_driver,
 }
 ENVIRONMENT_CHECKS: dict[str, Callable[[Environment], Status]] = {
-    "git": check_git,
-    "path": check_project_path,
-    "DVC remote": check_dvc_remote,
-    "hub access": check_hub_access,
-    "W&B": check_wandb,
+    "git": _check_git,
+    "path": _check_project_path,
+    "DVC remote": _check_dvc_remote,
+    "hub access": _check_hub_access,
+    "W&B": _check_wandb,
 }
 
 
@@ -315,7 +292,7 @@ def collect_run_facts(params: Params, config: Any, revision: str | None) -> RunF
         config: The base's config, or its folder or hub id; see `meta_model`.
         revision: The base's commit on the hub, None for a folder.
     """
-    return RunFacts(params, examine(meta_model(config, revision), params), probe_machine())
+    return RunFacts(params, report_lora_on_meta(build_meta_model(config, revision), params), probe_machine())
 
 
 def run_checks(facts: Facts, checks: Mapping[str, Callable[[Facts], Status]]) -> list[CheckResult]:

@@ -7,7 +7,6 @@ import atexit
 import csv
 import json
 import os
-import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import HFValidationError, HTTPError
 
 from colintern.core.project import root
-from colintern.core.rules import mixture, split_kernel, unsupported_path_characters
-from colintern.encoding.page_features import FEATURES
-from colintern.params import Params, on_hub
+from colintern.core.rules import parse_mixture, split_kernel, unsupported_path_characters
+from colintern.encoding.page_features import FEATURES_DIR
+from colintern.params import Params, is_on_hub
 from colintern.storage.hub import Repo, create_offline_error, to_user_error
 from colintern.storage.manifest import MANIFEST
 
@@ -36,19 +35,8 @@ HUB_TIMEOUT_SECONDS = 10
 class Machine:
     """The hardware and drivers of this machine; sizes in bytes.
 
-    Attributes:
-        num_cards: NVIDIA GPUs that the PCI bus or the driver lists, whether torch can use them or not.
-        driver: Version of the NVIDIA driver, "" without one.
-        torch: Version of torch.
-        torch_cuda: CUDA version that torch was built for, "" for the CPU.
-        gpu: Name of the GPU that torch would train on, "" for the CPU.
-        gpu_bytes: Its memory.
-        is_gpu_hidden: Whether CUDA_VISIBLE_DEVICES names no device.
-        has_bf16: Whether the GPU, or the CPU, has bfloat16 arithmetic.
-        has_flash_attn: Whether the package flash-attn is installed.
-        memory_bytes: Main memory that a new process could have.
-        disk_bytes: Free space on the project's disk.
-        features_bytes: Size of the page-feature cache.
+    `num_cards` counts NVIDIA GPUs that the PCI bus or the driver lists, whether torch can use them or not. `gpu` is
+    what torch would train on, "" for the CPU; `torch_cuda` is the CUDA version that torch was built for, "" for none.
     """
 
     num_cards: int
@@ -82,7 +70,7 @@ def probe_machine() -> Machine:
         has_flash_attn=find_spec("flash_attn") is not None,
         memory_bytes=get_available_memory(),
         disk_bytes=shutil.disk_usage(root()).free,
-        features_bytes=sum(file.stat().st_size for file in (root() / FEATURES).rglob("*") if file.is_file()),
+        features_bytes=sum(file.stat().st_size for file in (root() / FEATURES_DIR).rglob("*") if file.is_file()),
     )
 
 
@@ -96,14 +84,9 @@ def _query_nvidia_smi() -> list[list[str]]:
 
 
 def _count_pci_cards() -> int:
-    def read(device: Path, name: str) -> str:
-        try:
-            return (device / name).read_text().strip()
-        except OSError:
-            return ""
-
-    devices = Path("/sys/bus/pci/devices").glob("*") if platform.system() == "Linux" else []
-    return sum(read(d, "vendor") == NVIDIA_VENDOR and read(d, "class").startswith(DISPLAY_CLASS) for d in devices)
+    devices = Path("/sys/bus/pci/devices").glob("*")  # none where it is not Linux
+    kinds = [((device / "vendor").read_text().strip(), (device / "class").read_text()) for device in devices]
+    return sum(vendor == NVIDIA_VENDOR and kind.startswith(DISPLAY_CLASS) for vendor, kind in kinds)
 
 
 def get_available_memory() -> int:
@@ -120,11 +103,8 @@ def get_available_memory() -> int:
 
 def has_cpu_bf16(cpuinfo: Path) -> bool:
     """Return whether the kernel lists bfloat16 instructions of the CPU."""
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        return False
-    flags = {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
+    lines = cpuinfo.read_text().lower().splitlines() if cpuinfo.is_file() else []
+    flags = {flag for line in lines if line.startswith(("flags", "features")) for flag in line.split()}
     return bool(flags & BF16_FLAGS)
 
 
@@ -132,21 +112,8 @@ def has_cpu_bf16(cpuinfo: Path) -> bool:
 class Environment:
     """What surrounds a run on this machine.
 
-    Attributes:
-        is_demo: Whether the base has the demo's size.
-        git_error: What git reports to be wrong, or "".
-        commit: The short hash of HEAD.
-        num_changed: Tracked files that differ from the commit.
-        has_committer: Whether git knows a committer's name.
-        remotes: Names of DVC's remotes.
-        default_remote: The default one of them, or "".
-        repos: Hub repositories of this run.
-        incomplete_repos: Those of them of which the cache lacks files.
-        hub_error: Why the hub would not give these files, or "".
-        has_token: Whether a hub token is set.
-        wandb_variables: Names of the W&B variables that are set.
-        uses_wandb: Whether training reports to W&B.
-        unsupported_characters: Characters of this folder's path with which DVC cannot copy the project.
+    `git_error` and `hub_error` are "" or one line with what is wrong; `incomplete_repos` are those of the run's hub
+    repositories of which the cache lacks files; with `unsupported_characters` of its path DVC cannot copy the project.
     """
 
     is_demo: bool
@@ -216,7 +183,9 @@ def _list_dvc_remotes() -> tuple[tuple[str, ...], str]:
 def list_hub_repos(params: Params) -> dict[Repo, list[str] | None]:
     """Return the run's hub repositories with their files by the manifest; None for files that it does not list."""
     repos = [Repo("base", params.base, params.base_revision, "model")]
-    repos += [Repo("train_data", name, params.train_revision, "dataset") for name, _ in mixture(params.train_data)]
+    repos += [
+        Repo("train_data", name, params.train_revision, "dataset") for name, _ in parse_mixture(params.train_data)
+    ]
     repos += [Repo("train_corpus", params.train_corpus, params.train_corpus_revision, "dataset")]
     if kernel := split_kernel(params.attention):
         repos += [Repo("attention", *kernel, "kernel")]
@@ -224,7 +193,7 @@ def list_hub_repos(params: Params) -> dict[Repo, list[str] | None]:
         files, tasks = _read_manifest()
     except (OSError, ValueError, KeyError, TypeError):  # missing, or an older version's, which is written again
         files, tasks = {}, {}
-    return {repo: files.get((repo.name, repo.revision)) for repo in repos if on_hub(repo.name)} | tasks
+    return {repo: files.get((repo.name, repo.revision)) for repo in repos if is_on_hub(repo.name)} | tasks
 
 
 def _read_manifest() -> tuple[dict[tuple[str, str], list[str]], dict[Repo, list[str] | None]]:

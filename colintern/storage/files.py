@@ -60,6 +60,7 @@ def list_files(top: Path, suffixes: Collection[str] = (), recursive: bool = True
     Links to folders are not followed, since they may lead in a circle.
 
     Args:
+        top: the folder.
         suffixes: in lower case, of the files that are wanted; none means all.
         recursive: also in the folders below it.
     """

@@ -1,32 +1,31 @@
 """Download and verify files of hub repositories at a commit, in huggingface_hub's own cache (HF_HOME).
 
-huggingface_hub transfers (Xet or HTTP), follows redirects, sends HF_TOKEN, waits for 429, and resumes a dropped
-connection. Added here is what it does not do:
+`snapshot_download` lists and transfers (Xet or HTTP), sends HF_TOKEN, waits for 429, and resumes dropped connections.
+Added here is what it does not do:
 
 - It accepts any bytes of the right length that come by HTTP: every file is hashed.
 - It gives up on a 5xx for a file, a reset connection and a wrong length: they are retried.
-- `snapshot_download` needs a request for each file to tell the size (`dry_run`), shows bars for each repository, and
-  on Ctrl-C waits for its threads: disk space is checked first, one bar covers all files, and Ctrl-C ends the process.
+- Its `dry_run` needs a request for each file and tells no hash: the listing tells whether the files fit the disk.
+- On Ctrl-C it waits for its threads, which may wait for the network: here Ctrl-C ends the process.
 """
 
 import errno
 import os
 import shutil
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from glob import escape
-from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from huggingface_hub import (
     HfApi,
     RepoFile,
     constants,
     get_cached_repo_tree,
-    hf_hub_download,
     is_offline_mode,
     snapshot_download,
 )
@@ -38,20 +37,17 @@ from huggingface_hub.errors import (
     HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils.sha import git_hash
-from tqdm import tqdm
 
 from colintern.core.errors import UserError
 from colintern.core.progress import ProgressBar
 from colintern.storage.digests import Digests
 from colintern.storage.files import DANGLING, MISSING, irregular_type
 
-MAX_PARALLEL_DOWNLOADS = 8
-RETRY_WAITS_SECONDS = (1, 2, 4, 8)  # after the last one the file is given up
+RETRY_WAITS_SECONDS = (1, 2, 4, 8)  # after the last one the repository is given up
 STALE_PARTIAL_SECONDS = 3600  # age from which no process writes a partial file any more: a killed one left it
 RETRYABLE_STATUS_CODES = (500, 502, 503, 504)  # the server is in trouble, it does not refuse
 REVISION_KEYS = {
@@ -101,6 +97,11 @@ class HubFile(NamedTuple):
     hash: str
 
     @property
+    def has_sha256(self) -> bool:
+        """Whether the hash is a sha256, not a git hash."""
+        return len(self.hash) == 64
+
+    @property
     def cached(self) -> Path:
         """The path in the hub's cache; it need not exist."""
         return self.repo.snapshot_folder / self.path
@@ -133,12 +134,6 @@ def download_repos(wanted: Sequence[tuple[Repo, FileSelector]], digests: Digests
                 [repo for repo, _ in wanted if not _read_cached_tree(repo)], error.reason
             ) from error
     ensure_downloaded([file for files in selected for file in files], digests)
-    for (repo, _), files in zip(wanted, selected, strict=True):
-        if not _read_cached_tree(repo):  # this caches the listing for runs without a network; it transfers no file
-            snapshot_download(
-                repo.name, repo_type=repo.kind, revision=repo.revision, tqdm_class=_HiddenBar,
-                allow_patterns=[escape(file.path) for file in files],
-            )  # fmt: skip
     return selected
 
 
@@ -169,7 +164,8 @@ def _read_cached_tree(repo: Repo) -> list[RepoFile]:
         return []
 
 
-def _select_files(repo: Repo, selector: FileSelector) -> list[HubFile]:
+def _list_files(repo: Repo) -> dict[str, RepoFile]:
+    """Return the files of a repository by path; the hub is asked only if the cache lacks the listing."""
     tree = _read_cached_tree(repo)
     if not tree:
         try:
@@ -177,7 +173,11 @@ def _select_files(repo: Repo, selector: FileSelector) -> list[HubFile]:
             tree = [entry for entry in listed if isinstance(entry, RepoFile)]
         except (HTTPError, OSError, HFValidationError) as error:
             raise to_user_error(error, repo) from error
-    entries = {entry.path: entry for entry in tree}
+    return {entry.path: entry for entry in tree}
+
+
+def _select_files(repo: Repo, selector: FileSelector) -> list[HubFile]:
+    entries = _list_files(repo)
     if isinstance(selector, tuple):
         paths = [path for path in sorted(entries) if PurePosixPath(path).suffix in selector]
         if not any(path.endswith(selector[0]) for path in paths):
@@ -208,17 +208,19 @@ def ensure_downloaded(files: Sequence[HubFile], digests: Digests) -> None:
     total = _check_disk_space(missing)
     if missing:
         print(f"fetching {len(missing)} files, {total / 1e9:.2f} GB, into {constants.HF_HUB_CACHE}", flush=True)
-    stop = threading.Event()
-    with (
-        ProgressBar(total=total, unit="B", unit_scale=True, desc="fetching", delay=1) as bar,
-        ThreadPool(MAX_PARALLEL_DOWNLOADS) as pool,  # of daemon threads, which do not outlive Ctrl-C
-    ):
-        try:
-            for _ in pool.imap_unordered(partial(_download_and_verify, digests=digests, bar=bar, stop=stop), files):
-                pass
-        finally:
-            stop.set()
-            digests.save()
+    _download(missing)
+    wrong = _list_wrong_files(files, digests)
+    for file in wrong:
+        print(f"{file.cached}: not the bytes the hub names; fetching it again", flush=True)
+    _download(wrong, force=True)
+    for file in _list_wrong_files(wrong, digests):
+        # Both the link and its target, or the next reader would find a file.
+        file.cached.resolve().unlink(missing_ok=True)
+        file.cached.unlink(missing_ok=True)
+        raise UserError(
+            f"{file.repo.key}: {file.path} of {file.repo.name} arrived twice with other bytes than its hash "
+            f"{file.hash[:12]}; something between here and {constants.ENDPOINT} changes files"
+        )
 
 
 def remove_stale_partials(repos: Iterable[Repo]) -> None:
@@ -243,48 +245,54 @@ def _check_disk_space(missing: Sequence[HubFile]) -> int:
     return need
 
 
-def _download_and_verify(file: HubFile, digests: Digests, bar: tqdm, stop: threading.Event) -> None:
-    """Download a file if it is missing, and once more if its hash is wrong."""
-    if not file.cached.is_file():
-        _download(file, bar, stop)
-    if hash_matches(file, digests):
-        return
-    bar.write(f"{file.cached}: not the bytes the hub names; fetching it again")
-    _download(file, bar, stop, force=True)
-    if not hash_matches(file, digests):
-        # Both the link and its target, or the next reader would find a file.
-        file.cached.resolve().unlink(missing_ok=True)
-        file.cached.unlink(missing_ok=True)
-        raise UserError(
-            f"{file.repo.key}: {file.path} of {file.repo.name} arrived twice with other bytes than its hash "
-            f"{file.hash[:12]}; something between here and {constants.ENDPOINT} changes files"
-        )
+def _list_wrong_files(files: Sequence[HubFile], digests: Digests) -> list[HubFile]:
+    digests.hash_files([file.cached for file in files if file.has_sha256])  # in parallel
+    return [file for file in files if not hash_matches(file, digests)]
 
 
 def hash_matches(file: HubFile, digests: Digests) -> bool:
     """Return whether the cached bytes have the hash that the hub lists."""
-    if len(file.hash) == 64:
+    if file.has_sha256:
         return digests(file.cached)["sha256"] == file.hash
     return file.cached.stat().st_size == file.size and git_hash(file.cached.read_bytes()) == file.hash
 
 
-def _download(file: HubFile, bar: tqdm, stop: threading.Event, force: bool = False) -> None:
-    repo = file.repo
-    for wait in (*RETRY_WAITS_SECONDS, None):
-        file_bar = _create_file_bar(bar, stop)
-        try:
-            hf_hub_download(
-                repo.name, file.path, repo_type=repo.kind, revision=repo.revision, force_download=force,
-                tqdm_class=file_bar,
-            )  # fmt: skip
-            return
-        except (HTTPError, OSError, ValueError, RuntimeError) as error:
-            if wait is None or not is_retryable(error):
-                raise to_user_error(error, repo, file.path) from error
-            bar.update(-file_bar.transferred)
-            bar.write(f"{file.path}: {describe_error(error)}; trying again in {wait} s")
-            if stop.wait(wait):
-                raise _StoppedError from error
+def _download(files: Sequence[HubFile], force: bool = False) -> None:
+    """Download files, repository by repository, with huggingface_hub's progress bars."""
+    for repo in dict.fromkeys(file.repo for file in files):
+        listed = _list_files(repo)
+        paths = [file.path for file in files if file.repo == repo]
+        for path in paths:
+            if path not in listed:
+                raise UserError(
+                    f"{repo.key}: {repo.name!r} has no file {path} at {repo.revision}; run: dvc repro -f fetch-data"
+                )
+        for wait in (*RETRY_WAITS_SECONDS, None):
+            try:
+                with _end_on_ctrl_c():
+                    snapshot_download(
+                        repo.name, repo_type=repo.kind, revision=repo.revision, force_download=force,
+                        allow_patterns=list(map(escape, paths)), tqdm_class=ProgressBar,
+                    )  # fmt: skip
+                break
+            except (HTTPError, OSError, ValueError, RuntimeError) as error:
+                if wait is None or not is_retryable(error):
+                    raise to_user_error(error, repo) from error
+                print(f"{repo.name}: {describe_error(error)}; trying again in {wait} s", flush=True)
+                time.sleep(wait)
+
+
+@contextmanager
+def _end_on_ctrl_c() -> Iterator[None]:
+    """Let SIGINT end the process in the block, instead of KeyboardInterrupt, which waits for threads."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def is_retryable(error: Exception) -> bool:
@@ -294,43 +302,13 @@ def is_retryable(error: Exception) -> bool:
     return isinstance(error, HTTPError) or "Consistency check" in str(error)
 
 
-class _StoppedError(Exception):
-    """Another file has failed, or Ctrl-C was pressed."""
-
-
-class _HiddenBar(tqdm):
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(disable=True)
-
-
-def _create_file_bar(bar: tqdm, stop: threading.Event) -> Any:
-    """Return the class of a hidden bar for one file, which adds to the one bar of all files."""
-
-    class FileBar(_HiddenBar):
-        transferred = 0
-
-        def update(self, n: float | None = 1) -> bool | None:
-            if stop.is_set():
-                raise _StoppedError
-            FileBar.transferred += int(n or 0)
-            with bar.get_lock():
-                return bar.update(n)
-
-        def ignore(self, *args: Any, **kwargs: Any) -> None:
-            pass
-
-        update_transfer = set_transfer_postfix_str = ignore  # with these, Xet opens no second bar
-
-    return FileBar
-
-
-def to_user_error(error: Exception, repo: Repo, path: str = "") -> UserError:
-    """Translate what huggingface_hub raised when it listed `repo`, or downloaded its file `path`.
+def to_user_error(error: Exception, repo: Repo) -> UserError:
+    """Translate what huggingface_hub raised when it listed or downloaded `repo`.
 
     The message names the key of params.yaml and the remedy. It shows no request, whose headers hold the token.
     """
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        return to_user_error(error.__cause__, repo, path)
+        return to_user_error(error.__cause__, repo)
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     what = f"{repo.key}: {repo.name!r}"
     page = f"{constants.ENDPOINT}/{'' if repo.kind == 'model' else repo.kind + 's/'}{repo.name}"
@@ -342,8 +320,6 @@ def to_user_error(error: Exception, repo: Repo, path: str = "") -> UserError:
     if isinstance(error, RevisionNotFoundError):
         key = REVISION_KEYS.get(repo.key, repo.key)
         return UserError(f"{key}: {repo.revision!r} is no commit of {repo.name}; see {page}/commits/main")
-    if isinstance(error, RemoteEntryNotFoundError):
-        return UserError(f"{what} has no file {path} at {repo.revision}; run: dvc repro -f fetch-data")
     if status in (401, 403, 404) or isinstance(error, HFValidationError):
         return UserError(
             f"{what} is not a {repo.kind} on the hub, or is private: check the name at {page}; for a private one set "
@@ -354,7 +330,7 @@ def to_user_error(error: Exception, repo: Repo, path: str = "") -> UserError:
     is_unreachable = status is None or status in (408, 429, *RETRYABLE_STATUS_CODES)
     if isinstance(error, HTTPError | OfflineModeIsEnabled | RuntimeError) and is_unreachable:  # RuntimeError: hf_xet's
         return create_offline_error([repo], describe_error(error))
-    return UserError(f"{what}: {path}: {describe_error(error)}")
+    return UserError(f"{what}: {describe_error(error)}")
 
 
 def describe_error(error: Exception) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.params import Params, at_commit, on_hub
+from colintern.params import Params, is_on_hub, split_hub_id
 from colintern.storage.files import require_regular_file
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
@@ -49,8 +49,8 @@ def require_evaluated_model(name: str) -> None:
     """
     if Path(name).is_dir():
         require_model("MODEL", Path(name))
-    elif not on_hub(name.partition("@")[0]) or ("@" not in name and Path(name).parent.is_dir()):
-        at_commit("MODEL", name, "; a model of mteb's whose owner is also the name of a folder here needs it too")
+    elif not is_on_hub(name.partition("@")[0]) or ("@" not in name and Path(name).parent.is_dir()):
+        split_hub_id("MODEL", name, "; a model of mteb's whose owner is also the name of a folder here needs it too")
 
 
 def require_base(base: str, params: Params) -> None:
@@ -65,7 +65,7 @@ def require_base(base: str, params: Params) -> None:
     """
     if base in PRESETS:
         return
-    if on_hub(base.partition("@")[0]):
+    if is_on_hub(base.partition("@")[0]):
         base_at_commit(base, params)
     elif not (root() / base / "config.json").is_file():
         raise UserError(
@@ -81,7 +81,7 @@ def base_at_commit(base: str, params: Params) -> tuple[str, str]:
         UserError: it has no commit.
     """
     known_commit = f"{base}@{params.base_revision}" if base == params.base else base
-    return at_commit("base", known_commit, f"; or take one of {', '.join(PRESETS)}")
+    return split_hub_id("base", known_commit, f"; or take one of {', '.join(PRESETS)}")
 
 
 def require_new_file(key: str, path: Path) -> None:

@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from colintern.core.errors import UserError
-from colintern.data import index
-from colintern.data.images import decode
-from colintern.data.trainset import NEGATIVES, POSITIVES, TrainingData
+from colintern.data.images import decode_image
+from colintern.data.training_set import NEGATIVES, POSITIVES, ROW_INDEX, IndexRow, TrainingData, read_row_index
 from colintern.encoding.page_features import Page, PageFeatures
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.storage.manifest import MANIFEST
@@ -107,17 +106,17 @@ def load_mining_candidates(data: TrainingData) -> tuple[list[TrainingPair], list
     return splits["train"], [page for key, page in pages.items() if key in train_keys or key not in dev_keys], dev_keys
 
 
-def _load_pages(data: TrainingData) -> tuple[dict[str, Page], list[index.Row]]:
+def _load_pages(data: TrainingData) -> tuple[dict[str, Page], list[IndexRow]]:
     """Load every valid page by its key, and the rows of the index, which must be that of these sets."""
     datasets = [*data.sets, *([data.corpus] if data.corpus else [])]
     files = {(dataset.name, file): dataset.folder / file for dataset in datasets for file in dataset.files}
-    numbered_sets = {dataset.name for dataset in data.sets if dataset.by_number}
+    numbered_sets = {dataset.name for dataset in data.sets if dataset.has_page_numbers}
     pages: dict[str, Page] = {}
-    entries = index.read()
+    entries = read_row_index()
     for entry in entries:
         if (entry.source, entry.file) not in files:
             raise UserError(
-                f"{index.INDEX}: {entry.file} of {entry.source} is not in {MANIFEST}; run: dvc repro -f fetch-data"
+                f"{ROW_INDEX}: {entry.file} of {entry.source} is not in {MANIFEST}; run: dvc repro -f fetch-data"
             )
         if entry.source not in numbered_sets:
             image = partial(read_page_image, files[entry.source, entry.file], entry.row)
@@ -126,7 +125,7 @@ def _load_pages(data: TrainingData) -> tuple[dict[str, Page], list[index.Row]]:
 
 
 def _load_column_negatives(
-    data: TrainingData, pages: dict[str, Page], entries: Sequence[index.Row]
+    data: TrainingData, pages: dict[str, Page], entries: Sequence[IndexRow]
 ) -> dict[tuple[str, str, int], list[Page]]:
     """Map (set, file, row) to the hard negatives that the row gives by their row number in the corpus."""
     corpus = data.corpus
@@ -137,7 +136,7 @@ def _load_column_negatives(
     corpus_rows = [(file, row) for file, length in lengths for row in range(length)]
     negatives, num_dropped = {}, 0
     for dataset in data.sets:
-        for file in dataset.files if dataset.by_number else ():
+        for file in dataset.files if dataset.has_page_numbers else ():
             if NEGATIVES not in parquet.read_schema(dataset.folder / file).names:
                 continue
             table = parquet.read_table(dataset.folder / file, columns=[POSITIVES, NEGATIVES], use_threads=False)
@@ -221,7 +220,7 @@ def read_page_image(path: Path, row: int) -> Image:
     up to 90 ms from groups of 1,000, for which memory has to hold such a group, compressed and decompressed.
 
     Raises:
-        BadImage: see `decode`.
+        InvalidImageError: see `decode`.
     """
     with parquet.ParquetFile(path, memory_map=True) as file:
         group = 0
@@ -231,7 +230,7 @@ def read_page_image(path: Path, row: int) -> Image:
         for batch in file.iter_batches(ROWS_PER_READ, [group], ["image"], use_threads=False):
             if row < len(batch):
                 image = batch["image"][row].as_py()
-                return decode(image["bytes"] if isinstance(image, dict) else image)
+                return decode_image(image["bytes"] if isinstance(image, dict) else image)
             row -= len(batch)
     raise AssertionError("a row group has as many rows as its metadata says")
 
@@ -252,7 +251,7 @@ class TrainingDataset(Dataset[TrainingItem]):
     def _load_page(self, page: Page) -> PageInputs:
         features = self.cache.get(page.key)
         if features is None:
-            return {"key": page.key, "tiles": self.processor.page_tiles(page.image())}
+            return {"key": page.key, "tiles": self.processor.preprocess_page(page.image())}
         return {"key": page.key, "features": features}
 
 
@@ -275,7 +274,7 @@ class Collator:
         counts = [len(page["features"] if "features" in page else page["tiles"]) for page in pages]
         batch: Batch = {
             "query": dict(self.processor.process_queries([item["query"] for item in items])),
-            "page": dict(self.processor.page_tokens(counts)),
+            "page": dict(self.processor.tokenize_pages(counts)),
             "known": torch.tensor(["features" in page for page in pages]),
             "counts": torch.tensor(counts),
             "query_ids": torch.tensor([_to_int64(_hash_query(item["query"])) for item in items]),

@@ -6,14 +6,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from colintern.core.project import root
-from colintern.params import override
+from colintern.params import format_override
 from colintern.storage.lock import open_lock
 from colintern.tuning.study_storage import StudyStorage
 from colintern.tuning.trial_context import OWNER, STARTED, STORAGE, STUDY, TRIAL
@@ -24,33 +23,15 @@ STOP_SECONDS = 20  # for a checkpoint; a preempted machine has 30 in all
 
 
 class ClaimedTrial(NamedTuple):
-    """A trial that this worker runs.
+    """A trial that this worker runs; `id` is the storage's, `values` are its settings.
 
-    Attributes:
-        number: Its number in the study.
-        id: Its id in the storage.
-        values: Its settings.
-        killed_tries: Numbers of the trials of the same settings whose workers were killed.
+    `killed_tries` are the numbers of the trials of the same settings whose workers were killed.
     """
 
     number: int
     id: int
     values: dict[str, object]
     killed_tries: list[int]
-
-
-class Heartbeat:
-    """Records the heartbeat of one trial while its worker waits."""
-
-    def __init__(self, storage: StudyStorage, trial: ClaimedTrial):
-        self.storage, self.trial, self.last_time = storage, trial, 0.0
-
-    def sleep(self, seconds: float) -> None:
-        """Sleep, and record a heartbeat if one is due."""
-        if time.monotonic() - self.last_time > self.storage.heartbeat_seconds / 2:
-            self.storage.record_heartbeat(self.trial.id)
-            self.last_time = time.monotonic()
-        time.sleep(seconds)
 
 
 def run_experiment(
@@ -73,13 +54,12 @@ def run_experiment(
             before DVC copies the workspace, and again afterwards.
         options: More options of `dvc exp run`.
     """
-    heartbeat = Heartbeat(storage, trial)
     context = {STORAGE: storage.url, STUDY: storage.study_name, TRIAL: str(trial.number), OWNER: str(os.getpid())}
-    changes = [part for key, value in trial.values.items() for part in ("-S", override(key, value))]
+    changes = [part for key, value in trial.values.items() for part in ("-S", format_override(key, value))]
     log.parent.mkdir(parents=True, exist_ok=True)
     with open_lock(root() / ".scratch" / "tune-start.lock") as lock, log.open("wb") as output:
         while not _try_lock(lock):
-            heartbeat.sleep(POLL_SECONDS)
+            storage.sleep(POLL_SECONDS, trial.id)
         check_workspace()
         process = subprocess.Popen(
             [*DVC, "--wait-for-lock", "exp", "run", "--temp", *options, *changes, "--name", name, "train"],
@@ -93,7 +73,7 @@ def run_experiment(
         has_started = False
         try:
             while process.poll() is None:
-                heartbeat.sleep(POLL_SECONDS)
+                storage.sleep(POLL_SECONDS, trial.id)
                 if not has_started and STARTED in storage.rdb.get_trial(trial.id).user_attrs:
                     has_started = True
                     check_workspace()

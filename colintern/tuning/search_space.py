@@ -1,7 +1,7 @@
 """tune.yaml: what is searched, and how; checked whole against params.yaml before anything runs."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import combinations, product
 from pathlib import Path
@@ -11,7 +11,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from ruamel.yaml import YAML
 
 from colintern.core.errors import UserError
-from colintern.params import HINTS, LIST, Params, problems_of, read_mapping
+from colintern.params import LIST, TYPES, Params, list_problems, read_yaml_mapping
 
 SCORED_STAGES = ("fetch-data", "verify", "train")  # the stages that decide the dev score
 # They decide what the score is measured on, so that scores under two values of one of them cannot be compared.
@@ -23,7 +23,7 @@ SCORE_NEUTRAL_KEYS |= {"gradient_checkpointing", "launch", "logging_steps", "mic
 SCORE_NEUTRAL_KEYS |= {"threads", "tracker", "workers"}
 BYTES_PER_PAGE, TRAINING_SECONDS = "bytes_per_page", "training_seconds"  # possible second objectives
 PAGE_SIZE_KEYS = ("pool_factor", "dim")  # they decide bytes per page, and the score is then measured at that size
-KEY_TYPES = {key: hint if hint == LIST else (get_args(hint) or (hint,))[0] for key, hint in HINTS.items()}
+KEY_TYPES = {key: hint if hint == LIST else (get_args(hint) or (hint,))[0] for key, hint in TYPES.items()}
 SETTING_RULES = {
     "seed": ("a whole number from 0", lambda v: type(v) is int and v >= 0),
     "sampler": ("tpe or random", lambda v: v in ("tpe", "random")),
@@ -58,7 +58,7 @@ class SearchSpace(NamedTuple):
         """Return Optuna's direction of each objective."""
         return ["maximize", "minimize"] if self.second_objective else ["maximize"]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Return the distributions as the study stores them, to be compared when it is resumed."""
         return {
             key: {"choices": list(d.choices)} if isinstance(d, CategoricalDistribution) else [d.low, d.high, d.log]
@@ -73,7 +73,7 @@ def read_search_space(params: Params, path: Path) -> SearchSpace:
     Raises:
         UserError: It cannot be read, or some of its keys or values cannot be searched; all problems are in the message.
     """
-    raw, problems = read_mapping(path, "of the settings and the space", "the repository has one to begin with")
+    raw, problems = read_yaml_mapping(path, "of the settings and the space", "the repository has one to begin with")
     for key, (words, is_valid) in SETTING_RULES.items():
         if key not in raw:
             problems.append(f"{key}: missing; it must be {words}")
@@ -109,11 +109,11 @@ def read_stage_params() -> dict[str, set[str]]:
     return {name: {key for key in stage["params"] if isinstance(key, str)} for name, stage in stages.items()}
 
 
-def _find_nearest(key: Any, keys: list[str]) -> str:
+def _find_nearest(key: object, keys: list[str]) -> str:
     return difflib.get_close_matches(str(key), keys, n=1, cutoff=0.0)[0]
 
 
-def _check_objectives(raw: dict[Any, Any], keys: set[str]) -> Iterator[str]:
+def _check_objectives(raw: Mapping[str, object], keys: set[str]) -> Iterator[str]:
     """Yield problems of two objectives: no order exists in which to stop trials, and the space must move both."""
     against = raw.get("against")
     if against in (BYTES_PER_PAGE, TRAINING_SECONDS) and raw.get("pruner") in ("median", "hyperband"):
@@ -129,7 +129,7 @@ def _find_key_problem(key: str, stage_params: dict[str, set[str]]) -> str:
     """Return why a key cannot be searched, or ""."""
     scored = set().union(*(stage_params[stage] for stage in SCORED_STAGES))
     searchable = sorted(k for k in scored - SCORE_DEFINING_KEYS - SCORE_NEUTRAL_KEYS if KEY_TYPES[k] != LIST)
-    if key not in HINTS:
+    if key not in TYPES:
         return f"unknown key; nearest key: {_find_nearest(key, searchable)}"
     if key not in scored:
         readers = ", ".join(stage for stage, keys in stage_params.items() if key in keys)
@@ -143,7 +143,7 @@ def _find_key_problem(key: str, stage_params: dict[str, set[str]]) -> str:
     return "lists cannot be searched" if KEY_TYPES[key] == LIST else ""
 
 
-def _find_range_problem(key: str, value: Any) -> str:
+def _find_range_problem(key: str, value: object) -> str:
     """Return what is wrong with the values of a key, or ""."""
     if not isinstance(value, dict) or set(value) not in ({"choices"}, {"low", "high"}, {"low", "high", "log"}):
         return (
@@ -179,7 +179,7 @@ def list_extremes(distribution: Any) -> list[Any]:
     return list(distribution.choices) if is_categorical else [distribution.low, distribution.high]
 
 
-def _check_combinations(params: dict[str, Any], distributions: dict[str, BaseDistribution]) -> Iterator[str]:
+def _check_combinations(params: dict[str, object], distributions: dict[str, BaseDistribution]) -> Iterator[str]:
     """Yield where extremes of one key, or of two together, break a rule of params.yaml, the other keys unchanged."""
     reported, failing_keys = set[str](), set[str]()
     extremes = {key: list_extremes(distribution) for key, distribution in distributions.items()}
@@ -187,7 +187,7 @@ def _check_combinations(params: dict[str, Any], distributions: dict[str, BaseDis
         for values in product(*(extremes[key] for key in keys)):
             if len(keys) > 1 and failing_keys & {*keys}:
                 continue
-            for problem in problems_of(params | dict(zip(keys, values, strict=True))):
+            for problem in list_problems(params | dict(zip(keys, values, strict=True))):
                 if problem not in reported:
                     reported.add(problem)
                     failing_keys.update(keys)

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from colintern.core.errors import UserError
-from colintern.params import Params, load
+from colintern.params import Params, load_params
 from colintern.storage.identity import fingerprint, stage_identity
 from colintern.tuning.experiments import list_experiments, run_git
 from colintern.tuning.search_space import (
@@ -99,7 +99,7 @@ def check_inputs_unchanged(study: optuna.Study, space: SearchSpace) -> None:
     Raises:
         UserError: params.yaml, the data or the code have changed.
     """
-    _require_same_inputs(study, describe_study_inputs(space, load(Path("params.yaml"))))
+    _require_same_inputs(study, describe_study_inputs(space, load_params(Path("params.yaml"))))
 
 
 def _require_same_inputs(study: optuna.Study, inputs: dict[str, Any]) -> None:

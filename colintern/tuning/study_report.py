@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import optuna
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial
@@ -40,12 +38,8 @@ class EveryTrialFailedError(UserError):
 class TrialRow(NamedTuple):
     """One trial of a study.
 
-    Attributes:
-        score: Dev NDCG@5; of a trial that was stopped the last one reported; None if there is none.
-        second: Value of the second objective, None if there is none.
-        scores: Dev NDCG@5 after each evaluation.
-        num_computed: Number of page features that the trial computed, None if unknown.
-        is_retry: Whether the trial repeats the settings of a killed one.
+    `score` is its dev NDCG@5, the last one reported if it was stopped; `second` the value of the second objective;
+    `scores` those after each evaluation; `num_computed` the page features that it computed; None where unknown.
     """
 
     number: int
@@ -62,12 +56,9 @@ class TrialRow(NamedTuple):
 class StudyResults(NamedTuple):
     """What a study found.
 
-    Attributes:
-        rows: All trials by number, without those whose worker died before they had settings.
-        complete: The complete trials, the best first; of equals the earlier one.
-        front: With two objectives the complete trials that no other one dominates, the smallest first.
-        importance: Share of the score's variance that each key explains, the highest first; empty with fewer than four
-            complete trials, or where all have one score.
+    `complete` has the best trial first, of equals the earlier one. With two objectives `front` has the complete trials
+    that no other one dominates, the smallest first. `importance` is the share of the score's variance that each key
+    explains, the highest first; {} with fewer than four complete trials, or if all have one score.
     """
 
     study: optuna.Study
@@ -172,7 +163,7 @@ def format_trial_table(results: StudyResults) -> list[str]:
     return lines
 
 
-def format_value(value: Any) -> str:
+def format_value(value: object) -> str:
     """Format the value of a key, "" for None."""
     return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
 
@@ -189,7 +180,9 @@ def write_study_report(results: StudyResults, folder: Path) -> list[Path]:
         return [page]
     second_objective = results.space.second_objective
     if second_objective:
-        chosen: dict[str, Any] = {"front": [_describe(row) | {second_objective: row.second} for row in results.front]}
+        chosen: dict[str, object] = {
+            "front": [_describe(row) | {second_objective: row.second} for row in results.front]
+        }
     else:
         chosen = _describe(results.complete[0])
     content = {
@@ -203,7 +196,7 @@ def write_study_report(results: StudyResults, folder: Path) -> list[Path]:
     return [BEST_PARAMS_FILE, page]
 
 
-def _describe(row: TrialRow) -> dict[str, Any]:
+def _describe(row: TrialRow) -> dict[str, object]:
     return {"experiment": row.name, "dev_ndcg_at_5": row.score, "params": row.values}
 
 
@@ -246,15 +239,9 @@ def _draw_svg(plot: Callable[[], Axes], title: str) -> str:
 
 
 def _render_page(results: StudyResults) -> str:
-    environment = Environment(
-        loader=FileSystemLoader([Path(__file__).parent, html.TEMPLATES]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("study.html").render(
-        style=Markup((html.TEMPLATES / "style.css").read_text(encoding="utf-8")),
+    return html.render_html(
+        "study.html",
+        [],
         name=results.study.study_name,
         best=results.complete[0] if results.complete else None,
         against=results.space.second_objective,

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -35,22 +36,16 @@ def silence_optuna() -> None:
 
 
 class StudyStorage:
-    """Optuna's storage at an SQLAlchemy address.
+    """Optuna's storage `rdb` at an SQLAlchemy address; `shown_url` is the address without its password.
 
-    Attributes:
-        rdb: Optuna's own object.
-        url: The address with its password; never printed.
-        shown_url: The address that may be printed.
-        study_name: Name of the study.
-        heartbeat_seconds: Longest time between two heartbeats of a worker; after twice that its trial counts as killed
-            and is retried once.
+    After twice `heartbeat_seconds` without a heartbeat a worker counts as killed, and its trial is retried once.
 
     Raises:
         UserError: The address is neither SQLite nor PostgreSQL, names another driver, or cannot be reached.
     """
 
     def __init__(self, url: str, study_name: str, heartbeat_seconds: int):
-        self.study_name, self.heartbeat_seconds = study_name, heartbeat_seconds
+        self.study_name, self.heartbeat_seconds, self._last_heartbeat = study_name, heartbeat_seconds, 0.0
         self.url = given_url = url or f"sqlite:///{root() / STUDIES / study_name}.db"
         dialect, _, driver = given_url.partition(":")[0].partition("+")
         if dialect not in DRIVERS:
@@ -117,6 +112,13 @@ class StudyStorage:
     def record_heartbeat(self, trial_id: int) -> None:
         """Record that the worker of a trial is alive."""
         self.rdb.record_heartbeat(trial_id)
+        self._last_heartbeat = time.monotonic()
+
+    def sleep(self, seconds: float, trial_id: int) -> None:
+        """Sleep while a trial is running, and record a heartbeat if one is due."""
+        if time.monotonic() - self._last_heartbeat > self.heartbeat_seconds / 2:
+            self.record_heartbeat(trial_id)
+        time.sleep(seconds)
 
 
 def redact_address(message: str, url: str) -> str:

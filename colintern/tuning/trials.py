@@ -17,10 +17,9 @@ from optuna import samplers
 from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import TrialState
 
-from colintern.evaluation.scores import BYTES as BYTES_PER_NUMBER
+from colintern.evaluation.results import BYTES_PER_NUMBER
 from colintern.tuning.experiments import (
     ClaimedTrial,
-    Heartbeat,
     list_experiments,
     remove_experiment,
     run_experiment,
@@ -152,7 +151,7 @@ def record_outcome(
         study.tell(trial.number, state=TrialState.PRUNED)
         return f"pruned    after evaluation {evaluation}"
     if TRANSIENT.search(output):
-        Heartbeat(storage, trial).sleep(RETRY_SECONDS)
+        storage.sleep(RETRY_SECONDS, trial.id)
         requeue(study, trial.number)
         return f"put back: {find_cause(output)}"[:MAX_CAUSE_LENGTH]
     return _record_failure(study, storage, trial, find_cause(output))

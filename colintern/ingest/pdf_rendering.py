@@ -14,17 +14,17 @@ import pypdfium2 as pdfium
 import pypdfium2.raw as pdfium_c
 from PIL import Image
 
-from colintern.data.images import BadImage, check_size, png_bytes
-from colintern.ingest.collected import Shelf, Stored
+from colintern.data.images import InvalidImageError, check_pixel_count, encode_png
+from colintern.ingest.documents import ImageStore, StoredImage
 from colintern.storage.isolation import CallLimits, Failure, try_call
 
-# Pixels an inch: an A4 page is 1,191 x 1,684, more than InternVL3.5 takes in at 12 tiles.
+# Pixels per inch: an A4 page is 1,191 x 1,684, more than InternVL3.5 takes in at 12 tiles.
 DPI = 144
 # A large file gets about 64 groups. Each group opens the file again, and pdfium walks the page tree to its first page.
 MIN_PAGES_PER_GROUP = 8
 # A typical page takes 0.1 s; a map or an 89-megapixel scan takes about 10 s and 1.5 GB.
 LIMITS = CallLimits(seconds=30, memory=4 * 2**30)
-MAX_TEXT = 100_000  # characters per page; a newspaper page has 30,000
+MAX_TEXT_CHARACTERS = 100_000  # per page; a newspaper page has 30,000
 REMOTE_ACTIONS = (pdfium_c.PDFACTION_REMOTEGOTO, pdfium_c.PDFACTION_EMBEDDEDGOTO)
 
 
@@ -36,18 +36,18 @@ class PageRef(NamedTuple):
 
 
 class RenderedPage(NamedTuple):
-    """A page's image, its text, and the number of characters of the text before it was cut to `MAX_TEXT`."""
+    """A page's image, its text, and the number of characters of the text before it was cut."""
 
-    image: Stored
+    image: StoredImage
     text: str
     characters: int
 
 
 class Outline(NamedTuple):
-    """Entries that point at pages of their file, as (title, page from 0), and the faults of others by their number."""
+    """Entries that point at pages of their file, as (title, page from 0), and the errors of others by their number."""
 
     entries: list[tuple[str, int]]
-    faults: dict[int, str]
+    errors: dict[int, str]
 
 
 def group_pages(pages: Iterable[PageRef]) -> list[list[PageRef]]:
@@ -75,11 +75,11 @@ def render_pages(pages: Sequence[PageRef]) -> Iterator[Image.Image | Failure]:
     return _map_pages(_render_page, pages)
 
 
-def render_and_store_pages(shelf: Shelf, pages: Sequence[PageRef]) -> Iterator[RenderedPage | Failure]:
+def render_and_store_pages(store: ImageStore, pages: Sequence[PageRef]) -> Iterator[RenderedPage | Failure]:
     """Render pages of one PDF, store their images, and read their texts."""
     for page in _map_pages(_render_and_read_text, pages):
-        # Outside of `try_call`: a full disk is no fault of the page.
-        yield page if isinstance(page, Failure) else RenderedPage(shelf.put(page[0]), *page[1:])
+        # Outside of `try_call`: a full disk is not a fault of the page.
+        yield page if isinstance(page, Failure) else RenderedPage(store.put(page[0]), *page[1:])
 
 
 def _map_pages(function: Callable[[pdfium.PdfPage], Any], pages: Sequence[PageRef]) -> Iterator[Any]:
@@ -99,15 +99,16 @@ def _open_pdf(path: Path) -> pdfium.PdfDocument:
 def _render_page(page: pdfium.PdfPage) -> Image.Image:
     width, height = page.get_size()
     if not (width > 0 and height > 0):
-        raise BadImage(f"its visible area is {width:g} x {height:g} points; its CropBox may be outside its MediaBox")
-    check_size(round(width * DPI / 72), round(height * DPI / 72))
+        area = f"{width:g} x {height:g} points"
+        raise InvalidImageError(f"its visible area is {area}; its CropBox may be outside its MediaBox")
+    check_pixel_count(round(width * DPI / 72), round(height * DPI / 72))
     return page.render(scale=DPI / 72).to_pil()
 
 
 def _render_and_read_text(page: pdfium.PdfPage) -> tuple[bytes, str, int]:
     text = page.get_textpage()
     characters = text.count_chars()
-    return png_bytes(_render_page(page)), text.get_text_range(0, min(characters, MAX_TEXT)), characters
+    return encode_png(_render_page(page)), text.get_text_range(0, min(characters, MAX_TEXT_CHARACTERS)), characters
 
 
 def _count_pages(path: Path) -> int:
@@ -125,7 +126,7 @@ def _read_outline(path: Path) -> Outline:
         for number, entry in enumerate(_walk_outline(pdf), start=1):
             target = try_call(_read_target, entry, pages)
             if isinstance(target, Failure):
-                outline.faults[number] = target.reason
+                outline.errors[number] = target.reason
             elif target:
                 outline.entries.append(target)
     return outline
@@ -136,12 +137,12 @@ def _walk_outline(pdf: pdfium.PdfDocument) -> Iterator[pdfium.PdfBookmark | None
 
     pypdfium2's `get_toc` leaves out deeply nested entries, with a warning that names no file.
     """
-    seen = set()
+    addresses = set()
     stack = [pdfium_c.FPDFBookmark_GetFirstChild(pdf, None)]
     while stack:
         entry = stack.pop()
-        if entry and (address := ctypes.addressof(entry.contents)) not in seen:
-            seen.add(address)
+        if entry and (address := ctypes.addressof(entry.contents)) not in addresses:
+            addresses.add(address)
             yield pdfium.PdfBookmark(entry, pdf, level=0)
             stack.append(pdfium_c.FPDFBookmark_GetNextSibling(pdf, entry))
             stack.append(pdfium_c.FPDFBookmark_GetFirstChild(pdf, entry))
@@ -150,11 +151,7 @@ def _walk_outline(pdf: pdfium.PdfDocument) -> Iterator[pdfium.PdfBookmark | None
 
 
 def _read_target(entry: pdfium.PdfBookmark | None, pages: int) -> tuple[str, int] | None:
-    """Return the title and page of an outline entry; None for one that points at no page, such as a URL.
-
-    Raises:
-        ValueError: the target page does not exist, the title cannot be decoded, or the entry is part of a cycle.
-    """
+    """Return title and page of an outline entry, None for one that points at no page, such as a URL."""
     if entry is None:
         raise ValueError("links back to an earlier entry")
     target = entry.get_dest()

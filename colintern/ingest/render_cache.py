@@ -1,7 +1,7 @@
 """Keep rendered pages on disk by the content of their PDF: what was rendered once is read from there.
 
-A store is a folder. `<sha256 of a PDF>.json` holds page count, outline and pages of that file; `images/<sha256>` holds
-page images. Pages that failed are not kept, since the reason may be a machine short of memory or time.
+The cache is a folder. `<sha256 of a PDF>.json` holds page count, outline and pages of that file; `images/<sha256>`
+holds page images. Pages that failed are not kept, since the reason may be a machine short of memory or time.
 """
 
 import json
@@ -13,9 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
-from colintern.core.errors import UserError
-from colintern.ingest.collected import Shelf, Stored
-from colintern.ingest.rendering import Outline, RenderedPage
+from colintern.ingest.documents import ImageStore, StoredImage
+from colintern.ingest.pdf_rendering import Outline, RenderedPage
 from colintern.storage.identity import code_hashes, content_hash, fingerprint
 from colintern.storage.isolation import Failure
 
@@ -38,55 +37,53 @@ class RenderedPdf:
         return self.pages[number].text if number in self.pages else ""
 
 
-class RenderedStore:
+class RenderCache:
     """The rendered pages below `folder`, which one process at a time may use."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        self.shelf = Shelf(folder / "images")
-        self.shelf.folder.mkdir(parents=True, exist_ok=True)
-        facts = {"code": code_hashes(__name__)}
-        self.renderer = fingerprint(facts | {"versions": {name: version(name) for name in LIBRARIES}})
+        self.folder, self.images = folder, ImageStore(folder / "images")
+        self.images.folder.mkdir(parents=True, exist_ok=True)
+        versions = {name: version(name) for name in LIBRARIES}
+        self.renderer = fingerprint({"code": code_hashes(__name__), "versions": versions})
 
     def load(self, sha256: str) -> RenderedPdf:
         """Load what is kept of a PDF; nothing of another renderer's, and no image that is missing or damaged."""
         try:
-            kept = json.loads(self._get_file(sha256).read_text(encoding="utf-8"))
-            if kept["renderer"] != self.renderer:
+            content = json.loads((self.folder / f"{sha256}.json").read_text(encoding="utf-8"))
+            if content["renderer"] != self.renderer:
                 return RenderedPdf()
-            count, outline = kept["count"], kept["outline"]
+            outline = content["outline"]
             if outline is not None:
                 outline = Outline([(title, page) for title, page in outline[0]], dict(outline[1]))
             pages = {
-                number: RenderedPage(Stored(self.shelf.folder / key, key), text, characters)
-                for number, key, text, characters in kept["pages"]
+                number: RenderedPage(StoredImage(path, key), text, characters)
+                for number, key, text, characters in content["pages"]
+                if (path := self.images.folder / key).is_file() and content_hash(path) == key
             }
+            return RenderedPdf(content["count"], outline, pages)
         except (OSError, ValueError, LookupError, TypeError):  # not kept, or damaged
             return RenderedPdf()
-        return RenderedPdf(count, outline, {n: page for n, page in pages.items() if _is_intact(page.image)})
 
     def save(self, sha256: str, pdf: RenderedPdf) -> None:
         """Keep what is known of a PDF."""
-        outline = pdf.outline and [pdf.outline.entries, list(pdf.outline.faults.items())]
         content = {
             "renderer": self.renderer,
             "count": pdf.count,
-            "outline": outline,
+            "outline": pdf.outline and [pdf.outline.entries, list(pdf.outline.errors.items())],
             "pages": [(n, page.image.key, page.text, page.characters) for n, page in pdf.pages.items()],
         }
-        partial = self._get_file(sha256).with_suffix(".partial")
+        partial = self.folder / f"{sha256}.partial"
         partial.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(partial, self._get_file(sha256))
+        os.replace(partial, self.folder / f"{sha256}.json")
 
     def prune(self, hashes: Collection[str], pdfs: Iterable[RenderedPdf]) -> None:
         """Delete what is kept of all but the PDFs with these sha256, and the images of all but these PDFs."""
-        names = {self._get_file(sha256).name for sha256 in hashes}
-        images = {page.image.key for pdf in pdfs for page in pdf.pages.values()}
-        _delete_others(self.folder, names)
-        _delete_others(self.shelf.folder, images)
-
-    def _get_file(self, sha256: str) -> Path:
-        return self.folder / f"{sha256}.json"
+        keys = {page.image.key for pdf in pdfs for page in pdf.pages.values()}
+        for folder, names in ((self.folder, {f"{sha256}.json" for sha256 in hashes}), (self.images.folder, keys)):
+            for path in folder.iterdir():
+                if path.name not in names and not path.is_dir():
+                    with suppress(OSError):
+                        path.unlink()
 
 
 def fill_missing(
@@ -98,22 +95,3 @@ def fill_missing(
         yield key, next(values) if value is None else value
     if next(values, None) is not None:  # asked for, so that a progress bar around them ends
         raise ValueError("compute returned more values than keys")
-
-
-def _is_intact(image: Stored) -> bool:
-    """Tell whether an image is what was written; a damaged one is deleted, so that it is written again."""
-    try:
-        if content_hash(image.path) == image.key:
-            return True
-    except (OSError, UserError):  # UserError: it is missing
-        return False
-    with suppress(OSError):
-        image.path.unlink()
-    return False
-
-
-def _delete_others(folder: Path, names: Collection[str]) -> None:
-    for path in folder.iterdir():
-        if path.name not in names and not path.is_dir():
-            with suppress(OSError):
-                path.unlink()

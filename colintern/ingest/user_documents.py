@@ -1,0 +1,258 @@
+"""Convert a folder of the user's own documents into the two layouts that training and evaluation read.
+
+A folder of PDFs, or of JSON lines and images, becomes `data/own/.made/<folder>/<key>/train` and `beir`, split by page.
+The key is a hash of every file of the folder and of the code that reads it: an unchanged folder is converted once. The
+pages that a stage has read last are kept beside the new ones, and any others as long as a process reads them. Rendered
+pages are kept apart, by the content of their PDF. Deleting `data/own/.made` costs only the time to convert again.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from colintern.core.errors import UserError
+from colintern.core.project import root
+from colintern.data.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
+from colintern.ingest.documents import (
+    MAX_QUERY_CHARACTERS,
+    SPLITS,
+    ImageStore,
+    QueryPagePair,
+    RawDocuments,
+    StoredImage,
+    normalize_query,
+)
+from colintern.storage.files import LINKED_FOLDER, dumps, list_files
+from colintern.storage.identity import code_hashes, content_hash
+from colintern.storage.lock import get_last_use, is_in_use, locked
+from colintern.storage.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, hash_local_files, hash_source_files
+
+MADE = "data/own/.made"
+RENDERED = "rendered"  # beside the keys of a folder, see `render_cache.py`
+CODE = ("colintern.ingest.user_documents", "colintern.ingest.pdfs", "colintern.ingest.jsonl")
+LIBRARIES = ("pypdfium2", "pillow", "pyarrow")
+SPLIT_SHARES = {"test": 0.3, "dev": 0.1, "train": 0.6}  # of the pages whose split no row names
+
+DocumentReader = Callable[[Path, ImageStore], RawDocuments]
+
+
+class UserDocuments(NamedTuple):
+    """A folder as parquet: its place, the files it was made from, and its counts and invalid rows (see `_convert`)."""
+
+    made: str
+    made_from: dict[str, Any]
+    summary: dict[str, Any]
+
+    def list_dataset_files(self, part: str) -> Files:
+        """Return the files of `part`, train or beir.
+
+        Raises:
+            UserError: the folder gave no rows for it.
+        """
+        if part not in self.summary["parts"]:
+            bad = self.summary["bad"]
+            first = "".join(f"\n  {row['where']}: {row['reason']}" for row in bad[:5])
+            raise UserError(
+                f"{self.made_from['folder']}: cannot be used as {'train_data' if part == 'train' else 'benchmarks'}; "
+                f"queries by split: {self.summary['queries']}; training needs train and dev, evaluation test; pages "
+                f"that share a query are in one split" + (f"; {len(bad)} bad rows, the first:{first}" if bad else "")
+            )
+        suffixes = TRAIN_SUFFIXES if part == "train" else BEIR_SUFFIXES
+        made_from = self.made_from | {"pseudo": set(self.summary["kinds"]) != {"given"}}
+        return hash_local_files(f"{self.made}/{part}", suffixes)._replace(made_from=made_from)
+
+
+def convert_documents(folder: str, reader: DocumentReader) -> UserDocuments:
+    """Convert a folder unless it was converted before from the same files, and print what is in it.
+
+    Raises:
+        UserError: rows put one page or one query into two splits; see also the readers.
+    """
+    made_from = {"folder": folder, "files": hash_source_files(folder)}
+    refused = list_files(root() / folder).refused  # named with what is not read
+    linked = [name if kind == LINKED_FOLDER else f"{name} ({kind})" for name, kind in refused.items()]
+    facts = {
+        "files": made_from["files"],
+        "linked": linked,
+        "code": code_hashes(*CODE),
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    # The hash: names that differ in other letters alone would delete each other's pages.
+    name = f"{re.sub(r'[^A-Za-z0-9.]+', '-', folder).strip('-.')}-{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
+    made = f"{MADE}/{name}/{key}"
+    target = root() / made
+    with locked(target.parent / "make.lock"):
+        summary = _read_summary(target)
+        if summary is None:
+            _remove([target, *target.parent.glob("*.partial")])  # damaged, or left by a process that was killed
+            summary = _convert(target, folder, reader, {*made_from["files"], *linked})
+            others = [path for path in target.parent.iterdir() if path.is_dir() and path.name not in (key, RENDERED)]
+            _remove(path for path in sorted(others, key=get_last_use)[:-1] if not is_in_use(path))
+            if not any(name.lower().endswith(".pdf") for name in made_from["files"]):
+                _remove([target.parent / RENDERED])
+    print(_format_summary(folder, summary))
+    return UserDocuments(made, made_from, summary)
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_summary(target: Path) -> dict[str, Any] | None:
+    """Return the summary of a converted folder, None if it is missing or its files are not those that were written."""
+    try:
+        summary = json.loads((target / "summary.json").read_text(encoding="utf-8"))
+        is_intact = all(content_hash(target / name) == sha256 for name, sha256 in summary["files"].items())
+    except (OSError, ValueError):
+        return None
+    return summary if is_intact else None
+
+
+def _convert(target: Path, folder: str, reader: DocumentReader, file_names: Collection[str]) -> dict[str, Any]:
+    """Read the folder, which holds `file_names`, and write its parts; `target` appears complete or not at all."""
+    partial = target.with_suffix(".partial")
+    store = ImageStore(partial / "images", target.parent / RENDERED)
+    store.folder.mkdir(parents=True)
+    raw = reader(root() / folder, store)
+    pages, pairs, first_names = _deduplicate(raw)
+    split_of = assign_splits(folder, pages, pairs, raw.named_splits, first_names)
+    by_split = {split: [pair for pair in pairs if split_of[pair.page] == split] for split in SPLITS}
+    parts = []
+    if by_split["train"] and by_split["dev"]:
+        for hub_split, split in (("train", "train"), ("test", "dev")):  # training sets of the hub call the dev set test
+            sources = {kind: f"{Path(folder).name} (pseudo-query: {kind})" for kind in ("heading", "sentence")}
+            rows = [
+                TrainingRow(pages[page].path, page, query, source=sources.get(kind, Path(folder).name))
+                for query, page, kind in by_split[split]
+            ]
+            write_training_split(partial / "train", hub_split, rows)
+        parts.append("train")
+    if by_split["test"]:
+        corpus = {name: page for name, page in pages.items() if split_of[name] == "test"}
+        _write_evaluation_set(partial / "beir", corpus, by_split["test"])
+        parts.append("beir")
+    shutil.rmtree(store.folder)
+    summary = {
+        "parts": parts,
+        "pages": dict(Counter(split_of.values())),
+        "queries": {split: len(rows) for split, rows in by_split.items()},
+        "rows": dict(raw.row_counts),
+        "bad": [row._asdict() for row in raw.invalid_rows],
+        "same pages": len(raw.pages) - len(pages),
+        "same queries": len(raw.pairs) - len(pairs),
+        "cut queries": raw.num_cut_queries,
+        "pages without a query": len(pages.keys() - {pair.page for pair in pairs}),
+        "kinds": dict(sorted(Counter(pair.kind for pair in pairs).items())),
+        "unknown keys": sorted(raw.unknown_keys),
+        "not read": sorted(set(file_names) - raw.read_files),
+        "files": {
+            path.relative_to(partial).as_posix(): content_hash(path)
+            for path in sorted(partial.rglob("*"))
+            if path.is_file()
+        },
+    }
+    (partial / "summary.json").write_text(dumps(summary), encoding="utf-8")
+    os.utime(partial, (0, 0))  # no stage has read it, see `get_last_use`
+    os.replace(partial, target)
+    return summary
+
+
+def _deduplicate(raw: RawDocuments) -> tuple[dict[str, StoredImage], list[QueryPagePair], dict[str, str]]:
+    """Return pages and pairs, equal ones once, under the name of the first; and that name for each page."""
+    first: dict[str, str] = {}
+    first_names = {name: first.setdefault(page.key, name) for name, page in raw.pages.items()}
+    pages = {name: raw.pages[name] for name in first.values()}
+    order = {name: number for number, name in enumerate(pages)}
+    pairs = dict.fromkeys(pair._replace(page=first_names[pair.page]) for pair in raw.pairs)
+    return pages, sorted(pairs, key=lambda pair: order[pair.page]), first_names
+
+
+def assign_splits(
+    folder: str,
+    pages: dict[str, StoredImage],
+    pairs: Sequence[QueryPagePair],
+    named_splits: dict[str, list[tuple[str, str]]],
+    first_names: dict[str, str],
+) -> dict[str, str]:
+    """Return the split of each page; no page and no query is in two.
+
+    Pages that share a query stay together; where no row names a split, a hash of the page decides.
+
+    Raises:
+        UserError: rows put pages that are equal, or share a query, into two splits.
+    """
+    parents = {name: name for name in pages}  # a forest: the pages of one tree share queries
+
+    def find_root(name: str) -> str:
+        while parents[name] != name:
+            parents[name] = name = parents[parents[name]]
+        return name
+
+    page_of_query: dict[str, str] = {}
+    for pair in pairs:
+        page = page_of_query.setdefault(normalize_query(pair.query), pair.page)
+        parents[find_root(pair.page)] = find_root(page)
+    named: dict[str, tuple[str, str]] = {}
+    for name, splits in named_splits.items():
+        for split, where in splits:
+            first_split, first_where = named.setdefault(find_root(first_names[name]), (split, where))
+            if first_split != split:
+                raise UserError(
+                    f"{folder}: {first_where} is in {first_split}, {where} in {split}, but they show the same page or "
+                    f"ask the same query; a page and all its queries belong to one split"
+                )
+    keys: dict[str, str] = {}
+    for name, image in pages.items():
+        keys[find_root(name)] = min(image.key, keys.get(find_root(name), image.key))
+    split_of_root = {top: named[top][0] if top in named else hash_split(key) for top, key in keys.items()}
+    return {name: split_of_root[find_root(name)] for name in pages}
+
+
+def hash_split(key: str) -> str:
+    """Return the split that the sha256 of a page decides, with the probabilities `SPLIT_SHARES`."""
+    rest = int(key[:8], 16) / 16**8
+    for split, share in SPLIT_SHARES.items():
+        if rest < share:
+            return split
+        rest -= share
+    return "train"
+
+
+def _write_evaluation_set(folder: Path, corpus: dict[str, StoredImage], pairs: Sequence[QueryPagePair]) -> None:
+    page_ids = {name: number for number, name in enumerate(corpus)}
+    query_ids = {query: number for number, query in enumerate(dict.fromkeys(pair.query for pair in pairs))}
+    write_beir(
+        folder,
+        [CorpusPage(number, corpus[name].path, name) for name, number in page_ids.items()],
+        [Query(number, query) for query, number in query_ids.items()],
+        [Qrel(query_ids[pair.query], page_ids[pair.page]) for pair in pairs],
+        pseudo=any(pair.kind != "given" for pair in pairs),
+    )
+
+
+def _format_summary(folder: str, summary: dict[str, Any]) -> str:
+    parts = [f"{split} {summary['pages'].get(split, 0)}/{summary['queries'][split]}" for split in SPLITS]
+    bad = Counter(kind for _, kind in {(row["where"], row["kind"]) for row in summary["bad"]})
+    shares = ", ".join(f"{bad[kind]} bad of {count} {kind}" for kind, count in summary["rows"].items())
+    lines = [f"{folder}: pages/queries: {', '.join(parts)}; {shares}"]
+    counted = ("same pages", "same queries", "pages without a query")
+    lines += [f"  {name}: {summary[name]}" for name in counted if summary[name]]
+    if summary["cut queries"]:
+        lines.append(f"  queries cut to {MAX_QUERY_CHARACTERS} characters: {summary['cut queries']}")
+    pseudo = {kind: count for kind, count in summary["kinds"].items() if kind != "given"}
+    if pseudo:
+        lines.append("  pseudo-queries, made by a program: " + ", ".join(f"{n} {kind}s" for kind, n in pseudo.items()))
+    if keys := summary["unknown keys"]:
+        lines.append(f"  keys of rows without effect: {', '.join(keys[:20])}{', ...' if keys[20:] else ''}")
+    if unread := summary["not read"]:
+        lines.append(f"  not read: {len(unread)}, {', '.join(unread[:5])}{', ...' if unread[5:] else ''}")
+    return "\n".join(lines).encode(errors="backslashreplace").decode()  # a key may hold half a character
