@@ -35,11 +35,11 @@ from transformers.models.internvl.video_processing_internvl import InternVLVideo
 
 from bench.parts import as_they_come
 from colintern.encoding.page_features import Page
-from colintern.modeling.dropout import RowDropout
-from colintern.modeling.layers import compile_layers
+from colintern.modeling.dropout import BatchInvariantDropout
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.runtime import compile_layers
 from colintern.params import Params, load_recipe
 from colintern.training import mini_batching
 from colintern.training.loss import make_contrastive_loss
@@ -87,7 +87,7 @@ class Model(ColIntern3_5):
         if not self.stock:
             return super().forward(input_ids, attention_mask, **kwargs)
         out = InternVLModel.forward(self, input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
-        return normalize(self.custom_text_proj(out.last_hidden_state), dim=-1) * attention_mask.unsqueeze(-1)
+        return normalize(self.head(out.last_hidden_state), dim=-1) * attention_mask.unsqueeze(-1)
 
 
 class Bench:
@@ -107,7 +107,7 @@ class Bench:
         counts = [tiles] * (batch - 1) + [tiles - 1]
         self.tiles = [torch.randn(n, 3, 448, 448, dtype=getattr(torch, dtype)) for n in counts]
         with torch.no_grad():
-            self.features = [self.base.page_features(page) for page in self.tiles]
+            self.features = [self.base.get_page_features(page) for page in self.tiles]
         self.texts = [QUERIES[i % len(QUERIES)] for i in range(batch)]
         args = build_training_arguments(self.params, Path(scratch), quiet=True)
         dev = RetrievalEvaluator([TrainingPair("never asked", Page("0", Path))], None, 1)  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ class Bench:
         )
 
     def stock_batch(self) -> Any:
-        query, page = self.processor.process_queries(self.texts), self.processor.page_tokens([*map(len, self.tiles)])
+        query, page = self.processor.process_queries(self.texts), self.processor.tokenize_pages([*map(len, self.tiles)])
         sides = {f"{kind}_{key}": left(side[key], side["attention_mask"]) for kind, side in
                  (("query", query), ("doc", page)) for key in ("input_ids", "attention_mask")}  # fmt: skip
         return sides | {"doc_pixel_values": torch.cat(self.tiles)}
@@ -140,7 +140,7 @@ class Bench:
         self.base.stock, self.ours.is_low_precision = not on.graph, on.bf16_adapters
         self.ours.loss_function = make_contrastive_loss(self.params.temperature, False) if on.argmax else self.colbert
         for module in self.model.modules():
-            if isinstance(module, RowDropout):
+            if isinstance(module, BatchInvariantDropout):
                 module.p = 0.0 if on.no_dropout else 0.1
         if on.no_checkpointing:
             self.base.activation_checkpointing_disable()

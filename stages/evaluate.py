@@ -24,28 +24,28 @@ def main() -> None:
     verify_dvc_outputs()
     set_arrow_cache()
     ensure_inputs(params, evaluation=True)
-    from colintern.analysis.verdicts import table
+    from colintern.analysis.score_tables import format_score_table
     from colintern.data.benchmarks import tasks_for  # only now: `datasets` reads the environment when it is imported
-    from colintern.evaluation.scores import (
+    from colintern.evaluation.models import make_eval_models
+    from colintern.evaluation.results import (
         BENCHMARK_COLUMNS,
         TASK_COLUMNS,
-        benchmark_rows,
-        report,
+        add_untrained_means,
+        list_benchmark_rows,
+        list_task_rows,
         summarize_scores,
-        task_rows,
     )
-    from colintern.evaluation.subjects import subjects
-    from colintern.evaluation.tasks import evaluate
+    from colintern.evaluation.run import evaluate_models
 
     tasks_for(params)  # a misspelt name is refused before anything else is looked at
     out = Path("results/mteb_evaluation")
-    scores = evaluate(subjects(params, Path("experiments/colintern")), params, out)
+    scores = evaluate_models(make_eval_models(params, Path("experiments/colintern")), params, out)
     Path("metrics").mkdir(exist_ok=True)
-    (out / "eval.json").write_text(dumps(report(scores["trained"], scores.get("untrained"))))
+    (out / "eval.json").write_text(dumps(add_untrained_means(scores["trained"], scores.get("untrained"))))
     Path("metrics/eval.json").write_text(dumps(summarize_scores(scores["trained"])))
-    write_csv(Path("plots/eval.csv"), task_rows(scores["trained"]), TASK_COLUMNS)
-    write_csv(Path("plots/benchmarks.csv"), benchmark_rows(scores), BENCHMARK_COLUMNS)
-    print(table(scores))
+    write_csv(Path("plots/eval.csv"), list_task_rows(scores["trained"]), TASK_COLUMNS)
+    write_csv(Path("plots/benchmarks.csv"), list_benchmark_rows(scores), BENCHMARK_COLUMNS)
+    print(format_score_table(scores))
 
 
 if __name__ == "__main__":

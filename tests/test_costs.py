@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import InternVLConfig
 
-from colintern.modeling.dropout import Masks
-from colintern.modeling.layers import checkpoint_layers
+from colintern.modeling.dropout import DropoutMaskBank
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import ColIntern3_5
+from colintern.modeling.runtime import checkpoint_layers
 from colintern.params import load_recipe
 from colintern.planning import costs as module
 from colintern.planning.costs import Costs, Setting, Side
@@ -148,7 +148,7 @@ def test_autocast_on_meta_tensors_casts_what_the_real_one_does(checkpointing):
         }
 
         def run(model=model, batch=batch):
-            trainer.dropout_masks = Masks(model, 0, torch.bfloat16)
+            trainer.dropout_masks = DropoutMaskBank(model, 0, torch.bfloat16)
             with Operators() as operators:
                 trainer.backward_mini_batch(
                     model, {"page": batch}, shards, "page", [0, 1], torch.ones(1, device=model.device), None
@@ -164,7 +164,7 @@ def test_autocast_on_meta_tensors_casts_what_the_real_one_does(checkpointing):
 def test_operations_are_those_of_torchs_counter(costs):
     tiles = costs._tiles(6)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        costs.model(costs.layers).page_features(tiles)
+        costs.model(costs.layers).get_page_features(tiles)
     assert sum(k.operations * n for k, n in costs.features(6).kernels.items()) == counter.get_total_flops() > 0
 
 

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     if args.base and not (root() / args.base).is_dir():
         raise UserError(f"--base: {args.base} is no folder here; give the one the adapter was trained on")
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
-    from colintern.modeling.weights import statistics
+    from colintern.modeling.adapter_files import adapter_weight_stats
     from colintern.preflight.adapter_check import check_adapter, find_base, format_adapter_table, read_adapter
     from colintern.storage.hub import enable_offline_mode
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         start, now = (
             {name: row | {"std": row["std"] if math.isfinite(row["std"]) else None} for name, row in groups.items()}
-            for groups in (adapter.identity["start"], statistics(adapter.files.weights, adapter.files.head))
+            for groups in (adapter.identity["start"], adapter_weight_stats(adapter.files.weights, adapter.files.head))
         )  # JSON has no NaN
         report = {"ok": is_ok, "start": start, "now": now, "findings": [result._asdict() for result in results]}
         print(json.dumps(report, indent=2, allow_nan=False))

@@ -46,14 +46,14 @@ def run(args: argparse.Namespace) -> None:
     print_phase(f"recommend: counting memory and operations of a training step of {base}")
     import torch
 
-    from colintern.modeling.bases import config
+    from colintern.modeling.configuration_colintern import load_base_config
     from colintern.monitoring import guide
     from colintern.planning import recommend as rules
     from colintern.planning.costs import Costs, parameters
     from colintern.planning.gpus import GPUS
 
     card, memory = _card(args.gpu, memory)
-    architecture = config(base, params)
+    architecture = load_base_config(base, params)
     size, query = parameters(architecture), params.max_query_tokens
     known = size >= guide.MIN_GUIDE_PARAMETERS
     dtype, dropout = (rules.DTYPE, rules.DROPOUT) if known else (params.dtype, params.lora_dropout)

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import InternVLConfig
 
-from colintern.modeling.dropout import Masks
-from colintern.modeling.layers import checkpoint_layers, recomputed
+from colintern.modeling.configuration_colintern import EMBEDDING_DIM
+from colintern.modeling.dropout import DropoutMaskBank
 from colintern.modeling.lora import add_lora
-from colintern.modeling.modeling_colintern import EMBEDDING_DIM, meta_model
+from colintern.modeling.modeling_colintern import build_meta_model
+from colintern.modeling.runtime import checkpoint_layers, num_checkpointed_layers
 from colintern.planning.meter import Kernel, Phase, measure
 from colintern.training.loss import contrastive_loss, maxsim_matrix
 
@@ -103,13 +104,13 @@ class Costs:
             "adapters": self.adapter_bytes,
             "gradients": self.adapter_bytes,
             "optimizer": ADAM_BYTES * self.trained,
-            "dropout": sum(masks.nbytes for masks in self.model(self.layers).masks.drawn.values()),
+            "dropout": sum(masks.nbytes for masks in self.model(self.layers).masks.masks.values()),
         }
 
     def step(self, setting: Setting) -> Step:
         """The peak of a training step and what it runs, as `ContrastiveTrainer.training_step` goes."""
         pages, micro = setting.pages, min(setting.micro_batch_size, setting.pages)
-        first = recomputed(self.layers, setting.checkpointing)
+        first = num_checkpointed_layers(self.layers, setting.checkpointing)
         sides = Side(setting.batch_size, 0, setting.query_tokens), Side(pages, setting.tiles, setting.page_tokens)
         embeddings = sum(side.rows * side.tokens for side in sides) * EMBEDDING_DIM * 4
         features = pages * self.feature_bytes(setting.tiles)
@@ -145,7 +146,7 @@ class Costs:
 
         def run(model: Any) -> None:
             with torch.no_grad():
-                model.page_features(pixels)
+                model.get_page_features(pixels)
 
         return self._phase(run, 0, self.layers, pixels)  # none of which it runs
 
@@ -197,7 +198,7 @@ class Costs:
         rows, length = part["input_ids"].shape
         # autocast is `measure`'s
         cast = torch.autocast(model.device.type, torch.bfloat16) if self.low_precision else nullcontext()
-        with model.masks.rows("page", torch.arange(rows, device="meta"), length):
+        with model.masks.assign_rows("page", torch.arange(rows, device="meta"), length):
             if made is None:
                 with cast:
                     made = model(**part)
@@ -229,7 +230,7 @@ class Costs:
         model = self.model(first + kept)
         checkpoint_layers(model, first)
         gradients = (p.grad for p in model.parameters() if p.grad is not None)
-        there = (*model.parameters(), *model.buffers(), *model.masks.drawn.values(), *gradients, *known)
+        there = (*model.parameters(), *model.buffers(), *model.masks.masks.values(), *gradients, *known)
         with disable_input_dtype_casting(model, active=self.low_precision):
             return measure(lambda: run(model), there)
 
@@ -239,9 +240,9 @@ class Costs:
         config = deepcopy(self.config)
         text = config.get_text_config()
         text.num_hidden_layers, text.layer_types = layers, text.layer_types[:layers]
-        model: Any = add_lora(meta_model(config, None).to(self.dtype), *self.lora)  # type: ignore[arg-type]
-        model.masks = Masks(model, 0, self.dtype)
-        model.masks.draw(0, model.device)
+        model: Any = add_lora(build_meta_model(config, None).to(self.dtype), *self.lora)  # type: ignore[arg-type]
+        model.masks = DropoutMaskBank(model, 0, self.dtype)
+        model.masks.draw_masks(0, model.device)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)  # from the second part of a step on they are there
@@ -279,4 +280,4 @@ def _counts(model: Any) -> tuple[int, int, int, int]:
 
 def parameters(config: InternVLConfig) -> int:
     """Of the base with its head."""
-    return sum(p.numel() for p in meta_model(config, None).parameters())
+    return sum(p.numel() for p in build_meta_model(config, None).parameters())
