@@ -239,7 +239,7 @@ def _draw_svg(plot: Callable[[], Axes], title: str) -> str:
 
 
 def _render_page(results: StudyResults) -> str:
-    return html.render(
+    return html.render_html(
         "study.html",
         [],
         name=results.study.study_name,
