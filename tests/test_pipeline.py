@@ -273,7 +273,6 @@ def _namespace(module: str) -> str:
 # Names that libraries call private, and so may change with any release: pyproject.toml bounds those libraries.
 PRIVATE = {
     "_attn_implementation": "transformers",
-    "_contains": "optuna",
     "_int_mm": "torch",
     "_is_accelerate_prepared": "accelerate",
     "_load_from_checkpoint": "transformers",
@@ -286,7 +285,6 @@ PRIVATE = {
     "_scaled_dot_product_flash_attention": "torch",
     "_scaled_dot_product_flash_attention_backward": "torch",
     "_softmax_backward_data": "torch",
-    "_trial_id": "optuna",
     "_unsafe_view": "torch",
 }
 PUBLIC = {"_asdict", "_exit", "_fields", "_replace"}  # of named tuples and os, documented
