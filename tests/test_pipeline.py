@@ -278,12 +278,6 @@ PRIVATE = {
     "_n_gpu": "transformers",
     "_name_or_path": "transformers",
     "_on_queue_feeder_error": "python",  # multiprocessing
-    "_overloadpacket": "torch",
-    "_python_dispatch": "torch",
-    "_pytree": "torch",
-    "_scaled_dot_product_flash_attention": "torch",
-    "_scaled_dot_product_flash_attention_backward": "torch",
-    "_unsafe_view": "torch",
 }
 PUBLIC = {"_asdict", "_exit", "_fields", "_replace"}  # of named tuples and os, documented
 
