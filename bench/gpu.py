@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from transformers import InternVLConfig
 
-from colintern.core.errors import OutOfMemory, UserError, exit_on_user_error
+from colintern.core.errors import OutOfMemoryError, UserError, exit_on_user_error
 from colintern.encoding.page_features import Page
 from colintern.modeling.attention import choose_attn_implementation
 from colintern.modeling.dropout import BatchInvariantDropout
@@ -148,7 +148,7 @@ def measure(engine: Engine, batch: dict[str, Any]) -> tuple[float, float]:
         if engine.trainer.micro_batch_size < asked:  # it did not fit, and the trainer went on with less
             return math.nan, math.inf
         took = seconds(lambda: engine.step(batch))
-    except OutOfMemory:
+    except OutOfMemoryError:
         engine.model.zero_grad()
         return math.nan, math.inf
     if not cuda:

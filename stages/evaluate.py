@@ -19,6 +19,7 @@ from colintern.storage.outs import purge_finished_checkpoints, verify_dvc_output
 
 @exit_on_user_error()
 def main() -> None:
+    """Run the stage."""
     params = load_params()
     purge_finished_checkpoints()  # DVC starts this stage when training is recorded
     verify_dvc_outputs()

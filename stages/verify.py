@@ -21,6 +21,7 @@ from colintern.storage.outs import verify_dvc_outputs
 
 @exit_on_user_error()
 def main() -> None:
+    """Run the stage."""
     params = load_params()
     verify_dvc_outputs()
     base = ensure_inputs(params)

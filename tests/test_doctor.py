@@ -133,7 +133,7 @@ def test_only_the_head_is_warned_of(counted):
         ("bf16", {"has_bf16": False}, {}, WARN, "emulated by NVIDIA A100"),
         ("attention kernel", {"has_flash_attn": False}, {}, WARN, "sdpa; the guide: flash attention"),
         ("attention kernel", {"has_flash_attn": False}, {"attention": "flash_attention_2"}, FAIL, "needs flash-attn"),
-        ("attention kernel", {"gpu": ""}, {}, PASS, "blocked; flash attention is for GPUs"),
+        ("attention kernel", {"gpu": ""}, {}, PASS, "sdpa; flash attention is for GPUs"),
         ("attention kernel", {"gpu": ""}, {"attention": "flash_attention_2"}, FAIL, "needs a GPU"),
         ("attention kernel", {}, {"attention": "flash_attention_2", "dtype": "float32"}, FAIL, "needs dtype: bfloat16"),
         ("disk", {"disk_bytes": 10**8}, {}, FAIL, "need 1.0 GB"),

@@ -149,6 +149,7 @@ def test_fp8_gives_one_result_cold_warm_and_without_a_cache_and_tells_one_error(
     assert sizes[exact.cache.folder.name + "-fp8"] < 0.3 * sizes[exact.cache.folder.name]
 
 
+@pytest.mark.integration
 def test_a_run_tells_the_error_of_fp8_in_its_metrics_and_its_log(place):
     told = []
     for limit in (0.1, 0.0):

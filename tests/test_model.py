@@ -66,6 +66,7 @@ def test_left_padding_is_refused(model, processor):
         model(**{k: v.flip(1) for k, v in batch.items()})
 
 
+@pytest.mark.integration
 def test_the_same_bytes_in_a_new_process(adapter, processor, pages, tmp_path):
     folder, wrapped = adapter
     here = embed(wrapped.eval(), processor, pages[:2])

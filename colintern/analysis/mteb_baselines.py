@@ -13,7 +13,7 @@ from mteb.models.model_implementations import MODEL_REGISTRY
 from colintern.core.errors import UserError
 from colintern.evaluation.models import EvalModel, get_runtime_identity
 from colintern.params import Params
-from colintern.storage.hub import describe_error
+from colintern.storage.hub import describe_hub_error
 
 
 def find_mteb_baseline(params: Params, model: str) -> EvalModel | None:
@@ -44,7 +44,7 @@ def find_mteb_baseline(params: Params, model: str) -> EvalModel | None:
         try:
             return mteb.get_model(name, revision=meta.revision)
         except (ImportError, OSError) as error:
-            raise UserError(f"MODEL: mteb cannot load {name!r}: {describe_error(error)}") from error
+            raise UserError(f"MODEL: mteb cannot load {name!r}: {describe_hub_error(error)}") from error
 
     settings = {"eval_batch_size": params.eval_batch_size, "threads": params.threads}
     engine = {"colpali-engine": version("colpali-engine")}

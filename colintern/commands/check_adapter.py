@@ -14,6 +14,7 @@ EXAMPLE = "colintern check-adapter experiments/colintern"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the adapter's folder")
     parser.add_argument("--base", metavar="FOLDER", help="where its base is (default: where the adapter says)")
     parser.add_argument("--json", action="store_true", help="the statistics and findings as JSON")

@@ -17,6 +17,7 @@ INDENT = 24  # columns of status and name
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("--json", action="store_true", help="the findings as JSON")
 
 

@@ -38,6 +38,7 @@ class Head(NamedTuple):
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     add = parser.add_argument
     add("--base", metavar="BASE", help="a folder, ID@COMMIT, or internvl3_5-1b, -2b, -4b, -8b (default: params.yaml's)")
     add("--gpu", metavar="NAME", help="the card, such as a100-80gb (default: the one here, else rtx-5090)")
@@ -52,6 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run the command."""
     params = load_params(PARAMS)
     base = args.base or params.base
     if (args.write or args.probe) and not _is_same_base(base, params):

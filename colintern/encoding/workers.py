@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from multiprocessing.queues import Queue
 from typing import Any
 
-from colintern.core.errors import OutOfMemory, UserError
+from colintern.core.errors import OutOfMemoryError, UserError
 
 WORKERS_PER_CPU = 4
 MIN_LIMIT = 8  # of workers, where there are few CPUs
@@ -58,12 +58,12 @@ def stop_workers_on_exit(workers: int) -> Iterator[None]:
     SIGTERM is not enough: the workers ignore it (see `init_worker`), and Python would wait for them at exit.
 
     Raises:
-        OutOfMemory: a worker was killed, exited or could not be started.
+        OutOfMemoryError: a worker was killed, exited or could not be started.
     """
     try:
         yield
     except BlockingIOError as error:  # of fork
-        raise OutOfMemory(
+        raise OutOfMemoryError(
             f"workers: {workers}: cannot start another process ({error.strerror}); lower workers, or raise `ulimit -u` "
             "or the container's process limit"
         ) from error
@@ -73,7 +73,7 @@ def stop_workers_on_exit(workers: int) -> Iterator[None]:
             raise
         # Other errors: torch reads a batch before the system has noticed that its worker is gone.
         reason = match[0].rstrip(" .") if match else "a DataLoader worker exited"
-        raise OutOfMemory(
+        raise OutOfMemoryError(
             f"{reason}; it probably ran out of memory. Lower workers (now {workers}) or batch_size and run the same "
             "command again: it resumes from the last checkpoint"
         ) from error

@@ -60,7 +60,7 @@ class PretrainedRef(NamedTuple):
             try:
                 folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOAD_PATTERNS))
             except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-                raise UserError(f"model: {model!r} cannot be fetched: {hub.describe_error(error)}") from error
+                raise UserError(f"model: {model!r} cannot be fetched: {hub.describe_hub_error(error)}") from error
         if not is_adapter(folder) and (folder / "config.json").is_file():
             require_merged(folder)
             return cls(folder, revision or content_hash(folder)[:40], False)

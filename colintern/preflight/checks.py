@@ -140,8 +140,7 @@ def _check_attention(facts: RunFacts) -> Status:
         return FAIL, f"flash_attention_2 needs {lacks}", remedy
     if is_usable and attention in ("auto", "flash_attention_2"):
         return PASS, "flash_attention_2"
-    is_bf16_cpu = not machine.gpu and facts.params.dtype == "bfloat16"
-    kernel = attention if attention != "auto" else "blocked" if is_bf16_cpu else "sdpa"
+    kernel = attention if attention != "auto" else "sdpa"
     if machine.gpu and not facts.is_demo:
         return WARN, f"{kernel}; the guide: flash attention", "make image FLASH_ATTN=2.8.3.post2, attention: auto"
     return PASS, f"{kernel}; flash attention is for GPUs and bfloat16"

@@ -26,7 +26,7 @@ from colintern.reporting.evaluation import (
 )
 from colintern.reporting.html import make_environment
 from colintern.scoring.metrics import METRIC_KEYS
-from colintern.storage.hub import describe_error
+from colintern.storage.hub import describe_hub_error
 from colintern.storage.identity import fingerprint, versions
 
 HUB_TASK = "visual-document-retrieval"  # the hub's name of it
@@ -89,7 +89,7 @@ def push_model(folder: Path, name: str) -> str:
         return api.upload_folder(repo_id=name, folder_path=folder, commit_message="colintern export").commit_url
     except (HTTPError, OSError) as error:
         raise UserError(
-            f"--push: {name}: {describe_error(error)}; `hf auth login` or HF_TOKEN gives the right to write"
+            f"--push: {name}: {describe_hub_error(error)}; `hf auth login` or HF_TOKEN gives the right to write"
         ) from error
 
 

@@ -60,7 +60,7 @@ def train(
         UserError: data or base are missing or changed, the LoRA targets are wrong, another process trains this very
             run, the training set is smaller than a batch, or the ranks share no folder.
         NonFiniteError: the loss is not finite.
-        OutOfMemory: one page does not fit in memory, or a DataLoader worker was killed.
+        OutOfMemoryError: one page does not fit in memory, or a DataLoader worker was killed.
         checkpoints.TrainingInterruptedError: SIGTERM or SIGINT; there is a checkpoint.
     """
     check_workers(params.workers)

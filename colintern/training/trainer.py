@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 
-from colintern.core.errors import OutOfMemory, UserError
+from colintern.core.errors import OutOfMemoryError, UserError
 from colintern.encoding.embed import embed_features, embed_queries
 from colintern.encoding.fp8 import fake_quantize
 from colintern.encoding.page_features import PageFeatures
@@ -175,7 +175,7 @@ class ContrastiveTrainer(Trainer):
 
         Raises:
             NonFiniteError: the loss or the gradient is not finite.
-            OutOfMemory: a single page does not fit, in the vision tower or in the language model.
+            OutOfMemoryError: a single page does not fit, in the vision tower or in the language model.
         """
         model.train()
         batch = cast(Batch, self._prepare_inputs(inputs))  # type: ignore[arg-type]
@@ -185,7 +185,7 @@ class ContrastiveTrainer(Trainer):
             batch["page"]["image_features"] = self.context.run_or_all_oom(compute)
         except torch.OutOfMemoryError as error:
             batch_size = self.args.per_device_train_batch_size * self.context.world_size
-            raise OutOfMemory(
+            raise OutOfMemoryError(
                 f"out of memory in the tower, which takes one page at a time, at step {step}; "
                 f"lower max_visual_tokens, {self.processor.max_visual_tokens}, or batch_size, {batch_size}"
             ) from error
@@ -209,7 +209,7 @@ class ContrastiveTrainer(Trainer):
             except torch.OutOfMemoryError as error:
                 max_rows = min(self.micro_batch_size, len(batch["page_ids"]))
                 if max_rows == 1:
-                    raise OutOfMemory(
+                    raise OutOfMemoryError(
                         f"out of memory with one page at a time, at step {self.state.global_step + 1}; set "
                         f"gradient_checkpointing: true, or lower max_visual_tokens, {self.processor.max_visual_tokens}"
                     ) from error
