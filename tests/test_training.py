@@ -125,7 +125,10 @@ def test_the_loss_curve_in_bfloat16_stays_with_that_of_float32_adapters(make):
 
 
 def test_compiled_layers_give_the_same_gradient_and_keep_less_for_it(make, processor, pages, monkeypatch):
-    for name, value in {"BITS": 4, "MASKS": 16}.items():  # else these take more than what a few small pages keep
+    for name, value in {
+        "MASK_BITS": 4,
+        "NUM_MASKS": 16,
+    }.items():  # else these take more than what a few small pages keep
         monkeypatch.setattr(dropout, name, value)
 
     def run(compiled):
