@@ -177,7 +177,7 @@ def test_chance_among_fewer_pages_than_ranks_is_a_rank_of_each():
 
 
 def test_compile_without_a_compiler_is_refused_before_anything_is_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr("colintern.training.run.training_data", lambda params: None)
+    monkeypatch.setattr("colintern.training.run.load_training_data", lambda params: None)
     monkeypatch.setattr("colintern.training.run.load_training_pairs", lambda *_: {"train": [None] * 400, "test": []})
     monkeypatch.setenv("PATH", str(tmp_path))
     params = dataclasses.replace(load_recipe(ROOT / "recipes" / "demo.yaml"), compile=True)
@@ -399,7 +399,7 @@ def test_a_gradient_or_a_weight_that_is_not_finite_stops_the_run(make, processor
     ],
 )
 def test_a_run_that_could_not_be_reported_is_refused_before_anything_is_loaded(monkeypatch, tmp_path, changes, message):
-    monkeypatch.setattr("colintern.training.run.training_data", lambda params: None)
+    monkeypatch.setattr("colintern.training.run.load_training_data", lambda params: None)
     monkeypatch.setattr("colintern.training.run.load_training_pairs", lambda *_: {"train": [None] * 40, "test": []})
     params = dataclasses.replace(load_recipe(ROOT / "recipes" / "demo.yaml"), **changes)
     with pytest.raises(UserError, match=message):
@@ -410,7 +410,7 @@ def test_more_layers_than_there_are_cannot_be_computed_again(make, monkeypatch, 
     said = "gradient_checkpointing: 3 is more than the 2 layers of the language model"
     with pytest.raises(UserError, match=said):
         make(gradient_checkpointing=3, logging_steps=1)
-    monkeypatch.setattr("colintern.training.run.training_data", lambda params: None)
+    monkeypatch.setattr("colintern.training.run.load_training_data", lambda params: None)
     monkeypatch.setattr("colintern.training.run.load_training_pairs", lambda *_: {"train": [None] * 40, "test": []})
     params = dataclasses.replace(load_recipe(ROOT / "recipes" / "demo.yaml"), gradient_checkpointing=3, logging_steps=1)
     with pytest.raises(UserError, match=said):  # before it looks at a page, of which there are none here
