@@ -74,7 +74,7 @@ def record(setting: str, seed: int, params: Params, base: Path) -> dict[str, Any
 
     def pairs(split: str, pages: int, queries: int) -> list[TrainingPair]:
         drawn = generate_corpus(split, pages, queries, seed=7)
-        return [TrainingPair(query, Page.of(page.image)) for page in drawn for query in page.queries]
+        return [TrainingPair(query, Page.from_image(page.image)) for page in drawn for query in page.queries]
 
     set_seed(seed)
     model = ColIntern3_5.from_pretrained(base, seed=seed, dtype="float32", attn_implementation="sdpa")
@@ -88,7 +88,7 @@ def record(setting: str, seed: int, params: Params, base: Path) -> dict[str, Any
         random.Random(seed).shuffle(queries)
         train = [pair._replace(query=query) for pair, query in zip(train, queries, strict=True)]
     features = PageFeatures(wrapped, processor, Path(".scratch/curves"), 1.0, "exact")
-    features.fill([pair.page for pair in (*train, *dev, *test)], workers=0)
+    features.precompute([pair.page for pair in (*train, *dev, *test)], workers=0)
     with tempfile.TemporaryDirectory() as scratch:
         args = build_training_arguments(params, Path(scratch), quiet=True)
         args.eval_steps = len(train) // params.batch_size

@@ -28,8 +28,9 @@ from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageP
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
 from colintern.encoding.page_features import Page, PageFeatures
-from colintern.modeling.lora import add_lora, count, faults, table
-from colintern.modeling.modeling_colintern import ColIntern3_5, attention_kernel, meta_model
+from colintern.modeling.attention import choose_attn_implementation
+from colintern.modeling.lora import LoraReport, add_lora, find_lora_errors, format_lora_report, report_lora
+from colintern.modeling.modeling_colintern import ColIntern3_5, build_meta_model
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.params import Params, load_recipe
 from colintern.training.pairs import TrainingDataset, TrainingPair
@@ -95,7 +96,7 @@ def pages(split: str, number: int, scale: int) -> list[TrainingPair]:
     rows = []
     for page in generate_corpus(split, number, 1, seed=0):
         image = page.image.resize((page.image.width * scale, page.image.height * scale))
-        rows.append(TrainingPair(page.queries[0], Page.of(image)))
+        rows.append(TrainingPair(page.queries[0], Page.from_image(image)))
     return rows
 
 
@@ -134,10 +135,12 @@ class Watch(TrainerCallback):
         check(self.frozen_with_gradient == 0, f"{self.frozen_with_gradient} frozen parameters with a gradient")
 
 
-def verify(model: Any, params: Params) -> dict[str, Any]:
+def verify(model: Any, params: Params) -> LoraReport:
     """The counts of a model wrapped as verify does it; they must be the real model's."""
-    counts = count(model, params.lora_targets)
-    wrong = faults(counts) + [f"{key} is {counts[key]}" for key, value in EXPECTED.items() if counts[key] != value]
+    counts = report_lora(model, params.lora_targets)
+    wrong = find_lora_errors(counts) + [
+        f"{key} is {getattr(counts, key)}" for key, value in EXPECTED.items() if getattr(counts, key) != value
+    ]
     check(not wrong, f"LoRA targets on {next(model.parameters()).device}: {wrong or 'as expected'}")
     return counts
 
@@ -151,7 +154,7 @@ def train(model: Any, params: Params, scratch: Path, scale: int) -> tuple[Contra
         model, processor, scratch / "features", params.feature_cache_gb, params.feature_cache_format
     )
     train_rows, dev_rows = pages("train", STEPS * params.batch_size, scale), pages("dev", DEV_PAGES, scale)
-    features.fill([pair.page for pair in (*train_rows, *dev_rows)], params.workers)
+    features.precompute([pair.page for pair in (*train_rows, *dev_rows)], params.workers)
     pairs, dev = TrainingDataset(train_rows, features), RetrievalEvaluator(dev_rows, features, params.eval_batch_size)
     tokens = len(pairs[0]["pages"][0]["features"]) * processor.image_seq_length
     print(f"{len(pairs)} pairs in {STEPS} steps, {tokens} visual tokens a page; {len(dev.pages)} dev pages", flush=True)
@@ -187,10 +190,10 @@ def main() -> None:
                          eval_batch_size=args.micro, logging_steps=1, threads=args.threads, workers=0,
                          warmup_steps=0)  # fmt: skip
         lora = (params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout)
-        counts = verify(add_lora(meta_model(params.base, None), *lora), params)
-        print(table("InternVL3.5-1B of random weights", counts), flush=True)
+        counts = verify(add_lora(build_meta_model(params.base, None), *lora), params)
+        print(format_lora_report("InternVL3.5-1B of random weights", counts), flush=True)
         set_seed(params.seed)
-        kernel = attention_kernel(params.attention, params.dtype)
+        kernel = choose_attn_implementation(params.attention, params.dtype)
         base = ColIntern3_5.from_pretrained(folder, dtype=getattr(torch, params.dtype), attn_implementation=kernel)
         check_weights(base, folder)
         wrapped = add_lora(base, *lora)
@@ -204,8 +207,8 @@ def main() -> None:
     check(0 <= ndcg <= 1, f"NDCG@5 of {DEV_PAGES} pages by random weights: {ndcg:.4f}")
     check(peak_gib() < MOST_GIB, f"peak memory {peak_gib():.2f} GiB, under {MOST_GIB}")
     print(
-        f"RESULT peak_gib={peak_gib():.2f} lora_modules={counts['lora_modules']} "
-        f"trainable_parameters={counts['trainable_parameters']} step_seconds={sum(watch.seconds) / STEPS:.1f} "
+        f"RESULT peak_gib={peak_gib():.2f} lora_modules={counts.lora_modules} "
+        f"trainable_parameters={counts.trainable_parameters} step_seconds={sum(watch.seconds) / STEPS:.1f} "
         f"loss_first={losses[0]:.4f} loss_second={losses[1]:.4f}"
     )
 

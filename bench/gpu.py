@@ -30,13 +30,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from transformers import InternVLConfig
 
-from colintern.core.errors import OutOfMemory, UserError, exit_on_user_error
+from colintern.core.errors import OutOfMemoryError, UserError, exit_on_user_error
 from colintern.encoding.page_features import Page
-from colintern.modeling.dropout import RowDropout
-from colintern.modeling.layers import checkpoint_layers, compile_layers, recomputed
+from colintern.modeling.attention import choose_attn_implementation
+from colintern.modeling.dropout import BatchInvariantDropout
 from colintern.modeling.lora import add_lora
-from colintern.modeling.modeling_colintern import ColIntern3_5, attention_kernel
+from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.runtime import checkpoint_layers, compile_layers, num_checkpointed_layers
 from colintern.params import Params, load_recipe
 from colintern.training.loss import maxsim_matrix
 from colintern.training.pairs import TrainingPair
@@ -77,7 +78,7 @@ class Engine:
         self.params: Params = replace(
             load_recipe(RECIPE), dtype=dtype, batch_size=sizes.batch, workers=0, compile=False
         )
-        kernel = attention_kernel(self.params.attention, dtype)
+        kernel = choose_attn_implementation(self.params.attention, dtype)
         with torch.device(device):
             config = InternVLConfig(**raw)
             self.base = ColIntern3_5._from_config(config, dtype=getattr(torch, dtype), attn_implementation=kernel)
@@ -110,7 +111,7 @@ class Engine:
         self.trainer.micro_batch_size = micro
         checkpoint_layers(self.model, checkpointing)
         for module in self.model.modules():
-            if isinstance(module, RowDropout):
+            if isinstance(module, BatchInvariantDropout):
                 module.p = dropout
 
     def gradient(self, counts: Sequence[int], micro: int) -> Tensor:
@@ -147,7 +148,7 @@ def measure(engine: Engine, batch: dict[str, Any]) -> tuple[float, float]:
         if engine.trainer.micro_batch_size < asked:  # it did not fit, and the trainer went on with less
             return math.nan, math.inf
         took = seconds(lambda: engine.step(batch))
-    except OutOfMemory:
+    except OutOfMemoryError:
         engine.model.zero_grad()
         return math.nan, math.inf
     if not cuda:
@@ -181,7 +182,7 @@ def table(engine: Engine, sizes: Sizes, tiles: int, start: float) -> float:
         if compiled:
             compile_layers(engine.model)
         engine.set(micro, checkpointing, dropout)
-        again = recomputed(layers, checkpointing)
+        again = num_checkpointed_layers(layers, checkpointing)
         words = f"{again:>6} of {layers:<3} {dropout:>7} {'on' if compiled else 'off':>7}"
         try:
             took, peak = measure(engine, batch)
@@ -201,13 +202,13 @@ def table(engine: Engine, sizes: Sizes, tiles: int, start: float) -> float:
             elif sizes.compile:
                 rows += _compiled(levers, layers, keep)
         if compiled and took != took:
-            rows = [row for row in rows if recomputed(layers, row[1]) > again]  # fewer do not fit either
+            rows = [row for row in rows if num_checkpointed_layers(layers, row[1]) > again]  # fewer do not fit either
     return best
 
 
 def _compiled(levers: tuple[int, bool | int], layers: int, dropout: float) -> list[Row]:
     """A compiled layer keeps less than another, so fewer of them may have to be computed again; with dropout too."""
-    micro, again = levers[0], recomputed(layers, levers[1])
+    micro, again = levers[0], num_checkpointed_layers(layers, levers[1])
     fewer = sorted({again, again // 2, 0}, reverse=True)
     return [*((micro, count, 0.0, True) for count in fewer), (micro, again, dropout, True)]
 

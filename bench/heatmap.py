@@ -17,10 +17,14 @@ from torch import Tensor
 
 from colintern.core.errors import exit_on_user_error
 from colintern.encoding.embed import embed_pages, embed_queries
-from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
+from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_same_base
 from colintern.params import load_params
-from colintern.reporting.heatmaps import hottest, layout, similarity_map, standing_out
-from colintern.reporting.words import query_words
+from colintern.reporting.examples import split_query
+from colintern.reporting.heatmaps import (
+    compute_saliency,
+    compute_similarity_map,
+    find_hottest_box,
+)
 from colintern.storage.manifest import ensure_base
 from demo.corpus import GOODS, KINDS, DemoPage, generate_corpus
 
@@ -65,14 +69,14 @@ def measure(model: Any, processor: Any, pages: list[DemoPage]) -> Pointed:
         pages, queries, embed_pages(model, processor, [page.image for page in pages], 16), strict=True
     ):
         size = page.image.size
-        found = similarity_map(query, tokens, layout(processor, size)).page
-        names = query_words(processor, page.queries[0])
+        found = compute_similarity_map(processor, query, tokens, size).page
+        names = split_query(processor, page.queries[0])
         found_in = asked(page, [name.text for name in names])
         assert len(found_in) == 3, (page.queries, page.facts)
         boxes = [box for _, places in found_in for box in places]
-        grid = standing_out(found[[name.own for name in names]])
-        cases.append(any(touch(hottest(grid, size), box) for box in boxes))
-        words += [any(touch(hottest(found[i], size), box) for box in places) for i, places in found_in]
+        grid = compute_saliency(found[[name.is_own for name in names]])
+        cases.append(any(touch(find_hottest_box(grid, size), box) for box in boxes))
+        words += [any(touch(find_hottest_box(found[i], size), box) for box in places) for i, places in found_in]
         cells.append(share(grid, size, boxes))
     return Pointed(sum(cases) / len(cases), sum(words) / len(words), sum(cells) / len(cells))
 
@@ -84,7 +88,7 @@ def main() -> None:
     folder = parser.parse_args().adapter
     params = load_params()
     require_adapter(folder)
-    require_base(params, folder)
+    require_same_base(params, folder)
     base, processor = ensure_base(params), load_processor(params, folder)
     pages = generate_corpus("test", PAGES, 1, seed=0)
     after = measure(load_adapter(params, base, folder), processor, pages)

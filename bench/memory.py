@@ -3,11 +3,11 @@
     nice -n 15 python -m bench.memory [--only demo quarter]
 
 `demo` is the demo base; `quarter` has InternVL3.5-1B's layers at a quarter of their number (7 of the language model, 6
-of the tower), random weights, pages of 6 tiles. Each row is a process of its own that trains two steps with
-ContrastiveTrainer on made-up pairs. Measured is how far its memory grows in the second step: on the CPU the peak of
-its resident memory (VmHWM, reset as the step begins), with malloc told to give back what is freed
+of the tower), random weights, pages of 6 tiles. Each row is a process of its own that runs two steps as
+`colintern recommend --probe` does. Measured is how far its memory grows in the second step: on the CPU the peak of
+its resident memory (VmHWM, reset as the step begins), with malloc told to return what is freed
 (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_) and without huge pages; on a CUDA device max_memory_allocated.
-Predicted is the same without base, adapters, optimizer state and the batch, which are there before the step.
+Predicted is the same without base, adapters, optimizer state and dropout masks, which are there before the step.
 
 Output: one table; the last line is `RESULT demo_worst=... ...`, the largest deviation of each group, as a share.
 """
@@ -19,15 +19,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from colintern.params import load_recipe
-
 CONFIG, TOKENIZER = "tests/internvl3_5-1b.json", "demo/base"
-RECIPE, DEMO = Path("recipes/internvl3_5-1b.yaml"), Path("recipes/demo.yaml")
 QUERY = "from Oslo to Rome by Halde, the milk of"
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 PR_SET_THP_DISABLE = 41
@@ -50,58 +46,29 @@ CUDA = [
 ]
 
 
-def measure(row: tuple[str, int, int, bool | int, float], device: str) -> dict[str, float]:
-    """Two steps in this process: bytes predicted and measured, seconds of the second step."""
+def measure(row: tuple[str, int, int, bool | int, float]) -> dict[str, float]:
+    """Run two steps in this process: bytes predicted and measured, seconds of the second step."""
     import torch
-    from transformers import TrainerCallback, set_seed
+    from transformers import set_seed
 
-    from colintern.encoding.page_features import Page
-    from colintern.modeling.lora import add_lora
     from colintern.modeling.modeling_colintern import ColIntern3_5
-    from colintern.planning.costs import Costs, Setting
-    from colintern.training.pairs import TrainingPair
-    from colintern.training.run import assemble_trainer, build_training_arguments
-    from colintern.training.trainer import RetrievalEvaluator
+    from colintern.params import load_recipe
+    from colintern.planning.probe import build_probe_trainer, probe_step
 
     name, batch, micro, checkpointing, dropout = row
     torch.set_num_threads(1)
     set_seed(0)
-    params = replace(load_recipe(DEMO if name == "demo" else RECIPE), batch_size=batch, micro_batch_size=micro,
-                     gradient_checkpointing=checkpointing, lora_dropout=dropout, epochs=1, warmup_steps=0, workers=0,
-                     logging_steps=1, eval_batch_size=1)  # fmt: skip
-    dtype = getattr(torch, params.dtype)
+    recipe = load_recipe(Path("recipes", "demo.yaml" if name == "demo" else "internvl3_5-1b.yaml"))
+    params = replace(recipe, micro_batch_size=micro, gradient_checkpointing=checkpointing, lora_dropout=dropout)
     config, processor = architecture(name)
-    model = ColIntern3_5._from_config(config, dtype=dtype)
+    model = ColIntern3_5._from_config(config, dtype=getattr(torch, params.dtype))
     model.init_head(0)
-    lora = (params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout)
-    wrapped: Any = add_lora(model, *lora).to(device)
-
-    features = torch.randn(6, config.image_seq_length, config.get_text_config().hidden_size).to(dtype)
-    pairs: Any = [
-        {"query": f"{QUERY} {i:04}", "pages": [{"key": f"{i:014x}", "features": features}]} for i in range(2 * batch)
-    ]
-
-    class Watch(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.start, self.before = time.perf_counter(), reset_peak(device)
-
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.grown, self.seconds = peak(device) - self.before, time.perf_counter() - self.start
-
-    watch = Watch()
-    with tempfile.TemporaryDirectory() as scratch:
-        args = build_training_arguments(params, Path(scratch), quiet=True)
-        args.use_cpu = device == "cpu"
-        dev = RetrievalEvaluator([TrainingPair(QUERY, Page("0", Path))], lambda page: features, params.eval_batch_size)  # type: ignore[arg-type]
-        trainer = assemble_trainer(params, wrapped, processor, args, dev, pairs, [watch])
-        one = trainer.data_collator(pairs[:1])
-        trainer.train()
-    meta = Costs(config, dtype, params.lora_targets, params.lora_rank, dropout)
-    lengths = (one[side]["input_ids"].shape[1] for side in ("page", "query"))
-    step = meta.step(Setting(batch, micro, checkpointing, 6, *lengths))
-    there = sum(step.memory[name] for name in ("base weights", "adapters", "optimizer", "dropout"))
-    predicted = step.peak - there - batch * meta.feature_bytes(6)
-    return {"predicted": predicted, "measured": watch.grown, "static": there, "seconds": watch.seconds}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, costs = build_probe_trainer(params, model, processor, folder)
+        _, step = (probe_step(params, trainer, costs, batch) for _ in range(2))
+    static = sum(costs.static_memory.values()) - costs.static_memory["gradients"]
+    grown = {"predicted": step.predicted.peak_bytes - static, "measured": step.peak_bytes - static}
+    return grown | {"static": static, "seconds": step.seconds}
 
 
 def architecture(name: str) -> tuple[Any, Any]:
@@ -121,33 +88,10 @@ def architecture(name: str) -> tuple[Any, Any]:
     return InternVLConfig(**raw), processor
 
 
-def reset_peak(device: str) -> int:
-    """Forget the highest memory use so far; the bytes in use now."""
-    if device == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
-
-
-def peak(device: str) -> int:
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    return resident("VmHWM")
-
-
-def resident(field: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) * 1024
-
-
 def in_process(row: tuple[str, int, int, bool | int, float], device: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "bench.memory", "--row", json.dumps([row, device])]
-    done = subprocess.run(command, env=os.environ | MALLOC, stdout=subprocess.PIPE, text=True, check=True)
+    command = [sys.executable, "-m", "bench.memory", "--row", json.dumps(row)]
+    env = os.environ | MALLOC | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -158,8 +102,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.row:
         ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
-        row, device = json.loads(args.row)
-        print(json.dumps(measure(tuple(row), device)))
+        print(json.dumps(measure(tuple(json.loads(args.row)))))
         return
     import torch
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu import REAL, TINY, Engine
-from colintern.modeling.dropout import Masks
+from colintern.modeling.dropout import DropoutMaskBank
 from colintern.training.run import set_deterministic
 
 WAYS = {  # dropout, by token, deterministic, share of the layers that are recomputed
@@ -55,13 +55,13 @@ def main() -> None:
         sizes, dtype = (TINY, "float32") if args.demo else (REAL, "bfloat16")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         engine = Engine(sizes, dtype, None if args.demo else args.layers, scratch, device)
-        rows, layers = Masks.rows, len(engine.base.language_model.layers)
+        rows, layers = DropoutMaskBank.assign_rows, len(engine.base.language_model.layers)
         for _ in range(1 + args.rounds):
             for name, (p, by_token, deterministic, share) in WAYS.items():
                 set_deterministic(deterministic)
                 engine.set(args.micro, int(share * layers), dropout=p)
                 batch = engine.batch([1 + i % 6 for i in range(args.batch)])
-                with patch.object(Masks, "rows", rows if by_token else lambda *_: nullcontext()):
+                with patch.object(DropoutMaskBank, "assign_rows", rows if by_token else lambda *_: nullcontext()):
                     start = clock()
                     engine.trainer.training_step(engine.model, batch)
                     found[name].append(clock() - start)

@@ -20,10 +20,11 @@ from torch.nn.functional import normalize
 
 from colintern.core.errors import exit_on_user_error
 from colintern.encoding.embed import embed_pages, embed_queries
-from colintern.encoding.pooling import pool
-from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
+from colintern.encoding.pooling import pool_tiles
+from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_same_base
 from colintern.params import load_recipe
-from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k
+from colintern.scoring.maxsim import maxsim_scores
+from colintern.scoring.metrics import ndcg_at_k
 from colintern.storage.manifest import ensure_base
 from demo.corpus import generate_corpus
 
@@ -41,7 +42,7 @@ def seconds(rounds: int) -> tuple[float, float]:
     for number in range(rounds):
         generator = torch.Generator().manual_seed(number)
         page = normalize(torch.randn(10 + 6 * 256 + 5, 128, generator=generator), dim=-1)
-        for found, way in zip(times, (lambda p: pool(p, 3, 256, 10), lambda p: whole(p, 3)), strict=True):
+        for found, way in zip(times, (lambda p: pool_tiles(p, 3, 256, 10), lambda p: whole(p, 3)), strict=True):
             start = time.process_time()
             way(page)
             found.append(time.process_time() - start)
@@ -59,7 +60,7 @@ def main() -> None:
     print(f"a page of 6 tiles: {tiles:.3f} CPU s by tiles, {page:.3f} whole")
     params = load_recipe(Path("recipes/demo.yaml"))
     require_adapter(args.adapter)
-    require_base(params, args.adapter)
+    require_same_base(params, args.adapter)
     model, processor = load_adapter(params, ensure_base(params), args.adapter), load_processor(params, args.adapter)
     drawn = generate_corpus("test", PAGES, 1, seed=0)
     queries = embed_queries(model, processor, [page.queries[0] for page in drawn], 32)
@@ -72,7 +73,7 @@ def main() -> None:
     print(f"not pooled: {score(pages):.1f}\nfactor  by tiles     whole")
     found = {}
     for factor in FACTORS:
-        ways = ([pool(p, factor, processor.image_seq_length, processor.text_before) for p in pages],
+        ways = ([pool_tiles(p, factor, processor.image_seq_length, processor.num_tokens_before_tiles) for p in pages],
                 [whole(p, factor) for p in pages])  # fmt: skip
         found[factor] = tuple(map(score, ways))
         kept = [sum(map(len, way)) / PAGES for way in ways]

@@ -51,7 +51,9 @@ def run(params: Params) -> tuple[float, float, str]:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     folder = ensure_benchmark("demo")
-    corpus = [Page.of(decode_image(image["bytes"])) for image in read_table(folder / "corpus")["image"].to_pylist()]
+    corpus = [
+        Page.from_image(decode_image(image["bytes"])) for image in read_table(folder / "corpus")["image"].to_pylist()
+    ]
     queries = read_table(folder / "queries")["query"].to_pylist()
 
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(None):  # only the table is for people

@@ -90,6 +90,7 @@ def print_judgement(study: Any, space: Any, guide: dict[str, Any]) -> None:
 
 @exit_on_user_error()
 def main() -> None:
+    """Run the study, and print how the guide's settings do in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--workers", type=int, default=2)

@@ -3,14 +3,16 @@
     CUDA_VISIBLE_DEVICES= .venv/bin/python -m bench.train_step    # in the repository root; --help: sizes, rounds
 
 In: tests/internvl3_5-1b.json at a quarter of its depth (7 language and 6 vision layers, real widths, random weights),
+or less on a CPU that needs more than `--minutes` for that (one without bfloat16 units): a step of one layer tells,
 recipes/internvl3_5-1b.yaml. Out: text only. The stock path is colpali-engine's ContrastiveTrainer and ColbertLoss on
 transformers' InternVLModel, padded on the left, with checkpointing as the Trainer switches it on (which puts the frozen
 tower into the graph) and PEFT's float32 adapters with dropout 0.1. Time is the median of this process's CPU seconds for
-forward and backward; each round runs every row once, in turn. The last page has one tile less than the others, as a
-batch of real pages is never all alike. Rows up to `no dropout` are what the recipe's keys and code give without a
-warm-up; `compile: true` pays its first step, shown in brackets. With more than `--ladder-tiles` a
-page only the ends of the ladder are run; with `--dtypes bfloat16 float32` those are run in float32 too.
-Last line: stock over the best row, bfloat16: `RESULT speedup_3_tiles=... speedup_6_tiles=...`.
+forward and backward; each round runs every row once, in turn, the ends of the ladder first, and prints it as it is
+measured. Rows that would begin after `--minutes` are left out and named. The last page has one tile less than the
+others, as a batch of real pages is never all alike. Rows up to `no dropout` are what the recipe's keys and code give
+without a warm-up; `compile: true` pays its first step, shown in brackets. With more than `--ladder-tiles` a page only
+the ends of the ladder are run; with `--dtypes bfloat16 float32` those are run in float32 too.
+Last line: stock over the best row, of the first of `--dtypes`: `RESULT speedup_3_tiles=... speedup_6_tiles=...`.
 """
 
 import argparse
@@ -35,11 +37,11 @@ from transformers.models.internvl.video_processing_internvl import InternVLVideo
 
 from bench.parts import as_they_come
 from colintern.encoding.page_features import Page
-from colintern.modeling.dropout import RowDropout
-from colintern.modeling.layers import compile_layers
+from colintern.modeling.dropout import BatchInvariantDropout
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.runtime import compile_layers
 from colintern.params import Params, load_recipe
 from colintern.training import mini_batching
 from colintern.training.loss import make_contrastive_loss
@@ -87,7 +89,7 @@ class Model(ColIntern3_5):
         if not self.stock:
             return super().forward(input_ids, attention_mask, **kwargs)
         out = InternVLModel.forward(self, input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
-        return normalize(self.custom_text_proj(out.last_hidden_state), dim=-1) * attention_mask.unsqueeze(-1)
+        return normalize(self.head(out.last_hidden_state), dim=-1) * attention_mask.unsqueeze(-1)
 
 
 class Bench:
@@ -107,7 +109,7 @@ class Bench:
         counts = [tiles] * (batch - 1) + [tiles - 1]
         self.tiles = [torch.randn(n, 3, 448, 448, dtype=getattr(torch, dtype)) for n in counts]
         with torch.no_grad():
-            self.features = [self.base.page_features(page) for page in self.tiles]
+            self.features = [self.base.get_page_features(page) for page in self.tiles]
         self.texts = [QUERIES[i % len(QUERIES)] for i in range(batch)]
         args = build_training_arguments(self.params, Path(scratch), quiet=True)
         dev = RetrievalEvaluator([TrainingPair("never asked", Page("0", Path))], None, 1)  # type: ignore[arg-type]
@@ -130,17 +132,18 @@ class Bench:
         )
 
     def stock_batch(self) -> Any:
-        query, page = self.processor.process_queries(self.texts), self.processor.page_tokens([*map(len, self.tiles)])
+        query, page = self.processor.process_queries(self.texts), self.processor.tokenize_pages([*map(len, self.tiles)])
         sides = {f"{kind}_{key}": left(side[key], side["attention_mask"]) for kind, side in
                  (("query", query), ("doc", page)) for key in ("input_ids", "attention_mask")}  # fmt: skip
         return sides | {"doc_pixel_values": torch.cat(self.tiles)}
 
     def step(self, on: Levers) -> tuple[float, float]:
         """CPU seconds of one forward and backward, and the loss."""
-        self.base.stock, self.ours.is_low_precision = not on.graph, on.bf16_adapters
+        self.base.stock = not on.graph
+        self.ours.is_low_precision = on.bf16_adapters and self.params.dtype == "bfloat16"  # as the trainer sets it
         self.ours.loss_function = make_contrastive_loss(self.params.temperature, False) if on.argmax else self.colbert
         for module in self.model.modules():
-            if isinstance(module, RowDropout):
+            if isinstance(module, BatchInvariantDropout):
                 module.p = 0.0 if on.no_dropout else 0.1
         if on.no_checkpointing:
             self.base.activation_checkpointing_disable()
@@ -182,25 +185,41 @@ def left(rows: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([row.roll(len(row) - int(keep.sum())) for row, keep in zip(rows, mask, strict=True)])
 
 
-def measure(dtype: str, tiles: int, args: argparse.Namespace) -> float:
-    """Print one table; stock's time over the best row's."""
+def fit_depth(dtype: str, tiles: int, args: argparse.Namespace, seconds: float) -> tuple[int, int]:
+    """Return how many language and vision layers leave time for the ends of the ladder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        one = Bench(dtype, tiles, args.batch, (1, 1), scratch).step(ROWS["stock"])[0]
+    steps = args.rounds * len(ENDS) + 1  # the first compiled one is run twice
+    share = min(1.0, seconds / (steps * one * max(args.language_layers, args.vision_layers)))
+    return max(1, int(args.language_layers * share)), max(1, int(args.vision_layers * share))
+
+
+def measure(dtype: str, tiles: int, args: argparse.Namespace, seconds: float) -> float:
+    """Print one table; return stock's time over the best row's."""
+    start = time.perf_counter()
     whole = dtype == "bfloat16" and tiles <= args.ladder_tiles
-    rows = ROWS if whole else {name: ROWS[name] for name in ENDS}
+    rows = {name: ROWS[name] for name in ENDS} | (ROWS if whole else {})
     if not args.compile:
         rows = {name: on for name, on in rows.items() if not on.compiled}
+    depth = fit_depth(dtype, tiles, args, seconds)
+    runs: dict[str, list[float]] = {}
+    left_out = dict[str, None]()
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(dtype, tiles, args.batch, (args.language_layers, args.vision_layers), scratch)
-        print(f"\n{dtype}, {tiles} tiles, batch {args.batch}, {args.rounds} round(s); CPU s of a step", flush=True)
-        first = {name: bench.step(on)[0] for name, on in rows.items() if on.compiled}
-        runs: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
+        bench = Bench(dtype, tiles, args.batch, depth, scratch)
+        print(f"\n{dtype}, {tiles} tiles, batch {args.batch}, {depth[0]} + {depth[1]} layers; CPU s of a step")
         for _ in range(args.rounds):
             for name, on in rows.items():
-                runs[name].append(bench.step(on))
-    seconds = {name: median(s for s, _ in found) for name, found in runs.items()}
-    for name, time_ in seconds.items():
-        note = f"loss {runs[name][0][1]:.4f}" + (f" (first step {first[name]:.0f})" if name in first else "")
-        print(f"{name:<34} {time_:>7.2f} {seconds['stock'] / time_:>6.2f}x  {note}", flush=True)
-    return seconds["stock"] / min(seconds.values())
+                if len(runs) > 1 and time.perf_counter() - start > seconds:
+                    left_out[name] = None
+                    continue
+                first = f" (first step {bench.step(on)[0]:.0f})" if on.compiled and name not in runs else ""
+                taken, loss = bench.step(on)
+                runs.setdefault(name, []).append(taken)
+                ratio = median(runs["stock"]) / median(runs[name])
+                print(f"{name:<34} {taken:>7.2f} {ratio:>6.2f}x  loss {loss:.4f}{first}", flush=True)
+    if left_out:
+        print(f"left out after {seconds / 60:.1f} minutes: {', '.join(left_out)}", flush=True)
+    return median(runs["stock"]) / min(map(median, runs.values()))
 
 
 def main() -> None:
@@ -211,11 +230,13 @@ def main() -> None:
     parser.add_argument("--ladder-tiles", type=int, default=3, help="with more tiles a page, only stock and the ends")
     for key, value in {"batch": 2, "rounds": 1, "threads": 1, "language-layers": 7, "vision-layers": 6}.items():
         parser.add_argument(f"--{key}", type=int, default=value)
+    parser.add_argument("--minutes", type=float, default=8, help="in which all tables are measured; more than 2")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"{args.language_layers} language and {args.vision_layers} vision layers, {args.threads} thread(s)")
-    ratios = {(dtype, tiles): measure(dtype, tiles, args) for dtype in args.dtypes for tiles in args.tiles}
+    tables = [(dtype, tiles) for dtype in args.dtypes for tiles in args.tiles]
+    tokens = sum(tiles for _, tiles in tables)
+    ratios = {(dtype, n): measure(dtype, n, args, args.minutes * 60 * n / tokens) for dtype, n in tables}
     found = {tiles: ratio for (dtype, tiles), ratio in ratios.items() if dtype == args.dtypes[0]}
     print("RESULT " + " ".join(f"speedup_{tiles}_tiles={ratio:.2f}" for tiles, ratio in found.items()))
 

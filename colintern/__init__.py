@@ -26,6 +26,7 @@ Each package imports from those above it in this list and from its own; dvc.yaml
 `from colintern import ColIntern3_5, ColIntern3_5Processor` loads torch and transformers when it is used, not before.
 """
 
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -33,6 +34,8 @@ _PUBLIC = {
     "ColIntern3_5": "colintern.modeling.modeling_colintern",
     "ColIntern3_5Processor": "colintern.modeling.processing_colintern",
 }
+# Adapters from before the packages name this module in adapter_config.json, and PEFT imports it.
+sys.modules["colintern.model"] = sys.modules[__name__]
 
 
 def __getattr__(name: str) -> Any:

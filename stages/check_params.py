@@ -14,6 +14,7 @@ from colintern.params import load_params
 
 @exit_on_user_error()
 def main() -> None:
+    """Run the stage."""
     load_params()
     out = Path("data/params-check.txt")
     out.parent.mkdir(exist_ok=True)

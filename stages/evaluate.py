@@ -19,35 +19,36 @@ from colintern.storage.outs import purge_finished_checkpoints, verify_dvc_output
 
 @exit_on_user_error()
 def main() -> None:
+    """Run the stage."""
     params = load_params()
     purge_finished_checkpoints()  # DVC starts this stage when training is recorded
     verify_dvc_outputs()
     set_arrow_cache()
     ensure_inputs(params, evaluation=True)
-    from colintern.analysis.verdicts import table
+    from colintern.analysis.score_tables import format_score_table
     from colintern.data.benchmarks import (
         resolve_benchmarks,  # only now: `datasets` reads the environment when it is imported
     )
-    from colintern.evaluation.scores import (
+    from colintern.evaluation.models import make_eval_models
+    from colintern.evaluation.results import (
         BENCHMARK_COLUMNS,
         TASK_COLUMNS,
-        benchmark_rows,
-        report,
+        add_untrained_means,
+        list_benchmark_rows,
+        list_task_rows,
         summarize_scores,
-        task_rows,
     )
-    from colintern.evaluation.subjects import subjects
-    from colintern.evaluation.tasks import evaluate
+    from colintern.evaluation.run import evaluate_models
 
     resolve_benchmarks(params.benchmarks)  # a misspelt name is refused before anything else is looked at
     out = Path("results/mteb_evaluation")
-    scores = evaluate(subjects(params, Path("experiments/colintern")), params, out)
+    scores = evaluate_models(make_eval_models(params, Path("experiments/colintern")), params, out)
     Path("metrics").mkdir(exist_ok=True)
-    (out / "eval.json").write_text(dumps(report(scores["trained"], scores.get("untrained"))))
+    (out / "eval.json").write_text(dumps(add_untrained_means(scores["trained"], scores.get("untrained"))))
     Path("metrics/eval.json").write_text(dumps(summarize_scores(scores["trained"])))
-    write_csv(Path("plots/eval.csv"), task_rows(scores["trained"]), TASK_COLUMNS)
-    write_csv(Path("plots/benchmarks.csv"), benchmark_rows(scores), BENCHMARK_COLUMNS)
-    print(table(scores))
+    write_csv(Path("plots/eval.csv"), list_task_rows(scores["trained"]), TASK_COLUMNS)
+    write_csv(Path("plots/benchmarks.csv"), list_benchmark_rows(scores), BENCHMARK_COLUMNS)
+    print(format_score_table(scores))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ custom_text_proj, or a vision module that is hit.
 from pathlib import Path
 
 from colintern.core.errors import UserError, exit_on_user_error
-from colintern.modeling.lora import examine, faults, table
-from colintern.modeling.modeling_colintern import meta_model
+from colintern.modeling.lora import find_lora_errors, format_lora_report, report_lora_on_meta
+from colintern.modeling.modeling_colintern import build_meta_model
 from colintern.params import load_params
 from colintern.statistics.dataset_stats import HISTOGRAM_COLUMNS, iter_histogram_rows, load_dataset_stats
 from colintern.storage.files import dumps, write_csv
@@ -21,17 +21,18 @@ from colintern.storage.outs import verify_dvc_outputs
 
 @exit_on_user_error()
 def main() -> None:
+    """Run the stage."""
     params = load_params()
     verify_dvc_outputs()
     base = ensure_inputs(params)
-    counts = examine(meta_model(base, params.base_revision or None), params)
-    print(table(params.base, counts))
-    if wrong := faults(counts):
+    counts = report_lora_on_meta(build_meta_model(base, params.base_revision or None), params)
+    print(format_lora_report(params.base, counts))
+    if wrong := find_lora_errors(counts):
         raise UserError("\n  ".join(wrong))
+    found = load_dataset_stats(params.max_visual_tokens)
     Path("metrics").mkdir(exist_ok=True)
-    Path("metrics/verify.json").write_text(dumps({"trainable_parameters": counts["trainable_parameters"]}))
-    rows = iter_histogram_rows(load_dataset_stats(params.max_visual_tokens))
-    write_csv(Path("plots/data.csv"), rows, HISTOGRAM_COLUMNS)
+    Path("metrics/verify.json").write_text(dumps({"trainable_parameters": counts.trainable_parameters}))
+    write_csv(Path("plots/data.csv"), iter_histogram_rows(found), HISTOGRAM_COLUMNS)
 
 
 if __name__ == "__main__":

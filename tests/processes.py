@@ -17,8 +17,8 @@ from pathlib import Path
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
-        *(f"colintern.{name}" for name in ("training.run", "modeling.loading", "evaluation.tasks")),
-        *("colintern.evaluation.subjects", "colintern.tuning.studies", "optuna", "sqlalchemy"),
+        *(f"colintern.{name}" for name in ("training.run", "modeling.loading", "evaluation.run")),
+        *("colintern.evaluation.models", "colintern.tuning.studies", "optuna", "sqlalchemy"),
     ]
 )
 

@@ -50,7 +50,7 @@ def trained(top: Path, processor, pages, **changes) -> Path:
         base.name_or_path = base.config._name_or_path = "demo/base"
         wrapped = add_lora(base, TARGETS, rank=4, alpha=4, dropout=0.0)
         features = PageFeatures(wrapped, processor, top / "features", 0.0, "exact")
-        keyed = [Page.of(page) for page in pages]
+        keyed = [Page.from_image(page) for page in pages]
         rows = list(map(TrainingPair, QUERIES, keyed))
         dev, pairs = RetrievalEvaluator(rows, features, params.eval_batch_size), TrainingDataset(rows, features)
         args = build_training_arguments(params, top / "run", quiet=True)

@@ -75,7 +75,7 @@ def test_the_limit_evicts_what_was_used_longest_ago_and_never_what_is_in_use(tmp
     assert [shard.parent.name for shard in shards(tmp_path)] == ["new", "old"]
     cache.pending = {f"k{key}": tensor(key) for key in range(10, 40)}
     cache.flush()
-    assert cache.full and "k0" in cache and "k39" not in cache
+    assert cache.is_full and "k0" in cache and "k39" not in cache
     assert TensorCache(tmp_path, "new", MB).get("k0") is not None
 
 
@@ -84,7 +84,7 @@ def test_nothing_is_evicted_where_that_would_not_make_room(tmp_path, caplog):
     cache = TensorCache(tmp_path, "new", 60_000)
     cache.pending = {f"k{key}": tensor(key) for key in range(30)}
     cache.flush()
-    assert cache.full and "do not fit" in caplog.text
+    assert cache.is_full and "do not fit" in caplog.text
     assert TensorCache(tmp_path, "old", MB).get("k9") is not None
 
 
@@ -93,12 +93,12 @@ def test_shards_of_its_own_name_are_evicted_too_unless_they_are_kept(tmp_path):
     cache = TensorCache(tmp_path, "a", 60_000)
     cache.pending = {f"k{key}": tensor(key) for key in range(10, 20)}
     cache.flush()
-    assert "k0" not in cache and cache.get("k19") is not None and not cache.full
+    assert "k0" not in cache and cache.get("k19") is not None and not cache.is_full
     cache = TensorCache(tmp_path, "a", 60_000)
-    cache.keep(["k10"])
+    cache.pin(["k10"])
     cache.pending = {f"k{key}": tensor(key) for key in range(10)}
     cache.flush()
-    assert cache.full and TensorCache(tmp_path, "a", MB).get("k19") is not None
+    assert cache.is_full and TensorCache(tmp_path, "a", MB).get("k19") is not None
 
 
 def test_a_healthy_shard_outlives_a_process_that_may_open_no_more_files(tmp_path, caplog):
@@ -130,7 +130,7 @@ def test_reading_a_shard_makes_it_the_last_used(tmp_path):
 
 def test_a_limit_of_zero_keeps_nothing(tmp_path):
     cache = filled(tmp_path, "a", range(3), limit=0)
-    assert cache.full and cache.get("k0") is None and not shards(tmp_path)
+    assert cache.is_full and cache.get("k0") is None and not shards(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "header", "checksums", "type", "empty"])
@@ -166,7 +166,7 @@ def test_a_shard_that_is_no_regular_file_is_never_opened_and_named_once(tmp_path
     cache = filled(tmp_path, "a", range(3, 6))
     cache.put("k6", tensor(6))
     cache.flush()
-    assert all(torch.equal(cache.get(f"k{key}"), tensor(key)) for key in range(7)) and not cache.full
+    assert all(torch.equal(cache.get(f"k{key}"), tensor(key)) for key in range(7)) and not cache.is_full
     for number, kind in enumerate(IRREGULAR):
         assert (
             caplog.text.count(f"odd{number}.safetensors: cannot be read, its tensors are computed again: it is {kind}")
@@ -208,7 +208,7 @@ def test_a_full_disk_stops_the_cache_and_not_the_run(tmp_path, monkeypatch, capl
     monkeypatch.setattr(module, "save_file", full)
     with caplog.at_level(logging.WARNING):
         cache = filled(tmp_path, "a", range(3))
-    assert cache.full and "No space left" in caplog.text
+    assert cache.is_full and "No space left" in caplog.text
     assert not list(cache.folder.iterdir())
 
 

@@ -11,7 +11,7 @@ from peft import PeftModel
 from processes import kill
 from small_run import at_step
 
-from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
+from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_same_base
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.params import load_params
 from colintern.storage.manifest import ensure_base
@@ -44,7 +44,7 @@ def test_a_checkpoint_is_an_adapter_like_the_final_one(place):
     with contextlib.chdir(place.folder):
         params, newest = load_params(), run / "checkpoint-9"
         require_adapter(newest)
-        require_base(params, newest)
+        require_same_base(params, newest)
         load_processor(params, newest)
         model = load_adapter(params, ensure_base(params), newest)
         bare = ColIntern3_5.from_pretrained(ensure_base(params), seed=params.seed + 1, dtype=torch.float32)

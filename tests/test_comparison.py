@@ -12,13 +12,18 @@ import pytest
 from conftest import ROOT
 
 from colintern.__main__ import main
-from colintern.analysis.comparison import RESAMPLES, Row, compare, holm
-from colintern.analysis.differences import difference, markdown, text
-from colintern.analysis.outcomes import outcome
+from colintern.analysis.comparison import (
+    EvalComparison,
+    compare_eval_runs,
+    comparison_to_markdown,
+    format_comparison,
+    load_eval_run,
+)
+from colintern.analysis.significance import NUM_RESAMPLES, ScoreComparison, ScorePair, adjust_holm, compare_scores
 from colintern.core.errors import UserError
 from colintern.core.page_labels import count_columns, label_page
-from colintern.evaluation import queries
-from colintern.evaluation.scores import METRICS
+from colintern.evaluation.results import QueryResult, write_query_results
+from colintern.scoring.metrics import METRIC_KEYS
 
 pytestmark = pytest.mark.integration
 GAINS = [1 / math.log2(rank + 1) if rank <= 5 else 0.0 for rank in range(1, 31)]
@@ -29,9 +34,8 @@ def ranks(rng: np.random.Generator, skill: np.ndarray) -> np.ndarray:
     return np.minimum(rng.geometric(skill), 30)
 
 
-def pairs(before, after, task: str = "Task", subset: str = "default", benchmark: str = "bench") -> list[dict]:
-    shared = {"benchmark": benchmark, "task": task, "subset": subset}
-    return [shared | {"before": float(a), "after": float(b)} for a, b in zip(before, after, strict=True)]
+def pairs(before, after, task: str = "Task", subset: str = "default", benchmark: str = "bench") -> list[ScorePair]:
+    return [ScorePair(benchmark, task, subset, float(a), float(b)) for a, b in zip(before, after, strict=True)]
 
 
 def scored(of: np.ndarray) -> np.ndarray:
@@ -43,7 +47,7 @@ def test_under_the_null_the_test_fires_as_often_as_it_says():
     fired = 0
     for number in range(200):
         skill = rng.uniform(0.2, 0.9, 150)  # some queries are easier than others, for both models alike
-        [row] = compare(pairs(scored(ranks(rng, skill)), scored(ranks(rng, skill)), f"Task{number}"))
+        [row] = compare_scores(pairs(scored(ranks(rng, skill)), scored(ranks(rng, skill)), f"Task{number}"))
         fired += row.p < 0.05
     assert 0.02 <= fired / 200 <= 0.08, fired
 
@@ -54,14 +58,14 @@ def test_intervals_hold_the_true_difference_as_often_as_they_say():
     for number in range(200):
         truth = rng.uniform(0.2, 0.8, 150)
         before = truth + rng.normal(0, 0.1, 150)
-        [row] = compare(pairs(before, truth + 0.03 + rng.normal(0, 0.1, 150), f"Task{number}"))
+        [row] = compare_scores(pairs(before, truth + 0.03 + rng.normal(0, 0.1, 150), f"Task{number}"))
         held += row.low <= 0.03 <= row.high
     assert 0.91 <= held / 200 <= 0.99, held
 
 
 def test_identical_inputs_give_p_1_and_no_verdict():
     scores = scored(ranks(np.random.default_rng(1), np.full(100, 0.5)))
-    [row] = compare(pairs(scores, scores))
+    [row] = compare_scores(pairs(scores, scores))
     assert (row.p, row.adjusted, row.low, row.high, row.verdict) == (1, 1, 0, 0, "")
     assert (row.wins, row.losses, row.ties) == (0, 0, 100)
 
@@ -69,8 +73,8 @@ def test_identical_inputs_give_p_1_and_no_verdict():
 def test_a_real_difference_is_found_and_its_sign_told():
     rng = np.random.default_rng(2)
     bad, good = scored(ranks(rng, np.full(200, 0.3))), scored(ranks(rng, np.full(200, 0.6)))
-    [up], [down] = compare(pairs(bad, good)), compare(pairs(good, bad))
-    assert up.p == down.p == 1 / (RESAMPLES + 1)
+    [up], [down] = compare_scores(pairs(bad, good)), compare_scores(pairs(good, bad))
+    assert up.p == down.p == 1 / (NUM_RESAMPLES + 1)
     assert (up.verdict, down.verdict) == ("better", "worse")
     assert up.low == pytest.approx(-down.high) and up.wins == down.losses
 
@@ -80,12 +84,12 @@ def test_the_p_value_is_that_of_all_sign_flips():
     change = np.array([0.5, 0.3, -0.1, 0.2, 0.4, -0.2, 0.1, 0.6, -0.3, 0.25])
     signs = 1 - 2 * (np.arange(1024)[:, None] >> np.arange(10) & 1)
     exact = (np.abs((signs * change).mean(axis=1)) >= abs(change.mean()) - 1e-12).mean()
-    [row] = compare(pairs(np.zeros(10), change))
+    [row] = compare_scores(pairs(np.zeros(10), change))
     assert row.p == pytest.approx(exact, abs=0.01) and 0.02 < exact < 0.2
 
 
 def test_a_benchmark_is_the_mean_of_its_tasks_and_a_task_that_of_its_languages():
-    rows = compare(
+    rows = compare_scores(
         pairs([0.0] * 10, [1.0] * 10, "A", "english")
         + pairs([0.0] * 90, [0.5] * 90, "A", "french")
         + pairs([0.2] * 50, [0.2] * 50, "B")
@@ -96,8 +100,8 @@ def test_a_benchmark_is_the_mean_of_its_tasks_and_a_task_that_of_its_languages()
 
 
 def test_holm_by_hand():
-    rows = [Row(str(p), False, 0, 1, 0, 1, p, p, 1, 0, 0) for p in (0.01, 0.04, 0.03, 0.005)]
-    assert [row.adjusted for row in holm(rows)] == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    rows = [ScoreComparison(str(p), False, 0, 1, 0, 1, p, p, 1, 0, 0) for p in (0.01, 0.04, 0.03, 0.005)]
+    assert [row.adjusted for row in adjust_holm(rows)] == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
 def test_twenty_tasks_without_a_difference_give_no_verdict():
@@ -106,25 +110,28 @@ def test_twenty_tasks_without_a_difference_give_no_verdict():
     for number in range(20):
         skill = rng.uniform(0.2, 0.9, 100)
         every += pairs(scored(ranks(rng, skill)), scored(ranks(rng, skill)), f"Task{number:02}")
-    rows = compare(every)
+    rows = compare_scores(every)
     assert min(row.p for row in rows) < 0.05, "else Holm has nothing to do here"
     assert not [row.name for row in rows if row.verdict]
 
 
 def write(folder: Path, found: dict[tuple[str, str, str], list[int]], lr: float = 0.1, data: str = "d" * 40) -> str:
     """An evaluation whose queries found their page at these ranks."""
-    rows = [
-        {
-            "benchmark": benchmark, "task": task, "subset": subset, "query_id": f"query-test-{i}", "rank": rank,
-            "top_pages": [f"page-{rank}"],
-        } | dict.fromkeys(METRICS, round(GAINS[rank - 1], 6))
-        for (benchmark, task, subset), places in found.items()
+    results = [
+        QueryResult(
+            *key, f"query-test-{i}", dict.fromkeys(METRIC_KEYS, round(GAINS[rank - 1], 6)), rank, [f"page-{rank}"]
+        )
+        for key, places in found.items()
         for i, rank in enumerate(places)
-    ]  # fmt: skip
-    queries.write(folder / "queries" / "trained.parquet", rows)
+    ]
+    write_query_results(folder / "queries" / "trained.parquet", results)
     run = {"revision": "a" * 40, "params": {"lr": lr}, "data": dict.fromkeys({task for _, task, _ in found}, data)}
     (folder / "run.json").write_text(json.dumps(run))
     return str(folder)
+
+
+def compare_folders(a: str, b: str) -> EvalComparison:
+    return compare_eval_runs(load_eval_run(a), load_eval_run(b), "ndcg_at_5")
 
 
 PLACES = {
@@ -179,10 +186,11 @@ def test_pages_are_named_by_their_files_and_queries_by_their_words(tmp_path_fact
     places = {("docs", "DocsRetrieval", "default"): [1, 2, 3, 4, 9]}
     for side, ranks_ in (("a", [1, 2, 3, 4, 9]), ("b", [9, 9, 9, 9, 1])):
         write(tmp_path / side, {key: ranks_ for key in places})
-        rows = outcome(side).queries
-        for row, query, name in zip(rows, words, [*HARD_NAMES, None], strict=True):
-            row |= {"query": query, "top_names": [name]}
-        queries.write(Path(side, "queries", "trained.parquet"), rows)
+        results = [
+            result._replace(query=query, top_names=[name])
+            for result, query, name in zip(load_eval_run(side).queries, words, [*HARD_NAMES, None], strict=True)
+        ]
+        write_query_results(Path(side, "queries", "trained.parquet"), results)
         run = json.loads(Path(side, "run.json").read_text())
         Path(side, "run.json").write_text(json.dumps(run | {"folders": {"DocsRetrieval": "own"}}))
     for name in HARD_NAMES:
@@ -204,16 +212,16 @@ def test_pages_are_named_by_their_files_and_queries_by_their_words(tmp_path_fact
     [found] = json.loads(capsys.readouterr().out)
     urls = {name: own + end for name, (_, end) in HARD_NAMES.items()} | {None: ""}
     assert urls == {pair["name_before"]: pair["link_before"] for pair in found["changed"]}
-    older = outcome("b")  # an evaluation by a version that recorded no names, with the same first pages
-    rows = [
-        {key: value for key, value in row.items() if key not in ("query", "top_names")}
-        | {"top_pages": named["top_pages"]}
-        for row, named in zip(older.queries, outcome("a").queries, strict=True)
+    older = load_eval_run("b")  # an evaluation by a version that recorded no names, with the same first pages
+    results = [
+        result._replace(query=None, top_names=None, top_pages=named.top_pages)
+        for result, named in zip(older.queries, load_eval_run("a").queries, strict=True)
     ]
-    older = older._replace(queries=rows, run={key: value for key, value in older.run.items() if key != "folders"})
-    for pair in difference(outcome("a"), older, "ndcg_at_5").changed:
-        assert (pair["label_after"], pair["link_after"]) == (pair["label_before"], pair["link_before"])
-        assert pair["query"] in words and pair["link_after"] == urls[pair["name_after"]]
+    older = older._replace(queries=results, run={key: value for key, value in older.run.items() if key != "folders"})
+    for pair in compare_eval_runs(load_eval_run("a"), older, "ndcg_at_5").changed:
+        first, second = pair.pages
+        assert (second.label, second.link) == (first.label, first.link)
+        assert pair.before.query in words and second.link == urls[second.name]
     main(["compare", "a", "b", "--md"])
     rows = [line for line in capsys.readouterr().out.splitlines() if "->" in line and "<code>" in line]
     assert len(rows) == 5 and all(line.count("|") == 8 for line in rows)
@@ -226,7 +234,7 @@ def test_a_task_is_the_same_by_its_own_name_and_in_a_benchmark(tmp_path):
     alone = {("VidoreDocVQARetrieval", task, subset): places for (_, task, subset), places in BETTER.items()}
     key = "ViDoRe(v1)", "VidoreDocVQARetrieval", "default"
     for one, other in ((PLACES, alone), (alone, PLACES), ({key: PLACES[key]}, BETTER)):
-        found = difference(outcome(write(tmp_path / "a", one)), outcome(write(tmp_path / "b", other)), "ndcg_at_5")
+        found = compare_folders(write(tmp_path / "a", one), write(tmp_path / "b", other))
         tasks = {row.name for row in found.rows if not row.benchmark}
         assert "VidoreDocVQARetrieval" in tasks and len(tasks) + len(found.left_out) == 3
         assert {name.partition(",")[0] for name in found.left_out} <= {name for name, *_ in PLACES}
@@ -244,7 +252,7 @@ def test_identical_evaluations_differ_in_nothing(tmp_path, capsys):
 
 
 def test_markdown_has_whole_tables(two):
-    found = markdown(difference(outcome(two[0]), outcome(two[1]), "ndcg_at_5"))
+    found = comparison_to_markdown(compare_folders(two[0], two[1]))
     tables = [block.splitlines() for block in found.split("\n\n") if block.startswith("|")]
     assert len(tables) == 3
     for lines in tables:
@@ -262,13 +270,13 @@ def test_several_are_each_compared_with_the_first(two, tmp_path, capsys):
 
 def test_what_cannot_be_compared_is_told(two, tmp_path):
     fewer = {key: places for key, places in PLACES.items() if key[0] == "ViDoRe(v1)"}
-    found = difference(outcome(two[0]), outcome(write(tmp_path / "c", fewer)), "ndcg_at_5")
+    found = compare_folders(two[0], write(tmp_path / "c", fewer))
     assert found.left_out == {"ViDoRe(v2), Vidore2ESGReports": f"only in {two[0]}"}
-    assert f"not compared: ViDoRe(v2), Vidore2ESGReports: only in {two[0]}" in text(found)
+    assert f"not compared: ViDoRe(v2), Vidore2ESGReports: only in {two[0]}" in format_comparison(found)
     with pytest.raises(UserError, match=r"cannot be compared: .*other data: d{40} and e{40}"):
-        difference(outcome(two[0]), outcome(write(tmp_path / "d", PLACES, data="e" * 40)), "ndcg_at_5")
+        compare_folders(two[0], write(tmp_path / "d", PLACES, data="e" * 40))
     with pytest.raises(UserError, match=r"holds no run.json, .*dvc repro -f eval"):
-        outcome(str(tmp_path))
+        load_eval_run(str(tmp_path))
     with pytest.raises(SystemExit):
         main(["compare", two[0], two[0]])
 
@@ -306,14 +314,14 @@ def test_git_revisions_are_read_from_dvcs_cache(repository, capsys):
 
 def test_a_revision_that_is_not_there_or_not_in_the_cache_is_told(repository):
     with pytest.raises(UserError, match=r"'nonsense' is no folder here, and no git revision or DVC experiment"):
-        outcome("nonsense")
+        load_eval_run("nonsense")
     with pytest.raises(UserError, match=r"'workspace' is no folder here.* the workspace is `\.`"):
-        outcome("workspace")
+        load_eval_run("workspace")
     with pytest.raises(UserError, match="none: has no results/mteb_evaluation"):
-        outcome("none")
+        load_eval_run("none")
     repository("rm -rf .dvc/cache results")
     with pytest.raises(UserError, match=r"run-0: results/mteb_evaluation.* is not in DVC's cache here"):
-        outcome("run-0")
+        load_eval_run("run-0")
 
 
 def test_help_names_it():

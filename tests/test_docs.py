@@ -28,7 +28,11 @@ RUN = (  # as they stand, in a copy where nothing was run yet
     documented("colintern verify --base internvl3_5-1b"),
     documented("colintern recipe own-pdfs"),
 )
-AFTER_FETCH = (documented("colintern data"), documented("colintern verify"))  # after fetch-data on a small set
+AFTER_FETCH = (  # after fetch-data on a small set
+    documented("colintern data"),
+    documented("colintern verify"),
+    documented("colintern recommend --probe"),
+)
 CANNOT = {  # how a command begins, and why no test runs it
     "make test": "the suite itself; .github/workflows/tests.yml runs it, and `make test-slow`",
     "make test-unit": "a part of the suite",
@@ -238,3 +242,5 @@ def test_commands_on_fetched_data_run_as_they_stand(fetched, capsys):
         said[command] = capsys.readouterr().out
     assert "40 rows, 40 pages" in said["colintern data"]
     assert "15 modules get LoRA: 163,840 trainable parameters" in said["colintern verify"]
+    sizes = re.findall(r"(?m)^batch_size (\d), micro_batch_size \d: .* s, peak", said["colintern recommend --probe"])
+    assert sizes == ["2", "8"]

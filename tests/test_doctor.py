@@ -1,5 +1,6 @@
 """`colintern doctor`: every rule on made facts, the facts of this machine for real, and the program."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,9 +15,10 @@ import torch
 from conftest import BASE, ROOT
 from hub import Fault, running
 
+from colintern.commands.doctor import _colour
 from colintern.core.errors import UserError
 from colintern.core.recipes import render_recipe
-from colintern.modeling.bases import at_hand, preset
+from colintern.modeling.configuration_colintern import load_cached_or_preset_config, make_preset_config
 from colintern.params import load_recipe
 from colintern.preflight.checks import (
     ENVIRONMENT_CHECKS,
@@ -55,7 +57,7 @@ def counted():
     def facts(params, machine=GPU, size="internvl3_5-1b", **changes) -> RunFacts:
         key = (params.base, size, params.lora_targets)
         if key not in known:
-            config = str(BASE) if params.base == "demo/base" else preset(size)
+            config = str(BASE) if params.base == "demo/base" else make_preset_config(size)
             known[key] = collect_run_facts(params, config, None).counts
         return RunFacts(dataclasses.replace(params, **changes), known[key], machine)
 
@@ -131,7 +133,7 @@ def test_only_the_head_is_warned_of(counted):
         ("bf16", {"has_bf16": False}, {}, WARN, "emulated by NVIDIA A100"),
         ("attention kernel", {"has_flash_attn": False}, {}, WARN, "sdpa; the guide: flash attention"),
         ("attention kernel", {"has_flash_attn": False}, {"attention": "flash_attention_2"}, FAIL, "needs flash-attn"),
-        ("attention kernel", {"gpu": ""}, {}, PASS, "blocked; flash attention is for GPUs"),
+        ("attention kernel", {"gpu": ""}, {}, PASS, "sdpa; flash attention is for GPUs"),
         ("attention kernel", {"gpu": ""}, {"attention": "flash_attention_2"}, FAIL, "needs a GPU"),
         ("attention kernel", {}, {"attention": "flash_attention_2", "dtype": "float32"}, FAIL, "needs dtype: bfloat16"),
         ("disk", {"disk_bytes": 10**8}, {}, FAIL, "need 1.0 GB"),
@@ -269,28 +271,30 @@ def test_what_fails_is_the_exit_code_and_no_secret_is_told(repo):
 @pytest.mark.parametrize("base", ["./demo/base", "demo/base/", "demo//base", str(BASE)])
 def test_a_base_may_be_any_path_of_a_folder(base, repo, monkeypatch):
     monkeypatch.chdir(repo)
-    assert at_hand(dataclasses.replace(DEMO, base=base)).model_type == "internvl"
+    assert load_cached_or_preset_config(dataclasses.replace(DEMO, base=base)).model_type == "internvl"
     with pytest.raises(UserError, match=r"nowhere/config\.json cannot be used: No such file"):
-        at_hand(dataclasses.replace(DEMO, base=f"{base}/nowhere"))
+        load_cached_or_preset_config(dataclasses.replace(DEMO, base=f"{base}/nowhere"))
 
 
-def test_colour_only_on_a_terminal_that_wants_it(repo):
-    def shown(**env: str) -> str:
-        parent, child = pty.openpty()
-        command = [sys.executable, "-m", "colintern", "doctor"]
-        subprocess.run(command, cwd=repo, env=environment(repo, TERM="xterm", **env), stdout=child, check=True)
-        os.close(child)
-        text = b""
-        with os.fdopen(parent, "rb", buffering=0) as terminal:
-            try:
-                while part := terminal.read(65536):
-                    text += part
-            except OSError:  # the end, as Linux tells it
-                pass
-        return text.decode()
-
-    assert "\033[32mpass\033[0m" in shown()
-    assert "\033" not in shown(NO_COLOR="1")
+def test_colour_only_on_a_terminal_that_wants_it(repo, monkeypatch):
+    parent, child = pty.openpty()
+    command = [sys.executable, "-m", "colintern", "doctor"]
+    subprocess.run(command, cwd=repo, env=environment(repo, TERM="xterm"), stdout=child, check=True)
+    os.close(child)
+    text = b""
+    with os.fdopen(parent, "rb", buffering=0) as terminal, contextlib.suppress(OSError):  # the end, as Linux tells it
+        while part := terminal.read(65536):
+            text += part
+    assert b"\033[32mpass\033[0m" in text
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for variables, shown in (
+        ({"TERM": "xterm", "NO_COLOR": ""}, "\033[32mpass\033[0m"),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, "pass"),
+        ({"TERM": "dumb", "NO_COLOR": ""}, "pass"),
+    ):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert _colour("pass") == shown
 
 
 def test_the_hub_is_asked_only_for_what_the_cache_lacks(tmp_path, monkeypatch):

@@ -47,9 +47,9 @@ def work(*command: str) -> None:
 
 def at_call(number: int, do: Callable[[], None]) -> None:
     """Do something in the middle of the encoder's nth call: queries and pages of each task take one each."""
-    from colintern.evaluation import mteb_encoder as mteb_model
+    from colintern.evaluation import mteb_encoder
 
-    calls, real = [0], mteb_model.embed_queries
+    calls, real = [0], mteb_encoder.embed_queries
 
     def embed_queries(*args):
         calls[0] += 1
@@ -57,7 +57,7 @@ def at_call(number: int, do: Callable[[], None]) -> None:
             do()
         return real(*args)
 
-    mteb_model.embed_queries = embed_queries
+    mteb_encoder.embed_queries = embed_queries
 
 
 def in_result_file(number: int) -> None:
@@ -77,24 +77,24 @@ def in_result_file(number: int) -> None:
 
 
 def in_query_file(number: int) -> None:
-    from colintern.evaluation import queries
+    from colintern.evaluation import run
 
-    count, real = [0], queries.write
+    count, real = [0], run.write_query_results
 
-    def write(path, rows):
-        real(path, rows)
+    def write(path, results):
+        real(path, results)
         count[0] += 1
         if count[0] == number:
             os.truncate(path, path.stat().st_size // 2)
             kill()
 
-    queries.write = write
+    run.write_query_results = write
 
 
 def never_load() -> None:
-    from colintern.evaluation import subjects
+    from colintern.evaluation import models
 
-    subjects.load_adapter = subjects.load_merged = lambda *args: leave()
+    models.load_adapter = models.load_merged = lambda *args: leave()
 
 
 def write_params(*benchmarks: str) -> None:
@@ -235,9 +235,9 @@ def test_one_task_more_one_task_less(place, whole):
 
 
 def no_page_embedded() -> None:
-    from colintern.evaluation import mteb_encoder as mteb_model
+    from colintern.evaluation import mteb_encoder
 
-    mteb_model.embed_features = lambda *args: leave()
+    mteb_encoder.embed_features = lambda *args: leave()
 
 
 def test_page_embeddings_are_kept_and_smaller_pages_are_made_of_them(place, whole):
@@ -299,15 +299,15 @@ def test_a_merged_model_scores_as_its_adapter(place, whole):
 PROGRAM = """
 import json, sys
 import mteb
-from colintern.evaluation.mteb_encoder import load, register
+from colintern.evaluation.mteb_encoder import load_encoder, register_encoder
 
 adapter, pages = sys.argv[1:]
 vidore = type(mteb.get_task("VidoreDocVQARetrieval"))
 data = {"name": "TwoRetrieval", "dataset": {"path": pages, "revision": "1"}}
 task = type("TwoRetrieval", (vidore,), {"metadata": vidore.metadata.model_copy(update=data)})()
 settings = {"dtype": "float32", "max_visual_tokens": 16, "max_query_tokens": 64}
-meta = register(adapter, "colintern/mine", **settings)
-models = {"loaded": load(adapter, **settings), "merged": load(adapter, merge=True, **settings),
+meta = register_encoder(adapter, "colintern/mine", **settings)
+models = {"loaded": load_encoder(adapter, **settings), "merged": load_encoder(adapter, merge=True, **settings),
           "by name": mteb.get_model("colintern/mine"), "meta": meta}
 for name, model in models.items():
     cache = mteb.ResultCache("cache")
@@ -451,13 +451,13 @@ def test_e3_an_adapter_that_cannot_be_right_is_refused_and_named(place, fault):
 
 LOAD = """
 import sys
-from colintern.evaluation.mteb_encoder import load
+from colintern.evaluation.mteb_encoder import load_encoder
 from colintern.core.errors import UserError
 
-meta = load(sys.argv[1], base=sys.argv[2]).mteb_model_meta
+meta = load_encoder(sys.argv[1], base=sys.argv[2]).mteb_model_meta
 print(meta.name, meta.revision)
 try:
-    load(sys.argv[3])
+    load_encoder(sys.argv[3])
 except UserError as error:
     print(error)
 """

@@ -28,31 +28,31 @@ from torch import nn
 from torch.nn.functional import normalize
 from transformers import BatchFeature
 
-from colintern.analysis.verdicts import band, table, target
+from colintern.analysis.score_tables import classify_ndcg, compare_with_target, format_score_table
 from colintern.core.errors import UserError
 from colintern.data.benchmarks import resolve_benchmarks
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import decode_image, encode_png
 from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.encoding.page_features import PageFeatures
-from colintern.evaluation import tasks as evaluation
+from colintern.evaluation import run as evaluation
+from colintern.evaluation.models import EvalModel, make_eval_models
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
-from colintern.evaluation.queries import read_page_names
-from colintern.evaluation.scores import (
-    METRICS,
-    SIZES,
+from colintern.evaluation.results import (
+    SIZE_KEYS,
     Scores,
-    benchmark_rows,
-    collect,
-    report,
-    size,
+    add_untrained_means,
+    aggregate_scores,
+    compute_page_size,
+    list_benchmark_rows,
+    list_task_rows,
+    read_page_names,
     summarize_scores,
-    task_rows,
 )
-from colintern.evaluation.subjects import Subject, subjects
 from colintern.params import Params, load_recipe
-from colintern.reporting.pictures import picture
-from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k
+from colintern.reporting.heatmaps import encode_picture
+from colintern.scoring.maxsim import maxsim_scores
+from colintern.scoring.metrics import METRIC_KEYS, ndcg_at_k
 from colintern.storage.manifest import BEIR_SUFFIXES, get_arrow_name, hash_local_files
 
 pytestmark = pytest.mark.integration
@@ -141,17 +141,17 @@ def params(workspace) -> Params:
     return write_manifest(FOLDER)
 
 
-def subject(model: nn.Module, processor: object, identity: str = "", features: PageFeatures | None = None) -> Subject:
+def subject(model: nn.Module, processor: object, identity: str = "", features: PageFeatures | None = None) -> EvalModel:
     """A model as `evaluate` takes it; another `identity` takes no results of this one's."""
 
     def encoder() -> ColIntern3_5Encoder:
         return ColIntern3_5Encoder(model, processor, "colintern/stub", "a" * 40, features)
 
-    return Subject("colintern/stub", "a" * 40, {"model": identity, "params": {"threads": 1}}, {"lr": 0.1}, encoder)
+    return EvalModel("colintern/stub", "a" * 40, {"model": identity, "params": {"threads": 1}}, {"lr": 0.1}, encoder)
 
 
-def evaluate(one: Subject, params: Params, out: str) -> Scores:
-    return evaluation.evaluate({"trained": one}, params, Path(out))["trained"]
+def evaluate(one: EvalModel, params: Params, out: str) -> Scores:
+    return evaluation.evaluate_models({"trained": one}, params, Path(out))["trained"]
 
 
 def files_of(folder: str) -> dict[str, bytes]:
@@ -175,7 +175,7 @@ def test_equals_a_direct_computation_and_leaves_the_same_bytes_twice(params, wor
     assert scores["ndcg_at_10"] == pytest.approx(ndcg_at_k(found, relevant, 10), abs=1e-5)
     assert scores["recall_at_100"] == pytest.approx((ranks <= 100).float().mean().item(), abs=1e-5)
     assert 0.2 < scores["ndcg_at_5"] < 0.95 and scores["recall_at_100"] < 1, "neither trivial nor hopeless"
-    assert scores["tasks"] == {"SomeDocsRetrieval": {key: scores[key] for key in (*METRICS, *SIZES)}}
+    assert scores["tasks"] == {"SomeDocsRetrieval": {key: scores[key] for key in (*METRIC_KEYS, *SIZE_KEYS)}}
 
     assert first == second
     one = files_of("out/one")
@@ -199,7 +199,7 @@ def git(*command: str) -> str:
 def test_results_can_be_submitted_to_mteb_as_they_are(params, monkeypatch):
     """By mteb's own `submit_results`, into a clone of the results repository in which nothing is yet."""
     evaluate(subject(ColourModel(), ColourProcessor()), params, "out")
-    task = resolve_benchmarks(params.benchmarks)[0][1]
+    task = resolve_benchmarks(params)[0][1]
     cache = mteb.ResultCache("out")
     found = cache.load_results(tasks=[task], include_remote=False, validate_and_filter=True)
     [model] = found.model_results
@@ -233,12 +233,12 @@ def test_results_can_be_submitted_to_mteb_as_they_are(params, monkeypatch):
 
 
 def test_other_data_is_another_revision(params):
-    before = resolve_benchmarks(params.benchmarks)[0][1].metadata.dataset["revision"]
+    before = resolve_benchmarks(params)[0][1].metadata.dataset["revision"]
     corpus = next(Path(FOLDER).glob("corpus/*.parquet"))
     pq.write_table(pq.read_table(corpus).slice(0, PAGES - 1), corpus)
     with pytest.raises(UserError, match="changed after it was fetched"):
-        resolve_benchmarks(params.benchmarks)
-    assert resolve_benchmarks(write_manifest(FOLDER).benchmarks)[0][1].metadata.dataset["revision"] != before
+        resolve_benchmarks(params)
+    assert resolve_benchmarks(write_manifest(FOLDER))[0][1].metadata.dataset["revision"] != before
 
 
 def test_pages_that_pyarrow_wrote_without_the_metadata_of_datasets_are_images(params):
@@ -258,7 +258,7 @@ def test_a_folder_is_read_as_it_is_now(params, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", arrow.absolute())
 
     def pages() -> int:
-        [(_, task)] = resolve_benchmarks(write_manifest(FOLDER).benchmarks)
+        [(_, task)] = resolve_benchmarks(write_manifest(FOLDER))
         task.load_data()
         return len(task.corpus["test"])
 
@@ -328,12 +328,12 @@ def test_a_broken_model_is_an_error(params):
 )
 def test_an_unknown_name_is_refused_with_the_nearest(workspace, entry, near):
     with pytest.raises(UserError) as refused:
-        resolve_benchmarks(write_manifest(entry).benchmarks)
+        resolve_benchmarks(write_manifest(entry))
     assert repr(entry) in str(refused.value) and near in str(refused.value)
 
 
 def test_benchmark_and_task_names(workspace, capsys):
-    pairs = resolve_benchmarks(["ViDoRe(v1)", "VidoreDocVQARetrieval", "ViDoRe(v3)"])
+    pairs = resolve_benchmarks(write_manifest("ViDoRe(v1)", "VidoreDocVQARetrieval", "ViDoRe(v3)"))
     labels = [label for label, _ in pairs]
     assert [labels.count(name) for name in dict(pairs)] == [10, 1, 8]
     assert "ViDoRe(v3): left out, because their data is not public: Vidore3TelecomRetrieval" in capsys.readouterr().out
@@ -341,17 +341,17 @@ def test_benchmark_and_task_names(workspace, capsys):
 
 def test_what_cannot_be_evaluated_is_refused(params):
     with pytest.raises(UserError, match="NFCorpus is Retrieval, category t2t"):
-        resolve_benchmarks(write_manifest("NFCorpus").benchmarks)
+        resolve_benchmarks(write_manifest("NFCorpus"))
     with pytest.raises(UserError, match="label 'some-docs', which an entry before it already has"):
         write_world(Path("other/some-docs"))
-        resolve_benchmarks(write_manifest(FOLDER, "other/some-docs").benchmarks)
+        resolve_benchmarks(write_manifest(FOLDER, "other/some-docs"))
     with pytest.raises(UserError, match="both be the task SomeDocsRetrieval"):
         write_world(Path("other/some_docs"))
-        resolve_benchmarks(write_manifest(FOLDER, "other/some_docs").benchmarks)
+        resolve_benchmarks(write_manifest(FOLDER, "other/some_docs"))
     for file in Path(FOLDER).glob("qrels/*"):
         file.unlink()
     with pytest.raises(UserError, match=r"not an evaluation set.*no parquet file in qrels"):
-        resolve_benchmarks(write_manifest(FOLDER).benchmarks)
+        resolve_benchmarks(write_manifest(FOLDER))
 
 
 def test_cached_features_change_no_byte_of_the_results(workspace, model, processor, pages):
@@ -366,7 +366,7 @@ def test_cached_features_change_no_byte_of_the_results(workspace, model, process
     plain = evaluate(subject(model, processor, "plain"), params, "out/plain")
     for state in ("cold", "warm"):
         features = PageFeatures(model, processor, workspace / "features", 1.0, "exact")
-        assert len(features.cache.places) == (4 if state == "warm" else 0)
+        assert len(features.cache.shard_of_key) == (4 if state == "warm" else 0)
         found = evaluate(subject(model, processor, state, features), params, f"out/{state}")
         assert found == plain and files_of(f"out/{state}") == files_of("out/plain")
 
@@ -387,16 +387,16 @@ def test_a_page_is_the_same_page_in_an_evaluation_as_in_training(workspace, mode
         [Query(0, "from Oslo")],
         [Qrel(0, 0)],
     )
-    [(_, task)] = resolve_benchmarks(write_manifest(FOLDER).benchmarks)
+    [(_, task)] = resolve_benchmarks(write_manifest(FOLDER))
     task.load_data()
     seen = list(task.corpus["test"]["image"])
     assert [image.mode for image in seen] == ["RGBA", "I;16"]
     trained_on = embed_pages(model, processor, [decode_image(data) for data in files], 2)
     for features in (None, PageFeatures(model, processor, workspace / "features", 1.0, "exact")):
-        found = ColIntern3_5Encoder(model, processor, "colintern/real", "a" * 40, features).pages(seen)
+        found = ColIntern3_5Encoder(model, processor, "colintern/real", "a" * 40, features).embed_images(seen)
         for one, other in zip(found, trained_on, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
-    assert picture(clear) == picture(decode_image(files[0])), "nor does a report show another one"
+    assert encode_picture(clear) == encode_picture(decode_image(files[0])), "nor does a report show another one"
 
 
 def test_each_query_is_kept_with_what_mteb_scored_it_with(params):
@@ -407,7 +407,7 @@ def test_each_query_is_kept_with_what_mteb_scored_it_with(params):
     assert {(row["benchmark"], row["task"], row["subset"]) for row in rows} == {
         ("some-docs", "SomeDocsRetrieval", "default")
     }
-    for metric in METRICS:
+    for metric in METRIC_KEYS:
         assert sum(row[metric] for row in rows) / PAGES == pytest.approx(scores[metric], abs=1e-5)
 
     pages, asked = _world()
@@ -450,7 +450,7 @@ def test_a_task_more_runs_that_task_and_a_task_less_leaves_nothing(params, capsy
     both = evaluate(one, write_manifest(FOLDER, "other/more-docs"), "out")
     assert "SomeDocsRetrieval: finished before" in capsys.readouterr().out
     assert both["some-docs"] == alone["some-docs"] and "MoreDocsRetrieval" in "".join(files_of("out"))
-    again = evaluate(one._replace(encoder=unloadable), write_manifest(FOLDER), "out")
+    again = evaluate(one._replace(load_encoder=unloadable), write_manifest(FOLDER), "out")
     assert again == alone and files_of("out") == before
 
 
@@ -458,11 +458,11 @@ def test_results_of_another_model_or_other_data_are_never_taken(params):
     one = subject(ColourModel(), ColourProcessor())
     evaluate(one, params, "out")
     with pytest.raises(AssertionError, match="was loaded"):
-        evaluate(one._replace(identity=one.identity | {"model": "other"}, encoder=unloadable), params, "out")
+        evaluate(one._replace(identity=one.identity | {"model": "other"}, load_encoder=unloadable), params, "out")
     qrels = next(Path(FOLDER).glob("qrels/*.parquet"))
     pq.write_table(pq.read_table(qrels).slice(0, PAGES - 1), qrels)
     with pytest.raises(AssertionError, match="was loaded"):
-        evaluate(one._replace(encoder=unloadable), write_manifest(FOLDER), "out")
+        evaluate(one._replace(load_encoder=unloadable), write_manifest(FOLDER), "out")
 
 
 @pytest.mark.parametrize("name", ["queries.parquet", "SomeDocsRetrieval.json"])
@@ -478,41 +478,41 @@ def test_a_torn_result_is_named_and_made_again(params, capsys, name):
 
 
 def test_only_the_models_evaluated_last_are_kept(params, monkeypatch):
-    monkeypatch.setattr(evaluation, "KEPT", 2)
+    monkeypatch.setattr(evaluation, "MAX_STORED_MODELS", 2)
     for identity in ("one", "two", "three"):
         evaluate(subject(ColourModel(), ColourProcessor(), identity), params, "out")
     assert len(list(Path(".scratch").glob("eval-*/"))) == 2
-    evaluate(subject(ColourModel(), ColourProcessor(), "three")._replace(encoder=unloadable), params, "out")
+    evaluate(subject(ColourModel(), ColourProcessor(), "three")._replace(load_encoder=unloadable), params, "out")
 
 
 def test_a_folder_that_is_no_adapter_is_named(params, workspace):
     adapter = Path("adapter")
     with pytest.raises(UserError, match=r"adapter: does not exist"):
-        subjects(params, adapter)
+        make_eval_models(params, adapter)
     adapter.mkdir()
     (adapter / "config.json").write_text("{}")
     save_file({"language_model.norm.weight": torch.ones(2)}, adapter / "model.safetensors")
     with pytest.raises(UserError, match=r"adapter: its weights have no custom_text_proj.weight"):
-        subjects(params, adapter)
+        make_eval_models(params, adapter)
 
 
 def several_languages() -> tuple[list, dict, dict]:
     """ViDoRe v2 with a score of 0.1 for every language and task but those of English, 0.5 and 0.9."""
-    pairs = resolve_benchmarks(["ViDoRe(v2)"])
+    pairs = resolve_benchmarks(replace(RECIPE, benchmarks=("ViDoRe(v2)",)))
     results = {}
     for _, task in pairs:
         name = task.metadata.name
         english = 0.9 if name == "Vidore2ESGReportsHLRetrieval" else 0.5
         found = {
-            subset: dict.fromkeys((*METRICS, "main_score"), english if subset in ("english", "default") else 0.1)
+            subset: dict.fromkeys((*METRIC_KEYS, "main_score"), english if subset in ("english", "default") else 0.1)
             for subset in task.hf_subsets
         }
         results[name] = mteb.TaskResult.from_task_results(task, {"test": found}, evaluation_time=0)
-    return pairs, results, {name: size(1000, 10, 64) for name in results}
+    return pairs, results, {name: compute_page_size(1000, 10, 64) for name in results}
 
 
 def test_english_and_all_languages_of_vidore_v2_are_averaged_apart():
-    scores = collect(*several_languages())["ViDoRe(v2)"]
+    scores = aggregate_scores(*several_languages())["ViDoRe(v2)"]
     assert scores["ndcg_at_5"] == pytest.approx((3 * (0.5 + 3 * 0.1) / 4 + 0.9) / 4)
     assert scores["languages"]["eng"]["ndcg_at_5"] == pytest.approx((3 * 0.5 + 0.9) / 4)
     assert {language: found["ndcg_at_5"] for language, found in scores["languages"].items() if language != "eng"} == {
@@ -524,7 +524,7 @@ def test_english_and_all_languages_of_vidore_v2_are_averaged_apart():
         scores["bytes_per_page"] == 100 * 64 * 2
         and scores["tasks"]["Vidore2ESGReportsRetrieval"]["vectors_per_page"] == 100
     )
-    lines = table({"trained": {"ViDoRe(v2)": scores}}).splitlines()
+    lines = format_score_table({"trained": {"ViDoRe(v2)": scores}}).splitlines()
     assert max(map(len, lines)) <= 80
     assert next(line for line in lines if line.startswith("ViDoRe(v2), English")).endswith("good")
     assert lines[-1].split() == ["this", "run", "37.5", "60.0"]
@@ -533,16 +533,17 @@ def test_english_and_all_languages_of_vidore_v2_are_averaged_apart():
 
 def test_the_guides_words_have_no_gaps():
     words = [
-        (value, band("ViDoRe(v1)", value)) for value in (0, 0.0999, 0.1, 0.29, 0.3, 0.49, 0.5, 0.69, 0.7, 0.85, 0.93, 1)
+        (value, classify_ndcg("ViDoRe(v1)", value))
+        for value in (0, 0.0999, 0.1, 0.29, 0.3, 0.49, 0.5, 0.69, 0.7, 0.85, 0.93, 1)
     ]
     assert [word for _, word in words] == [
         "broken", "broken", "poor", "poor", "fair", "fair", "good", "good", "excellent", "excellent", "excellent",
         "excellent",
     ]  # fmt: skip
-    assert [target("VidoreDocVQARetrieval", value) for value in (0.64, 0.65, 0.81)] == [
+    assert [compare_with_target("VidoreDocVQARetrieval", value) for value in (0.64, 0.65, 0.81)] == [
         "below 65-80", "within 65-80", "above 65-80"
     ]  # fmt: skip
-    assert target("Other", 0.5) == ""
+    assert compare_with_target("Other", 0.5) == ""
 
 
 @pytest.mark.parametrize(
@@ -556,27 +557,30 @@ def test_the_guides_words_have_no_gaps():
     ],
 )  # fmt: skip
 def test_the_guides_bands_are_for_vidore_v1_and_v2_only(benchmark, expected):
-    assert band(benchmark, 0.6) == expected
-    values = dict.fromkeys(METRICS, 0.6)
-    [_, _, line, *_] = table({"trained": {benchmark: values | {"tasks": {"Task": values}}}}).splitlines()
+    assert classify_ndcg(benchmark, 0.6) == expected
+    values = dict.fromkeys(METRIC_KEYS, 0.6)
+    [_, _, line, *_] = format_score_table({"trained": {benchmark: values | {"tasks": {"Task": values}}}}).splitlines()
     assert len(line) <= 80 and line.endswith(f" 60.0    60.0 {expected}".rstrip()), line
 
 
 def test_report_rows_and_table():
     def scores(value: float) -> Scores:
-        metrics = dict.fromkeys(METRICS, value) | size(1000, 10, 128)
+        metrics = dict.fromkeys(METRIC_KEYS, value) | compute_page_size(1000, 10, 128)
         return {"ViDoRe(v1)": metrics | {"tasks": {"VidoreSyntheticDocQAGovernmentReportsRetrieval": metrics}}}
 
     after, before = scores(0.8), scores(0.1)
-    assert report(after, None) == after
-    metrics = report(after, before)["ViDoRe(v1)"]
-    assert metrics["untrained"] == dict.fromkeys(METRICS, 0.1) and metrics["ndcg_at_5"] == 0.8
-    [row] = task_rows(after)
-    assert row == {"task": "SyntheticDocQAGovernmentReports"} | dict.fromkeys(METRICS, 0.8) | size(1000, 10, 128)
-    assert [(row["mean"], row["ndcg_at_5"]) for row in benchmark_rows({"trained": after, "untrained": before})] == [
+    assert add_untrained_means(after, None) == after
+    metrics = add_untrained_means(after, before)["ViDoRe(v1)"]
+    assert metrics["untrained"] == dict.fromkeys(METRIC_KEYS, 0.1) and metrics["ndcg_at_5"] == 0.8
+    [row] = list_task_rows(after)
+    assert row == {"task": "SyntheticDocQAGovernmentReports"} | dict.fromkeys(METRIC_KEYS, 0.8) | compute_page_size(
+        1000, 10, 128
+    )
+    rows = list_benchmark_rows({"trained": after, "untrained": before})
+    assert [(row["mean"], row["ndcg_at_5"]) for row in rows] == [
         ("ViDoRe(v1), trained", 0.8), ("ViDoRe(v1), untrained", 0.1)
     ]  # fmt: skip
-    lines = table({"trained": after, "untrained": before}).splitlines()
+    lines = format_score_table({"trained": after, "untrained": before}).splitlines()
     assert lines.index("") == 5 and max(map(len, lines)) <= 80
     assert lines[2].endswith("excellent") and lines[-1].split() == ["this", "run", "80.0"]
     assert "GovernmentReports" in lines[1] and "80.0" in lines[1] and "10.0" in lines[4]
@@ -584,12 +588,12 @@ def test_report_rows_and_table():
 
 def test_summary_counts_each_task_once_and_adds_no_key_for_a_task():
     def scores(**tasks: float) -> dict:
-        rows = {name: dict.fromkeys(METRICS, value) for name, value in tasks.items()}
-        return dict.fromkeys(METRICS, sum(tasks.values()) / len(tasks)) | {"tasks": rows}
+        rows = {name: dict.fromkeys(METRIC_KEYS, value) for name, value in tasks.items()}
+        return dict.fromkeys(METRIC_KEYS, sum(tasks.values()) / len(tasks)) | {"tasks": rows}
 
     summary = summarize_scores({"one": scores(A=0.2, B=0.4), "two": scores(B=0.4, C=0.9)})
-    assert {key: summary[key] for key in METRICS} == dict.fromkeys(METRICS, 0.5)
-    assert summary.keys() == {*METRICS, "tasks"} and isinstance(summary["tasks"], list)
+    assert {key: summary[key] for key in METRIC_KEYS} == dict.fromkeys(METRIC_KEYS, 0.5)
+    assert summary.keys() == {*METRIC_KEYS, "tasks"} and isinstance(summary["tasks"], list)
     assert [(row["task"], row["benchmark"]) for row in summary["tasks"]] == [("A", "one"), ("B", "two"), ("C", "two")]
 
 

@@ -11,7 +11,7 @@ from test_model import load
 
 from colintern.encoding import fp8
 from colintern.encoding.embed import embed_features, embed_pages
-from colintern.encoding.page_features import Page, PageFeatures, fingerprint
+from colintern.encoding.page_features import Page, PageFeatures, fingerprint_features
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 
 
@@ -24,18 +24,18 @@ def test_features_give_the_embeddings_of_the_pages_to_the_bit(model, processor, 
     features = PageFeatures(model, processor, tmp_path, 1.0, "exact")
     want = embed_pages(model, processor, pages, 4)
     for _ in ("cold", "warm"):
-        have = embed_features(model, processor, map(features, map(Page.of, pages)), 3)
+        have = embed_features(model, processor, map(features, map(Page.from_image, pages)), 3)
         assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
     assert len(features.cache.pending) == len(pages)
 
 
 def test_a_known_page_is_not_decoded(model, processor, pages, tmp_path, capsys):
-    keyed = [Page.of(page) for page in pages]
-    PageFeatures(model, processor, tmp_path, 1.0, "exact").fill([*keyed, keyed[0]], workers=0)
+    keyed = [Page.from_image(page) for page in pages]
+    PageFeatures(model, processor, tmp_path, 1.0, "exact").precompute([*keyed, keyed[0]], workers=0)
     assert "4 computed, 4 of 4 pages in the cache" in capsys.readouterr().out
     again = PageFeatures(model, processor, tmp_path, 1.0, "exact")
     page, decoded = counted(keyed[1])
-    again.fill([page], workers=0)
+    again.precompute([page], workers=0)
     again(page)
     assert decoded == [] and "0 computed, 1 of 1" in capsys.readouterr().out
     again(Page("new", page.image))
@@ -46,7 +46,9 @@ def test_filling_draws_no_random_numbers_of_the_training(model, processor, pages
     torch.manual_seed(3)
     want = torch.rand(1)
     torch.manual_seed(3)
-    PageFeatures(model, processor, tmp_path, 1.0, "exact").fill([Page.of(page) for page in pages], workers=1)
+    PageFeatures(model, processor, tmp_path, 1.0, "exact").precompute(
+        [Page.from_image(page) for page in pages], workers=1
+    )
     assert torch.equal(torch.rand(1), want)
 
 
@@ -54,51 +56,51 @@ def test_pages_of_other_pixels_size_or_palette_have_other_keys(pages):
     red, blue = Image.new("P", (8, 8)), Image.new("P", (8, 8))
     red.putpalette([255, 0, 0])
     blue.putpalette([0, 0, 255])
-    keys = {Page.of(p).key for p in (*pages, red, blue, pages[0].transpose(2), pages[0].resize((8, 8)))}
+    keys = {Page.from_image(p).key for p in (*pages, red, blue, pages[0].transpose(2), pages[0].resize((8, 8)))}
     assert len(keys) == len(pages) + 4
-    assert Page.of(pages[0].convert("L")).key == Page.of(pages[0]).key, "black on white in both"
-    assert Page.of(pages[0].copy()).key == Page.of(pages[0]).key
+    assert Page.from_image(pages[0].convert("L")).key == Page.from_image(pages[0]).key, "black on white in both"
+    assert Page.from_image(pages[0].copy()).key == Page.from_image(pages[0]).key
 
 
 def test_whatever_decides_a_feature_is_in_the_fingerprint(model, processor, monkeypatch):
-    seen = {fingerprint(model, processor)}
-    assert fingerprint(load(BASE, seed=9), processor) in seen, "the head has no part in it"
+    seen = {fingerprint_features(model, processor)}
+    assert fingerprint_features(load(BASE, seed=9), processor) in seen, "the head has no part in it"
     other = ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=64, max_query_tokens=64)
-    seen.add(fingerprint(model, other))
+    seen.add(fingerprint_features(model, other))
     other = ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=96, max_query_tokens=64)
     other.image_processor.image_mean = [0.5] * 3
-    seen.add(fingerprint(model, other))
-    seen.add(fingerprint(load(BASE, dtype=torch.bfloat16), processor))
-    seen.add(fingerprint(load(BASE, attn_implementation="eager"), processor))
+    seen.add(fingerprint_features(model, other))
+    seen.add(fingerprint_features(load(BASE, dtype=torch.bfloat16), processor))
+    seen.add(fingerprint_features(load(BASE, attn_implementation="eager"), processor))
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
-    seen.add(fingerprint(model, processor))
+    seen.add(fingerprint_features(model, processor))
     torch.set_num_threads(threads)
     with torch.no_grad():
         next(model.multi_modal_projector.parameters()).add_(1e-6)
-    seen.add(fingerprint(model, processor))
+    seen.add(fingerprint_features(model, processor))
     assert len(seen) == 7
 
 
 @pytest.mark.parametrize("limit_gb", [0.0, 1e-5])
 def test_a_cache_that_is_too_small_computes_the_rest_each_time(model, processor, pages, tmp_path, limit_gb, capsys):
     features = PageFeatures(model, processor, tmp_path, limit_gb, "exact")
-    features.fill([Page.of(page) for page in pages], workers=0)
+    features.precompute([Page.from_image(page) for page in pages], workers=0)
     assert ("0 of 4 pages in the cache" in capsys.readouterr().out) == bool(limit_gb)
     want = embed_pages(model, processor, pages, 4)
-    have = embed_features(model, processor, map(features, map(Page.of, pages)), 4)
+    have = embed_features(model, processor, map(features, map(Page.from_image, pages)), 4)
     assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
 
 
 def test_a_folder_that_cannot_be_written_is_read_and_the_rest_is_computed(model, processor, pages, tmp_path, capsys):
     """As where it is mounted read-only, or somebody else's: no lock can be taken."""
-    known = list(map(Page.of, pages))
-    PageFeatures(model, processor, tmp_path, 1.0, "exact").fill(known[:2], workers=0)
+    known = list(map(Page.from_image, pages))
+    PageFeatures(model, processor, tmp_path, 1.0, "exact").precompute(known[:2], workers=0)
     for lock in tmp_path.glob("*.lock"):
         lock.unlink()
         lock.mkdir()
     features = PageFeatures(model, processor, tmp_path, 1.0, "exact")
-    features.fill(known, workers=0)
+    features.precompute(known, workers=0)
     assert "0 computed, 2 of 4 pages in the cache" in capsys.readouterr().out
     have = embed_features(model, processor, map(features, known), 4)
     assert all(map(torch.equal, have, embed_pages(model, processor, pages, 4)))
@@ -109,36 +111,36 @@ def test_fp8_takes_66_bytes_for_64_values_and_its_error_is_bounded_and_told(dtyp
     draw = torch.Generator().manual_seed(0)
     value = (torch.randn(3, 16, 128, generator=draw) * torch.logspace(-6, 4, 128)).to(dtype)
     value[0, 0, :64] = 0
-    packed = fp8.pack(value)
+    packed = fp8.quantize_fp8(value)
     assert packed.dtype == torch.uint8 and packed.nbytes == value.numel() * 66 // 64 + 20
-    back = fp8.unpack(packed, dtype)
+    back = fp8.dequantize_fp8(packed, dtype)
     assert back.dtype == dtype and back.shape == value.shape and not back[0, 0, :64].any()
     groups, have = value.double().view(-1, 64), back.double().view(-1, 64)
     # Half a step of three bits of mantissa; below the smallest normal number, half of a fixed step; bfloat16 itself.
     bound = groups.abs() * (2**-4 + 2**-8) + groups.abs().amax(1, keepdim=True) / 448 * 2**-10 * 1.01
     assert ((groups - have).abs() <= bound).all()
-    told = fp8.error(packed)
-    assert told.changed == pytest.approx((groups - have).square().sum().item(), rel=1e-4)
+    told = fp8.read_quantization_error(packed)
+    assert told.error == pytest.approx((groups - have).square().sum().item(), rel=1e-4)
     assert told.values == pytest.approx(groups.square().sum().item(), rel=1e-4)
-    assert 0.01 < (told.changed / told.values) ** 0.5 < 0.04
-    assert torch.equal(fp8.rounded(value), back)
+    assert 0.01 < (told.error / told.values) ** 0.5 < 0.04
+    assert torch.equal(fp8.fake_quantize(value), back)
 
 
 def test_fp8_gives_one_result_cold_warm_and_without_a_cache_and_tells_one_error(
     model, processor, pages, tmp_path, capsys
 ):
-    keyed, seen = [Page.of(page) for page in pages], []
+    keyed, seen = [Page.from_image(page) for page in pages], []
     for limit in (1.0, 1.0, 0.0):
         features = PageFeatures(model, processor, tmp_path, limit, "fp8")
-        features.fill(keyed, workers=0)
-        seen.append([*map(features, keyed), torch.tensor(features.error)])
+        features.precompute(keyed, workers=0)
+        seen.append([*map(features, keyed), torch.tensor(features.relative_error)])
     for other in seen[1:]:
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
     told = re.findall(r"in fp8: relative error (\d\.\d\d)% over 4 pages", capsys.readouterr().out)
     assert len(told) == 3 and 1 < float(told[0]) < 4
     exact = PageFeatures(model, processor, tmp_path, 1.0, "exact")
-    exact.fill(keyed, workers=0)
-    assert exact.error is None and exact.cache.folder != features.cache.folder
+    exact.precompute(keyed, workers=0)
+    assert exact.relative_error is None and exact.cache.folder != features.cache.folder
     want = torch.cat([exact(page).flatten() for page in keyed])
     have = torch.cat([value.flatten() for value in seen[0][:-1]])
     assert ((want - have).norm() / want.norm()).item() == pytest.approx(seen[0][-1].item(), rel=1e-3)
@@ -147,6 +149,7 @@ def test_fp8_gives_one_result_cold_warm_and_without_a_cache_and_tells_one_error(
     assert sizes[exact.cache.folder.name + "-fp8"] < 0.3 * sizes[exact.cache.folder.name]
 
 
+@pytest.mark.integration
 def test_a_run_tells_the_error_of_fp8_in_its_metrics_and_its_log(place):
     told = []
     for limit in (0.1, 0.0):

@@ -20,6 +20,7 @@ from colintern.data import formats
 from colintern.data.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
 from colintern.data.images import encode_png
 
+pytestmark = pytest.mark.integration
 HUB_COLUMNS = [  # of vidore/colpali_train_set
     "image", "image_filename", "query", "answer", "source", "options", "page", "model", "prompt", "answer_type",
 ]  # fmt: skip

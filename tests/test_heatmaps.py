@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from colintern.encoding.embed import embed_pages
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.modeling.tiling import Grid
-from colintern.reporting.heatmaps import Layout, hottest, layout, similarity_map
+from colintern.reporting.heatmaps import compute_similarity_map, find_hottest_box
 
 CELL = 28  # pixels of the demo base's tiles that one visual token sees
 
@@ -41,8 +41,7 @@ def local(model):
 )
 def test_a_spot_is_hottest_where_it_was_put_in_every_cell(local, size, bound, grid):
     processor = ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=bound, max_query_tokens=64)
-    assert processor.grid(size[::-1]) == grid
-    where = layout(processor, size)
+    assert processor.get_page_grid(size[::-1]) == grid
     blank = Image.new("RGB", size, "white")
     [plain] = embed_pages(local, processor, [blank], 1)
     corners = [(x, y) for y in range(0, size[1], CELL) for x in range(0, size[0], CELL)]
@@ -55,21 +54,24 @@ def test_a_spot_is_hottest_where_it_was_put_in_every_cell(local, size, bound, gr
     for corner, page in zip(corners, embed_pages(local, processor, pages, 16), strict=True):
         # Where a token has changed from the blank page: with attention off, in one place of the tiles.
         changed = (page - plain).norm(dim=1, keepdim=True)
-        found = similarity_map(torch.ones(1, 1), changed, where)
+        found = compute_similarity_map(processor, torch.ones(1, 1), changed, size)
         assert (found.page > 1e-3).sum() == 1
-        assert hottest(found.page[0], size)[:2] == corner
+        assert find_hottest_box(found.page[0], size)[:2] == corner
         assert (found.thumbnail is not None) == grid.thumbnail
         if found.thumbnail is not None:  # which sees the whole page small, at the same place
-            left, top, right, bottom = hottest(found.thumbnail[0], size)
+            left, top, right, bottom = find_hottest_box(found.thumbnail[0], size)
             assert left < corner[0] + CELL and corner[0] < right and top < corner[1] + CELL and corner[1] < bottom
         assert not found.rest.any()
 
 
-def test_the_example_of_its_docstring():
-    visual = torch.arange(8.0)[:, None]
-    found = similarity_map(torch.ones(1, 1), visual, Layout(Grid(2, 1, False), 2, 0))
-    assert found.page.tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7]]]
-    assert found.thumbnail is None and found.rest.shape == (1, 0)
+def test_visual_tokens_come_tile_by_tile_and_row_by_row(processor):
+    """In a page of 2 x 1 tiles of 4 x 4 tokens the second row begins with token 4, and the right tile with token 16."""
+    [first] = processor.get_image_mask(processor.tokenize_pages([3]))[0].nonzero()[:1].flatten().tolist()
+    products = torch.arange(float(len(processor.tokenize_pages([3]).input_ids[0])))[:, None] - first
+    found = compute_similarity_map(processor, torch.ones(1, 1), products, (224, 112))
+    rows = [[*range(4 * row, 4 * row + 4), *range(16 + 4 * row, 20 + 4 * row)] for row in range(4)]
+    assert found.page.tolist() == [rows]
+    assert found.thumbnail.flatten().tolist() == list(range(32, 48)) and found.rest.shape[1] == len(products) - 48
 
 
 def test_what_each_token_adds_is_the_score(model, processor, pages):
@@ -78,17 +80,16 @@ def test_what_each_token_adds_is_the_score(model, processor, pages):
 
     [query] = embed_queries(model, processor, ["which bill is from Halde"], 1)
     for image, page in zip(pages, embed_pages(model, processor, pages, 4), strict=True):
-        where = layout(processor, image.size)
-        assert len(page) == where.first + where.visual + len(processor._after_tiles)
-        found = similarity_map(query, page, where)
-        assert found.best.sum().item() == pytest.approx(maxsim_scores([query], [page]).item(), abs=1e-4)
+        found = compute_similarity_map(processor, query, page, image.size)
+        assert found.best_scores.sum().item() == pytest.approx(maxsim_scores([query], [page]).item(), abs=1e-4)
         assert found.page.shape[1:] == processor.get_n_patches(image.size[::-1])[::-1]
-        assert found.on_page.dtype == torch.bool
+        assert found.is_on_page.dtype == torch.bool
 
 
-def test_a_page_that_is_too_short_is_refused():
-    with pytest.raises(ValueError, match="8 visual tokens from token 3 on"):
-        similarity_map(torch.ones(1, 4), torch.ones(10, 4), Layout(Grid(2, 1, False), 2, 3))
+def test_a_page_that_is_too_short_is_refused(processor):
+    num_tokens = len(processor.tokenize_pages([1]).input_ids[0])
+    with pytest.raises(ValueError, match=f"expected .* {num_tokens} tokens of a page of 112 x 112 pixels"):
+        compute_similarity_map(processor, torch.ones(1, 4), torch.ones(10, 4), (112, 112))
 
 
 def test_after_training_the_hottest_cell_lies_on_the_answer(processor):
@@ -130,7 +131,7 @@ def interpretability(monkeypatch):
 def test_colpali_engines_maps_are_right_or_refused(local, interpretability, size, bound, grid):
     """By the steps of its README; a query of the spot's own token is most like the spot."""
     processor = ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=bound)
-    assert processor.grid(size[::-1]) == grid
+    assert processor.get_page_grid(size[::-1]) == grid
     blank = Image.new("RGB", size, "white")
     theirs = interpretability.get_similarity_maps_from_embeddings
     for x, y in ((0, 0), (84, 0), (0, 84), (size[0] - CELL, 28), (size[0] - CELL, size[1] - CELL)):

@@ -5,7 +5,7 @@ import sys
 
 SCRIPT = """
 import resource, torch
-from colintern.modeling.host import settle
+from colintern.modeling.runtime import configure_cpu_runtime
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -16,7 +16,7 @@ def faults():
 torch.set_num_threads(2)
 faults()
 plain = faults()
-settle(1)
+configure_cpu_runtime(1)
 faults()
 print(plain, faults(), torch.get_num_threads())
 """

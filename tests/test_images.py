@@ -11,7 +11,7 @@ from conftest import EPS
 from PIL import Image
 
 from colintern.data.images import InvalidImageError, decode_image, encode_png, normalize_image_bytes
-from colintern.modeling.images import rgb
+from colintern.modeling.images import to_rgb
 
 GREY = Image.fromarray((np.arange(1200).reshape(30, 40) // 5).astype(np.uint8))
 
@@ -236,8 +236,10 @@ def test_colours_of_16_bits_and_lab_are_pages():
 
 
 def test_a_page_keeps_its_scale_outside_of_files():
-    assert near(rgb(Image.fromarray(LEVELS.astype(np.int32))), Image.fromarray(LEVELS.astype(np.uint8)).convert("RGB"))
-    assert rgb(Image.new("I;16", (4, 4))).getextrema() == ((0, 0),) * 3
+    assert near(
+        to_rgb(Image.fromarray(LEVELS.astype(np.int32))), Image.fromarray(LEVELS.astype(np.uint8)).convert("RGB")
+    )
+    assert to_rgb(Image.new("I;16", (4, 4))).getextrema() == ((0, 0),) * 3
 
 
 @pytest.mark.parametrize("place", [33, -12])  # after the header, and before the end

@@ -26,7 +26,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from colintern.core.errors import UserError
-from colintern.modeling.attention import implementation
+from colintern.modeling.attention import resolve_attn_implementation
 from colintern.modeling.kernels import select_build_files
 from colintern.params import load_recipe
 from colintern.preflight.checks import FAIL, PASS, RUN_CHECKS, WARN, RunFacts
@@ -224,7 +224,7 @@ def place(tmp_path, monkeypatch):
 
 def wrong(words: str, training: bool = False) -> None:
     with pytest.raises(UserError) as caught:
-        implementation(KERNEL, "float32", training)
+        resolve_attn_implementation(KERNEL, "float32", training)
     assert words in str(caught.value), caught.value
 
 
@@ -237,7 +237,7 @@ def test_a_flipped_byte_is_found_before_anything_is_imported(place):
     wrong(f"{file}: {before.st_size} bytes with sha256")
     assert not Path("ran").exists()
     place(counted=marker + COUNTED)
-    assert implementation(KERNEL, "float32", training=True).startswith("kernel-")
+    assert resolve_attn_implementation(KERNEL, "float32", training=True).startswith("kernel-")
     assert Path("ran").exists()
 
 
@@ -247,7 +247,7 @@ def test_another_byte_is_another_identity(place, monkeypatch):
     names, runs = [], []
     for more in ("", "# more\n"):
         place(counted=COUNTED + more)
-        names.append(implementation(KERNEL, "float32"))
+        names.append(resolve_attn_implementation(KERNEL, "float32"))
         runs.append(fingerprint(stage_identity("train", params)))
     other = dataclasses.replace(params, attention=f"{NAME}@{'c' * 40}")
     runs.append(fingerprint(stage_identity("train", other)))
@@ -277,7 +277,7 @@ def test_a_kernel_that_cannot_work_is_refused(place, build, metadata, files, wor
 
 def test_a_kernel_without_gradient_evaluates_and_does_not_train(place):
     place(counted=COUNTED.replace("enable_gqa=True).transpose(1, 2)", "enable_gqa=True).transpose(1, 2).detach()"))
-    assert implementation(KERNEL, "float32")
+    assert resolve_attn_implementation(KERNEL, "float32")
     wrong("flash_attn_func has no gradient; it can evaluate, but not train", training=True)
 
 
@@ -289,7 +289,7 @@ def test_a_kernel_that_is_not_deterministic_is_refused_where_that_is_asked_for(p
 
 def test_under_autocast_a_kernel_gets_what_torchs_own_attention_would(place):
     place()
-    attend = ALL_ATTENTION_FUNCTIONS[implementation(KERNEL, "bfloat16", training=True)]
+    attend = ALL_ATTENTION_FUNCTIONS[resolve_attn_implementation(KERNEL, "bfloat16", training=True)]
     parts = [torch.randn(1, 2, 5, 8, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16)]
     with torch.autocast("cpu", torch.bfloat16):
         result, _ = attend(nn.Module(), *parts, None, scaling=0.5, is_causal=True)
@@ -298,7 +298,7 @@ def test_under_autocast_a_kernel_gets_what_torchs_own_attention_would(place):
 
 def test_without_flash_attn_nothing_else_takes_its_place():
     with pytest.raises(UserError, match="needs the package flash-attn"):
-        implementation("flash_attention_2", "bfloat16")
+        resolve_attn_implementation("flash_attention_2", "bfloat16")
 
 
 DEMO = load_recipe(ROOT / "recipes" / "demo.yaml")

@@ -30,8 +30,8 @@ from test_evaluation import (
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import encode_png
 from colintern.encoding.embed import embed_pages, embed_queries
-from colintern.evaluation.scores import METRICS
 from colintern.scoring.maxsim import maxsim_scores
+from colintern.scoring.metrics import METRIC_KEYS
 
 PAGES, QUERIES = 130, 40  # more than 100 pages, or recall_at_100 would always be 1
 GRADES = (1, 1, 1, 2, 3)
@@ -125,7 +125,7 @@ def test_metrics_are_those_of_three_other_implementations(workspace, ties, seed)
     other_rule = [by_formula(found[query], judged[query], lower_first=True) for query in trec]
     differ = sum(abs(a["ndcg_at_5"] - b["ndcg_at_5"]) > 1e-3 for a, b in zip(trec.values(), other_rule, strict=True))
     assert differ > 5 or not ties, "the rule for ties decides"
-    for metric in METRICS:
+    for metric in METRIC_KEYS:
         values = [one[metric] for one in trec.values()]
         assert scores[metric] == pytest.approx(np.mean(values), abs=1e-5)  # mteb rounds its mean to 5 digits
         assert 0 < np.mean(values) < 1 and len(set(values)) > 5, "neither trivial nor hopeless"

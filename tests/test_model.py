@@ -7,14 +7,15 @@ import sys
 import pytest
 import torch
 from conftest import BASE, ROOT
-from peft import LoraConfig, PeftModel
+from peft import AutoPeftModel, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from colintern.core.errors import UserError
 from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.modeling.adapter_files import HEAD_FILE
-from colintern.modeling.lora import add_lora, count, faults
-from colintern.modeling.modeling_colintern import ColIntern3_5, attention_kernel, meta_model
+from colintern.modeling.attention import choose_attn_implementation
+from colintern.modeling.lora import add_lora, find_lora_errors, report_lora
+from colintern.modeling.modeling_colintern import ColIntern3_5, build_meta_model
 
 TARGETS = [
     *(rf"language_model\.layers\.\d+\.self_attn\.{m}_proj" for m in "qkvo"),
@@ -65,6 +66,7 @@ def test_left_padding_is_refused(model, processor):
         model(**{k: v.flip(1) for k, v in batch.items()})
 
 
+@pytest.mark.integration
 def test_the_same_bytes_in_a_new_process(adapter, processor, pages, tmp_path):
     folder, wrapped = adapter
     here = embed(wrapped.eval(), processor, pages[:2])
@@ -108,6 +110,20 @@ def test_plain_peft_takes_the_head_from_the_adapter_over_a_base_of_another_seed(
     plain = PeftModel.from_pretrained(base, folder).eval()
     assert torch.equal(embed(plain, processor, pages), here)
     assert torch.equal(embed(load(folder, seed=5), processor, pages), here)
+
+
+def test_peft_finds_the_class_by_the_path_in_an_adapter_of_any_age(adapter, processor, pages):
+    folder, wrapped = adapter
+    here = embed(wrapped.eval(), processor, pages[:2])
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    assert config["auto_mapping"] == {"base_model_class": "ColIntern3_5", "parent_library": "colintern"}
+    for path in ("colintern", "colintern.model", "colintern.modeling.modeling_colintern"):
+        config["auto_mapping"]["parent_library"] = path
+        file.write_text(json.dumps(config))
+        assert torch.equal(embed(load(folder), processor, pages[:2]), here)
+        auto = AutoPeftModel.from_pretrained(folder, import_allowlist=["colintern"], dtype=torch.float32).eval()
+        assert torch.equal(embed(auto, processor, pages[:2]), here)
 
 
 def edit_weights(folder, edit) -> None:
@@ -393,23 +409,23 @@ def test_the_names_of_colpali_engines_models(model, adapter):
 
 def test_attention_auto_takes_flash_attention_only_where_it_works(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("colintern.modeling.modeling_colintern.find_spec", lambda name: name == "flash_attn" or None)
-    assert attention_kernel("auto", "bfloat16") == "flash_attention_2"
-    assert attention_kernel("auto", "float32") == "sdpa"
+    monkeypatch.setattr("colintern.modeling.attention.find_spec", lambda name: name == "flash_attn" or None)
+    assert choose_attn_implementation("auto", "bfloat16") == "flash_attention_2"
+    assert choose_attn_implementation("auto", "float32") == "sdpa"
 
 
 def test_the_1b_architecture_has_the_published_counts(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(json.loads((ROOT / "tests/internvl3_5-1b.json").read_text())))
-    model = meta_model(str(tmp_path), None)
+    model = build_meta_model(str(tmp_path), None)
     head = model.custom_text_proj
     own = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in head.parameters())
     assert round(own / 1e6, 1) == 905.3
-    counts = count(add_lora(model, TARGETS, rank=32, alpha=32, dropout=0.1), TARGETS)
-    assert [row["matches"] for row in counts["patterns"].values()] == [28] * 7 + [1]
-    assert all(row["layers"] == list(range(28)) for row in list(counts["patterns"].values())[:7])
-    assert counts["lora_modules"] == 196 + 1
-    assert counts["trainable_parameters"] == 20_221_952
-    assert (counts["frozen_vision_modules"], counts["frozen_projector_modules"]) == (144, 2)
-    assert counts["adapted_vision_modules"] == 0
-    assert counts["head"] == [1024, 128]
-    assert faults(counts) == []
+    counts = report_lora(add_lora(model, TARGETS, rank=32, alpha=32, dropout=0.1), TARGETS)
+    assert [row.matches for row in counts.patterns.values()] == [28] * 7 + [1]
+    assert all(row.layers == list(range(28)) for row in list(counts.patterns.values())[:7])
+    assert counts.lora_modules == 196 + 1
+    assert counts.trainable_parameters == 20_221_952
+    assert (counts.frozen_vision_modules, counts.frozen_projector_modules) == (144, 2)
+    assert counts.adapted_vision_modules == 0
+    assert counts.head == [1024, 128]
+    assert find_lora_errors(counts) == []

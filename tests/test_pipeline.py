@@ -273,22 +273,11 @@ def _namespace(module: str) -> str:
 # Names that libraries call private, and so may change with any release: pyproject.toml bounds those libraries.
 PRIVATE = {
     "_attn_implementation": "transformers",
-    "_contains": "optuna",
-    "_int_mm": "torch",
     "_is_accelerate_prepared": "accelerate",
     "_load_from_checkpoint": "transformers",
     "_n_gpu": "transformers",
     "_name_or_path": "transformers",
     "_on_queue_feeder_error": "python",  # multiprocessing
-    "_overloadpacket": "torch",
-    "_python_dispatch": "torch",
-    "_pytree": "torch",
-    "_scaled_dot_product_flash_attention": "torch",
-    "_scaled_dot_product_flash_attention_backward": "torch",
-    "_softmax_backward_data": "torch",
-    "_tree_cache": "huggingface-hub",
-    "_trial_id": "optuna",
-    "_unsafe_view": "torch",
 }
 PUBLIC = {"_asdict", "_exit", "_fields", "_replace"}  # of named tuples and os, documented
 

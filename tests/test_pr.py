@@ -50,17 +50,17 @@ stages:
 EVAL = """\
 import json
 from pathlib import Path
-from colintern.evaluation.queries import write
+from colintern.evaluation.results import QueryResult, write_query_results
+from colintern.scoring.metrics import METRIC_KEYS
 
 lr = float(Path("params.yaml").read_text().split()[1])
 scores = [min(1.0, lr * 10 * (1 + query % 3)) for query in range(30)]
-rows = [
-    {"benchmark": "docs", "task": "DocsRetrieval", "subset": "default", "query_id": f"q{query}", "rank": 1,
-     "ndcg_at_5": score, "ndcg_at_10": score, "recall_at_100": score, "top_pages": ["1"]}
+results = [
+    QueryResult("docs", "DocsRetrieval", "default", f"q{query}", dict.fromkeys(METRIC_KEYS, score), 1, ["1"])
     for query, score in enumerate(scores)
 ]
 out = Path("results/mteb_evaluation")
-write(out / "queries/trained.parquet", rows)
+write_query_results(out / "queries/trained.parquet", results)
 run = {"revision": "1", "params": {"lr": lr}, "data": {"DocsRetrieval": "1"}, "size": {}}
 (out / "run.json").write_text(json.dumps(run))
 Path("metrics.json").write_text(json.dumps({"docs": {"ndcg_at_5": sum(scores) / 30}}))

@@ -58,7 +58,7 @@ def gradient(folder: Path, images: list, size: int, rank: int, port: int, change
                 if "lora_B" in name:
                     p.normal_(std=0.02)
         features = PageFeatures(model, processor, folder / "none", 0.0, "exact")
-        pages = [Page.of(image) for image in images]
+        pages = [Page.from_image(image) for image in images]
         rows = [
             TrainingPair(q, pages[n], tuple(pages[w] for w in wrong))
             for q, n, wrong in zip(QUERIES, SHOWN, NEGATIVES, strict=True)

@@ -36,7 +36,7 @@ def test_pixels_are_the_stock_processors_where_the_grid_is(processor):
 def test_tiles_of_a_batch_follow_each_other(processor, pages):
     whole = processor.process_images(pages)
     alone = [processor.process_images([page])["pixel_values"] for page in pages]
-    assert [len(a) for a in alone] == [processor.grid(page.size[::-1]).tiles for page in pages]
+    assert [len(a) for a in alone] == [processor.get_page_grid(page.size[::-1]).tiles for page in pages]
     assert torch.equal(whole["pixel_values"], torch.cat(alone))
 
 
@@ -144,7 +144,7 @@ def test_a_chat_template_makes_the_same_page(processor, pages, monkeypatch):
 @pytest.mark.parametrize(("size", "thumbnail"), [((224, 112), True), ((224, 336), False), ((112, 112), False)])
 def test_similarity_maps_show_a_token_at_its_place(processor, size, thumbnail):
     batch = processor.process_images([Image.new("RGB", size)])
-    assert processor.grid(size[::-1]).thumbnail == thumbnail
+    assert processor.get_page_grid(size[::-1]).thumbnail == thumbnail
     across, down = processor.get_n_patches(size[::-1])
     mask, side = processor.get_image_mask(batch), 4  # tokens across a tile
     visual = mask[0].nonzero()[:, 0]
@@ -171,13 +171,13 @@ def test_masks_are_of_the_page_they_belong_to(processor, pages):
     assert mask.shape == local.shape == batch["input_ids"].shape and mask.dtype == local.dtype == torch.bool
     sizes = [processor.get_n_patches(page.size[::-1], 14) for page in pages]
     assert local.sum(1).tolist() == [across * down for across, down in sizes]
-    thumbnails = [processor.grid(page.size[::-1]).thumbnail for page in pages]
+    thumbnails = [processor.get_page_grid(page.size[::-1]).thumbnail for page in pages]
     assert (mask.sum(1) - local.sum(1)).tolist() == [16 * thumbnail for thumbnail in thumbnails]
     assert set(thumbnails) == {True, False} and not (local & ~mask).any()
     sent = pickle.loads(pickle.dumps(batch))  # as the worker of a DataLoader sends it
     assert torch.equal(processor.get_local_image_mask(sent), local)
     with pytest.raises(ValueError, match="80 visual tokens, but the grids of the batch describe 0"):
-        processor.get_local_image_mask(processor.page_tokens([5]))
+        processor.get_local_image_mask(processor.tokenize_pages([5]))
     with pytest.raises(ValueError, match=r"n_patches=\(6, 16\): expected 96 visual tokens"):
         processor.rearrange_image_embeddings(torch.rand(96, 8), torch.ones(96, dtype=torch.bool), (6, 16))
     maps = processor.get_similarity_maps_from_embeddings(
@@ -219,19 +219,21 @@ def test_no_more_of_a_query_is_tokenized_than_its_tokens_can_hold(processor, mon
         "x",
     ]
     over = ["the invoice from Halde " * 10_000, "x" * 2**17, " " * 2**17 + "x", "\n\t" * 2**15 + "y", "📄ü" * 2**14]
-    whole = [processor._ids(processor.query_prefix + query) for query in fits + over]
+    whole = [processor._tokenize(processor.query_prefix + query) for query in fits + over]
     room = processor.max_query_tokens - 10
     assert max(map(len, whole[: len(fits)])) <= room < min(map(len, whole[len(fits) :]))
     assert max(map(len, fits)) < bound < min(map(len, over))
     read = []
-    monkeypatch.setattr(processor, "_ids", lambda text, real=processor._ids: read.append(len(text)) or real(text))
+    monkeypatch.setattr(
+        processor, "_tokenize", lambda text, real=processor._tokenize: read.append(len(text)) or real(text)
+    )
     found = processor.process_queries(fits + over)
     rows = [
         ids[mask.bool()][:-10].tolist() for ids, mask in zip(found["input_ids"], found["attention_mask"], strict=True)
     ]
     assert rows == [ids[:room] for ids in whole], "token for token as if all of it were tokenized"
     assert max(read) <= bound + len(processor.query_prefix)
-    assert processor.count_cut(fits + over) == len(over)
+    assert processor.count_truncated(fits + over) == len(over)
 
 
 @pytest.mark.parametrize("query", ["", "  \n"])

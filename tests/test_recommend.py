@@ -1,5 +1,6 @@
 """`colintern recommend`: the rules, what it prints, what it writes, what it refuses."""
 
+import dataclasses
 import difflib
 import doctest
 import json
@@ -8,35 +9,38 @@ import re
 import shutil
 
 import pytest
+import torch
 from conftest import BASE, ROOT
 from pages import documented, words
 
 from colintern.__main__ import main
-from colintern.commands.recommend import _head, _memory_table
+from colintern.commands.recommend import Head, _format_head, _format_table
 from colintern.core.errors import UserError
-from colintern.core.recipes import render_recipe
 from colintern.monitoring import guide as guide_rules
-from colintern.monitoring.guide import DEMO, MIN_EPOCHS, get_optimal_lr, get_optimal_rank, get_recommended_bounds
+from colintern.monitoring.guide import DEMO, EPOCHS, get_recommended_bounds, optimal_lr, optimal_rank
 from colintern.params import load_params
 from colintern.planning import costs as costs_module
 from colintern.planning import recommend as rules
-from colintern.planning.costs import Costs
-from colintern.planning.gpus import GPUS, find
-from colintern.planning.recommend import steps_of, warmup_of
+from colintern.planning.costs import CostModel
+from colintern.planning.gpus import GPUS, find_gpu
+from colintern.planning.probe import probe_steps
+from colintern.planning.recommend import choose_warmup_steps, count_steps
 
-pytestmark = pytest.mark.integration
-COUNTED: dict[tuple[str, ...], Costs] = {}
-RECIPE = render_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml")
+COUNTED: dict[tuple[str, ...], CostModel] = {}
+RECIPE = (ROOT / "recipes" / "internvl3_5-1b.yaml").read_text()
 
 
 @pytest.fixture(autouse=True)
 def counted_once(monkeypatch):
     """A card changes nothing in what a step is made of: what one test has counted, the others take."""
 
-    def costs(config, *rest):
-        return COUNTED.setdefault((config.to_json_string(), *map(str, rest)), Costs(config, *rest))
+    def costs(config, params):
+        key = config.to_json_string(), repr(params)
+        if key not in COUNTED:
+            COUNTED[key] = CostModel(config, params)
+        return COUNTED[key]
 
-    monkeypatch.setattr(costs_module, "Costs", costs)
+    monkeypatch.setattr(costs_module, "CostModel", costs)
 
 
 @pytest.fixture
@@ -53,7 +57,7 @@ def checkout(tmp_path, monkeypatch):
 @pytest.fixture
 def demo(tmp_path, monkeypatch):
     shutil.copytree(BASE, tmp_path / "demo" / "base")
-    (tmp_path / "params.yaml").write_text(render_recipe(ROOT / "recipes" / "demo.yaml"))
+    shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
     (tmp_path / "data").mkdir()
     own = {"demo (train)": {"rows": 3600, "pages": 1800}, "demo (dev)": {"rows": 100, "pages": 100}}
     (tmp_path / "data" / "survey.json").write_text(json.dumps(own))
@@ -69,29 +73,28 @@ def guide(gpu_memory_gb):
 def test_the_rules():
     assert doctest.testmod(guide_rules).failed == 0
     sizes = [int(billions * 1e9) for billions in (0.3, 0.905, 2.4, 4.7, 7.9)]
-    assert [get_optimal_lr(size) for size in sizes] == [7e-5, 5e-5, 5e-5, 3e-5, 3e-5]
-    assert [get_optimal_rank(size) for size in sizes] == [16, 32, 32, 64, 64]
-    for rule in (get_optimal_lr, get_optimal_rank):
+    assert [optimal_lr(size) for size in sizes] == [7e-5, 5e-5, 5e-5, 3e-5, 3e-5]
+    assert [optimal_rank(size) for size in sizes] == [16, 32, 32, 64, 64]
+    for rule in (optimal_lr, optimal_rank):
         with pytest.raises(ValueError, match=r"1B parameters and up, and do not reach 1\.0 M"):
             rule(1_028_224)
-    assert steps_of(118_195, 64) == 1846 * MIN_EPOCHS == 9230
-    assert [warmup_of(steps) for steps in (9230, 448, 9)] == [100, 44, 0]
+    assert count_steps(118_195, load_params(ROOT / "recipes" / "internvl3_5-1b.yaml")) == 1846 * EPOCHS == 9230
+    assert [choose_warmup_steps(steps) for steps in (9230, 448, 9)] == [100, 44, 0]
 
 
 @pytest.mark.parametrize("billions", [0.2, 0.4, 0.9, 1.2, 2.4, 4.7, 7.9])
 def test_what_is_recommended_passes_the_doctor(billions):
     size = int(billions * 1e9)
     bounds = get_recommended_bounds(size)
-    assert bounds.lr[0] < get_optimal_lr(size) < bounds.lr[1]
-    assert (bounds.epochs, bounds.batch) == (MIN_EPOCHS, guide_rules.MIN_BATCH_SIZE) and bounds.name != DEMO
-    assert get_recommended_bounds(guide_rules.MIN_GUIDE_PARAMETERS - 1).name == DEMO
+    assert bounds.lr[0] < optimal_lr(size) < bounds.lr[1]
+    assert (bounds.epochs, bounds.batch) == (EPOCHS, guide_rules.BATCH) and bounds.name != DEMO
+    assert get_recommended_bounds(guide_rules.SMALLEST - 1).name == DEMO
 
 
 @pytest.mark.parametrize("base", ["internvl3_5-1b", "OpenGVLab/InternVL3_5-1B-HF", "OpenGVLab/x@" + "0" * 40])
 def test_every_title_fits_a_terminal(base):
-    head = {"base": base, "parameters": 8e9, "trained": 8e7, "gpu": "RTX-4090", "gpu_memory_gb": 24.0}
-    head |= {"rows": 118_195, "negatives": 3, "pages": 50_453, "data": "vidore/colpali_train_set"}
-    lines = [*_memory_table(base, []), *_head(head)]
+    head = Head(base, 8 * 10**9, 8 * 10**7, "RTX-4090", 24.0, "vidore/colpali_train_set", 118_195, 50_453, 3)
+    lines = [*_format_table(base, []), *_format_head(head)]
     assert base in "".join(line.strip() for line in lines)
     assert max(map(len, lines)) <= 80
 
@@ -126,21 +129,20 @@ def test_the_guides_batch_formula_is_32_for_every_card_of_its_table():
     ],
 )
 def test_cards_are_found_by_the_names_they_go_by(name, card):
-    assert find(name) == card
+    assert find_gpu(name) == card
 
 
 @pytest.mark.parametrize("name", ["a100", "rtx", "tpu", ""])
 def test_an_unknown_card_is_answered_with_those_there_are(name):
     with pytest.raises(UserError, match=r"--gpu: .*(A100-80GB|RTX-4090)"):
-        find(name)
+        find_gpu(name)
 
 
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (documented("colintern recommend --base internvl3_5-1b --gpu l40s"), r"time of a step +9\.7\d s on L40S"),
+        (documented("colintern recommend --base internvl3_5-1b --gpu l40s"), r"time of a step +9\.6\d s on L40S"),
         (documented("colintern recommend --base internvl3_5-1b --gpu a100-80gb"), r"time of a step +4\.7\d s on A100"),
-        (documented("colintern recommend --base internvl3_5-1b --gpu h200"), r"all 9,230 steps +4\.3 h"),
     ],
 )
 def test_what_the_pages_quote_is_what_it_says(checkout, capsys, command, said):
@@ -207,6 +209,16 @@ def test_the_demo_gets_no_rule_of_the_guides(demo, capsys):
     assert load_params("params.yaml").lr == 0.006
 
 
+def test_a_probe_runs_steps_with_the_params_and_without_data(demo):
+    params = dataclasses.replace(load_params("params.yaml"), batch_size=8, micro_batch_size=4, negatives=1)
+    warm_up, step = probe_steps(params, "demo/base")
+    assert (warm_up.settings.num_pages, step.settings.num_pages, step.settings.num_chunks) == (4, 16, 4)
+    assert (step.settings.tiles, step.predicted_seconds) == (params.max_visual_tokens // 16, None)
+    assert step.seconds > 0 and step.peak_bytes > step.predicted.memory["base weights"]
+    assert step.predicted.peak_bytes > warm_up.predicted.peak_bytes
+    assert sorted(path.name for path in demo.iterdir()) == ["data", "demo", "params.yaml"], "nothing is saved"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -214,11 +226,17 @@ def test_the_demo_gets_no_rule_of_the_guides(demo, capsys):
         (["--gpu-memory", "much"], ["--gpu-memory", "'much'", "1 to 1024"]),
         (["--gpu-memory", "0"], ["--gpu-memory", "'0'"]),
         (["--gpu-memory", "nan"], ["--gpu-memory", "'nan'"]),
+        pytest.param(
+            ["--gpu-memory", "auto"],
+            ["--gpu-memory", "there is none here"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["--gpu-memory", "2"], ["--gpu-memory: 2 GB", "2.0 GiB", "85%"]),
         (["--rows", "0"], ["--rows", "'0'", "whole number"]),
         (["--base", "nowhere"], ["base", "'nowhere'", "internvl3_5-1b"]),
         (["--base", "internvl3_5-2b", "--write"], ["--write", "internvl3_5-2b", "params.yaml"]),
         (["--table", "--write"], ["--write", "--table"]),
+        (["--base", "internvl3_5-2b", "--probe"], ["--probe", "internvl3_5-2b", "params.yaml"]),
     ],
 )
 def test_bad_input_is_named(checkout, capsys, arguments, words):
@@ -229,17 +247,6 @@ def test_bad_input_is_named(checkout, capsys, arguments, words):
     assert stop.value.code == 2
     assert all(word in error for word in words), error
     assert (checkout / "params.yaml").read_text() == before
-
-
-def test_auto_without_a_gpu_says_so(checkout, capsys):
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit) as stop:
-        main(["recommend", "--gpu-memory", "auto"])
-    assert stop.value.code == 2
-    assert "there is none here" in capsys.readouterr().err
 
 
 def test_own_data_without_numbers_asks_for_them(checkout, capsys):

@@ -82,9 +82,12 @@ def test_a_page_that_takes_too_much_memory_is_left_out_of_data_and_search(folder
     write_odd_page(folder / "cropbox.pdf", page="/CropBox [1000 1000 1100 1100]")
     pages, reasons = pages_and_reasons(folder, tmp_path / "shelf")
     assert pages == {"cropbox.pdf#page=2", "large.pdf#page=2"}
-    found, bad = searched.sources(folder)
+    found, bad = searched.list_sources(folder)
     assert len(found) == 4 and not bad
-    assert [source.name for source, _ in searched.images(found, bad)] == ["cropbox.pdf, page 2", "large.pdf, page 2"]
+    assert [source.name for source, _ in searched.render_sources(found, bad)] == [
+        "cropbox.pdf, page 2",
+        "large.pdf, page 2",
+    ]
     assert [one.where for one in bad] == ["cropbox.pdf, page 1", "large.pdf, page 1"]
     assert [one.reason for one in bad] == list(reasons.values()) and "memory" in bad[1].reason
 

@@ -1,5 +1,6 @@
 """`colintern report`: what is in it, and what a reader sees of it in a real browser, in light and dark."""
 
+import base64
 import contextlib
 import json
 import os
@@ -21,19 +22,23 @@ from colintern.core.recipes import render_recipe
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import encode_png
 from colintern.encoding.embed import embed_queries
-from colintern.encoding.pooling import cut
+from colintern.encoding.pooling import truncate_dim
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
+from colintern.evaluation.results import QueryResult
 from colintern.monitoring.guide import get_recommended_bounds
 from colintern.monitoring.health import HEALTH, assess_run, findings_to_json
-from colintern.params import load_params
-from colintern.reporting import failures as module
-from colintern.reporting import plots
-from colintern.reporting.cases import Seen, case
-from colintern.reporting.evaluated import FULL, find, margin, published, ranks, worst
-from colintern.reporting.failures import failures
-from colintern.reporting.heatmaps import layout
-from colintern.reporting.html import render
-from colintern.reporting.words import query_words
+from colintern.params import load_params as load_params
+from colintern.reporting import examples, plots
+from colintern.reporting.evaluation import (
+    FULL_SIZE,
+    compute_margin,
+    count_ranks,
+    find_evaluation,
+    list_published_scores,
+    select_worst_queries,
+)
+from colintern.reporting.examples import RankedPage, explain_failures, explain_query, split_query
+from colintern.reporting.html import render_html
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.storage.files import dumps
 from colintern.storage.manifest import BEIR_SUFFIXES, hash_local_files, hash_source_files
@@ -185,14 +190,14 @@ def test_the_same_inputs_give_the_same_bytes(report, evaluated):
 
 def test_a_strip_of_a_page_has_a_bounded_height_and_its_heat_lies_on_it(tab, tmp_path, processor):
     images = [Image.new("RGB", size, "grey") for size in ((8, 2500), (100, 600), (600, 900))]
-    counts = [layout(processor, image.size) for image in images]
+    counts = [len(processor.process_images([image]).input_ids[0]) for image in images]
     seen = [
-        Seen("page", "", "found", image, torch.rand(where.first + where.visual, 8))
-        for image, where in zip(images, counts, strict=True)
+        RankedPage("page", "", "found", image, torch.rand(count, 8))
+        for image, count in zip(images, counts, strict=True)
     ]
-    vectors = torch.rand(len(query_words(processor, "from Oslo")), 8)
-    found = case(processor, "from Oslo", vectors, seen, {"pages": 3, "place": "here"})
-    (tmp_path / "found.html").write_text(render("search.html", [found], model="m"))
+    vectors = torch.rand(len(split_query(processor, "from Oslo")), 8)
+    found = explain_query(processor, "from Oslo", vectors, seen, {"pages": 3, "place": "here"})
+    (tmp_path / "found.html").write_text(render_html("search.html", [found], model="m"))
     tab.show(tmp_path / "found.html")
     boxes = "[...document.querySelectorAll('.sheets>figure>.sheet>WHAT')].map(i => i.getBoundingClientRect())"
     drawn, heat = (
@@ -233,62 +238,72 @@ def test_results_of_smaller_embeddings_are_not_those_of_whole_ones(tmp_path, mon
         place = Path("results/evaluate") / name
         place.mkdir(parents=True)
         (place / "run.json").write_text(json.dumps({"revision": "1", "params": params}))
-    assert find("1", None).name == "a" and find("1", None, FULL).name == "b"
+    assert find_evaluation("1", None).name == "a" and find_evaluation("1", None, FULL_SIZE).name == "b"
     Path("results/evaluate/b").rename("results/evaluate/a/pool1-dim128")
-    assert find("1", None, FULL).name == "pool1-dim128", "one of several sizes that were evaluated at once"
+    assert find_evaluation("1", None, FULL_SIZE).name == "pool1-dim128", (
+        "one of several sizes that were evaluated at once"
+    )
     shutil.rmtree("results/evaluate/a/pool1-dim128")
     with pytest.raises(UserError, match="is of it with pool_factor 1, dim 128; evaluate it"):
-        find("1", None, FULL)
+        find_evaluation("1", None, FULL_SIZE)
 
 
 def test_scores_that_are_shown_are_those_it_is_ranked_by_and_a_query_without_a_right_page_is_passed_over(
     monkeypatch, model, processor, pages
 ):
     class Corpus:
-        right = staticmethod(lambda subset, query: ["0"] if query == "3" else [])
-        row = staticmethod(lambda subset, kind, key: {"text": "from Oslo", "image": pages[int(key)]})
+        documents = ""
+        list_right_pages = staticmethod(lambda subset, query: ["0"] if query == "3" else [])
+        read_row = staticmethod(lambda subset, kind, key: {"text": "from Oslo", "image": pages[int(key)]})
 
-    monkeypatch.setattr(module, "Corpus", lambda task: Corpus)
+    monkeypatch.setattr(examples, "EvaluationCorpus", lambda task: Corpus)
     encoder = ColIntern3_5Encoder(model, processor, "a/b", "1", pool_factor=4, dim=32)
-    found = row("3", 0.0, 2, None, None) | {"top_pages": ["1", "0", "2"]}
-    rows = [found | {"query_id": "2"}, found, found | {"query_id": "1"}]
-    [case], passed = failures(encoder, [SimpleNamespace(metadata=SimpleNamespace(name="t"))], rows, 1)
+    found = result("3", 0.0, 2, None, None)._replace(top_pages=["1", "0", "2"])
+    rows = [found._replace(query_id="2"), found, found._replace(query_id="1")]
+    [case], passed = explain_failures(encoder, [SimpleNamespace(metadata=SimpleNamespace(name="t"))], rows, 1)
     assert passed == 1, "a query all of whose judgements are 0"
-    query = cut(embed_queries(model, processor, ["from Oslo"], 1), 32)
-    ranked = encoder.smaller(encoder.pages(pages[:3]))
-    assert [sheet.score for sheet in case.sheets] == pytest.approx(maxsim_scores(query, ranked)[0].tolist(), abs=2e-3)
+    query = truncate_dim(embed_queries(model, processor, ["from Oslo"], 1), 32)
+    ranked = encoder.pool_and_truncate(encoder.embed_images(pages[:3]))
+    assert [page.score for page in case.pages] == pytest.approx(maxsim_scores(query, ranked)[0].tolist(), abs=2e-3)
     leads = sum(token.lead for token in case.tokens)
-    assert leads == pytest.approx(case.sheets[0].score - case.sheets[1].score, abs=2e-3)
+    assert leads == pytest.approx(case.pages[0].score - case.pages[1].score, abs=2e-3)
 
 
-def row(query: str, ndcg: float, rank: int | None, right: float | None, wrong: float | None) -> dict:
-    scores = {"ndcg_at_5": ndcg, "rank": rank, "right_score": right, "wrong_score": wrong}
-    return {"task": "t", "subset": "default", "query_id": query} | scores
+def result(query: str, ndcg: float, rank: int | None, right: float | None, wrong: float | None) -> QueryResult:
+    return QueryResult("t", "t", "default", query, {"ndcg_at_5": ndcg}, rank, [], right, wrong)
 
 
 def test_the_worst_are_those_found_last_and_by_the_widest_margin():
-    rows = [row("a", 1, 1, 5, 4), row("b", 0.5, 3, 4, 5), row("c", 0, 9, 4, 5), row("d", 0, 8, 2, 5)]
-    rows += [row("e", 0, None, None, 5), row("f", 0.6, 2, 4, None)]
-    assert [one["query_id"] for one in worst(rows)] == ["e", "d", "c", "b", "f"]
-    assert margin(rows[5]) == 0
-    assert [count for _, count in ranks(rows)] == [1, 2, 2, 0, 0, 1]
+    rows = [result("a", 1, 1, 5, 4), result("b", 0.5, 3, 4, 5), result("c", 0, 9, 4, 5), result("d", 0, 8, 2, 5)]
+    rows += [result("e", 0, None, None, 5), result("f", 0.6, 2, 4, None)]
+    assert [one.query_id for one in select_worst_queries(rows)] == ["e", "d", "c", "b", "f"]
+    assert compute_margin(rows[5]) == 0
+    assert [count for _, count in count_ranks(rows)] == [1, 2, 2, 0, 0, 1]
 
 
 def test_published_scores_stand_beside_the_same_task_only():
-    assert published("VidoreDocVQARetrieval")[:2] == [56.6, 58.0] and published("ViDoRe(v1)")[-1] == 92.7
-    assert published("ColInternDemoRetrieval") == []
+    assert (
+        list_published_scores("VidoreDocVQARetrieval")[:2] == [56.6, 58.0]
+        and list_published_scores("ViDoRe(v1)")[-1] == 92.7
+    )
+    assert list_published_scores("ColInternDemoRetrieval") == []
 
 
-def test_a_plot_names_no_colour_of_its_own_and_loads_nothing():
+def test_a_plot_is_an_image_for_light_and_one_for_dark_pages_and_loads_nothing():
     bar = plots.Bar('A & "B" <c>', 50.0, 40.0, 60.0, 10.0, [70.0, 80.0])
-    for text in (
-        plots.bars([bar], "bars <&>"),
-        plots.curve([(1, 3.0), (2, 2.0)], "loss"),
-        plots.margins([-1, 0, 2, 3], "m"),
+    for draw in (
+        lambda: plots.plot_bars([bar], 'bars <&> "'),
+        lambda: plots.plot_curve([(1, 3.0), (2, 2.0)], "loss"),
+        lambda: plots.plot_margins([-1, 0, 2, 3], "m"),
     ):
-        assert not re.search(r"#[0-9a-f]{6}|http|xlink|font-family", text)
-        assert "var(--first)" in text and "var(--ink)" in text
-        names = re.findall(r'\bid="([^"]+)"', text)
-        assert len(names) == len(set(names))
-        assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(names)
-    assert "&lt;c&gt;" in plots.bars([bar], "x") and "<c>" not in plots.bars([bar], "x")
+        html = draw()
+        assert html == draw(), "the same bytes"
+        urls = re.findall(r'(?:src|srcset)="data:image/svg\+xml;base64,([^"]+)"', html)
+        dark, light = (base64.b64decode(url).decode() for url in urls)
+        for text, (theme, other) in ((light, ("light", "dark")), (dark, ("dark", "light"))):
+            first, *_, ink, _ = plots.THEMES[theme]
+            assert first in text and ink in text and not any(colour in text for colour in plots.THEMES[other])
+            assert not re.search(r'(?:href|src)="(?!#)|url\((?!#)|<image|<script', text), "loads nothing"
+            assert "<dc:date>" not in text
+        assert html.count("<") == 4 and html.count("prefers-color-scheme: dark") == 1
+    assert 'alt="bars &lt;&amp;&gt; &#34;"' in plots.plot_bars([bar], 'bars <&> "')

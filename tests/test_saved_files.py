@@ -9,8 +9,8 @@ from conftest import ROOT
 from PIL import Image, ImageDraw
 
 from colintern.__main__ import main
-from colintern.evaluation.scores import METRICS
 from colintern.params import load_params
+from colintern.scoring.metrics import METRIC_KEYS
 
 SAVED = ROOT / "tests" / "saved_2026_11"
 SCORE = 10.567514  # of QUERY and the page below, by the code that saved the adapter
@@ -45,4 +45,4 @@ def test_metrics_keep_their_names():
     saved = {name: json.loads((SAVED / "metrics" / f"{name}.json").read_text()) for name in ("verify", "train", "eval")}
     now = {name: json.loads((ROOT / "metrics" / f"{name}.json").read_text()) for name in saved}
     assert {name: [*values] for name, values in now.items()} == {name: [*values] for name, values in saved.items()}
-    assert {*METRICS} <= {*saved["eval"]} and {*METRICS} <= {*saved["eval"]["tasks"][0]}
+    assert {*METRIC_KEYS} <= {*saved["eval"]} and {*METRIC_KEYS} <= {*saved["eval"]["tasks"][0]}

@@ -19,9 +19,9 @@ from colintern.core.page_labels import count_columns
 from colintern.core.recipes import render_recipe
 from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.scoring.maxsim import maxsim_scores
-from colintern.search.index import Index, identity
-from colintern.search.listing import listing, maps
-from colintern.search.sources import images, shown, skipped, sources
+from colintern.search.index import PageIndex, get_index_identity
+from colintern.search.listing import draw_text_maps, format_ranking
+from colintern.search.sources import decode_name, list_sources, render_sources, summarize_unsearched
 
 pytestmark = pytest.mark.integration
 WORDS = ("Oslo", "Rome", "Halde", "milk", "Calyx")
@@ -88,11 +88,11 @@ def test_the_second_time_nothing_is_computed_and_only_what_is_new_later(top):
 def run_and_delete(folder: Path, command: tuple[str, ...]) -> None:
     """Run a command during which an image is deleted, after the pages were scored."""
 
-    def scores(self, *arguments, score=Index.scores):
+    def scores(self, *arguments, score=PageIndex.score_pages):
         yield from score(self, *arguments)
         (folder / "documents" / "scan.png").unlink()
 
-    Index.scores = scores
+    PageIndex.score_pages = scores
     run(folder, command)
 
 
@@ -118,7 +118,7 @@ def test_a_page_of_the_index_that_cannot_be_rendered_any_more_is_named(top, plac
 
 def test_a_form_is_drawn_with_what_is_filled_in(tmp_path):
     write_pdf(tmp_path / "form.pdf", [["Name:"]], filled="Oslo")
-    [(_, page)] = images(sources(tmp_path)[0], [])
+    [(_, page)] = render_sources(list_sources(tmp_path)[0], [])
     assert page.convert("L").crop((40, 540, 440, 600)).getextrema()[0] < 50
 
 
@@ -126,11 +126,11 @@ def test_a_file_that_may_not_be_read_is_named_and_the_others_are_searched(tmp_pa
     page_image("Oslo").save(tmp_path / "page.png")
     for name in ("mine.png", "mine.pdf"):
         (tmp_path / name).symlink_to("/proc/self/mem")  # which not even root can read from its start
-    found, bad = sources(tmp_path)
+    found, bad = list_sources(tmp_path)
     assert [source.name for source in found] == ["page.png"]
     assert [one.where for one in bad] == ["mine.pdf", "mine.png"] and "cannot be read: " in bad[0].reason
     (tmp_path / "page.png").unlink()
-    assert list(images(found, bad)) == [] and bad[-1].where == "page.png"
+    assert list(render_sources(found, bad)) == [] and bad[-1].where == "page.png"
 
 
 @pytest.mark.parametrize("suffix", [".png", ".PDF"])
@@ -140,24 +140,24 @@ def test_what_is_no_regular_file_is_never_opened_and_named(tmp_path, suffix, mon
     names = irregular_files(Path("documents"), suffix)
     irregular_files(Path("documents"), ".txt")
     with pytest.raises(UserError, match=rf"documents holds no page; .*odd0\{suffix}: is a named pipe, not a regular"):
-        sources(Path("documents"))
+        list_sources(Path("documents"))
     page_image("Oslo").save("documents/page.png")
-    found, bad = sources(Path("documents"))
-    assert [source.name for source in found] == ["page.png"] and skipped(Path("documents")) == "5 .txt"
+    found, bad = list_sources(Path("documents"))
+    assert [source.name for source in found] == ["page.png"] and summarize_unsearched(Path("documents")) == "5 .txt"
     assert sorted(f"{one.where} ({one.reason.removeprefix('is ').partition(',')[0]})" for one in bad) == names
     for name, kind in zip(names, IRREGULAR, strict=True):
         if kind != "a folder":
             with pytest.raises(
                 UserError, match=f"FOLDER_OR_PDF: '.*' is {kind}; it must be a folder or a regular file"
             ):
-                sources(Path("documents", name.partition(" ")[0]))
+                list_sources(Path("documents", name.partition(" ")[0]))
 
 
 @pytest.mark.parametrize("kind", IRREGULAR)
 def test_a_list_of_pages_that_is_no_regular_file_is_refused(top, model, processor, kind):
     first = index(top, model, processor)
     first.cache.folder.mkdir()
-    IRREGULAR[kind](first.list)
+    IRREGULAR[kind](first.list_file)
     with pytest.raises(UserError, match=f"pages.json: is {kind}.*delete it"):
         index(top, model, processor)
 
@@ -188,9 +188,9 @@ def test_a_name_that_is_not_utf_8_can_be_printed(tmp_path):
     os.mkdir(place)
     for name in (b"caf\xe9.png", b"caf\xe9.caf\xe9"):
         page_image("Oslo").save(os.fsdecode(place + b"/" + name), format="PNG")
-    [source], _ = sources(Path(os.fsdecode(place)))
-    assert source.name == "caf\ufffd.png" and skipped(source.path.parent) == "1 .caf\ufffd"
-    assert shown(source.path.parent).endswith("/caf\ufffd")
+    [source], _ = list_sources(Path(os.fsdecode(place)))
+    assert source.name == "caf\ufffd.png" and summarize_unsearched(source.path.parent) == "1 .caf\ufffd"
+    assert decode_name(source.path.parent).endswith("/caf\ufffd")
 
 
 def main_in_latin_1(folder: Path, command: tuple[str, ...]) -> None:
@@ -214,42 +214,42 @@ def test_a_terminal_without_the_characters_of_a_name_and_names_that_would_comman
     assert code == 2 and r"\x1b[2Jnone" in log and "\x1b" not in log
 
 
-def index(top: Path, model, processor, weights: str = "a") -> Index:
-    return Index(top / "index", identity(weights, None, model, processor))
+def index(top: Path, model, processor, weights: str = "a") -> PageIndex:
+    return PageIndex(top / "index", get_index_identity(weights, None, model, processor))
 
 
 def test_it_ranks_as_the_model_does(top, model, processor):
-    found, bad = sources(top / "documents")
+    found, bad = list_sources(top / "documents")
     own = index(top, model, processor)
-    assert own.fill(found, model, processor, 2, bad) == 5
+    assert own.add_pages(found, model, processor, 2, bad) == 5
     [query] = embed_queries(model, processor, ["sent to Rome by Halde"], 1)
-    kept = list(index(top, model, processor).scores(query, found))
-    drawn = [image for _, image in images(found, [])]
+    kept = list(index(top, model, processor).score_pages(query, found))
+    drawn = [image for _, image in render_sources(found, [])]
     want = maxsim_scores([query], embed_pages(model, processor, drawn, 5))[0]
     assert [source for source, _ in kept] == found
     assert torch.tensor([score for _, score in kept]) == pytest.approx(want, abs=0.01)
 
 
 def test_another_model_or_a_torn_file_costs_time_only(top, model, processor):
-    found, bad = sources(top / "documents")
+    found, bad = list_sources(top / "documents")
     first = index(top, model, processor)
-    first.fill(found, model, processor, 2, bad)
-    assert index(top, model, processor).missing(found) == []
-    assert index(top, model, processor, weights="b").missing(found) == found
-    first.list.write_text('{"torn')
+    first.add_pages(found, model, processor, 2, bad)
+    assert index(top, model, processor).list_missing(found) == []
+    assert index(top, model, processor, weights="b").list_missing(found) == found
+    first.list_file.write_text('{"torn')
     again = index(top, model, processor)
-    assert again.fill(found, model, processor, 2, bad) == 0, "pages are rendered, and known by their pixels"
+    assert again.add_pages(found, model, processor, 2, bad) == 0, "pages are rendered, and known by their pixels"
     [shard, *_] = first.cache.folder.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-100])
     again = index(top, model, processor)
-    assert again.fill(found, model, processor, 2, bad) >= 1
-    assert index(top, model, processor).missing(found) == []
+    assert again.add_pages(found, model, processor, 2, bad) >= 1
+    assert index(top, model, processor).list_missing(found) == []
     model.set_attn_implementation("eager")
-    assert index(top, model, processor).missing(found) == found
+    assert index(top, model, processor).list_missing(found) == found
 
 
 def test_a_run_that_is_cut_off_keeps_what_it_has(top, model, processor, monkeypatch):
-    found, bad = sources(top / "documents")
+    found, bad = list_sources(top / "documents")
 
     class Stopped(Exception):
         pass
@@ -262,34 +262,36 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(top, model, processor, monkeypa
 
     from colintern.search import index as module
 
-    real = module.images
-    monkeypatch.setattr(module, "images", lambda *arguments: stop(real(*arguments)))
+    real = module.render_sources
+    monkeypatch.setattr(module, "render_sources", lambda *arguments: stop(real(*arguments)))
     with pytest.raises(Stopped):
-        index(top, model, processor).fill(found, model, processor, 1, bad)
-    assert len(index(top, model, processor).missing(found)) == len(found) - 3
+        index(top, model, processor).add_pages(found, model, processor, 1, bad)
+    assert len(index(top, model, processor).list_missing(found)) == len(found) - 3
 
 
 def test_what_the_disk_has_no_room_for_is_searched_all_the_same(top, model, processor):
-    found, bad = sources(top / "documents")
+    found, bad = list_sources(top / "documents")
     own = index(top, model, processor)
-    own.cache.full = True
-    assert own.fill(found, model, processor, 2, bad) == 5
+    own.cache.is_full = True
+    assert own.add_pages(found, model, processor, 2, bad) == 5
     [query] = embed_queries(model, processor, ["milk"], 1)
-    assert len(list(own.scores(query, found))) == 5 and not list(own.cache.folder.glob("*.safetensors"))
+    assert len(list(own.score_pages(query, found))) == 5 and not list(own.cache.folder.glob("*.safetensors"))
 
 
 def test_the_terminal_is_80_columns_wide():
     grid = torch.zeros(4, 3)
     grid[3, 2] = 1
-    text = maps([grid, grid, grid, grid])
+    text = draw_text_maps([grid, grid, grid, grid])
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80 and lines[0].split() == ["rank", "1", "rank", "2", "rank", "3"]
     assert lines[-1].endswith("@" * 8) and not lines[1].strip()
     ranked = [("取扱説明書" * 20 + ".pdf, page 7", 1.0), ("\x1b[2J" * 30, 2.0)]
     short, long = "file:///" + "a" * 66, "file:///" + "b" * 67
-    rows = listing(ranked, [short, long]).splitlines()
+    rows = format_ranking(ranked, [short, long]).splitlines()
     assert max(map(count_columns, rows)) == 80 and "      " + short in rows and long not in "".join(rows)
     assert rows[1].endswith(".pdf, page 7") and rows[-1].startswith("links longer than a line, left out: 1; --html")
-    _, *rows = listing([("a" * 200 + ".pdf, page 7", 1.0), ("b c " * 90, 123.456), ("short.png", 0.5)]).splitlines()
+    _, *rows = format_ranking(
+        [("a" * 200 + ".pdf, page 7", 1.0), ("b c " * 90, 123.456), ("short.png", 0.5)]
+    ).splitlines()
     assert max(map(len, rows)) == 80 and rows[2].endswith("  short.png")
     assert re.search(r"  \.\.\.a+\.pdf, page 7$", rows[0]), "which page it is stands at the end"

@@ -155,7 +155,7 @@ def test_each_bad_row_costs_one_row_and_is_named():
     assert queries == [f"question {n}" for n in range(11, 30)] + [long["query"], right_to_left["query"]]
     processor = ColIntern3_5Processor.from_pretrained("demo/base", max_visual_tokens=96, max_query_tokens=64)
     assert processor.process_queries(queries[-2:])["input_ids"].shape == (2, 64)
-    assert processor.count_cut(queries) == 1
+    assert processor.count_truncated(queries) == 1
 
 
 def test_too_many_bad_rows_stop_the_run_and_are_named_all_the_same():

@@ -165,5 +165,5 @@ def test_what_would_upload_the_hubs_token_is_refused(place, monkeypatch, upload)
             check_tracker(load_params().tracker)
 
 
-def test_a_password_in_an_address_is_notformat_error():
+def test_a_password_in_an_address_is_not_printed():
     assert format_error(OSError("get\nhttps://me:secret@host/x failed")) == "get https://host/x failed"

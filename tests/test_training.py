@@ -42,8 +42,8 @@ def make(processor, pages, tmp_path):
         wrapped = add_lora(base, TARGETS, rank=4, alpha=4, dropout=params.lora_dropout)
         args = build_training_arguments(params, tmp_path / "run", quiet=True)
         features = PageFeatures(wrapped, processor, tmp_path / "features", cache_gb, params.feature_cache_format)
-        keyed = [Page.of(page) for page in pages]
-        features.fill(keyed, workers=0)
+        keyed = [Page.from_image(page) for page in pages]
+        features.precompute(keyed, workers=0)
         rows = [
             TrainingPair(query, keyed[number], tuple(keyed[n] for n in wrong))
             for query, number, wrong in zip(queries, shown, negatives, strict=True)
@@ -140,7 +140,7 @@ def test_compiled_layers_give_the_same_gradient_and_keep_less_for_it(make, proce
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             made = gradients(trainer, processor, pages)
-        masks = {mask.untyped_storage().data_ptr() for mask in trainer.dropout_masks.drawn.values()}
+        masks = {mask.untyped_storage().data_ptr() for mask in trainer.dropout_masks.masks.values()}
         return made, sum(size for place, size in kept.items() if place not in masks)
 
     (eager, whole), (compiled, less) = run(False), run(True)
@@ -288,8 +288,8 @@ def test_dropout_is_that_of_its_share_and_other_for_each_row_module_step_and_sid
     ones = torch.ones(4, 50, 128)
 
     def draw(module, side="page", step=3):
-        trainer.dropout_masks.draw(step, torch.device("cpu"))
-        with trainer.dropout_masks.rows(side, torch.arange(4), 50):
+        trainer.dropout_masks.draw_masks(step, torch.device("cpu"))
+        with trainer.dropout_masks.assign_rows(side, torch.arange(4), 50):
             return module(ones)
 
     trainer.model.train()
@@ -299,7 +299,7 @@ def test_dropout_is_that_of_its_share_and_other_for_each_row_module_step_and_sid
     others = [draw(gate), draw(up, "query"), draw(up, step=4), first.flip(0), first.roll(1, 1)]
     for other in others:  # independent ones agree in 0.25^2 + 0.75^2 of their elements
         assert (first == other).float().mean().item() == pytest.approx(0.625, abs=0.03)
-    with trainer.dropout_masks.rows("page", torch.arange(4), 49), pytest.raises(ValueError, match="49"):
+    with trainer.dropout_masks.assign_rows("page", torch.arange(4), 49), pytest.raises(ValueError, match="49"):
         up(ones)
     assert not [name for name in trainer.model.state_dict() if "dropout" in name], "PEFT would save it"
 
@@ -456,7 +456,7 @@ def test_losses_and_weights_are_the_same_to_the_bit_with_and_without_the_cache(m
     def run(cache_gb, workers):
         trainer = make(cache_gb, micro_batch_size=micro, lora_dropout=0.1, warmup_steps=0, workers=workers,
                        feature_cache_format=form)  # fmt: skip
-        assert len(trainer.train_dataset.cache.places) == (4 if cache_gb else 0)
+        assert len(trainer.train_dataset.cache.shard_of_key) == (4 if cache_gb else 0)
         trainer.args.num_train_epochs = 3
         trainer.train()
         curve = [{k: row[k] for k in ("loss", "eval_ndcg_at_5") if k in row} for row in trainer.state.log_history]

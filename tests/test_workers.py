@@ -48,7 +48,7 @@ def inject_fault(where: str) -> None:
         "callback": (monitors.LossCurveMonitor, "on_step_end", bug),
         "save": (checkpoints, "commit_checkpoint", bug),
         "batch": (pairs.Collator, "__call__", bug),
-        "page": (features.Tiles, "__getitem__", bug),
+        "page": (features.TileDataset, "__getitem__", bug),
         "queue": (pairs.Collator, "__call__", collate),
         "killed": (pairs.Collator, "__call__", lambda *args: kill()),
         "fork": (multiprocessing.popen_fork.Popen, "_launch", refuse_fork),

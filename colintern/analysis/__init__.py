@@ -1,1 +1,1 @@
-"""Read finished evaluations: significance, comparisons, baselines, bands. Nothing here decides a result."""
+"""Read finished evaluations: significance, comparisons, baselines, tables. Nothing here decides a result."""

@@ -1,123 +1,348 @@
-"""Whether one evaluation is better than another: differences query by query, their intervals, and a test.
+"""Compare evaluations of a folder, a git revision or a DVC experiment: scores, changed queries, other settings."""
 
-Both models answered the same queries, so the pairs are compared. A score is, as in mteb, the mean over a benchmark's
-tasks of the mean over a task's language subsets of the mean over its queries; queries are resampled within a subset.
-"""
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
-from zlib import crc32
+from colintern.analysis.significance import (
+    NUM_RESAMPLES,
+    SIGNIFICANCE_LEVEL,
+    ScoreComparison,
+    ScorePair,
+    compare_scores,
+)
+from colintern.core.errors import UserError
+from colintern.core.page_labels import fit_columns, label_page, label_query, pad_columns
+from colintern.core.terminal import TERMINAL_COLUMNS
+from colintern.evaluation.results import QUERY_KEY, QueryResult, RunInfo, read_query_results, shorten_task_name
 
-import numpy as np
-from numpy.typing import NDArray
-
-RESAMPLES = 10_000
-CHUNK = 500  # resamples drawn at once: bounds the memory, some 20 MB for 5,000 queries
-LEVEL = 0.05
-SAME = 1e-9  # scores closer than this are a tie
-
-Array = NDArray[np.float64]
-Stratum = tuple[str, str]  # task, subset
+EVALUATION = "results/mteb_evaluation"
+RUN_FILE, QUERIES_FILE = "run.json", "queries/trained.parquet"
+MAX_CHANGED = 10  # queries shown
+QUERY_COLUMNS, LINK_INDENT = 52, 6
+MARKDOWN_WIDTH = 100  # of a query or name in a cell
+MARKUP = re.compile(r"[\\`*_{}\[\]<>&|~!$]")  # has a meaning in GitHub's Markdown
+RANK_NOT_FOUND = 1001  # stands for the rank of a page that is not among mteb's 1,000 best
+TaskResults = dict[tuple[str, str], dict[tuple[str, str], QueryResult]]  # (benchmark, task) -> (subset, query id)
 
 
-class Row(NamedTuple):
-    """A task or a benchmark in two evaluations.
-
-    `before`, `after`: its scores, 0 to 1. `low`, `high`: the 95 % interval of their difference (paired bootstrap,
-    percentiles). `p`: that of a sign-flip test of no difference, two-sided. `adjusted`: p after Holm, over all rows of
-    the comparison.
-    """
+class EvalRun(NamedTuple):
+    """An evaluation. `run`: its run.json (revision, params, data). `queries`: what each query scored."""
 
     name: str
-    benchmark: bool
-    before: float
-    after: float
-    low: float
-    high: float
-    p: float
-    adjusted: float
-    wins: int
-    losses: int
-    ties: int
+    run: RunInfo
+    queries: list[QueryResult]
+
+
+class FirstPage(NamedTuple):
+    """The first page of a ranking. `name`: in its corpus, None without one; `label`, `link`: see `label_page`."""
+
+    page: str
+    name: str | None
+    label: str
+    link: str
+
+
+class ChangedQuery(NamedTuple):
+    """A query whose score changed, in both evaluations."""
+
+    before: QueryResult
+    after: QueryResult
+    pages: tuple[FirstPage, FirstPage]
 
     @property
-    def verdict(self) -> str:
-        if self.adjusted >= LEVEL or self.low <= 0 <= self.high:
-            return ""
-        return "better" if self.after > self.before else "worse"
+    def label(self) -> str:
+        """Return the words of the query, or its id where neither evaluation has them."""
+        return label_query(self.before.query_id, self.before.query or self.after.query)
 
 
-class Drawn(NamedTuple):
-    """One subset's scores (queries,) in both evaluations, and the means that chance gave to their difference."""
+class EvalComparison(NamedTuple):
+    """Two evaluations compared by `metric`."""
 
-    before: Array
-    after: Array
-    bootstrap: Array  # (RESAMPLES,): queries drawn with replacement
-    flipped: Array  # (RESAMPLES,): the two models' scores swapped in half of the queries
-
-
-def draw(before: Array, after: Array, name: str) -> Drawn:
-    """Resample a subset; `name` alone decides the random numbers, so the same input gives the same result."""
-    rng = np.random.default_rng(crc32(name.encode()))
-    difference = after - before
-    size = len(difference)
-    bootstrap, flipped = np.empty(RESAMPLES), np.empty(RESAMPLES)
-    changed = difference[np.abs(difference) > SAME]  # a sign changes nothing at the others
-    for start in range(0, RESAMPLES, CHUNK):
-        part = slice(start, start + CHUNK)
-        bootstrap[part] = difference[rng.integers(0, size, (CHUNK, size), dtype=np.int32)].mean(axis=1)
-        signs = rng.integers(0, 2, (CHUNK, len(changed)), dtype=np.int8) * 2.0 - 1
-        flipped[part] = signs @ changed / size
-    return Drawn(before, after, bootstrap, flipped)
+    a: str
+    b: str
+    metric: str
+    rows: list[ScoreComparison]
+    changed: list[ChangedQuery]  # the most changed first
+    params: dict[str, tuple[object, object]]  # key -> values in a and in b, None where there is none
+    left_out: dict[str, str]  # task -> why it is not compared
 
 
-def row(name: str, tasks: Mapping[str, list[Drawn]], benchmark: bool) -> Row:
-    """The row of one task, or of several as a benchmark; `tasks`: the subsets of each."""
-    shares = [(part, 1 / len(tasks) / len(parts)) for parts in tasks.values() for part in parts]
-    before, after = (
-        float(sum(share * scores.mean() for scores, share in side))
-        for side in ([(p.before, s) for p, s in shares], [(p.after, s) for p, s in shares])
-    )
-    low, high = np.percentile(sum(share * part.bootstrap for part, share in shares), (2.5, 97.5))
-    found = abs(sum(share * float((part.after - part.before).mean()) for part, share in shares))
-    flipped = np.abs(sum(share * part.flipped for part, share in shares))
-    p = (1 + int((flipped >= found - SAME).sum())) / (RESAMPLES + 1)
-    every = np.concatenate([part.after - part.before for part, _ in shares])
-    wins, losses = int((every > SAME).sum()), int((every < -SAME).sum())
-    return Row(name, benchmark, before, after, float(low), float(high), p, p, wins, losses, len(every) - wins - losses)
+def load_eval_run(name: str) -> EvalRun:
+    """Load the evaluation at a folder (an eval stage's out, or a checkout with one), or else at a revision.
 
-
-def holm(rows: list[Row]) -> list[Row]:
-    """The rows with `adjusted`: of 20 tasks without a difference one is below 0.05 by chance (Holm 1979)."""
-    order = sorted(range(len(rows)), key=lambda i: rows[i].p)
-    highest = 0.0
-    adjusted = dict.fromkeys(order, 0.0)
-    for place, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(rows) - place) * rows[i].p))
-        adjusted[i] = highest
-    return [one._replace(adjusted=adjusted[i]) for i, one in enumerate(rows)]
-
-
-def compare(pairs: Iterable[dict[str, Any]]) -> list[Row]:
-    """One row for each task and, where a benchmark has several, before its tasks, for the benchmark.
-
-    Args:
-        pairs: one for each query: benchmark, task, subset, before and after.
+    Raises:
+        UserError: there is none, it is older than these files, or DVC's cache lacks it.
     """
-    scores: dict[str, dict[Stratum, list[tuple[float, float]]]] = {}
-    for pair in pairs:
-        strata = scores.setdefault(pair["benchmark"], {})
-        strata.setdefault((pair["task"], pair["subset"]), []).append((pair["before"], pair["after"]))
-    known: dict[Stratum, Drawn] = {}  # a task may be in two benchmarks
-    rows = []
-    for benchmark, strata in scores.items():
-        tasks: dict[str, list[Drawn]] = {}
-        for stratum, values in strata.items():
-            if stratum not in known:
-                before, after = np.array(values).T
-                known[stratum] = draw(before, after, "/".join(stratum))
-            tasks.setdefault(stratum[0], []).append(known[stratum])
-        if len(tasks) > 1:
-            rows.append(row(benchmark, tasks, benchmark=True))
-        rows += [row(task, {task: parts}, benchmark=False) for task, parts in tasks.items()]
-    return holm(rows)
+    read_file = _open_folder(Path(name)) if Path(name).is_dir() else _open_revision(name)
+    try:
+        return EvalRun(name, json.loads(read_file(RUN_FILE)), read_query_results(read_file(QUERIES_FILE)))
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name}: its results cannot be read: {error}; evaluate it again: dvc repro -f eval") from error
+
+
+def _open_folder(folder: Path) -> Callable[[str], bytes]:
+    top = next((top for top in (folder, folder / EVALUATION) if (top / RUN_FILE).is_file()), None)
+    if top is None:
+        raise UserError(
+            f"{folder}: holds no {RUN_FILE}, nor does {folder / EVALUATION}; give the folder of an evaluation made by "
+            f"the eval stage or by `colintern evaluate`; results of an older version: dvc repro -f eval"
+        )
+
+    def read_file(name: str) -> bytes:
+        if not (top / name).is_file():
+            raise UserError(f"{top / name}: missing; evaluate it again: dvc repro -f eval")
+        return (top / name).read_bytes()
+
+    return read_file
+
+
+def _open_revision(revision: str) -> Callable[[str], bytes]:
+    from dvc.api import DVCFileSystem
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc.scm import RevError, SCMError
+    from dvc_data.index import DataIndexDirError
+
+    def explain_missing(name: str) -> UserError:
+        return UserError(
+            f"{revision}: {name} is not in DVC's cache here, nor in a remote, or that revision is older than this "
+            "file; get it with `dvc pull` at that revision or `dvc exp pull`, or make it in a checkout of it with "
+            "`dvc repro eval`"
+        )
+
+    try:
+        files = DVCFileSystem(rev=revision, subrepos=True)
+        # Its paths begin at git's root, which may hold this pipeline as a sub folder. `repo` opens the revision:
+        # `exists` would take an error for "no".
+        below = Path(Repo.find_root()).resolve().relative_to(Path(files.repo.scm.root_dir).resolve())
+        top = f"{Path('/', below, EVALUATION)}"
+        exists = files.exists(top)
+    except DataIndexDirError as error:
+        raise explain_missing(EVALUATION) from error
+    except (RevError, SCMError, DvcException) as error:
+        raise UserError(
+            f"{revision!r} is no folder here, and no git revision or DVC experiment: {error}; "
+            f"`git log --oneline` and `dvc exp list --all-commits` name some, and the workspace is `.`"
+        ) from error
+    if not exists:
+        raise UserError(f"{revision}: has no {EVALUATION}; it was not evaluated there, or dvc.lock was not committed")
+
+    def read_file(name: str) -> bytes:
+        try:
+            return files.read_bytes(f"{top}/{name}")
+        except (OSError, DvcException, DataIndexDirError) as error:
+            raise explain_missing(f"{EVALUATION}/{name}") from error
+
+    return read_file
+
+
+def compare_eval_runs(a: EvalRun, b: EvalRun, metric: str) -> EvalComparison:
+    """Compare `b` with `a`.
+
+    Raises:
+        UserError: they have no task in common.
+    """
+    left_out, pairs = {}, []
+    tasks_a = _group_by_task(a.queries)
+    tasks_b = _match_benchmarks(_group_by_task(b.queries), tasks_a)
+    for key in sorted(tasks_a.keys() | tasks_b.keys()):
+        before, after = tasks_a.get(key, {}), tasks_b.get(key, {})
+        benchmark, task = key
+        revisions = a.run["data"].get(task), b.run["data"].get(task)
+        if not before or not after:
+            reason = f"only in {a.name if before else b.name}"
+        elif revisions[0] != revisions[1]:
+            reason = f"other data: {revisions[0]} and {revisions[1]}"
+        elif before.keys() != after.keys():
+            reason = f"other queries: {len(before.keys() ^ after.keys())} are in one of them only"
+        else:
+            pairs += [(before[query], after[query]) for query in sorted(before)]
+            continue
+        left_out[f"{benchmark}, {shorten_task_name(task)}"] = reason
+    if not pairs:
+        reasons = "; ".join(f"{task}: {reason}" for task, reason in left_out.items())
+        raise UserError(f"{a.name} and {b.name} cannot be compared: {reasons or 'neither has results'}")
+    rows = compare_scores(
+        ScorePair(before.benchmark, before.task, before.subset, before.scores[metric], after.scores[metric])
+        for before, after in pairs
+    )
+    settings = a.run["params"], b.run["params"]
+    keys = sorted(settings[0].keys() | settings[1].keys())
+    params = {key: (settings[0].get(key), settings[1].get(key)) for key in keys}
+    differing = {key: values for key, values in params.items() if values[0] != values[1]}
+    # The data are the same, so an evaluation by an older version, which recorded no folder, has the other's.
+    folders = b.run.get("folders", {}) | a.run.get("folders", {})
+    return EvalComparison(
+        a.name, b.name, metric, rows, _select_changed_queries(pairs, metric, folders), differing, left_out
+    )
+
+
+def _group_by_task(queries: list[QueryResult]) -> TaskResults:
+    tasks: TaskResults = {}
+    for result in queries:
+        tasks.setdefault((result.benchmark, result.task), {})[result.subset, result.query_id] = result
+    return tasks
+
+
+def _match_benchmarks(tasks: TaskResults, reference: TaskResults) -> TaskResults:
+    """Put each under its benchmark in `reference`: a task may be given by its own name, or as one of a benchmark."""
+    unmatched = {task: benchmark for benchmark, task in sorted(reference.keys() - tasks.keys())}
+    return {
+        key if key in reference or key[1] not in unmatched else (unmatched.pop(key[1]), key[1]): results
+        for key, results in tasks.items()
+    }
+
+
+def _select_changed_queries(
+    pairs: list[tuple[QueryResult, QueryResult]], metric: str, folders: dict[str, str]
+) -> list[ChangedQuery]:
+    """Select those with the largest change of score, then of rank; a query of several benchmarks once."""
+
+    def sort_key(pair: tuple[QueryResult, QueryResult]) -> tuple[float, int, tuple[str, str, str]]:
+        before, after = pair
+        ranks = [result.rank or RANK_NOT_FOUND for result in pair]
+        return -abs(after.scores[metric] - before.scores[metric]), -abs(ranks[1] - ranks[0]), before.identity
+
+    changed = []
+    for before, after in sorted({pair[0].identity: pair for pair in pairs}.values(), key=sort_key)[:MAX_CHANGED]:
+        if before.scores[metric] != after.scores[metric]:
+            names: dict[str, str | None] = {}
+            for result in (before, after):  # results of older versions have no names
+                names |= zip(result.top_pages, result.top_names or (), strict=False)
+            folder = folders.get(before.task, "")
+            first, second = (
+                FirstPage(page, names.get(page), *label_page(page, names.get(page), folder))
+                for page in (before.top_pages[0], after.top_pages[0])
+            )
+            changed.append(ChangedQuery(before, after, (first, second)))
+    return changed
+
+
+def comparison_to_dict(comparison: EvalComparison) -> dict[str, object]:
+    """Return all of it, for programs; scores 0 to 1."""
+    rows = [row._asdict() | {"difference": row.difference, "verdict": row.verdict} for row in comparison.rows]
+    changed = []
+    for query in comparison.changed:
+        fields = dict(zip(QUERY_KEY, query.before, strict=False)) | {"query": query.before.query or query.after.query}
+        results = {"before": query.before, "after": query.after}
+        for (side, result), page in zip(results.items(), query.pages, strict=True):
+            fields |= {side: result.scores[comparison.metric], f"rank_{side}": result.rank}
+            fields |= {f"{key}_{side}": value for key, value in page._asdict().items()}
+        changed.append(fields)
+    totals = {"resamples": NUM_RESAMPLES, "level": SIGNIFICANCE_LEVEL}
+    return comparison._asdict() | {"rows": rows, "changed": changed} | totals
+
+
+def format_comparison(comparison: EvalComparison) -> str:
+    """Format with at most 80 columns, but for the names of evaluations and the values of settings."""
+    lines = [
+        f"a: {comparison.a}",
+        f"b: {comparison.b}",
+        f"{comparison.metric + ' x100':<22}{'a':>6}{'b':>6}{'b - a':>7}  {'95 % interval':<14}{'p':>7}{'w/l/ties':>14}",
+    ]
+    for row in comparison.rows:
+        name = row.name if row.benchmark else f"  {shorten_task_name(row.name)}"
+        mark = {"better": " +", "worse": " -", "": ""}[row.verdict]
+        lines.append(
+            f"{name[:21]:<22}{100 * row.before:>6.1f}{100 * row.after:>6.1f}{100 * row.difference:>+7.1f}"
+            f"  {_format_interval(row):<14}{row.p:>7.4f}{_format_counts(row):>14}{mark}"
+        )
+    lines += [summarize_comparison(comparison), ""]
+    if comparison.changed:
+        lines.append(f"{f'{len(comparison.changed)} most changed queries':<54}{'a':>6}{'b':>6}  rank")
+    for query in comparison.changed:
+        words = pad_columns(fit_columns(query.label, QUERY_COLUMNS), QUERY_COLUMNS)
+        scores = "".join(f"{100 * result.scores[comparison.metric]:>6.1f}" for result in query[:2])
+        lines += [f"  {words}{scores}  {_format_ranks(query)}", *_format_first_pages(comparison, query)]
+    links = {page.link for query in comparison.changed for page in query.pages}
+    if too_long := sum(LINK_INDENT + len(link) > TERMINAL_COLUMNS for link in links):
+        lines.append(f"links longer than a line, left out: {too_long}; --json has them")
+    lines += [f"not compared: {task}: {reason}" for task, reason in comparison.left_out.items()]
+    if not comparison.params:
+        lines.append("no setting differs")
+    return "\n".join([*lines, *(f"{key}: {a} -> {b}" for key, a, b in _list_settings(comparison))])
+
+
+def comparison_to_markdown(comparison: EvalComparison) -> str:
+    """Format for a pull request."""
+    lines = [
+        f"`{comparison.a}` (a) against `{comparison.b}` (b), {comparison.metric} x100",
+        "",
+        "| | a | b | b - a | 95 % interval | p | wins / losses / ties | |",
+        "|---|---:|---:|---:|---|---:|---|---|",
+    ]
+    for row in comparison.rows:
+        name = f"**{row.name}**" if row.benchmark else shorten_task_name(row.name)
+        change = f"{100 * row.before:.1f} | {100 * row.after:.1f} | {100 * row.difference:+.1f}"
+        interval, counts = _format_interval(row), _format_counts(row)
+        lines.append(f"| {name} | {change} | {interval} | {row.p:.4f} | {counts} | {row.verdict} |")
+    lines += ["", summarize_comparison(comparison)]
+    if comparison.changed:
+        head = f"| {len(comparison.changed)} most changed queries | task | a | b | rank | first page in a | in b |"
+        lines += ["", head, "|---|---|---:|---:|---|---|---|"]
+    for query in comparison.changed:
+        words, *pages = map(_escape_table_cell, (query.label, *(page.label for page in query.pages)))
+        scores = " | ".join(f"{100 * result.scores[comparison.metric]:.1f}" for result in query[:2])
+        lines.append(
+            f"| {words} | {_format_task(query)} | {scores} | {_format_ranks(query)} | {pages[0]} | {pages[1]} |"
+        )
+    if comparison.params:
+        lines += ["", "| setting | a | b |", "|---|---|---|"]
+    lines += [f"| {key} | {a} | {b} |" for key, a, b in _list_settings(comparison)]
+    return "\n".join([*lines, *(f"\nNot compared: {task}: {reason}" for task, reason in comparison.left_out.items())])
+
+
+def summarize_comparison(comparison: EvalComparison) -> str:
+    """Return the verdict in a sentence."""
+    counts = {verdict: sum(row.verdict == verdict for row in comparison.rows) for verdict in ("better", "worse", "")}
+    return (
+        f"b is better in {counts['better']}, worse in {counts['worse']} of {len(comparison.rows)} rows, "
+        f"no difference shown in {counts['']} (5 %, Holm)"
+    )
+
+
+def _format_interval(row: ScoreComparison) -> str:
+    return f"{100 * row.low:+.1f} to {100 * row.high:+.1f}"
+
+
+def _format_counts(row: ScoreComparison) -> str:
+    return f"{row.wins}/{row.losses}/{row.ties}"
+
+
+def _format_task(query: ChangedQuery) -> str:
+    subset = query.before.subset
+    return shorten_task_name(query.before.task) + ("" if subset == "default" else f", {subset}")
+
+
+def _format_first_pages(comparison: EvalComparison, query: ChangedQuery) -> list[str]:
+    """Format the lines below a query: its task, where several are compared, and the first page in each evaluation."""
+    has_several_tasks = sum(not row.benchmark for row in comparison.rows) > 1
+    lines = [f"    task: {_format_task(query)}"] if has_several_tasks or query.before.subset != "default" else []
+    first, second = query.pages
+    for name, page in {"a": first, "b": second}.items() if first.page != second.page else [("a, b", second)]:
+        start = f"    {name}: "
+        lines.append(start + fit_columns(page.label, TERMINAL_COLUMNS - len(start), keep_end=True))
+        if page.link and LINK_INDENT + len(page.link) <= TERMINAL_COLUMNS:
+            lines.append(" " * LINK_INDENT + page.link)
+    return lines
+
+
+def _escape_table_cell(text: str) -> str:
+    """Return a text of the user's data as code in a cell of a table: nothing in it is markup or a mention."""
+    line = MARKUP.sub(lambda match: f"&#{ord(match[0])};", fit_columns(text, MARKDOWN_WIDTH))
+    return f"<code>{line}</code>"
+
+
+def _format_ranks(query: ChangedQuery) -> str:
+    return " -> ".join(str(rank or "none") for rank in (query.before.rank, query.after.rank))
+
+
+def _list_settings(comparison: EvalComparison) -> list[tuple[object, ...]]:
+    return [
+        (key, *("none" if value is None else value for value in values)) for key, values in comparison.params.items()
+    ]

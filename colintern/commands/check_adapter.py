@@ -14,6 +14,7 @@ EXAMPLE = "colintern check-adapter experiments/colintern"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the adapter's folder")
     parser.add_argument("--base", metavar="FOLDER", help="where its base is (default: where the adapter says)")
     parser.add_argument("--json", action="store_true", help="the statistics and findings as JSON")
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     if args.base and not (root() / args.base).is_dir():
         raise UserError(f"--base: {args.base} is no folder here; give the one the adapter was trained on")
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
-    from colintern.modeling.weights import statistics
+    from colintern.modeling.adapter_files import adapter_weight_stats
     from colintern.preflight.adapter_check import check_adapter, find_base, format_adapter_table, read_adapter
     from colintern.storage.hub import enable_offline_mode
 
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         start, now = (
             {name: row | {"std": row["std"] if math.isfinite(row["std"]) else None} for name, row in groups.items()}
-            for groups in (adapter.identity["start"], statistics(adapter.files.weights, adapter.files.head))
+            for groups in (adapter.identity["start"], adapter_weight_stats(adapter.files.weights, adapter.files.head))
         )  # JSON has no NaN
         report = {"ok": is_ok, "start": start, "now": now, "findings": [result._asdict() for result in results]}
         print(json.dumps(report, indent=2, allow_nan=False))

@@ -17,6 +17,7 @@ INDENT = 24  # columns of status and name
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("--json", action="store_true", help="the findings as JSON")
 
 
@@ -27,11 +28,11 @@ def run(args: argparse.Namespace) -> None:
     params = load_params()
     require_base(params.base, params)
     warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
-    from colintern.modeling.bases import at_hand
+    from colintern.modeling.configuration_colintern import load_cached_or_preset_config
     from colintern.preflight.checks import ENVIRONMENT_CHECKS, RUN_CHECKS, collect_run_facts, run_checks
     from colintern.preflight.environment import probe_environment
 
-    facts = collect_run_facts(params, at_hand(params), None)
+    facts = collect_run_facts(params, load_cached_or_preset_config(params), None)
     environment = probe_environment(params, facts.is_demo)
     results = [*run_checks(facts, RUN_CHECKS), *run_checks(environment, ENVIRONMENT_CHECKS)]
     counts = {status: sum(result.status == status for result in results) for status in COLOURS}
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
         checks = [result._asdict() for result in results]
         print(json.dumps({"size": facts.bounds.name, "checks": checks} | counts, indent=2))
     else:
-        print(f"{params.base}: {facts.counts['total_parameters']:,} parameters, judged as {facts.bounds.name}")
+        print(f"{params.base}: {facts.counts.total_parameters:,} parameters, judged as {facts.bounds.name}")
         for result in results:
             _print_result(result.status, result.name, result.found, result.remedy)
         print_coloured(", ".join(f"{count} {_colour(status)}" for status, count in counts.items()))

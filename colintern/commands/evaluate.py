@@ -5,27 +5,30 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from colintern.core.errors import UserError
 from colintern.params import Params, load_params, split_hub_id
 from colintern.storage.paths import require_evaluated_model, require_writable
 
+if TYPE_CHECKING:
+    from colintern.evaluation.models import EvalModel
+
 SUMMARY = "evaluate an adapter, a merged model or one on the hub; the rest is as in params.yaml"
 MODEL = "folder of an adapter or a merged model, a hub id as ID@COMMIT, or a late-interaction model that mteb knows"
-SIZES = "sizes.csv"
+SIZES_FILE, SIZES_PLOT = "sizes.csv", "sizes.svg"
+MAX_POOL_FACTOR, MAX_DIM = 64, 128
+SIZE_OPTIONS = {"pool-factor": "vectors of a tile that are made into one", "dim": "numbers kept of a vector"}
 EXAMPLE = 'colintern evaluate experiments/colintern --benchmarks "ViDoRe(v2)" --batch-size 16'
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the command line."""
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--benchmarks", nargs="+", metavar="NAME", help="as in params.yaml (default: those in it)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="default: eval_batch_size of params.yaml")
     several = "of several, all are evaluated (default: params.yaml's)"
-    for name, text in (
-        ("pool-factor", "vectors of a tile that are made into one"),
-        ("dim", "numbers kept of a vector"),
-    ):
+    for name, text in SIZE_OPTIONS.items():
         parser.add_argument(f"--{name}", type=int, nargs="+", metavar="N", help=f"{text}; {several}")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: results/evaluate/<model>-<revision>")
 
@@ -35,14 +38,12 @@ def run(args: argparse.Namespace) -> None:
 
     Of several sizes each has a folder in it, and sizes.csv and sizes.svg set them side by side.
     """
-    settings = _settings(args)
+    settings = _list_settings(args)
     name = args.model.rstrip("/")
     require_evaluated_model(name)
     if args.out:
         _require_replaceable(args.out)
         require_writable("--out", args.out.parent)
-    import csv
-
     from colintern.storage.manifest import ensure_benchmark, is_local_benchmark, set_arrow_cache
 
     for benchmark in settings[0].benchmarks:
@@ -54,66 +55,67 @@ def run(args: argparse.Namespace) -> None:
                 "folder that fetch-data has read, or a name such as 'ViDoRe(v2)'"
             )
     set_arrow_cache()
-    from colintern.analysis import sizes
-    from colintern.analysis.verdicts import table
+    from colintern.data.benchmarks import (  # `datasets` reads the environment when it is imported
+        resolve_benchmarks,
+        use_fetched_data,
+    )
 
-    # `datasets` reads the environment when it is imported.
-    from colintern.data.benchmarks import resolve_benchmarks, use_fetched_data
-    from colintern.evaluation.scores import report
-    from colintern.evaluation.subjects import subjects
-    from colintern.evaluation.tasks import evaluate
-    from colintern.storage.files import dumps
-    from colintern.storage.hub import enable_offline_mode
-
-    # An unknown name or missing data is refused before anything is loaded.
-    for _, task in resolve_benchmarks(settings[0].benchmarks):
+    for _, task in resolve_benchmarks(
+        settings[0].benchmarks
+    ):  # refuse an unknown name or missing data before anything is loaded
         use_fetched_data(task)
-    models = _peers(settings, name)
-    if not models:
-        folder = Path(name) if Path(name).is_dir() else _from_hub(name)
-        enable_offline_mode()
-        models = [subjects(params, folder) for params in settings]
+    _evaluate_settings(args, name, settings, _find_models(settings, name))
+
+
+def _evaluate_settings(
+    args: argparse.Namespace, name: str, settings: list[Params], models: list[dict[str, "EvalModel"]]
+) -> None:
+    from colintern.analysis.score_tables import SizeRow, format_score_table, format_size_table, list_size_rows
+    from colintern.evaluation.results import add_untrained_means
+    from colintern.evaluation.run import evaluate_models
+    from colintern.reporting.plots import plot_sizes
+    from colintern.storage.files import dumps, write_csv
+
     label = re.sub(r"[^\w.-]+", "-", Path(name.partition("@")[0]).name)
     out = args.out or Path("results/evaluate") / f"{label}-{models[0]['trained'].revision[:8]}"
-    if out.exists() and _require_replaceable(out) != (len(settings) > 1):
+    has_several = len(settings) > 1
+    if out.exists() and _require_replaceable(out) != has_several:
         shutil.rmtree(out)
-    rows: list[dict[str, Any]] = []
-    for params, found in zip(settings, models, strict=True):
-        place = out / f"pool{params.pool_factor}-dim{params.dim}" if len(settings) > 1 else out
-        scores = evaluate(found, params, place)
-        (place / "eval.json").write_text(dumps(report(scores["trained"], scores.get("untrained"))))
-        if len(settings) > 1:
-            rows += sizes.rows(scores["trained"], params.pool_factor, params.dim)
-    if len(settings) == 1:
-        print(table(scores))
+    rows: list[SizeRow] = []
+    for params, which in zip(settings, models, strict=True):
+        folder = out / f"pool{params.pool_factor}-dim{params.dim}" if has_several else out
+        scores = evaluate_models(which, params, folder)
+        means = add_untrained_means(scores["trained"], scores.get("untrained"))
+        (folder / "eval.json").write_text(dumps(means))
+        if has_several:
+            rows += list_size_rows(scores["trained"], params.pool_factor, params.dim)
+    if has_several:
+        write_csv(out / SIZES_FILE, [row._asdict() for row in rows], SizeRow._fields)
+        plot_sizes(rows, out / SIZES_PLOT)
+        print(format_size_table(rows))
+        print(f"{out}: {SIZES_FILE}, {SIZES_PLOT}, and a folder of each setting")
+    else:
+        print(format_score_table(scores))
         print(f"{out}: mteb's files, what each query scored, eval.json")
-        return
-    with (out / SIZES).open("w", newline="") as file:
-        writer = csv.DictWriter(file, sizes.FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    sizes.plot(rows, out / "sizes.svg")
-    print(sizes.table(rows))
-    print(f"{out}: {SIZES}, sizes.svg, and a folder of each setting")
 
 
 def _require_replaceable(out: Path) -> bool:
-    """Refuse an out folder that exists and is no evaluation; tell whether it is one of several sizes."""
+    """Refuse an out folder that exists and is no evaluation; return whether it is one of several sizes."""
     # One that was killed has no table yet.
-    swept = (out / SIZES).is_file() or any([*out.glob("pool*-dim*/run.json"), *out.glob("pool*-dim*.partial")])
-    if out.exists() and not (swept or (out / "run.json").is_file()):
+    has_sizes = (out / SIZES_FILE).is_file() or any([*out.glob("pool*-dim*/run.json"), *out.glob("pool*-dim*.partial")])
+    if out.exists() and not (has_sizes or (out / "run.json").is_file()):
         raise UserError(f"--out: {out} exists and is no evaluation; give a folder that may be replaced")
-    return swept
+    return has_sizes
 
 
-def _settings(args: argparse.Namespace) -> list[Params]:
-    """params.yaml with what the command line says, once for each size that is asked for."""
+def _list_settings(args: argparse.Namespace) -> list[Params]:
+    """Return params.yaml with the options of the command line, once for each size that they give."""
     params = load_params()
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size: {args.batch_size} is not valid; it must be 1 or more")
-    for option, numbers, most in (("--pool-factor", args.pool_factor, 64), ("--dim", args.dim, 128)):
-        if wrong := [number for number in numbers or () if not 1 <= number <= most]:
-            raise UserError(f"{option}: {wrong[0]} is not valid; it must be 1 to {most}")
+    for option, numbers, most in (("--pool-factor", args.pool_factor, MAX_POOL_FACTOR), ("--dim", args.dim, MAX_DIM)):
+        if invalid := [number for number in numbers or () if not 1 <= number <= most]:
+            raise UserError(f"{option}: {invalid[0]} is not valid; it must be 1 to {most}")
     params = replace(
         params,
         benchmarks=tuple(args.benchmarks or params.benchmarks),
@@ -123,20 +125,21 @@ def _settings(args: argparse.Namespace) -> list[Params]:
     return [replace(params, pool_factor=factor, dim=dim) for dim in dims for factor in factors]
 
 
-def _peers(settings: list[Params], name: str) -> list[dict[str, Any]]:
-    """The model as mteb knows it, once for each setting; [] if it is a folder here, or mteb does not know it."""
-    from colintern.analysis.peers import peer
-
-    found = [] if Path(name).is_dir() else [peer(params, name) for params in settings]
-    return [{"trained": one} for one in found if one is not None]
-
-
-def _from_hub(name: str) -> Path:
-    """The folder in the hub's cache, fetched first where it must be."""
-    from colintern.analysis.peers import nearest
-    from colintern.storage.hub import Repo
+def _find_models(settings: list[Params], name: str) -> list[dict[str, "EvalModel"]]:
+    """Find the model in a folder here, in mteb's registry or on the hub, once for each setting."""
+    from colintern.analysis.mteb_baselines import find_mteb_baseline, suggest_baselines
+    from colintern.evaluation.models import make_eval_models
+    from colintern.storage.hub import Repo, enable_offline_mode
     from colintern.storage.manifest import BASE_SUFFIXES, download_hub_files
 
-    repo = Repo("MODEL", *split_hub_id("MODEL", name, f"; nor does mteb know it, {nearest(name)}"), "model")
-    download_hub_files([(repo, BASE_SUFFIXES)])
-    return repo.snapshot_folder
+    folder = Path(name)
+    if not folder.is_dir():
+        baselines = [find_mteb_baseline(params, name) for params in settings]
+        if None not in baselines:
+            return [{"trained": model} for model in baselines if model]
+        commit = split_hub_id("MODEL", name, f"; nor does mteb know it, {suggest_baselines(name)}")
+        repo = Repo("MODEL", *commit, "model")
+        download_hub_files([(repo, BASE_SUFFIXES)])
+        folder = repo.snapshot_folder
+    enable_offline_mode()
+    return [make_eval_models(params, folder) for params in settings]

@@ -13,6 +13,7 @@ EXAMPLE = "colintern export experiments/colintern --out exported"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the command line."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="the adapter's folder")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="made by this; must not exist yet")
     parser.add_argument("--name", metavar="NAME", help="of the model in its card (default: that of FOLDER)")
@@ -29,23 +30,22 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--push: {args.push!r} is no repository; write owner/name")
     params = load_params()
     print_phase(f"export: checking {args.model} and its base")
-
     from colintern.storage.manifest import set_arrow_cache
 
     set_arrow_cache()
     from huggingface_hub import constants
 
-    from colintern.reporting.export import export, push
+    from colintern.reporting.export import export_model, push_model
     from colintern.storage.hub import enable_offline_mode
 
     offline = constants.HF_HUB_OFFLINE
     if args.push and offline:
         raise UserError(f"--push: {args.push} cannot be reached, because HF_HUB_OFFLINE is set")
     enable_offline_mode()
-    why = export(params, args.model, args.out, args.name or args.out.resolve().name)
+    reason = export_model(params, args.model, args.out, args.name or args.out.resolve().name)
     size = sum(file.stat().st_size for file in args.out.iterdir())
-    card = f"without results in its card: {why}" if why else "its results are in its card"
+    card = f"without results in its card: {reason}" if reason else "its results are in its card"
     print(f"{args.out}: {size / 1e6:.1f} MB; {card}")
     if args.push:
         constants.HF_HUB_OFFLINE = offline
-        print(f"pushed: {push(args.out, args.push)}")
+        print(f"pushed: {push_model(args.out, args.push)}")

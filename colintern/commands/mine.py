@@ -15,6 +15,7 @@ DEFAULT = "(default: %(default)s)"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     add = parser.add_argument
     add("--adapter", type=Path, default=Path("experiments/colintern"), metavar="FOLDER", help=DEFAULT)
     add("--out", default="data/mined/negatives.parquet", metavar="FILE", help=f"below the repository {DEFAULT}")
@@ -25,6 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Mine hard negatives, and write them to --out."""
     for name, value, is_valid, valid in (
         ("--top", args.top, args.top >= 1, "1 or more"),
         ("--keep", args.keep, args.keep >= 1, "1 or more"),

@@ -15,6 +15,7 @@ TARGET = Path("params.yaml")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="recipe to write; without it, the recipes are listed")
     parser.add_argument("--force", action="store_true", help="overwrite edits of params.yaml that git does not hold")
     parser.add_argument(
@@ -23,6 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run the command."""
     recipes = list_recipes()
     if args.update:
         if args.name is not None or args.force:

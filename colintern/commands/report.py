@@ -13,6 +13,7 @@ EXAMPLE = "colintern report experiments/colintern"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the command line."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of an adapter or a merged model")
     parser.add_argument(
         "--results", type=Path, metavar="FOLDER", help="its evaluation (default: found by its revision)"
@@ -37,29 +38,33 @@ def run(args: argparse.Namespace) -> None:
     require_new_file("--out", args.out or Path("results/report/name.html"))
     params = load_params()
     print_phase(f"report: reading the evaluation of {args.model}")
-
     from colintern.storage.manifest import set_arrow_cache
 
     set_arrow_cache()
-    from colintern.evaluation.subjects import subjects
-    from colintern.reporting.evaluated import as_evaluated, evaluation, find, worst
-    from colintern.reporting.failures import failures
-    from colintern.reporting.report import report
+    from colintern.evaluation.models import make_eval_models
+    from colintern.reporting.evaluation import (
+        apply_evaluated_settings,
+        find_evaluation,
+        read_evaluation,
+        select_worst_queries,
+    )
+    from colintern.reporting.examples import explain_failures
+    from colintern.reporting.report import render_report
     from colintern.storage.hub import enable_offline_mode
 
     enable_offline_mode()
-    subject = subjects(params, args.model)["trained"]
-    folder = find(subject.revision, args.results)
-    params = as_evaluated(params, folder)
-    found = evaluation(params, folder)
-    subject = subjects(params, args.model)["trained"]
-    tasks, rows = [task for _, task in found.pairs], worst(found.rows)
-    print_phase(f"report: drawing the worst {min(args.worst, len(rows))} of {len(rows)} queries below NDCG@5 1")
-    cases, passed = failures(subject.encoder(), tasks, rows, args.worst) if rows and args.worst else ([], 0)
-    out = args.out or Path("results/report") / f"{args.model.resolve().name}-{subject.revision[:8]}.html"
+    folder = find_evaluation(make_eval_models(params, args.model)["trained"].revision, args.results)
+    params = apply_evaluated_settings(params, folder)
+    evaluation = read_evaluation(params, folder)
+    model = make_eval_models(params, args.model)["trained"]
+    tasks, worst = [task for _, task in evaluation.pairs], select_worst_queries(evaluation.queries)
+    print_phase(f"report: drawing the worst {min(args.worst, len(worst))} of {len(worst)} queries below NDCG@5 1")
+    is_shown = worst and args.worst
+    examples, num_passed = explain_failures(model.load_encoder(), tasks, worst, args.worst) if is_shown else ([], 0)
+    out = args.out or Path("results/report") / f"{args.model.resolve().name}-{model.revision[:8]}.html"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(report(args.model, subject, found, cases, passed), encoding="utf-8")
-    pages = sum(len(one.sheets) for one in cases)
-    print(f"{out}: {len(cases)} queries with {pages} pages, {out.stat().st_size / 1e6:.1f} MB")
-    if passed:
-        print(f"left out of the worst queries: {passed} to which no page is the right one")
+    out.write_text(render_report(args.model, model, evaluation, examples, num_passed), encoding="utf-8")
+    num_pages = sum(len(example.pages) for example in examples)
+    print(f"{out}: {len(examples)} queries with {num_pages} pages, {out.stat().st_size / 1e6:.1f} MB")
+    if num_passed:
+        print(f"left out of the worst queries: {num_passed} to which no page is the right one")

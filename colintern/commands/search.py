@@ -3,12 +3,21 @@
 import argparse
 from pathlib import Path
 from textwrap import fill
+from typing import TYPE_CHECKING
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.core.terminal import escape_controls
 from colintern.params import load_params
 from colintern.storage.paths import require_model, require_new_file, require_writable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from colintern.ingest.documents import InvalidRow
+    from colintern.modeling.processing_colintern import ColIntern3_5Processor
+    from colintern.search.index import PageIndex
+    from colintern.search.sources import PageSource
 
 SUMMARY = "rank the pages of a folder or PDF for a query, and show where they match; indexed once"
 EXAMPLE = 'colintern search experiments/colintern ~/manuals "how is a package removed" --html found.html'
@@ -17,6 +26,7 @@ INDEX = Path("data/.index")  # below the repository's root
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the command line."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of an adapter or a merged model")
     parser.add_argument("place", type=Path, metavar="FOLDER_OR_PDF", help="PDFs and images, also in folders below it")
     parser.add_argument("query", metavar="QUERY", help="in quotes where it has several words")
@@ -49,72 +59,79 @@ def run(args: argparse.Namespace) -> None:
     params = load_params()
     import time
 
-    from colintern.search.sources import reasons, skipped, sources
+    from colintern.search.sources import format_reasons, list_sources, summarize_unsearched
 
-    pages, bad = sources(args.place)  # what can be refused, before a model is loaded
+    sources, bad = list_sources(args.place)  # refuses what it can before a model is loaded
     from colintern.encoding.embed import embed_queries
-    from colintern.evaluation.subjects import subjects
-    from colintern.search.index import Index, identity
+    from colintern.evaluation.models import make_eval_models
+    from colintern.search.index import PageIndex, get_index_identity
     from colintern.storage.hub import enable_offline_mode
     from colintern.storage.identity import content_hash
 
     enable_offline_mode()
-    subject = subjects(params, args.model)["trained"]
-    encoder = subject.encoder()
+    eval_model = make_eval_models(params, args.model)["trained"]
+    encoder = eval_model.load_encoder()
     model, processor = encoder.model, encoder.processor
-    of = identity(content_hash(args.model), subject.identity.get("base"), model, processor)
-    index = Index(args.index or root() / INDEX, of)
+    identity = get_index_identity(content_hash(args.model), eval_model.identity.get("base"), model, processor)
+    index = PageIndex(args.index or root() / INDEX, identity)
     start = time.monotonic()
-    new = index.fill(pages, model, processor, params.eval_batch_size, bad)
+    new = index.add_pages(sources, model, processor, params.eval_batch_size, bad)
     seconds = time.monotonic() - start
     _print_left_out(bad)
-    if other := skipped(args.place):
-        print(fill(escape_controls(f"not searched: {other}"), 80, subsequent_indent="  "))
+    if others := summarize_unsearched(args.place):
+        print(fill(escape_controls(f"not searched: {others}"), 80, subsequent_indent="  "))
     rate = f", {new / seconds:.1f} pages/s" if new else ""
-    print(f"{len(pages) - len(index.missing(pages))} pages, {new} of them new: {seconds:.1f} s{rate}")
+    print(f"{len(sources) - len(index.list_missing(sources))} pages, {new} of them new: {seconds:.1f} s{rate}")
     start = time.monotonic()
-    [vectors] = embed_queries(model, processor, [args.query], 1)
-    ranked = sorted(index.scores(vectors, pages), key=lambda found: -found[1])
-    if not ranked:
-        raise UserError(f"FOLDER_OR_PDF: none of {len(pages)} pages in {args.place} can be read{reasons(bad)}")
-    print(f"{len(ranked)} pages scored in {time.monotonic() - start:.2f} s\n")
-    _show(args, index, processor, vectors, ranked[: args.top], len(ranked))
+    [embedding] = embed_queries(model, processor, [args.query], 1)
+    ranking = sorted(index.score_pages(embedding, sources), key=lambda page: -page[1])
+    if not ranking:
+        raise UserError(f"FOLDER_OR_PDF: none of {len(sources)} pages in {args.place} can be read{format_reasons(bad)}")
+    print(f"{len(ranking)} pages scored in {time.monotonic() - start:.2f} s\n")
+    _show_ranking(args, index, processor, embedding, ranking)
 
 
-def _print_left_out(bad) -> None:
-    for row in bad:
-        line = escape_controls(f"left out: {row.where}: {row.reason}")  # before it is measured
+def _print_left_out(bad: "list[InvalidRow]") -> None:
+    for page in bad:
+        line = escape_controls(f"left out: {page.where}: {page.reason}")  # before it is measured
         print(fill(line, 80, subsequent_indent="  ", break_long_words=False))
 
 
-def _show(args, index, processor, vectors, ranked, searched) -> None:
-    from colintern.reporting.cases import Seen, case
-    from colintern.reporting.heatmaps import layout, similarity_map, standing_out
-    from colintern.reporting.html import render
-    from colintern.reporting.words import query_words
-    from colintern.search.listing import MAPS, listing, maps
-    from colintern.search.sources import images, reasons, shown
+def _show_ranking(
+    args: argparse.Namespace,
+    index: "PageIndex",
+    processor: "ColIntern3_5Processor",
+    embedding: "Tensor",
+    ranking: "list[tuple[PageSource, float]]",
+) -> None:
+    from colintern.reporting.examples import RankedPage, explain_query, split_query
+    from colintern.reporting.heatmaps import compute_saliency, compute_similarity_map
+    from colintern.reporting.html import render_html
+    from colintern.search.listing import MAX_MAPS, draw_text_maps, format_ranking
+    from colintern.search.sources import decode_name, format_reasons, render_sources
 
-    print(listing([(source.name, score) for source, score in ranked], [source.link for source, _ in ranked]))
-    chosen = [source for source, _ in ranked[: len(ranked) if args.html else MAPS]]
-    bad: list = []  # pages of the index that cannot be rendered any more
-    drawn = dict(images(chosen, bad))
+    top = ranking[: args.top]
+    print(format_ranking([(source.name, score) for source, score in top], [source.link for source, _ in top]))
+    shown = [source for source, _ in top[: len(top) if args.html else MAX_MAPS]]
+    bad: list[InvalidRow] = []  # pages of the index that cannot be rendered any more
+    images = dict(render_sources(shown, bad))
     _print_left_out(bad)
-    seen = [
-        Seen(source.name, f"rank {rank}", "found", drawn[source], index.tokens(source).float(), link=source.link)
-        for rank, source in enumerate(chosen, start=1)
-        if source in drawn
+    pages = [
+        RankedPage(source.name, f"rank {rank}", "found", images[source], tokens.float(), link=source.link)
+        for rank, source in enumerate(shown, start=1)
+        if source in images and (tokens := index.load_embedding(source)) is not None
     ]
-    if not seen:
-        raise UserError(f"FOLDER_OR_PDF: none of the {len(chosen)} pages to show can be rendered{reasons(bad)}")
-    own = [word.own for word in query_words(processor, args.query)]
-    grids = [
-        standing_out(similarity_map(vectors, page.tokens, layout(processor, page.image.size)).page[own])
-        for page in seen[:MAPS]
+    if not pages:
+        raise UserError(f"FOLDER_OR_PDF: none of the {len(shown)} pages to show can be rendered{format_reasons(bad)}")
+    is_own = [token.is_own for token in split_query(processor, args.query)]
+    maps = [
+        compute_similarity_map(processor, embedding, page.embedding, page.image.size).page for page in pages[:MAX_MAPS]
     ]
-    print(f"\n{maps(grids)}")
+    print(f"\n{draw_text_maps([compute_saliency(tokens[is_own]) for tokens in maps])}")
     if args.html:
-        found = case(processor, args.query, vectors, seen, {"pages": searched, "place": shown(args.place)})
+        facts = {"pages": len(ranking), "place": decode_name(args.place)}
+        example = explain_query(processor, args.query, embedding, pages, facts)
         args.html.parent.mkdir(parents=True, exist_ok=True)
-        args.html.write_text(render("search.html", [found], model=shown(args.model)), encoding="utf-8")
-        print(f"\n{args.html}: {len(seen)} pages, {args.html.stat().st_size / 1e6:.1f} MB")
+        html = render_html("search.html", [example], model=decode_name(args.model))
+        args.html.write_text(html, encoding="utf-8")
+        print(f"\n{args.html}: {len(pages)} pages, {args.html.stat().st_size / 1e6:.1f} MB")

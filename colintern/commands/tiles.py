@@ -1,4 +1,4 @@
-"""`colintern tiles`: how a page of a given size is cut."""
+"""`colintern tiles`: show how a page of a given size is cut."""
 
 import argparse
 from pathlib import Path
@@ -11,19 +11,31 @@ EXAMPLE = "colintern tiles 1240 1754 --max-visual-tokens 1536 --tile 448 --token
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("width", type=_pixels, metavar="WIDTH", help="page width in pixels")
-    parser.add_argument("height", type=_pixels, metavar="HEIGHT", help="page height in pixels")
+    """Add the arguments."""
+    parser.add_argument("width", type=_parse_pixels, metavar="WIDTH", help="page width in pixels")
+    parser.add_argument("height", type=_parse_pixels, metavar="HEIGHT", help="page height in pixels")
     parser.add_argument(
-        "--max-visual-tokens", type=_tokens, metavar="N", help="most a page may cost (default: that of params.yaml)"
+        "--max-visual-tokens",
+        type=_parse_tokens,
+        metavar="N",
+        help="most a page may cost (default: that of params.yaml)",
     )
-    parser.add_argument("--tile", type=_pixels, metavar="PX", help="side of a tile (default: that of the base)")
+    parser.add_argument("--tile", type=_parse_pixels, metavar="PX", help="side of a tile (default: that of the base)")
     parser.add_argument(
-        "--tokens-per-tile", type=_tokens, metavar="N", help="visual tokens a tile costs (default: that of the base)"
+        "--tokens-per-tile",
+        type=_parse_tokens,
+        metavar="N",
+        help="visual tokens a tile costs (default: that of the base)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    from colintern.modeling.tiling import base_tile, choose_grid
+    """Print grid and tokens of a page.
+
+    Raises:
+        UserError: half a description of the base's tiles, or a bound below one tile.
+    """
+    from colintern.modeling.tiling import choose_grid, read_base_tile
 
     bound, tile, tokens = args.max_visual_tokens, args.tile, args.tokens_per_tile
     if (tile is None) != (tokens is None):
@@ -32,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         params = load_params()
         bound = bound or params.max_visual_tokens
         if tile is None:
-            tile, tokens = base_tile(Path(params.base))
+            tile, tokens = read_base_tile(Path(params.base))
     if bound < tokens:
         raise UserError(f"max_visual_tokens: {bound} is less than one tile costs; it must be at least {tokens}")
     grid = choose_grid(args.width, args.height, bound // tokens, tile)
@@ -41,15 +53,15 @@ def run(args: argparse.Namespace) -> None:
     print(f"tokens  {grid.tiles} x {tokens} = {grid.tiles * tokens} visual tokens, at most {bound}")
 
 
-def _pixels(text: str) -> int:
-    return _whole(text, 1_000_000)
+def _parse_pixels(text: str) -> int:
+    return _parse_int(text, 1_000_000)
 
 
-def _tokens(text: str) -> int:
-    return _whole(text, 65536)
+def _parse_tokens(text: str) -> int:
+    return _parse_int(text, 65536)
 
 
-def _whole(text: str, high: int) -> int:
+def _parse_int(text: str, high: int) -> int:
     if not (text.isdecimal() and len(text) <= 9 and 1 <= int(text) <= high):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {high}")
     return int(text)

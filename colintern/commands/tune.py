@@ -28,6 +28,7 @@ STORAGE = "COLINTERN_STORAGE"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     add = parser.add_argument
     add(
         "--trials", type=_parse_count, required=True, metavar="N", help="trials of the study, over all workers and runs"
@@ -52,6 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Run trials until the study has enough, and report it."""
     params = load_params(PARAMS)
     from colintern.tuning.search_space import read_search_space
     from colintern.tuning.studies import add_finished_experiments, open_study

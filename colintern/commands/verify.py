@@ -1,4 +1,4 @@
-"""`colintern verify`: what LoRA would train, counted before anything is loaded."""
+"""`colintern verify`: count what LoRA would train before any weights are loaded."""
 
 import argparse
 
@@ -11,6 +11,7 @@ EXAMPLE = "colintern verify --base internvl3_5-2b"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
     parser.add_argument(
         "--base",
         metavar="BASE",
@@ -21,23 +22,29 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the report; exit 2 where training with these targets would go wrong."""
+    """Print the report.
+
+    Raises:
+        UserError: training with these targets would be wrong.
+    """
     import json
+    from dataclasses import asdict
 
     params = load_params(args.params)
     base = args.base or params.base
     require_base(base, params)
-    from colintern.modeling.bases import config
-    from colintern.modeling.lora import examine, faults, notes, table
-    from colintern.modeling.modeling_colintern import meta_model
+    from colintern.modeling.configuration_colintern import load_base_config
+    from colintern.modeling.lora import find_lora_errors, find_lora_warnings, format_lora_report, report_lora_on_meta
+    from colintern.modeling.modeling_colintern import build_meta_model
 
-    counts = examine(meta_model(config(base, params), None), params)
-    wrong = faults(counts)
+    report = report_lora_on_meta(build_meta_model(load_base_config(base, params), None), params)
+    errors = find_lora_errors(report)
     if args.json:
-        print(json.dumps({"base": base} | counts | {"faults": wrong, "notes": notes(counts)}, indent=2))
+        result = {"base": base, **asdict(report), "faults": errors, "notes": find_lora_warnings(report)}
+        print(json.dumps(result, indent=2))
     else:
-        print(table(base, counts))
-    if wrong:
-        raise UserError("\n  ".join(wrong))
+        print(format_lora_report(base, report))
+    if errors:
+        raise UserError("\n  ".join(errors))
     if not args.json:
         print("ok: every pattern matches, the head is trained, tower and projector are frozen")

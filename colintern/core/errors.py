@@ -21,7 +21,7 @@ class UserError(ValueError):
     exit_code = 2
 
 
-class OutOfMemory(UserError):
+class OutOfMemoryError(UserError):
     """The memory is too small; the message says what to change. The process exits with 6."""
 
     exit_code = 6
@@ -45,7 +45,7 @@ def exit_on_user_error() -> Iterator[None]:
         if message := _describe_file_system_error(error):
             code = UserError.exit_code
         elif message := describe_out_of_memory(error):
-            code = OutOfMemory.exit_code
+            code = OutOfMemoryError.exit_code
         else:
             raise
         print(escape_controls(f"error: {message}"), file=sys.stderr)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PLANAR_CONFIGURATION
 
-from colintern.modeling.images import rgb
+from colintern.modeling.images import to_rgb
 
 # Pillow only warns above this number of pixels (256 MB as RGB); here it is the limit. A3 at 600 dpi has 70 million.
 MAX_PIXELS = 89_478_485
@@ -96,7 +96,7 @@ def _decode_as_is(data: bytes) -> tuple[Image.Image, Image.Image]:
         for kind, start, _ in _iter_png_chunks(data):
             if kind == b"sBIT":
                 image.info["sBIT"] = data[start + 8]
-        page = rgb(image)
+        page = to_rgb(image)
         page.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
         return image, ImageOps.exif_transpose(page)
     except InvalidImageError:

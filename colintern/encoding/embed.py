@@ -1,4 +1,4 @@
-"""Pages and queries to embeddings: batches through the processor and the model, padding taken off again."""
+"""Encode pages and queries: batches through the processor and the model, then padding removed."""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
@@ -11,48 +11,48 @@ from transformers import BatchFeature
 
 
 def embed_pages(model: nn.Module, processor: Any, images: Sequence[Image.Image], batch_size: int) -> list[Tensor]:
-    """One (tokens, 128) float32 tensor a page, on the CPU, in the order of `images`.
+    """Return one (tokens, 128) float32 tensor a page, on the CPU, in the order of `images`.
 
     Args:
         model: `ColIntern3_5`, or a wrapper whose forward takes and returns the same.
         processor: its `ColIntern3_5Processor`.
         images: pages as PIL images.
-        batch_size: pages a forward pass; the embeddings do not depend on it.
+        batch_size: pages per forward pass; the embeddings do not depend on it.
     """
-    return _embed(model, processor.process_images, images, batch_size)
+    return _embed_batches(model, processor.process_images, images, batch_size)
 
 
 def embed_features(model: nn.Module, processor: Any, features: Iterable[Tensor], batch_size: int) -> list[Tensor]:
-    """`embed_pages` for pages whose features, (tiles, tokens of a tile, hidden size) each, are known."""
+    """Do the same as `embed_pages` from page features, (tiles, tokens of a tile, hidden size) each."""
 
     def process(pages: list[Tensor]) -> BatchFeature:
-        batch = processor.page_tokens([len(page) for page in pages])
+        batch = processor.tokenize_pages([len(page) for page in pages])
         batch["image_features"] = torch.cat(pages)
         return batch
 
-    return _embed(model, process, features, batch_size)
+    return _embed_batches(model, process, features, batch_size)
 
 
 def embed_queries(model: nn.Module, processor: Any, queries: Iterable[str], batch_size: int) -> list[Tensor]:
-    """One (tokens, 128) float32 tensor a query, on the CPU, in the order of `queries`; see `embed_pages`."""
-    return _embed(model, processor.process_queries, queries, batch_size)
+    """Return one (tokens, 128) float32 tensor a query, on the CPU, in the order of `queries`; see `embed_pages`."""
+    return _embed_batches(model, processor.process_queries, queries, batch_size)
 
 
-def _embed(
+def _embed_batches(
     model: nn.Module, process: Callable[[list[Any]], BatchFeature], items: Iterable[Any], batch_size: int
 ) -> list[Tensor]:
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()  # also called on the dev set in the middle of training, where dropout is on
-    rows: list[Tensor] = []
+    embeddings: list[Tensor] = []
     try:
         with torch.no_grad():
-            rest = iter(items)
-            while part := list(islice(rest, batch_size)):
-                batch = process(part).to(device)
-                embeddings = model(**batch).float().cpu()
-                mask = batch["attention_mask"].bool().cpu()
-                rows += [row[keep] for row, keep in zip(embeddings, mask, strict=True)]
+            remaining = iter(items)
+            while batch_items := list(islice(remaining, batch_size)):
+                batch = process(batch_items).to(device)
+                padded = model(**batch).float().cpu()
+                masks = batch["attention_mask"].bool().cpu()
+                embeddings += [row[mask] for row, mask in zip(padded, masks, strict=True)]
     finally:
         model.train(was_training)
-    return rows
+    return embeddings

@@ -1,6 +1,6 @@
-"""A store of tensors on disk that may be deleted at any time: what is lost is computed again, and is the same.
+"""A cache of tensors on disk that may be deleted at any time: what is lost is computed again, with the same bytes.
 
-A shard is a safetensors file, written under another name and then renamed, so that a reader sees whole files only.
+A shard is a safetensors file, written under another name and then renamed, so that readers see complete files only.
 Readers map shards into memory; several processes may read and write at once.
 """
 
@@ -23,191 +23,186 @@ from colintern.storage.lock import locked
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 256 * 2**20
-FREE_BYTES = 2 * 2**30  # left free on the disk, whatever the limit
+MIN_FREE_BYTES = 2 * 2**30  # left free on the disk, whatever the limit
 
 
 class TensorCache:
-    """Tensors by key, in `top`/`name`; all folders below `top` share one limit.
+    """Tensors by key, in `root`/`name`; all folders below `root` share one limit.
 
     Args:
-        top: folder of all caches.
-        name: tells apart tensors that were made in different ways under one key.
-        limit: bytes below `top`. Where it is reached, shards that this process has not read or written go, those
-            used longest ago first, as long as that makes room; then nothing more is kept. 0 keeps nothing.
-        unpack: makes of what is stored what `get` returns; None: they are the same.
+        root: folder of all caches.
+        name: distinguishes tensors that were computed in different ways under one key.
+        limit: bytes below `root`. When it is reached, shards that this process has not read or written are evicted,
+            least recently used first, if that frees enough; else nothing more is stored. 0 stores nothing.
+        unpack: converts what is stored to what `get` returns; None: no conversion.
     """
 
-    def __init__(self, top: Path, name: str, limit: int, unpack: Callable[[torch.Tensor], torch.Tensor] | None = None):
+    def __init__(self, root: Path, name: str, limit: int, unpack: Callable[[torch.Tensor], torch.Tensor] | None = None):
         self.unpack = unpack
-        self.top, self.folder, self.limit = top, top / name, limit
+        self.root, self.folder, self.limit = root, root / name, limit
         self.pending: dict[str, torch.Tensor] = {}
-        self.waiting = 0  # bytes of `pending`
-        self.full = limit == 0
-        self.places: dict[str, Path] = {}
-        self.open: dict[Path, Any] = {}
-        self.known: set[Path] = set()  # shards whose keys are in `places`
-        self.used: set[Path] = set()  # those this process has read or written
+        self.pending_bytes = 0
+        self.is_full = limit == 0
+        self.shard_of_key: dict[str, Path] = {}
+        self.open_shards: dict[Path, Any] = {}
+        self.indexed_shards: set[Path] = set()  # shards whose keys are in `shard_of_key`
+        self.pinned_shards: set[Path] = set()  # shards that this process has read or written
         self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"open": {}}  # a data loader's process opens its own
+        return self.__dict__ | {"open_shards": {}}  # a DataLoader worker opens its own
 
     def __contains__(self, key: str) -> bool:
-        return key in self.places or key in self.pending
+        return key in self.shard_of_key or key in self.pending
 
     def refresh(self) -> None:
-        """Find the shards other processes have written; one that cannot be read is deleted."""
+        """Index the shards that other processes have written; delete those that cannot be read."""
         for shard in sorted(self.folder.glob("*.safetensors")):
-            if shard not in self.known:
+            if shard not in self.indexed_shards:
                 try:
                     with _open_shard(shard) as file:
-                        self.places |= dict.fromkeys(file.keys(), shard)
-                    self.known.add(shard)
+                        self.shard_of_key |= dict.fromkeys(file.keys(), shard)
+                    self.indexed_shards.add(shard)
                 except SafetensorError as error:
-                    self._delete(shard, str(error))
+                    self._delete_shard(shard, error)
                 except OSError as error:
-                    self._leave(shard, error)
-                    if irregular_type(shard):  # said once
-                        self.known.add(shard)
+                    self._skip_shard(shard, error)
+                    if irregular_type(shard):  # warn once
+                        self.indexed_shards.add(shard)
 
     def get(self, key: str) -> torch.Tensor | None:
-        """What was stored as `key`, unpacked; None where `stored` is."""
-        value = self.stored(key)
+        """Return the tensor of `key`, unpacked; None if `get_stored` returns None."""
+        value = self.get_stored(key)
         return value if value is None or self.unpack is None else self.unpack(value)
 
-    def stored(self, key: str) -> torch.Tensor | None:
-        """The tensor of `key`, None where it is not stored (any more) or its checksum does not fit."""
+    def get_stored(self, key: str) -> torch.Tensor | None:
+        """Return the tensor of `key` as it was stored, None if it is not there or its checksum does not match."""
         if key in self.pending:
             return self.pending[key]
-        shard = self.places.get(key)
+        shard = self.shard_of_key.get(key)
         if shard is None:
             return None
         try:
-            if shard not in self.open:
-                self.open[shard] = _open_shard(shard)
-                self._use(shard)
-            value = self.open[shard].get_tensor(key)
-            known = (self.open[shard].metadata() or {}).get(key)
+            if shard not in self.open_shards:
+                self.open_shards[shard] = _open_shard(shard)
+                self._pin_shard(shard)
+            value = self.open_shards[shard].get_tensor(key)
+            expected = (self.open_shards[shard].metadata() or {}).get(key)
         except SafetensorError as error:
-            self._delete(shard, str(error))
+            self._delete_shard(shard, error)
             return None
-        except (OSError, RuntimeError) as error:  # the file is gone, or this process may open no more
-            self._leave(shard, error)
+        except (OSError, RuntimeError) as error:  # the file is gone, or the limit of open files is reached
+            self._skip_shard(shard, error)
             return None
-        if checksum(value) != known:
-            self._delete(shard, f"the checksum of {key} does not fit")
+        if compute_checksum(value) != expected:
+            self._delete_shard(shard, f"the checksum of {key} does not match")
             return None
         return value
 
-    def keep(self, keys: Iterable[str]) -> None:
-        """Count the shards of `keys` as used by this process: they are not evicted for its own new tensors."""
-        for shard in {self.places[key] for key in keys if key in self.places} - self.used:
-            self._use(shard)
-
-    def _use(self, shard: Path) -> None:
-        self.used.add(shard)
-        with suppress(OSError):
-            os.utime(shard)  # last used now
+    def pin(self, keys: Iterable[str]) -> None:
+        """Protect the shards of `keys` from eviction by this process."""
+        for shard in {self.shard_of_key[key] for key in keys if key in self.shard_of_key} - self.pinned_shards:
+            self._pin_shard(shard)
 
     def put(self, key: str, value: torch.Tensor) -> None:
-        """Store a tensor; on disk at the latest after `flush`."""
-        if self.full or key in self:
+        """Store a tensor; it is on disk after `flush` at the latest."""
+        if self.is_full or key in self:
             return
         self.pending[key] = value.detach().cpu().contiguous()
-        self.waiting += value.nbytes
-        if self.waiting >= min(SHARD_BYTES, self.limit // 4):
+        self.pending_bytes += value.nbytes
+        if self.pending_bytes >= min(SHARD_BYTES, self.limit // 4):
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending; where there is no room, say so once and keep nothing more."""
+        """Write pending tensors; if there is no space, warn once and store nothing more."""
         if not self.pending:
             return
-        fresh, self.pending, self.waiting = self.pending, {}, 0
+        tensors, self.pending, self.pending_bytes = self.pending, {}, 0
         try:
-            with locked(self.top / "write.lock"):
+            with locked(self.root / "write.lock"):
                 self.refresh()
-                self._write({key: value for key, value in fresh.items() if key not in self.places})
-        except (OSError, SafetensorError) as error:  # also a full disk, or a folder of somebody else's
-            self.stop(error)
+                self._write_shard({key: value for key, value in tensors.items() if key not in self.shard_of_key})
+        except (OSError, SafetensorError) as error:  # also a full disk, or a folder of another user
+            self.disable_writes(error)
 
-    def stop(self, why: Exception) -> None:
-        """Keep nothing more; what is kept is still read."""
-        self.full = True
-        logger.warning("%s: keeps no more, the rest is computed each time: %s", self.top, why)
+    def disable_writes(self, reason: Exception) -> None:
+        """Store nothing more; stored tensors are still read."""
+        self.is_full = True
+        logger.warning("%s: keeps no more, the rest is computed each time: %s", self.root, reason)
 
-    def _write(self, fresh: dict[str, torch.Tensor]) -> None:
-        if not fresh:
+    def _pin_shard(self, shard: Path) -> None:
+        self.pinned_shards.add(shard)
+        with suppress(OSError):
+            os.utime(shard)  # eviction is by time of last use
+
+    def _write_shard(self, tensors: dict[str, torch.Tensor]) -> None:
+        if not tensors:
             return
         self.folder.mkdir(exist_ok=True)
-        for left in self.folder.glob("*.partial"):  # of a writer that was killed: the lock is ours
+        for partial in self.folder.glob("*.partial"):  # of a killed writer: this process has the lock
             with suppress(IsADirectoryError):
-                left.unlink()
-        self._make_room(size_of(fresh))
-        shard = self.folder / f"{next(iter(fresh))[:16]}-{len(fresh)}-{os.getpid()}.safetensors"
+                partial.unlink()
+        self._evict_for(sum(value.nbytes for value in tensors.values()))
+        shard = self.folder / f"{next(iter(tensors))[:16]}-{len(tensors)}-{os.getpid()}.safetensors"
         partial = shard.with_suffix(".partial")
         try:
             partial.touch()
-            mode = partial.stat().st_mode  # what the umask gives; save_file makes a file that is its owner's alone
-            save_file(fresh, partial, metadata={key: checksum(value) for key, value in fresh.items()})
+            mode = partial.stat().st_mode  # by the umask; save_file makes a file that only its owner can read
+            save_file(tensors, partial, metadata={key: compute_checksum(value) for key, value in tensors.items()})
             partial.chmod(mode)
             os.replace(partial, shard)
         finally:
             partial.unlink(missing_ok=True)
-        self.places |= dict.fromkeys(fresh, shard)
-        self.known.add(shard)
-        self.used.add(shard)
+        self.shard_of_key |= dict.fromkeys(tensors, shard)
+        self.indexed_shards.add(shard)
+        self.pinned_shards.add(shard)
 
-    def _make_room(self, size: int) -> None:
+    def _evict_for(self, size: int) -> None:
         """Evict until `size` bytes fit, or raise OSError before anything is evicted."""
-        found = []
-        for shard in self.top.glob("*/*.safetensors"):
+        shards = []  # time of last use, bytes, path
+        for shard in self.root.glob("*/*.safetensors"):
             with suppress(FileNotFoundError):  # another process has just deleted it
                 if not irregular_type(shard):
-                    found.append((shard.stat().st_mtime, shard.stat().st_size, shard))
-        taken = sum(bytes_ for _, bytes_, _ in found)
-        disk = shutil.disk_usage(self.folder).free - FREE_BYTES
-        short = max(taken + size - self.limit, size - disk)
-        evictable = sorted(entry for entry in found if entry[2] not in self.used)
-        if short > sum(bytes_ for _, bytes_, _ in evictable):
+                    shards.append((shard.stat().st_mtime, shard.stat().st_size, shard))
+        used_bytes = sum(shard_bytes for _, shard_bytes, _ in shards)
+        free_bytes = shutil.disk_usage(self.folder).free - MIN_FREE_BYTES
+        excess = max(used_bytes + size - self.limit, size - free_bytes)
+        evictable = sorted(entry for entry in shards if entry[2] not in self.pinned_shards)
+        if excess > sum(shard_bytes for _, shard_bytes, _ in evictable):
             raise OSError(
-                f"{size / 1e9:.2f} GB more do not fit: {taken / 1e9:.2f} of {self.limit / 1e9:.2f} GB are taken, "
-                f"{max(disk, 0) / 1e9:.2f} GB of the disk may be used"
+                f"{size / 1e9:.2f} GB more do not fit: {used_bytes / 1e9:.2f} of {self.limit / 1e9:.2f} GB are taken, "
+                f"{max(free_bytes, 0) / 1e9:.2f} GB of the disk may be used"
             )
-        for _, bytes_, shard in evictable:
-            if short <= 0:
+        for _, shard_bytes, shard in evictable:
+            if excess <= 0:
                 break
             shard.unlink(missing_ok=True)
-            self._forget(shard)
-            short -= bytes_
+            self._forget_shard(shard)
+            excess -= shard_bytes
 
-    def _delete(self, shard: Path, why: str) -> None:
-        logger.warning("%s: deleted, its tensors are computed again: %s", shard, why)
-        self._forget(shard)
+    def _delete_shard(self, shard: Path, reason: object) -> None:
+        logger.warning("%s: deleted, its tensors are computed again: %s", shard, reason)
+        self._forget_shard(shard)
         with suppress(OSError):
             shard.unlink()
 
-    def _leave(self, shard: Path, why: Exception) -> None:
-        logger.warning("%s: cannot be read, its tensors are computed again: %s", shard, why)
-        self._forget(shard)
+    def _skip_shard(self, shard: Path, reason: object) -> None:
+        logger.warning("%s: cannot be read, its tensors are computed again: %s", shard, reason)
+        self._forget_shard(shard)
 
-    def _forget(self, shard: Path) -> None:
-        self.open.pop(shard, None)
-        self.known.discard(shard)
-        self.places = {key: place for key, place in self.places.items() if place != shard}
+    def _forget_shard(self, shard: Path) -> None:
+        self.open_shards.pop(shard, None)
+        self.indexed_shards.discard(shard)
+        self.shard_of_key = {key: path for key, path in self.shard_of_key.items() if path != shard}
 
 
 def _open_shard(shard: Path) -> Any:
-    """Open a shard; OSError for what is no regular file."""
     if kind := irregular_type(shard):
         raise OSError(f"it is {kind}, not a regular file")
     return safe_open(shard, "pt")
 
 
-def checksum(value: torch.Tensor) -> str:
-    """CRC-32 of a tensor's bytes, with its type and shape."""
+def compute_checksum(value: torch.Tensor) -> str:
+    """Return the CRC-32 of a tensor's bytes, with its type and shape."""
     crc = zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy().data)
     return f"{crc:08x} {value.dtype} {tuple(value.shape)}"
-
-
-def size_of(tensors: dict[str, torch.Tensor]) -> int:
-    return sum(value.nbytes for value in tensors.values())

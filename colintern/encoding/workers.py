@@ -10,23 +10,23 @@ from contextlib import contextmanager
 from multiprocessing.queues import Queue
 from typing import Any
 
-from colintern.core.errors import OutOfMemory, UserError
+from colintern.core.errors import OutOfMemoryError, UserError
 
 WORKERS_PER_CPU = 4
 MIN_LIMIT = 8  # of workers, where there are few CPUs
-LOADER_ERROR = re.compile(r"DataLoader worker \(pid.*")  # torch's, of a worker that is gone
+LOADER_ERROR = re.compile(r"DataLoader worker \(pid.*")  # torch's message about a worker that is gone
 
 
 def check_workers(workers: int) -> None:
-    """Refuse more workers than this machine can use: each is a copy of the process.
+    """Check that this machine can use so many workers: each is a copy of the process.
 
     Raises:
         UserError: there are too many.
     """
     cpus = os.cpu_count() or 1
-    most = max(MIN_LIMIT, WORKERS_PER_CPU * cpus)
-    if workers > most:
-        raise UserError(f"workers: {workers} is not valid on a machine of {cpus} CPUs; it must be from 0 to {most}")
+    limit = max(MIN_LIMIT, WORKERS_PER_CPU * cpus)
+    if workers > limit:
+        raise UserError(f"workers: {workers} is not valid on a machine of {cpus} CPUs; it must be from 0 to {limit}")
 
 
 def init_worker(number: int) -> None:
@@ -58,29 +58,29 @@ def stop_workers_on_exit(workers: int) -> Iterator[None]:
     SIGTERM is not enough: the workers ignore it (see `init_worker`), and Python would wait for them at exit.
 
     Raises:
-        OutOfMemory: a worker was killed, exited or could not be started.
+        OutOfMemoryError: a worker was killed, exited or could not be started.
     """
     try:
         yield
     except BlockingIOError as error:  # of fork
-        raise OutOfMemory(
+        raise OutOfMemoryError(
             f"workers: {workers}: cannot start another process ({error.strerror}); lower workers, or raise `ulimit -u` "
             "or the container's process limit"
         ) from error
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
-        lost = LOADER_ERROR.search(str(error))
-        if isinstance(error, RuntimeError) and not lost:
+        match = LOADER_ERROR.search(str(error))
+        if isinstance(error, RuntimeError) and not match:
             raise
-        # Not a RuntimeError: torch looks at a batch before the system has noticed that its worker is gone.
-        what = lost[0].rstrip(" .") if lost else "a DataLoader worker exited"
-        raise OutOfMemory(
-            f"{what}; it probably ran out of memory. Lower workers (now {workers}) or batch_size and run the same "
+        # Other errors: torch reads a batch before the system has noticed that its worker is gone.
+        reason = match[0].rstrip(" .") if match else "a DataLoader worker exited"
+        raise OutOfMemoryError(
+            f"{reason}; it probably ran out of memory. Lower workers (now {workers}) or batch_size and run the same "
             "command again: it resumes from the last checkpoint"
         ) from error
     finally:
-        if left := [process for process in multiprocessing.active_children() if process.daemon]:
-            handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error for each that is killed
-            for process in left:
+        if remaining := [process for process in multiprocessing.active_children() if process.daemon]:
+            handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error for each killed process
+            for process in remaining:
                 process.kill()
                 process.join()
             signal.signal(signal.SIGCHLD, handler)

@@ -1,1 +1,1 @@
-"""From an adapter to numbers: the mteb encoder, tasks, per-query scores, verdicts, comparisons."""
+"""From an adapter to numbers: the mteb encoder, the models to evaluate, the run of mteb's tasks, their results."""

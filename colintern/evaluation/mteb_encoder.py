@@ -1,13 +1,14 @@
-"""ColIntern3.5 as mteb sees it: an encoder of queries and page images whose similarity is MaxSim.
+"""ColIntern3.5 as mteb takes it: an encoder of queries and page images whose similarity is MaxSim.
 
-In a program of one's own, in any working folder, without a params.yaml:
+In a program of your own, in any working folder, without a params.yaml:
 
-    from colintern.evaluation.mteb_encoder import load, register
-    mteb.evaluate(load("experiments/colintern"), mteb.get_tasks(["VidoreDocVQARetrieval"]))
-    register("experiments/colintern", "colintern/mine")      # from now on mteb knows it:
+    from colintern.evaluation.mteb_encoder import load_encoder, register_encoder
+    mteb.evaluate(load_encoder("experiments/colintern"), mteb.get_tasks(["VidoreDocVQARetrieval"]))
+    register_encoder("experiments/colintern", "colintern/mine")      # from now on mteb knows it:
     model = mteb.get_model("colintern/mine", pool_factor=3)
 """
 
+from collections.abc import Mapping
 from functools import partial
 from hashlib import sha256
 from inspect import signature
@@ -20,6 +21,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_implementations import MODEL_REGISTRY
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -27,41 +29,42 @@ from colintern.core.errors import UserError
 from colintern.core.progress import ProgressBar
 from colintern.encoding.embed import embed_features, embed_pages, embed_queries
 from colintern.encoding.page_features import Page, PageFeatures
-from colintern.encoding.pooling import cut, pool
+from colintern.encoding.pooling import pool_tiles, truncate_dim
 from colintern.encoding.tensor_cache import TensorCache
-from colintern.modeling.alone import Alone
-from colintern.modeling.loading import read_processor
+from colintern.modeling.loading import PretrainedRef, read_processor
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.scoring.maxsim import maxsim_scores
 
-LENGTHS = "-lengths"  # of the key under which a batch keeps how many vectors each page has
+LENGTHS_SUFFIX = "-lengths"  # of the key under which a batch's numbers of vectors a page are cached
+MAX_SIZES = {"pool_factor": 64, "dim": 128}
 
 
 class ColIntern3_5Encoder(AbsEncoder):
-    """What `mteb.evaluate` takes as a model.
+    """A model that `mteb.evaluate` takes; `page_count` and `vector_count` count what was encoded.
 
     Args:
-        model, processor: see `colintern.encoding.embed`.
+        model: see `colintern.encoding.embed`.
+        processor: see `colintern.encoding.embed`.
         name: what the model is called in mteb's files: "organisation/model".
         revision: tells weights apart under one name, for example a hash of them.
-        features: where the pages' features come from; without it each page goes through the whole model.
-        embeddings: where those of pages are kept; a batch is taken from it if it was embedded as the same batch before.
-        pool_factor, dim: see `colintern.encoding.pooling`; 1 and 128 leave the embeddings as they are.
-        settings: of `load`, by which mteb's files tell results apart; the pipeline tells its own apart by folder.
-
-    `page_count` and `vector_count` say what was encoded.
+        features: computes the pages' features; without it each page goes through the whole model.
+        embeddings: cache of the pages'; a batch is taken from it if it was embedded as the same batch before.
+        pool_factor: see `colintern.encoding.pooling`; 1 leaves the embeddings as they are.
+        dim: numbers kept of a vector; 128 is all of them.
+        settings: of `load_encoder`, by which mteb's files tell results apart.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        processor: Any,
+        processor: ColIntern3_5Processor,
         name: str,
         revision: str,
         features: PageFeatures | None = None,
         embeddings: TensorCache | None = None,
         pool_factor: int = 1,
         dim: int = 128,
-        settings: dict[str, Any] | None = None,
+        settings: Mapping[str, object] | None = None,
     ):
         self.model = model
         self.processor = processor
@@ -70,32 +73,32 @@ class ColIntern3_5Encoder(AbsEncoder):
         self.pool_factor, self.dim = pool_factor, dim
         self.page_count = self.vector_count = 0
         # LoRA adds none: merging it into the layers changes no vector.
-        parameters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
-        self.mteb_model_meta = _meta(name, revision, parameters, settings=settings)
+        num_parameters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
+        self.mteb_model_meta = _make_meta(name, revision, settings or {}, n_parameters=num_parameters)
 
     def encode(  # type: ignore[override]  # a list: one padded tensor would take the longest page's memory for each page
         self, inputs: DataLoader, *, task_metadata: TaskMetadata, prompt_type: PromptType | None = None, **kwargs: Any
     ) -> list[Tensor]:
-        """One (tokens, dim) float32 tensor for each query or page, on the CPU, in the loader's order.
+        """Encode queries or pages to one (tokens, dim) float32 tensor each, on the CPU, in the loader's order.
 
-        mteb hands what `encode` returns to `similarity` untouched, so nothing is padded. Its prompts are ignored: a
-        query is formatted by the processor alone, as in training.
+        mteb hands the result to `similarity` untouched, so nothing is padded. mteb's prompts are ignored: a query is
+        formatted by the processor alone, as in training.
 
         Raises:
             UserError: a page without an image, named by its id.
             ValueError: a batch of neither text queries nor page images.
         """
         rows: list[Tensor] = []
-        what = "pages" if prompt_type == PromptType.document else "queries"
-        for batch in ProgressBar(inputs, desc=f"{task_metadata.name}: {what}"):
+        kind = "pages" if prompt_type == PromptType.document else "queries"
+        for batch in ProgressBar(inputs, desc=f"{task_metadata.name}: {kind}"):
             if prompt_type == PromptType.query and "text" in batch:
-                found = embed_queries(self.model, self.processor, batch["text"], len(batch["text"]))
-                rows += cut(found, self.dim)
+                queries = embed_queries(self.model, self.processor, batch["text"], len(batch["text"]))
+                rows += truncate_dim(queries, self.dim)
             elif prompt_type == PromptType.document and "image" in batch:
                 for page, image in zip(batch["id"], batch["image"], strict=True):
                     if image is None:
                         raise UserError(f"page {page} of the evaluation corpus has no image; remove or repair its row")
-                rows += self.smaller(self.pages(batch["image"]))
+                rows += self.pool_and_truncate(self.embed_images(batch["image"]))
             else:
                 raise ValueError(f"{prompt_type}: expected queries as text or pages as images, got {sorted(batch)}")
         for cache in (self.features and self.features.cache, self.embeddings):
@@ -103,74 +106,65 @@ class ColIntern3_5Encoder(AbsEncoder):
                 cache.flush()
         return rows
 
-    def smaller(self, pages: list[Tensor]) -> list[Tensor]:
-        """What of `pages` is ranked by: pooled and cut."""
+    def pool_and_truncate(self, pages: list[Tensor]) -> list[Tensor]:
+        """Pool and truncate embeddings of pages to what the ranking uses, and count them."""
         if self.pool_factor > 1:
-            tile, before = self.processor.image_seq_length, self.processor.text_before
-            pages = [pool(page, self.pool_factor, tile, before) for page in pages]
-        rows = cut(pages, self.dim)
+            tile, before = self.processor.image_seq_length, self.processor.num_tokens_before_tiles
+            pages = [pool_tiles(page, self.pool_factor, tile, before) for page in pages]
+        rows = truncate_dim(pages, self.dim)
         self.page_count, self.vector_count = self.page_count + len(rows), self.vector_count + sum(map(len, rows))
         return rows
 
-    def pages(self, images: list[Any]) -> list[Tensor]:
-        """One (tokens, 128) float32 tensor for each page image, on the CPU, neither pooled nor cut.
+    def embed_images(self, images: list[Image.Image]) -> list[Tensor]:
+        """Embed page images to one (tokens, 128) float32 tensor each, on the CPU, neither pooled nor truncated.
 
-        Computed or kept: a batch as a whole, because its size decides the last bits.
+        A batch is taken from the cache as a whole, because its size decides the last bits.
         """
         if self.features is None:
             return embed_pages(self.model, self.processor, images, len(images))
-        keyed = [Page.of(image) for image in images]
-        key = sha256(" ".join(page.key for page in keyed).encode()).hexdigest()
+        pages = [Page.from_image(image) for image in images]
+        key = sha256(" ".join(page.key for page in pages).encode()).hexdigest()
         if self.embeddings:
-            rows, lengths = self.embeddings.get(key), self.embeddings.get(key + LENGTHS)
+            rows, lengths = self.embeddings.get(key), self.embeddings.get(key + LENGTHS_SUFFIX)
             if rows is not None and lengths is not None:
                 return list(rows.split(lengths.tolist()))
-        found = embed_features(self.model, self.processor, map(self.features, keyed), len(keyed))
+        embeddings = embed_features(self.model, self.processor, map(self.features, pages), len(pages))
         if self.embeddings:
-            self.embeddings.put(key, torch.cat(found))
-            self.embeddings.put(key + LENGTHS, torch.tensor([len(row) for row in found]))
-        return found
+            self.embeddings.put(key, torch.cat(embeddings))
+            self.embeddings.put(key + LENGTHS_SUFFIX, torch.tensor([len(page) for page in embeddings]))
+        return embeddings
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
-        """MaxSim of queries with pages, (queries, pages) float32; each argument is as `encode` returns it."""
+        """Compute MaxSim, (queries, pages) float32, of queries with pages, each as `encode` returns them."""
         return maxsim_scores(list(embeddings1), list(embeddings2), next(self.model.parameters()).device)
 
 
-def _meta(
-    name: str, revision: str, parameters: int | None, loader: Any = None, settings: dict[str, Any] | None = None
-) -> ModelMeta:
-    return ModelMeta(
-        loader=loader,
-        name=name,
-        revision=revision,
-        experiment_kwargs=_apart(settings or {}),
-        release_date=None,
-        languages=None,
-        n_parameters=parameters,
-        memory_usage_mb=None,
-        max_tokens=None,
-        embed_dim=None,
-        license=None,
-        open_weights=True,
-        public_training_code=None,
-        public_training_data=None,
-        framework=["PyTorch"],
-        similarity_fn_name=ScoringFunction.MAX_SIM,
-        use_instructions=False,
-        training_datasets=None,
-        modalities=["text", "image"],
-        model_type=["late-interaction"],
+def _make_meta(name: str, revision: str, settings: Mapping[str, object], **fields: object) -> ModelMeta:
+    # Those that decide scores and are not the default's: mteb's cache would give one setting's score for another's, if
+    # name and revision were all.
+    defaults = {key: parameter.default for key, parameter in signature(load_encoder).parameters.items()}
+    changed = {
+        key: settings[key]
+        for key, default in defaults.items()
+        if key not in ("base", "device") and key in settings and settings[key] != default
+    }
+    return ModelMeta.create_empty(
+        {
+            "name": name,
+            "revision": revision,
+            "experiment_kwargs": changed or None,
+            "open_weights": True,
+            "framework": ["PyTorch"],
+            "similarity_fn_name": ScoringFunction.MAX_SIM,
+            "use_instructions": False,
+            "modalities": ["text", "image"],
+            "model_type": ["late-interaction"],
+        }
+        | fields
     )
 
 
-def _apart(settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Those that decide scores and are not `load`'s own: mteb's cache would give one setting's score for another's, if
-    name and revision were all."""
-    plain = {key: one.default for key, one in signature(load).parameters.items() if key not in ("base", "device")}
-    return {key: settings[key] for key in plain if key in settings and settings[key] != plain[key]} or None
-
-
-def load(
+def load_encoder(
     model: str | Path,
     *,
     base: str | Path | None = None,
@@ -182,51 +176,50 @@ def load(
     pool_factor: int = 1,
     dim: int = 128,
 ) -> ColIntern3_5Encoder:
-    """What `mteb.evaluate` takes, of a model's own folder alone; reads no params.yaml and keeps nothing on disk.
+    """Load a model for `mteb.evaluate` from its own folder alone; reads no params.yaml and writes nothing to the disk.
+
+    mteb's files call it colintern/<folder's name>, at a hash of its weights; one on the hub by its id and commit. The
+    settings that are given, but for base and device, are its `experiment_kwargs`, by which mteb keeps results apart.
 
     Args:
         model: folder of an adapter or of a merged model, or ID@COMMIT on the hub.
-        base, dtype, merge, device: see `colintern.modeling.alone.Alone.load`.
-        max_visual_tokens, max_query_tokens: see `ColIntern3_5Processor`; None: the bounds it was trained with.
-        pool_factor, dim: see `ColIntern3_5Encoder`; 1 to 64, and 1 to 128.
-
-    mteb's files call it colintern/<folder's name>, at a hash of its weights; one on the hub by its id and commit. The
-    settings asked for, but for base and device, are its `experiment_kwargs`, by which mteb keeps results apart.
+        base: see `colintern.modeling.alone.Alone.load`, as are the next three.
+        dtype: type of the weights.
+        merge: fold the adapter into the weights.
+        device: where it computes.
+        max_visual_tokens: see `ColIntern3_5Processor`; None: the bound it was trained with.
+        max_query_tokens: see `ColIntern3_5Processor`; None: the bound it was trained with.
+        pool_factor: see `ColIntern3_5Encoder`; 1 to 64.
+        dim: see `ColIntern3_5Encoder`; 1 to 128.
 
     Raises:
         UserError: a setting that is not valid; see `Alone.at` and `Alone.load`.
     """
-    for key, value, most in (("pool_factor", pool_factor, 64), ("dim", dim, 128)):
-        if not 1 <= value <= most:
-            raise UserError(f"{key}: {value} is not valid; it must be 1 to {most}")
-    found = Alone.at(model)
-    bounds: dict[str, Any] = {"max_visual_tokens": max_visual_tokens, "max_query_tokens": max_query_tokens}
-    loaded = found.load(base, dtype, merge, device)
+    for key, value in (("pool_factor", pool_factor), ("dim", dim)):
+        if not 1 <= value <= MAX_SIZES[key]:
+            raise UserError(f"{key}: {value} is not valid; it must be 1 to {MAX_SIZES[key]}")
+    source = PretrainedRef.resolve(model)
+    loaded = source.load(base, dtype, merge, device)
+    bounds = {"max_visual_tokens": max_visual_tokens, "max_query_tokens": max_query_tokens}
     given = {key: value for key, value in bounds.items() if value is not None}
-    processor = read_processor(found.folder, loaded, **given)
-    asked = {"dtype": dtype, "merge": merge, **bounds, "pool_factor": pool_factor, "dim": dim}
-    name = _name(model)
-    return ColIntern3_5Encoder(
-        loaded, processor, name, found.revision, pool_factor=pool_factor, dim=dim, settings=asked
-    )
+    processor = read_processor(source.folder, loaded, **given)
+    settings = {"dtype": dtype, "merge": merge, **bounds, "pool_factor": pool_factor, "dim": dim}
+    name, revision = _get_name(model), source.revision
+    return ColIntern3_5Encoder(loaded, processor, name, revision, None, None, pool_factor, dim, settings)
 
 
-def register(model: str | Path, name: str | None = None, **settings: Any) -> ModelMeta:
+def register_encoder(model: str | Path, name: str | None = None, **settings: Any) -> ModelMeta:
     """Make a model known to mteb, for this process: `mteb.get_model(name)` then loads it.
 
-    mteb has no function for it: its registry, which `get_model` and `get_model_metas` read, is the dictionary that
-    its own models are collected in.
-
     Args:
-        model: as in `load`.
-        name: in mteb's form, "organisation/model"; None: as in `load`.
-        settings: of `load`; those that are given to `mteb.get_model` come before them, and mteb writes both into its
-            files, as `experiment_kwargs`. mteb's own `embed_dim` is our `dim`.
+        model: see `load_encoder`.
+        name: organisation/model; None: as `load_encoder` names it.
+        settings: of `load_encoder`, unless `mteb.get_model` is given others.
 
     Raises:
-        UserError: see `Alone.at`; a name that is none, or that another model has.
+        UserError: see `Alone.at`; a name that is not valid, or that another model has.
     """
-    name = name or _name(model)
+    name = name or _get_name(model)
     if name.count("/") != 1:
         raise UserError(f"name: {name!r} is not valid; it must be organisation/model, such as colintern/mine")
     known = MODEL_REGISTRY.get(name)
@@ -235,22 +228,22 @@ def register(model: str | Path, name: str | None = None, **settings: Any) -> Mod
     if Path(model).is_dir():
         model = Path(model).resolve()
     loader = partial(_load_registered, model, settings)
-    MODEL_REGISTRY[name] = _meta(name, Alone.at(model).revision, None, loader, settings)
+    MODEL_REGISTRY[name] = _make_meta(name, PretrainedRef.resolve(model).revision, settings, loader=loader)
     return MODEL_REGISTRY[name]
 
 
 def _load_registered(
-    model: str | Path, settings: dict[str, Any], name: str, revision: str, embed_dim: int | None = None, **asked: Any
+    model: str | Path, settings: dict[str, Any], name: str, revision: str, embed_dim: int | None = None, **given: Any
 ) -> ColIntern3_5Encoder:
-    """mteb calls it with the last three; an unknown setting is a TypeError of `load`."""
+    """Load for mteb, which gives the last three; an unknown setting is a TypeError of `load_encoder`."""
     if embed_dim is not None:
-        asked["dim"] = embed_dim
-    encoder = load(model, **settings | asked)
+        given["dim"] = embed_dim
+    encoder = load_encoder(model, **settings | given)
     meta = encoder.mteb_model_meta
     if meta and meta.revision != revision:
         raise UserError(f"{model}: its weights have changed since it was registered as {name}; register it again")
     return encoder
 
 
-def _name(model: str | Path) -> str:
+def _get_name(model: str | Path) -> str:
     return f"colintern/{Path(model).resolve().name}" if Path(model).is_dir() else str(model).partition("@")[0]

@@ -1,1 +1,1 @@
-"""The model: ColIntern3_5, its processor, tiling, LoRA and its count, attention, loading and saving."""
+"""The model: ColIntern3_5, its processor, tiling, LoRA, attention, loading and saving."""

@@ -1,7 +1,9 @@
-"""Read the files of an adapter folder, and validate them (`find_faults`)."""
+"""The files of an adapter folder: read them, validate them (`find_faults`), describe their weights, write them."""
 
 import copy
+import hashlib
 import os
+import re
 import reprlib
 import signal
 import threading
@@ -9,24 +11,67 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from colintern.core.errors import UserError
+from colintern.modeling.configuration_colintern import HEAD, HEAD_KEYS
+from colintern.params import is_on_hub
 from colintern.storage.files import read_json_object, require_regular_file
 from colintern.storage.paths import ADAPTER
 
 WEIGHTS_FILE, CONFIG_FILE = ADAPTER
 HEAD_FILE = "head.safetensors"
-HEAD_KEYS = ("custom_text_proj.bias", "custom_text_proj.weight")
 PREFIX = "base_model.model."  # of every tensor that PEFT saves
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_CPU_SECONDS = 20.0
-MAX_ALPHA = 1e6  # a factor of all vectors that LoRA adds
+MAX_CPU_SECONDS = 20.0  # for matching the patterns of a configuration
+MAX_ALPHA = 1e6  # scales every vector that LoRA adds
+
+ADAPTER_README = """\
+---
+{base_model}library_name: peft
+pipeline_tag: visual-document-retrieval
+tags: [colpali, late-interaction, lora, multi-vector]
+---
+
+# ColIntern3.5 adapter
+
+LoRA of rank {rank} (alpha {alpha:g}) on `{base}`{at_revision}, for visual document retrieval: a page image and a query
+each become many 128-d vectors, scored by MaxSim. A page has at most {max_visual_tokens} visual tokens, a query at most
+{max_query_tokens} tokens.
+
+With colintern (`colintern evaluate` and `colintern search` take this folder too). If the base is a local
+folder, its path is relative to the current working directory:
+
+```python
+from colintern import ColIntern3_5, ColIntern3_5Processor
+
+folder = "."  # the folder of this README
+model = ColIntern3_5.from_pretrained(folder)
+processor = ColIntern3_5Processor.from_pretrained(folder)
+```
+
+With plain PEFT:
+
+```python
+from colintern import ColIntern3_5
+from peft import PeftModel
+
+folder = "."  # the folder of this README
+base = ColIntern3_5.from_pretrained({base!r}{revision_argument})
+model = PeftModel.from_pretrained(base, folder).eval()
+```
+
+The base model has no projection head, so `from_pretrained` initializes one randomly. The head that this adapter was
+trained with is in `adapter_model.safetensors` as `base_model.model.custom_text_proj.base_layer.*`, where PEFT finds it,
+and again in `head.safetensors`.
+
+The adapter is derived from `{base}`, whose license applies to it.
+"""
 
 State = dict[str, Tensor]
 
@@ -49,6 +94,14 @@ class AdapterFault(NamedTuple):
     check: str
     file: str
     message: str
+
+
+class WeightStats(TypedDict):
+    """Number, standard deviation and sha256 (16 hex digits) of a group of tensors, as identity.json has them."""
+
+    tensors: int
+    std: float
+    sha256: str
 
 
 def is_adapter(folder: Path) -> bool:
@@ -122,7 +175,7 @@ def _read_head(folder: Path, weights: State) -> State:
         head = {key: weights[PREFIX + key] for key in HEAD_KEYS}
     else:
         raise UserError(
-            f"{file}: missing. It contains the base weights of custom_text_proj; without them the adapter would be "
+            f"{file}: missing. It contains the base weights of {HEAD}; without them the adapter would be "
             f"applied to a randomly initialized projection. Copy it from the run that trained {folder}"
         )
     if sorted(head) != sorted(HEAD_KEYS):
@@ -147,7 +200,7 @@ def find_faults(files: AdapterFiles, base: nn.Module | None) -> Iterator[Adapter
 
     Args:
         files: see `read_adapter_files`.
-        base: its base on the meta device, see `modeling_colintern.meta_model`; PEFT changes it. None: not known, so
+        base: its base on the meta device, see `modeling_colintern.build_meta_model`; PEFT changes it. None if unknown:
             names and shapes are not checked.
 
     Raises:
@@ -196,7 +249,7 @@ def _expect_shapes(files: AdapterFiles, base: nn.Module) -> dict[str, torch.Size
 def _find_name_fault(files: AdapterFiles, expected: dict[str, torch.Size]) -> str:
     if not files.weights:
         return f"contains no weights, but {CONFIG_FILE} implies {len(expected)}; copy both files from the same run"
-    has_lora = f"{PREFIX}custom_text_proj.lora_A.weight" in expected
+    has_lora = f"{PREFIX}{HEAD}.lora_A.weight" in expected
     copies = {name_head_copy(key, has_lora): value.shape for key, value in files.head.items()}
     if copies.keys() & files.weights.keys():  # older adapters have no copy of the head
         expected = expected | copies
@@ -237,9 +290,74 @@ def _find_head_fault(files: AdapterFiles) -> str:
         for name in (name_head_copy(key, True), name_head_copy(key, False)):
             if name in files.weights and not torch.equal(files.weights[name].float(), value.float()):
                 return f"{key} differs from its copy in {WEIGHTS_FILE}: copy both files from one run"
-    if not files.head["custom_text_proj.weight"].any():
-        return "custom_text_proj.weight is all zero, so every page would get the same vectors; use another checkpoint"
+    if not files.head[f"{HEAD}.weight"].any():
+        return f"{HEAD}.weight is all zero, so every page would get the same vectors; use another checkpoint"
     return ""
+
+
+def adapter_weight_stats(adapter: State, head: State) -> dict[str, WeightStats]:
+    """Describe an adapter's weights, to find out later whether they were trained, and over which head.
+
+    Training starts with lora_B at zero, lora_A at random and a head that stays as it was initialized: lora_B shows
+    whether anything was trained, and the head's hash whether it is the one of the training. The guide's test, a
+    standard deviation "far from 0.02", shows neither.
+
+    Args:
+        adapter: tensors as PEFT saves them, `base_model.model.<module>.lora_A.weight` and so on; others are ignored.
+        head: tensors of head.safetensors.
+
+    Returns:
+        One entry for each kind of module over all layers, "<module, * for its layer> lora_A", and one for "head".
+    """
+    groups: dict[str, State] = {"head": {key: head[key] for key in HEAD_KEYS}}
+    for name, value in adapter.items():
+        if ".lora_" in name:  # the others are the copy of the head's base weights
+            module, kind = re.sub(r"\.\d+\.", ".*.", name.removeprefix(PREFIX)).rsplit(".lora_", 1)
+            groups.setdefault(f"{module} lora_{kind.removesuffix('.weight')}", {})[name] = value
+    return {name: _weight_stats(members) for name, members in sorted(groups.items())}
+
+
+def _weight_stats(members: State) -> WeightStats:
+    digest = hashlib.sha256()
+    values = [members[name].detach().float().cpu().contiguous() for name in sorted(members)]
+    for value in values:
+        digest.update(value.numpy().tobytes())
+    std = torch.cat([value.flatten() for value in values]).double().std().item()
+    return {"tensors": len(values), "std": float(f"{std:.6g}"), "sha256": digest.hexdigest()[:16]}
+
+
+def write_head(head: State, folder: Path, has_lora: bool) -> None:
+    """Write head.safetensors, and the same tensors into an adapter_model.safetensors that is there."""
+    file = folder / WEIGHTS_FILE
+    save_file(head, folder / HEAD_FILE)
+    if file.is_file():
+        copies = {name_head_copy(key, has_lora): value for key, value in head.items()}
+        save_file(read_tensors(file) | copies, file, metadata={"format": "pt"})
+
+
+def save_adapter_extras(wrapped: Any, processor: Any, folder: Path) -> None:
+    """Save what PEFT leaves out of an adapter's folder: the head, the processor and a README.
+
+    Args:
+        wrapped: the PeftModel.
+        processor: saved with the token limits used in training.
+        folder: where PEFT has saved the adapter.
+    """
+    wrapped.base_model.model.save_head(folder)
+    processor.save_pretrained(folder)
+    config = wrapped.peft_config["default"]
+    base, revision = config.base_model_name_or_path, config.revision
+    text = ADAPTER_README.format(
+        base_model=f"base_model: {base}\n" if revision and is_on_hub(base) else "",
+        base=base,
+        at_revision=f" at `{revision}`" if revision else "",
+        revision_argument=f", revision={revision!r}" if revision else "",
+        rank=config.r,
+        alpha=config.lora_alpha,
+        max_visual_tokens=processor.max_visual_tokens,
+        max_query_tokens=processor.max_query_tokens,
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from colintern.modeling.tiling import Grid
 
 
 class PageBatch(BatchFeature):
-    """A batch with the tile grid of each of its pages in `grids`, which is no input of the model."""
+    """A batch with the tile grid of each of its pages in `grids`, which is not an input of the model."""
 
     grids: Sequence[Grid] = ()
 
@@ -30,7 +30,7 @@ class InterpretabilityMixin:
 
     image_seq_length: int
     image_token_id: int
-    grid: Callable[[tuple[int, int]], Grid]
+    get_page_grid: Callable[[tuple[int, int]], Grid]
 
     def get_n_patches(
         self, image_size: tuple[int, int], *args, patch_size: int | None = None, spatial_merge_size: int | None = None
@@ -40,14 +40,16 @@ class InterpretabilityMixin:
         As colpali-engine's base class has it; Pillow's `image.size` is (width, height), and would transpose the page.
 
         Args:
+            image_size: (height, width) in pixels.
             args: a patch size, accepted for colpali-engine's signature and without effect.
-            patch_size, spatial_merge_size: the keywords of colpali-engine's README, which continues with its own
+            patch_size: a keyword of colpali-engine's README, which continues with its own
                 `get_similarity_maps_from_embeddings`. That function does not know the order of tokens of several tiles.
+            spatial_merge_size: the other keyword of that README.
 
         Raises:
             ValueError: one of these keywords for a page of several tiles.
         """
-        grid = self.grid(image_size)
+        grid = self.get_page_grid(image_size)
         if grid.tiles > 1 and (patch_size, spatial_merge_size) != (None, None):
             raise ValueError(
                 f"get_n_patches: a page of {image_size} has several tiles, and colpali-engine's own function would put "
@@ -96,7 +98,8 @@ class InterpretabilityMixin:
         """Arrange a page's tokens by position, (across, down, D), without the thumbnail.
 
         Args:
-            image_embeddings, image_mask: (L, D), and (L,) of `get_image_mask`.
+            image_embeddings: (L, D).
+            image_mask: (L,) of `get_image_mask`.
             n_patches: (across, down) of `get_n_patches`.
 
         Raises:
@@ -124,7 +127,8 @@ class InterpretabilityMixin:
         Not colpali-engine's function of this name: that expects tokens row by row of the page, ours come tile by tile.
 
         Args:
-            image_embeddings, query_embeddings: (B, L, D) of pages and (B, query tokens, D), row for row.
+            image_embeddings: (B, L, D) of pages.
+            query_embeddings: (B, query tokens, D) of queries, row for row.
             n_patches: (across, down) of `get_n_patches`, one for all pages or one for each.
             image_mask: (B, L) of `get_image_mask` or `get_local_image_mask`.
 

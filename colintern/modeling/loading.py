@@ -1,10 +1,12 @@
-"""A trained adapter as a model, its base with the same head before training, or a merged model, as params.yaml says."""
+"""Load models and processors from folders: as params.yaml says, or as the folder itself says (`PretrainedRef`)."""
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
@@ -12,20 +14,111 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from colintern.core.errors import UserError
-from colintern.modeling.adapter_files import CONFIG_FILE, WEIGHTS_FILE, describe_error, read_adapter_config
-from colintern.modeling.attention import implementation
+from colintern.modeling.adapter_files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    describe_error,
+    is_adapter,
+    read_adapter_config,
+    read_adapter_files,
+    validate_adapter,
+)
+from colintern.modeling.attention import choose_attn_implementation, resolve_attn_implementation
+from colintern.modeling.configuration_colintern import HEAD
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from colintern.params import Params
+from colintern.params import Params, split_hub_id
+from colintern.storage import hub
 from colintern.storage.files import read_json_object, require_regular_file
+from colintern.storage.identity import content_hash, read_identity
 from colintern.storage.paths import suggest_adapter_source
 
 TOKENIZER_FILE, TOKENIZER_CONFIG, PROCESSOR_CONFIG = "tokenizer.json", "tokenizer_config.json", "processor_config.json"
-MAX_TILE = 4096  # pixels
+MAX_TILE_SIZE = 4096  # pixels
+DTYPES = ("float32", "bfloat16", "float16")
+DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja"]  # no pickles
+
+
+class PretrainedRef(NamedTuple):
+    """The folder of a model that is loaded without a params.yaml; `revision` identifies its weights."""
+
+    folder: Path
+    revision: str
+    is_adapter: bool
+
+    @classmethod
+    def resolve(cls, model: str | Path) -> "PretrainedRef":
+        """Find a model in a folder, or download it from the hub as ID@COMMIT; no weight is loaded.
+
+        Raises:
+            UserError: neither a folder nor ID@COMMIT; or a model without weights or head, or an untrained adapter.
+        """
+        if Path(model).is_dir():
+            folder, revision = Path(model), ""
+        else:
+            name, revision = split_hub_id("model", str(model))
+            try:
+                folder = Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOAD_PATTERNS))
+            except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+                raise UserError(f"model: {model!r} cannot be fetched: {hub.describe_hub_error(error)}") from error
+        if not is_adapter(folder) and (folder / "config.json").is_file():
+            require_merged(folder)
+            return cls(folder, revision or content_hash(folder)[:40], False)
+        require_adapter(folder)
+        validate_adapter(read_adapter_files(folder), None)
+        return cls(folder, revision or content_hash(folder / WEIGHTS_FILE)[:40], True)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Return the identity that the training run wrote, empty if there is none."""
+        return read_identity(self.folder)
+
+    def load(self, base: str | Path | None, dtype: str | None, merge: bool, device: str | None) -> nn.Module:
+        """Load the model.
+
+        Args:
+            base: folder of an adapter's base; None: the one that the adapter names.
+            dtype: such as "float32"; None: the one it was trained in, else that of the stored weights.
+            merge: fold an adapter into the weights of its base.
+            device: None: the GPU if there is one.
+
+        Raises:
+            UserError: weights that are missing, do not fit or are not finite; a base that is missing or is not the one
+                the adapter was trained on.
+        """
+        dtype = dtype or self.identity.get("params", {}).get("dtype") or "auto"
+        if dtype not in ("auto", *DTYPES):
+            raise UserError(f"dtype: {dtype!r} is not valid; it must be one of {', '.join(DTYPES)}")
+        device = device or _get_device()
+        options: dict[str, Any] = {"attn_implementation": choose_attn_implementation("auto", dtype, device)}
+        if self.is_adapter:
+            options |= {"base": str(self._find_base(base)), "merge": merge}
+        model: Any = load_model(self.folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options)
+        require_finite(model, self.folder)
+        return model.to(device)
+
+    def _find_base(self, base: str | Path | None) -> str | Path:
+        """Return a hub id or a folder; a relative one is also searched in the folders around the adapter."""
+        config = read_adapter_config(self.folder)
+        name = base or str(config.base_model_name_or_path)
+        if base is None and config.revision:
+            return name
+        tops = [Path(), *self.folder.resolve().parents] if base is None else [Path()]
+        folder = next((top / name for top in tops if (top / name / "config.json").is_file()), None)
+        if folder is None:
+            raise UserError(f"base: {str(name)!r}, the base of {self.folder}, is no model's folder here; give base=")
+        for file, expected in self.identity.get("base", {}).get("files", {}).items():
+            if not (folder / file).is_file() or content_hash(folder / file) != expected["sha256"]:
+                raise UserError(f"base: {folder / file} is not the file that {self.folder} was trained on; give base=")
+        return folder
+
+
+def _get_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def require_adapter(adapter: Path) -> None:
-    """Raises UserError where a folder holds no adapter."""
+    """Raise UserError if a folder contains no adapter."""
     if not adapter.is_dir():
         raise UserError(f"{adapter}: does not exist, or is no folder; give the folder of an adapter")
     for name in (WEIGHTS_FILE, CONFIG_FILE):
@@ -34,17 +127,17 @@ def require_adapter(adapter: Path) -> None:
 
 
 def require_merged(folder: Path) -> None:
-    """Raises UserError where the weights in a folder cannot be read or have no head."""
+    """Raise UserError if the weights in a folder cannot be read or have no head."""
     read_json_object(folder / "config.json")
     files = sorted(folder.glob("*.safetensors"))
-    if not any("custom_text_proj.weight" in _names(file) for file in files):
+    if not any(f"{HEAD}.weight" in _read_names(file) for file in files):
         raise UserError(
-            f"{folder}: its weights have no custom_text_proj.weight, so it is a base before training; give an "
+            f"{folder}: its weights have no {HEAD}.weight, so it is a base before training; give an "
             f"adapter's folder, or one that was merged"
         )
 
 
-def _names(file: Path) -> list[str]:
+def _read_names(file: Path) -> list[str]:
     require_regular_file(file)
     try:
         with safe_open(file, "pt") as content:
@@ -54,14 +147,14 @@ def _names(file: Path) -> list[str]:
 
 
 def require_finite(model: nn.Module, folder: Path) -> None:
-    """Raises UserError where a weight is not a number."""
+    """Raise UserError if a weight is NaN or infinite."""
     broken = [name for name, value in model.named_parameters() if not value.isfinite().all()]
     if broken:
         raise UserError(f"{folder}: {broken[0]} has NaN or infinite values ({len(broken)} such weights)")
 
 
-def require_base(params: Params, folder: Path) -> None:
-    """Raises UserError where an adapter was trained on another base than `params.base`."""
+def require_same_base(params: Params, folder: Path) -> None:
+    """Raise UserError if an adapter was trained on another base than `params.base`."""
     config = read_adapter_config(folder)
     name, revision = config.base_model_name_or_path, config.revision or ""
     if (name, revision) != (params.base, params.base_revision):
@@ -72,18 +165,32 @@ def require_base(params: Params, folder: Path) -> None:
 
 
 def load_adapter(params: Params, base: str, adapter: Path, trained: bool = True) -> nn.Module:
-    """The model, on the GPU if there is one; `base` is where `manifest.ensure_base` found its weights.
+    """Load an adapter with its base, or its base with the adapter's head, to the GPU if there is one.
+
+    Args:
+        params: for dtype and attention.
+        base: where `manifest.ensure_base` found the base's weights.
+        adapter: its folder.
+        trained: whether LoRA is loaded too.
 
     Raises:
         UserError: weights that are missing or do not fit, such as an adapter without its head.
     """
-    options = _options(params)
     if trained:
-        model = load_model(adapter, base=base, **options)
+        model = load_model(adapter, base=base, **_get_options(params))
     else:
-        model = load_model(base, revision=params.base_revision or None, **options)
+        model = load_model(base, revision=params.base_revision or None, **_get_options(params))
         model.load_head(adapter)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(_get_device())
+
+
+def load_merged(params: Params, folder: Path) -> nn.Module:
+    """Load a model whose adapter was folded into its weights, to the GPU if there is one.
+
+    Raises:
+        UserError: weights that are missing or do not fit.
+    """
+    return load_model(folder, **_get_options(params)).to(_get_device())
 
 
 def load_model(path: str | Path, **options: Any) -> Any:
@@ -102,24 +209,15 @@ def load_model(path: str | Path, **options: Any) -> Any:
         raise UserError(f"{path}: cannot be loaded: {describe_error(error)}") from error
 
 
-def load_merged(params: Params, folder: Path) -> nn.Module:
-    """A model whose adapter was folded into its weights, on the GPU if there is one.
-
-    Raises:
-        UserError: weights that are missing or do not fit.
-    """
-    return load_model(folder, **_options(params)).to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _options(params: Params) -> dict[str, Any]:
+def _get_options(params: Params) -> dict[str, Any]:
     return {
         "dtype": getattr(torch, params.dtype),
-        "attn_implementation": implementation(params.attention, params.dtype),
+        "attn_implementation": resolve_attn_implementation(params.attention, params.dtype),
     }
 
 
 def load_processor(params: Params, adapter: Path, model: Any = None) -> ColIntern3_5Processor:
-    """Load the adapter's processor with the bounds that params set.
+    """Load the adapter's processor with the bounds of params.yaml.
 
     Raises:
         UserError: see `read_processor`.
@@ -132,11 +230,12 @@ def read_processor(folder: Path, model: Any = None, **bounds: Any) -> ColIntern3
     """Load the processor of an adapter or merged model from its folder.
 
     Args:
-        model: that it must fit, if it is loaded.
+        folder: where its files are.
+        model: the model that it must fit, if it is loaded.
         bounds: see `ColIntern3_5Processor`.
 
     Raises:
-        UserError: a file is missing, damaged or does not fit the model, which is named; or a bound is not valid.
+        UserError: a file, which is named, is missing, damaged or does not fit the model; or a bound is not valid.
     """
     for name in (PROCESSOR_CONFIG, TOKENIZER_CONFIG, TOKENIZER_FILE):
         if not os.path.lexists(folder / name):
@@ -157,8 +256,9 @@ def read_processor(folder: Path, model: Any = None, **bounds: Any) -> ColIntern3
 
 def _try_processor(processor: ColIntern3_5Processor) -> None:
     """Process a query and a page, because transformers checks values of a configuration only when they are used."""
-    if type(processor.tile) is not int or not 1 <= processor.tile <= MAX_TILE:
-        raise ValueError(f"size: {processor.tile!r} is not valid; it must be 1 to {MAX_TILE}")
+    size = processor.tile_size
+    if type(size) is not int or not 1 <= size <= MAX_TILE_SIZE:
+        raise ValueError(f"size: {size!r} is not valid; it must be 1 to {MAX_TILE_SIZE}")
     processor.process_queries(["a"])
     pixels = processor.process_images([Image.new("RGB", (32, 32), "gray")])["pixel_values"]
     if not pixels.isfinite().all():
@@ -166,7 +266,7 @@ def _try_processor(processor: ColIntern3_5Processor) -> None:
 
 
 def _find_damaged_file(folder: Path) -> str:
-    """Return the file because of which the processor in a folder cannot be used."""
+    """Return the file that makes the processor in a folder unusable."""
     try:
         Tokenizer.from_file(str(folder / TOKENIZER_FILE))
     except Exception:
@@ -180,10 +280,10 @@ def _find_damaged_file(folder: Path) -> str:
 
 
 def _require_fit(model: Any, processor: ColIntern3_5Processor, folder: Path) -> None:
-    """Raise UserError where the processor in a folder does not fit the model: sizes of a tile, tokens, vocabulary."""
+    """Raise UserError if a processor does not fit the model: size and tokens of a tile, vocabulary."""
     config = model.config
     for file, key, value, expected in (
-        (PROCESSOR_CONFIG, "size of a tile", [processor.tile] * 2, list(config.vision_config.image_size)),
+        (PROCESSOR_CONFIG, "size of a tile", [processor.tile_size] * 2, list(config.vision_config.image_size)),
         (PROCESSOR_CONFIG, "image_seq_length", processor.image_seq_length, config.image_seq_length),
         (TOKENIZER_CONFIG, "id of context_image_token", processor.image_token_id, config.image_token_id),
     ):

@@ -1,12 +1,18 @@
-"""LoRA on ColIntern3_5: which modules are adapted, counted on the model that PEFT really wrapped.
+r"""LoRA on ColIntern3_5: which modules are adapted, counted on the model that PEFT really wrapped.
 
-A list of targets does not understand `*` in PEFT: an entry that matches nothing is skipped without a word, and the
+PEFT does not interpret `*` in a list of targets: an entry that matches nothing is skipped without a message, and the
 guide's list would adapt custom_text_proj alone (36,864 parameters). Here the targets are regular expressions, joined
 into the one string that PEFT matches against whole module names, and the count is taken after wrapping.
+
+The guide writes shell patterns, `language_model.layers.*.self_attn.q_proj`. As a regular expression that one happens to
+match the same modules, since `.*` is any text; `layers.1*.self_attn` does not, since `1*` repeats the digit 1.
 """
 
 import re
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from textwrap import wrap
 from typing import Any
 
@@ -14,15 +20,64 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from colintern.modeling.modeling_colintern import ColIntern3_5, quiet
-from colintern.modeling.patterns import reading, suggestion
+from colintern.modeling.configuration_colintern import FROZEN_PARTS, HEAD, LANGUAGE_MODEL, PARTS
+from colintern.modeling.modeling_colintern import ColIntern3_5, suppress_load_warnings
 from colintern.params import Params
 
-HEAD = "custom_text_proj"
-FROZEN = ("vision_tower", "multi_modal_projector")
-PARTS = ("language_model", HEAD, *FROZEN)
 # Bytes. PEFT keeps LoRA weights in float32 whatever the base's format is; so are AdamW's moments and the head's file.
 FLOAT32 = 4
+GLOB, MISREAD_GLOB, REGEX = "as a glob", "not as a glob", "as a regular expression"
+BRACE_RANGE = re.compile(r"\\?\{\d+(?:\.\.|\\\.\\\.)\d+\\?\}")  # {0..27}, which a shell understands
+
+
+@dataclass(frozen=True)
+class PatternReport:
+    """What one of the lora_targets matches.
+
+    `frozen` counts matches in tower and projector; `unfit` has a match that is not a linear layer, if there is one;
+    `reads` is from `classify_pattern`, `instead` from `suggest_pattern`.
+    """
+
+    matches: int
+    layers: list[int]
+    frozen: int
+    unfit: list[str]
+    reads: str
+    instead: str
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """Linear and adapted modules, parameters without LoRA's, and trained parameters of a part of the model."""
+
+    linear: int
+    adapted: int
+    parameters: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What LoRA trains and what stays frozen, as `colintern verify --json` prints it.
+
+    `total_parameters` are those of the base with its head. `frozen_*_modules` are linear modules without LoRA,
+    `adapted_vision_modules` those of tower and projector with LoRA, which must be 0. `head` has the head's in and out
+    sizes if it is adapted, `layers` counts the language model's layers. `adapter_bytes` are LoRA's weights and the head
+    in both files, `optimizer_bytes` AdamW's two moments.
+    """
+
+    patterns: dict[str, PatternReport]
+    lora_modules: int
+    trainable_parameters: int
+    total_parameters: int
+    frozen_vision_modules: int
+    frozen_projector_modules: int
+    adapted_vision_modules: int
+    head: list[int] | None
+    layers: int
+    parts: dict[str, PartReport]
+    adapter_bytes: int
+    optimizer_bytes: int
 
 
 def add_lora(
@@ -37,133 +92,124 @@ def add_lora(
     """
     pattern = "|".join(f"(?:{target})" for target in targets)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, revision=revision)
-    with quiet():
+    with suppress_load_warnings():
         return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
 
 
-def examine(model: ColIntern3_5, params: Params) -> dict[str, Any]:
-    """Wrap a `meta_model` as training would wrap it, and count; see `count`.
+def report_lora_on_meta(model: ColIntern3_5, params: Params) -> LoraReport:
+    """Wrap a model of `build_meta_model` as training would wrap it, and report on it.
 
-    Where PEFT would refuse the targets, the bare model is counted, with nothing trained; `faults` says why.
+    If PEFT would refuse the targets, the bare model is reported on, with nothing trained; `find_lora_errors` says why.
     """
-    hit = [module for name, module in model.named_modules() if any(re.fullmatch(t, name) for t in params.lora_targets)]
-    if not hit or not all(isinstance(module, nn.Linear) for module in hit):
-        return count(model, params.lora_targets)
+    targets = params.lora_targets
+    matches = [module for name, module in model.named_modules() if any(re.fullmatch(t, name) for t in targets)]
+    if not matches or not all(isinstance(module, nn.Linear) for module in matches):
+        return report_lora(model, targets)
     with torch.device("meta"):  # PEFT draws A on the CPU before it moves it to where its base layer is
-        wrapped = add_lora(model, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout)
-    return count(wrapped, params.lora_targets)
+        wrapped = add_lora(model, targets, params.lora_rank, params.lora_alpha, params.lora_dropout)
+    return report_lora(wrapped, targets)
 
 
-def count(model: PeftModel | ColIntern3_5, targets: Sequence[str]) -> dict[str, Any]:
-    """What is trained and what is frozen.
-
-    Returns:
-        `patterns` (per target `matches`; `layers`; `frozen`: matches in tower and projector; `unfit`: a match that is
-        no linear layer; `reads` and `instead`: see patterns.py), `lora_modules`, `trainable_parameters`,
-        `total_parameters` (those of the base model with its head), `frozen_vision_modules`,
-        `frozen_projector_modules` (linear modules left alone), `adapted_vision_modules` (of tower and projector; must
-        be 0), `head` (its in and out sizes), `layers` (of the language model), `parts` (linear and adapted modules,
-        parameters and trained parameters of each), and in bytes `adapter_bytes` (LoRA weights, and the head
-        in both files) and `optimizer_bytes` (AdamW's two moments).
-    """
+def report_lora(model: PeftModel | ColIntern3_5, targets: Sequence[str]) -> LoraReport:
+    """Count what is trained and what is frozen."""
     wrapped = isinstance(model, PeftModel)
     core: Any = model.base_model.model if wrapped else model  # type: ignore[union-attr]
     modules = {name: module for name, module in core.named_modules() if ".lora_" not in name}
     linear = {n.removesuffix(".base_layer") for n, module in modules.items() if isinstance(module, nn.Linear)}
     adapted = {name for name, module in modules.items() if hasattr(module, "lora_A")}
     names = adapted if wrapped else {n for n in modules if any(re.fullmatch(target, n) for target in targets)}
-    lora = {name: p for name, p in core.named_parameters() if ".lora_" in name}
-    trained = {name: p for name, p in core.named_parameters() if wrapped and p.requires_grad}
-    parts = {}
-    for part in PARTS:
-        own = [p.numel() for name, p in core.named_parameters() if name.startswith(part) and name not in lora]
-        parts[part] = {
-            "linear": sum(name.startswith(part) for name in linear),
-            "adapted": sum(name.startswith(part) for name in adapted),
-            "parameters": sum(own),
-            "trained": sum(p.numel() for name, p in trained.items() if name.startswith(part)),
-        }
-    trainable = sum(p.numel() for p in trained.values())
-    head = core.custom_text_proj
-    return {
-        "patterns": {target: _pattern(target, names, linear) for target in targets},
-        "lora_modules": len(adapted),
-        "trainable_parameters": trainable,
-        "total_parameters": sum(row["parameters"] for row in parts.values()),
-        "frozen_vision_modules": parts[FROZEN[0]]["linear"] - parts[FROZEN[0]]["adapted"],
-        "frozen_projector_modules": parts[FROZEN[1]]["linear"] - parts[FROZEN[1]]["adapted"],
-        "adapted_vision_modules": sum(name.startswith(FROZEN) for name in adapted),
-        "head": [head.in_features, head.out_features] if HEAD in adapted else None,
-        "layers": len(_layers(linear)),
-        "parts": parts,
-        "adapter_bytes": FLOAT32 * (trainable + 2 * parts[HEAD]["parameters"]),
-        "optimizer_bytes": 2 * FLOAT32 * trainable,
+    sizes = {name: p.numel() for name, p in core.named_parameters() if ".lora_" not in name}
+    trained = {name: p.numel() for name, p in core.named_parameters() if wrapped and p.requires_grad}
+    parts = {
+        part: PartReport(
+            linear=sum(name.startswith(part) for name in linear),
+            adapted=sum(name.startswith(part) for name in adapted),
+            parameters=sum(size for name, size in sizes.items() if name.startswith(part)),
+            trained=sum(size for name, size in trained.items() if name.startswith(part)),
+        )
+        for part in PARTS
     }
+    tower, projector = (parts[part] for part in FROZEN_PARTS)
+    trainable = sum(trained.values())
+    return LoraReport(
+        patterns={target: _report_pattern(target, names, linear) for target in targets},
+        lora_modules=len(adapted),
+        trainable_parameters=trainable,
+        total_parameters=sum(part.parameters for part in parts.values()),
+        frozen_vision_modules=tower.linear - tower.adapted,
+        frozen_projector_modules=projector.linear - projector.adapted,
+        adapted_vision_modules=sum(name.startswith(FROZEN_PARTS) for name in adapted),
+        head=[core.head.in_features, core.head.out_features] if HEAD in adapted else None,
+        layers=len(_find_layers(linear)),
+        parts=parts,
+        adapter_bytes=FLOAT32 * (trainable + 2 * parts[HEAD].parameters),
+        optimizer_bytes=2 * FLOAT32 * trainable,
+    )
 
 
-def _pattern(target: str, names: Collection[str], linear: Collection[str]) -> dict[str, Any]:
+def _report_pattern(target: str, names: Collection[str], linear: Collection[str]) -> PatternReport:
     matches = [name for name in names if re.fullmatch(target, name)]
-    return {
-        "matches": len(matches),
-        "layers": _layers(matches),
-        "frozen": sum(name.startswith(FROZEN) for name in matches),
-        "unfit": sorted(set(matches) - set(linear))[:1],
-        "reads": reading(target, linear),
-        "instead": suggestion(target, [name for name in linear if not name.startswith(FROZEN)]),
-    }
+    return PatternReport(
+        matches=len(matches),
+        layers=_find_layers(matches),
+        frozen=sum(name.startswith(FROZEN_PARTS) for name in matches),
+        unfit=sorted(set(matches) - set(linear))[:1],
+        reads=classify_pattern(target, linear),
+        instead=suggest_pattern(target, [name for name in linear if not name.startswith(FROZEN_PARTS)]),
+    )
 
 
-def _layers(names: Iterable[str]) -> list[int]:
-    return sorted({int(m[1]) for name in names if (m := re.match(r"language_model\.layers\.(\d+)\.", name))})
+def _find_layers(names: Iterable[str]) -> list[int]:
+    return sorted({int(m[1]) for name in names if (m := re.match(rf"{LANGUAGE_MODEL}\.layers\.(\d+)\.", name))})
 
 
-def faults(counts: dict[str, Any]) -> list[str]:
-    """What would make the training wrong, one sentence each with what to write instead; empty when all is well."""
-    found = []
-    for target, row in counts["patterns"].items():
-        what = f"lora_targets: {target} "
-        if not row["matches"]:
-            found.append(f"{what}matches no module; whole names are matched: write {row['instead']}")
-        elif row["unfit"]:
-            found.append(
-                f"{what}matches {row['unfit'][0]}, which is no linear layer; end it with the name of one: "
+def find_lora_errors(report: LoraReport) -> list[str]:
+    """Return what would make the training wrong, one sentence each with what to write instead."""
+    errors = []
+    for target, row in report.patterns.items():
+        subject = f"lora_targets: {target} "
+        if not row.matches:
+            errors.append(f"{subject}matches no module; whole names are matched: write {row.instead}")
+        elif row.unfit:
+            errors.append(
+                f"{subject}matches {row.unfit[0]}, which is no linear layer; end it with the name of one: "
                 r"\.q_proj, not \.self_attn"
             )
-        elif row["frozen"]:
-            found.append(
-                f"{what}hits {row['frozen']} modules of the vision tower or projector, which stay frozen; begin it "
-                r"with language_model\."
+        elif row.frozen:
+            errors.append(
+                f"{subject}hits {row.frozen} modules of the vision tower or projector, which stay frozen; begin it "
+                rf"with {LANGUAGE_MODEL}\."
             )
-        elif row["reads"] == "not as a glob":
-            found.append(
-                f"{what}matches {row['matches']} modules and would match others as a shell's pattern: `*` repeats "
-                rf"what stands before it; write \d+ for a layer's number and .* for any text"
+        elif row.reads == MISREAD_GLOB:
+            errors.append(
+                f"{subject}matches {row.matches} modules and would match others as a shell pattern: `*` repeats "
+                r"the character before it; write \d+ for the number of a layer and .* for any text"
             )
-    if not any(re.fullmatch(target, HEAD) for target in counts["patterns"]):
-        found.append(f"lora_targets: {HEAD} is not adapted; add {HEAD} to the list")
-    if not counts["trainable_parameters"]:
-        found.append("lora_targets: nothing is trained, 0 LoRA modules and 0 parameters")
-    return found
+    if not any(re.fullmatch(target, HEAD) for target in report.patterns):
+        errors.append(f"lora_targets: {HEAD} is not adapted; add {HEAD} to the list")
+    if not report.trainable_parameters:
+        errors.append("lora_targets: nothing is trained, 0 LoRA modules and 0 parameters")
+    return errors
 
 
-def notes(counts: dict[str, Any]) -> list[str]:
-    """What is not wrong but may surprise, one sentence each."""
-    found = []
-    for target, row in counts["patterns"].items():
-        if row["reads"] == "as a glob" and not row["unfit"]:
-            found.append(
-                f"{target}: does what the same shell's pattern would, but is read as a regular expression, and PEFT "
-                f"would skip it in a list; more exact: {row['instead']}"
+def find_lora_warnings(report: LoraReport) -> list[str]:
+    """Return what is valid but may be unintended, one sentence each."""
+    warnings = []
+    for target, row in report.patterns.items():
+        if row.reads == GLOB and not row.unfit:
+            warnings.append(
+                f"{target}: matches what the same shell pattern would, but is read as a regular expression, and PEFT "
+                f"would skip it in a list; more exact: {row.instead}"
             )
-        if 0 < len(row["layers"]) < counts["layers"]:
-            found.append(f"{target}: only layers {ranges(row['layers'])} of 0-{counts['layers'] - 1}")
-    if counts["trainable_parameters"] and not counts["parts"]["language_model"]["adapted"]:
-        found.append("no module of the language model gets LoRA, only the head")
-    return found
+        if 0 < len(row.layers) < report.layers:
+            warnings.append(f"{target}: only layers {format_ranges(row.layers)} of 0-{report.layers - 1}")
+    if report.trainable_parameters and not report.parts[LANGUAGE_MODEL].adapted:
+        warnings.append("no module of the language model gets LoRA, only the head")
+    return warnings
 
 
-def ranges(numbers: Sequence[int]) -> str:
-    """Rising whole numbers as text: [0, 1, 2, 7] is "0-2, 7"."""
+def format_ranges(numbers: Sequence[int]) -> str:
+    """Format ascending integers: [0, 1, 2, 7] is "0-2, 7"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -173,30 +219,77 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def table(base: str, counts: dict[str, Any]) -> str:
-    """The guide's verification report with the `notes`, at most 80 columns wide."""
+def format_lora_report(base: str, report: LoraReport) -> str:
+    """Format the guide's verification report with the warnings, at most 80 columns wide."""
     line = "=" * 80
     rows = [line, f"LORA TARGET MODULE VERIFICATION FOR {base}"[:80], line]
-    for target, row in counts["patterns"].items():
-        covers = f"layers {ranges(row['layers'])}" if row["layers"] else ""
-        if target == HEAD and counts["head"]:
-            covers = "Linear({} -> {})".format(*counts["head"])
+    for target, row in report.patterns.items():
+        covers = f"layers {format_ranges(row.layers)}" if row.layers else ""
+        if target == HEAD and report.head:
+            covers = "Linear({} -> {})".format(*report.head)
         if len(target) > 47:
             rows.append(f"   {target}"[:80])
         name = "" if len(target) > 47 else target
-        rows.append(f"{'ok' if row['matches'] else 'NO'} {name:<47} {row['matches']:>2} found {covers}"[:80])
+        rows.append(f"{'ok' if row.matches else 'NO'} {name:<47} {row.matches:>2} found {covers}"[:80])
     rows += ["-" * 80, f"{'':<24}{'linear modules':>15}{'with LoRA':>11}{'parameters':>16}{'trained':>14}"]
-    total = {key: sum(row[key] for row in counts["parts"].values()) for key in ("linear", "adapted", "parameters")}
-    total |= {"trained": counts["trainable_parameters"]}
-    for name, row in (counts["parts"] | {"total": total}).items():
-        trained = f"{row['trained']:,}" if row["trained"] else "frozen"
-        rows.append(f"{name:<24}{row['linear']:>15}{row['adapted']:>11}{row['parameters']:>16,}{trained:>14}")
+    parts = report.parts.values()
+    total = PartReport(
+        linear=sum(part.linear for part in parts),
+        adapted=sum(part.adapted for part in parts),
+        parameters=report.total_parameters,
+        trained=report.trainable_parameters,
+    )
+    for name, part in (report.parts | {"total": total}).items():
+        trained = f"{part.trained:,}" if part.trained else "frozen"
+        rows.append(f"{name:<24}{part.linear:>15}{part.adapted:>11}{part.parameters:>16,}{trained:>14}")
     rows += [
         "-" * 80,
-        f"{counts['lora_modules']} modules get LoRA: {counts['trainable_parameters']:,} trainable parameters, "
-        f"{counts['trainable_parameters'] / counts['total_parameters']:.2%} of the model's",
-        f"on disk {counts['adapter_bytes'] / 1e6:,.1f} MB of adapter and head; in memory "
-        f"{counts['optimizer_bytes'] / 1e6:,.1f} MB of optimizer state",
+        f"{report.lora_modules} modules get LoRA: {report.trainable_parameters:,} trainable parameters, "
+        f"{report.trainable_parameters / report.total_parameters:.2%} of the model's",
+        f"on disk {report.adapter_bytes / 1e6:,.1f} MB of adapter and head; in memory "
+        f"{report.optimizer_bytes / 1e6:,.1f} MB of optimizer state",
     ]
-    rows += [part for note in notes(counts) for part in wrap(f"note: {note}", 80, subsequent_indent="  ")]
-    return "\n".join(rows)
+    notes = (wrap(f"note: {warning}", 80, subsequent_indent="  ") for warning in find_lora_warnings(report))
+    return "\n".join([*rows, *(row for note in notes for row in note)])
+
+
+def match_names(pattern: str, names: Iterable[str]) -> set[str]:
+    """Return the names that a regular expression matches whole; none if it is not a valid one."""
+    try:
+        return {name for name in names if re.fullmatch(pattern, name)}
+    except re.error:
+        return set()
+
+
+def classify_pattern(target: str, names: Iterable[str]) -> str:
+    """Return `GLOB` if a shell pattern would match the same names, `MISREAD_GLOB` if others, `REGEX` if it is none."""
+    names = set(names)
+    globbed = {name for name in names if fnmatchcase(name, target)}
+    if "*" not in target or re.search(r"[\\()|+^$]", target) or not globbed:
+        return REGEX
+    return GLOB if globbed == match_names(target, names) else MISREAD_GLOB
+
+
+def suggest_pattern(target: str, names: Iterable[str]) -> str:
+    """Return the pattern that the target probably means.
+
+    It is read without its range, as a glob, or below the language model; else the most similar name is taken.
+    """
+    names = sorted(names)
+    plain = re.sub(r"^\^?(?:model\\?\.)?", "", target)
+    ranged = BRACE_RANGE.sub(lambda _: r"\d+", plain)
+    globbed = re.sub(r"(?<![.\])])\*", ".*", ranged)
+    for prefix in ("", rf"{LANGUAGE_MODEL}\.", rf"{LANGUAGE_MODEL}\..*\."):
+        for body in (plain, ranged, globbed):
+            if matches := match_names(prefix + body, names):
+                exact = {_match_every_layer(name) for name in matches}
+                return exact.pop() if len(exact) == 1 else prefix + body
+    readable = {re.sub(r"\.\d+\.", ".0.", name): _match_every_layer(name) for name in names}
+    wanted = re.sub(r"\\d\+?|\.?\*", "0", ranged).replace("\\", "")
+    [nearest] = get_close_matches(wanted, readable, n=1, cutoff=0.0)
+    return readable[nearest]
+
+
+def _match_every_layer(name: str) -> str:
+    """Return the regular expression for a module in every layer."""
+    return re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name))

@@ -1,9 +1,9 @@
-"""Pages and queries as model inputs: `ColIntern3_5Processor`, with colpali-engine's public surface.
+"""Convert pages and queries to model inputs: `ColIntern3_5Processor`, with colpali-engine's public methods.
 
 It is transformers' `InternVLProcessor` with three differences: tiles come from `tiling` (a hard bound on visual
 tokens), padding is on the right (the stock processor pads left whatever the tokenizer says), and one function formats a
 query, for training, evaluation and search alike. docs/colpali-engine.md shows its use in scripts written for
-colpali-engine's models.
+colpali-engine's models. Shapes: B rows, L tokens of a padded row.
 """
 
 import logging
@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import BatchFeature, InternVLProcessor
 from transformers.image_utils import SizeDict
 
-from colintern.modeling.images import rgb
+from colintern.modeling.images import to_rgb
 from colintern.modeling.interpretability import InterpretabilityMixin, PageBatch
 from colintern.modeling.tiling import Grid, choose_grid
 from colintern.scoring.maxsim import maxsim_scores
@@ -30,7 +30,7 @@ HUB_KEYWORDS = {  # of transformers' `from_pretrained`, and device_map, which co
     *("_commit_hash", "_from_auto", "_from_pipeline", "cache_dir", "device_map", "force_download", "local_files_only"),
     *("proxies", "return_unused_kwargs", "revision", "subfolder", "token", "use_fast"),
 }
-CALL_KEYWORDS = {  # of transformers' processors, with the values that change nothing here
+CALL_KEYWORDS = {  # of transformers' processors, with the values that have no effect here
     "add_special_tokens": (False,),
     "audio": (None,),
     "max_length": (None,),
@@ -43,16 +43,16 @@ CALL_KEYWORDS = {  # of transformers' processors, with the values that change no
 
 
 class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor, InternVLProcessor):
-    """Turns page images and query strings into right-padded batches for `ColIntern3_5`.
+    """Converts page images and query strings to right-padded batches for `ColIntern3_5`.
 
     Args:
         image_processor, tokenizer, video_processor, image_seq_length, chat_template: as in `InternVLProcessor`;
             `image_seq_length` is the number of visual tokens of one tile (256 for InternVL3.5).
         max_visual_tokens: hard bound on the visual tokens of a page; at least one tile's worth.
-        max_query_tokens: a query is cut to this many tokens, prefix and augmentation included, and says so.
+        max_query_tokens: a longer query, prefix and augmentation included, is truncated with a warning.
 
     Raises:
-        ValueError: a bound that leaves no room for one tile, or for one word of a query.
+        ValueError: a bound below one tile, or below one word of a query.
     """
 
     query_prefix: ClassVar[str] = "Query: "
@@ -82,19 +82,19 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
             )
         self.max_visual_tokens = max_visual_tokens
         self.max_query_tokens = max_query_tokens
-        # Only so many characters of a query are tokenized, since 16 MB would take minutes. Those beyond cannot be among
-        # its first tokens: each is at most as long as the longest, and NFC makes one character of four at most.
+        # Characters of a query that are tokenized, since 16 MB would take minutes. Later ones cannot be among its first
+        # tokens: each is at most as long as the longest, and NFC merges at most four characters into one.
         self.max_query_characters = 4 * max_query_tokens * max(map(len, self.tokenizer.get_vocab()))
         self.tokenizer.padding_side = "right"
-        around = len(self._ids(self.query_prefix)) + len(self._tail(None))
-        if max_query_tokens <= around:
+        overhead = len(self._tokenize(self.query_prefix)) + len(self._tokenize_suffix(None))
+        if max_query_tokens <= overhead:
             raise ValueError(
-                f"max_query_tokens={max_query_tokens}: prefix and augmentation take {around} tokens of a query, "
-                f"so the bound must be {around + 1} or more"
+                f"max_query_tokens={max_query_tokens}: prefix and augmentation take {overhead} tokens of a query, "
+                f"so the bound must be {overhead + 1} or more"
             )
         before, after = self.visual_prompt
-        self._before_tiles = [*self._ids(before), self.start_image_token_id]
-        self._after_tiles = [self.end_image_token_id, *self._ids(after)]
+        self._ids_before_tiles = [*self._tokenize(before), self.start_image_token_id]
+        self._ids_after_tiles = [self.end_image_token_id, *self._tokenize(after)]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -105,10 +105,10 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         Args:
             pretrained_model_name_or_path: folder or hub id.
             max_num_visual_tokens: colpali-engine's name of `max_visual_tokens`.
-            kwargs: the class's arguments, in place of the saved ones, and transformers' own (revision, token, ...).
+            kwargs: arguments of the class, which override the saved ones, and of transformers (revision, token, ...).
 
         Raises:
-            TypeError: another keyword, which transformers would ignore, `use_fast=False`, or two names of the bound.
+            TypeError: an unknown keyword, which transformers would ignore; `use_fast=False`; both names of the bound.
         """
         known = {name for name in signature(cls).parameters if name != "kwargs"} | HUB_KEYWORDS
         if unknown := sorted(kwargs.keys() - known):
@@ -146,56 +146,58 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         pages = [] if images is None else _as_list(images)
         if text is None:
             return self.process_images(pages)
-        parts = [row.split(self.image_token) for row in _as_list(text)]
-        if (places := sum(len(row) - 1 for row in parts)) != len(pages):
-            raise ValueError(f"{places} image tokens ({self.image_token}) in the texts, but {len(pages)} images")
-        tiles = [self.page_tiles(page) for page in pages]
-        counts, rows = iter(tiles), []
-        for before, *after in parts:
-            rows.append(self._ids(before))
-            for rest in after:
-                rows[-1] += [self.start_image_token_id, *self._visual_ids(len(next(counts))), self.end_image_token_id]
-                rows[-1] += self._ids(rest)
-        return self._add_pages(self._pad(rows), pages, tiles)
+        segments = [row.split(self.image_token) for row in _as_list(text)]
+        if (count := sum(len(row) - 1 for row in segments)) != len(pages):
+            raise ValueError(f"{count} image tokens ({self.image_token}) in the texts, but {len(pages)} images")
+        tiles = [self.preprocess_page(page) for page in pages]
+        next_tiles, rows = iter(tiles), []
+        for first, *others in segments:
+            row = self._tokenize(first)
+            for segment in others:
+                visual = self._make_visual_ids(len(next(next_tiles)))
+                row += [self.start_image_token_id, *visual, self.end_image_token_id, *self._tokenize(segment)]
+            rows.append(row)
+        return self._add_pages(self._pad_batch(rows), pages, tiles)
 
-    def _ids(self, text: str) -> list[int]:
+    def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @property
-    def tile(self) -> int:
-        """Side of a tile in pixels."""
+    def tile_size(self) -> int:
+        """Return the side of a tile in pixels."""
         return self.image_processor.size["height"]
 
-    def grid(self, image_size: tuple[int, int]) -> Grid:
-        """The tile grid of a page of `image_size` = (height, width) pixels."""
+    def get_page_grid(self, image_size: tuple[int, int]) -> Grid:
+        """Return the tile grid of a page of `image_size` = (height, width) pixels."""
         height, width = image_size
-        return choose_grid(width, height, self.max_visual_tokens // self.image_seq_length, self.tile)
+        return choose_grid(width, height, self.max_visual_tokens // self.image_seq_length, self.tile_size)
 
     def process_images(self, images: list[Image.Image]) -> BatchFeature:
-        """A batch of pages.
+        """Convert pages to a batch.
 
         Returns:
             input_ids, attention_mask: (B, L) int64, padded on the right.
-            pixel_values: (sum of the pages' tiles, 3, tile, tile) float32, page after page, each page row by row
-                and its thumbnail last.
+            pixel_values: (sum of the pages' tiles, 3, tile size, tile size) float32, page after page, see
+                `preprocess_page`.
         """
         images = _as_list(images)
-        tiles = [self.page_tiles(image) for image in images]
-        return self._add_pages(self.page_tokens([len(t) for t in tiles]), images, tiles)
+        tiles = [self.preprocess_page(image) for image in images]
+        return self._add_pages(self.tokenize_pages([len(page) for page in tiles]), images, tiles)
 
     def _add_pages(self, batch: PageBatch, images: list[Image.Image], tiles: list[torch.Tensor]) -> BatchFeature:
-        """Add the pages' tiles and grids to a batch of tokens."""
         if tiles:
             batch["pixel_values"] = torch.cat(tiles)
-        batch.grids = [self.grid((image.height, image.width)) for image in images]
+        batch.grids = [self.get_page_grid((image.height, image.width)) for image in images]
         return batch
 
-    def page_tokens(self, tiles: list[int]) -> PageBatch:
-        """input_ids and attention_mask of pages of so many tiles each."""
-        return self._pad([self._before_tiles + self._visual_ids(n) + self._after_tiles for n in tiles])
+    def tokenize_pages(self, num_tiles: list[int]) -> PageBatch:
+        """Return input_ids and attention_mask of pages with these numbers of tiles."""
+        return self._pad_batch(
+            [self._ids_before_tiles + self._make_visual_ids(n) + self._ids_after_tiles for n in num_tiles]
+        )
 
-    def _visual_ids(self, tiles: int) -> list[int]:
-        return [self.image_token_id] * (self.image_seq_length * tiles)
+    def _make_visual_ids(self, num_tiles: int) -> list[int]:
+        return [self.image_token_id] * (self.image_seq_length * num_tiles)
 
     @property
     def image_seq_len(self) -> int:
@@ -203,37 +205,37 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         return self.image_seq_length
 
     @property
-    def text_before(self) -> int:
-        """Tokens of a page that stand before its visual ones."""
-        return len(self._before_tiles)
+    def num_tokens_before_tiles(self) -> int:
+        """Return the number of a page's tokens before its visual ones."""
+        return len(self._ids_before_tiles)
 
-    def page_tiles(self, image: Image.Image) -> torch.Tensor:
-        """One page's tiles, normalised, (n, 3, tile, tile) float32: row by row, the thumbnail last."""
+    def preprocess_page(self, image: Image.Image) -> torch.Tensor:
+        """Return a page's normalized tiles, (n, 3, tile size, tile size) float32: row by row, the thumbnail last."""
         p = self.image_processor
         return p.rescale_and_normalize(
-            self._cut(image), p.do_rescale, p.rescale_factor, p.do_normalize, p.image_mean, p.image_std
+            self._tile_image(image), p.do_rescale, p.rescale_factor, p.do_normalize, p.image_mean, p.image_std
         )
 
-    def _cut(self, image: Image.Image) -> torch.Tensor:
-        """The page's tiles as (n, 3, tile, tile) uint8."""
+    def _tile_image(self, image: Image.Image) -> torch.Tensor:
+        """Return the page's tiles, (n, 3, tile size, tile size) uint8."""
         if not isinstance(image, Image.Image):
             raise TypeError(
                 f"a page of type {type(image).__name__}: expected a Pillow image; open a file with PIL.Image.open"
             )
-        page = pil_to_tensor(rgb(image))
-        grid, side, resample = self.grid(page.shape[1:]), self.tile, self.image_processor.resample
+        page = pil_to_tensor(to_rgb(image))
+        grid, side, resample = self.get_page_grid(page.shape[1:]), self.tile_size, self.image_processor.resample
         resize = self.image_processor.resize
         canvas = resize(page, SizeDict(height=grid.rows * side, width=grid.cols * side), resample=resample)
         cells = canvas.unfold(1, side, side).unfold(2, side, side)  # (3, rows, cols, side, side)
         tiles = cells.permute(1, 2, 0, 3, 4).reshape(-1, 3, side, side)
         if grid.thumbnail:
-            small = resize(page, SizeDict(height=side, width=side), resample=resample)
-            tiles = torch.cat([tiles, small[None]])
+            thumbnail = resize(page, SizeDict(height=side, width=side), resample=resample)
+            tiles = torch.cat([tiles, thumbnail[None]])
         return tiles
 
     def process_texts(self, texts: list[str]) -> BatchFeature:
-        """A batch of texts as they are, without prefix or augmentation: input_ids and attention_mask, (B, L)."""
-        return self._pad([self._ids(text) for text in _as_list(texts)])
+        """Convert texts without prefix or augmentation to a batch: input_ids and attention_mask, (B, L)."""
+        return self._pad_batch([self._tokenize(text) for text in _as_list(texts)])
 
     def process_queries(
         self,
@@ -243,13 +245,15 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         contexts: list[str] | None = None,
         suffix: str | None = None,
     ) -> BatchFeature:
-        """A batch of queries: "Query: ", the text, then ten augmentation tokens. The one place that formats a query.
+        """Convert queries to a batch: "Query: ", the text, then ten augmentation tokens.
 
         Args:
-            texts, queries: the query strings (two names for one thing, as in colpali-engine).
-            max_length, contexts: accepted for colpali-engine's signature and, as there, without meaning;
-                `max_query_tokens` of the processor is the bound that counts.
-            suffix: instead of the ten augmentation tokens.
+            texts: the query strings.
+            queries: another name of `texts`, as in colpali-engine.
+            max_length: accepted for colpali-engine's signature and, as there, without effect; the processor's
+                `max_query_tokens` is the bound.
+            contexts: must be None.
+            suffix: replaces the ten augmentation tokens.
 
         Returns:
             input_ids, attention_mask: (B, L) int64, padded on the right.
@@ -261,36 +265,36 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
             raise ValueError("process_queries takes either texts or queries")
         if contexts is not None:
             raise ValueError("process_queries: contexts are not part of this model's queries")
-        tail = self._tail(suffix)
-        room = self.max_query_tokens - len(tail)
+        suffix_ids = self._tokenize_suffix(suffix)
+        room = self.max_query_tokens - len(suffix_ids)
         rows = []
         for text in _as_list(texts if texts is not None else queries):
             if not text.strip():
                 raise ValueError(f"query {text!r}: a query needs at least one word")
-            ids = self._ids(self.query_text(text))
+            ids = self._tokenize(self.format_query(text))
             if len(ids) > room:
                 more = " or more" if len(text) > self.max_query_characters else ""
                 logger.warning("query of %d tokens%s cut to %d (max_query_tokens): %.60r", len(ids), more, room, text)
-            rows.append(ids[:room] + tail)
-        return self._pad(rows)
+            rows.append(ids[:room] + suffix_ids)
+        return self._pad_batch(rows)
 
-    def query_text(self, query: str) -> str:
-        """The text of a query that is tokenized: more than `max_query_tokens` can hold, and never megabytes."""
+    def format_query(self, query: str) -> str:
+        """Return the text of a query that is tokenized: more than `max_query_tokens` can hold, but never megabytes."""
         return self.query_prefix + query[: self.max_query_characters]
 
-    def _tail(self, suffix: str | None) -> list[int]:
-        return self._ids(self.query_augmentation_token * 10 if suffix is None else suffix)
+    def _tokenize_suffix(self, suffix: str | None) -> list[int]:
+        return self._tokenize(self.query_augmentation_token * 10 if suffix is None else suffix)
 
-    def count_cut(self, queries: list[str]) -> int:
-        """How many of the queries `process_queries` cuts, because they are longer than `max_query_tokens`."""
-        room = self.max_query_tokens - len(self._tail(None))
-        cut = 0
-        for start in range(0, len(queries), 100):  # a tokenised query takes 4 kB, the longest takes megabytes
-            texts = [self.query_text(query) for query in queries[start : start + 100]]
-            cut += sum(len(ids) > room for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"])
-        return cut
+    def count_truncated(self, queries: list[str]) -> int:
+        """Return how many of the queries `process_queries` truncates to `max_query_tokens`."""
+        room = self.max_query_tokens - len(self._tokenize_suffix(None))
+        count = 0
+        for start in range(0, len(queries), 100):  # a tokenized query takes 4 kB, the longest takes megabytes
+            texts = [self.format_query(query) for query in queries[start : start + 100]]
+            count += sum(len(ids) > room for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        return count
 
-    def _pad(self, rows: list[list[int]]) -> PageBatch:
+    def _pad_batch(self, rows: list[list[int]]) -> PageBatch:
         if not rows:
             raise ValueError("an empty batch: at least one page or query is needed")
         if not all(rows):
@@ -301,20 +305,21 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         return PageBatch({"input_ids": ids, "attention_mask": mask})
 
     def score(self, qs, ps, device=None, **kwargs) -> torch.Tensor:
-        """MaxSim of every query with every page: see `score_multi_vector`."""
+        """Compute MaxSim scores: see `score_multi_vector`."""
         return self.score_multi_vector(qs, ps, device=device, **kwargs)
 
     @staticmethod
     def score_multi_vector(qs, ps, batch_size: int = 128, device=None) -> torch.Tensor:
         """Compute MaxSim scores, (n_queries, n_pages) float32 on the CPU, without a gradient.
 
-        Unlike colpali-engine's, no padding takes part in the maximum: all-zero rows are the padding `ColIntern3_5`
-        writes, in a padded (n, length, 128) tensor as in the list that colpali-engine's users make of it.
+        Unlike in colpali-engine, padding takes no part in the maximum: all-zero rows are padding from `ColIntern3_5`,
+        in a padded (n, length, 128) tensor as in the list that colpali-engine's users make of it.
 
         Args:
-            qs, ps: queries and pages: (tokens, dim) tensors or arrays, or all of them as one padded (n, tokens, dim).
-            batch_size: for colpali-engine's signature, without meaning: pages are read one by one.
-            device: where it is computed; None: where the first page is.
+            qs: queries: (tokens, dim) tensors or arrays, or all of them as one padded (n, tokens, dim).
+            ps: pages, in the same form.
+            batch_size: accepted for colpali-engine's signature, without effect: pages are read one by one.
+            device: where the scores are computed; None: the device of the first page.
 
         Raises:
             ValueError: no queries or pages, one without tokens, dims that differ, or a score that is not finite.

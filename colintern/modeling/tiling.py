@@ -1,10 +1,10 @@
-"""Which tiles a page is cut into: the one place that decides it.
+"""Choose the tiles that a page is cut into; nothing else decides it.
 
 InternVL reads a page as a grid of square tiles, plus a thumbnail of the whole page, each tile costing the same
 number of visual tokens (256 for InternVL3.5, whose tiles are 448 px). transformers' own tiler takes the grid whose
-aspect ratio is closest and always adds the thumbnail, so an A4 page jumps from 3 tiles to 7 and "1536 tokens"
-cannot be had. Here the budget is a hard bound: the smallest grid under it that is as sharp as possible to within 2 %,
-and the thumbnail when it still fits.
+aspect ratio is closest and always adds the thumbnail, so an A4 page jumps from 3 tiles to 7, and 1536 tokens are
+impossible. Here the budget is a hard bound: the smallest grid below it that is as sharp as possible to within 2 %, and
+the thumbnail if it still fits.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from colintern.core.errors import UserError
 
-INTERNVL_TILE, INTERNVL_TOKENS = 448, 256  # pixels a side and visual tokens of a tile, in every InternVL3.5 on the hub
+INTERNVL_TILE, INTERNVL_TOKENS = 448, 256  # side in pixels and visual tokens of a tile, in every InternVL3.5 of the hub
 MIN_SHARPNESS = 0.98  # relative to the sharpest grid: up to 2 % may be lost to save tiles
 
 
@@ -26,6 +26,7 @@ class Grid(NamedTuple):
 
     @property
     def tiles(self) -> int:
+        """Return the number of tiles, thumbnail included."""
         return self.cols * self.rows + int(self.thumbnail)
 
 
@@ -45,8 +46,9 @@ def choose_grid(width: int, height: int, max_tiles: int, tile: int) -> Grid:
     Grid(cols=1, rows=1, thumbnail=False)
 
     Args:
-        width, height: page size in pixels.
-        max_tiles: most tiles the page may cost, thumbnail included; at least 1.
+        width: of the page in pixels.
+        height: of the page in pixels.
+        max_tiles: bound on the tiles of the page, thumbnail included; at least 1.
         tile: side of a tile in pixels.
 
     Raises:
@@ -66,16 +68,16 @@ def choose_grid(width: int, height: int, max_tiles: int, tile: int) -> Grid:
         return (cols * rows, -sharpness(grid), max(distortion, 1 / distortion))
 
     grids = [(cols, rows) for cols in range(1, max_tiles + 1) for rows in range(1, max_tiles // cols + 1)]
-    enough = MIN_SHARPNESS * max(map(sharpness, grids))
-    cols, rows = min((grid for grid in grids if sharpness(grid) >= enough), key=rank)
+    min_sharpness = MIN_SHARPNESS * max(map(sharpness, grids))
+    cols, rows = min((grid for grid in grids if sharpness(grid) >= min_sharpness), key=rank)
     return Grid(cols, rows, thumbnail=1 < cols * rows < max_tiles)
 
 
-def base_tile(base: Path) -> tuple[int, int]:
-    """Side in pixels and visual tokens of the base's tiles, from its config.json where the base is a folder.
+def read_base_tile(base: Path) -> tuple[int, int]:
+    """Return side in pixels and visual tokens of the base's tiles, from its config.json if the base is a folder.
 
     Raises:
-        UserError: the config does not say.
+        UserError: the config lacks them.
     """
     if not base.is_dir():
         return INTERNVL_TILE, INTERNVL_TOKENS

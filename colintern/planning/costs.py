@@ -1,282 +1,214 @@
-"""What a training step costs in memory and operations, known before it runs.
+"""Predict memory and operations of a training step before it runs.
 
-The real code, ColIntern3_5 wrapped in LoRA with its forward and backward, and the loss, runs on meta tensors under
-`meter.measure`. Only the order of a step's phases is written down here (`Costs.step`), as `ContrastiveTrainer` runs
-them; a test holds the two against each other, and `python -m bench.memory` the peak against a real one.
-
-Not counted, because they are the device's and not the program's: the CUDA context, the allocator's fragmentation, the
-libraries' workspaces.
+The language model, wrapped in LoRA, runs on the meta device, where tensors have shapes and no data: `FlopCounterMode`
+counts its operations, `saved_tensors_hooks` the bytes that its graph keeps. `CostModel.predict_step` adds up the passes
+of a step as `ContrastiveTrainer` runs them. Not counted: the CUDA context, fragmentation, workspaces of libraries.
 """
 
-from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from copy import deepcopy
-from functools import cache, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import InternVLConfig
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import normalize
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface, InternVLConfig
 
-from colintern.modeling.dropout import Masks
-from colintern.modeling.layers import checkpoint_layers, recomputed
-from colintern.modeling.lora import add_lora
-from colintern.modeling.modeling_colintern import EMBEDDING_DIM, meta_model
-from colintern.planning.meter import Kernel, Phase, measure
-from colintern.training.loss import contrastive_loss, maxsim_matrix
+from colintern.modeling.configuration_colintern import EMBEDDING_DIM
+from colintern.modeling.dropout import DropoutMaskBank
+from colintern.modeling.lora import FLOAT32, add_lora
+from colintern.modeling.modeling_colintern import build_meta_model
+from colintern.modeling.runtime import num_checkpointed_layers
+from colintern.params import Params
 
-ADAM_BYTES = 8  # two float32 moments a trained parameter
-SHALLOW, DEEPEST = 2, 4  # layers that are run; a layer more costs the same each time
+ATTENTION = "colintern_meta"  # name of `_MetaAttention` in transformers
+COUNTED_TOKENS = 64  # run on the meta device; but for attention, the cost is proportional to their number
+ATTENTION_BACKWARD = 2.5  # operations of the backward pass of fused attention, in forward passes
+# Fitted to a count of every allocation and kernel of a step, for the demo base, InternVL3.5-1B and -4B.
+WORKING_WIDTH = 3.25  # temporary bytes a token while a layer is backpropagated, in widths of its MLP
+LOSS_COPIES = 5  # of all embeddings: cached, padded, the gradients of both, and the similarities of a page
+# Bytes moved beside matrix products, per byte that a layer keeps: in both passes, to cache the gradient, to recompute.
+STEP_TRAFFIC, CACHING_TRAFFIC, RECOMPUTATION_TRAFFIC = 19.9, 7.6, 7.1
+TOWER_TRAFFIC = 22.5  # the same, of a token in each layer of the tower, per byte of its hidden state
+LAYER_KERNELS, PAGE_KERNELS = 150, 9  # launched for a layer in each direction, and for a page in the loss
 
 
-class Setting(NamedTuple):
-    """What a step's cost depends on besides the model; every page is taken to be as long as the longest."""
+class StepSettings(NamedTuple):
+    """Settings that decide the cost of a step; every page counts as long as the longest."""
 
     batch_size: int
     micro_batch_size: int
     checkpointing: bool | int  # as `gradient_checkpointing` of params.yaml
     tiles: int
-    page_tokens: int  # the visual ones and the prompt around them
+    page_tokens: int  # the visual tokens of a page and the prompt around them
     query_tokens: int
-    cached: bool = True  # page features come from the cache, and no pixels
     negatives: int = 0  # of each pair
 
     @property
-    def pages(self) -> int:
+    def num_pages(self) -> int:
+        """Return the pages of a batch."""
         return self.batch_size * (1 + self.negatives)
 
-
-class Side(NamedTuple):
-    """Queries or pages that go through the model; `tiles` and `tokens` are one row's."""
-
-    rows: int
-    tiles: int
-    tokens: int
+    @property
+    def num_chunks(self) -> int:
+        """Return the mini-batches of pages; the gradient is cached where there are several."""
+        return -(-self.num_pages // self.micro_batch_size)
 
 
-class Step(NamedTuple):
-    """`memory`: bytes by what they hold, their sum being the peak; `kernels`: how often each runs in a step."""
+class StepCost(NamedTuple):
+    """Predicted cost of a step."""
 
-    memory: dict[str, int]
-    kernels: dict[Kernel, float]
+    memory: dict[str, int]  # bytes by what they hold; they add up to the peak
+    operations: float  # of matrix products
+    traffic_bytes: float  # moved by all other kernels
+    kernels: float  # launched
 
     @property
-    def peak(self) -> int:
+    def peak_bytes(self) -> int:
+        """Return the peak memory."""
         return sum(self.memory.values())
 
-    @property
-    def operations(self) -> float:
-        return sum(kernel.operations * times for kernel, times in self.kernels.items())
 
+class CostModel:
+    """Predicts the costs of training an architecture with params: of their dtype, LoRA and batches."""
 
-class Costs:
-    """The costs of training one architecture.
-
-    Args:
-        config: of the base.
-        dtype: of the base's weights.
-        targets, rank, dropout: as for `add_lora`.
-    """
-
-    def __init__(self, config: InternVLConfig, dtype: torch.dtype, targets: Sequence[str], rank: int, dropout: float):
-        self.config, self.text, self.dtype = config, config.get_text_config(), dtype
-        self.low_precision = dtype == torch.bfloat16  # adapters are computed in it, and kept in float32
-        self.lora = (targets, rank, rank, dropout)
-        self.layers = self.text.num_hidden_layers
-        full = self.model(self.layers)
-        self.trained, self.adapter_bytes, self.base_bytes, self.parameters = _counts(full)
-        # Where all layers are alike, shallow models tell what the deep one costs, in a tenth of the time.
-        few, more = (_counts(self.model(SHALLOW + n))[0] if self.layers > DEEPEST else 0 for n in (0, 1))
-        self.alike = few + (self.layers - SHALLOW) * (more - few) == self.trained
+    def __init__(self, config: InternVLConfig, params: Params):
+        self.config, self.text, self.params = config, config.get_text_config(), params
+        self.dtype: torch.dtype = getattr(torch, params.dtype)
+        self.num_layers = self.text.num_hidden_layers
+        self.base: Any = build_meta_model(deepcopy(config), None).to(self.dtype)  # type: ignore[arg-type]
+        self.num_parameters = sum(p.numel() for p in self.base.parameters())
+        base_bytes = sum(tensor.nbytes for tensor in (*self.base.parameters(), *self.base.buffers()))
+        with torch.device("meta"):
+            lora = params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout
+            wrapped = add_lora(self.base, *lora)
+        self.num_trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+        self.masks = DropoutMaskBank(wrapped, 0, self.dtype)
+        self.masks.draw_masks(0, torch.device("meta"))
+        adapters = FLOAT32 * self.num_trained
+        self.static_memory = {
+            "base weights": base_bytes,
+            "adapters": adapters,
+            "gradients": adapters,
+            "optimizer": 2 * adapters,  # the two moments of AdamW
+            "dropout": sum(masks.nbytes for masks in self.masks.masks.values()),
+        }
+        wrapped.to(self.dtype).train()  # autocast, which computes the float32 adapters in bfloat16, skips meta tensors
+        self.base.set_attn_implementation("sdpa")
+        self.base.language_model.set_attn_implementation(ATTENTION)
+        layers = self.base.language_model.layers
+        # Where all layers have the same adapters, two of them tell the cost of any number.
+        adapter_sizes = {sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers}
+        depth = 2 if len(adapter_sizes) == 1 else self.num_layers
+        first, deep = (self._count_token(layers[:num_layers]) for num_layers in (1, depth))
+        of_layer = [(more - few) / (depth - 1) for few, more in zip(first, deep, strict=True)]
+        totals = (few + (self.num_layers - 1) * more for few, more in zip(first, of_layer, strict=True))
+        self.forward_operations, self.backward_operations, self.kept_bytes = totals  # of a token
+        self.layer_operations, _, self.layer_bytes = of_layer  # forward, and kept for the gradient
 
     def feature_bytes(self, tiles: int) -> int:
-        """What the feature cache keeps of a page of so many tiles."""
+        """Return the size of a page's features in the feature cache."""
         return tiles * self.config.image_seq_length * self.text.hidden_size * self.dtype.itemsize
 
-    def static(self) -> dict[str, int]:
-        """Bytes that are there in every step, whatever the batch."""
-        return {
-            "base weights": self.base_bytes,
-            "adapters": self.adapter_bytes,
-            "gradients": self.adapter_bytes,
-            "optimizer": ADAM_BYTES * self.trained,
-            "dropout": sum(masks.nbytes for masks in self.model(self.layers).masks.drawn.values()),
-        }
-
-    def step(self, setting: Setting) -> Step:
-        """The peak of a training step and what it runs, as `ContrastiveTrainer.training_step` goes."""
-        pages, micro = setting.pages, min(setting.micro_batch_size, setting.pages)
-        first = recomputed(self.layers, setting.checkpointing)
-        sides = Side(setting.batch_size, 0, setting.query_tokens), Side(pages, setting.tiles, setting.page_tokens)
-        embeddings = sum(side.rows * side.tokens for side in sides) * EMBEDDING_DIM * 4
-        features = pages * self.feature_bytes(setting.tiles)
-        kernels: Counter[Kernel] = Counter()
-        peaks = [features]  # page_features makes one tensor of the pages
-        shown = 2 * features  # the batch's, and that one
-        if not setting.cached:
-            tower = self.features(setting.tiles)
-            peaks.append(tower.peak)
-            kernels += _scaled(tower.kernels, pages)
-            shown = features + pages * self._tiles(setting.tiles).nbytes
-        if micro == pages:
-            whole = self._deep(partial(self._whole, sides), first)
-            peaks.append(whole.peak)
-            kernels += whole.kernels
-        else:
-            loss = self._loss(micro, sides)
-            peaks.append(embeddings + loss.peak)
-            kernels += loss.kernels
-            for side in sides:
-                rows = min(micro, side.rows)
-                for grad in (False, True):
-                    part = self._deep(partial(self._part, side._replace(rows=rows), grad), first)
-                    peaks.append(embeddings * (1 + grad) + part.peak)
-                    kernels += _scaled(part.kernels, side.rows / rows)
-        memory = self.static() | {"pages": shown, "activations and loss": max(peaks)}
-        return Step(memory, dict(kernels))
-
-    @cache  # noqa: B019
-    def features(self, tiles: int) -> Phase:
-        """Tower and projector on one page of so many tiles: once for all epochs, where features are cached."""
-        pixels = self._tiles(tiles).to(self.dtype)
-
-        def run(model: Any) -> None:
-            with torch.no_grad():
-                model.page_features(pixels)
-
-        return self._phase(run, 0, self.layers, pixels)  # none of which it runs
-
-    @cache  # noqa: B019
-    def _part(self, side: Side, grad: bool, first: int, kept: int) -> Phase:
-        """One part of a side through a model of `first` and `kept` layers, without a graph or back to the adapters."""
-        batch = self._batch(*side)
-        gradient = torch.empty(side.rows, side.tokens, EMBEDDING_DIM, device="meta")
-
-        def run(model: Any) -> None:
-            with torch.set_grad_enabled(grad):
-                # Each part takes a copy of its pages' features.
-                part = batch | {key: t.clone() for key, t in batch.items() if t.is_meta}
-                self._embed(model, part, grad=gradient if grad else None)
-
-        return self._phase(run, first, kept, gradient, *batch.values())
-
-    @cache  # noqa: B019
-    def _whole(self, sides: tuple[Side, ...], first: int, kept: int) -> Phase:
-        """The whole batch, its graph waiting for the gradient of its embeddings."""
-        query, page = (self._batch(*side) for side in sides)
-
-        def run(model: Any) -> None:
-            made = [self._embed(model, side) for side in (query, page)]
-            leaves: list[Any] = [embedded.detach().requires_grad_() for embedded in made]
-            _contrast(query, page, *leaves).backward()
-            for side, embedded, leaf in zip((query, page), made, leaves, strict=True):
-                self._embed(model, side, embedded, leaf.grad)
-
-        return self._phase(run, first, kept, *query.values(), *page.values())
-
-    @cache  # noqa: B019
-    def _loss(self, micro: int, sides: tuple[Side, ...]) -> Phase:
-        """The loss over embeddings that were made in parts, and their gradient."""
-        query, page = (self._batch(*side) for side in sides)
-        shapes = ((side.rows, side.tokens, EMBEDDING_DIM) for side in sides)
-        parts = [[p.requires_grad_() for p in torch.empty(s, device="meta").split(micro)] for s in shapes]
-
-        def run() -> None:
-            queries, pages = (
-                pad_sequence([row for p in side for row in p.unbind()], batch_first=True) for side in parts
-            )
-            _contrast(query, page, queries, pages).backward()
-
-        return measure(run, [part for side in parts for part in side])
-
-    def _embed(self, model: Any, part: dict[str, Tensor], made: Any = None, grad: Tensor | None = None) -> Tensor:
-        """As `ContrastiveTrainer.embed_mini_batch` and `backward_mini_batch`, with the same dropout in both."""
-        rows, length = part["input_ids"].shape
-        # autocast is `measure`'s
-        cast = torch.autocast(model.device.type, torch.bfloat16) if self.low_precision else nullcontext()
-        with model.masks.rows("page", torch.arange(rows, device="meta"), length):
-            if made is None:
-                with cast:
-                    made = model(**part)
-            if grad is not None:
-                made = (made * grad).sum()
-                made.backward()
-        return made
-
-    def _deep(self, phase: Callable[[int, int], Phase], first: int) -> Phase:
-        """A phase of the whole model, whose `first` layers are computed again; where they are alike, from shallow
-        models: a layer more costs as much each time, one that is computed again and one that is kept."""
-        again, kept = first, self.layers - first
-        if not self.alike:
-            return phase(again, kept)
-        # The first kept layer takes no memory: when one is computed again, it has been freed.
-        few = (SHALLOW, 1) if again and kept else (min(again, SHALLOW), min(kept, SHALLOW))
-        start = phase(*few)
-        peak, kernels = start.peak, Counter(start.kernels)
-        for more, times in ((few[0] + 1, few[1]), again - few[0]), ((few[0], few[1] + 1), kept - few[1]):
-            if times:
-                larger = phase(*more)
-                peak += times * (larger.peak - start.peak)
-                for kind in start.kernels.keys() | larger.kernels.keys():
-                    kernels[kind] += times * (larger.kernels[kind] - start.kernels[kind])
-        return Phase(peak, kernels)
-
-    def _phase(self, run: Callable[[Any], None], first: int, kept: int, *known: Tensor) -> Phase:
-        """`run` on a model of `first` layers that are computed again and `kept` that are not."""
-        model = self.model(first + kept)
-        checkpoint_layers(model, first)
-        gradients = (p.grad for p in model.parameters() if p.grad is not None)
-        there = (*model.parameters(), *model.buffers(), *model.masks.drawn.values(), *gradients, *known)
-        with disable_input_dtype_casting(model, active=self.low_precision):
-            return measure(lambda: run(model), there)
-
-    @cache  # noqa: B019
-    def model(self, layers: int) -> Any:
-        """The base cut to so many layers, wrapped in LoRA, on meta."""
-        config = deepcopy(self.config)
-        text = config.get_text_config()
-        text.num_hidden_layers, text.layer_types = layers, text.layer_types[:layers]
-        model: Any = add_lora(meta_model(config, None).to(self.dtype), *self.lora)  # type: ignore[arg-type]
-        model.masks = Masks(model, 0, self.dtype)
-        model.masks.draw(0, model.device)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.empty_like(parameter)  # from the second part of a step on they are there
-        return model.train()
-
-    def _batch(self, rows: int, tiles: int, tokens: int) -> dict[str, Tensor]:
-        """One side of a batch, no padding: ids and mask are real, the features on meta."""
-        ids = torch.full((rows, tokens), (self.config.image_token_id + 1) % self.text.vocab_size)
-        ids[:, : tiles * self.config.image_seq_length] = self.config.image_token_id
-        shape = (rows * tiles, self.config.image_seq_length, self.text.hidden_size)
-        features = {"image_features": torch.empty(shape, dtype=self.dtype, device="meta")} if tiles else {}
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | features
-
-    def _tiles(self, tiles: int) -> Tensor:
+    @cached_property
+    def tile_cost(self) -> tuple[float, float]:
+        """Return the operations of tower and projector on one tile, and the bytes that their other kernels move."""
         vision: Any = self.config.vision_config
-        return torch.empty(tiles, vision.num_channels, *vision.image_size, device="meta")
+        pixels = torch.empty(1, vision.num_channels, *vision.image_size, dtype=self.dtype, device="meta")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.base.page_features(pixels)
+        tokens = vision.image_size[0] * vision.image_size[1] / (vision.patch_size[0] * vision.patch_size[1])
+        width = vision.num_hidden_layers * vision.hidden_size * self.dtype.itemsize
+        return counter.get_total_flops(), TOWER_TRAFFIC * tokens * width
+
+    def predict_step(self, settings: StepSettings) -> StepCost:
+        """Predict peak memory, operations and memory traffic of a training step."""
+        queries, pages = settings.batch_size * settings.query_tokens, settings.num_pages * settings.page_tokens
+        num_recomputed = num_checkpointed_layers(self.num_layers, settings.checkpointing)
+        is_cached, recomputed_share = settings.num_chunks > 1, num_recomputed / self.num_layers
+        operations = (1 + is_cached) * self.forward_operations + self.backward_operations
+        operations = (queries + pages) * (operations + num_recomputed * self.layer_operations)
+        # Causal attention: two products, half of each is masked.
+        squares = queries * settings.query_tokens + pages * settings.page_tokens
+        attention = 2 * squares * self.text.num_attention_heads * self.text.head_dim * self.num_layers
+        forwards = 1 + is_cached + recomputed_share
+        operations += (forwards + ATTENTION_BACKWARD) * attention + 2 * queries * pages * EMBEDDING_DIM  # of the loss
+        traffic = STEP_TRAFFIC + CACHING_TRAFFIC * is_cached + RECOMPUTATION_TRAFFIC * recomputed_share
+        chunks = settings.num_chunks + -(-settings.batch_size // settings.micro_batch_size)
+        memory = self.static_memory | {
+            "pages": 2 * settings.num_pages * self.feature_bytes(settings.tiles),  # the batch's, and one tensor of them
+            "activations and loss": self._activation_bytes(settings, queries, pages, num_recomputed),
+        }
+        return StepCost(
+            memory,
+            operations,
+            (queries + pages) * self.layer_bytes * self.num_layers * traffic,
+            LAYER_KERNELS * chunks * self.num_layers * (forwards + 1) + PAGE_KERNELS * settings.num_pages,
+        )
+
+    def _activation_bytes(self, settings: StepSettings, queries: int, pages: int, num_recomputed: int) -> int:
+        """Predict the most that a step allocates, in the loss or while a layer is backpropagated; arguments: tokens."""
+        inputs = num_recomputed * self.text.hidden_size * self.dtype.itemsize  # kept by recomputed layers
+        kept = self.kept_bytes - num_recomputed * self.layer_bytes + inputs
+        # The kept layers are freed by the time that one is recomputed.
+        backward = inputs + max(self.num_layers - num_recomputed, min(num_recomputed, 1)) * self.layer_bytes
+        backward += WORKING_WIDTH * self.text.intermediate_size * self.dtype.itemsize
+        embeddings = (queries + pages) * EMBEDDING_DIM * FLOAT32
+        copies = 0 if self.dtype == torch.float32 else self.num_trained * self.dtype.itemsize  # autocast's, of adapters
+        if settings.num_chunks == 1:
+            loss = (queries + pages) * kept + (LOSS_COPIES - 2) * embeddings
+            return int(copies + max(loss, pages * kept + queries * backward, pages * backward))
+        tokens = settings.micro_batch_size * max(settings.page_tokens, settings.query_tokens)
+        return int(max(LOSS_COPIES * embeddings, copies + 2 * embeddings + tokens * max(kept, backward)))
+
+    def _count_token(self, layers: Any) -> tuple[float, ...]:
+        """Run layers and head on the meta device; operations forward and backward and bytes kept, for one token."""
+        self.base.language_model.layers = layers
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept[id(tensor.untyped_storage())] = tensor.untyped_storage()
+            return tensor
+
+        inputs = torch.empty(1, COUNTED_TOKENS, self.text.hidden_size, dtype=self.dtype, device="meta")
+        row = torch.zeros(1, dtype=torch.int64, device="meta")
+        # As `ColIntern3_5.forward`, whose checks of ids and masks need values.
+        with self.masks.assign_rows("page", row, COUNTED_TOKENS):
+            with FlopCounterMode(display=False) as forward, saved_tensors_hooks(keep, lambda tensor: tensor):
+                hidden = self.base.language_model(inputs_embeds=inputs, attention_mask={"full_attention": None})[0]
+                embeddings = normalize(self.base.custom_text_proj(hidden).float(), dim=-1)
+                embeddings = embeddings.masked_fill(torch.zeros_like(embeddings[..., :1], dtype=torch.bool), 0.0)
+            with FlopCounterMode(display=False) as backward:
+                embeddings.sum().backward()
+        for tensor in (*self.base.parameters(), *self.base.buffers(), *self.masks.masks.values(), inputs):
+            kept.pop(id(tensor.untyped_storage()), None)
+        kept_bytes = sum(storage.nbytes() for storage in kept.values())
+        return tuple(n / COUNTED_TOKENS for n in (forward.get_total_flops(), backward.get_total_flops(), kept_bytes))
 
 
-def _contrast(query: dict[str, Tensor], page: dict[str, Tensor], queries: Tensor, pages: Tensor) -> Tensor:
-    scores = maxsim_matrix(queries, query["attention_mask"], pages, page["attention_mask"])
-    return contrastive_loss(scores, torch.zeros(scores.shape, dtype=torch.bool, device=scores.device), 1.0, False)
+class _MetaAttention(torch.autograd.Function):
+    """Keeps what a fused kernel keeps; on meta tensors torch would run the unfused code, with its L x L weights."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
 
 
-def _scaled(kernels: Counter[Kernel], factor: float) -> Counter[Kernel]:
-    return Counter({kernel: times * factor for kernel, times in kernels.items()})  # type: ignore[arg-type]
+def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    return _MetaAttention.apply(query, key, value).transpose(1, 2), None  # type: ignore[no-untyped-call]
 
 
-def _counts(model: Any) -> tuple[int, int, int, int]:
-    """Trained parameters, their bytes, the base's bytes, the base's parameters, its head among them."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    number, size = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
-    everything = [*model.parameters(), *model.buffers()]
-    return number, size, sum(t.nbytes for t in everything) - size, sum(p.numel() for p in model.parameters()) - number
+AttentionInterface.register(ATTENTION, _attend)
 
 
-def parameters(config: InternVLConfig) -> int:
-    """Of the base with its head."""
-    return sum(p.numel() for p in meta_model(config, None).parameters())
+def count_parameters(config: InternVLConfig) -> int:
+    """Count the parameters of the base with its head."""
+    return sum(p.numel() for p in build_meta_model(config, None).parameters())

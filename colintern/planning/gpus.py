@@ -1,12 +1,11 @@
-"""GPUs by their data sheets, and how long a step's kernels would take on one: a prediction, not a measurement."""
+"""Data sheets of GPUs, and the predicted time of a step on one of them."""
 
-from collections.abc import Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 
 from colintern.core.errors import UserError
-from colintern.planning.meter import Kernel
 
 
 class Gpu(NamedTuple):
@@ -33,42 +32,48 @@ GPUS = {
     "H100": Gpu(80, 989.4, 66.9, 3.35, "H100 data sheet, SXM"),
     "H200": Gpu(141, 989.4, 66.9, 4.8, "H200 data sheet"),
 }
-# Assumed, for want of a GPU to measure on: the shares of the two peak rates that kernels reach, and the seconds the
-# host needs to start one.
-RATE_SHARE, BANDWIDTH_SHARE, LAUNCH = 0.7, 0.8, 6e-6
+# Not measured: the shares of the two peak rates that kernels reach, and the seconds that the host needs to launch one.
+# `colintern recommend --probe` measures the result.
+RATE_SHARE, BANDWIDTH_SHARE, LAUNCH_SECONDS = 0.7, 0.8, 6e-6
 ASSUMED = "at 70 % of the data sheet's rate, 80 % of its bandwidth, 6 us a kernel"
 
 
-def find(name: str) -> str:
-    """The name in `GPUS` of a card, whatever case, hyphens and maker: "rtx 5090", "NVIDIA A100-SXM4-80GB".
+def find_gpu(name: str) -> str:
+    """Return the key of `GPUS` for a name in any case, with or without hyphens and maker: "NVIDIA A100-SXM4-80GB".
 
     Raises:
-        UserError: none of that name, or several.
+        UserError: no GPU has that name, or several have.
     """
-    plain = _plain(name)
-    exact = [known for known in GPUS if _plain(known) == plain]
+    plain = _strip_punctuation(name)
+    exact = [known for known in GPUS if _strip_punctuation(known) == plain]
     named = [known for known in GPUS if all(part in plain for part in known.lower().split("-"))]
-    begun = [known for known in GPUS if plain and _plain(known).startswith(plain)]
-    found = exact or sorted(named, key=len)[-1:] or begun  # the longest: "l4" is in "l40s" too
-    if len(found) != 1:
-        raise UserError(f"--gpu: {name!r} is {'several' if found else 'none'} of {', '.join(found or GPUS)}")
-    return found[0]
+    begun = [known for known in GPUS if plain and _strip_punctuation(known).startswith(plain)]
+    matches = exact or sorted(named, key=len)[-1:] or begun  # the longest: "l4" is in "l40s" too
+    if len(matches) != 1:
+        raise UserError(f"--gpu: {name!r} is {'several' if matches else 'none'} of {', '.join(matches or GPUS)}")
+    return matches[0]
 
 
-def _plain(name: str) -> str:
+def _strip_punctuation(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower()))
 
 
-def seconds(kernels: Mapping[Kernel, float], gpu: Gpu) -> float:
-    """Predicted time of kernels that run one after another, each as fast as its operations or its bytes allow; no
-    less than the host needs to start them."""
-    rates = {torch.float32: gpu.fp32, torch.bfloat16: gpu.bf16, torch.float16: gpu.bf16}
-    device = sum(
-        times
-        * max(
-            kernel.operations / (rates.get(kernel.dtype, gpu.fp32) * 1e12 * RATE_SHARE),
-            kernel.bytes / (gpu.bandwidth * 1e12 * BANDWIDTH_SHARE),
-        )
-        for kernel, times in kernels.items()
-    )
-    return max(device, LAUNCH * sum(kernels.values()))
+def find_local_gpu() -> str | None:
+    """Return the key of `GPUS` of the CUDA device here; None if there is none, or none with a known data sheet."""
+    with suppress(UserError):
+        return find_gpu(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
+    return None
+
+
+def find_nearest_gpu(gpu_memory_gb: float) -> Gpu:
+    """Return the GPU whose memory is nearest, to rank plans by where none is named."""
+    return min(GPUS.values(), key=lambda gpu: abs(gpu.memory - gpu_memory_gb))
+
+
+def predict_seconds(
+    gpu: Gpu, dtype: torch.dtype, operations: float, traffic_bytes: float = 0.0, kernels: float = 0.0
+) -> float:
+    """Predict the time of matrix products and of the memory traffic beside them; at least that of the launches."""
+    rate = gpu.fp32 if dtype == torch.float32 else gpu.bf16
+    seconds = operations / (rate * 1e12 * RATE_SHARE) + traffic_bytes / (gpu.bandwidth * 1e12 * BANDWIDTH_SHARE)
+    return max(seconds, LAUNCH_SECONDS * kernels)

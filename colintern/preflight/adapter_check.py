@@ -16,10 +16,15 @@ from torch import Tensor
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.encoding.embed import embed_pages, embed_queries
-from colintern.modeling.adapter_files import ADAPTER, AdapterFiles, find_faults, read_adapter_files
+from colintern.modeling.adapter_files import (
+    ADAPTER,
+    AdapterFiles,
+    adapter_weight_stats,
+    find_faults,
+    read_adapter_files,
+)
 from colintern.modeling.loading import load_model, read_processor
-from colintern.modeling.modeling_colintern import meta_model
-from colintern.modeling.weights import statistics
+from colintern.modeling.modeling_colintern import build_meta_model
 from colintern.storage.hub import Repo
 from colintern.storage.identity import IDENTITY_FILE, read_identity
 from colintern.storage.manifest import get_digests
@@ -86,7 +91,7 @@ def check_adapter(adapter: CheckedAdapter, base: Path) -> list[AdapterCheckResul
     """
     base_result = _check_base(adapter, base)
     faults: dict[str, str] = {}
-    for fault in find_faults(adapter.files, meta_model(str(base), None) if base_result.ok else None):
+    for fault in find_faults(adapter.files, build_meta_model(str(base), None) if base_result.ok else None):
         faults.setdefault(fault.check, f"{fault.message} ({fault.file})")
     num_weights = len(adapter.files.weights) + len(adapter.files.head)
     num_trained = sum(".lora_B" in name for name in adapter.files.weights)
@@ -104,7 +109,7 @@ def check_adapter(adapter: CheckedAdapter, base: Path) -> list[AdapterCheckResul
 
 
 def _check_shape(adapter: CheckedAdapter) -> AdapterCheckResult:
-    now, start = statistics(adapter.files.weights, adapter.files.head), adapter.identity["start"]
+    now, start = adapter_weight_stats(adapter.files.weights, adapter.files.head), adapter.identity["start"]
     for name in sorted(now.keys() | start.keys()):
         count, count_at_start = (groups.get(name, {"tensors": 0})["tensors"] for groups in (now, start))
         if count != count_at_start:
@@ -115,7 +120,7 @@ def _check_shape(adapter: CheckedAdapter) -> AdapterCheckResult:
 
 
 def _check_head(adapter: CheckedAdapter) -> AdapterCheckResult:
-    now = statistics({}, adapter.files.head)["head"]["sha256"]
+    now = adapter_weight_stats({}, adapter.files.head)["head"]["sha256"]
     start = adapter.identity["start"]["head"]["sha256"]
     if now != start:
         found = f"head.safetensors is another one: sha256 {now}, trained over {start}"
@@ -162,7 +167,7 @@ def _check_merge(adapter: CheckedAdapter, base: Path) -> AdapterCheckResult:
 
 def format_adapter_table(adapter: CheckedAdapter, results: list[AdapterCheckResult]) -> str:
     """Format the statistics, the results and the verdict, at most 80 columns wide but for file names."""
-    now, start = statistics(adapter.files.weights, adapter.files.head), adapter.identity["start"]
+    now, start = adapter_weight_stats(adapter.files.weights, adapter.files.head), adapter.identity["start"]
     lines = [f"adapter {adapter.files.folder}, trained on {adapter.identity['base']['folder']}"]
     lines.append(f"{'':<38}{'weights':>8}{'std at start':>14}{'std now':>10}")
     for name in sorted(now.keys() | start.keys()):

@@ -14,9 +14,9 @@ from huggingface_hub import constants
 
 from colintern.core.errors import UserError
 from colintern.core.rules import split_kernel
-from colintern.modeling.attention import lacking
-from colintern.modeling.lora import FLOAT32, examine, faults, notes
-from colintern.modeling.modeling_colintern import meta_model
+from colintern.modeling.attention import unavailable_reason
+from colintern.modeling.lora import FLOAT32, LoraReport, find_lora_errors, find_lora_warnings, report_lora_on_meta
+from colintern.modeling.modeling_colintern import build_meta_model
 from colintern.monitoring.guide import DEMO, RecommendedBounds, get_recommended_bounds
 from colintern.params import Params
 from colintern.preflight.environment import Environment, Machine, probe_machine
@@ -30,16 +30,16 @@ GUIDE_GPU_BYTES = 16 * 2**30  # the guide's smallest GPU
 
 
 class RunFacts(NamedTuple):
-    """What a run is checked by; `counts` are modules and parameters, see `lora.count`."""
+    """What a run is checked by; `counts` are modules and parameters, see `lora.report_lora`."""
 
     params: Params
-    counts: dict[str, Any]
+    counts: LoraReport
     machine: Machine
 
     @property
     def bounds(self) -> RecommendedBounds:
         """Return the recommended settings for this size of the base."""
-        return get_recommended_bounds(self.counts["total_parameters"])
+        return get_recommended_bounds(self.counts.total_parameters)
 
     @property
     def is_demo(self) -> bool:
@@ -84,7 +84,7 @@ def _check_learning_rate(facts: RunFacts) -> Status:
 
 
 def _check_lora(facts: RunFacts) -> Status:
-    modules, trained = facts.counts["lora_modules"], facts.counts["trainable_parameters"]
+    modules, trained = facts.counts.lora_modules, facts.counts.trainable_parameters
     if not trained:
         return FAIL, "no module gets LoRA, nothing is trained", "lora_targets: take those of `colintern recipe`"
     return PASS, f"rank {facts.params.lora_rank} on {modules} modules, {trained:,} parameters"
@@ -92,29 +92,29 @@ def _check_lora(facts: RunFacts) -> Status:
 
 def _check_lora_targets(facts: RunFacts) -> Status:
     counts = facts.counts
-    if errors := faults(counts):
+    if errors := find_lora_errors(counts):
         return FAIL, errors[0].removeprefix("lora_targets: "), "colintern verify names every fault"
-    num_targets = 7 * counts["layers"] + 1
-    if counts["lora_modules"] != num_targets:
-        [note] = notes(counts)[:1] or ["some projections are left out"]
-        return WARN, f"{counts['lora_modules']} modules of {num_targets}: {note}", "colintern verify shows each pattern"
-    return PASS, f"{num_targets} modules: 7 in each of {counts['layers']} layers, and the head"
+    num_targets = 7 * counts.layers + 1
+    if counts.lora_modules != num_targets:
+        [note] = find_lora_warnings(counts)[:1] or ["some projections are left out"]
+        return WARN, f"{counts.lora_modules} modules of {num_targets}: {note}", "colintern verify shows each pattern"
+    return PASS, f"{num_targets} modules: 7 in each of {counts.layers} layers, and the head"
 
 
 def _check_head(facts: RunFacts) -> Status:
-    if not facts.counts["head"]:
+    if not facts.counts.head:
         return FAIL, "custom_text_proj is not adapted: its random projection stays", "add custom_text_proj to it"
-    return PASS, "custom_text_proj, {} -> {}".format(*facts.counts["head"])
+    return PASS, "custom_text_proj, {} -> {}".format(*facts.counts.head)
 
 
 def _check_vision_frozen(facts: RunFacts) -> Status:
-    if num_adapted := facts.counts["adapted_vision_modules"]:
+    if num_adapted := facts.counts.adapted_vision_modules:
         return (
             FAIL,
             f"{num_adapted} modules of tower or projector get LoRA",
             r"begin lora_targets with language_model\.",
         )
-    tower, projector = facts.counts["frozen_vision_modules"], facts.counts["frozen_projector_modules"]
+    tower, projector = facts.counts.frozen_vision_modules, facts.counts.frozen_projector_modules
     return PASS, f"{tower} modules of the tower and {projector} of the projector stay as they are"
 
 
@@ -140,8 +140,7 @@ def _check_attention(facts: RunFacts) -> Status:
         return FAIL, f"flash_attention_2 needs {lacks}", remedy
     if is_usable and attention in ("auto", "flash_attention_2"):
         return PASS, "flash_attention_2"
-    is_bf16_cpu = not machine.gpu and facts.params.dtype == "bfloat16"
-    kernel = attention if attention != "auto" else "blocked" if is_bf16_cpu else "sdpa"
+    kernel = attention if attention != "auto" else "sdpa"
     if machine.gpu and not facts.is_demo:
         return WARN, f"{kernel}; the guide: flash attention", "make image FLASH_ATTN=2.8.3.post2, attention: auto"
     return PASS, f"{kernel}; flash attention is for GPUs and bfloat16"
@@ -150,7 +149,7 @@ def _check_attention(facts: RunFacts) -> Status:
 def _check_hub_kernel(facts: RunFacts) -> Status:
     attention = facts.params.attention
     try:
-        lacks = lacking(attention, facts.params.dtype)
+        lacks = unavailable_reason(attention, facts.params.dtype)
     except UserError as error:
         return WARN, str(error).removeprefix("attention: "), "dvc repro fetch-data"
     if lacks:
@@ -159,7 +158,7 @@ def _check_hub_kernel(facts: RunFacts) -> Status:
 
 
 def _check_disk(facts: RunFacts) -> Status:
-    trained, have = facts.counts["trainable_parameters"], facts.machine.disk_bytes
+    trained, have = facts.counts.trainable_parameters, facts.machine.disk_bytes
     required = required_disk_bytes(trained)
     features = max(0.0, facts.params.feature_cache_gb * GB - facts.machine.features_bytes)
     free = f"{have / GB:.1f} GB free"
@@ -174,8 +173,8 @@ def _check_disk(facts: RunFacts) -> Status:
 
 def _check_memory(facts: RunFacts) -> Status:
     width = 2 if facts.params.dtype == "bfloat16" else FLOAT32
-    weights = width * facts.counts["total_parameters"]
-    least = weights + 4 * FLOAT32 * facts.counts["trainable_parameters"]  # weights, gradients, two moments
+    weights = width * facts.counts.total_parameters
+    least = weights + 4 * FLOAT32 * facts.counts.trainable_parameters  # weights, gradients, two moments
     machine = facts.machine
     where, have = (machine.gpu, machine.gpu_bytes) if machine.gpu else ("main memory", machine.memory_bytes)
     found = f"{have / GB:.1f} GB of {where}; weights and optimizer {least / GB:.2g} GB, activations not counted"
@@ -292,7 +291,7 @@ def collect_run_facts(params: Params, config: Any, revision: str | None) -> RunF
         config: The base's config, or its folder or hub id; see `meta_model`.
         revision: The base's commit on the hub, None for a folder.
     """
-    return RunFacts(params, examine(meta_model(config, revision), params), probe_machine())
+    return RunFacts(params, report_lora_on_meta(build_meta_model(config, revision), params), probe_machine())
 
 
 def run_checks(facts: Facts, checks: Mapping[str, Callable[[Facts], Status]]) -> list[CheckResult]:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 
 from colintern.core.project import root
 from colintern.core.rules import parse_mixture, split_kernel, unsupported_path_characters
-from colintern.encoding.page_features import FEATURES
+from colintern.encoding.page_features import FEATURES_DIR
 from colintern.params import Params, is_on_hub
 from colintern.storage.hub import Repo, create_offline_error, to_user_error
 from colintern.storage.manifest import MANIFEST
@@ -70,7 +70,7 @@ def probe_machine() -> Machine:
         has_flash_attn=find_spec("flash_attn") is not None,
         memory_bytes=get_available_memory(),
         disk_bytes=shutil.disk_usage(root()).free,
-        features_bytes=sum(file.stat().st_size for file in (root() / FEATURES).rglob("*") if file.is_file()),
+        features_bytes=sum(file.stat().st_size for file in (root() / FEATURES_DIR).rglob("*") if file.is_file()),
     )
 
 

@@ -1,1 +1,1 @@
-"""What people look at: a report on a model, pages found for a query, the card of an exported model."""
+"""Show results to people: the report on a model, queries explained by heatmaps, plots, an exported model's card."""

@@ -1,70 +1,86 @@
-"""An adapter folded into its base, as a folder that needs nothing else."""
+"""Export an adapter folded into its base, as a folder that needs nothing else, with a model card."""
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HTTPError
 
 from colintern.core.errors import UserError
 from colintern.core.terminal import print_phase
-from colintern.evaluation.subjects import subjects
+from colintern.evaluation.models import make_eval_models
+from colintern.evaluation.results import shorten_task_name
 from colintern.modeling.loading import load_processor
-from colintern.modeling.modeling_colintern import ColIntern3_5, quiet
-from colintern.params import Params
+from colintern.modeling.modeling_colintern import ColIntern3_5, suppress_load_warnings
+from colintern.params import Params, is_on_hub
 from colintern.preflight.adapter_check import check_adapter, find_base, read_adapter
-from colintern.reporting.card import card
-from colintern.reporting.evaluated import FULL, Evaluation, as_evaluated, evaluation, find
-from colintern.storage.hub import describe_error
+from colintern.reporting.evaluation import (
+    FULL_SIZE,
+    Evaluation,
+    apply_evaluated_settings,
+    compute_intervals,
+    find_evaluation,
+    read_evaluation,
+)
+from colintern.reporting.html import make_environment
+from colintern.scoring.metrics import METRIC_KEYS
+from colintern.storage.hub import describe_hub_error
+from colintern.storage.identity import fingerprint, versions
+
+HUB_TASK = "visual-document-retrieval"  # the hub's name of it
 
 
-def export(params: Params, folder: Path, out: Path, name: str) -> str:
-    """Write `out`: weights (safetensors), config, processor, identity.json, README.md; why that has no results, or "".
+def export_model(params: Params, folder: Path, out: Path, name: str) -> str:
+    """Write `out`: weights (safetensors), config, processor, identity.json, README.md.
 
     The adapter is folded in float32, and the weights are then stored in `params.dtype`.
+
+    Returns:
+        Why the card has no results, or "".
 
     Raises:
         UserError: no adapter, or one that `colintern check-adapter` refuses.
     """
     adapter = read_adapter(folder)
     base = find_base(adapter, None)
-    wrong = [finding for finding in check_adapter(adapter, base) if not finding.ok]
-    if wrong:
-        raise UserError(f"{folder}: {wrong[0].name}: {wrong[0].found}; see: colintern check-adapter {folder}")
-    revision = subjects(params, folder)["trained"].revision
-    found, why = _evaluation(params, revision)
+    if failed := [finding for finding in check_adapter(adapter, base) if not finding.ok]:
+        raise UserError(f"{folder}: {failed[0].name}: {failed[0].found}; see: colintern check-adapter {folder}")
+    revision = make_eval_models(params, folder)["trained"].revision
+    evaluation, reason = _find_evaluation_of_export(params, revision)
     print_phase(f"export: merging {folder} into its base, writing {out}")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model = ColIntern3_5.from_pretrained(folder, base=str(base), merge=True, dtype=torch.float32)
-    with quiet():
+    with suppress_load_warnings():
         model.to(getattr(torch, params.dtype)).save_pretrained(partial)
     load_processor(params, folder).save_pretrained(partial)
     shutil.copy(folder / "identity.json", partial)
-    (partial / "README.md").write_text(card(name, revision, adapter.identity, found), encoding="utf-8")
+    card = render_model_card(name, revision, adapter.identity, evaluation)
+    (partial / "README.md").write_text(card, encoding="utf-8")
     for file in partial.iterdir():  # safetensors makes a file that is its owner's alone
         file.chmod((partial / "README.md").stat().st_mode)
     partial.replace(out)
-    return why
+    return reason
 
 
-def _evaluation(params: Params, revision: str) -> tuple[Evaluation | None, str]:
-    """Of whole embeddings under the bounds and in the type that the folder gets; or why there is none."""
+def _find_evaluation_of_export(params: Params, revision: str) -> tuple[Evaluation | None, str]:
+    """Find one of embeddings in full size, with the bounds and the type of the exported model; or return why not."""
     bounds = {"max_query_tokens": params.max_query_tokens, "max_visual_tokens": params.max_visual_tokens}
     try:
-        folder = find(revision, None, FULL | bounds | {"dtype": params.dtype})
-        return evaluation(as_evaluated(params, folder), folder), ""
+        folder = find_evaluation(revision, None, FULL_SIZE | bounds | {"dtype": params.dtype})
+        return read_evaluation(apply_evaluated_settings(params, folder), folder), ""
     except UserError as error:  # also where the data has changed since, or is not fetched any more
         return None, str(error)
 
 
-def push(folder: Path, name: str) -> str:
-    """Upload the folder to the hub's repository `name`; the address of the commit.
+def push_model(folder: Path, name: str) -> str:
+    """Upload the folder to the hub's repository `name`, and return the URL of the commit.
 
     Raises:
-        UserError: what the hub says, such as a token that may not write.
+        UserError: the hub refuses, for example a token without the right to write.
     """
     print_phase(f"export: pushing {folder} to {name}")
     api = HfApi()
@@ -73,5 +89,66 @@ def push(folder: Path, name: str) -> str:
         return api.upload_folder(repo_id=name, folder_path=folder, commit_message="colintern export").commit_url
     except (HTTPError, OSError) as error:
         raise UserError(
-            f"--push: {name}: {describe_error(error)}; `hf auth login` or HF_TOKEN gives the right to write"
+            f"--push: {name}: {describe_hub_error(error)}; `hf auth login` or HF_TOKEN gives the right to write"
         ) from error
+
+
+def render_model_card(name: str, revision: str, identity: dict[str, Any], evaluation: Evaluation | None) -> str:
+    """Render README.md with the results where the hub reads them; without an evaluation the card says so."""
+    base = identity["base"]
+    data = ModelCardData(
+        model_name=name,
+        base_model=base["folder"] if is_on_hub(base["folder"]) and base["revision"] else None,
+        library_name="colpali",  # not transformers, whose AutoModel would leave out the head
+        pipeline_tag=HUB_TASK,
+        tags=["colpali", "late-interaction", "multi-vector", HUB_TASK],
+        eval_results=_list_eval_results(evaluation) if evaluation else None,
+    )
+    rows = []
+    for row in compute_intervals(evaluation.queries if evaluation else []):
+        label = _escape_cell(row.name if row.benchmark else shorten_task_name(row.name))
+        rows.append((label, f"{100 * row.after:.1f}", f"{100 * row.low:.1f} to {100 * row.high:.1f}"))
+    settings = {
+        key: _escape_cell(", ".join(value) if isinstance(value, list) else str(value))
+        for key, value in identity["params"].items()
+    }
+    text = (
+        make_environment(autoescape=False)
+        .get_template("card.md")
+        .render(
+            name=name,
+            revision=revision,
+            base=base,
+            rows=rows,
+            mteb=evaluation.mteb_version if evaluation else "",
+            data=sorted(evaluation.run["data"].items()) if evaluation else [],
+            settings=sorted(settings.items()),
+            fingerprint=fingerprint({key: identity.get(key) for key in ("params", "deps", "versions")}),
+            versions=identity.get("versions", {}),
+            here=versions(),
+        )
+    )
+    return f"---\n{data.to_yaml().strip()}\n---\n{text}"
+
+
+def _list_eval_results(evaluation: Evaluation) -> list[EvalResult]:
+    scores = {name: values for benchmark in evaluation.scores.values() for name, values in benchmark["tasks"].items()}
+    datasets = {task.metadata.name: task.metadata.dataset for _, task in evaluation.pairs}
+    return [
+        EvalResult(
+            task_type=HUB_TASK,
+            dataset_type=datasets[name]["path"] if is_on_hub(datasets[name]["path"]) else "local",
+            dataset_name=shorten_task_name(name),
+            dataset_revision=datasets[name]["revision"],
+            metric_type=metric,
+            metric_name=metric,
+            metric_value=round(100 * values[metric], 3),
+        )
+        for name, values in scores.items()
+        for metric in METRIC_KEYS
+    ]
+
+
+def _escape_cell(text: str) -> str:
+    """Escape for a table of Markdown: no bar ends the cell."""
+    return text.replace("|", "\\|").replace("\n", " ")

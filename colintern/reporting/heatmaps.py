@@ -1,107 +1,111 @@
-"""Where on a page a query's tokens find what they look for: similarities put back in the order of the page.
+"""Show where on a page a query's tokens match: similarities in the order of the page, pages and heatmaps as images."""
 
-A page's visual tokens come tile by tile, tiles row by row, the thumbnail last, and within a tile row by row:
-InternVL's pixel unshuffle joins 2 x 2 patches into one token and turns the axes back at its end, so a token's number is
-its row times the tile's width plus its column. tests/test_heatmaps.py holds that against the real tower.
-"""
+import base64
+import io
+from typing import NamedTuple
 
-from typing import Any, NamedTuple
-
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from colintern.modeling.tiling import Grid
+from colintern.modeling.images import to_rgb
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
 
-
-class Layout(NamedTuple):
-    """How a page's tokens lie.
-
-    `grid`: its tiles. `side`: tokens across, and down, a tile. `first`: position of the first visual token.
-    """
-
-    grid: Grid
-    side: int
-    first: int
-
-    @property
-    def visual(self) -> int:
-        """Visual tokens of the page, those of a thumbnail included."""
-        return self.grid.tiles * self.side**2
+MAX_SIDE = 900  # pixels of a picture's longer side: text of 10 points on A4 can be read
+QUALITY = 60
+# Multiplied with the page: what does not stand out leaves it white, and its text stays readable at any heat.
+RAMP = ((255, 255, 255), (255, 236, 168), (255, 190, 85), (250, 120, 60), (214, 40, 57))
+NUM_SHADES = 32
 
 
 class SimilarityMap(NamedTuple):
-    """Dot products of a query's tokens with a page's.
+    """Dot products of a query's tokens with a page's."""
 
-    `page`: (query tokens, rows, columns) in true page order. `thumbnail`: (query tokens, side, side), the whole page
-    seen small; None where the page has none. `rest`: (query tokens, n), the prompt around the tiles.
-    """
-
-    page: Tensor
-    thumbnail: Tensor | None
-    rest: Tensor
+    page: Tensor  # (query tokens, rows, columns) in true page order
+    thumbnail: Tensor | None  # (query tokens, side, side), the whole page seen small; None where the page has none
+    rest: Tensor  # (query tokens, n), the prompt around the tiles
 
     @property
-    def best(self) -> Tensor:
-        """(query tokens,): what each adds to the MaxSim score, wherever it found it."""
+    def best_scores(self) -> Tensor:
+        """Return (query tokens,): what each adds to the MaxSim score, wherever on the page it matches."""
         parts = [self.page, self.thumbnail, self.rest]
         return torch.cat([part.flatten(1) for part in parts if part is not None], dim=1).amax(dim=1)
 
     @property
-    def on_page(self) -> Tensor:
-        """(query tokens,) bool: found in a tile of the page, not in its thumbnail or the prompt."""
-        return self.page.flatten(1).amax(dim=1) >= self.best
+    def is_on_page(self) -> Tensor:
+        """Return (query tokens,) bool: best match in a tile of the page, not in its thumbnail or the prompt."""
+        return self.page.flatten(1).amax(dim=1) >= self.best_scores
 
 
-def layout(processor: Any, image_size: tuple[int, int]) -> Layout:
-    """How the processor lays out a page of `image_size` = (width, height) pixels."""
-    width, height = image_size
-    grid = processor.grid((height, width))
-    tokens = processor.page_tokens([grid.tiles])
-    first = int(processor.get_image_mask(tokens)[0].int().argmax())
-    return Layout(grid, round(processor.image_seq_length**0.5), first)
-
-
-def similarity_map(query: Tensor, page: Tensor, where: Layout) -> SimilarityMap:
-    """The similarity of each token of a query with each place of a page.
-
-    Example: of a page of 2 x 1 tiles with 2 x 2 tokens each, visual tokens 0 1 / 2 3 are the left tile, 4 5 / 6 7 the
-    right one, and the map's rows are 0 1 4 5 and 2 3 6 7.
+def compute_similarity_map(
+    processor: ColIntern3_5Processor, query: Tensor, page: Tensor, image_size: tuple[int, int]
+) -> SimilarityMap:
+    """Compute the similarity of each token of a query with each place of a page.
 
     Args:
+        processor: of the model.
         query: (query tokens, dim).
         page: (page tokens, dim), all of a page's tokens as the model gives them, padding taken off.
-        where: how they lie, see `layout`.
+        image_size: (width, height) of the page in pixels.
 
     Raises:
-        ValueError: a page with fewer tokens than its layout says.
+        ValueError: a page with another number of tokens than the processor gives it.
     """
-    if query.dim() != 2 or page.dim() != 2 or len(page) < where.first + where.visual:
+    width, height = image_size
+    is_visual = processor.get_image_mask(processor.tokenize_pages([processor.get_page_grid((height, width)).tiles]))[0]
+    if query.dim() != 2 or page.dim() != 2 or len(page) != len(is_visual):
         raise ValueError(
-            f"query {tuple(query.shape)} and page {tuple(page.shape)}: expected (tokens, dim) of each, and of the page "
-            f"{where.visual} visual tokens from token {where.first} on"
+            f"query {tuple(query.shape)} and page {tuple(page.shape)}: expected (tokens, dim) of each, and "
+            f"{len(is_visual)} tokens of a page of {width} x {height} pixels"
         )
-    products = query.float() @ page.float().T
-    visual = products[:, where.first : where.first + where.visual]
-    rest = torch.cat([products[:, : where.first], products[:, where.first + where.visual :]], dim=1)
-    tiles = visual.reshape(len(query), where.grid.tiles, where.side, where.side)
-    cols, rows = where.grid.cols, where.grid.rows
-    cells = tiles[:, : cols * rows].reshape(len(query), rows, cols, where.side, where.side)
-    whole = cells.permute(0, 1, 3, 2, 4).reshape(len(query), rows * where.side, cols * where.side)
-    return SimilarityMap(whole, tiles[:, -1] if where.grid.thumbnail else None, rest)
+    products = (query.float() @ page.float().T).T
+    cells = processor.rearrange_image_embeddings(products, is_visual, processor.get_n_patches((height, width)))
+    thumbnail = products[is_visual][cells.shape[0] * cells.shape[1] :]
+    side = round(processor.image_seq_length**0.5)
+    return SimilarityMap(
+        cells.permute(2, 1, 0),
+        thumbnail.T.reshape(len(query), side, side) if len(thumbnail) else None,
+        products[~is_visual].T,
+    )
 
 
-def hottest(grid: Tensor, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The box (left, top, right, bottom), in pixels of the page, of the largest cell of a (rows, columns) grid."""
+def find_hottest_box(grid: Tensor, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Find the box (left, top, right, bottom), in pixels of the page, of the largest cell of a (rows, columns) grid."""
     row, col = divmod(int(grid.argmax()), grid.shape[1])
     wide, high = image_size[0] / grid.shape[1], image_size[1] / grid.shape[0]
     return col * wide, row * high, (col + 1) * wide, (row + 1) * high
 
 
-def standing_out(maps: Tensor) -> Tensor:
-    """One (rows, columns) grid of the maps of several tokens: how far a place stands out for the token it suits best.
+def compute_saliency(maps: Tensor) -> Tensor:
+    """Compute how far each place stands out for the token it suits best: (rows, columns) of (tokens, rows, columns).
 
     A token's similarities are taken from its own mean over the page first. Without that the tokens that are alike
     everywhere decide: over the demo's 200 test pages the hottest cell of the plain sum lies on the answer in 57, of
     this in 199.
     """
     return (maps - maps.mean(dim=(1, 2), keepdim=True)).amax(dim=0)
+
+
+def encode_picture(image: Image.Image) -> str:
+    """Encode a page as a data URI of a WebP small enough that a hundred of them open at once."""
+    small = to_rgb(image)
+    if max(small.size) > MAX_SIDE:
+        small.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    return _encode_image(small, "webp", quality=QUALITY, method=4)
+
+
+def encode_heatmaps(maps: Tensor) -> str:
+    """Encode maps (n, rows, columns) of 0 to 1, one below the other, a pixel for each cell, as a data URI of a PNG."""
+    shades = (maps.clamp(0, 1) * (NUM_SHADES - 1)).round().byte().reshape(-1, maps.shape[2]).numpy()
+    image = Image.fromarray(shades, mode="P")
+    stops = np.linspace(0, len(RAMP) - 1, NUM_SHADES)
+    channels = [np.interp(stops, range(len(RAMP)), channel) for channel in zip(*RAMP, strict=True)]
+    image.putpalette(np.stack(channels, axis=1).round().astype(np.uint8).tobytes())
+    return _encode_image(image, "png", optimize=True)
+
+
+def _encode_image(image: Image.Image, kind: str, **options: object) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,33 +1,37 @@
-"""Curves, intervals and distributions as inline SVG, whose colours are the page's own, in light and in dark."""
+"""Draw curves, intervals and distributions as SVG images, in a light and a dark version."""
 
+import base64
 import io
-import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from markupsafe import escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Colours that stand for variables of the style sheet, and are put in their place when the SVG is written.
-INK, FAINT, FIRST, SECOND, THIRD = "#010203", "#010204", "#010205", "#010206", "#010207"
-VARIABLES = {INK: "--ink", FAINT: "--line", FIRST: "--first", SECOND: "--second", THIRD: "--third"}
-STYLE = {
-    "svg.fonttype": "none",  # text stays text: it can be searched and copied, and no font is stored
+from colintern.analysis.score_tables import SizeRow
+from colintern.scoring.metrics import MAIN_METRIC
+
+# Colours of a theme by their place in the property cycle, so that one drawing gives both versions of a plot.
+FIRST, SECOND, THIRD, INK = "C0", "C1", "C2", "C3"
+THEMES = {  # those of templates/style.css, the last for lines of the grid
+    "light": ("#2463c9", "#c2571a", "#7a8797", "#1b2430", "#d9dee6"),
+    "dark": ("#6ea2ff", "#ff9c5b", "#8b97a8", "#e6eaf0", "#323b48"),
+}
+WIDTH = 5.4  # inches
+NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}  # the same data give the same bytes
+AXES_STYLE = {
+    "svg.fonttype": "none",  # no font is stored
     "font.family": "sans-serif",
     "font.size": 11,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.grid": True,
-    "grid.color": FAINT,
     "grid.linewidth": 0.6,
-    "xtick.color": INK,
-    "ytick.color": INK,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "legend.frameon": False,
@@ -35,104 +39,126 @@ STYLE = {
 
 
 class Bar(NamedTuple):
-    """A score, 0 to 100, with its interval; `before`: before training, None if unknown; `others`: published scores."""
+    """A score, 0 to 100, with its interval."""
 
     name: str
     value: float
     low: float
     high: float
-    before: float | None
-    others: list[float]
+    before: float | None  # training; None if unknown
+    others: list[float]  # published scores
 
 
-def curve(rows: Sequence[tuple[float, float]], what: str, marked: bool = False) -> str:
-    """(step, value) as a line."""
+def plot_curve(points: Sequence[tuple[float, float]], title: str, is_marked: bool = False) -> str:
+    """Plot (step, value) as a line; `is_marked`: few values from 0 to 1, each with its number."""
 
     def draw(axes: Axes) -> None:
-        x, y = zip(*rows, strict=True)
-        axes.plot(x, y, color=FIRST, linewidth=1.6, marker="o" if marked else "", markersize=5)
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, color=FIRST, linewidth=1.6, marker="o" if is_marked else "", markersize=5)
         axes.set_xlabel("step")
-        axes.set_ylim(bottom=0, top=1 if marked else None)
-        if marked:
+        axes.set_ylim(bottom=0, top=1 if is_marked else None)
+        if is_marked:
             axes.margins(x=0.08)
-            for place, value in rows:
-                axes.annotate(f"{value:.3f}", (place, value), (0, -14), textcoords="offset points", ha="center")
+            for step, value in points:
+                axes.annotate(f"{value:.3f}", (step, value), (0, -14), textcoords="offset points", ha="center")
 
-    return svg(draw, what)
+    return draw_svg(draw, title)
 
 
-def bars(rows: Sequence[Bar], what: str) -> str:
-    """Scores with their intervals, one below the other, beside what others have published."""
+def plot_bars(bars: Sequence[Bar], title: str) -> str:
+    """Plot scores with their intervals, one below the other, beside what others have published."""
 
     def draw(axes: Axes) -> None:
-        places = np.arange(len(rows))[::-1]
-        axes.barh(places, [row.value for row in rows], color=FIRST, height=0.5, alpha=0.5)
-        for place, row in zip(places, rows, strict=True):
-            axes.plot([row.low, row.high], [place, place], color=INK, linewidth=1.4, marker="|", markersize=9)
-            if row.before is not None:
-                axes.plot([row.before], [place], color=SECOND, marker="D", markersize=7, linestyle="")
-            axes.plot(row.others, [place] * len(row.others), color=THIRD, marker="|", markersize=16, linestyle="")
-        axes.set_yticks(places, [row.name for row in rows])
+        heights = np.arange(len(bars))[::-1]
+        axes.barh(heights, [bar.value for bar in bars], color=FIRST, height=0.5, alpha=0.5)
+        for y, bar in zip(heights, bars, strict=True):
+            axes.plot([bar.low, bar.high], [y, y], color=INK, linewidth=1.4, marker="|", markersize=9)
+            if bar.before is not None:
+                axes.plot([bar.before], [y], color=SECOND, marker="D", markersize=7, linestyle="")
+            axes.plot(bar.others, [y] * len(bar.others), color=THIRD, marker="|", markersize=16, linestyle="")
+        axes.set_yticks(heights, [bar.name for bar in bars])
         axes.set_xlim(0, 100)
-        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_ylim(-0.6, len(bars) - 0.4)
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel("NDCG@5 x100")
+        axes.set_xlabel(f"{MAIN_METRIC.title} x100")
 
-    return svg(draw, what, high=0.7 + 0.4 * len(rows))
+    return draw_svg(draw, title, high=0.7 + 0.4 * len(bars))
 
 
-def two_histograms(right: Sequence[float], wrong: Sequence[float], what: str) -> str:
-    """Scores of right pages and of the best wrong ones."""
+def plot_score_histograms(right: Sequence[float], wrong: Sequence[float], title: str) -> str:
+    """Plot the scores of right pages and of the best wrong ones."""
 
     def draw(axes: Axes) -> None:
         edges = np.histogram_bin_edges([*right, *wrong], bins=24).tolist()
         axes.hist(right, edges, color=FIRST, alpha=0.75, label="right page")
         axes.hist(wrong, edges, color=SECOND, histtype="step", linewidth=2, label="best wrong page")
-        axes.set_xlabel("MaxSim")
-        axes.set_ylabel("queries")
-        axes.set_ylim(top=axes.get_ylim()[1] * 1.3)
-        axes.legend(loc="upper left", ncols=2)
+        _label_histogram(axes, "MaxSim")
 
-    return svg(draw, what)
+    return draw_svg(draw, title)
 
 
-def margins(values: Sequence[float], what: str) -> str:
-    """Score of the right page less that of the best wrong page: left of zero the query failed."""
+def plot_margins(margins: Sequence[float], title: str) -> str:
+    """Plot the score of the right page less that of the best wrong page: left of zero the query failed."""
 
     def draw(axes: Axes) -> None:
-        width = max((max(values) - min(values)) / 24, 1e-6)
-        first = np.floor(min(values) / width)
-        edges = (np.arange(first, np.ceil(max(values) / width) + 1.5) * width).tolist()  # zero is an edge
-        axes.hist([v for v in values if v > 0], edges, color=FIRST, alpha=0.75, label="right page first")
-        axes.hist([v for v in values if v <= 0], edges, color=SECOND, alpha=0.85, label="a wrong page first")
+        width = max((max(margins) - min(margins)) / 24, 1e-6)
+        first = np.floor(min(margins) / width)
+        edges = (np.arange(first, np.ceil(max(margins) / width) + 1.5) * width).tolist()  # zero is an edge
+        axes.hist([m for m in margins if m > 0], edges, color=FIRST, alpha=0.75, label="right page first")
+        axes.hist([m for m in margins if m <= 0], edges, color=SECOND, alpha=0.85, label="a wrong page first")
         axes.axvline(0, color=INK, linewidth=1)
-        axes.set_xlabel("margin: right page - best wrong page")
-        axes.set_ylabel("queries")
-        axes.set_ylim(top=axes.get_ylim()[1] * 1.3)
-        axes.legend(loc="upper left", ncols=2)
+        _label_histogram(axes, "margin: right page - best wrong page")
 
-    return svg(draw, what)
+    return draw_svg(draw, title)
 
 
-def svg(draw: Callable[[Axes], None], what: str, wide: float = 5.4, high: float = 3.3) -> str:
-    """What `draw` draws; `what` is its name, also for those who do not see it. The same data gives the same bytes."""
-    style: Any = STYLE | {"svg.hashsalt": what}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(wide, high), layout="constrained")
-        draw(figure.subplots())
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
-    text = re.sub(r' xmlns(?::\w+)?="[^"]*"', "", text)  # which HTML does not need, and no address is left in the file
-    text = text.replace("xlink:href", "href")
-    text = re.sub(r" font-family: [^;]*;", "", text)  # the page's own
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
-    prefix = re.sub(r"\W+", "-", what.lower())
-    text = re.sub(r'\bid="', f'id="{prefix}-', text)
-    text = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", text)
-    label = what.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+def _label_histogram(axes: Axes, label: str) -> None:
+    axes.set_xlabel(label)
+    axes.set_ylabel("queries")
+    axes.set_ylim(top=axes.get_ylim()[1] * 1.3)
+    axes.legend(loc="upper left", ncols=2)
+
+
+def draw_svg(draw: Callable[[Axes], None], title: str, high: float = 3.3) -> str:
+    """Draw a plot `high` inches high as an HTML picture: an SVG for light pages and one for dark ones.
+
+    `draw` uses the colours FIRST, SECOND, THIRD and INK; `title` is for those who do not see the plot.
+    """
+    urls = {}
+    for theme, colours in THEMES.items():
+        ink, faint = colours[3:]
+        style: Any = AXES_STYLE | {"axes.prop_cycle": matplotlib.rcsetup.cycler(color=colours), "svg.hashsalt": title}
+        style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
+        style |= dict.fromkeys(("axes.edgecolor", "grid.color"), faint)
+        with matplotlib.rc_context(style):
+            figure = Figure(figsize=(WIDTH, high), layout="constrained")
+            draw(figure.subplots())
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="svg", transparent=True, metadata=NO_METADATA)
+        urls[theme] = f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{urls["dark"]}">'
+        f'<img class="plot" alt="{escape(title)}" src="{urls["light"]}"></picture>'
+    )
+
+
+def plot_sizes(rows: Sequence[SizeRow], file: Path) -> None:
+    """Plot to an SVG file: bytes of a page across, in powers of two, NDCG@5 up, a line for each benchmark and `dim`."""
+    with matplotlib.rc_context({"svg.hashsalt": "sizes", "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for name, dim in dict.fromkeys((row.benchmark, row.dim) for row in rows):
+            line = [row for row in rows if (row.benchmark, row.dim) == (name, dim)]
+            line.sort(key=lambda row: row.bytes_per_page)
+            x, y = [row.bytes_per_page for row in line], [100 * row.ndcg_at_5 for row in line]
+            axes.plot(x, y, marker="o", label=f"{name}, dim {dim}")
+            for row, point in zip(line, zip(x, y, strict=True), strict=True):
+                axes.annotate(f"/{row.pool_factor}", point, (0, 6), textcoords="offset points", ha="center")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g} KiB")
+        axes.set_xlabel("bytes a page, as float16; /n: pool_factor n")
+        axes.set_ylabel(f"{MAIN_METRIC.title} x100")
+        axes.grid(alpha=0.3)
+        axes.margins(y=0.15)
+        axes.legend(frameon=False)
+        figure.savefig(file, format="svg", metadata={"Date": None})

@@ -1,141 +1,155 @@
-"""The report on one model: what an evaluation, its training and its files say, in the order a reader asks."""
+"""Write the report on one model: what an evaluation, its training and its files say, in the order a reader asks."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
-from colintern.analysis.verdicts import COLUMNS, PUBLISHED, band, columns, target
-from colintern.evaluation.scores import METRICS, short
-from colintern.evaluation.subjects import Subject
+from colintern.analysis.score_tables import (
+    PUBLISHED,
+    PUBLISHED_COLUMNS,
+    classify_ndcg,
+    compare_with_target,
+    select_published_columns,
+)
+from colintern.evaluation.models import EvalModel
+from colintern.evaluation.results import Means, shorten_task_name
 from colintern.monitoring.health import HEALTH, RULES
 from colintern.reporting import plots
-from colintern.reporting.cases import Case
-from colintern.reporting.evaluated import FULL, Evaluation, bars, intervals, margin, ranks, size
-from colintern.reporting.html import render
+from colintern.reporting.evaluation import (
+    FULL_SIZE,
+    Evaluation,
+    compute_intervals,
+    compute_margin,
+    count_ranks,
+    get_embedding_size,
+    list_bars,
+    select_worst_queries,
+)
+from colintern.reporting.examples import QueryExample
+from colintern.reporting.html import render_html
+from colintern.scoring.metrics import MAIN_METRIC, METRIC_KEYS, RANKING_METRICS
 from colintern.statistics.dataset_stats import load_dataset_stats, summarize_stats
 from colintern.storage.identity import content_hash, read_identity, versions
 from colintern.storage.manifest import MANIFEST, SURVEY
 
-GOOD = "learned"
+GOOD_VERDICT = "learned"
 
 
-def report(model: Path, subject: Subject, found: Evaluation, cases: list[Case], passed: int) -> str:
-    """The HTML of the report, see `failures` for the last two; the same inputs give the same bytes."""
-    rows = intervals(found.rows)
-    failed = len({(row["task"], row["subset"], row["query_id"]) for row in found.rows if row["ndcg_at_5"] < 1})
-    return render(
+def render_report(
+    folder: Path, model: EvalModel, evaluation: Evaluation, examples: list[QueryExample], num_passed: int
+) -> str:
+    """Render the HTML, with what `explain_failures` returned; the same inputs give the same bytes."""
+    size = get_embedding_size(evaluation.run)
+    return render_html(
         "report.html",
-        cases,
-        title=f"{model.resolve().name} {subject.revision[:8]}",
-        headline=_headline(found),
-        smaller=None if size(found.run) == FULL else size(found.run),
-        training=_training(model),
-        bars=Markup(plots.bars(bars(found), "NDCG@5 by task")),
-        has_before=bool(found.before),
-        intervals=rows,
-        table=_table(found),
-        published=_published(found),
-        scores=_score_plots(found),
-        ranks=ranks(found.rows),
-        queries=len(found.rows),
-        failed=failed,
-        passed=passed,
-        data=_data(model, found.run["params"]["max_visual_tokens"]),
-        settings=sorted(found.run["params"].items()),
-        environment=_environment(model, subject, found),
+        examples,
+        title=f"{folder.resolve().name} {model.revision[:8]}",
+        headline=_summarize_benchmarks(evaluation),
+        smaller=None if size == FULL_SIZE else size,
+        training=_read_training(folder),
+        metrics=RANKING_METRICS,
+        bars=Markup(plots.plot_bars(list_bars(evaluation), f"{MAIN_METRIC.title} by task")),
+        has_before=bool(evaluation.before),
+        table=_list_score_rows(evaluation),
+        published=_list_published(evaluation),
+        scores=_plot_scores(evaluation),
+        ranks=count_ranks(evaluation.queries),
+        queries=len(evaluation.queries),
+        failed=len(select_worst_queries(evaluation.queries)),
+        passed=num_passed,
+        data=_summarize_data(folder, evaluation.run["params"]["max_visual_tokens"]),
+        settings=sorted(evaluation.run["params"].items()),
+        environment=_list_environment(folder, model, evaluation),
     )
 
 
-def _headline(found: Evaluation) -> list[dict[str, Any]]:
-    """A benchmark each: its score, the interval, the score before training, the guide's word."""
-    before = {row.name: row.after for row in intervals(found.before)} if found.before else {}
-    known = {row.name: row for row in intervals(found.rows)}
-    made = []
-    for name, scores in found.scores.items():
+def _summarize_benchmarks(evaluation: Evaluation) -> list[dict[str, object]]:
+    """Return for each benchmark its score, the interval, the score before training, the guide's band."""
+    before = {row.name: 100 * row.after for row in compute_intervals(evaluation.before)}
+    rows = {row.name: row for row in compute_intervals(evaluation.queries)}
+    benchmarks = []
+    for name, scores in evaluation.scores.items():
         tasks = list(scores["tasks"])
-        row = known[name] if len(tasks) > 1 else known[tasks[0]]
-        first = [one["rank"] == 1 for one in found.rows if one["benchmark"] == name]
-        made.append(
+        row = rows[name] if len(tasks) > 1 else rows[tasks[0]]
+        is_first = [query.rank == 1 for query in evaluation.queries if query.benchmark == name]
+        benchmarks.append(
             {
                 "name": name,
-                "score": 100 * scores["ndcg_at_5"],
+                "score": 100 * scores[MAIN_METRIC.key],
                 "low": 100 * row.low,
                 "high": 100 * row.high,
-                "before": 100 * before[row.name] if row.name in before else None,
-                "band": band(name, scores["ndcg_at_5"]),
-                "first": sum(first) / len(first),
-                "queries": len(first),
+                "before": before.get(row.name),
+                "band": classify_ndcg(name, scores[MAIN_METRIC.key]),
+                "first": sum(is_first) / len(is_first),
+                "queries": len(is_first),
             }
         )
-    return made
+    return benchmarks
 
 
-def _table(found: Evaluation) -> list[dict[str, Any]]:
-    made = []
-    for name, scores in found.scores.items():
-        every = {name: scores} | {f"{name}, {key}": value for key, value in scores.get("languages", {}).items()}
-        for label, values in every.items():
-            verdict = band(name, values["ndcg_at_5"])
-            if len(scores["tasks"]) == 1 and label == name:
-                continue  # its one task says the same
-            made.append({"name": label, "mean": True, "values": [100 * values[m] for m in METRICS], "verdict": verdict})
+def _list_score_rows(evaluation: Evaluation) -> list[dict[str, object]]:
+    rows = []
+
+    def add_row(name: str, values: Means, is_mean: bool, verdict: str) -> None:
+        numbers = [100 * values[key] for key in METRIC_KEYS]
+        rows.append({"name": name, "mean": is_mean, "values": numbers, "verdict": verdict})
+
+    for name, scores in evaluation.scores.items():
+        if len(scores["tasks"]) > 1:  # else its one task says the same
+            add_row(name, scores, True, classify_ndcg(name, scores[MAIN_METRIC.key]))
+        for language, values in scores.get("languages", {}).items():
+            add_row(f"{name}, {language}", values, True, classify_ndcg(name, values[MAIN_METRIC.key]))
         for task, values in scores["tasks"].items():
-            verdict = target(task, values["ndcg_at_5"])
-            numbers = [100 * values[m] for m in METRICS]
-            made.append({"name": short(task), "mean": False, "values": numbers, "verdict": verdict})
-    return made
+            add_row(shorten_task_name(task), values, False, compare_with_target(task, values[MAIN_METRIC.key]))
+    return rows
 
 
-def _published(found: Evaluation) -> dict[str, Any] | None:
-    own = columns(found.scores)
-    if all(value is None for value in own):
+def _list_published(evaluation: Evaluation) -> dict[str, object] | None:
+    own = [None if value is None else 100 * value for value in select_published_columns(evaluation.scores)]
+    if own == [None] * len(own):
         return None
-    rows = [(row.model, list(row[1:])) for row in PUBLISHED]
-    return {
-        "columns": COLUMNS,
-        "rows": rows,
-        "own": [None if value is None else 100 * value for value in own],
-    }
+    return {"columns": PUBLISHED_COLUMNS, "rows": [(row.model, row[1:]) for row in PUBLISHED], "own": own}
 
 
-def _score_plots(found: Evaluation) -> list[dict[str, Any]]:
-    made = []
-    for name in found.scores:
-        rows = [row for row in found.rows if row["benchmark"] == name and row["right_score"] is not None]
-        both = [row for row in rows if row["wrong_score"] is not None]
-        if both:
-            right, wrong = [row["right_score"] for row in both], [row["wrong_score"] for row in both]
-            made.append(
+def _plot_scores(evaluation: Evaluation) -> list[dict[str, object]]:
+    sections = []
+    for name in evaluation.scores:
+        queries = [query for query in evaluation.queries if query.benchmark == name]
+        scored = [query for query in queries if query.right_score is not None and query.wrong_score is not None]
+        if scored:
+            right, wrong = [query.right_score or 0 for query in scored], [query.wrong_score or 0 for query in scored]
+            margins = list(map(compute_margin, scored))
+            histograms = plots.plot_score_histograms(right, wrong, f"{name}: right page and best wrong page")
+            sections.append(
                 {
                     "name": name,
-                    "scores": Markup(plots.two_histograms(right, wrong, f"{name}: right page and best wrong page")),
-                    "margins": Markup(plots.margins([margin(row) for row in both], f"{name}: margins")),
-                    "left_out": sum(row["benchmark"] == name for row in found.rows) - len(both),
+                    "scores": Markup(histograms),
+                    "margins": Markup(plots.plot_margins(margins, f"{name}: margins")),
+                    "left_out": len(queries) - len(scored),
                 }
             )
-    return made
+    return sections
 
 
-def _training(model: Path) -> dict[str, Any] | None:
+def _read_training(folder: Path) -> dict[str, object] | None:
     """Return the curves of the adapter's trainer_state.json and the findings of its health.json."""
-    file = model / "trainer_state.json"
+    file = folder / "trainer_state.json"
     if not file.is_file():
         return None
     state = json.loads(file.read_text())
-    log = state["log_history"]
+    log, dev_key = state["log_history"], f"eval_{MAIN_METRIC.key}"
     loss = [(row["step"], row["loss"]) for row in log if "loss" in row]
-    dev = [(row["step"], row["eval_ndcg_at_5"]) for row in log if "eval_ndcg_at_5" in row]
-    health = json.loads((model / HEALTH).read_text()) if (model / HEALTH).is_file() else {}
+    dev = [(row["step"], row[dev_key]) for row in log if dev_key in row]
+    health = json.loads((folder / HEALTH).read_text()) if (folder / HEALTH).is_file() else {}
+    dev_title = f"{MAIN_METRIC.title} on the dev set"
     return {
-        "loss": Markup(plots.curve(loss, "Training loss")) if loss else "",
-        "dev": Markup(plots.curve(dev, "NDCG@5 on the dev set", marked=True)) if dev else "",
+        "loss": Markup(plots.plot_curve(loss, "Training loss")) if loss else "",
+        "dev": Markup(plots.plot_curve(dev, dev_title, is_marked=True)) if dev else "",
         "steps": state["global_step"],
         "epochs": state["num_train_epochs"],
         "verdict": health.get("verdict", ""),
-        "good": health.get("verdict") == GOOD,
+        "good": health.get("verdict") == GOOD_VERDICT,
         "rules": [
             (name, health["values"][name], words, health["wrong"].get(name, ""))
             for name, (words, _) in RULES.items()
@@ -144,34 +158,33 @@ def _training(model: Path) -> dict[str, Any] | None:
     }
 
 
-def _data(model: Path, max_visual_tokens: int) -> dict[str, Any] | None:
+def _summarize_data(folder: Path, max_visual_tokens: int) -> dict[str, object] | None:
     """Return the data in numbers, if data/survey.json is of the data that the model was trained on."""
-    identity = read_identity(model)
     if not Path(SURVEY).is_file() or not Path(MANIFEST).is_file():
         return None
-    if identity.get("deps", {}).get(MANIFEST) != content_hash(Path(MANIFEST)):
+    if read_identity(folder).get("deps", {}).get(MANIFEST) != content_hash(Path(MANIFEST)):
         return None
     sets = summarize_stats(load_dataset_stats(max_visual_tokens))
     keys = [key for key in next(iter(sets.values()), {}) if not key.startswith("languages")]
-    languages: dict[str, Any] = {name: values.get("languages, guessed", {}) for name, values in sets.items()}
+    languages: dict[str, object] = {name: values.get("languages, guessed", {}) for name, values in sets.items()}
     return {"keys": keys, "sets": sets, "languages": languages}
 
 
-def _environment(model: Path, subject: Subject, found: Evaluation) -> Sequence[tuple[str, str]]:
-    identity = read_identity(model)
-    base = identity.get("base", {})
-    rows = [("model", str(model)), ("revision (sha256 of its weights)", subject.revision)]
-    if base:
+def _list_environment(folder: Path, model: EvalModel, evaluation: Evaluation) -> list[tuple[str, str]]:
+    identity = read_identity(folder)
+    rows = [("model", str(folder)), ("revision (sha256 of its weights)", model.revision)]
+    if base := identity.get("base", {}):
         rows.append(("base", f"{base.get('folder', '')} {base.get('revision', '')}".strip()))
         files = base.get("files", {}).items()
         rows += [(f"base {name}", file["sha256"]) for name, file in files if name.endswith(".safetensors")]
-    rows += [(f"data of {task}", revision) for task, revision in sorted(found.run["data"].items())]
-    if "versions" in identity:
-        rows.append(("trained with", _listed(identity["versions"])))
-    rows.append(("evaluated with", f"mteb {found.mteb_version}"))
-    other = {name: number for name, number in versions().items() if identity.get("versions", {}).get(name) != number}
-    return [*rows, ("heatmaps made with", _listed(other) if other else "the same")]
+    rows += [(f"data of {task}", revision) for task, revision in sorted(evaluation.run["data"].items())]
+    trained_with = identity.get("versions", {})
+    if trained_with:
+        rows.append(("trained with", _join_versions(trained_with)))
+    rows.append(("evaluated with", f"mteb {evaluation.mteb_version}"))
+    changed = {name: number for name, number in versions().items() if trained_with.get(name) != number}
+    return [*rows, ("heatmaps made with", _join_versions(changed) if changed else "the same")]
 
 
-def _listed(numbers: dict[str, str]) -> str:
+def _join_versions(numbers: dict[str, str]) -> str:
     return ", ".join(f"{name} {number}" for name, number in sorted(numbers.items()))

@@ -1,11 +1,10 @@
-"""Late interaction: MaxSim scores of queries and pages, and the NDCG of the rankings they give.
+"""Late interaction: MaxSim scores of queries and pages.
 
 score(q, p) = sum over the tokens of q of the largest dot product with a token of p (Khattab & Zaharia 2020,
 "ColBERT", arXiv 2004.12832, eq. 3; for page images Faysse et al. 2024, "ColPali", arXiv 2407.01449).
 """
 
-from collections.abc import Collection, Sequence
-from math import log2
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,8 +24,9 @@ def maxsim_scores(
     Example: a query of tokens (1, 0) and (0, 1) on a page of tokens (1, 0) and (-1, 0) scores 1 + 0 = 1.
 
     Args:
-        queries, pages: one (tokens, dim) tensor each, without padding, so that no pad can win a maximum whose true
-            value is negative. Any floating type, on any device: products and sums are float32.
+        queries: one (tokens, dim) tensor each, without padding, so that no pad can win a maximum whose true value is
+            negative. Any floating type, on any device: products and sums are float32.
+        pages: in the same form.
         device: where the scores are computed.
         block: query tokens per product instead of `MAX_QUERY_TOKENS`. The scores do not depend on it.
 
@@ -67,38 +67,3 @@ def _validate_shapes(queries: Sequence[Tensor], pages: Sequence[Tensor]) -> None
                     f"{kind} {i}: embeddings of shape {tuple(tokens.shape)}; expected (tokens >= 1, "
                     f"{'dim' if dim is None else dim[0] if dim else 'dim'}), with the dim of query 0"
                 )
-
-
-def ndcg_at_k(scores: Tensor, relevant: Sequence[Collection[int]], k: int) -> float:
-    """Compute the mean NDCG at k of the rankings that `scores` give, with binary relevance.
-
-    NDCG@k = DCG@k / (DCG@k of a perfect ranking), DCG@k = sum over relevant pages of rank r <= k of 1 / log2(r + 1)
-    (Jarvelin & Kekalainen 2002, as trec_eval and mteb compute it). A tie counts against the model: a relevant page
-    ranks behind every other page of equal score. Otherwise a model whose embeddings have collapsed scores 1.
-
-    Example: one query, scores (0.9, 0.8, 0.7), page 1 relevant: rank 2, NDCG@5 = 1 / log2(3) = 0.631.
-
-    Args:
-        scores: (queries, pages).
-        relevant: for each query the indices of its relevant pages, at least one.
-        k: depth, >= 1.
-
-    Raises:
-        ValueError: a score that is not finite, or a query without a relevant page or with one that does not exist.
-    """
-    if not scores.isfinite().all():
-        raise ValueError("ndcg_at_k: a score is not finite")
-    if len(relevant) != len(scores) or not len(scores) or k < 1:
-        raise ValueError(f"ndcg_at_k: {len(scores)} rows of scores, {len(relevant)} sets of relevant pages, k = {k}")
-    total = 0.0
-    for i, (row, relevant_pages) in enumerate(zip(scores.tolist(), map(set, relevant), strict=True)):
-        if not relevant_pages or not relevant_pages <= set(range(len(row))):
-            raise ValueError(
-                f"query {i}: relevant pages {sorted(relevant_pages)}, expected one or more of 0..{len(row) - 1}"
-            )
-        others = [score for page, score in enumerate(row) if page not in relevant_pages]
-        descending = sorted((row[page] for page in relevant_pages), reverse=True)
-        ranks = [j + sum(other >= score for other in others) for j, score in enumerate(descending, start=1)]
-        ideal = sum(1 / log2(r + 1) for r in range(1, min(k, len(relevant_pages)) + 1))
-        total += sum(1 / log2(r + 1) for r in ranks if r <= k) / ideal
-    return total / len(scores)

@@ -1,4 +1,4 @@
-"""Ranked pages in a terminal of 80 columns."""
+"""Show ranked pages in a terminal of 80 columns."""
 
 from collections.abc import Sequence
 
@@ -9,40 +9,42 @@ from torch.nn.functional import adaptive_max_pool2d
 from colintern.core.page_labels import fit_columns
 from colintern.core.terminal import TERMINAL_COLUMNS
 
-NAME = 65  # columns of a page's name
+NAME_COLUMNS = 65
 LINK_INDENT = 6
 SHADES = " .:-=+*#%@"
-ACROSS, DOWN, MAPS = 24, 14, 3  # characters of a map, and maps side by side: 3 x 24 and what is between them
+MAP_COLUMNS, MAP_ROWS = 24, 14
+MAX_MAPS = 3  # side by side: 3 x 24 columns and what is between them
 
 
-def listing(ranked: Sequence[tuple[str, float]], links: Sequence[str] = ()) -> str:
+def format_ranking(ranking: Sequence[tuple[str, float]], links: Sequence[str] = ()) -> str:
     """List (name, score) of pages, best first, each with the URL of its file below it, where that fits the line."""
-    rows = [f"{'rank':>4}{'score':>9}  page"]
-    for rank, ((name, score), link) in enumerate(zip(ranked, links or [""] * len(ranked), strict=True), start=1):
-        # A long name loses its beginning, because page and file stand at its end.
-        rows.append(f"{rank:>4}{score:>9.3f}  {fit_columns(name, NAME, keep_end=True)}")
+    lines = [f"{'rank':>4}{'score':>9}  page"]
+    for rank, ((name, score), link) in enumerate(zip(ranking, links or [""] * len(ranking), strict=True), start=1):
+        # A long name loses its beginning, because page and file are at its end.
+        lines.append(f"{rank:>4}{score:>9.3f}  {fit_columns(name, NAME_COLUMNS, keep_end=True)}")
         if link and LINK_INDENT + len(link) <= TERMINAL_COLUMNS:
-            rows.append(" " * LINK_INDENT + link)
+            lines.append(" " * LINK_INDENT + link)
     if too_long := sum(LINK_INDENT + len(link) > TERMINAL_COLUMNS for link in links):
-        rows.append(f"links longer than a line, left out: {too_long}; --html FILE has them")
-    return "\n".join(rows)
+        lines.append(f"links longer than a line, left out: {too_long}; --html FILE has them")
+    return "\n".join(lines)
 
 
-def maps(grids: Sequence[Tensor]) -> str:
-    """The first pages' maps, (rows, columns) each, side by side: the darker the character, the better the match."""
-    shown = grids[:MAPS]
-    low, high = (float(f(torch.stack([f(grid) for grid in shown]))) for f in (torch.mean, torch.amax))
-    blocks = [_block((grid - low) / max(high - low, 1e-6)) for grid in shown]
-    head = "  ".join(f"{f'rank {rank}':<{ACROSS}}" for rank in range(1, len(blocks) + 1))
+def draw_text_maps(grids: Sequence[Tensor]) -> str:
+    """Draw the first pages' maps, (rows, columns) each, side by side: the darker a character, the better the match."""
+    shown = grids[:MAX_MAPS]
+    low = float(torch.stack([grid.mean() for grid in shown]).mean())
+    high = float(torch.stack([grid.amax() for grid in shown]).amax())
+    blocks = [_draw_text_map((grid - low) / max(high - low, 1e-6)) for grid in shown]
+    head = "  ".join(f"{f'rank {rank}':<{MAP_COLUMNS}}" for rank in range(1, len(blocks) + 1))
     lines = ["  ".join(parts) for parts in zip(*blocks, strict=True)]
     return "\n".join(line.rstrip() for line in [head, *lines])
 
 
-def _block(grid: Tensor) -> list[str]:
-    """A map in as many characters as `maps` gives it, a cell's largest value where several share one."""
+def _draw_text_map(grid: Tensor) -> list[str]:
+    """Draw a map of 0 to 1 in MAP_ROWS lines, a cell's largest value where several share a character."""
     rows, cols = grid.shape
-    down = max(1, min(DOWN, round(ACROSS * rows / cols / 2)))  # a character is twice as high as wide
-    cells = adaptive_max_pool2d(grid[None], (down, ACROSS))[0]
-    places = (cells.clamp(0, 1) * (len(SHADES) - 1)).round().int().tolist()
-    text = ["".join(SHADES[place] for place in row) for row in places]
-    return [*text, *[" " * ACROSS] * (DOWN - down)]
+    num_rows = max(1, min(MAP_ROWS, round(MAP_COLUMNS * rows / cols / 2)))  # a character is twice as high as wide
+    cells = adaptive_max_pool2d(grid[None], (num_rows, MAP_COLUMNS))[0]
+    shades = (cells.clamp(0, 1) * (len(SHADES) - 1)).round().int().tolist()
+    lines = ["".join(SHADES[shade] for shade in row) for row in shades]
+    return [*lines, *[" " * MAP_COLUMNS] * (MAP_ROWS - num_rows)]

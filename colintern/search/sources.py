@@ -1,4 +1,4 @@
-"""What can be searched: the pages of PDFs and images, named, and hashed by the file they come from."""
+"""List and render what can be searched: the pages of PDFs and images, named, and hashed by the file they come from."""
 
 import os
 from collections import Counter
@@ -18,20 +18,18 @@ from colintern.storage.files import LINKED_FOLDER, MISSING, irregular_type, list
 from colintern.storage.identity import content_hash
 from colintern.storage.isolation import Failure, IsolatedPool
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
-SEARCHED = (".pdf", *IMAGES)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+SEARCHED_SUFFIXES = (".pdf", *IMAGE_SUFFIXES)
+MAX_REASONS = 3  # named in an error
 
 
-class Source(NamedTuple):
-    """A page: its name for people, its file, its place in a PDF from 0 (None for an image).
-
-    `key` is of the file's content, the page and what renders it: where it is known the page need not be rendered.
-    """
+class PageSource(NamedTuple):
+    """A page to search."""
 
     name: str
     path: Path
-    page: int | None
-    key: str
+    page: int | None  # in a PDF, from 0; None for an image
+    key: str  # of the file's content, the page and what renders it: where it is known the page need not be rendered
 
     @property
     def link(self) -> str:
@@ -39,75 +37,75 @@ class Source(NamedTuple):
         return get_file_url(self.path, None if self.page is None else self.page + 1)
 
 
-def sources(place: Path) -> tuple[list[Source], list[InvalidRow]]:
-    """Every page of a PDF, an image, or a folder of them (hidden files left out), and the files that cannot be read.
+def list_sources(place: Path) -> tuple[list[PageSource], list[InvalidRow]]:
+    """List every page of a PDF, an image, or a folder of them (hidden files left out), and the unreadable files.
 
     Raises:
-        UserError: there is no such place, it is neither a regular file nor a folder, or no page is in it.
+        UserError: `place` does not exist, is neither a regular file nor a folder, or no page is in it.
     """
     is_folder = os.path.isdir(place)
     if not is_folder and (kind := irregular_type(place)):
         state = "does not exist" if kind == MISSING else f"is {kind}; it must be a folder or a regular file"
-        raise UserError(f"FOLDER_OR_PDF: {shown(place)!r} {state}")
-    files, refused = list_files(place, SEARCHED) if is_folder else ([place], {})
+        raise UserError(f"FOLDER_OR_PDF: {decode_name(place)!r} {state}")
+    files, refused = list_files(place, SEARCHED_SUFFIXES) if is_folder else ([place], {})
     pdfs = [path for path in files if path.suffix.lower() == ".pdf"]
     with IsolatedPool(LIMITS) as pool:
-        counts = dict(zip(pdfs, pool.map(count_pages, [[path] for path in pdfs]), strict=True))
-    found: list[Source] = []
-    bad = [
-        InvalidRow(shown(name), f"is {kind}, not a regular file")
-        for name, kind in refused.items()
-        if kind != LINKED_FOLDER
-    ]
+        page_counts = dict(zip(pdfs, pool.map(count_pages, [[path] for path in pdfs]), strict=True))
+    sources: list[PageSource] = []
+    irregular = {decode_name(name): kind for name, kind in refused.items() if kind != LINKED_FOLDER}
+    bad = [InvalidRow(name, f"is {kind}, not a regular file") for name, kind in irregular.items()]
     for path in files:
-        name = shown(path.relative_to(place) if is_folder else path.name)
+        name = decode_name(path.relative_to(place) if is_folder else path.name)
         try:
             content = content_hash(path)
         except OSError as error:  # somebody else's, or gone by now
             bad.append(InvalidRow(name, f"cannot be read: {error.strerror}"))
             continue
-        pages = counts.get(path)
-        if isinstance(pages, Failure):
-            bad.append(InvalidRow(name, f"not a readable PDF: {pages.reason}"))
-        elif pages is None:
-            found.append(Source(name, path, None, content))
+        num_pages = page_counts.get(path)
+        if isinstance(num_pages, Failure):
+            bad.append(InvalidRow(name, f"not a readable PDF: {num_pages.reason}"))
+        elif num_pages is None:
+            sources.append(PageSource(name, path, None, content))
         else:
-            made = f"{content} {DPI} dpi pypdfium2 {version('pypdfium2')}"
-            found += [Source(f"{name}, page {page + 1}", path, page, f"{made} page {page}") for page in range(pages)]
-    if not found:
-        what = f"PDFs and {', '.join(IMAGES)} are searched{reasons(bad)}"
-        raise UserError(f"FOLDER_OR_PDF: {place} holds no page; {what}")
-    return found, bad
+            key = f"{content} {DPI} dpi pypdfium2 {version('pypdfium2')}"
+            for page in range(num_pages):
+                sources.append(PageSource(f"{name}, page {page + 1}", path, page, f"{key} page {page}"))
+    if not sources:
+        searched = f"PDFs and {', '.join(IMAGE_SUFFIXES)} are searched"
+        raise UserError(f"FOLDER_OR_PDF: {place} holds no page; {searched}{format_reasons(bad)}")
+    return sources, bad
 
 
-def shown(name: str | os.PathLike[str]) -> str:
-    """A name that can be printed; one that is not UTF-8 cannot."""
+def decode_name(name: str | os.PathLike[str]) -> str:
+    """Return a name that can be printed; one that is not UTF-8 cannot."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def reasons(bad: Sequence[InvalidRow]) -> str:
-    """The first of them, to go on with an error."""
-    return "".join(f"; {one.where}: {one.reason}" for one in bad[:3])
+def format_reasons(bad: Sequence[InvalidRow]) -> str:
+    """Format the first of them as the rest of an error's sentence."""
+    return "".join(f"; {page.where}: {page.reason}" for page in bad[:MAX_REASONS])
 
 
-def skipped(place: Path) -> str:
-    """What lies in a folder and is not searched, counted, the most frequent first; "" if there is nothing."""
+def summarize_unsearched(place: Path) -> str:
+    """Count the kinds of files in a folder that are not searched, the most frequent first; "" if there are none."""
     files, refused = list_files(place) if os.path.isdir(place) else ([], {})
-    linked = [kind for kind in refused.values() if kind == LINKED_FOLDER]
     others = [*files, *(Path(name) for name in refused if not name.endswith("/"))]
-    kinds = Counter(shown(p.suffix.lower()) or "without a suffix" for p in others if p.suffix.lower() not in SEARCHED)
-    kinds |= Counter({"linked folder": len(linked)} if linked else {})
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda of: (-of[1], of[0])))
+    suffixes = [path.suffix.lower() for path in others]
+    counts = Counter(
+        decode_name(suffix) or "without a suffix" for suffix in suffixes if suffix not in SEARCHED_SUFFIXES
+    )
+    counts += Counter("linked folder" for kind in refused.values() if kind == LINKED_FOLDER)
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def images(wanted: list[Source], bad: list[InvalidRow]) -> Iterator[tuple[Source, Image.Image]]:
-    """The pages rendered, in their order; those that cannot be go to `bad`."""
-    groups = group_pages(PageRef(source.path, source.page) for source in wanted if source.page is not None)
+def render_sources(sources: Sequence[PageSource], bad: list[InvalidRow]) -> Iterator[tuple[PageSource, Image.Image]]:
+    """Yield the pages rendered, in their order; `bad` gets those that cannot be."""
+    groups = group_pages(PageRef(source.path, source.page) for source in sources if source.page is not None)
     with IsolatedPool(LIMITS, processes=1) as pool:  # one: each rendered page takes megabytes
-        drawn = pool.map(render_pages, groups)
-        for source in wanted:
+        rendered = pool.map(render_pages, groups)
+        for source in sources:
             try:
-                page = decode_image(source.path.read_bytes()) if source.page is None else next(drawn)
+                page = decode_image(source.path.read_bytes()) if source.page is None else next(rendered)
             except (InvalidImageError, OSError) as error:
                 page = Failure(str(error))
             if isinstance(page, Failure):

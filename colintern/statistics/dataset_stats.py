@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from colintern.modeling.tiling import base_tile, choose_grid
+from colintern.modeling.tiling import choose_grid, read_base_tile
 from colintern.storage.manifest import MANIFEST, SURVEY, Files, get_files_folder, read_data_file
 
 HISTOGRAM_COLUMNS = ("set", "measure", "value", "count")
@@ -26,7 +26,7 @@ def load_dataset_stats(max_visual_tokens: int) -> Stats:
         UserError: there is no survey.
     """
     stats: Stats = read_data_file(SURVEY)
-    side, tokens = base_tile(get_files_folder(Files(**read_data_file(MANIFEST)["base"]), "model"))
+    side, tokens = read_base_tile(get_files_folder(Files(**read_data_file(MANIFEST)["base"]), "model"))
     for facts in stats.values():
         tiles: Counter[int] = Counter()
         for size, count in facts.pop("page sizes").items():

@@ -278,7 +278,7 @@ def _download(files: Sequence[HubFile], force: bool = False) -> None:
             except (HTTPError, OSError, ValueError, RuntimeError) as error:
                 if wait is None or not is_retryable(error):
                     raise to_user_error(error, repo) from error
-                print(f"{repo.name}: {describe_error(error)}; trying again in {wait} s", flush=True)
+                print(f"{repo.name}: {describe_hub_error(error)}; trying again in {wait} s", flush=True)
                 time.sleep(wait)
 
 
@@ -329,11 +329,11 @@ def to_user_error(error: Exception, repo: Repo) -> UserError:
         return UserError(f"HF_HOME: the disk of {constants.HF_HUB_CACHE} is full; what is there already is kept")
     is_unreachable = status is None or status in (408, 429, *RETRYABLE_STATUS_CODES)
     if isinstance(error, HTTPError | OfflineModeIsEnabled | RuntimeError) and is_unreachable:  # RuntimeError: hf_xet's
-        return create_offline_error([repo], describe_error(error))
-    return UserError(f"{what}: {describe_error(error)}")
+        return create_offline_error([repo], describe_hub_error(error))
+    return UserError(f"{what}: {describe_hub_error(error)}")
 
 
-def describe_error(error: Exception) -> str:
+def describe_hub_error(error: Exception) -> str:
     """Describe an error in one line, without the address of an HTTP error, which may be signed."""
     if isinstance(error, HfHubHTTPError):
         return f"HTTP {error.response.status_code}"

@@ -1,7 +1,7 @@
-"""What a run is made of, as content hashes: its own params, the files it depends on, the library versions.
+"""Identify a run by the hashes of its params, the files it depends on and the library versions.
 
-Two runs with one identity give the same bytes, whatever commit they stand on; the identity's fingerprint names the
-folder in which an interrupted run finds its checkpoints again.
+Two runs with one identity give the same bytes, whatever their commits; the fingerprint of the identity names the folder
+in which an interrupted run finds its checkpoints again.
 """
 
 import hashlib
@@ -23,16 +23,16 @@ from colintern.storage.files import read_json_object
 
 IDENTITY_FILE = "identity.json"
 NUMBER = (int, float)
-WORDS: dict[Any, str] = {str: "a text", int: "a whole number", NUMBER: "a number"}
-# The parts of identity.json that are used, and their types.
-PARTS: dict[str, Any] = {
+TYPE_NAMES: dict[Any, str] = {str: "a text", int: "a whole number", NUMBER: "a number"}
+# The used parts of identity.json, and their types.
+SCHEMA: dict[str, Any] = {
     "params": {"dtype": str, "max_visual_tokens": int, "max_query_tokens": int},
     "deps": {},
     "versions": {"*": str},
     "base": {"folder": str, "revision": str, "files": {"*": {"sha256": str}}},
     "start": {"*": {"tensors": int, "std": NUMBER, "sha256": str}},
 }
-NON_IDENTITY_PARAMS = ("tracker",)  # they observe a run; it may resume under another value of them
+NON_IDENTITY_PARAMS = ("tracker",)  # they observe a run; it may resume with other values of them
 VERSIONS_FILE = "versions.yaml"
 LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "accelerate", "datasets", "pillow", "numpy")
 
@@ -97,7 +97,7 @@ def content_hash(path: Path) -> str:
 
 
 def fingerprint(identity: dict[str, Any]) -> str:
-    """sha256 of an identity."""
+    """Return the sha256 of an identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -111,22 +111,22 @@ def read_identity(folder: Path) -> dict[str, Any]:
     if not os.path.lexists(file):
         return {}
     identity = read_json_object(file)
-    if misfit := _find_misfit(identity, PARTS):
-        raise UserError(f"{file}: {misfit}; copy the file from the run that trained {folder}")
+    if error := _find_type_error(identity, SCHEMA):
+        raise UserError(f"{file}: {error}; copy the file from the run that trained {folder}")
     return identity
 
 
-def _find_misfit(value: Any, form: Any, name: str = "", is_entry: bool = False) -> str:
+def _find_type_error(value: Any, form: Any, name: str = "", is_entry: bool = False) -> str:
     """Name the first part that has another type than in `form`, "" if there is none.
 
     "*" in `form` stands for any key; an entry of that kind (`is_entry`) has all of its parts.
     """
     if not isinstance(form, dict):
         fits = isinstance(value, form) and not isinstance(value, bool)
-        return "" if fits else f"{name}: {reprlib.repr(value)} is not {WORDS[form]}"
+        return "" if fits else f"{name}: {reprlib.repr(value)} is not {TYPE_NAMES[form]}"
     if not isinstance(value, dict):
         return f"{name}: {reprlib.repr(value)} is not an object"
     entries = "*" in form
     parts = dict.fromkeys(value, form["*"]) if entries else {k: form[k] for k in form if is_entry or k in value}
-    misfits = (_find_misfit(value.get(k), part, f"{name}.{k}".strip("."), entries) for k, part in parts.items())
-    return next(filter(None, misfits), "")
+    errors = (_find_type_error(value.get(k), part, f"{name}.{k}".strip("."), entries) for k, part in parts.items())
+    return next(filter(None, errors), "")

@@ -1,5 +1,6 @@
-"""Run a function on many arguments in processes that can be killed: a call that hangs, crashes or takes all memory
-fails alone.
+"""Run a function on many arguments in processes that can be killed.
+
+A call that hangs, crashes or takes all memory fails alone.
 
 A process pool of the standard library breaks as a whole when one worker dies, and never ends a slow one.
 """

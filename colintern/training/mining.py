@@ -18,9 +18,9 @@ from colintern.core.progress import ProgressBar
 from colintern.core.project import root
 from colintern.data.training_set import get_training_data_params, load_training_data
 from colintern.encoding.embed import embed_features, embed_queries
-from colintern.encoding.page_features import FEATURES, Page, PageFeatures
-from colintern.modeling.host import settle
-from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_base
+from colintern.encoding.page_features import FEATURES_DIR, Page, PageFeatures
+from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_same_base
+from colintern.modeling.runtime import configure_cpu_runtime
 from colintern.params import Params
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.storage.identity import content_hash, versions
@@ -51,13 +51,15 @@ def mine_hard_negatives(params: Params, adapter: Path, limits: MiningLimits) -> 
     """Mine negatives for each training pair; raise UserError if data, base or adapter are missing or changed."""
     require_adapter(adapter)
     base = ensure_base(params)
-    require_base(params, adapter)
-    settle(params.threads)
+    require_same_base(params, adapter)
+    configure_cpu_runtime(params.threads)
     model = load_adapter(params, base, adapter)
     processor = load_processor(params, adapter, model)
     train, pages, excluded_page_keys = load_mining_candidates(load_training_data(params))
-    features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)
-    features.fill(pages, params.workers)
+    features = PageFeatures(
+        model, processor, root() / FEATURES_DIR, params.feature_cache_gb, params.feature_cache_format
+    )
+    features.precompute(pages, params.workers)
     queries = list(dict.fromkeys(pair.query for pair in train))
     query_bar = ProgressBar(queries, desc="embedding queries", unit="query")
     query_embeddings = embed_queries(model, processor, query_bar, params.eval_batch_size)

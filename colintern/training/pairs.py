@@ -251,7 +251,7 @@ class TrainingDataset(Dataset[TrainingItem]):
     def _load_page(self, page: Page) -> PageInputs:
         features = self.cache.get(page.key)
         if features is None:
-            return {"key": page.key, "tiles": self.processor.page_tiles(page.image())}
+            return {"key": page.key, "tiles": self.processor.preprocess_page(page.image())}
         return {"key": page.key, "features": features}
 
 
@@ -274,7 +274,7 @@ class Collator:
         counts = [len(page["features"] if "features" in page else page["tiles"]) for page in pages]
         batch: Batch = {
             "query": dict(self.processor.process_queries([item["query"] for item in items])),
-            "page": dict(self.processor.page_tokens(counts)),
+            "page": dict(self.processor.tokenize_pages(counts)),
             "known": torch.tensor(["features" in page for page in pages]),
             "counts": torch.tensor(counts),
             "query_ids": torch.tensor([_to_int64(_hash_query(item["query"])) for item in items]),

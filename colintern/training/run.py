@@ -22,16 +22,14 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments, set_s
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.data.training_set import load_training_data, trains_on_pseudo_queries
-from colintern.encoding.page_features import FEATURES, PageFeatures
+from colintern.encoding.page_features import FEATURES_DIR, PageFeatures
 from colintern.encoding.workers import check_workers, stop_workers_on_exit
-from colintern.modeling.attention import implementation
-from colintern.modeling.host import settle
-from colintern.modeling.layers import checkpoint_layers, compile_layers, recomputed
-from colintern.modeling.lora import add_lora, count, faults
+from colintern.modeling.adapter_files import adapter_weight_stats, save_adapter_extras
+from colintern.modeling.attention import resolve_attn_implementation
+from colintern.modeling.lora import add_lora, find_lora_errors, report_lora
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from colintern.modeling.saving import save_adapter_extras
-from colintern.modeling.weights import statistics
+from colintern.modeling.runtime import checkpoint_layers, compile_layers, configure_cpu_runtime, num_checkpointed_layers
 from colintern.params import Params
 from colintern.storage.files import dumps, write_csv
 from colintern.storage.identity import fingerprint, stage_identity
@@ -62,11 +60,11 @@ def train(
         UserError: data or base are missing or changed, the LoRA targets are wrong, another process trains this very
             run, the training set is smaller than a batch, or the ranks share no folder.
         NonFiniteError: the loss is not finite.
-        OutOfMemory: one page does not fit in memory, or a DataLoader worker was killed.
+        OutOfMemoryError: one page does not fit in memory, or a DataLoader worker was killed.
         checkpoints.TrainingInterruptedError: SIGTERM or SIGINT; there is a checkpoint.
     """
     check_workers(params.workers)
-    settle(params.threads)
+    configure_cpu_runtime(params.threads)
     set_deterministic(params.deterministic)
     base_path = context.run_on_rank0_and_broadcast(lambda: ensure_base(params))
     identity = stage_identity("train", params)
@@ -146,19 +144,21 @@ def build_trainer(
     if params.compile and not any(map(shutil.which, COMPILERS)):
         raise UserError(f"compile: true needs a C++ compiler, {' or '.join(COMPILERS)}: install one, or write false")
     set_seed(params.seed)
-    attention = implementation(params.attention, params.dtype, training=True)
+    attention = resolve_attn_implementation(params.attention, params.dtype, training=True)
     model, processor = _load_model(params, base_path, attention)
     model.to(args.device)
-    features = PageFeatures(model, processor, root() / FEATURES, params.feature_cache_gb, params.feature_cache_format)
+    features = PageFeatures(
+        model, processor, root() / FEATURES_DIR, params.feature_cache_gb, params.feature_cache_format
+    )
     pages = [page for pair in train for page in (pair.page, *pair.negatives)] + [pair.page for pair in dev]
-    context.run_on_rank0_and_broadcast(lambda: features.fill(pages, params.workers))
+    context.run_on_rank0_and_broadcast(lambda: features.precompute(pages, params.workers))
     if not context.is_main_process:
         features.cache.refresh()
     dataset = TrainingDataset(train, features)
     evaluator = RetrievalEvaluator(dev, features, params.eval_batch_size)
     used = params.attention if get_kernel_entry(params.attention) else attention
     print(f"{len(train)} training pairs; dev: {len(dev)} queries on {len(evaluator.pages)} pages; attention: {used}")
-    if num_truncated := processor.count_cut([pair.query for pair in (*train, *dev)]):
+    if num_truncated := processor.count_truncated([pair.query for pair in (*train, *dev)]):
         print(f"{num_truncated} of {len(train) + len(dev)} queries are longer than max_query_tokens and are cut")
     return assemble_trainer(params, model, processor, args, evaluator, dataset, callbacks, context)
 
@@ -211,9 +211,11 @@ def _load_model(params: Params, base_path: str, attention: str) -> tuple[PeftMod
         base_path, revision=revision,
         max_visual_tokens=params.max_visual_tokens, max_query_tokens=params.max_query_tokens,
     )  # fmt: skip
-    recomputed(len(base.language_model.layers), params.gradient_checkpointing)  # fail before pages are computed
+    num_checkpointed_layers(
+        len(base.language_model.layers), params.gradient_checkpointing
+    )  # fail before pages are computed
     model = add_lora(base, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout, revision)
-    if problems := faults(count(model, params.lora_targets)):
+    if problems := find_lora_errors(report_lora(model, params.lora_targets)):
         raise UserError("\n  ".join(problems))
     return model, processor
 
@@ -242,7 +244,7 @@ def assemble_trainer(
 def get_provenance(model: Any, attention: str) -> dict[str, Any]:
     """Return what an adapter is checked against later: base and kernel by hash, and the weights before training."""
     adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
-    start = statistics(adapter, model.base_model.model.head_state())
+    start = adapter_weight_stats(adapter, model.base_model.model.get_head_state())
     return {"base": read_data_file(MANIFEST)["base"], "kernel": get_kernel_entry(attention), "start": start}
 
 
@@ -314,7 +316,7 @@ def save_artifacts(trainer: ContrastiveTrainer, identity: dict[str, Any], out: P
         metrics |= callback.save_artifacts(trainer, partial)
     if trains_on_pseudo_queries():
         metrics["queries"] = "pseudo"  # qualifies the dev score, whose queries are of the same kind
-    if (error := trainer.evaluator.features.error) is not None:
+    if (error := trainer.evaluator.features.relative_error) is not None:
         metrics["feature_error"] = round(error, 6)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(partial, out)

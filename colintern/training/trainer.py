@@ -21,21 +21,20 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 
-from colintern.core.errors import OutOfMemory, UserError
+from colintern.core.errors import OutOfMemoryError, UserError
 from colintern.encoding.embed import embed_features, embed_queries
-from colintern.encoding.fp8 import rounded
+from colintern.encoding.fp8 import fake_quantize
 from colintern.encoding.page_features import PageFeatures
 from colintern.encoding.workers import seed_and_init_worker
-from colintern.modeling.dropout import Masks
+from colintern.modeling.dropout import DropoutMaskBank
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from colintern.scoring.maxsim import maxsim_scores, ndcg_at_k
+from colintern.scoring.maxsim import maxsim_scores
+from colintern.scoring.metrics import MAIN_METRIC, ndcg_at_k
 from colintern.training.checkpoints import CheckpointWriter
 from colintern.training.distributed import SIDES, SINGLE_PROCESS, Batch, BatchShards, DistributedContext, Side
 from colintern.training.loss import Loss, find_false_negatives
 from colintern.training.mini_batching import plan_mini_batches, scatter_to_batch_order, slice_mini_batch
 from colintern.training.pairs import Collator, TrainingDataset, TrainingPair
-
-NDCG_CUTOFF = 5
 
 
 class NonFiniteError(UserError):
@@ -116,13 +115,13 @@ class RetrievalEvaluator(Dataset[str]):
 
     def compute_ndcg(self, queries: list[Tensor], pages: list[Tensor]) -> float:
         """Return NDCG@5 of embeddings of the queries over those of the pages."""
-        return ndcg_at_k(maxsim_scores(queries, pages), self.relevant, NDCG_CUTOFF)
+        return ndcg_at_k(maxsim_scores(queries, pages), self.relevant, MAIN_METRIC.cutoff)
 
     @property
     def random_ndcg(self) -> float:
         """Return the expected NDCG@5 of a random ranking with one relevant page."""
         num_pages = len(self.pages)
-        return sum(1 / math.log2(rank + 1) for rank in range(1, min(NDCG_CUTOFF, num_pages) + 1)) / num_pages
+        return sum(1 / math.log2(rank + 1) for rank in range(1, min(MAIN_METRIC.cutoff, num_pages) + 1)) / num_pages
 
 
 class ContrastiveTrainer(Trainer):
@@ -148,7 +147,9 @@ class ContrastiveTrainer(Trainer):
         self.processor, self.loss_function, self.evaluator, self.context = processor, loss_function, evaluator, context
         self.micro_batch_size, self.quantize_features = micro_batch_size, quantize_features
         self.is_low_precision = model.dtype == torch.bfloat16
-        self.dropout_masks = Masks(model, args.seed, torch.bfloat16 if self.is_low_precision else torch.float32)
+        self.dropout_masks = DropoutMaskBank(
+            model, args.seed, torch.bfloat16 if self.is_low_precision else torch.float32
+        )
         self.metric_accumulator = MetricAccumulator()
         self.hint = "lower lr"  # against a loss that is not finite
         checkpoints = CheckpointWriter(Path(str(args.output_dir)).parent, processor, context)
@@ -174,7 +175,7 @@ class ContrastiveTrainer(Trainer):
 
         Raises:
             NonFiniteError: the loss or the gradient is not finite.
-            OutOfMemory: a single page does not fit, in the vision tower or in the language model.
+            OutOfMemoryError: a single page does not fit, in the vision tower or in the language model.
         """
         model.train()
         batch = cast(Batch, self._prepare_inputs(inputs))  # type: ignore[arg-type]
@@ -184,11 +185,11 @@ class ContrastiveTrainer(Trainer):
             batch["page"]["image_features"] = self.context.run_or_all_oom(compute)
         except torch.OutOfMemoryError as error:
             batch_size = self.args.per_device_train_batch_size * self.context.world_size
-            raise OutOfMemory(
+            raise OutOfMemoryError(
                 f"out of memory in the tower, which takes one page at a time, at step {step}; "
                 f"lower max_visual_tokens, {self.processor.max_visual_tokens}, or batch_size, {batch_size}"
             ) from error
-        self.dropout_masks.draw(self.state.global_step, model.device)
+        self.dropout_masks.draw_masks(self.state.global_step, model.device)
         shards = self.context.gather_batch_layout(batch)
         # PEFT would cast the input of every adapter to float32, only for autocast to cast it back.
         with disable_input_dtype_casting(model, active=self.is_low_precision):
@@ -208,7 +209,7 @@ class ContrastiveTrainer(Trainer):
             except torch.OutOfMemoryError as error:
                 max_rows = min(self.micro_batch_size, len(batch["page_ids"]))
                 if max_rows == 1:
-                    raise OutOfMemory(
+                    raise OutOfMemoryError(
                         f"out of memory with one page at a time, at step {self.state.global_step + 1}; set "
                         f"gradient_checkpointing: true, or lower max_visual_tokens, {self.processor.max_visual_tokens}"
                     ) from error
@@ -281,7 +282,7 @@ class ContrastiveTrainer(Trainer):
     ) -> AbstractContextManager[None]:
         device = batch[side]["input_ids"].device
         indices = torch.tensor([shards.row_indices[side][row] for row in rows]).to(device)
-        return self.dropout_masks.rows(side, indices, length)
+        return self.dropout_masks.assign_rows(side, indices, length)
 
     def _compute_batch_loss(self, batch: Batch, shards: BatchShards, buffers_by_side: list[list[Tensor]]) -> Tensor:
         queries, pages = (
@@ -307,7 +308,7 @@ class ContrastiveTrainer(Trainer):
         if non_finite := [name for name, parameter in trained if not parameter.isfinite().all()]:
             raise NonFiniteError(f"{non_finite[0]} is not finite after step {self.state.global_step}; {self.hint}")
         ndcg = self.evaluator.compute_ndcg(*self.evaluator.embed(model, self.processor))
-        metrics = {f"{metric_key_prefix}_ndcg_at_5": ndcg}
+        metrics = {f"{metric_key_prefix}_{MAIN_METRIC.key}": ndcg}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -321,7 +322,9 @@ def compute_image_features(model: Any, batch: Batch, quantize: bool) -> Tensor:
     is_known, counts = batch["known"], batch["counts"]
     features = iter(batch["features"].split(counts[is_known].tolist()) if "features" in batch else ())
     tiles = iter(batch["tiles"].split(counts[~is_known].tolist()) if "tiles" in batch else ())
-    convert = rounded if quantize else torch.Tensor.detach
+    convert = fake_quantize if quantize else torch.Tensor.detach
     with torch.no_grad():
-        pages = [next(features) if known else convert(model.page_features(next(tiles))) for known in is_known.tolist()]
+        pages = [
+            next(features) if known else convert(model.get_page_features(next(tiles))) for known in is_known.tolist()
+        ]
     return torch.cat(pages)

@@ -97,8 +97,10 @@ def _try_lock(file: TextIO) -> bool:
 
 
 def _stop_training(process: "subprocess.Popen[bytes]") -> None:
-    """Send SIGINT to a running training, which DVC ignores, and wait up to STOP_SECONDS for its checkpoint; a training
-    that takes longer exits once it finds its worker gone."""
+    """Send SIGINT to a running training, which DVC ignores, and wait up to STOP_SECONDS for its checkpoint.
+
+    A training that takes longer exits once it finds its worker gone.
+    """
     with suppress(ProcessLookupError, subprocess.TimeoutExpired):
         os.killpg(process.pid, signal.SIGINT)
         process.wait(STOP_SECONDS)

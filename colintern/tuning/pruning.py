@@ -92,11 +92,13 @@ class OptunaPruningCallback(RunCallback):
         from optuna import load_study
         from optuna.trial import Trial
 
-        study = load_study(study_name=os.environ[STUDY], storage=open_storage(os.environ[STORAGE]))
+        storage, name = open_storage(os.environ[STORAGE]), os.environ[STUDY]
+        study = load_study(study_name=name, storage=storage)
         study.pruner = make_pruner(study.user_attrs[SETTINGS])
         self.has_two_objectives = len(study.directions) > 1  # then Optuna takes no reports from a running trial
-        [trial] = [t for t in study.get_trials(deepcopy=False) if t.number == int(os.environ[TRIAL])]
-        self.trial = Trial(study, trial._trial_id)
+        study_id = storage.get_study_id_from_name(name)
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, int(os.environ[TRIAL]))
+        self.trial = Trial(study, trial_id)
         self.trial.set_user_attr(STARTED, os.getpid())
 
     def _report(self, score: float) -> None:
@@ -140,13 +142,16 @@ class OptunaPruningCallback(RunCallback):
 
 def measure_at_page_size(trainer: ContrastiveTrainer, pool_factor: int, dim: int) -> dict[str, float]:
     """Measure the dev set with pages pooled and vectors truncated as in evaluation, and the mean vectors per page."""
-    from colintern.encoding.pooling import cut, pool
+    from colintern.encoding.pooling import pool_tiles, truncate_dim
 
     processor = trainer.processor
     queries, pages = trainer.evaluator.embed(trainer.model, processor)
     if pool_factor > 1:
-        pages = [pool(page, pool_factor, processor.image_seq_length, processor.text_before) for page in pages]
-    ndcg = trainer.evaluator.compute_ndcg(cut(queries, dim), cut(pages, dim))
+        pages = [
+            pool_tiles(page, pool_factor, processor.image_seq_length, processor.num_tokens_before_tiles)
+            for page in pages
+        ]
+    ndcg = trainer.evaluator.compute_ndcg(truncate_dim(queries, dim), truncate_dim(pages, dim))
     return {"dev_ndcg_at_5": round(ndcg, 6), "vectors_per_page": sum(map(len, pages)) / len(pages)}
 
 

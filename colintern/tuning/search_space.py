@@ -1,7 +1,7 @@
 """tune.yaml: what is searched, and how; checked whole against params.yaml before anything runs."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import combinations, product
 from pathlib import Path
@@ -58,7 +58,7 @@ class SearchSpace(NamedTuple):
         """Return Optuna's direction of each objective."""
         return ["maximize", "minimize"] if self.second_objective else ["maximize"]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Return the distributions as the study stores them, to be compared when it is resumed."""
         return {
             key: {"choices": list(d.choices)} if isinstance(d, CategoricalDistribution) else [d.low, d.high, d.log]
@@ -109,11 +109,11 @@ def read_stage_params() -> dict[str, set[str]]:
     return {name: {key for key in stage["params"] if isinstance(key, str)} for name, stage in stages.items()}
 
 
-def _find_nearest(key: Any, keys: list[str]) -> str:
+def _find_nearest(key: object, keys: list[str]) -> str:
     return difflib.get_close_matches(str(key), keys, n=1, cutoff=0.0)[0]
 
 
-def _check_objectives(raw: dict[Any, Any], keys: set[str]) -> Iterator[str]:
+def _check_objectives(raw: Mapping[str, object], keys: set[str]) -> Iterator[str]:
     """Yield problems of two objectives: no order exists in which to stop trials, and the space must move both."""
     against = raw.get("against")
     if against in (BYTES_PER_PAGE, TRAINING_SECONDS) and raw.get("pruner") in ("median", "hyperband"):
@@ -143,7 +143,7 @@ def _find_key_problem(key: str, stage_params: dict[str, set[str]]) -> str:
     return "lists cannot be searched" if KEY_TYPES[key] == LIST else ""
 
 
-def _find_range_problem(key: str, value: Any) -> str:
+def _find_range_problem(key: str, value: object) -> str:
     """Return what is wrong with the values of a key, or ""."""
     if not isinstance(value, dict) or set(value) not in ({"choices"}, {"low", "high"}, {"low", "high", "log"}):
         return (
@@ -179,7 +179,7 @@ def list_extremes(distribution: Any) -> list[Any]:
     return list(distribution.choices) if is_categorical else [distribution.low, distribution.high]
 
 
-def _check_combinations(params: dict[str, Any], distributions: dict[str, BaseDistribution]) -> Iterator[str]:
+def _check_combinations(params: dict[str, object], distributions: dict[str, BaseDistribution]) -> Iterator[str]:
     """Yield where extremes of one key, or of two together, break a rule of params.yaml, the other keys unchanged."""
     reported, failing_keys = set[str](), set[str]()
     extremes = {key: list_extremes(distribution) for key, distribution in distributions.items()}

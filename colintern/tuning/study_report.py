@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import optuna
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial
@@ -165,7 +163,7 @@ def format_trial_table(results: StudyResults) -> list[str]:
     return lines
 
 
-def format_value(value: Any) -> str:
+def format_value(value: object) -> str:
     """Format the value of a key, "" for None."""
     return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
 
@@ -182,7 +180,9 @@ def write_study_report(results: StudyResults, folder: Path) -> list[Path]:
         return [page]
     second_objective = results.space.second_objective
     if second_objective:
-        chosen: dict[str, Any] = {"front": [_describe(row) | {second_objective: row.second} for row in results.front]}
+        chosen: dict[str, object] = {
+            "front": [_describe(row) | {second_objective: row.second} for row in results.front]
+        }
     else:
         chosen = _describe(results.complete[0])
     content = {
@@ -196,7 +196,7 @@ def write_study_report(results: StudyResults, folder: Path) -> list[Path]:
     return [BEST_PARAMS_FILE, page]
 
 
-def _describe(row: TrialRow) -> dict[str, Any]:
+def _describe(row: TrialRow) -> dict[str, object]:
     return {"experiment": row.name, "dev_ndcg_at_5": row.score, "params": row.values}
 
 
@@ -239,15 +239,9 @@ def _draw_svg(plot: Callable[[], Axes], title: str) -> str:
 
 
 def _render_page(results: StudyResults) -> str:
-    environment = Environment(
-        loader=FileSystemLoader([Path(__file__).parent, html.TEMPLATES]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("study.html").render(
-        style=Markup((html.TEMPLATES / "style.css").read_text(encoding="utf-8")),
+    return html.render_html(
+        "study.html",
+        [],
         name=results.study.study_name,
         best=results.complete[0] if results.complete else None,
         against=results.space.second_objective,

@@ -17,7 +17,7 @@ from optuna import samplers
 from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import TrialState
 
-from colintern.evaluation.scores import BYTES as BYTES_PER_NUMBER
+from colintern.evaluation.results import BYTES_PER_NUMBER
 from colintern.tuning.experiments import (
     ClaimedTrial,
     list_experiments,

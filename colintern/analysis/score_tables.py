@@ -1,0 +1,153 @@
+"""Show scores as tables for people, beside what the guide asks for and what others have published."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from colintern.evaluation.results import Means, Scores, shorten_task_name
+from colintern.scoring.metrics import MAIN_METRIC, RANKING_METRICS
+
+# The guide's bands of NDCG@5, lower bound first. It says nothing of 0.30 to 0.50 and of more than 0.85: the first is
+# called fair here, the second excellent.
+BANDS = ((0.70, "excellent"), (0.50, "good"), (0.30, "fair"), (0.10, "poor"), (0.0, "broken"))
+BANDED_NAME = re.compile(r"ViDoRe\(v(1|2|1&v2)\)|Vidore2?[A-Z]\w*")  # benchmarks and tasks that the guide knew
+NO_BAND = "no band"
+TARGETS = {  # the guide's, NDCG@5
+    "VidoreArxivQARetrieval": (0.60, 0.75),
+    "VidoreDocVQARetrieval": (0.65, 0.80),
+    "VidoreInfoVQARetrieval": (0.55, 0.70),
+    "VidoreTatdqaRetrieval": (0.50, 0.65),
+}
+LANGUAGE_NAMES = {
+    "deu": "German", "eng": "English", "fra": "French", "ita": "Italian", "por": "Portuguese", "spa": "Spanish"
+}  # fmt: skip
+
+
+class PublishedScores(NamedTuple):
+    """NDCG@5 x100, recomputed in August 2026 from mteb's public results; a task's data may be of another revision."""
+
+    model: str
+    v1: float
+    v2: float
+    v2_english: float
+    arxiv: float
+    docvqa: float
+    infovqa: float
+    tatdqa: float
+
+
+PUBLISHED = (
+    PublishedScores("colSmol-256M", 79.7, 34.8, 50.0, 72.9, 56.6, 84.2, 76.6),
+    PublishedScores("colSmol-500M", 82.5, 42.9, 52.1, 74.9, 58.0, 87.2, 77.5),
+    PublishedScores("colpali-v1.3", 84.8, 54.7, 56.1, 83.3, 58.4, 85.5, 70.8),
+    PublishedScores("VultronRetrieverFlash-0.8B", 88.2, 60.4, 60.7, 88.6, 62.2, 92.2, 77.9),
+    PublishedScores("llama-nemoretriever-colembed-1b", 90.5, 63.0, 66.4, 87.6, 64.5, 93.6, 79.8),
+    PublishedScores("colqwen2.5-v0.2", 89.5, 60.1, 61.5, 88.9, 63.6, 92.5, 82.1),
+    PublishedScores("Argus-Colqwen3.5-9b (best)", 92.7, 69.3, 70.7, 92.3, 68.1, 94.3, 85.5),
+)
+PUBLISHED_COLUMNS = ("v1", "v2 all", "v2 en", "Arxiv", "DocVQA", "Info", "TatDQA")
+
+
+def classify_ndcg(benchmark: str, ndcg: float) -> str:
+    """Return the guide's band of an NDCG@5 from 0 to 1 on ViDoRe v1 or v2, `NO_BAND` on a later one, "" on others."""
+    if BANDED_NAME.fullmatch(benchmark):
+        return next(band for low, band in BANDS if ndcg >= low)
+    return NO_BAND if benchmark.startswith(("ViDoRe", "Vidore")) else ""
+
+
+def compare_with_target(task: str, ndcg: float) -> str:
+    """Compare a task's NDCG@5 with the guide's target for it; "" if it has none."""
+    if task not in TARGETS:
+        return ""
+    low, high = TARGETS[task]
+    position = "below" if ndcg < low else "above" if ndcg > high else "within"
+    return f"{position} {100 * low:.0f}-{100 * high:.0f}"
+
+
+def list_published_scores(name: str) -> list[float]:
+    """Return NDCG@5 x100 of the published models for a benchmark or task, in the order of PUBLISHED; or nothing."""
+    names = dict(zip(("ViDoRe(v1)", "ViDoRe(v2)", "", *TARGETS), PublishedScores._fields[1:], strict=True))
+    return [getattr(row, names[name]) for row in PUBLISHED] if name and name in names else []
+
+
+def select_published_columns(scores: Scores) -> list[float | None]:
+    """Return a run's NDCG@5 under each of `PUBLISHED_COLUMNS`, None where it has none."""
+    tasks = {name: values for benchmark in scores.values() for name, values in benchmark["tasks"].items()}
+    v2 = scores.get("ViDoRe(v2)", {})
+    english = v2.get("languages", {}).get("eng", {})
+    columns = [scores.get("ViDoRe(v1)", {}), v2, english, *(tasks.get(name, {}) for name in TARGETS)]
+    return [values.get(MAIN_METRIC.key) for values in columns]
+
+
+def format_score_table(by_model: dict[str, Scores]) -> str:
+    """Format the scores x100 as text of at most 80 columns: each benchmark's tasks, then its means, for each model.
+
+    The last column is the guide's band for a mean, and its target for a task, both of NDCG@5.
+    """
+    header = "".join(f"{metric.column:>{len(metric.column) + 1}}" for metric in RANKING_METRICS)
+    lines = [f"{'x100':<34}{'model':<10}{header} verdict"]
+    for benchmark in next(iter(by_model.values())):
+        for model, scores in by_model.items():
+            means = scores[benchmark]
+            is_judged = model == "trained"
+            for task, values in means["tasks"].items():
+                verdict = compare_with_target(task, values[MAIN_METRIC.key]) if is_judged else ""
+                lines.append(_format_row(f"  {shorten_task_name(task)}", model, values, verdict))
+            label = "all languages" if "languages" in means else f"mean of {len(means['tasks'])}"
+            languages = means.get("languages", {}).items()
+            rows = {label: means} | {LANGUAGE_NAMES.get(code, code): values for code, values in languages}
+            for name, values in rows.items():
+                verdict = classify_ndcg(benchmark, values[MAIN_METRIC.key]) if is_judged else ""
+                lines.append(_format_row(f"{benchmark}, {name}", model, values, verdict))
+    return "\n".join([*lines, *_format_published(by_model["trained"])])
+
+
+def _format_row(name: str, model: str, values: Means, verdict: str) -> str:
+    numbers = "".join(f"{100 * values[metric.key]:>{len(metric.column) + 1}.1f}" for metric in RANKING_METRICS)
+    return f"{name[:33]:<34}{model[:9]:<10}{numbers} {verdict}".rstrip()
+
+
+def _format_published(scores: Scores) -> list[str]:
+    """Format this run's NDCG@5 under those of published models, where it has one of their columns; else nothing."""
+    own = select_published_columns(scores)
+    if not any(value is not None for value in own):
+        return []
+    width = max(len(row.model) for row in PUBLISHED)
+    lines = ["", f"{'NDCG@5 x100, published':<{width}}" + "".join(f"{name:>7}" for name in PUBLISHED_COLUMNS)]
+    for row in PUBLISHED:
+        lines.append(f"{row.model:<{width}}" + "".join(f"{value:>7.1f}" for value in row[1:]))
+    cells = ("" if value is None else f"{100 * value:.1f}" for value in own)
+    return [*lines, (f"{'this run':<{width}}" + "".join(f"{cell:>7}" for cell in cells)).rstrip()]
+
+
+class SizeRow(NamedTuple):
+    """What a page of a benchmark takes, and how well it is found, under a setting of `pool_factor` and `dim`."""
+
+    benchmark: str
+    pool_factor: int
+    dim: int
+    vectors_per_page: float
+    bytes_per_page: float
+    ndcg_at_5: float
+
+
+def list_size_rows(scores: Scores, pool_factor: int, dim: int) -> list[SizeRow]:
+    """Return one row for each benchmark."""
+    keys = SizeRow._fields[3:]
+    return [SizeRow(name, pool_factor, dim, *(benchmark[key] for key in keys)) for name, benchmark in scores.items()]
+
+
+def format_size_table(rows: Sequence[SizeRow]) -> str:
+    """Format as text of at most 80 columns; a share is of the largest size, or of the highest score."""
+    lines = [
+        f"{'benchmark':<26}{'pool':>5}{'dim':>5}{'vectors':>9}{'bytes/page':>11}{'share':>7}{'ndcg@5':>8}{'share':>7}"
+    ]
+    for row in rows:
+        others = [other for other in rows if other.benchmark == row.benchmark]
+        size_share = row.bytes_per_page / (max(other.bytes_per_page for other in others) or 1)
+        ndcg_share = row.ndcg_at_5 / (max(other.ndcg_at_5 for other in others) or 1)
+        lines.append(
+            f"{row.benchmark[:25]:<26}{row.pool_factor:>5}{row.dim:>5}{row.vectors_per_page:>9.1f}"
+            f"{row.bytes_per_page:>11,.0f}{size_share:>7.0%}{100 * row.ndcg_at_5:>8.1f}{ndcg_share:>7.0%}"
+        )
+    return "\n".join(lines)

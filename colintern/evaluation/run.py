@@ -1,0 +1,187 @@
+"""Run mteb's retrieval tasks on models, or take the results of those that a run like this one has finished.
+
+mteb does the retrieval and the metrics. What is added: no times are left in its files, so that two runs of the same
+thing leave the same bytes, and each finished task is kept below `.scratch`, in a folder named by the fingerprint of all
+that decides its scores: a run that was killed, or that has one task more, runs the rest.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mteb
+from mteb.abstasks.abstask import AbsTask
+
+from colintern.core.project import root
+from colintern.data.benchmarks import resolve_benchmarks, use_fetched_data
+from colintern.evaluation.models import EvalModel
+from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
+from colintern.evaluation.results import (
+    QueryResult,
+    RunInfo,
+    Scores,
+    aggregate_scores,
+    compute_page_size,
+    read_query_results,
+    record_per_query,
+    require_valid_scores,
+    write_query_results,
+)
+from colintern.modeling.runtime import configure_cpu_runtime
+from colintern.params import Params
+from colintern.storage.files import dumps
+from colintern.storage.identity import fingerprint
+from colintern.storage.lock import locked
+
+TIME_KEYS = ("evaluation_time", "date", "evaluation_phases", "kg_co2_emissions")  # of mteb's files; all may be null
+TIMING_FILE = "logs/eval-timing.json"  # not an out of any stage
+MAX_STORED_MODELS = 20  # whose finished tasks are kept; the least recently evaluated are deleted first
+QUERIES_FILE, SIZE_FILE = "queries.parquet", "size.json"
+
+
+def evaluate_models(models: Mapping[str, EvalModel], params: Params, out: Path) -> dict[str, Scores]:
+    """Evaluate models, "trained" and, if it is to be evaluated, "untrained", on every task of `params.benchmarks`.
+
+    `out` is replaced by a folder with mteb's files, results/<organisation>__<model>/<revision>/<task>.json, the results
+    of each query, queries/<trained or untrained>.parquet, and run.json, the settings; complete or not at all.
+
+    Returns:
+        {"trained": scores, "untrained": scores}, see `results.aggregate_scores`.
+
+    Raises:
+        UserError: see `tasks_for` and `EvalModel.load_encoder`.
+        RuntimeError: a task has a score that is not a number.
+    """
+    pairs = resolve_benchmarks(params.benchmarks)
+    configure_cpu_runtime(params.threads)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tasks = {task.metadata.name: task for _, task in pairs}
+    scores, sizes = {}, {}
+    for which, model in models.items():
+        folders = run_or_load(model, list(tasks.values()), params.eval_batch_size, params.dim)
+        results = {name: _read_task_result(folder, model, name) for name, folder in folders.items()}
+        sizes = {name: json.loads((folder / SIZE_FILE).read_text()) for name, folder in folders.items()}
+        scores[which] = aggregate_scores(pairs, results, sizes)
+        _copy_results(partial, which, pairs, folders)
+    trained = models["trained"]
+    run: RunInfo = {
+        "revision": trained.revision,
+        "params": trained.params | trained.identity["params"] | {"benchmarks": list(params.benchmarks)},
+        "data": {name: task.metadata.dataset["revision"] for name, task in tasks.items()},
+        "size": sizes,
+        "folders": {name: folder for name, task in tasks.items() if (folder := getattr(task, "documents", ""))},
+    }
+    (partial / "run.json").write_text(dumps(run))
+    shutil.rmtree(out, ignore_errors=True)
+    partial.replace(out)
+    return scores
+
+
+def run_or_load(model: EvalModel, tasks: Sequence[AbsTask], batch_size: int, dim: int) -> dict[str, Path]:
+    """Return the folder of each task, with mteb's files and the queries' results; run those that are not finished.
+
+    A folder gets its name when all is in it, so what a killed run left half-done is never taken.
+    """
+    store = root() / ".scratch" / f"eval-{fingerprint(model.identity)[:16]}"
+    encoder = None
+    folders = {}
+    with locked(store.with_suffix(".lock"), f"{store}: another process evaluates this model; waiting for it"):
+        for task in tasks:
+            name = task.metadata.name
+            data = {"revision": task.metadata.dataset["revision"], "subsets": list(task.hf_subsets)}
+            folders[name] = store / f"{name}-{fingerprint(data)[:16]}"
+            if folders[name].is_dir() and _is_readable(folders[name], model, name):
+                print(f"{model.name}: {name}: finished before, its results are taken")
+                continue
+            encoder = encoder or model.load_encoder()  # loaded only where there is something to do
+            _run_task(encoder, task, batch_size, dim, folders[name])
+        store.touch()
+        _remove_old_stores(store)
+    return folders
+
+
+def _run_task(encoder: Any, task: AbsTask, batch_size: int, dim: int, folder: Path) -> None:
+    partial = folder.with_name(folder.name + ".partial")
+    for old in (partial, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    cache = mteb.ResultCache(partial)
+    queries: list[QueryResult] = []
+    is_own = isinstance(encoder, ColIntern3_5Encoder)
+    if is_own:
+        encoder.page_count = encoder.vector_count = 0
+    results = mteb.evaluate(
+        encoder,
+        record_per_query(use_fetched_data(task), queries),
+        co2_tracker=False,
+        encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
+        cache=cache,
+        overwrite_strategy="always",
+        show_progress_bar=False,
+    )
+    for result in results.task_results:
+        require_valid_scores(result)
+    _move_times(cache.get_task_result_path("any", encoder.mteb_model_meta).parent)
+    write_query_results(partial / QUERIES_FILE, queries)
+    # mteb does not report the size of a baseline's embeddings.
+    size = compute_page_size(encoder.vector_count, encoder.page_count, dim) if is_own else {}
+    (partial / SIZE_FILE).write_text(dumps(size))
+    partial.replace(folder)
+
+
+def _is_readable(folder: Path, model: EvalModel, task: str) -> bool:
+    try:
+        _read_task_result(folder, model, task)
+        json.loads((folder / SIZE_FILE).read_text())
+        read_query_results(folder / QUERIES_FILE)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"warning: {folder}: {str(error).partition(chr(10))[0]}; the task is run again")
+        return False
+    return True
+
+
+def _read_task_result(folder: Path, model: EvalModel, task: str) -> mteb.TaskResult:
+    path = folder / "results" / model.name.replace("/", "__") / model.revision / f"{task}.json"
+    return mteb.TaskResult.from_disk(path)
+
+
+def _remove_old_stores(store: Path) -> None:
+    """Delete the results of all but the `MAX_STORED_MODELS` models that were evaluated last."""
+    stores = sorted((p for p in store.parent.glob("eval-*") if p.is_dir()), key=lambda p: p.stat().st_mtime)
+    for old in stores[:-MAX_STORED_MODELS]:
+        shutil.rmtree(old)
+        old.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _copy_results(out: Path, which: str, pairs: list[tuple[str, AbsTask]], folders: dict[str, Path]) -> None:
+    """Copy the files of all tasks into one folder, as mteb would have left them there."""
+    queries, run_settings = [], []
+    for benchmark, task in pairs:
+        results = read_query_results(folders[task.metadata.name] / QUERIES_FILE)
+        queries += [result._replace(benchmark=benchmark) for result in results]
+    for folder in folders.values():
+        shutil.copytree(folder / "results", out / "results", dirs_exist_ok=True)
+        [settings_file] = (folder / "results").rglob("run_settings.jsonl")
+        run_settings += settings_file.read_text().splitlines(keepends=True)
+        (out / settings_file.relative_to(folder)).write_text("".join(sorted(run_settings)))
+    write_query_results(out / "queries" / f"{which}.parquet", queries)
+
+
+def _move_times(folder: Path) -> None:
+    """Move times, dates and emissions from mteb's files in `folder` to the timing file.
+
+    The files stay loadable by mteb, whose schema allows null in these places.
+    """
+    timings = {}
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "evaluation_time" in content:  # model_meta.json has no times
+            timings["/".join(path.with_suffix("").parts[-3:])] = {key: content.get(key) for key in TIME_KEYS}
+            content |= dict.fromkeys(TIME_KEYS)
+        path.write_text(dumps(content), encoding="utf-8")
+    log = root() / TIMING_FILE  # not the copy in which DVC runs a queued experiment: that one is deleted
+    known = json.loads(log.read_text(encoding="utf-8")) if log.is_file() else {}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(dumps(known | timings), encoding="utf-8")
