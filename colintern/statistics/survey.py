@@ -32,11 +32,8 @@ def survey_rows(scanned: ScannedRows, tokenizer_file: Path) -> dict[str, dict[st
         elif split.split == "corpus":
             queries, pages, num_cut = [], [], 0
         else:
-            queries, pages, num_cut = (
-                [row.query for row in valid],
-                [row.key for row in valid],
-                sum(r.is_cut for r in valid),
-            )
+            queries, pages = [row.query for row in valid], [row.key for row in valid]
+            num_cut = sum(row.is_cut for row in valid)
         is_training = split.split in ("train", "dev")
         num_tokens = (
             len(encoding.ids)
