@@ -95,7 +95,7 @@ def write() -> None:
     yaml = YAML()
     yaml.width, yaml.preserve_quotes = 200, True
     yaml.indent(mapping=2, sequence=2, offset=0)
-    header = "# Written by `make lock` from requirements.txt: stages of dvc.yaml depend on the versions that compute.\n"
+    header = "# Written by `python tests/pipeline_facts.py`: stages of dvc.yaml depend on these locked versions.\n"
     lines = [f'{name}: "{version}"' for name, version in read_locked_versions().items()]
     (ROOT / VERSIONS).write_text(header + "\n".join(lines) + "\n")
     declared = yaml.load(ROOT / "dvc.yaml")

@@ -10,13 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import InternVLConfig
 
 from colintern.modeling.modeling_colintern import ColIntern3_5
-from colintern.params import load_params
+from colintern.params import load_recipe
 from colintern.planning.costs import ATTENTION_BACKWARD, CostModel, StepSettings, count_parameters
 from colintern.planning.gpus import GPUS
 from colintern.planning.probe import build_probe_trainer, probe_step
 from colintern.planning.recommend import PROMPT_TOKENS, USABLE_SHARE, plan_step, recommend_settings
 
-PARAMS = load_params(ROOT / "recipes" / "demo.yaml")
+PARAMS = load_recipe(ROOT / "recipes" / "demo.yaml")
 DEMO = StepSettings(32, 8, False, tiles=6, page_tokens=108, query_tokens=24)
 SECOND_LAYER = (r"language_model\.layers\.1\.self_attn\.q_proj", "custom_text_proj")
 

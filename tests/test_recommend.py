@@ -16,9 +16,10 @@ from pages import documented, words
 from colintern.__main__ import main
 from colintern.commands.recommend import Head, _format_head, _format_table
 from colintern.core.errors import UserError
+from colintern.core.recipes import render_recipe
 from colintern.monitoring import guide as guide_rules
-from colintern.monitoring.guide import DEMO, EPOCHS, get_recommended_bounds, optimal_lr, optimal_rank
-from colintern.params import load_params
+from colintern.monitoring.guide import DEMO, MIN_EPOCHS, get_optimal_lr, get_optimal_rank, get_recommended_bounds
+from colintern.params import load_params, load_recipe
 from colintern.planning import costs as costs_module
 from colintern.planning import recommend as rules
 from colintern.planning.costs import CostModel
@@ -27,7 +28,7 @@ from colintern.planning.probe import probe_steps
 from colintern.planning.recommend import choose_warmup_steps, count_steps
 
 COUNTED: dict[tuple[str, ...], CostModel] = {}
-RECIPE = (ROOT / "recipes" / "internvl3_5-1b.yaml").read_text()
+RECIPE = render_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml")
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def checkout(tmp_path, monkeypatch):
 @pytest.fixture
 def demo(tmp_path, monkeypatch):
     shutil.copytree(BASE, tmp_path / "demo" / "base")
-    shutil.copy(ROOT / "recipes" / "demo.yaml", tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text(render_recipe(ROOT / "recipes" / "demo.yaml"))
     (tmp_path / "data").mkdir()
     own = {"demo (train)": {"rows": 3600, "pages": 1800}, "demo (dev)": {"rows": 100, "pages": 100}}
     (tmp_path / "data" / "survey.json").write_text(json.dumps(own))
@@ -73,12 +74,12 @@ def guide(gpu_memory_gb):
 def test_the_rules():
     assert doctest.testmod(guide_rules).failed == 0
     sizes = [int(billions * 1e9) for billions in (0.3, 0.905, 2.4, 4.7, 7.9)]
-    assert [optimal_lr(size) for size in sizes] == [7e-5, 5e-5, 5e-5, 3e-5, 3e-5]
-    assert [optimal_rank(size) for size in sizes] == [16, 32, 32, 64, 64]
-    for rule in (optimal_lr, optimal_rank):
+    assert [get_optimal_lr(size) for size in sizes] == [7e-5, 5e-5, 5e-5, 3e-5, 3e-5]
+    assert [get_optimal_rank(size) for size in sizes] == [16, 32, 32, 64, 64]
+    for rule in (get_optimal_lr, get_optimal_rank):
         with pytest.raises(ValueError, match=r"1B parameters and up, and do not reach 1\.0 M"):
             rule(1_028_224)
-    assert count_steps(118_195, load_params(ROOT / "recipes" / "internvl3_5-1b.yaml")) == 1846 * EPOCHS == 9230
+    assert count_steps(118_195, load_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml")) == 1846 * MIN_EPOCHS == 9230
     assert [choose_warmup_steps(steps) for steps in (9230, 448, 9)] == [100, 44, 0]
 
 
@@ -86,9 +87,9 @@ def test_the_rules():
 def test_what_is_recommended_passes_the_doctor(billions):
     size = int(billions * 1e9)
     bounds = get_recommended_bounds(size)
-    assert bounds.lr[0] < optimal_lr(size) < bounds.lr[1]
-    assert (bounds.epochs, bounds.batch) == (EPOCHS, guide_rules.BATCH) and bounds.name != DEMO
-    assert get_recommended_bounds(guide_rules.SMALLEST - 1).name == DEMO
+    assert bounds.lr[0] < get_optimal_lr(size) < bounds.lr[1]
+    assert (bounds.epochs, bounds.batch) == (MIN_EPOCHS, guide_rules.MIN_BATCH_SIZE) and bounds.name != DEMO
+    assert get_recommended_bounds(guide_rules.MIN_GUIDE_PARAMETERS - 1).name == DEMO
 
 
 @pytest.mark.parametrize("base", ["internvl3_5-1b", "OpenGVLab/InternVL3_5-1B-HF", "OpenGVLab/x@" + "0" * 40])
@@ -143,6 +144,7 @@ def test_an_unknown_card_is_answered_with_those_there_are(name):
     [
         (documented("colintern recommend --base internvl3_5-1b --gpu l40s"), r"time of a step +9\.6\d s on L40S"),
         (documented("colintern recommend --base internvl3_5-1b --gpu a100-80gb"), r"time of a step +4\.7\d s on A100"),
+        (documented("colintern recommend --base internvl3_5-1b --gpu h200"), r"all 9,230 steps +4\.3 h"),
     ],
 )
 def test_what_the_pages_quote_is_what_it_says(checkout, capsys, command, said):
