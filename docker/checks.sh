@@ -133,7 +133,7 @@ stop_at() {
     kill -TERM "$pid"
     wait $! || code=$?
     grep -E "^($line|SIG|error|ERROR)" "$work/own.log" | tail -5
-    { [ "$code" = "$expected" ] && grep -q 'the same command goes on from' "$work/own.log"; } ||
+    { [ "$code" = "$expected" ] && grep -q 'the same command resumes from' "$work/own.log"; } ||
         die "$* ended with $code, not $expected"
     echo "$* ended with $code; kept: $(cd "$work/own/.scratch" && ls -d train-*/checkpoint-*)"
 }

@@ -126,7 +126,7 @@ def test_a_machine_that_is_taken_away_costs_no_more_than_the_steps_since_its_che
 
     two = boot("two", 9)
     two.wait(two.folder / "held")
-    assert "bytes that are not those that were saved; going on from an older checkpoint" in two.log.read_text()
+    assert "bytes that are not those that were saved; resuming from an older checkpoint" in two.log.read_text()
     assert "checkpoint-3\n" in two.log.read_text() and "checkpoint-8" not in two.log.read_text()
     two.process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
