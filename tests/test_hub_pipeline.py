@@ -17,9 +17,10 @@ from hub import running, sha256
 from pages import documented
 from test_dvc_commands import IDENTITY, STAGES, Repo, bare_environment, copy_working_tree, ran, set_up, skipped
 
+from colintern.core.recipes import render_recipe
 from colintern.data.formats import TrainingRow, write_training_split
 from colintern.data.images import encode_png
-from colintern.params import load_params
+from colintern.params import load_recipe
 from demo.corpus import generate_corpus
 
 pytestmark = pytest.mark.integration
@@ -82,7 +83,7 @@ def write_task(folder: Path, number: int) -> None:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    top, recipe = tmp_path_factory.mktemp("hub"), load_params(RECIPE)
+    top, recipe = tmp_path_factory.mktemp("hub"), load_recipe(RECIPE)
     for split, drawn, number in (("train", "train", ROWS), ("test", "dev", 4)):
         rows = [
             TrainingRow(encode_png(page.image), page.name, page.queries[0])
@@ -112,7 +113,7 @@ def repo(hub, tmp_path_factory):
     repo.commit()
     repo.output(documented("colintern recipe internvl3_5-1b"))
     params = (path / "params.yaml").read_text()
-    assert params == RECIPE.read_text()
+    assert params == render_recipe(RECIPE)
     for key, value in SIZES.items():
         params, found = re.subn(rf"(?m)^{key}: \S+", f"{key}: {value}", params)
         assert found == 1, key
@@ -125,7 +126,7 @@ def repo(hub, tmp_path_factory):
 
 
 def test_the_manifest_names_every_data_set_at_its_commit(repo, hub):
-    manifest, recipe = json.loads((repo.path / "data/manifest.json").read_text()), load_params(RECIPE)
+    manifest, recipe = json.loads((repo.path / "data/manifest.json").read_text()), load_recipe(RECIPE)
     assert (manifest["base"]["folder"], manifest["base"]["revision"]) == (recipe.base, recipe.base_revision)
     [train] = manifest["train"]
     assert (train["folder"], train["revision"]) == (recipe.train_data, recipe.train_revision)
@@ -159,7 +160,7 @@ def test_the_recipe_trains_and_evaluates_without_another_word_to_the_hub(repo, h
 
 def test_the_adapter_names_its_base_as_others_find_it(repo):
     config = json.loads((repo.path / "experiments/colintern/adapter_config.json").read_text())
-    recipe = load_params(RECIPE)
+    recipe = load_recipe(RECIPE)
     assert (config["base_model_name_or_path"], config["revision"]) == (recipe.base, recipe.base_revision)
 
 
