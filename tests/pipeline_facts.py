@@ -6,9 +6,12 @@ python tests/pipeline_facts.py      writes them into dvc.yaml, and versions.yaml
 import ast
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 from ruamel.yaml import YAML
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the code of this clone, wherever colintern is installed
 
 from colintern.core.imports import list_imports, list_reached_modules
 from colintern.params import Params

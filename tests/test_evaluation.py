@@ -199,7 +199,7 @@ def git(*command: str) -> str:
 def test_results_can_be_submitted_to_mteb_as_they_are(params, monkeypatch):
     """By mteb's own `submit_results`, into a clone of the results repository in which nothing is yet."""
     evaluate(subject(ColourModel(), ColourProcessor()), params, "out")
-    task = resolve_benchmarks(params)[0][1]
+    task = resolve_benchmarks(params.benchmarks)[0][1]
     cache = mteb.ResultCache("out")
     found = cache.load_results(tasks=[task], include_remote=False, validate_and_filter=True)
     [model] = found.model_results
@@ -233,12 +233,12 @@ def test_results_can_be_submitted_to_mteb_as_they_are(params, monkeypatch):
 
 
 def test_other_data_is_another_revision(params):
-    before = resolve_benchmarks(params)[0][1].metadata.dataset["revision"]
+    before = resolve_benchmarks(params.benchmarks)[0][1].metadata.dataset["revision"]
     corpus = next(Path(FOLDER).glob("corpus/*.parquet"))
     pq.write_table(pq.read_table(corpus).slice(0, PAGES - 1), corpus)
     with pytest.raises(UserError, match="changed after it was fetched"):
-        resolve_benchmarks(params)
-    assert resolve_benchmarks(write_manifest(FOLDER))[0][1].metadata.dataset["revision"] != before
+        resolve_benchmarks(params.benchmarks)
+    assert resolve_benchmarks(write_manifest(FOLDER).benchmarks)[0][1].metadata.dataset["revision"] != before
 
 
 def test_pages_that_pyarrow_wrote_without_the_metadata_of_datasets_are_images(params):
@@ -258,7 +258,7 @@ def test_a_folder_is_read_as_it_is_now(params, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", arrow.absolute())
 
     def pages() -> int:
-        [(_, task)] = resolve_benchmarks(write_manifest(FOLDER))
+        [(_, task)] = resolve_benchmarks(write_manifest(FOLDER).benchmarks)
         task.load_data()
         return len(task.corpus["test"])
 
@@ -328,12 +328,12 @@ def test_a_broken_model_is_an_error(params):
 )
 def test_an_unknown_name_is_refused_with_the_nearest(workspace, entry, near):
     with pytest.raises(UserError) as refused:
-        resolve_benchmarks(write_manifest(entry))
+        resolve_benchmarks(write_manifest(entry).benchmarks)
     assert repr(entry) in str(refused.value) and near in str(refused.value)
 
 
 def test_benchmark_and_task_names(workspace, capsys):
-    pairs = resolve_benchmarks(write_manifest("ViDoRe(v1)", "VidoreDocVQARetrieval", "ViDoRe(v3)"))
+    pairs = resolve_benchmarks(write_manifest("ViDoRe(v1)", "VidoreDocVQARetrieval", "ViDoRe(v3)").benchmarks)
     labels = [label for label, _ in pairs]
     assert [labels.count(name) for name in dict(pairs)] == [10, 1, 8]
     assert "ViDoRe(v3): left out, because their data is not public: Vidore3TelecomRetrieval" in capsys.readouterr().out
@@ -341,17 +341,17 @@ def test_benchmark_and_task_names(workspace, capsys):
 
 def test_what_cannot_be_evaluated_is_refused(params):
     with pytest.raises(UserError, match="NFCorpus is Retrieval, category t2t"):
-        resolve_benchmarks(write_manifest("NFCorpus"))
+        resolve_benchmarks(write_manifest("NFCorpus").benchmarks)
     with pytest.raises(UserError, match="label 'some-docs', which an entry before it already has"):
         write_world(Path("other/some-docs"))
-        resolve_benchmarks(write_manifest(FOLDER, "other/some-docs"))
+        resolve_benchmarks(write_manifest(FOLDER, "other/some-docs").benchmarks)
     with pytest.raises(UserError, match="both be the task SomeDocsRetrieval"):
         write_world(Path("other/some_docs"))
-        resolve_benchmarks(write_manifest(FOLDER, "other/some_docs"))
+        resolve_benchmarks(write_manifest(FOLDER, "other/some_docs").benchmarks)
     for file in Path(FOLDER).glob("qrels/*"):
         file.unlink()
     with pytest.raises(UserError, match=r"not an evaluation set.*no parquet file in qrels"):
-        resolve_benchmarks(write_manifest(FOLDER))
+        resolve_benchmarks(write_manifest(FOLDER).benchmarks)
 
 
 def test_cached_features_change_no_byte_of_the_results(workspace, model, processor, pages):
@@ -387,7 +387,7 @@ def test_a_page_is_the_same_page_in_an_evaluation_as_in_training(workspace, mode
         [Query(0, "from Oslo")],
         [Qrel(0, 0)],
     )
-    [(_, task)] = resolve_benchmarks(write_manifest(FOLDER))
+    [(_, task)] = resolve_benchmarks(write_manifest(FOLDER).benchmarks)
     task.load_data()
     seen = list(task.corpus["test"]["image"])
     assert [image.mode for image in seen] == ["RGBA", "I;16"]
@@ -498,7 +498,7 @@ def test_a_folder_that_is_no_adapter_is_named(params, workspace):
 
 def several_languages() -> tuple[list, dict, dict]:
     """ViDoRe v2 with a score of 0.1 for every language and task but those of English, 0.5 and 0.9."""
-    pairs = resolve_benchmarks(replace(RECIPE, benchmarks=("ViDoRe(v2)",)))
+    pairs = resolve_benchmarks(replace(RECIPE, benchmarks=("ViDoRe(v2)",)).benchmarks)
     results = {}
     for _, task in pairs:
         name = task.metadata.name

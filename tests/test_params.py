@@ -372,7 +372,7 @@ def test_nothing_reads_params_with_pyyaml() -> None:
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         imports = {ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)}
         pyyaml = {line for line in imports if re.match(r"import (.*, )?yaml\b|from yaml\b", line)}
-        allowed = {"import yaml"} if path.is_relative_to(ROOT / "tests") else set()
+        allowed = {"import yaml"} if path.is_relative_to(ROOT / "tests") else {"from yaml import YAMLError"}
         calls = [ast.unparse(node) for node in nodes if isinstance(node, ast.Call) and pyyaml]
         loads = [call for call in calls if re.match(r"yaml\.\w*load\w*\(", call) and "dvc." not in call]
         offences += [f"{path.relative_to(ROOT)}: {code}" for code in [*(pyyaml - allowed), *loads]]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.core.rules import unsupported_path_characters
-from colintern.params import load_params, update_params
+from colintern.params import load_params, read_yaml_mapping, update_params
 
 if TYPE_CHECKING:  # they take a while to import, which `--help` need not wait for
     import optuna
@@ -55,6 +55,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run trials until the study has enough, and report it."""
     params = load_params(PARAMS)
+    if not args.space.is_file():  # before Optuna is imported, which takes seconds
+        read_yaml_mapping(args.space, "of the settings and the space", "the repository has one to begin with")
     from colintern.tuning.search_space import read_search_space
     from colintern.tuning.studies import add_finished_experiments, open_study
     from colintern.tuning.study_storage import StudyStorage, silence_optuna
