@@ -148,7 +148,7 @@ image-sbom: $(ENV)  ## sbom-image.json: those of the image
 	"$$engine" run --rm --entrypoint sh colintern -c 'cd /opt/venv/lib/python3*/site-packages && tar -c *.dist-info' \
 	  | $(RUN) docker/sbom.sh -o sbom-image.json
 
-image-proof: $(ENV)  ## run the Dockerfile in a chroot (root, 45 GB, 15 minutes)
+image-proof: $(ENV)  ## run the Dockerfile in a chroot (root, 45 GB, 20 minutes)
 	@docker/prove.sh
 
 engine-proof:  ## build and run it in docker (root, 40 GB, 30 minutes)
