@@ -3,7 +3,7 @@
     nice -n 15 python -m bench.memory [--only demo quarter]
 
 `demo` is the demo base; `quarter` has InternVL3.5-1B's layers at a quarter of their number (7 of the language model, 6
-of the tower), random weights, pages of 6 tiles. Each row is a process of its own that runs two steps as
+of the tower), random weights, pages of 6 tiles. A separate process for each row runs two steps as
 `colintern recommend --probe` does. Measured is how far its memory grows in the second step: on the CPU the peak of
 its resident memory (VmHWM, reset as the step begins), with malloc told to return what is freed
 (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_) and without huge pages; on a CUDA device max_memory_allocated.

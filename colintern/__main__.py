@@ -29,7 +29,7 @@ export""".split()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; the exit code: 0, or 2 for bad input (raised as SystemExit), 141 where nobody reads on."""
     args = _parser().parse_args(argv)
-    warnings.simplefilter("ignore", FutureWarning)  # transformers warns about names of its own
+    warnings.simplefilter("ignore", FutureWarning)  # transformers warns about names that only its own code uses
     run: Callable[[argparse.Namespace], None] = args.run
     try:
         run(args)

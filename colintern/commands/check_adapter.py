@@ -22,12 +22,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the results; exit 1 if a check fails, 2 if a file is missing or cannot be read."""
-    import warnings
-
     require_model("FOLDER", args.folder, merged=False)
     if args.base and not (root() / args.base).is_dir():
         raise UserError(f"--base: {args.base} is no folder here; give the one the adapter was trained on")
-    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.modeling.adapter_files import adapter_weight_stats
     from colintern.preflight.adapter_check import check_adapter, find_base, format_adapter_table, read_adapter
     from colintern.storage.hub import enable_offline_mode

@@ -23,11 +23,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the results of all checks; exit 1 if one of them is `fail`."""
-    import warnings
-
     params = load_params()
     require_base(params.base, params)
-    warnings.simplefilter("ignore", FutureWarning)  # transformers', about names of its own
     from colintern.modeling.configuration_colintern import load_cached_or_preset_config
     from colintern.preflight.checks import ENVIRONMENT_CHECKS, RUN_CHECKS, collect_run_facts, run_checks
     from colintern.preflight.environment import probe_environment

@@ -1,4 +1,4 @@
-"""Check that an adapter folder holds what a training run left: trained weights, its own head, and its base.
+"""Check that an adapter folder contains what a training run saves: trained weights, its own head, and its base.
 
 It is compared with what its identity.json recorded when it was trained: the hashes of the base's files, and the
 statistics of the weights it started from (colintern/modeling/weights.py).

@@ -75,7 +75,7 @@ class RankedPage(NamedTuple):
 
 
 def split_query(processor: ColIntern3_5Processor, query: str) -> list[QueryToken]:
-    """Split a query into the tokens that `process_queries` makes of it, in their order."""
+    """Split a query into the tokens of `process_queries`, in order."""
     ids = processor.process_queries([query])["input_ids"][0].tolist()
     text = processor.format_query(query)
     offsets = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]

@@ -41,7 +41,7 @@ CAUSE_PATTERNS = (r"error: \S", r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b")
 
 
 def make_sampler(space: SearchSpace, number: int) -> samplers.BaseSampler:
-    """Make the sampler of one trial, with a seed of its own: a resumed study would else draw its first trials again."""
+    """Make the sampler of one trial, with its own seed, so that a resumed study does not repeat its first trials."""
     seed = int(np.random.SeedSequence([space.settings["seed"], number]).generate_state(1)[0])
     if space.settings["sampler"] == "random":
         return samplers.RandomSampler(seed)
