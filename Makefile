@@ -88,12 +88,14 @@ SCANNED := -- ':!*.lock' ':!requirements*.txt' ':!docker/*.txt' ':!plots' ':!tes
 env: $(ENV)  ## create .venv from both locks, and nothing else
 
 # The versions that a lock has are kept where pyproject.toml allows them. requirements-dev.txt has what the development
-# tools need beyond requirements.txt, in versions that fit it; what that one has for other systems than Linux is no help.
+# tools, and the extras that tests run, need beyond requirements.txt, in versions that fit it; what requirements.txt
+# holds for other systems than Linux is listed again.
 COMPILE = $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
   --custom-compile-command "make lock" $(ARGS)
 lock: $(UV)  ## write both locks; ARGS=--upgrade for newer versions
 	@$(COMPILE) -o requirements.txt pyproject.toml
-	$(COMPILE) -o requirements-dev.txt --group dev --constraints requirements.txt \
+	$(COMPILE) -o requirements-dev.txt pyproject.toml --extra serve --extra stores --group dev \
+	  --constraints requirements.txt \
 	  $$(sed -nE "/== '(win32|emscripten)'/! s/^([a-zA-Z0-9._-]+)==.*/--no-emit-package \1/p" requirements.txt)
 
 stale: $(ENV)  ## check that dvc.lock matches the files in git

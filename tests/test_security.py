@@ -180,7 +180,9 @@ def resolve_versions(declared: list[str]) -> dict[str, str]:
 def test_each_lock_has_all_that_its_packages_need():
     """The image installs the first lock alone; the second leaves out what the first has, on this system too."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    runtime, dev = project["project"]["dependencies"], project["dependency-groups"]["dev"]
+    runtime, dev = project["project"]["dependencies"], list(project["dependency-groups"]["dev"])
+    for extra in ("serve", "stores"):
+        dev += project["project"]["optional-dependencies"][extra]
     first, both = pin_versions("requirements.txt"), pin_versions("requirements.txt", "requirements-dev.txt")
     needed, needed_dev = resolve_versions(runtime), resolve_versions(runtime + dev)
     assert {name: first.get(name) for name in needed} == needed
