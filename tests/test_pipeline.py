@@ -241,7 +241,8 @@ def test_the_hash_of_nothing_is_refused(tmp_path):
 def test_every_imported_package_is_declared():
     """Installed as a dependency of another package alone, it may be missing after an update of that package."""
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    runtime, dev = pyproject["project"]["dependencies"], pyproject["dependency-groups"]["dev"]
+    project, dev = pyproject["project"], pyproject["dependency-groups"]["dev"]
+    runtime = project["dependencies"] + [line for lines in project["optional-dependencies"].values() for line in lines]
     installed = packages_distributions()
     own = {"colintern", "stages", "demo", "bench", "cluster", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
 
