@@ -193,7 +193,7 @@ def test_links_and_files_are_there(page):
 
 
 def test_tests_that_are_named_exist():
-    text = (ROOT / "docs" / "reproducibility.md").read_text()
+    text = (ROOT / "dev" / "reproducibility-tests.md").read_text()
     named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", text)
     assert len(named) > 20
     for file, test in named:

@@ -242,7 +242,7 @@ def test_make_test_deps_installs_what_is_missing_by_name(uid, apt, code, said, t
             ["FLASH_ATTN= --build-arg PYTHON_IMAGE=mirror.example/python:3.11-slim-bookworm -t colintern ."],
         ),
         (
-            block("container.md", "The build is much faster for one GPU architecture"),
+            block("attention-kernels.md", "The build is much faster for one GPU architecture"),
             ["2.8.3.post2 --build-arg FLASH_ATTN_CUDA_ARCHS=90 --build-arg MAX_JOBS=2 --build-arg FLASH_ATTN_WITHOUT="],
         ),
         (documented("make docker-repro"), ["compose version", "compose run --rm -T cpu dvc repro\n"]),
