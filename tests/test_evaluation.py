@@ -508,7 +508,7 @@ def several_languages() -> tuple[list, dict, dict]:
             for subset in task.hf_subsets
         }
         results[name] = mteb.TaskResult.from_task_results(task, {"test": found}, evaluation_time=0)
-    return pairs, results, {name: compute_page_size(1000, 10, 64) for name in results}
+    return pairs, results, {name: compute_page_size(1000, 10, 256) for name in results}
 
 
 def test_english_and_all_languages_of_vidore_v2_are_averaged_apart():
@@ -565,7 +565,7 @@ def test_the_guides_bands_are_for_vidore_v1_and_v2_only(benchmark, expected):
 
 def test_report_rows_and_table():
     def scores(value: float) -> Scores:
-        metrics = dict.fromkeys(METRIC_KEYS, value) | compute_page_size(1000, 10, 128)
+        metrics = dict.fromkeys(METRIC_KEYS, value) | compute_page_size(1000, 10, 512)
         return {"ViDoRe(v1)": metrics | {"tasks": {"VidoreSyntheticDocQAGovernmentReportsRetrieval": metrics}}}
 
     after, before = scores(0.8), scores(0.1)
@@ -574,7 +574,7 @@ def test_report_rows_and_table():
     assert metrics["untrained"] == dict.fromkeys(METRIC_KEYS, 0.1) and metrics["ndcg_at_5"] == 0.8
     [row] = list_task_rows(after)
     assert row == {"task": "SyntheticDocQAGovernmentReports"} | dict.fromkeys(METRIC_KEYS, 0.8) | compute_page_size(
-        1000, 10, 128
+        1000, 10, 512
     )
     rows = list_benchmark_rows({"trained": after, "untrained": before})
     assert [(row["mean"], row["ndcg_at_5"]) for row in rows] == [
