@@ -57,13 +57,13 @@ def format_size_table(rows: Sequence[SizeRow]) -> str:
     """Format as text of at most 80 columns."""
     lines = [
         f"{'benchmark':<12}{'pool':>5}{'dim':>4} {'stored':<8}{'best':>4}{'bytes/page':>11}{'ndcg@5':>7}{'ndcg@10':>8}"
-        f"{'change':>7}{'p':>6}{'ms':>8}"
+        f"{'change':>7}{'p':>6}{'ms':>7}"
     ]
     for row in rows:
         lines.append(
             f"{row.benchmark[:11]:<12}{row.pool_factor:>5}{row.dim:>4} {row.embedding_precision:<8}"
             f"{row.rescore_top_k or '':>4}{row.bytes_per_page:>11,.0f}{100 * row.ndcg_at_5:>7.1f}"
-            f"{100 * row.ndcg_at_10:>8.1f}{100 * row.change:>+7.1f}{row.p:>6.3f}{1000 * row.seconds_per_query:>8.1f}"
+            f"{100 * row.ndcg_at_10:>8.1f}{100 * row.change:>+7.1f}{row.p:>6.3f}{1000 * row.seconds_per_query:>7.1f}"
         )
     return "\n".join([*lines, *LEGEND])
 
