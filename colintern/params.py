@@ -35,6 +35,8 @@ from colintern.core.rules import (
     parse_mixture,
 )
 
+PRECISIONS = ("float32", "float16", "int8", "binary")  # in which the numbers of a page's vectors are kept
+
 
 @dataclass(frozen=True, slots=True)
 class Params:
@@ -79,6 +81,8 @@ class Params:
     eval_batch_size: Annotated[int, between(1, 65536)]
     pool_factor: Annotated[int, between(1, 64)]
     dim: Annotated[int, between(1, 128)]
+    embedding_precision: Annotated[str, one_of(*PRECISIONS)]
+    rescore_top_k: Annotated[int, between(0, 10**6)]
     feature_cache_gb: Annotated[float, between(0, 10**6)]
     feature_cache_format: Annotated[str, one_of("exact", "fp8")]
     embedding_cache_gb: Annotated[float, between(0, 10**6)]
@@ -243,7 +247,7 @@ def _validate(raw: dict[Any, Any]) -> tuple[dict[str, Any], list[str]]:
     valid: dict[str, Any] = {}
     for key in TYPES:
         if key in raw:
-            errors = _check_value(key, raw[key])
+            errors = check_value(key, raw[key])
             problems += errors
             if not errors:
                 valid[key] = _convert(key, raw[key])
@@ -266,7 +270,7 @@ def _check_keys(raw: dict[Any, Any]) -> list[str]:
     return problems
 
 
-def _check_value(key: str, value: Any) -> list[str]:
+def check_value(key: str, value: Any) -> list[str]:
     """Return what is wrong with a value by itself; with a list, what is wrong with each of its entries."""
     kind, rules = _get_type_and_rules(key)
     named = {key: value}

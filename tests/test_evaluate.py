@@ -256,9 +256,24 @@ def test_page_embeddings_are_kept_and_smaller_pages_are_made_of_them(place, whol
     }
     assert len(rows) == 2 * 4 and found["1", "32"] == found["1", "128"] / 4 and found["2", "128"] < found["1", "128"]
     full = json.loads(whole[MEANS])["two"]
-    assert found["1", "128"] == full["bytes_per_page"] == full["vectors_per_page"] * 128 * 2
+    assert found["1", "128"] == full["bytes_per_page"] == full["vectors_per_page"] * 128 * 4
     assert (place.folder / "results/sizes/sizes.svg").read_text().count("<text") == 0, "letters are drawn, not named"
     assert place.run(never_load, command=command) == 0, place.log
+    # Full embeddings are the reference, once, whatever is asked for; rescored, they give their own ranking.
+    command = f"evaluate {ADAPTER} --precision binary float32 --rescore 0 100 --out results/sizes"
+    assert place.run(no_page_embedded, command=command) == 0, place.log
+    rows = list(csv.DictReader((place.folder / "results/sizes/sizes.csv").open()))
+    assert [(row["embedding_precision"], row["rescore_top_k"]) for row in rows if row["benchmark"] == "two"] == [
+        ("float32", "0"), ("binary", "0"), ("binary", "100")
+    ]  # fmt: skip
+    full, coarse, rescored = (row for row in rows if row["benchmark"] == "two")
+    assert float(full["bytes_per_page"]) == 32 * float(coarse["bytes_per_page"]) and full["change"] == "0.0"
+    assert rescored["ndcg_at_5"] == full["ndcg_at_5"], "all pages are rescored"
+    assert float(coarse["change"]) == pytest.approx(float(coarse["ndcg_at_5"]) - float(full["ndcg_at_5"]), abs=1e-5)
+    assert all(float(row["seconds_per_query"]) > 0 for row in rows)
+    assert all(len(line) <= 80 for line in place.out.splitlines() if line.startswith(("benchmark", "two")))
+    assert place.run(command=f"evaluate {ADAPTER} --precision int4") == 2
+    assert "--precision: 'int4' is not valid; it must be one of float32, float16, int8, binary" in place.log
     assert place.run(command=f"evaluate {ADAPTER} --pool-factor 0") == 2
     assert "--pool-factor: 0 is not valid; it must be 1 to 64" in place.log
 
@@ -412,7 +427,10 @@ def test_a_peer_that_mteb_knows_stands_in_the_same_table(place, whole):
         ("intfloat/e5-small", "is no late-interaction model of page images in mteb"),
         ("colbert-ir/colbertv2.0", "(late-interaction; text); the nearest of those: "),
         (f"{PEER[0]}@{'f' * 40}", f"loads {PEER[0]} at {PEER[1]}, and at no other"),
-        (f"{PEER[0]} --dim 64", "pool_factor, dim: 1, 64 are sizes of our own embeddings"),
+        (
+            f"{PEER[0]} --dim 64",
+            "pool_factor, dim, embedding_precision, rescore_top_k: 1, 64, float32, 0 are of our own embeddings",
+        ),
         ("vidore/colpali-v1.3", "MODEL: mteb cannot load 'vidore/colpali-v1.3': "),
     ],
 )

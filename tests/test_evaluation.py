@@ -508,7 +508,7 @@ def several_languages() -> tuple[list, dict, dict]:
             for subset in task.hf_subsets
         }
         results[name] = mteb.TaskResult.from_task_results(task, {"test": found}, evaluation_time=0)
-    return pairs, results, {name: compute_page_size(1000, 10, 64) for name in results}
+    return pairs, results, {name: compute_page_size(1000, 10, 256) for name in results}
 
 
 def test_english_and_all_languages_of_vidore_v2_are_averaged_apart():
@@ -520,10 +520,8 @@ def test_english_and_all_languages_of_vidore_v2_are_averaged_apart():
     }  # fmt: skip
     assert scores["tasks"]["Vidore2ESGReportsRetrieval"]["languages"]["eng"]["ndcg_at_5"] == 0.5
     assert "languages" not in scores["tasks"]["Vidore2ESGReportsHLRetrieval"]
-    assert (
-        scores["bytes_per_page"] == 100 * 64 * 2
-        and scores["tasks"]["Vidore2ESGReportsRetrieval"]["vectors_per_page"] == 100
-    )
+    assert scores["bytes_per_page"] == 100 * 256
+    assert scores["tasks"]["Vidore2ESGReportsRetrieval"]["vectors_per_page"] == 100
     lines = format_score_table({"trained": {"ViDoRe(v2)": scores}}).splitlines()
     assert max(map(len, lines)) <= 80
     assert next(line for line in lines if line.startswith("ViDoRe(v2), English")).endswith("good")
@@ -565,7 +563,7 @@ def test_the_guides_bands_are_for_vidore_v1_and_v2_only(benchmark, expected):
 
 def test_report_rows_and_table():
     def scores(value: float) -> Scores:
-        metrics = dict.fromkeys(METRIC_KEYS, value) | compute_page_size(1000, 10, 128)
+        metrics = dict.fromkeys(METRIC_KEYS, value) | compute_page_size(1000, 10, 512)
         return {"ViDoRe(v1)": metrics | {"tasks": {"VidoreSyntheticDocQAGovernmentReportsRetrieval": metrics}}}
 
     after, before = scores(0.8), scores(0.1)
@@ -574,7 +572,7 @@ def test_report_rows_and_table():
     assert metrics["untrained"] == dict.fromkeys(METRIC_KEYS, 0.1) and metrics["ndcg_at_5"] == 0.8
     [row] = list_task_rows(after)
     assert row == {"task": "SyntheticDocQAGovernmentReports"} | dict.fromkeys(METRIC_KEYS, 0.8) | compute_page_size(
-        1000, 10, 128
+        1000, 10, 512
     )
     rows = list_benchmark_rows({"trained": after, "untrained": before})
     assert [(row["mean"], row["ndcg_at_5"]) for row in rows] == [

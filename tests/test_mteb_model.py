@@ -142,7 +142,14 @@ def test_what_is_no_model_and_settings_that_are_none_are_refused(folder, tmp_pat
     (tmp_path / "torn" / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match=r"torn/model\.safetensors: cannot be read"):
         load_encoder(tmp_path / "torn")
-    for key, value in {"pool_factor": 0, "dim": 129, "dtype": "float8", "max_visual_tokens": 3}.items():
+    for key, value in {
+        "pool_factor": 0,
+        "dim": 129,
+        "precision": "int4",
+        "rescore_top_k": -1,
+        "dtype": "float8",
+        "max_visual_tokens": 3,
+    }.items():
         with pytest.raises(UserError, match=f"{key}[:=]"):
             load_encoder(folder, **{key: value})
 
@@ -164,6 +171,7 @@ def test_mteb_knows_a_registered_model_by_its_name(folder, registry):
 def test_mteb_never_takes_the_results_of_another_setting(folder, registry):
     """Its cache finds a result by name, revision and `experiment_name` alone."""
     sizes = [{}, {"pool_factor": 8}, {"pool_factor": 8, "dim": 32}, {"merge": True}, {"max_visual_tokens": 32}]
+    sizes += [{"precision": "int8"}, {"precision": "int8", "rescore_top_k": 20}]
     loaded = [load_encoder(folder, **size).mteb_model_meta for size in sizes]
     assert loaded[0].experiment_name is None and load_encoder(folder, dim=128).mteb_model_meta == loaded[0]
     assert [meta.experiment_kwargs or {} for meta in loaded] == sizes

@@ -160,6 +160,8 @@ BAD_VALUES = [
     ("eval_batch_size", "0", "1 to 65536"),
     ("pool_factor", "0", "1 to 64"),
     ("dim", "129", "1 to 128"),
+    ("embedding_precision", "int4", "float32, float16, int8, binary"),
+    ("rescore_top_k", "-1", "0 to 1000000"),
     ("feature_cache_gb", "-1.0", "0"),
     ("feature_cache_format", "bfloat16", "exact, fp8"),
     ("embedding_cache_gb", "-1.0", "0"),

@@ -244,7 +244,10 @@ def test_results_of_smaller_embeddings_are_not_those_of_whole_ones(tmp_path, mon
         "one of several sizes that were evaluated at once"
     )
     shutil.rmtree("results/evaluate/a/pool1-dim128")
-    with pytest.raises(UserError, match="is of it with pool_factor 1, dim 128; evaluate it"):
+    with pytest.raises(
+        UserError,
+        match="is of it with pool_factor 1, dim 128, embedding_precision float32, rescore_top_k 0; evaluate it",
+    ):
         find_evaluation("1", None, FULL_SIZE)
 
 
@@ -257,13 +260,13 @@ def test_scores_that_are_shown_are_those_it_is_ranked_by_and_a_query_without_a_r
         read_row = staticmethod(lambda subset, kind, key: {"text": "from Oslo", "image": pages[int(key)]})
 
     monkeypatch.setattr(examples, "EvaluationCorpus", lambda task: Corpus)
-    encoder = ColIntern3_5Encoder(model, processor, "a/b", "1", pool_factor=4, dim=32)
+    encoder = ColIntern3_5Encoder(model, processor, "a/b", "1", pool_factor=4, dim=32, precision="int8")
     found = result("3", 0.0, 2, None, None)._replace(top_pages=["1", "0", "2"])
     rows = [found._replace(query_id="2"), found, found._replace(query_id="1")]
     [case], passed = explain_failures(encoder, [SimpleNamespace(metadata=SimpleNamespace(name="t"))], rows, 1)
     assert passed == 1, "a query all of whose judgements are 0"
     query = truncate_dim(embed_queries(model, processor, ["from Oslo"], 1), 32)
-    ranked = encoder.pool_and_truncate(encoder.embed_images(pages[:3]))
+    ranked = encoder.select_scored_vectors(encoder.embed_images(pages[:3]))
     assert [page.score for page in case.pages] == pytest.approx(maxsim_scores(query, ranked)[0].tolist(), abs=2e-3)
     leads = sum(token.lead for token in case.tokens)
     assert leads == pytest.approx(case.pages[0].score - case.pages[1].score, abs=2e-3)

@@ -21,7 +21,9 @@ RUN = {  # the page's commands in its order, and what it quotes of their output,
     documented("make experiments"): "slower",
     documented("dvc metrics diff main"): "",
     documented("colintern compare main slower"): "95 % interval",
-    documented("colintern evaluate experiments/colintern --dim 128 64"): "vectors bytes/page",
+    documented(
+        "colintern evaluate experiments/colintern --precision float16 int8 binary --rescore 0 20"
+    ): "ndcg@10 change",
     documented("colintern report experiments/colintern"): "",
     documented('colintern search experiments/colintern ~/manuals "how is a package removed" --html found.html'): (
         "3 pages scored"

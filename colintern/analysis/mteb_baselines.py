@@ -34,10 +34,11 @@ def find_mteb_baseline(params: Params, model: str) -> EvalModel | None:
         )
     if meta.revision is None or meta.loader is None or (revision and revision != meta.revision):
         raise UserError(f"MODEL: {model!r}: mteb {mteb.__version__} loads {name} at {meta.revision}, and at no other")
-    if (params.pool_factor, params.dim) != (1, 128):
+    size = params.pool_factor, params.dim, params.embedding_precision, params.rescore_top_k
+    if size != (1, 128, "float32", 0):
         raise UserError(
-            f"pool_factor, dim: {params.pool_factor}, {params.dim} are sizes of our own embeddings, and {name} has its "
-            f"own; give --pool-factor 1 --dim 128"
+            f"pool_factor, dim, embedding_precision, rescore_top_k: {', '.join(map(str, size))} are of our own "
+            f"embeddings, and {name} has its own; give --pool-factor 1 --dim 128 --precision float32 --rescore 0"
         )
 
     def load_encoder() -> object:

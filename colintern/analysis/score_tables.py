@@ -1,7 +1,6 @@
 """Show scores as tables for people, beside what the guide asks for and what others have published."""
 
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from colintern.evaluation.results import Means, Scores, shorten_task_name
@@ -118,36 +117,3 @@ def _format_published(scores: Scores) -> list[str]:
         lines.append(f"{row.model:<{width}}" + "".join(f"{value:>7.1f}" for value in row[1:]))
     cells = ("" if value is None else f"{100 * value:.1f}" for value in own)
     return [*lines, (f"{'this run':<{width}}" + "".join(f"{cell:>7}" for cell in cells)).rstrip()]
-
-
-class SizeRow(NamedTuple):
-    """What a page of a benchmark takes, and how well it is found, under a setting of `pool_factor` and `dim`."""
-
-    benchmark: str
-    pool_factor: int
-    dim: int
-    vectors_per_page: float
-    bytes_per_page: float
-    ndcg_at_5: float
-
-
-def list_size_rows(scores: Scores, pool_factor: int, dim: int) -> list[SizeRow]:
-    """Return one row for each benchmark."""
-    keys = SizeRow._fields[3:]
-    return [SizeRow(name, pool_factor, dim, *(benchmark[key] for key in keys)) for name, benchmark in scores.items()]
-
-
-def format_size_table(rows: Sequence[SizeRow]) -> str:
-    """Format as text of at most 80 columns; a share is of the largest size, or of the highest score."""
-    lines = [
-        f"{'benchmark':<26}{'pool':>5}{'dim':>5}{'vectors':>9}{'bytes/page':>11}{'share':>7}{'ndcg@5':>8}{'share':>7}"
-    ]
-    for row in rows:
-        others = [other for other in rows if other.benchmark == row.benchmark]
-        size_share = row.bytes_per_page / (max(other.bytes_per_page for other in others) or 1)
-        ndcg_share = row.ndcg_at_5 / (max(other.ndcg_at_5 for other in others) or 1)
-        lines.append(
-            f"{row.benchmark[:25]:<26}{row.pool_factor:>5}{row.dim:>5}{row.vectors_per_page:>9.1f}"
-            f"{row.bytes_per_page:>11,.0f}{size_share:>7.0%}{100 * row.ndcg_at_5:>8.1f}{ndcg_share:>7.0%}"
-        )
-    return "\n".join(lines)

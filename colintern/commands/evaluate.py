@@ -4,11 +4,12 @@ import argparse
 import re
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from colintern.core.errors import UserError
-from colintern.params import Params, load_params, split_hub_id
+from colintern.params import PRECISIONS, Params, check_value, load_params, split_hub_id
 from colintern.storage.paths import require_evaluated_model, require_writable
 
 if TYPE_CHECKING:
@@ -17,8 +18,13 @@ if TYPE_CHECKING:
 SUMMARY = "evaluate an adapter, a merged model or one on the hub; the rest is as in params.yaml"
 MODEL = "folder of an adapter or a merged model, a hub id as ID@COMMIT, or a late-interaction model that mteb knows"
 SIZES_FILE, SIZES_PLOT = "sizes.csv", "sizes.svg"
-MAX_POOL_FACTOR, MAX_DIM = 64, 128
-SIZE_OPTIONS = {"pool-factor": "vectors of a tile that are made into one", "dim": "numbers kept of a vector"}
+SIZE_OPTIONS = {  # option -> key of params.yaml, description
+    "pool-factor": ("pool_factor", "vectors of a tile that are made into one"),
+    "dim": ("dim", "numbers kept of a vector"),
+    "precision": ("embedding_precision", f"how the numbers of pages are kept: {', '.join(PRECISIONS)}"),
+    "rescore": ("rescore_top_k", "best pages of a query that are scored again with full vectors, 0 for none"),
+}
+FULL_SIZE: dict[str, Any] = {"pool_factor": 1, "dim": 128, "embedding_precision": "float32", "rescore_top_k": 0}
 EXAMPLE = 'colintern evaluate experiments/colintern --benchmarks "ViDoRe(v2)" --batch-size 16'
 
 
@@ -27,16 +33,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--benchmarks", nargs="+", metavar="NAME", help="as in params.yaml (default: those in it)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="default: eval_batch_size of params.yaml")
-    several = "of several, all are evaluated (default: params.yaml's)"
-    for name, text in SIZE_OPTIONS.items():
-        parser.add_argument(f"--{name}", type=int, nargs="+", metavar="N", help=f"{text}; {several}")
+    for name, (key, text) in SIZE_OPTIONS.items():
+        kind, metavar = (str, "NAME") if key == "embedding_precision" else (int, "N")
+        parser.add_argument(f"--{name}", type=kind, nargs="+", metavar=metavar, help=f"{text} (default: params.yaml's)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: results/evaluate/<model>-<revision>")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the table; mteb's files, what each query scored and eval.json are in the out folder.
 
-    Of several sizes each has a folder in it, and sizes.csv and sizes.svg set them side by side.
+    Of several sizes, each has a folder in it, and sizes.csv and sizes.svg compare them with the full embeddings.
     """
     settings = _list_settings(args)
     name = args.model.rstrip("/")
@@ -70,9 +76,10 @@ def run(args: argparse.Namespace) -> None:
 def _evaluate_settings(
     args: argparse.Namespace, name: str, settings: list[Params], models: list[dict[str, "EvalModel"]]
 ) -> None:
-    from colintern.analysis.score_tables import SizeRow, format_score_table, format_size_table, list_size_rows
+    from colintern.analysis.score_tables import format_score_table
+    from colintern.analysis.size_table import SizeRow, format_size_table, list_size_rows
     from colintern.evaluation.results import add_untrained_means
-    from colintern.evaluation.run import evaluate_models
+    from colintern.evaluation.run import evaluate_models, read_seconds_per_query
     from colintern.reporting.plots import plot_sizes
     from colintern.storage.files import dumps, write_csv
 
@@ -83,12 +90,13 @@ def _evaluate_settings(
         shutil.rmtree(out)
     rows: list[SizeRow] = []
     for params, which in zip(settings, models, strict=True):
-        folder = out / f"pool{params.pool_factor}-dim{params.dim}" if has_several else out
+        folder = out / _get_size_folder(params) if has_several else out
         scores = evaluate_models(which, params, folder)
         means = add_untrained_means(scores["trained"], scores.get("untrained"))
         (folder / "eval.json").write_text(dumps(means))
         if has_several:
-            rows += list_size_rows(scores["trained"], params.pool_factor, params.dim)
+            seconds = read_seconds_per_query(which["trained"], params.benchmarks)
+            rows += list_size_rows(scores["trained"], params, seconds, folder, out / _get_size_folder(settings[0]))
     if has_several:
         write_csv(out / SIZES_FILE, [row._asdict() for row in rows], SizeRow._fields)
         plot_sizes(rows, out / SIZES_PLOT)
@@ -97,6 +105,11 @@ def _evaluate_settings(
     else:
         print(format_score_table(scores))
         print(f"{out}: mteb's files, what each query scored, eval.json")
+
+
+def _get_size_folder(params: Params) -> str:
+    rescored = f"-rescore{params.rescore_top_k}" if params.rescore_top_k else ""
+    return f"pool{params.pool_factor}-dim{params.dim}-{params.embedding_precision}{rescored}"
 
 
 def _require_replaceable(out: Path) -> bool:
@@ -109,20 +122,32 @@ def _require_replaceable(out: Path) -> bool:
 
 
 def _list_settings(args: argparse.Namespace) -> list[Params]:
-    """Return params.yaml with the options of the command line, once for each size that they give."""
+    """Return params.yaml with the options of the command line, once for each size that they give.
+
+    Of several sizes the first one is that of the full embeddings, with which the others are compared.
+    """
     params = load_params()
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size: {args.batch_size} is not valid; it must be 1 or more")
-    for option, numbers, most in (("--pool-factor", args.pool_factor, MAX_POOL_FACTOR), ("--dim", args.dim, MAX_DIM)):
-        if invalid := [number for number in numbers or () if not 1 <= number <= most]:
-            raise UserError(f"{option}: {invalid[0]} is not valid; it must be 1 to {most}")
     params = replace(
         params,
         benchmarks=tuple(args.benchmarks or params.benchmarks),
         eval_batch_size=args.batch_size or params.eval_batch_size,
     )
-    factors, dims = args.pool_factor or [params.pool_factor], args.dim or [params.dim]
-    return [replace(params, pool_factor=factor, dim=dim) for dim in dims for factor in factors]
+    choices: list[list[object]] = []
+    for option, (key, _) in SIZE_OPTIONS.items():
+        given = getattr(args, option.replace("-", "_"))
+        for value in given or ():
+            if problems := check_value(key, value):
+                raise UserError(problems[0].replace(key, f"--{option}", 1))
+        choices.append(given or [getattr(params, key)])
+    sizes: list[dict[str, Any]] = [dict(zip(FULL_SIZE, values, strict=True)) for values in product(*choices)]
+    settings = [replace(params, **size) for size in sizes]
+    if all(getattr(args, option.replace("-", "_")) is None for option in SIZE_OPTIONS):
+        return settings
+    # Rescoring full embeddings with full embeddings gives the same ranking.
+    full = replace(params, **FULL_SIZE)
+    return list(dict.fromkeys([full, *(size for size in settings if replace(size, rescore_top_k=0) != full)]))
 
 
 def _find_models(settings: list[Params], name: str) -> list[dict[str, "EvalModel"]]:

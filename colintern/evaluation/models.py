@@ -90,7 +90,12 @@ def _make_model(
         "max_visual_tokens": params.max_visual_tokens,
         "threads": params.threads,
     }
-    sizes = {"pool_factor": params.pool_factor, "dim": params.dim}
+    sizes = {
+        "pool_factor": params.pool_factor,
+        "dim": params.dim,
+        "embedding_precision": params.embedding_precision,
+        "rescore_top_k": params.rescore_top_k,
+    }
     identity: dict[str, Any] = weights | {"kernel": get_kernel_entry(params.attention), "params": settings | sizes}
     identity |= get_runtime_identity()
 
@@ -103,8 +108,9 @@ def _make_model(
         shard = fingerprint(identity | {"params": settings})  # cached embeddings are neither pooled nor truncated
         embeddings = TensorCache(root() / EMBEDDINGS, shard, int(params.embedding_cache_gb * 1e9))
         return ColIntern3_5Encoder(
-            model, processor, name, revision, features, embeddings, params.pool_factor, params.dim
-        )
+            model, processor, name, revision, features, embeddings, params.pool_factor, params.dim,
+            params.embedding_precision, params.rescore_top_k,
+        )  # fmt: skip
 
     return EvalModel(name, revision, identity, trained_with, load_encoder)
 

@@ -13,7 +13,8 @@ from functools import partial
 from hashlib import sha256
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from typing import Any, NamedTuple
 
 import torch
 from mteb.abstasks.task_metadata import TaskMetadata
@@ -30,17 +31,29 @@ from colintern.core.progress import ProgressBar
 from colintern.encoding.embed import embed_features, embed_pages, embed_queries
 from colintern.encoding.page_features import Page, PageFeatures
 from colintern.encoding.pooling import pool_tiles, truncate_dim
+from colintern.encoding.precision import dequantize, quantize
 from colintern.encoding.tensor_cache import TensorCache
 from colintern.modeling.loading import PretrainedRef, read_processor
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
-from colintern.scoring.maxsim import maxsim_scores
+from colintern.params import PRECISIONS
+from colintern.scoring.maxsim import maxsim_scores, rescore_best
 
 LENGTHS_SUFFIX = "-lengths"  # of the key under which a batch's numbers of vectors a page are cached
-MAX_SIZES = {"pool_factor": 64, "dim": 128}
+SIZE_BOUNDS = {"pool_factor": (1, 64), "dim": (1, 128), "rescore_top_k": (0, 10**6)}
+PAGES_PER_BLOCK = 64  # dequantized at once
+
+
+class EncodedPage(NamedTuple):
+    """A page as `ColIntern3_5Encoder.encode` returns it."""
+
+    stored: Tensor  # see `colintern.encoding.precision.quantize`
+    full: Tensor | None  # (tokens, 128) float32, neither pooled nor truncated, for rescoring
 
 
 class ColIntern3_5Encoder(AbsEncoder):
-    """A model that `mteb.evaluate` takes; `page_count` and `vector_count` count what was encoded.
+    """A model that `mteb.evaluate` takes.
+
+    `page_count`, `vector_count` and `query_count` count what was encoded, `scoring_seconds` the time in `similarity`.
 
     Args:
         model: see `colintern.encoding.embed`.
@@ -51,6 +64,8 @@ class ColIntern3_5Encoder(AbsEncoder):
         embeddings: cache of the pages'; a batch is taken from it if it was embedded as the same batch before.
         pool_factor: see `colintern.encoding.pooling`; 1 leaves the embeddings as they are.
         dim: numbers kept of a vector; 128 is all of them.
+        precision: of the pages' vectors in the ranking, see `colintern.encoding.precision`; queries stay float32.
+        rescore_top_k: best pages of each query that are scored again with the full vectors; 0 for none.
         settings: of `load_encoder`, by which mteb's files tell results apart.
     """
 
@@ -64,6 +79,8 @@ class ColIntern3_5Encoder(AbsEncoder):
         embeddings: TensorCache | None = None,
         pool_factor: int = 1,
         dim: int = 128,
+        precision: str = "float32",
+        rescore_top_k: int = 0,
         settings: Mapping[str, object] | None = None,
     ):
         self.model = model
@@ -71,15 +88,21 @@ class ColIntern3_5Encoder(AbsEncoder):
         self.features = features
         self.embeddings = embeddings
         self.pool_factor, self.dim = pool_factor, dim
-        self.page_count = self.vector_count = 0
+        self.precision, self.rescore_top_k = precision, rescore_top_k
+        self.reset_counts()
         # LoRA adds none: merging it into the layers changes no vector.
         num_parameters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
         self.mteb_model_meta = _make_meta(name, revision, settings or {}, n_parameters=num_parameters)
 
+    def reset_counts(self) -> None:
+        """Set the counts and the time to zero."""
+        self.page_count = self.vector_count = self.query_count = 0
+        self.scoring_seconds = 0.0
+
     def encode(  # type: ignore[override]  # a list: one padded tensor would take the longest page's memory for each page
         self, inputs: DataLoader, *, task_metadata: TaskMetadata, prompt_type: PromptType | None = None, **kwargs: Any
-    ) -> list[Tensor]:
-        """Encode queries or pages to one (tokens, dim) float32 tensor each, on the CPU, in the loader's order.
+    ) -> list[Tensor] | list[EncodedPage]:
+        """Encode queries to one (tokens, 128) float32 tensor each, or pages, on the CPU, in the loader's order.
 
         mteb hands the result to `similarity` untouched, so nothing is padded. mteb's prompts are ignored: a query is
         formatted by the processor alone, as in training.
@@ -88,17 +111,18 @@ class ColIntern3_5Encoder(AbsEncoder):
             UserError: a page without an image, named by its id.
             ValueError: a batch of neither text queries nor page images.
         """
-        rows: list[Tensor] = []
+        rows: list[Any] = []
         kind = "pages" if prompt_type == PromptType.document else "queries"
         for batch in ProgressBar(inputs, desc=f"{task_metadata.name}: {kind}"):
             if prompt_type == PromptType.query and "text" in batch:
-                queries = embed_queries(self.model, self.processor, batch["text"], len(batch["text"]))
-                rows += truncate_dim(queries, self.dim)
+                rows += embed_queries(self.model, self.processor, batch["text"], len(batch["text"]))
+                self.query_count += len(batch["text"])
             elif prompt_type == PromptType.document and "image" in batch:
                 for page, image in zip(batch["id"], batch["image"], strict=True):
                     if image is None:
                         raise UserError(f"page {page} of the evaluation corpus has no image; remove or repair its row")
-                rows += self.pool_and_truncate(self.embed_images(batch["image"]))
+                pages = self.embed_images(batch["image"])
+                rows += map(EncodedPage, self._shrink(pages), pages if self.rescore_top_k else [None] * len(pages))
             else:
                 raise ValueError(f"{prompt_type}: expected queries as text or pages as images, got {sorted(batch)}")
         for cache in (self.features and self.features.cache, self.embeddings):
@@ -106,14 +130,20 @@ class ColIntern3_5Encoder(AbsEncoder):
                 cache.flush()
         return rows
 
-    def pool_and_truncate(self, pages: list[Tensor]) -> list[Tensor]:
-        """Pool and truncate embeddings of pages to what the ranking uses, and count them."""
+    def _shrink(self, pages: list[Tensor]) -> list[Tensor]:
+        """Pool, truncate and quantize embeddings of pages, and count them."""
         if self.pool_factor > 1:
             tile, before = self.processor.image_seq_length, self.processor.num_tokens_before_tiles
             pages = [pool_tiles(page, self.pool_factor, tile, before) for page in pages]
-        rows = truncate_dim(pages, self.dim)
+        rows = [quantize(page, self.precision) for page in truncate_dim(pages, self.dim)]
         self.page_count, self.vector_count = self.page_count + len(rows), self.vector_count + sum(map(len, rows))
         return rows
+
+    def select_scored_vectors(self, pages: list[Tensor]) -> list[Tensor]:
+        """Return the float32 vectors, of `embed_images`' result, that give a page at the top its score."""
+        if self.rescore_top_k:
+            return pages
+        return [dequantize(page, self.precision, self.dim) for page in self._shrink(pages)]
 
     def embed_images(self, images: list[Image.Image]) -> list[Tensor]:
         """Embed page images to one (tokens, 128) float32 tensor each, on the CPU, neither pooled nor truncated.
@@ -136,7 +166,20 @@ class ColIntern3_5Encoder(AbsEncoder):
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """Compute MaxSim, (queries, pages) float32, of queries with pages, each as `encode` returns them."""
-        return maxsim_scores(list(embeddings1), list(embeddings2), next(self.model.parameters()).device)
+        start, device = perf_counter(), next(self.model.parameters()).device
+        queries, pages = list(embeddings1), list(embeddings2)
+        truncated = truncate_dim(queries, self.dim)
+        blocks = []
+        for first in range(0, len(pages), PAGES_PER_BLOCK):
+            block = [
+                dequantize(page.stored, self.precision, self.dim) for page in pages[first : first + PAGES_PER_BLOCK]
+            ]
+            blocks.append(maxsim_scores(truncated, block, device))
+        scores = torch.cat(blocks, dim=1)
+        if self.rescore_top_k:
+            rescore_best(scores, queries, [page.full for page in pages], self.rescore_top_k, device)
+        self.scoring_seconds += perf_counter() - start
+        return scores
 
 
 def _make_meta(name: str, revision: str, settings: Mapping[str, object], **fields: object) -> ModelMeta:
@@ -175,6 +218,8 @@ def load_encoder(
     max_query_tokens: int | None = None,
     pool_factor: int = 1,
     dim: int = 128,
+    precision: str = "float32",
+    rescore_top_k: int = 0,
 ) -> ColIntern3_5Encoder:
     """Load a model for `mteb.evaluate` from its own folder alone; reads no params.yaml and writes nothing to the disk.
 
@@ -191,21 +236,27 @@ def load_encoder(
         max_query_tokens: see `ColIntern3_5Processor`; None: the bound it was trained with.
         pool_factor: see `ColIntern3_5Encoder`; 1 to 64.
         dim: see `ColIntern3_5Encoder`; 1 to 128.
+        precision: see `ColIntern3_5Encoder`; one of `colintern.encoding.precision.PRECISIONS`.
+        rescore_top_k: see `ColIntern3_5Encoder`.
 
     Raises:
         UserError: a setting that is not valid; see `PretrainedRef.resolve` and `PretrainedRef.load`.
     """
-    for key, value in (("pool_factor", pool_factor), ("dim", dim)):
-        if not 1 <= value <= MAX_SIZES[key]:
-            raise UserError(f"{key}: {value} is not valid; it must be 1 to {MAX_SIZES[key]}")
+    for key, value in (("pool_factor", pool_factor), ("dim", dim), ("rescore_top_k", rescore_top_k)):
+        low, high = SIZE_BOUNDS[key]
+        if not low <= value <= high:
+            raise UserError(f"{key}: {value} is not valid; it must be {low} to {high}")
+    if precision not in PRECISIONS:
+        raise UserError(f"precision: {precision!r} is not valid; it must be one of {', '.join(PRECISIONS)}")
     source = PretrainedRef.resolve(model)
     loaded = source.load(base, dtype, merge, device)
     bounds = {"max_visual_tokens": max_visual_tokens, "max_query_tokens": max_query_tokens}
     given = {key: value for key, value in bounds.items() if value is not None}
     processor = read_processor(source.folder, loaded, **given)
-    settings = {"dtype": dtype, "merge": merge, **bounds, "pool_factor": pool_factor, "dim": dim}
+    size = {"pool_factor": pool_factor, "dim": dim, "precision": precision, "rescore_top_k": rescore_top_k}
+    settings = {"dtype": dtype, "merge": merge, **bounds, **size}
     name, revision = _get_name(model), source.revision
-    return ColIntern3_5Encoder(loaded, processor, name, revision, None, None, pool_factor, dim, settings)
+    return ColIntern3_5Encoder(loaded, processor, name, revision, settings=settings, **size)  # type: ignore[arg-type]
 
 
 def register_encoder(model: str | Path, name: str | None = None, **settings: Any) -> ModelMeta:

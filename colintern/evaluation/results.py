@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # ten seconds that `colintern compare` has no use for
 
 NUM_TOP_PAGES = 5  # pages of a ranking that are kept
 NAMES_BATCH_SIZE = 64  # pages whose names are read at once; where a corpus is filtered, their images are copied
-BYTES_PER_NUMBER = 2  # as vector stores keep embeddings: float16
 SIZE_KEYS = ("vectors_per_page", "bytes_per_page")
 TASK_COLUMNS = ("task", *METRIC_KEYS, *SIZE_KEYS)
 BENCHMARK_COLUMNS = ("mean", *METRIC_KEYS)
@@ -164,9 +163,9 @@ def read_page_names(corpus: Dataset) -> dict[str, str]:
     return {page: name for page, name in names.items() if name and uses[name] == 1}
 
 
-def compute_page_size(num_vectors: int, num_pages: int, dim: int) -> Means:
-    """Compute what a page takes on average, its numbers kept as float16."""
-    num_bytes = num_vectors * dim * BYTES_PER_NUMBER
+def compute_page_size(num_vectors: int, num_pages: int, bytes_per_vector: int) -> Means:
+    """Compute what a page takes on average."""
+    num_bytes = num_vectors * bytes_per_vector
     return {"vectors_per_page": round(num_vectors / num_pages, 2), "bytes_per_page": round(num_bytes / num_pages)}
 
 

@@ -16,6 +16,7 @@ from mteb.abstasks.abstask import AbsTask
 
 from colintern.core.project import root
 from colintern.data.benchmarks import resolve_benchmarks, use_fetched_data
+from colintern.encoding.precision import get_bytes_per_vector
 from colintern.evaluation.models import EvalModel
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.evaluation.results import (
@@ -39,6 +40,7 @@ TIME_KEYS = ("evaluation_time", "date", "evaluation_phases", "kg_co2_emissions")
 TIMING_FILE = "logs/eval-timing.json"  # not an out of any stage
 MAX_STORED_MODELS = 20  # whose finished tasks are kept; the least recently evaluated are deleted first
 QUERIES_FILE, SIZE_FILE = "queries.parquet", "size.json"
+SPEED_FILE = "speed.json"  # apart from the size, because two runs of the same thing leave the same results
 
 
 def evaluate_models(models: Mapping[str, EvalModel], params: Params, out: Path) -> dict[str, Scores]:
@@ -61,7 +63,7 @@ def evaluate_models(models: Mapping[str, EvalModel], params: Params, out: Path) 
     tasks = {task.metadata.name: task for _, task in pairs}
     scores, sizes = {}, {}
     for which, model in models.items():
-        folders = run_or_load(model, list(tasks.values()), params.eval_batch_size, params.dim)
+        folders = run_or_load(model, list(tasks.values()), params.eval_batch_size)
         results = {name: _read_task_result(folder, model, name) for name, folder in folders.items()}
         sizes = {name: json.loads((folder / SIZE_FILE).read_text()) for name, folder in folders.items()}
         scores[which] = aggregate_scores(pairs, results, sizes)
@@ -80,30 +82,47 @@ def evaluate_models(models: Mapping[str, EvalModel], params: Params, out: Path) 
     return scores
 
 
-def run_or_load(model: EvalModel, tasks: Sequence[AbsTask], batch_size: int, dim: int) -> dict[str, Path]:
+def run_or_load(model: EvalModel, tasks: Sequence[AbsTask], batch_size: int) -> dict[str, Path]:
     """Return the folder of each task, with mteb's files and the queries' results; run those that are not finished.
 
     A folder gets its name when all is in it, so what a killed run left half-done is never taken.
     """
-    store = root() / ".scratch" / f"eval-{fingerprint(model.identity)[:16]}"
+    store = _get_store(model)
     encoder = None
     folders = {}
     with locked(store.with_suffix(".lock"), f"{store}: another process evaluates this model; waiting for it"):
         for task in tasks:
             name = task.metadata.name
-            data = {"revision": task.metadata.dataset["revision"], "subsets": list(task.hf_subsets)}
-            folders[name] = store / f"{name}-{fingerprint(data)[:16]}"
+            folders[name] = store / _get_folder_name(task)
             if folders[name].is_dir() and _is_readable(folders[name], model, name):
                 print(f"{model.name}: {name}: finished before, its results are taken")
                 continue
             encoder = encoder or model.load_encoder()  # loaded only where there is something to do
-            _run_task(encoder, task, batch_size, dim, folders[name])
+            _run_task(encoder, task, batch_size, folders[name])
         store.touch()
         _remove_old_stores(store)
     return folders
 
 
-def _run_task(encoder: Any, task: AbsTask, batch_size: int, dim: int, folder: Path) -> None:
+def read_seconds_per_query(model: EvalModel, benchmarks: Sequence[str]) -> dict[str, float]:
+    """Return the mean time of scoring all pages for one query, by benchmark, of tasks that `run_or_load` finished."""
+    seconds: dict[str, list[float]] = {}
+    for benchmark, task in resolve_benchmarks(benchmarks):
+        speed = json.loads((_get_store(model) / _get_folder_name(task) / SPEED_FILE).read_text())
+        seconds.setdefault(benchmark, []).append(speed["seconds_per_query"])
+    return {benchmark: sum(times) / len(times) for benchmark, times in seconds.items()}
+
+
+def _get_store(model: EvalModel) -> Path:
+    return root() / ".scratch" / f"eval-{fingerprint(model.identity)[:16]}"
+
+
+def _get_folder_name(task: AbsTask) -> str:
+    data = {"revision": task.metadata.dataset["revision"], "subsets": list(task.hf_subsets)}
+    return f"{task.metadata.name}-{fingerprint(data)[:16]}"
+
+
+def _run_task(encoder: Any, task: AbsTask, batch_size: int, folder: Path) -> None:
     partial = folder.with_name(folder.name + ".partial")
     for old in (partial, folder):
         shutil.rmtree(old, ignore_errors=True)
@@ -111,7 +130,7 @@ def _run_task(encoder: Any, task: AbsTask, batch_size: int, dim: int, folder: Pa
     queries: list[QueryResult] = []
     is_own = isinstance(encoder, ColIntern3_5Encoder)
     if is_own:
-        encoder.page_count = encoder.vector_count = 0
+        encoder.reset_counts()
     results = mteb.evaluate(
         encoder,
         record_per_query(use_fetched_data(task), queries),
@@ -126,8 +145,13 @@ def _run_task(encoder: Any, task: AbsTask, batch_size: int, dim: int, folder: Pa
     _move_times(cache.get_task_result_path("any", encoder.mteb_model_meta).parent)
     write_query_results(partial / QUERIES_FILE, queries)
     # mteb does not report the size of a baseline's embeddings.
-    size = compute_page_size(encoder.vector_count, encoder.page_count, dim) if is_own else {}
+    size, speed = {}, {}
+    if is_own:
+        bytes_per_vector = get_bytes_per_vector(encoder.precision, encoder.dim)
+        size = compute_page_size(encoder.vector_count, encoder.page_count, bytes_per_vector)
+        speed = {"seconds_per_query": encoder.scoring_seconds / encoder.query_count}
     (partial / SIZE_FILE).write_text(dumps(size))
+    (partial / SPEED_FILE).write_text(dumps(speed))
     partial.replace(folder)
 
 

@@ -26,8 +26,9 @@ from colintern.reporting.plots import Bar
 from colintern.scoring.metrics import MAIN_METRIC
 
 EVALUATION_FOLDERS = ("results/mteb_evaluation", "results/evaluate/*", "results/evaluate/*/pool*-dim*")
-SETTINGS = tuple("attention dim dtype eval_batch_size max_query_tokens max_visual_tokens pool_factor threads".split())
-FULL_SIZE = {"pool_factor": 1, "dim": 128}  # the embeddings as they are; see encoding/pooling.py
+# The embeddings as they are; see encoding/pooling.py and encoding/precision.py.
+FULL_SIZE = {"pool_factor": 1, "dim": 128, "embedding_precision": "float32", "rescore_top_k": 0}
+SETTINGS = (*"attention dtype eval_batch_size max_query_tokens max_visual_tokens threads".split(), *FULL_SIZE)
 RANK_RANGES = {"1": 1, "2 to 5": 5, "6 to 10": 10, "11 to 100": 100, "101 to 1,000": 1000}  # name -> last rank
 
 
@@ -75,8 +76,8 @@ def _read_run(folder: Path) -> RunInfo:
     return json.loads((folder / "run.json").read_text())
 
 
-def get_embedding_size(run: RunInfo) -> dict[str, int]:
-    """Return pool_factor and dim of the embeddings that a run.json is of."""
+def get_embedding_size(run: RunInfo) -> dict[str, object]:
+    """Return the settings of `FULL_SIZE` that a run.json is of."""
     return {key: run["params"].get(key, full) for key, full in FULL_SIZE.items()}
 
 

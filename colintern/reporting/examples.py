@@ -17,6 +17,7 @@ from colintern.encoding.embed import embed_queries
 from colintern.encoding.pooling import truncate_dim
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.evaluation.results import QueryResult, read_page_names, shorten_task_name
+from colintern.modeling.configuration_colintern import EMBEDDING_DIM
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.reporting.heatmaps import (
     SimilarityMap,
@@ -203,10 +204,11 @@ def _explain_failure(
         captions[best] = f"one of {len(right)} right pages, the first of which has {rank}"
     rows = [corpus.read_row(result.subset, "corpus", page) for page in captions]
     query = corpus.read_row(result.subset, "queries", result.query_id)["text"]
-    [embedding] = truncate_dim(embed_queries(encoder.model, encoder.processor, [query], 1), encoder.dim)
+    dim = EMBEDDING_DIM if encoder.rescore_top_k else encoder.dim
+    [embedding] = truncate_dim(embed_queries(encoder.model, encoder.processor, [query], 1), dim)
     full = encoder.embed_images([row["image"] for row in rows])
     pages = []
-    embeddings = zip(truncate_dim(full, encoder.dim), encoder.pool_and_truncate(full), strict=True)
+    embeddings = zip(truncate_dim(full, dim), encoder.select_scored_vectors(full), strict=True)
     for (page, caption), row, (tokens, ranked) in zip(captions.items(), rows, embeddings, strict=True):
         label = label_page(page, row.get("name"), corpus.documents)
         kind = "right" if page == best else "wrong"

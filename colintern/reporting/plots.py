@@ -12,7 +12,7 @@ from markupsafe import escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from colintern.analysis.score_tables import SizeRow
+from colintern.analysis.size_table import SizeRow
 from colintern.scoring.metrics import MAIN_METRIC
 
 # Colours of a theme by their place in the property cycle, so that one drawing gives both versions of a plot.
@@ -143,22 +143,29 @@ def draw_svg(draw: Callable[[Axes], None], title: str, high: float = 3.3) -> str
 
 
 def plot_sizes(rows: Sequence[SizeRow], file: Path) -> None:
-    """Plot to an SVG file: bytes of a page across, in powers of two, NDCG@5 up, a line for each benchmark and `dim`."""
+    """Plot to an SVG file: bytes of a page across, in powers of two, NDCG@5 up, a line for each benchmark.
+
+    Rows that are rescored are points of their own, because they need the full embeddings as well.
+    """
     with matplotlib.rc_context({"svg.hashsalt": "sizes", "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
-        for name, dim in dict.fromkeys((row.benchmark, row.dim) for row in rows):
-            line = [row for row in rows if (row.benchmark, row.dim) == (name, dim)]
+        for key in dict.fromkeys((row.benchmark, row.dim, row.pool_factor, row.rescore_top_k) for row in rows):
+            line = [row for row in rows if (row.benchmark, row.dim, row.pool_factor, row.rescore_top_k) == key]
             line.sort(key=lambda row: row.bytes_per_page)
             x, y = [row.bytes_per_page for row in line], [100 * row.ndcg_at_5 for row in line]
-            axes.plot(x, y, marker="o", label=f"{name}, dim {dim}")
+            name, dim, factor, top_k = key
+            label = (
+                f"{name}, dim {dim}" + f", pooled /{factor}" * (factor > 1) + f", best {top_k} rescored" * (top_k > 0)
+            )
+            axes.plot(x, y, marker="o", label=label)
             for row, point in zip(line, zip(x, y, strict=True), strict=True):
-                axes.annotate(f"/{row.pool_factor}", point, (0, 6), textcoords="offset points", ha="center")
+                axes.annotate(row.embedding_precision, point, (0, 6), textcoords="offset points", ha="center")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g} KiB")
-        axes.set_xlabel("bytes a page, as float16; /n: pool_factor n")
+        axes.set_xlabel("bytes a page")
         axes.set_ylabel(f"{MAIN_METRIC.title} x100")
         axes.grid(alpha=0.3)
         axes.margins(y=0.15)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, fontsize="small")
         figure.savefig(file, format="svg", metadata={"Date": None})

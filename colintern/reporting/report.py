@@ -46,7 +46,7 @@ def render_report(
         examples,
         title=f"{folder.resolve().name} {model.revision[:8]}",
         headline=_summarize_benchmarks(evaluation),
-        smaller=None if size == FULL_SIZE else size,
+        smaller=None if size == FULL_SIZE else ", ".join(f"{key} {value}" for key, value in size.items()),
         training=_read_training(folder),
         metrics=RANKING_METRICS,
         bars=Markup(plots.plot_bars(list_bars(evaluation), f"{MAIN_METRIC.title} by task")),

@@ -58,6 +58,27 @@ def maxsim_scores(
     return scores
 
 
+def rescore_best(
+    scores: Tensor, queries: Sequence[Tensor], pages: Sequence[Tensor], k: int, device: torch.device
+) -> None:
+    """Replace each query's k best scores, in place, by those with other vectors of the same pages.
+
+    The other pages keep their order, below the k best.
+
+    Args:
+        scores: (queries, pages) float32 on the CPU.
+        queries: see `maxsim_scores`.
+        pages: see `maxsim_scores`.
+        k: pages rescored, at least 1.
+        device: where the scores are computed.
+    """
+    best = scores.topk(min(k, scores.shape[1])).indices
+    for row, query, columns in zip(scores, queries, best, strict=True):
+        rescored = maxsim_scores([query], [pages[column] for column in columns], device)[0]
+        row -= row.amax() - rescored.amin() + 1
+        row[columns] = rescored
+
+
 def _validate_shapes(queries: Sequence[Tensor], pages: Sequence[Tensor]) -> None:
     dim = queries[0].shape[1:] if len(queries) else None
     for kind, items in (("query", queries), ("page", pages)):

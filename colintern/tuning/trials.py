@@ -17,7 +17,6 @@ from optuna import samplers
 from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import TrialState
 
-from colintern.evaluation.results import BYTES_PER_NUMBER
 from colintern.tuning.experiments import (
     ClaimedTrial,
     list_experiments,
@@ -31,6 +30,7 @@ from colintern.tuning.trial_context import MEASURED, SETTINGS, SIZE, STARTED, ST
 
 # User attributes of trials.
 SLOT, CAUSE, EXPERIMENT, NUM_COMPUTED, CPU_SECONDS = "slot", "cause", "experiment", "pages computed", "CPU seconds"
+FLOAT16_BYTES = 2  # of a number, as vector stores keep embeddings
 FULL_SIZE = "size"  # user attribute of a study: {pool_factor, dim} of params.yaml
 # Not caused by the settings: a signal, a lock that DVC does not wait for.
 TRANSIENT = re.compile(r"exited with 75|Unable to acquire (?:\w+ )?lock|is busy, it is being blocked")
@@ -168,7 +168,7 @@ def record_score(study: optuna.Study, storage: StudyStorage, trial: ClaimedTrial
     attributes = study.get_trials(deepcopy=False)[int(name.rpartition("-")[2])].user_attrs
     measured = attributes.get(MEASURED) or {}
     if against == BYTES_PER_PAGE and "vectors_per_page" in measured:
-        score, second = measured[SCORE], measured["vectors_per_page"] * attributes[SIZE][1] * BYTES_PER_NUMBER
+        score, second = measured[SCORE], measured["vectors_per_page"] * attributes[SIZE][1] * FLOAT16_BYTES
     elif against in measured:
         second = measured[against]
     else:  # the storage could not be reached, or a try that was killed made all steps
