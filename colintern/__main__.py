@@ -100,7 +100,7 @@ class _PrintVersion(argparse.Action):
 
             project = Path(__file__).parents[1] / "pyproject.toml"
             number = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
-        print(f"colintern {number}")
+        sys.stdout.write(f"colintern {number}\n")
         parser.exit()
 
 

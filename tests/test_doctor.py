@@ -338,7 +338,7 @@ def test_training_stops_before_it_loads_a_model_where_a_check_fails(tmp_path, mo
     (tmp_path / "base").mkdir()
     shutil.copy(BASE / "config.json", tmp_path / "base")  # no weights: whoever loads them fails in another way
     run_preflight(dataclasses.replace(DEMO, lr=0.02), "base")
-    assert "warning: learning rate: 0.02, not within" in capsys.readouterr().out
+    assert "warning: learning rate: 0.02, not within" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"head included: .*\n?.*custom_text_proj") as stopped:
         run_preflight(dataclasses.replace(DEMO, lora_targets=DEMO.lora_targets[:-1]), "base")
     assert stopped.value.exit_code == 2

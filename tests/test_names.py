@@ -1,4 +1,4 @@
-"""Names are those of the field: few functions have one-word names, and no two definitions share a name."""
+"""Names are the field's: few one-word names, no name twice; only commands and stages print."""
 
 import ast
 import re
@@ -45,3 +45,14 @@ def test_no_class_or_public_function_has_the_name_of_another():
         if is_top and not node.name.startswith("_") and node.name not in ENTRY_POINTS:
             modules[node.name].append(module)
     assert not {name: found for name, found in modules.items() if len(found) > 1}
+
+
+def test_only_commands_and_stages_print():
+    """All else logs: a program that imports it decides what is shown, and ranks other than 0 are silent."""
+    printing = {
+        file.relative_to(ROOT).as_posix()
+        for file in (ROOT / "colintern").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "tqdm.write")
+    }
+    assert {name for name in printing if not name.startswith("colintern/commands/")} == set()

@@ -6,7 +6,8 @@ import os
 import sys
 from textwrap import wrap
 
-from colintern.core.terminal import TERMINAL_COLUMNS, escape_controls, print_coloured
+from colintern.commands import print_coloured
+from colintern.core.terminal import TERMINAL_COLUMNS, escape_controls
 from colintern.params import load_params
 from colintern.storage.paths import require_base
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, NamedTuple
 
+from colintern.commands import print_phase
 from colintern.core.errors import UserError
 from colintern.core.rules import parse_mixture
-from colintern.core.terminal import print_phase
 from colintern.params import Params, load_params, update_params
 from colintern.storage.paths import require_base
 

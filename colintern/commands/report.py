@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
+from colintern.commands import print_phase
 from colintern.core.errors import UserError
-from colintern.core.terminal import print_phase
 from colintern.params import load_params
 from colintern.storage.paths import require_model, require_new_file
 

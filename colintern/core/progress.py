@@ -26,7 +26,8 @@ class ProgressBar(tqdm):
         if not self.is_log:
             return bool(super().display(msg, pos))
         if msg is None and time.monotonic() >= self.next_line:
-            print(self, file=self.fp, flush=True)
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
             self.next_line, self.printed = time.monotonic() + LOG_INTERVAL, self.n
         return False
 

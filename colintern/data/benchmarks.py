@@ -1,6 +1,7 @@
 """Resolve `benchmarks` to mteb tasks: the demo, folders in mteb's layout, mteb's own benchmarks and tasks."""
 
 import difflib
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from colintern.data.formats import check_beir_layout, get_benchmark_label, get_t
 from colintern.data.images import InvalidImageError, decode_image
 from colintern.storage.identity import content_hash
 from colintern.storage.manifest import MANIFEST, ensure_benchmark, get_arrow_name, is_local_benchmark, read_data_file
+
+logger = logging.getLogger(__name__)
+
 
 BEIR_COLUMNS = {
     "corpus": ["corpus-id", "image"],
@@ -167,7 +171,7 @@ def _resolve_entry(entry: str) -> tuple[str, list[AbsTask]]:
     if len(private) == len(tasks):
         raise UserError(f"benchmarks: {entry!r}: its data is not public, so there is nothing to evaluate")
     if private:
-        print(f"{entry}: left out, because their data is not public: {', '.join(private)}")
+        logger.info(f"{entry}: left out, because their data is not public: {', '.join(private)}")
     for task in tasks:
         metadata = task.metadata
         if not isinstance(task, AbsTaskRetrieval) or metadata.category not in ("t2i", "t2it"):

@@ -7,6 +7,7 @@ Deleting the cache costs time and changes no result.
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -26,6 +27,9 @@ from colintern.encoding.workers import check_workers, init_worker, stop_workers_
 from colintern.modeling.images import to_rgb
 from colintern.storage.identity import code_hashes
 from colintern.storage.lock import locked
+
+logger = logging.getLogger(__name__)
+
 
 NUM_ERROR_PAGES = 64  # the error of fp8 is measured on the same first pages, whatever the cache contains
 FEATURES_DIR = "data/.features"  # below the repository's root
@@ -111,7 +115,7 @@ class PageFeatures:
             sums = read_quantization_error(stored)
             error, values = error + sums.error, values + sums.values
         self.relative_error = (error / values) ** 0.5 if values else 0.0
-        print(f"page features in fp8: relative error {self.relative_error:.2%} over {len(pages)} pages")
+        logger.info(f"page features in fp8: relative error {self.relative_error:.2%} over {len(pages)} pages")
 
     def _precompute_missing(self, distinct: dict[str, Page], workers: int) -> None:
         check_workers(workers)
@@ -143,7 +147,7 @@ class PageFeatures:
                     break
             self.cache.flush()
         cached = sum(key in self.cache for key in distinct)
-        print(f"page features: {computed} computed, {cached} of {len(distinct)} pages in the cache")
+        logger.info(f"page features: {computed} computed, {cached} of {len(distinct)} pages in the cache")
 
 
 class TileDataset(Dataset):

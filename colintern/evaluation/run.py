@@ -6,6 +6,7 @@ that decides its scores: a run that was killed, or that has one task more, runs 
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,9 @@ from colintern.params import Params
 from colintern.storage.files import dumps
 from colintern.storage.identity import fingerprint
 from colintern.storage.lock import locked
+
+logger = logging.getLogger(__name__)
+
 
 TIME_KEYS = ("evaluation_time", "date", "evaluation_phases", "kg_co2_emissions")  # of mteb's files; all may be null
 TIMING_FILE = "logs/eval-timing.json"  # not an out of any stage
@@ -94,7 +98,7 @@ def run_or_load(model: EvalModel, tasks: Sequence[AbsTask], batch_size: int, dim
             data = {"revision": task.metadata.dataset["revision"], "subsets": list(task.hf_subsets)}
             folders[name] = store / f"{name}-{fingerprint(data)[:16]}"
             if folders[name].is_dir() and _is_readable(folders[name], model, name):
-                print(f"{model.name}: {name}: finished before, its results are taken")
+                logger.info(f"{model.name}: {name}: finished before, its results are taken")
                 continue
             encoder = encoder or model.load_encoder()  # loaded only where there is something to do
             _run_task(encoder, task, batch_size, dim, folders[name])
@@ -137,7 +141,7 @@ def _is_readable(folder: Path, model: EvalModel, task: str) -> bool:
         json.loads((folder / SIZE_FILE).read_text())
         read_query_results(folder / QUERIES_FILE)
     except (OSError, ValueError, KeyError) as error:
-        print(f"warning: {folder}: {str(error).partition(chr(10))[0]}; the task is run again")
+        logger.warning(f"{folder}: {str(error).partition(chr(10))[0]}; the task is run again")
         return False
     return True
 

@@ -5,6 +5,7 @@ and, if wanted, split (train, dev or test). A query with several lines is answer
 pseudo-queries are made from the PDFs' own text layer, and named so wherever their numbers appear.
 """
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
@@ -32,6 +33,9 @@ from colintern.ingest.render_cache import RenderCache, RenderedPdf, fill_missing
 from colintern.storage.files import irregular_type, list_files
 from colintern.storage.isolation import Failure, IsolatedPool
 from colintern.storage.manifest import get_digests
+
+logger = logging.getLogger(__name__)
+
 
 QUERY_FILES = ("queries.csv", "queries.jsonl")
 OUTLINE, TEXT = "outline entries", "text layers"  # kinds of invalid rows that cost no page and no question
@@ -142,7 +146,7 @@ def _store_pages(
     known = {(name, index): pdf.pages.get(index) for name, pdf in pdfs.items() for index in range(pdf.count or 0)}
     num_missing = sum(page is None for page in known.values())
     if num_missing < len(known):
-        print(f"rendered before: {len(known) - num_missing} of {len(known)} pages")
+        logger.info(f"rendered before: {len(known) - num_missing} of {len(known)} pages")
 
     def render_missing_pages(pages: Sequence[tuple[str, int]]) -> Iterable[RenderedPage | Failure]:
         groups = group_pages(PageRef(files[name], index) for name, index in pages)

@@ -8,6 +8,7 @@ pages are kept apart, by the content of their PDF. Deleting `data/own/.made` cos
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -33,6 +34,9 @@ from colintern.storage.files import LINKED_FOLDER, dumps, list_files
 from colintern.storage.identity import code_hashes, content_hash
 from colintern.storage.lock import get_last_use, is_in_use, locked
 from colintern.storage.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, hash_local_files, hash_source_files
+
+logger = logging.getLogger(__name__)
+
 
 MADE = "data/own/.made"
 RENDERED = "rendered"  # beside the keys of a folder, see `render_cache.py`
@@ -98,7 +102,7 @@ def convert_documents(folder: str, reader: DocumentReader) -> UserDocuments:
             _remove(path for path in sorted(others, key=get_last_use)[:-1] if not is_in_use(path))
             if not any(name.lower().endswith(".pdf") for name in made_from["files"]):
                 _remove([target.parent / RENDERED])
-    print(_format_summary(folder, summary))
+    logger.info(_format_summary(folder, summary))
     return UserDocuments(made, made_from, summary)
 
 

@@ -5,6 +5,7 @@ written to logs/, and are in nothing that DVC compares. The GPU's part was never
 written.
 """
 
+import logging
 import statistics
 import subprocess
 import time
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from colintern.core.project import root
@@ -36,6 +36,9 @@ from colintern.monitoring.health import (
 from colintern.params import Params
 from colintern.storage.files import dumps
 from colintern.training.trainer import ContrastiveTrainer, RunCallback
+
+logger = logging.getLogger(__name__)
+
 
 MAX_SECONDS_PER_PAIR = 10 / 64  # the guide's warning sign on a GPU: 10 s a step of 64 pairs
 SEVERITIES = (OK, WARN, BAD)
@@ -66,7 +69,7 @@ class LossCurveMonitor(RunCallback):
         for finding in self._apply_rules(state):
             severity = SEVERITIES.index(finding.verdict)
             if severity > self.reported.get(finding.name, 0):
-                tqdm.write(f"step {state.global_step}:\n{format_finding(finding)}")  # above a progress bar
+                logger.info(f"step {state.global_step}:\n{format_finding(finding)}")  # above a progress bar
                 self.reported[finding.name] = severity
 
     def save_artifacts(self, trainer: ContrastiveTrainer, folder: Path) -> dict[str, float | str]:
@@ -75,7 +78,7 @@ class LossCurveMonitor(RunCallback):
         masked_pairs = trainer.metric_accumulator.total_false_negatives
         result = {"verdict": health.verdict, "masked_pairs": masked_pairs} | findings_to_json(health.findings)
         (folder / HEALTH).write_text(dumps(result))
-        print(format_health(health))
+        logger.info(format_health(health))
         return {"verdict": health.verdict}
 
     def assess(self, state: TrainerState) -> RunHealth:
@@ -153,7 +156,7 @@ class ThroughputMonitor(RunCallback):
         path.parent.mkdir(exist_ok=True)
         path.write_text(dumps(timing | {"health": findings_to_json(findings)}))
         for finding in findings:
-            print(format_finding(finding))
+            logger.info(format_finding(finding))
         return {}
 
 

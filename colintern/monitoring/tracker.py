@@ -7,6 +7,7 @@ from the checkpoints' history, without a tracker.
 
 import dataclasses
 import importlib.util
+import logging
 import os
 import re
 import secrets
@@ -21,6 +22,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.params import Params
+
+logger = logging.getLogger(__name__)
+
 
 # Seconds for W&B to start a run, and to send the rest at its end: a preempted machine has 30.
 INIT_TIMEOUT, FINISH_TIMEOUT = "20", 20
@@ -65,7 +69,7 @@ class TrackerCallback(TrainerCallback):
         checkpoints = Path(str(args.output_dir)).parent
         try:
             if self.params.tracker == "wandb":
-                print(f"W&B: {self._start_wandb(checkpoints)}", flush=True)
+                logger.info(f"W&B: {self._start_wandb(checkpoints)}")
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(root() / "logs" / "tensorboard" / checkpoints.name))
             self.callback = get_reporting_integration_callbacks(self.params.tracker)[0]()
         except Exception as error:
@@ -99,7 +103,7 @@ class TrackerCallback(TrainerCallback):
         if isinstance(error, UserError):  # of a second signal, which may arrive anywhere
             raise error
         self.callback = None
-        print(f"warning: tracker {self.params.tracker} ends, training continues: {format_error(error)}", flush=True)
+        logger.warning(f"tracker {self.params.tracker} ends, training continues: {format_error(error)}")
 
     def _start_wandb(self, checkpoints: Path) -> str:
         """Start or resume the run; return where it can be seen.
@@ -134,7 +138,7 @@ class TrackerCallback(TrainerCallback):
                 with suppress(Exception):
                     wandb.teardown()  # else the id counts as in use
                 folder = wandb.init(**options, mode="offline").settings.sync_dir
-                print(f"warning: W&B cannot be used, the run is kept offline: {format_error(error)}", flush=True)
+                logger.warning(f"W&B cannot be used, the run is kept offline: {format_error(error)}")
                 return f"send it later with `wandb sync {folder}`"
         run = wandb.init(**options)
         return mode if mode == "disabled" else f"{mode}, `wandb sync {run.settings.sync_dir}` sends it"

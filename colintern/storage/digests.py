@@ -6,6 +6,7 @@ training hashes every file with `force`: two minutes for 100 GB on two slow core
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from colintern.core.progress import ProgressBar
+
+logger = logging.getLogger(__name__)
+
 
 RECORD = "data/.digests.json"  # below the repository's root; without it files are hashed again
 MAX_THREADS = 8  # hashing releases the GIL
@@ -83,7 +87,7 @@ class Digests:
                 shutil.rmtree(self.record)
             os.replace(partial_record, self.record)
         except OSError as error:
-            print(f"warning: {self.record}: cannot be written: {error.strerror}; files will be hashed again")
+            logger.warning(f"{self.record}: cannot be written: {error.strerror}; files will be hashed again")
             with suppress(OSError):
                 partial_record.unlink(missing_ok=True)
 

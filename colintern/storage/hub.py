@@ -10,6 +10,7 @@ Added here is what it does not do:
 """
 
 import errno
+import logging
 import os
 import shutil
 import signal
@@ -46,6 +47,9 @@ from colintern.core.errors import UserError
 from colintern.core.progress import ProgressBar
 from colintern.storage.digests import Digests
 from colintern.storage.files import DANGLING, MISSING, irregular_type
+
+logger = logging.getLogger(__name__)
+
 
 RETRY_WAITS_SECONDS = (1, 2, 4, 8)  # after the last one the repository is given up
 STALE_PARTIAL_SECONDS = 3600  # age from which no process writes a partial file any more: a killed one left it
@@ -207,11 +211,11 @@ def ensure_downloaded(files: Sequence[HubFile], digests: Digests) -> None:
     remove_stale_partials({file.repo for file in missing})
     total = _check_disk_space(missing)
     if missing:
-        print(f"fetching {len(missing)} files, {total / 1e9:.2f} GB, into {constants.HF_HUB_CACHE}", flush=True)
+        logger.info(f"fetching {len(missing)} files, {total / 1e9:.2f} GB, into {constants.HF_HUB_CACHE}")
     _download(missing)
     wrong = _list_wrong_files(files, digests)
     for file in wrong:
-        print(f"{file.cached}: not the bytes the hub names; fetching it again", flush=True)
+        logger.info(f"{file.cached}: not the bytes the hub names; fetching it again")
     _download(wrong, force=True)
     for file in _list_wrong_files(wrong, digests):
         # Both the link and its target, or the next reader would find a file.
@@ -278,7 +282,7 @@ def _download(files: Sequence[HubFile], force: bool = False) -> None:
             except (HTTPError, OSError, ValueError, RuntimeError) as error:
                 if wait is None or not is_retryable(error):
                     raise to_user_error(error, repo) from error
-                print(f"{repo.name}: {describe_hub_error(error)}; trying again in {wait} s", flush=True)
+                logger.info(f"{repo.name}: {describe_hub_error(error)}; trying again in {wait} s")
                 time.sleep(wait)
 
 

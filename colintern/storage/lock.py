@@ -1,6 +1,7 @@
 """Lock files for one process at a time, and folders for shared use; a lock ends with its process."""
 
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from typing import TextIO
 
 from colintern.core.errors import UserError
 from colintern.storage.files import irregular_type
+
+logger = logging.getLogger(__name__)
+
 
 MAX_ORPHAN_SECONDS = 30  # the data loader of a killed trainer ends within this time: it checks every 5 s
 
@@ -40,7 +44,7 @@ def locked(path: Path, waiting: str = "") -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if waiting:
-                print(waiting, flush=True)
+                logger.info(waiting)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

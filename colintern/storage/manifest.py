@@ -5,6 +5,7 @@ Stages get folders of files from here: a file that is missing or was changed is 
 
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -30,6 +31,9 @@ from colintern.storage.hub import (
 )  # fmt: skip
 from colintern.storage.identity import fingerprint
 from colintern.storage.lock import mark_in_use, open_lock
+
+logger = logging.getLogger(__name__)
+
 
 MANIFEST = "data/manifest.json"
 ARROW = "data/.arrow"  # mteb's copies of the pages it ranks; below the repository's root
@@ -82,7 +86,7 @@ def hash_local_files(folder: str, suffixes: tuple[str, ...]) -> Files:
         others = f" ({describe_refused(refused)})" if top.is_dir() and refused else ""
         raise UserError(f"{folder}: the folder {state}{others}; give `demo`, a folder, or a hub id with its revision")
     if refused:
-        print(f"{folder}: not read: {describe_refused(refused)}")
+        logger.info(f"{folder}: not read: {describe_refused(refused)}")
     return Files(folder, "", _hash_below(top, [path.relative_to(top).as_posix() for path in paths]))
 
 

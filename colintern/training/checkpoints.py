@@ -6,6 +6,7 @@ and listed with its sha256: a named checkpoint is complete, and later corruption
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -15,7 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from colintern.core.errors import UserError
@@ -25,6 +25,9 @@ from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.storage.identity import content_hash
 from colintern.storage.outs import FINISHED_MARK
 from colintern.training.distributed import EXIT_INTERRUPTED, DistributedContext
+
+logger = logging.getLogger(__name__)
+
 
 SAVING_FOLDER = "saving"
 HASHES_FILE = "files.json"  # of a checkpoint: sha256 of each other file
@@ -78,7 +81,7 @@ class GracefulShutdown(TrainerCallback):
                 f"ended by {name}; the same command resumes from the last checkpoint, if there is one"
             )
         self.signal_number = number
-        tqdm.write(f"{name}: a checkpoint after this step, then the end; again to end at once")
+        logger.info(f"{name}: a checkpoint after this step, then the end; again to end at once")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
         """From now on a signal waits for the end of the step."""
@@ -154,7 +157,7 @@ def latest_valid_checkpoint(folder: Path) -> Path | None:
     for checkpoint in _list_checkpoints(folder):
         if not (problem := validate_checkpoint(checkpoint)):
             return checkpoint
-        print(f"warning: {problem}; resuming from an older checkpoint")
+        logger.warning(f"{problem}; resuming from an older checkpoint")
         _delete(checkpoint)
     return None
 

@@ -4,6 +4,7 @@ Checkpoints are in `.scratch/`, in a folder named by the run's fingerprint, so t
 run's files. The folder is deleted once the adapter is in place and DVC has recorded it.
 """
 
+import logging
 import math
 import os
 import shutil
@@ -41,6 +42,9 @@ from colintern.training.distributed import SINGLE_PROCESS, DistributedContext, p
 from colintern.training.loss import make_contrastive_loss
 from colintern.training.pairs import TrainingDataset, load_training_pairs
 from colintern.training.trainer import ContrastiveTrainer, NonFiniteError, RetrievalEvaluator, RunCallback
+
+logger = logging.getLogger(__name__)
+
 
 Callbacks = Sequence[TrainerCallback]
 MIN_EVALUATIONS = 4  # of the dev set in a run
@@ -157,9 +161,10 @@ def build_trainer(
     dataset = TrainingDataset(train, features)
     evaluator = RetrievalEvaluator(dev, features, params.eval_batch_size)
     used = params.attention if get_kernel_entry(params.attention) else attention
-    print(f"{len(train)} training pairs; dev: {len(dev)} queries on {len(evaluator.pages)} pages; attention: {used}")
+    num_pages = len(evaluator.pages)
+    logger.info(f"{len(train)} training pairs; dev: {len(dev)} queries on {num_pages} pages; attention: {used}")
     if num_truncated := processor.count_truncated([pair.query for pair in (*train, *dev)]):
-        print(f"{num_truncated} of {len(train) + len(dev)} queries are longer than max_query_tokens and are cut")
+        logger.info(f"{num_truncated} of {len(train) + len(dev)} queries are longer than max_query_tokens and are cut")
     return assemble_trainer(params, model, processor, args, evaluator, dataset, callbacks, context)
 
 
@@ -252,7 +257,7 @@ def run_trainer(trainer: ContrastiveTrainer, folder: Path, checkpoint: str) -> N
     """Train to the last step or a signal, from `checkpoint`, or from the start if it is ""."""
     folder.mkdir(parents=True, exist_ok=True)
     if checkpoint:
-        print(f"resuming from {checkpoint}")
+        logger.info(f"resuming from {checkpoint}")
         if not Path(checkpoint).is_dir():
             raise UserError(f"{checkpoint}: not here; several machines need one folder that all of them see")
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")

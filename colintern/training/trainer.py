@@ -6,6 +6,7 @@ arXiv 2101.06983): (1) embed mini-batches without a graph, (2) compute the loss 
 respect to each embedding, (3) embed each mini-batch again with a graph and backpropagate its cached gradient.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -35,6 +36,8 @@ from colintern.training.distributed import SIDES, SINGLE_PROCESS, Batch, BatchSh
 from colintern.training.loss import Loss, find_false_negatives
 from colintern.training.mini_batching import plan_mini_batches, scatter_to_batch_order, slice_mini_batch
 from colintern.training.pairs import Collator, TrainingDataset, TrainingPair
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(UserError):
@@ -219,7 +222,7 @@ class ContrastiveTrainer(Trainer):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             size = self.micro_batch_size
-            print(f"out of memory: micro_batch_size is now {size}; the batch and its gradient do not change")
+            logger.info(f"out of memory: micro_batch_size is now {size}; the batch and its gradient do not change")
 
     def gradcache_forward_backward(self, model: Any, batch: Batch, shards: BatchShards) -> Tensor:
         """Compute the loss of the whole batch and add its gradient to the adapters; see the top of this module.

@@ -3,6 +3,7 @@
 A run that is not stopped gives the same bytes as a run outside a study.
 """
 
+import logging
 import os
 import signal
 import threading
@@ -30,6 +31,9 @@ from colintern.tuning.trial_context import (
     make_pruner,
     open_storage,
 )
+
+logger = logging.getLogger(__name__)
+
 
 T = TypeVar("T")
 
@@ -136,7 +140,7 @@ class OptunaPruningCallback(RunCallback):
         except (StorageInternalError, SQLAlchemyError) as error:
             self.is_disabled = True  # the message could name the storage, and with it a password
             name = type(error).__name__
-            print(f"warning: the study's storage does not answer ({name}); training continues without pruning")
+            logger.warning(f"the study's storage does not answer ({name}); training continues without pruning")
         return None
 
 
