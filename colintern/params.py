@@ -8,12 +8,12 @@ import difflib
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import UnionType
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
@@ -34,6 +34,9 @@ from colintern.core.rules import (
     one_of,
     parse_mixture,
 )
+
+if TYPE_CHECKING:
+    from ruamel.yaml.nodes import Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ MAX_BYTES, MAX_DIGITS = 100_000, 4000  # of a file of settings, and of a number 
 MAX_SHOWN_CHARACTERS = 80
 TYPES = get_type_hints(Params, include_extras=True)
 LIST = tuple[str, ...]
-TYPE_NAMES: dict[Any, str] = {
+TYPE_NAMES: dict[object, str] = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
@@ -137,12 +140,12 @@ def load_recipe(recipe: Path) -> Params:
         return load_params(path)
 
 
-def list_problems(values: dict[str, Any]) -> list[str]:
+def list_problems(values: Mapping[str, object]) -> list[str]:
     """Return a message for each problem of the values of a params.yaml."""
     return _validate(values)[1]
 
 
-def update_params(path: str | Path, values: dict[str, Any]) -> list[str]:
+def update_params(path: str | Path, values: Mapping[str, object]) -> list[str]:
     """Write values into a params.yaml as `dvc exp run -S` does, which keeps comments; return the keys that changed."""
     from dvc.utils.hydra import apply_overrides
 
@@ -152,7 +155,7 @@ def update_params(path: str | Path, values: dict[str, Any]) -> list[str]:
     return [key for key in values if getattr(before, key) != getattr(after, key)]
 
 
-def format_override(key: str, value: Any) -> str:
+def format_override(key: str, value: object) -> str:
     """Format KEY=VALUE as `dvc exp run -S` takes it."""
     if isinstance(value, bool):
         return f"{key}={str(value).lower()}"
@@ -162,7 +165,7 @@ def format_override(key: str, value: Any) -> str:
     return f"{key}={value}"
 
 
-def read_yaml_mapping(path: Path, form: str, hint: str) -> tuple[dict[Any, Any], list[str]]:
+def read_yaml_mapping(path: Path, form: str, hint: str) -> tuple[dict[str, Any], list[str]]:
     """Read a YAML 1.2 file: its mapping, and one problem for each repeated key.
 
     Args:
@@ -201,7 +204,7 @@ def read_yaml_mapping(path: Path, form: str, hint: str) -> tuple[dict[Any, Any],
     return raw, list(_list_repeated_keys(node))
 
 
-def _list_repeated_keys(mapping: Any) -> Iterator[str]:
+def _list_repeated_keys(mapping: "Node") -> Iterator[str]:
     """Yield a problem for each key that a mapping, or one inside it, repeats."""
     values_of_keys = defaultdict(list)
     for key, value in mapping.value:
@@ -214,7 +217,7 @@ def _list_repeated_keys(mapping: Any) -> Iterator[str]:
             yield f"{name}: given {len(values)} times: {', '.join(values)}; keep one"
 
 
-def _find_unsupported_yaml(top: Any) -> str:
+def _find_unsupported_yaml(top: "Node | None") -> str:
     """Describe the first alias, merge key or endless number of a YAML document, with its line; "" if there is none."""
     pending, seen = [top], set()
     while pending:
@@ -237,7 +240,7 @@ def _find_unsupported_yaml(top: Any) -> str:
     return ""
 
 
-def _validate(raw: dict[Any, Any]) -> tuple[dict[str, Any], list[str]]:
+def _validate(raw: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
     """Return the valid values of a file, converted, and its problems."""
     problems = _check_keys(raw)
     valid: dict[str, Any] = {}
@@ -250,7 +253,7 @@ def _validate(raw: dict[Any, Any]) -> tuple[dict[str, Any], list[str]]:
     return valid, problems + _check_batches(valid) + _check_revisions(valid)
 
 
-def _check_keys(raw: dict[Any, Any]) -> list[str]:
+def _check_keys(raw: Mapping[str, object]) -> list[str]:
     missing = [key for key in TYPES if key not in raw]
     unknown = {str(key): value for key, value in raw.items() if key not in TYPES}
     problems = []
@@ -266,7 +269,7 @@ def _check_keys(raw: dict[Any, Any]) -> list[str]:
     return problems
 
 
-def _check_value(key: str, value: Any) -> list[str]:
+def _check_value(key: str, value: object) -> list[str]:
     """Return what is wrong with a value by itself; with a list, what is wrong with each of its entries."""
     kind, rules = _get_type_and_rules(key)
     named = {key: value}
@@ -279,17 +282,17 @@ def _check_value(key: str, value: Any) -> list[str]:
     ]
 
 
-def _has_type(kind: Any, value: Any) -> bool:
+def _has_type(kind: object, value: object) -> bool:
     if kind is float:  # compared, not converted: nan, inf and whole numbers too large for a float all fail here
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+        return isinstance(value, int | float) and type(value) is not bool and abs(value) <= sys.float_info.max
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     return type(value) in kinds  # not isinstance, because True is an instance of int
 
 
-def _convert(key: str, value: Any) -> Any:
+def _convert(key: str, value: object) -> object:
     if isinstance(value, list):
         return tuple(value)
-    return float(value) if _get_type_and_rules(key)[0] is float else value
+    return float(value) if isinstance(value, int) and _get_type_and_rules(key)[0] is float else value
 
 
 def _check_batches(valid: dict[str, Any]) -> list[str]:
@@ -352,7 +355,7 @@ def split_hub_id(key: str, text: str, hint: str = "") -> tuple[str, str]:
     return name, revision
 
 
-def _get_type_and_rules(key: str) -> tuple[Any, list[Rule]]:
+def _get_type_and_rules(key: str) -> tuple[object, list[Rule]]:
     kind, *rules = get_args(TYPES[key]) or (TYPES[key],)
     return kind, rules
 
@@ -361,11 +364,11 @@ def _describe(key: str) -> str:
     return _format_rules(*_get_type_and_rules(key))
 
 
-def _format_rules(kind: Any, rules: list[Rule]) -> str:
+def _format_rules(kind: object, rules: list[Rule]) -> str:
     return (", each " if kind == LIST else ", ").join([TYPE_NAMES[kind], *(rule.description for rule in rules)])
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     text = repr(value)
     shown = text if len(text) <= MAX_SHOWN_CHARACTERS else text[: MAX_SHOWN_CHARACTERS - 3] + "..."
     return f"{shown} ({type(value).__name__})"

@@ -1,4 +1,4 @@
-"""Names are the field's: few one-word names, no name twice; only commands and stages print."""
+"""Names and types are the field's: few one-word names, no name twice, few `Any`; only commands and stages print."""
 
 import ast
 import re
@@ -9,6 +9,7 @@ from conftest import ROOT
 
 TOPS = ("colintern", "stages", "demo")
 MAX_ONE_WORD_SHARE = 0.25
+MAX_ANY_PER_1000_LINES = 8
 # One-word names of torch, transformers, PEFT, mteb, DVC, tqdm and the standard library for the same thing.
 FIELD_WORDS = frozenset(
     "backward close collate encode flush forward get load main open pack pool read render run save score similarity "
@@ -56,3 +57,11 @@ def test_only_commands_and_stages_print():
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "tqdm.write")
     }
     assert {name for name in printing if not name.startswith("colintern/commands/")} == set()
+
+
+def test_few_values_have_no_type():
+    files = [file.read_text() for file in (ROOT / "colintern").rglob("*.py")]
+    num_lines = sum(len(text.splitlines()) for text in files)
+    nodes = (node for text in files for node in ast.walk(ast.parse(text)))
+    num_any = sum(isinstance(node, ast.Name) and node.id == "Any" for node in nodes)
+    assert num_any <= MAX_ANY_PER_1000_LINES * num_lines / 1000, f"{num_any} of Any in {num_lines} lines"

@@ -74,7 +74,7 @@ def _evaluate_settings(
     from colintern.evaluation.results import add_untrained_means
     from colintern.evaluation.run import evaluate_models
     from colintern.reporting.plots import plot_sizes
-    from colintern.storage.files import dumps, write_csv
+    from colintern.storage.files import format_json, write_csv
 
     label = re.sub(r"[^\w.-]+", "-", Path(name.partition("@")[0]).name)
     out = args.out or Path("results/evaluate") / f"{label}-{models[0]['trained'].revision[:8]}"
@@ -86,7 +86,7 @@ def _evaluate_settings(
         folder = out / f"pool{params.pool_factor}-dim{params.dim}" if has_several else out
         scores = evaluate_models(which, params, folder)
         means = add_untrained_means(scores["trained"], scores.get("untrained"))
-        (folder / "eval.json").write_text(dumps(means))
+        (folder / "eval.json").write_text(format_json(means))
         if has_several:
             rows += list_size_rows(scores["trained"], params.pool_factor, params.dim)
     if has_several:

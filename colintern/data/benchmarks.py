@@ -11,15 +11,22 @@ import mteb
 from datasets import Dataset, Image, config
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.retrieval import AbsTaskRetrieval
+from PIL.Image import Image as PageContent
 
 from colintern.core.errors import UserError
 from colintern.data.formats import check_beir_layout, get_benchmark_label, get_task_name, normalize_id
 from colintern.data.images import InvalidImageError, decode_image
 from colintern.storage.identity import content_hash
-from colintern.storage.manifest import MANIFEST, ensure_benchmark, get_arrow_name, is_local_benchmark, read_data_file
+from colintern.storage.manifest import (
+    MANIFEST,
+    FilesEntry,
+    ensure_benchmark,
+    get_arrow_name,
+    is_local_benchmark,
+    read_data_file,
+)
 
 logger = logging.getLogger(__name__)
-
 
 BEIR_COLUMNS = {
     "corpus": ["corpus-id", "image"],
@@ -86,7 +93,7 @@ def use_fetched_data(task: AbsTask) -> AbsTask:
 class PageImage(Image):
     """A column of pages that are decoded as in training: `datasets` would open every format, PostScript among them."""
 
-    def decode_example(self, value: Any, token_per_repo_id: Any = None) -> Any:
+    def decode_example(self, value: object, token_per_repo_id: object = None) -> PageContent | None:
         """Decode a page from its bytes; None if the row has none, since what a row only names is never fetched.
 
         Raises:
@@ -113,7 +120,7 @@ class _DecodedPagesMixin:
 class _FolderMixin(_DecodedPagesMixin):
     """Read the tables of an mteb task from its folder, and nothing else that is in it."""
 
-    def load_data(self: Any, *args: Any, **kwargs: Any) -> None:
+    def load_data(self: Any, *args: object, **kwargs: object) -> None:
         tables = {table: self._read_table(table, columns) for table, columns in BEIR_COLUMNS.items()}
         relevant: dict[str, dict[str, int]] = {}
         for query, page, score in zip(*(tables["qrels"][column] for column in BEIR_COLUMNS["qrels"]), strict=True):
@@ -138,7 +145,7 @@ class _FolderMixin(_DecodedPagesMixin):
         return Dataset.from_parquet(files, columns=columns, cache_dir=str(copies))
 
 
-def build_folder_task(folder: Path, name: str, entry: dict[str, Any]) -> AbsTask:
+def build_folder_task(folder: Path, name: str, entry: FilesEntry) -> AbsTask:
     """Return a ViDoRe (v1) task that reads `folder`; its revision is a hash of the folder's data.
 
     Its `documents` is the folder that the pages were made from, by the manifest's `entry`; "" for none.
@@ -155,7 +162,8 @@ def build_folder_task(folder: Path, name: str, entry: dict[str, Any]) -> AbsTask
         }
     )
     # A class of its own, because mteb falls back to the metadata of the class when it unloads the data.
-    documents = (entry.get("made_from") or {}).get("folder", "")
+    made_from = entry.get("made_from")
+    documents = made_from["folder"] if made_from else ""
     attributes = {"metadata": metadata, "arrow_name": get_arrow_name(entry), "documents": documents}
     return type(name, (_FolderMixin, vidore), attributes)()
 

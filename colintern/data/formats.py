@@ -129,7 +129,7 @@ def write_beir(
     return folder
 
 
-def normalize_id(value: Any) -> str:
+def normalize_id(value: object) -> str:
     """Return an id of an evaluation set as text, which is how mteb compares ids.
 
     A whole float is the integer: pandas turns integers into floats where a join leaves rows without a partner.
@@ -224,7 +224,7 @@ def _format_card(files: Sequence[Path], pseudo: bool) -> str:
     return "\n".join([*lines, *tag.splitlines(), "---", *note.splitlines(), ""])
 
 
-def _iter_training_records(split: str, rows: Sequence[TrainingRow]) -> Iterator[dict[str, Any]]:
+def _iter_training_records(split: str, rows: Sequence[TrainingRow]) -> Iterator[dict[str, object]]:
     first_rows: dict[tuple[str, str], int] = {}
     hashes: dict[str, bytes] = {}
     image: bytes | Path = b""
@@ -245,7 +245,7 @@ def _iter_training_records(split: str, rows: Sequence[TrainingRow]) -> Iterator[
         }
 
 
-def _iter_corpus_records(corpus: Sequence[CorpusPage]) -> Iterator[dict[str, Any]]:
+def _iter_corpus_records(corpus: Sequence[CorpusPage]) -> Iterator[dict[str, object]]:
     for number, page in enumerate(corpus):
         data = _read_image(f"corpus row {number} (corpus-id {page.corpus_id})", page.image)
         yield {"corpus-id": page.corpus_id, "image": {"bytes": data, "path": page.image_filename}}

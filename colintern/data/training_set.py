@@ -15,7 +15,7 @@ from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.core.rules import parse_mixture
 from colintern.params import Params
-from colintern.storage.manifest import MANIFEST, ensure_files, read_data_file
+from colintern.storage.manifest import MANIFEST, FilesEntry, ensure_files, read_data_file
 
 ROW_INDEX = "data/rows.parquet"
 # Columns of a row that names its pages by their row number in a corpus, as in manu/colpali-queries.
@@ -113,7 +113,7 @@ def load_training_data(params: Params, force: bool = False) -> TrainingData:
     """
     manifest = read_training_manifest(params)
 
-    def check_set(entry: dict[str, Any], name: str, key: str) -> TrainingSet:
+    def check_set(entry: FilesEntry, name: str, key: str) -> TrainingSet:
         folder = ensure_files(entry, key, "dataset", force)
         return TrainingSet(name, folder, sorted(entry["files"]), entry["weight"])
 

@@ -8,7 +8,7 @@ In a program of your own, in any working folder, without a params.yaml:
     model = mteb.get_model("colintern/mine", pool_factor=3)
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from hashlib import sha256
 from inspect import signature
@@ -77,7 +77,12 @@ class ColIntern3_5Encoder(AbsEncoder):
         self.mteb_model_meta = _make_meta(name, revision, settings or {}, n_parameters=num_parameters)
 
     def encode(  # type: ignore[override]  # a list: one padded tensor would take the longest page's memory for each page
-        self, inputs: DataLoader, *, task_metadata: TaskMetadata, prompt_type: PromptType | None = None, **kwargs: Any
+        self,
+        inputs: DataLoader,
+        *,
+        task_metadata: TaskMetadata,
+        prompt_type: PromptType | None = None,
+        **kwargs: object,
     ) -> list[Tensor]:
         """Encode queries or pages to one (tokens, dim) float32 tensor each, on the CPU, in the loader's order.
 
@@ -134,7 +139,7 @@ class ColIntern3_5Encoder(AbsEncoder):
             self.embeddings.put(key + LENGTHS_SUFFIX, torch.tensor([len(page) for page in embeddings]))
         return embeddings
 
-    def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+    def similarity(self, embeddings1: Iterable[Tensor], embeddings2: Iterable[Tensor]) -> Tensor:
         """Compute MaxSim, (queries, pages) float32, of queries with pages, each as `encode` returns them."""
         return maxsim_scores(list(embeddings1), list(embeddings2), next(self.model.parameters()).device)
 

@@ -32,12 +32,11 @@ from colintern.evaluation.results import (
 )
 from colintern.modeling.runtime import configure_cpu_runtime
 from colintern.params import Params
-from colintern.storage.files import dumps
+from colintern.storage.files import format_json
 from colintern.storage.identity import fingerprint
 from colintern.storage.lock import locked
 
 logger = logging.getLogger(__name__)
-
 
 TIME_KEYS = ("evaluation_time", "date", "evaluation_phases", "kg_co2_emissions")  # of mteb's files; all may be null
 TIMING_FILE = "logs/eval-timing.json"  # not an out of any stage
@@ -78,7 +77,7 @@ def evaluate_models(models: Mapping[str, EvalModel], params: Params, out: Path) 
         "size": sizes,
         "folders": {name: folder for name, task in tasks.items() if (folder := getattr(task, "documents", ""))},
     }
-    (partial / "run.json").write_text(dumps(run))
+    (partial / "run.json").write_text(format_json(run))
     shutil.rmtree(out, ignore_errors=True)
     partial.replace(out)
     return scores
@@ -131,7 +130,7 @@ def _run_task(encoder: Any, task: AbsTask, batch_size: int, dim: int, folder: Pa
     write_query_results(partial / QUERIES_FILE, queries)
     # mteb does not report the size of a baseline's embeddings.
     size = compute_page_size(encoder.vector_count, encoder.page_count, dim) if is_own else {}
-    (partial / SIZE_FILE).write_text(dumps(size))
+    (partial / SIZE_FILE).write_text(format_json(size))
     partial.replace(folder)
 
 
@@ -184,8 +183,8 @@ def _move_times(folder: Path) -> None:
         if "evaluation_time" in content:  # model_meta.json has no times
             timings["/".join(path.with_suffix("").parts[-3:])] = {key: content.get(key) for key in TIME_KEYS}
             content |= dict.fromkeys(TIME_KEYS)
-        path.write_text(dumps(content), encoding="utf-8")
+        path.write_text(format_json(content), encoding="utf-8")
     log = root() / TIMING_FILE  # not the copy in which DVC runs a queued experiment: that one is deleted
     known = json.loads(log.read_text(encoding="utf-8")) if log.is_file() else {}
     log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text(dumps(known | timings), encoding="utf-8")
+    log.write_text(format_json(known | timings), encoding="utf-8")

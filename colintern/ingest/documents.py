@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unicodedata import normalize
 
 from colintern.core.errors import UserError
@@ -89,7 +89,7 @@ class ImageStore(NamedTuple):
         return StoredImage(path, key)
 
 
-def read_json_lines(file: Path, documents: RawDocuments, kind: str = "rows") -> Iterator[tuple[str, dict[str, Any]]]:
+def read_json_lines(file: Path, documents: RawDocuments, kind: str = "rows") -> Iterator[tuple[str, dict[str, object]]]:
     """Yield (place, row) of each line that is a JSON object; other lines become invalid rows, blank ones are ignored.
 
     Raises:
@@ -133,7 +133,7 @@ def read_utf8_bytes(file: Path) -> bytes:
     return data.removeprefix(codecs.BOM_UTF8)
 
 
-def resolve_within(folder: Path, name: Any) -> Path:
+def resolve_within(folder: Path, name: object) -> Path:
     """Return the file that a row names.
 
     A row may name what `folder` lists: its files and links to files, whatever these point at. A name that leads out of
@@ -169,7 +169,7 @@ def resolve_within(folder: Path, name: Any) -> Path:
     raise ValueError(f"{name!r} is missing")
 
 
-def find_query_error(query: Any) -> str:
+def find_query_error(query: object) -> str:
     """Return why a query cannot be used, "" if it can. A long one can: the model reads its beginning."""
     if not isinstance(query, str):
         return f"query is not text: {query!r:.80}"
@@ -178,7 +178,7 @@ def find_query_error(query: Any) -> str:
     return "" if query.strip() else f"query is empty: {query!r:.80}"
 
 
-def find_split_error(split: Any) -> str:
+def find_split_error(split: object) -> str:
     """Return why a row's split cannot be used, "" if it can; an empty one means that the page's content decides."""
     return "" if split in ("", None, *SPLITS) else f"split is {split!r:.80}; it must be one of {', '.join(SPLITS)}"
 

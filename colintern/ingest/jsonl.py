@@ -6,7 +6,6 @@ Each line of its `*.jsonl` files is one page: {"image": path below the folder, "
 
 import os
 from pathlib import Path
-from typing import Any
 
 from colintern.data.images import InvalidImageError, normalize_image_bytes
 from colintern.ingest.documents import (
@@ -31,7 +30,7 @@ def read_jsonl_folder(folder: Path, store: ImageStore) -> RawDocuments:
     rows = [row for file in files for row in read_json_lines(file, documents)]
     images: dict[str, StoredImage | str] = {}  # by name; a text is the reason why there is none
     paths = {}
-    for name in sorted({row["image"] for _, row in rows if isinstance(row.get("image"), str)}):
+    for name in sorted({name for _, row in rows if isinstance(name := row.get("image"), str)}):
         try:
             paths[name] = resolve_within(folder, name)
         except ValueError as error:
@@ -61,7 +60,7 @@ def _store_image(task: tuple[Path, ImageStore]) -> StoredImage | str:
     return store.put(data)  # a full disk is not a fault of the page
 
 
-def _add_row(where: str, row: dict[str, Any], images: dict[str, StoredImage | str], documents: RawDocuments) -> None:
+def _add_row(where: str, row: dict[str, object], images: dict[str, StoredImage | str], documents: RawDocuments) -> None:
     documents.unknown_keys.update(row.keys() - KEYS)
     name, split = row.get("image"), row.get("split")
     image = images[name] if isinstance(name, str) else f"names no file: {name!r}"

@@ -7,7 +7,7 @@ pseudo-queries are made from the PDFs' own text layer, and named so wherever the
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -35,7 +35,6 @@ from colintern.storage.isolation import Failure, IsolatedPool
 from colintern.storage.manifest import get_digests
 
 logger = logging.getLogger(__name__)
-
 
 QUERY_FILES = ("queries.csv", "queries.jsonl")
 OUTLINE, TEXT = "outline entries", "text layers"  # kinds of invalid rows that cost no page and no question
@@ -178,7 +177,7 @@ def _find_query_file(folder: Path) -> Path | None:
 
 def _read_queries(folder: Path, file: Path, counts: dict[str, int], documents: RawDocuments) -> None:
     is_jsonl = file.suffix.lower() == ".jsonl"
-    rows: Iterator[tuple[str, dict[str, Any]]] = (
+    rows: Iterator[tuple[str, Mapping[str, Any]]] = (
         docs.read_json_lines(file, documents, "questions") if is_jsonl else read_query_csv(file, counts, documents)
     )
     resolve = cache(partial(resolve_within, folder))  # many rows name the same file

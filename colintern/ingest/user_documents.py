@@ -30,13 +30,12 @@ from colintern.ingest.documents import (
     StoredImage,
     normalize_query,
 )
-from colintern.storage.files import LINKED_FOLDER, dumps, list_files
+from colintern.storage.files import LINKED_FOLDER, format_json, list_files
 from colintern.storage.identity import code_hashes, content_hash
 from colintern.storage.lock import get_last_use, is_in_use, locked
-from colintern.storage.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, hash_local_files, hash_source_files
+from colintern.storage.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, Source, hash_local_files, hash_source_files
 
 logger = logging.getLogger(__name__)
-
 
 MADE = "data/own/.made"
 RENDERED = "rendered"  # beside the keys of a folder, see `render_cache.py`
@@ -51,7 +50,7 @@ class UserDocuments(NamedTuple):
     """A folder as parquet: its place, the files it was made from, and its counts and invalid rows (see `_convert`)."""
 
     made: str
-    made_from: dict[str, Any]
+    made_from: Source
     summary: dict[str, Any]
 
     def list_dataset_files(self, part: str) -> Files:
@@ -69,7 +68,7 @@ class UserDocuments(NamedTuple):
                 f"that share a query are in one split" + (f"; {len(bad)} bad rows, the first:{first}" if bad else "")
             )
         suffixes = TRAIN_SUFFIXES if part == "train" else BEIR_SUFFIXES
-        made_from = self.made_from | {"pseudo": set(self.summary["kinds"]) != {"given"}}
+        made_from: Source = {**self.made_from, "pseudo": set(self.summary["kinds"]) != {"given"}}
         return hash_local_files(f"{self.made}/{part}", suffixes)._replace(made_from=made_from)
 
 
@@ -79,7 +78,7 @@ def convert_documents(folder: str, reader: DocumentReader) -> UserDocuments:
     Raises:
         UserError: rows put one page or one query into two splits; see also the readers.
     """
-    made_from = {"folder": folder, "files": hash_source_files(folder)}
+    made_from: Source = {"folder": folder, "files": hash_source_files(folder)}
     refused = list_files(root() / folder).refused  # named with what is not read
     linked = [name if kind == LINKED_FOLDER else f"{name} ({kind})" for name, kind in refused.items()]
     facts = {
@@ -164,7 +163,7 @@ def _convert(target: Path, folder: str, reader: DocumentReader, file_names: Coll
             if path.is_file()
         },
     }
-    (partial / "summary.json").write_text(dumps(summary), encoding="utf-8")
+    (partial / "summary.json").write_text(format_json(summary), encoding="utf-8")
     os.utime(partial, (0, 0))  # no stage has read it, see `get_last_use`
     os.replace(partial, target)
     return summary

@@ -150,8 +150,8 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     return config
 
 
-def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= MAX_ALPHA
+def _is_alpha(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and 0 < value <= MAX_ALPHA
 
 
 def read_tensors(file: Path) -> State:
@@ -364,13 +364,13 @@ def save_adapter_extras(wrapped: Any, processor: Any, folder: Path) -> None:
 def _limit_cpu_time(seconds: float, message: str) -> Iterator[None]:
     """Raise UserError after so many seconds of CPU time; not in threads, since only the main one handles signals."""
 
-    def stop(*_: Any) -> None:
+    def raise_timeout(*_: object) -> None:
         raise UserError(message)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.signal(signal.SIGVTALRM, stop)
+    handler = signal.signal(signal.SIGVTALRM, raise_timeout)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield

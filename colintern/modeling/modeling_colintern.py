@@ -64,9 +64,9 @@ class ColIntern3_5(BackboneModel):
         self.post_init()
 
     @property
-    def head(self) -> Any:
+    def head(self) -> nn.Linear:
         """Return the projection head, wrapped in LoRA or not."""
-        return self.get_submodule(HEAD)
+        return self.get_submodule(HEAD)  # type: ignore[return-value]
 
     @property
     def decoder_layers(self) -> nn.ModuleList:

@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -34,11 +33,10 @@ from colintern.monitoring.health import (
     suggest_lower_lr,
 )
 from colintern.params import Params
-from colintern.storage.files import dumps
+from colintern.storage.files import format_json
 from colintern.training.trainer import ContrastiveTrainer, RunCallback
 
 logger = logging.getLogger(__name__)
-
 
 MAX_SECONDS_PER_PAIR = 10 / 64  # the guide's warning sign on a GPU: 10 s a step of 64 pairs
 SEVERITIES = (OK, WARN, BAD)
@@ -55,8 +53,9 @@ class LossCurveMonitor(RunCallback):
 
     def on_trainer_init(self, trainer: ContrastiveTrainer) -> None:
         """Look up the bounds for the base and the score of a random ranking."""
-        model: Any = trainer.model
-        self.bounds = get_recommended_bounds(sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n))
+        self.bounds = get_recommended_bounds(
+            sum(p.numel() for n, p in trainer.model.named_parameters() if ".lora_" not in n)
+        )
         self.random_ndcg = trainer.evaluator.random_ndcg
         trainer.hint = f"try {suggest_lower_lr(self.params, self.bounds)}"
 
@@ -77,7 +76,7 @@ class LossCurveMonitor(RunCallback):
         health = self.assess(trainer.state)
         masked_pairs = trainer.metric_accumulator.total_false_negatives
         result = {"verdict": health.verdict, "masked_pairs": masked_pairs} | findings_to_json(health.findings)
-        (folder / HEALTH).write_text(dumps(result))
+        (folder / HEALTH).write_text(format_json(result))
         logger.info(format_health(health))
         return {"verdict": health.verdict}
 
@@ -154,7 +153,7 @@ class ThroughputMonitor(RunCallback):
         timing = {key: value for row in log for key, value in row.items() if key in CLOCK_METRICS} | summary
         path = root() / "logs" / "train-timing.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(dumps(timing | {"health": findings_to_json(findings)}))
+        path.write_text(format_json(timing | {"health": findings_to_json(findings)}))
         for finding in findings:
             logger.info(format_finding(finding))
         return {}

@@ -25,7 +25,6 @@ from colintern.params import Params
 
 logger = logging.getLogger(__name__)
 
-
 # Seconds for W&B to start a run, and to send the rest at its end: a preempted machine has 30.
 INIT_TIMEOUT, FINISH_TIMEOUT = "20", 20
 RUN_ID_FILE = "wandb-id"  # beside the checkpoints

@@ -9,9 +9,10 @@ stops training.
 import logging
 from collections.abc import Callable, Mapping
 from textwrap import fill
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from huggingface_hub import constants
+from transformers import InternVLConfig
 
 from colintern.core.errors import UserError
 from colintern.core.rules import split_kernel
@@ -24,7 +25,6 @@ from colintern.preflight.environment import Environment, Machine, probe_machine
 from colintern.training.checkpoints import required_disk_bytes
 
 logger = logging.getLogger(__name__)
-
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 GB = 1e9
@@ -287,7 +287,7 @@ ENVIRONMENT_CHECKS: dict[str, Callable[[Environment], Status]] = {
 }
 
 
-def collect_run_facts(params: Params, config: Any, revision: str | None) -> RunFacts:
+def collect_run_facts(params: Params, config: InternVLConfig | str, revision: str | None) -> RunFacts:
     """Count the modules of the base, and probe this machine.
 
     Args:

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from colintern.storage.hub import describe_hub_error
 from colintern.storage.identity import fingerprint, versions
 
 logger = logging.getLogger(__name__)
-
 
 HUB_TASK = "visual-document-retrieval"  # the hub's name of it
 
@@ -96,7 +96,7 @@ def push_model(folder: Path, name: str) -> str:
         ) from error
 
 
-def render_model_card(name: str, revision: str, identity: dict[str, Any], evaluation: Evaluation | None) -> str:
+def render_model_card(name: str, revision: str, identity: Mapping[str, Any], evaluation: Evaluation | None) -> str:
     """Render README.md with the results where the hub reads them; without an evaluation the card says so."""
     base = identity["base"]
     data = ModelCardData(

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
+from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from colintern.core.errors import UserError
@@ -27,7 +27,6 @@ from colintern.storage.outs import FINISHED_MARK
 from colintern.training.distributed import EXIT_INTERRUPTED, DistributedContext
 
 logger = logging.getLogger(__name__)
-
 
 SAVING_FOLDER = "saving"
 HASHES_FILE = "files.json"  # of a checkpoint: sha256 of each other file
@@ -55,7 +54,7 @@ class CheckpointWriter(TrainerCallback):
         name, model = f"checkpoint-{state.global_step}", kwargs["model"]
         self.context.run_on_rank0_and_broadcast(lambda: self._commit(name, model))
 
-    def _commit(self, name: str, model: Any) -> None:
+    def _commit(self, name: str, model: PeftModel) -> None:
         saved = self.folder / SAVING_FOLDER / name
         save_adapter_extras(model, self.processor, saved)
         commit_checkpoint(saved, self.folder / name)

@@ -9,10 +9,9 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -32,7 +31,7 @@ from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.modeling.runtime import checkpoint_layers, compile_layers, configure_cpu_runtime, num_checkpointed_layers
 from colintern.params import Params
-from colintern.storage.files import dumps, write_csv
+from colintern.storage.files import format_json, write_csv
 from colintern.storage.identity import fingerprint, stage_identity
 from colintern.storage.lock import try_lock
 from colintern.storage.manifest import MANIFEST, ensure_base, get_kernel_entry, read_data_file
@@ -44,7 +43,6 @@ from colintern.training.pairs import TrainingDataset, load_training_pairs
 from colintern.training.trainer import ContrastiveTrainer, NonFiniteError, RetrievalEvaluator, RunCallback
 
 logger = logging.getLogger(__name__)
-
 
 Callbacks = Sequence[TrainerCallback]
 MIN_EVALUATIONS = 4  # of the dev set in a run
@@ -246,7 +244,7 @@ def assemble_trainer(
     )
 
 
-def get_provenance(model: Any, attention: str) -> dict[str, Any]:
+def get_provenance(model: PeftModel, attention: str) -> dict[str, object]:
     """Return what an adapter is checked against later: base and kernel by hash, and the weights before training."""
     adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
     start = adapter_weight_stats(adapter, model.base_model.model.get_head_state())
@@ -294,17 +292,17 @@ def raise_on_disk_full(partial: Path, trainer: ContrastiveTrainer, describe: Cal
         raise
 
 
-def save_artifacts(trainer: ContrastiveTrainer, identity: dict[str, Any], out: Path) -> dict[str, float | str]:
+def save_artifacts(trainer: ContrastiveTrainer, identity: Mapping[str, object], out: Path) -> dict[str, float | str]:
     """Write all results of a finished run; `out` appears complete or not at all. Return the metrics."""
     steps = [row for row in trainer.state.log_history if "loss" in row]
     dev = [row for row in trainer.state.log_history if "eval_ndcg_at_5" in row]
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model: Any = trainer.model
+    model = trainer.model
     with raise_on_disk_full(partial, trainer, lambda: "the adapter"):
-        model.save_pretrained(partial)
+        model.save_pretrained(str(partial))
         save_adapter_extras(model, trainer.processor, partial)
-    (partial / "identity.json").write_text(dumps(identity))
+    (partial / "identity.json").write_text(format_json(identity))
     # Without train_loss and total_flos: the first differs after a resume, and readers of this file use neither.
     state = {
         "global_step": trainer.state.global_step,
@@ -312,7 +310,7 @@ def save_artifacts(trainer: ContrastiveTrainer, identity: dict[str, Any], out: P
         "num_train_epochs": trainer.state.num_train_epochs,
         "log_history": steps + dev,
     }
-    (partial / "trainer_state.json").write_text(dumps(state))
+    (partial / "trainer_state.json").write_text(format_json(state))
     metrics: dict[str, float | str] = {
         "dev_ndcg_at_5": round(dev[-1]["eval_ndcg_at_5"], 6),
         "loss": round(steps[-1]["loss"], 6),
@@ -330,5 +328,5 @@ def save_artifacts(trainer: ContrastiveTrainer, identity: dict[str, Any], out: P
     # Here and not in the stage: checkpoints are deleted once everything that DVC expects is in place.
     path = Path("metrics/train.json")
     path.parent.mkdir(exist_ok=True)
-    path.write_text(dumps(metrics))
+    path.write_text(format_json(metrics))
     return metrics

@@ -173,10 +173,12 @@ def _make_distribution(key: str, value: dict[str, Any]) -> BaseDistribution:
     return IntDistribution(low, high, log=log)
 
 
-def list_extremes(distribution: Any) -> list[Any]:
+def list_extremes(distribution: BaseDistribution) -> list[object]:
     """Return the choices of a distribution, or its lowest and its highest value."""
-    is_categorical = isinstance(distribution, CategoricalDistribution)
-    return list(distribution.choices) if is_categorical else [distribution.low, distribution.high]
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    return [distribution.low, distribution.high]
 
 
 def _check_combinations(params: dict[str, object], distributions: dict[str, BaseDistribution]) -> Iterator[str]:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def open_study(storage: StudyStorage, space: SearchSpace, params: Params) -> opt
     return study
 
 
-def describe_study_inputs(space: SearchSpace, params: Params) -> dict[str, Any]:
+def describe_study_inputs(space: SearchSpace, params: Params) -> dict[str, object]:
     """Return what decides a study's scores beside the settings of each trial, as JSON has it.
 
     Raises:
@@ -102,7 +103,7 @@ def check_inputs_unchanged(study: optuna.Study, space: SearchSpace) -> None:
     _require_same_inputs(study, describe_study_inputs(space, load_params(Path("params.yaml"))))
 
 
-def _require_same_inputs(study: optuna.Study, inputs: dict[str, Any]) -> None:
+def _require_same_inputs(study: optuna.Study, inputs: Mapping[str, Any]) -> None:
     stored_inputs = study.user_attrs
     for key, value in inputs.items():
         stored = stored_inputs[key]
@@ -159,7 +160,7 @@ def add_finished_experiments(study: optuna.Study, space: SearchSpace, params: Pa
     return num_added, skipped
 
 
-def _select_fixed_values(values: dict[str, Any], space: SearchSpace) -> dict[str, Any]:
+def _select_fixed_values(values: Mapping[str, object], space: SearchSpace) -> dict[str, object]:
     """Return the values of params.yaml that decide the dev score and are not searched, as JSON has them."""
     stage_params = read_stage_params()
     keys = set().union(*(stage_params[stage] for stage in SCORED_STAGES))

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial
 from colintern.core.errors import UserError
 from colintern.core.terminal import TERMINAL_COLUMNS
 from colintern.reporting import html
-from colintern.storage.files import dumps
+from colintern.storage.files import format_json
 from colintern.tuning.search_space import SearchSpace
 from colintern.tuning.trials import CAUSE, EXPERIMENT, NUM_COMPUTED, SLOT, get_experiment_name
 
@@ -181,10 +181,10 @@ def write_study_report(results: StudyResults, folder: Path) -> list[Path]:
     second_objective = results.space.second_objective
     if second_objective:
         chosen: dict[str, object] = {
-            "front": [_describe(row) | {second_objective: row.second} for row in results.front]
+            "front": [_summarize_trial(row) | {second_objective: row.second} for row in results.front]
         }
     else:
-        chosen = _describe(results.complete[0])
+        chosen = _summarize_trial(results.complete[0])
     content = {
         "study": results.study.study_name,
         **chosen,
@@ -192,11 +192,11 @@ def write_study_report(results: StudyResults, folder: Path) -> list[Path]:
         "importance": {key: round(value, 4) for key, value in results.importance.items()},
         "settings": results.space.settings,
     }
-    BEST_PARAMS_FILE.write_text(dumps(content), encoding="utf-8")
+    BEST_PARAMS_FILE.write_text(format_json(content), encoding="utf-8")
     return [BEST_PARAMS_FILE, page]
 
 
-def _describe(row: TrialRow) -> dict[str, object]:
+def _summarize_trial(row: TrialRow) -> dict[str, object]:
     return {"experiment": row.name, "dev_ndcg_at_5": row.score, "params": row.values}
 
 
