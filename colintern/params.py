@@ -121,7 +121,7 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     """
     hint = "go to the repository root; if none is there, `colintern recipe demo` writes one"
     raw, repeated = read_yaml_mapping(Path(path), "`key: value` on each line", hint)
-    values, invalid = _validate(raw)
+    values, invalid = _validate_values(raw)
     if problems := repeated + invalid:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(f"{path}: {count}" + "".join(f"\n  {problem}" for problem in problems))
@@ -142,7 +142,7 @@ def load_recipe(recipe: Path) -> Params:
 
 def list_problems(values: Mapping[str, object]) -> list[str]:
     """Return a message for each problem of the values of a params.yaml."""
-    return _validate(values)[1]
+    return _validate_values(values)[1]
 
 
 def update_params(path: str | Path, values: Mapping[str, object]) -> list[str]:
@@ -200,7 +200,7 @@ def read_yaml_mapping(path: Path, form: str, hint: str) -> tuple[dict[str, Any],
     except (YAMLError, ValueError, RecursionError) as error:  # the date 2026-13-45; [[[[[[...
         raise UserError(f"{path}: is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: must be a mapping, {form}; it holds {_show(raw)}")
+        raise UserError(f"{path}: must be a mapping, {form}; it holds {_show_value(raw)}")
     return raw, list(_list_repeated_keys(node))
 
 
@@ -240,7 +240,7 @@ def _find_unsupported_yaml(top: "Node | None") -> str:
     return ""
 
 
-def _validate(raw: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
+def _validate_values(raw: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
     """Return the valid values of a file, converted, and its problems."""
     problems = _check_keys(raw)
     valid: dict[str, Any] = {}
@@ -249,7 +249,7 @@ def _validate(raw: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
             errors = _check_value(key, raw[key])
             problems += errors
             if not errors:
-                valid[key] = _convert(key, raw[key])
+                valid[key] = _convert_value(key, raw[key])
     return valid, problems + _check_batches(valid) + _check_revisions(valid)
 
 
@@ -260,12 +260,13 @@ def _check_keys(raw: Mapping[str, object]) -> list[str]:
     for key in missing:
         near = difflib.get_close_matches(key, unknown, n=1)
         problems.append(
-            f"{key}: missing; it must be {_describe(key)}" + (f"; nearest key in the file: {near[0]}" if near else "")
+            f"{key}: missing; it must be {_describe_key(key)}"
+            + (f"; nearest key in the file: {near[0]}" if near else "")
         )
     for key, value in unknown.items():
         # A misspelt key leaves its right name missing: `learning_rate` means lr, though other names look more alike.
         [near] = difflib.get_close_matches(key, missing or TYPES, n=1, cutoff=0.0)
-        problems.append(f"{key}: unknown key, value {_show(value)}; nearest key: {near}, {_describe(near)}")
+        problems.append(f"{key}: unknown key, value {_show_value(value)}; nearest key: {near}, {_describe_key(near)}")
     return problems
 
 
@@ -276,7 +277,7 @@ def _check_value(key: str, value: object) -> list[str]:
     if kind == LIST and type(value) is list and value:
         kind, named = str, {f"{key}[{i}]": entry for i, entry in enumerate(value)}
     return [
-        f"{name}: {_show(entry)} is not valid; it must be {_format_rules(kind, rules)}"
+        f"{name}: {_show_value(entry)} is not valid; it must be {_format_rules(kind, rules)}"
         for name, entry in named.items()
         if not (_has_type(kind, entry) and all(rule.is_valid(entry) for rule in rules))
     ]
@@ -289,7 +290,7 @@ def _has_type(kind: object, value: object) -> bool:
     return type(value) in kinds  # not isinstance, because True is an instance of int
 
 
-def _convert(key: str, value: object) -> object:
+def _convert_value(key: str, value: object) -> object:
     if isinstance(value, list):
         return tuple(value)
     return float(value) if isinstance(value, int) and _get_type_and_rules(key)[0] is float else value
@@ -305,9 +306,8 @@ def _check_batches(valid: dict[str, Any]) -> list[str]:
                 f"micro_batch_size: {valid['micro_batch_size']} is not valid; it must be at most {most}, {pages}"
             )
     if valid.get("negatives_file") and valid.get("negatives") == 0:
-        problems.append(
-            f"negatives_file: {_show(valid['negatives_file'])} has no effect with negatives: 0; give how many, or ''"
-        )
+        shown = _show_value(valid["negatives_file"])
+        problems.append(f"negatives_file: {shown} has no effect with negatives: 0; give how many, or ''")
     return problems
 
 
@@ -322,13 +322,13 @@ def _check_revisions(valid: dict[str, Any]) -> list[str]:
         hub_ids = [name for name in names if is_on_hub(name)]
         if hub_ids and not revision:
             problems.append(
-                f"{revision_key}: {_show(revision)} is not valid; {key} {hub_ids[0]!r} is not a folder here, so it is "
-                f"a hub id and needs its 40-hex revision: huggingface_hub.HfApi().{api}({hub_ids[0]!r}).sha"
+                f"{revision_key}: {_show_value(revision)} is not valid; {key} {hub_ids[0]!r} is not a folder here, so "
+                f"it is a hub id and needs its 40-hex revision: huggingface_hub.HfApi().{api}({hub_ids[0]!r}).sha"
             )
         if revision and not hub_ids:
             problems.append(
-                f'{revision_key}: {_show(revision)} is not valid; it must be "", because {key} {valid[key]!r} is not a '
-                f"hub id"
+                f'{revision_key}: {_show_value(revision)} is not valid; it must be "", because {key} {valid[key]!r} is '
+                f"not a hub id"
             )
         if len(hub_ids) > 1:
             problems.append(f"{key}: {valid[key]!r} names {len(hub_ids)} hub ids, but {revision_key} can pin only one")
@@ -360,7 +360,7 @@ def _get_type_and_rules(key: str) -> tuple[object, list[Rule]]:
     return kind, rules
 
 
-def _describe(key: str) -> str:
+def _describe_key(key: str) -> str:
     return _format_rules(*_get_type_and_rules(key))
 
 
@@ -368,7 +368,7 @@ def _format_rules(kind: object, rules: list[Rule]) -> str:
     return (", each " if kind == LIST else ", ").join([TYPE_NAMES[kind], *(rule.description for rule in rules)])
 
 
-def _show(value: object) -> str:
+def _show_value(value: object) -> str:
     text = repr(value)
     shown = text if len(text) <= MAX_SHOWN_CHARACTERS else text[: MAX_SHOWN_CHARACTERS - 3] + "..."
     return f"{shown} ({type(value).__name__})"

@@ -13,7 +13,7 @@ SUMMARY = "tell whether an adapter was trained, is whole, and fits its base; exi
 EXAMPLE = "colintern check-adapter experiments/colintern"
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the adapter's folder")
     parser.add_argument("--base", metavar="FOLDER", help="where its base is (default: where the adapter says)")

@@ -12,7 +12,7 @@ SUMMARY = "write an adapter as a merged model with processor and card; push it t
 EXAMPLE = "colintern export experiments/colintern --out exported"
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="the adapter's folder")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="made by this; must not exist yet")

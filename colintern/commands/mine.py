@@ -14,7 +14,7 @@ EXAMPLE = "colintern mine --adapter experiments/colintern --out data/mined/negat
 DEFAULT = "(default: %(default)s)"
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add = parser.add_argument
     add("--adapter", type=Path, default=Path("experiments/colintern"), metavar="FOLDER", help=DEFAULT)

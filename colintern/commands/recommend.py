@@ -37,7 +37,7 @@ class Head(NamedTuple):
     negatives: int
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add = parser.add_argument
     add("--base", metavar="BASE", help="a folder, ID@COMMIT, or internvl3_5-1b, -2b, -4b, -8b (default: params.yaml's)")

@@ -12,7 +12,7 @@ SUMMARY = "write an HTML file on an evaluated model: verdict, curves, scores, wo
 EXAMPLE = "colintern report experiments/colintern"
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of an adapter or a merged model")
     parser.add_argument(

@@ -29,7 +29,7 @@ from colintern.modeling.images import to_rgb
 from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.storage.identity import code_hashes
-from colintern.storage.lock import locked
+from colintern.storage.lock import hold_lock
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class PageFeatures:
         message = f"page features: another process computes them, waiting for it ({lock})"
         with ExitStack() as stack:
             try:
-                stack.enter_context(locked(lock, message))
+                stack.enter_context(hold_lock(lock, message))
             except OSError as error:  # a folder that is mounted read-only, or of another user
                 self.cache.disable_writes(error)
             self.cache.refresh()

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from colintern.storage.files import irregular_type
-from colintern.storage.lock import locked
+from colintern.storage.lock import hold_lock
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class TensorCache:
             return
         tensors, self.pending, self.pending_bytes = self.pending, {}, 0
         try:
-            with locked(self.root / "write.lock"):
+            with hold_lock(self.root / "write.lock"):
                 self.refresh()
                 self._write_shard({key: value for key, value in tensors.items() if key not in self.shard_of_key})
         except (OSError, SafetensorError) as error:  # also a full disk, or a folder of another user

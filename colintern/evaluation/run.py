@@ -34,7 +34,7 @@ from colintern.modeling.runtime import configure_cpu_runtime
 from colintern.params import Params
 from colintern.storage.files import format_json
 from colintern.storage.identity import fingerprint
-from colintern.storage.lock import locked
+from colintern.storage.lock import hold_lock
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def run_or_load(model: EvalModel, tasks: Sequence[AbsTask], batch_size: int, dim
     store = root() / ".scratch" / f"eval-{fingerprint(model.identity)[:16]}"
     encoder = None
     folders = {}
-    with locked(store.with_suffix(".lock"), f"{store}: another process evaluates this model; waiting for it"):
+    with hold_lock(store.with_suffix(".lock"), f"{store}: another process evaluates this model; waiting for it"):
         for task in tasks:
             name = task.metadata.name
             data = {"revision": task.metadata.dataset["revision"], "subsets": list(task.hf_subsets)}

@@ -60,7 +60,7 @@ class RawDocuments:
     row_counts: Counter[str] = field(default_factory=Counter)  # by kind: rows; of PDFs pages and, apart, questions
     num_cut_queries: int = 0  # longer than MAX_QUERY_CHARACTERS
 
-    def reject(self, where: str, reason: str, kind: str = "rows") -> None:
+    def reject_row(self, where: str, reason: str, kind: str = "rows") -> None:
         """Add an invalid row."""
         self.invalid_rows.append(InvalidRow(where, reason, kind))
 
@@ -110,12 +110,12 @@ def read_json_lines(file: Path, documents: RawDocuments, kind: str = "rows") -> 
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # ValueError: JSON and UTF-8
-            documents.reject(where, f"not JSON: {error}", kind)
+            documents.reject_row(where, f"not JSON: {error}", kind)
             continue
         if isinstance(row, dict):
             yield where, row
         else:
-            documents.reject(where, f"not a JSON object: {line[:40]!r}", kind)
+            documents.reject_row(where, f"not a JSON object: {line[:40]!r}", kind)
 
 
 def read_utf8_bytes(file: Path) -> bytes:

@@ -66,7 +66,7 @@ def _add_row(where: str, row: dict[str, object], images: dict[str, StoredImage |
     image = images[name] if isinstance(name, str) else f"names no file: {name!r}"
     error = image if isinstance(image, str) else find_split_error(split)
     if error or isinstance(image, str):
-        documents.reject(where, error)
+        documents.reject_row(where, error)
         return
     documents.pages.setdefault(str(name), image)
     if split:
@@ -74,6 +74,6 @@ def _add_row(where: str, row: dict[str, object], images: dict[str, StoredImage |
     queries = row.get("queries", [])
     for query in [*(queries if isinstance(queries, list) else [queries]), *([row["query"]] if "query" in row else [])]:
         if error := find_query_error(query):
-            documents.reject(where, error)
+            documents.reject_row(where, error)
         else:
             documents.add_query(query, str(name), "given")

@@ -105,9 +105,9 @@ def _count_pages(
     for name, count in fill_missing(known, lambda missing: pool.map(count_pages, [[files[name]] for name in missing])):
         if docs.has_lone_surrogate(name):  # parquet files take no such text
             where = name.encode(errors="backslashreplace").decode()
-            documents.reject(where, "its name is not UTF-8; rename it", "pages")
+            documents.reject_row(where, "its name is not UTF-8; rename it", "pages")
         elif isinstance(count, Failure):
-            documents.reject(name, f"not a readable PDF: {count.reason}", "pages")
+            documents.reject_row(name, f"not a readable PDF: {count.reason}", "pages")
         else:
             counts[name] = pdfs[name].count = count
     documents.row_counts["pages"] += len(files) - len(counts) + sum(counts.values())
@@ -130,7 +130,7 @@ def _read_outlines(
         if errors:
             documents.row_counts[OUTLINE] += len(entries[name]) + len(errors)
         for where, reason in errors.items():
-            documents.reject(where, reason, OUTLINE)
+            documents.reject_row(where, reason, OUTLINE)
     return entries
 
 
@@ -156,13 +156,13 @@ def _store_pages(
         for (_, index), page in pages:
             where = _name_page(name, index)
             if isinstance(page, Failure):
-                documents.reject(where, page.reason, "pages")
+                documents.reject_row(where, page.reason, "pages")
                 continue
             pdfs[name].pages[index], documents.pages[where] = page, page.image
             if page.characters > MAX_TEXT_CHARACTERS:
                 reason = f"its text has {page.characters:,} characters, of which {MAX_TEXT_CHARACTERS:,} are read"
                 documents.row_counts[TEXT] = len(known)
-                documents.reject(where, reason, TEXT)
+                documents.reject_row(where, reason, TEXT)
         yield name, pdfs[name]
 
 
@@ -194,7 +194,7 @@ def _read_queries(folder: Path, file: Path, counts: dict[str, int], documents: R
         if not error and page not in documents.pages:
             error = f"page {page} could not be rendered"
         if error:
-            documents.reject(where, error, "questions")
+            documents.reject_row(where, error, "questions")
             continue
         documents.add_query(row["query"], page, "given")
         if split:

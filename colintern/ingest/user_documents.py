@@ -32,7 +32,7 @@ from colintern.ingest.documents import (
 )
 from colintern.storage.files import LINKED_FOLDER, format_json, list_files
 from colintern.storage.identity import code_hashes, content_hash
-from colintern.storage.lock import get_last_use, is_in_use, locked
+from colintern.storage.lock import get_last_use, hold_lock, is_in_use
 from colintern.storage.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, Source, hash_local_files, hash_source_files
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ DocumentReader = Callable[[Path, ImageStore], RawDocuments]
 
 
 class UserDocuments(NamedTuple):
-    """A folder as parquet: its place, the files it was made from, and its counts and invalid rows (see `_convert`)."""
+    """A folder as parquet: its place, its source, and its counts and invalid rows (see `_convert_folder`)."""
 
     made: str
     made_from: Source
@@ -92,20 +92,20 @@ def convert_documents(folder: str, reader: DocumentReader) -> UserDocuments:
     name = f"{re.sub(r'[^A-Za-z0-9.]+', '-', folder).strip('-.')}-{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
     made = f"{MADE}/{name}/{key}"
     target = root() / made
-    with locked(target.parent / "make.lock"):
+    with hold_lock(target.parent / "make.lock"):
         summary = _read_summary(target)
         if summary is None:
-            _remove([target, *target.parent.glob("*.partial")])  # damaged, or left by a process that was killed
-            summary = _convert(target, folder, reader, {*made_from["files"], *linked})
+            _remove_folders([target, *target.parent.glob("*.partial")])  # damaged, or left by a process that was killed
+            summary = _convert_folder(target, folder, reader, {*made_from["files"], *linked})
             others = [path for path in target.parent.iterdir() if path.is_dir() and path.name not in (key, RENDERED)]
-            _remove(path for path in sorted(others, key=get_last_use)[:-1] if not is_in_use(path))
+            _remove_folders(path for path in sorted(others, key=get_last_use)[:-1] if not is_in_use(path))
             if not any(name.lower().endswith(".pdf") for name in made_from["files"]):
-                _remove([target.parent / RENDERED])
+                _remove_folders([target.parent / RENDERED])
     logger.info(_format_summary(folder, summary))
     return UserDocuments(made, made_from, summary)
 
 
-def _remove(folders: Iterable[Path]) -> None:
+def _remove_folders(folders: Iterable[Path]) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -120,13 +120,13 @@ def _read_summary(target: Path) -> dict[str, Any] | None:
     return summary if is_intact else None
 
 
-def _convert(target: Path, folder: str, reader: DocumentReader, file_names: Collection[str]) -> dict[str, Any]:
+def _convert_folder(target: Path, folder: str, reader: DocumentReader, file_names: Collection[str]) -> dict[str, Any]:
     """Read the folder, which holds `file_names`, and write its parts; `target` appears complete or not at all."""
     partial = target.with_suffix(".partial")
     store = ImageStore(partial / "images", target.parent / RENDERED)
     store.folder.mkdir(parents=True)
     raw = reader(root() / folder, store)
-    pages, pairs, first_names = _deduplicate(raw)
+    pages, pairs, first_names = _deduplicate_pages(raw)
     split_of = assign_splits(folder, pages, pairs, raw.named_splits, first_names)
     by_split = {split: [pair for pair in pairs if split_of[pair.page] == split] for split in SPLITS}
     parts = []
@@ -169,7 +169,7 @@ def _convert(target: Path, folder: str, reader: DocumentReader, file_names: Coll
     return summary
 
 
-def _deduplicate(raw: RawDocuments) -> tuple[dict[str, StoredImage], list[QueryPagePair], dict[str, str]]:
+def _deduplicate_pages(raw: RawDocuments) -> tuple[dict[str, StoredImage], list[QueryPagePair], dict[str, str]]:
     """Return pages and pairs, equal ones once, under the name of the first; and that name for each page."""
     first: dict[str, str] = {}
     first_names = {name: first.setdefault(page.key, name) for name, page in raw.pages.items()}

@@ -86,15 +86,15 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         # tokens: each is at most as long as the longest, and NFC merges at most four characters into one.
         self.max_query_characters = 4 * max_query_tokens * max(map(len, self.tokenizer.get_vocab()))
         self.tokenizer.padding_side = "right"
-        overhead = len(self._tokenize(self.query_prefix)) + len(self._tokenize_suffix(None))
+        overhead = len(self._tokenize_texts(self.query_prefix)) + len(self._tokenize_suffix(None))
         if max_query_tokens <= overhead:
             raise ValueError(
                 f"max_query_tokens={max_query_tokens}: prefix and augmentation take {overhead} tokens of a query, "
                 f"so the bound must be {overhead + 1} or more"
             )
         before, after = self.visual_prompt
-        self._ids_before_tiles = [*self._tokenize(before), self.start_image_token_id]
-        self._ids_after_tiles = [self.end_image_token_id, *self._tokenize(after)]
+        self._ids_before_tiles = [*self._tokenize_texts(before), self.start_image_token_id]
+        self._ids_after_tiles = [self.end_image_token_id, *self._tokenize_texts(after)]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -152,14 +152,14 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         tiles = [self.preprocess_page(page) for page in pages]
         next_tiles, rows = iter(tiles), []
         for first, *others in segments:
-            row = self._tokenize(first)
+            row = self._tokenize_texts(first)
             for segment in others:
                 visual = self._make_visual_ids(len(next(next_tiles)))
-                row += [self.start_image_token_id, *visual, self.end_image_token_id, *self._tokenize(segment)]
+                row += [self.start_image_token_id, *visual, self.end_image_token_id, *self._tokenize_texts(segment)]
             rows.append(row)
         return self._add_pages(self._pad_batch(rows), pages, tiles)
 
-    def _tokenize(self, text: str) -> list[int]:
+    def _tokenize_texts(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @property
@@ -235,7 +235,7 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
 
     def process_texts(self, texts: list[str]) -> BatchFeature:
         """Convert texts without prefix or augmentation to a batch: input_ids and attention_mask, (B, L)."""
-        return self._pad_batch([self._tokenize(text) for text in _as_list(texts)])
+        return self._pad_batch([self._tokenize_texts(text) for text in _as_list(texts)])
 
     def process_queries(
         self,
@@ -271,7 +271,7 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         for text in _as_list(texts if texts is not None else queries):
             if not text.strip():
                 raise ValueError(f"query {text!r}: a query needs at least one word")
-            ids = self._tokenize(self.format_query(text))
+            ids = self._tokenize_texts(self.format_query(text))
             if len(ids) > room:
                 more = " or more" if len(text) > self.max_query_characters else ""
                 logger.warning("query of %d tokens%s cut to %d (max_query_tokens): %.60r", len(ids), more, room, text)
@@ -283,7 +283,7 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         return self.query_prefix + query[: self.max_query_characters]
 
     def _tokenize_suffix(self, suffix: str | None) -> list[int]:
-        return self._tokenize(self.query_augmentation_token * 10 if suffix is None else suffix)
+        return self._tokenize_texts(self.query_augmentation_token * 10 if suffix is None else suffix)
 
     def count_truncated(self, queries: list[str]) -> int:
         """Return how many of the queries `process_queries` truncates to `max_query_tokens`."""

@@ -73,14 +73,14 @@ class LossCurveMonitor(RunCallback):
 
     def save_artifacts(self, trainer: ContrastiveTrainer, folder: Path) -> dict[str, float | str]:
         """Write health.json and print the report; return the verdict."""
-        health = self.assess(trainer.state)
+        health = self.assess_state(trainer.state)
         masked_pairs = trainer.metric_accumulator.total_false_negatives
         result = {"verdict": health.verdict, "masked_pairs": masked_pairs} | findings_to_json(health.findings)
         (folder / HEALTH).write_text(format_json(result))
         logger.info(format_health(health))
         return {"verdict": health.verdict}
 
-    def assess(self, state: TrainerState) -> RunHealth:
+    def assess_state(self, state: TrainerState) -> RunHealth:
         """Assess a finished run."""
         return assess_run(state.log_history, self.params, self.random_ndcg, self.bounds)
 
@@ -128,7 +128,7 @@ class ThroughputMonitor(RunCallback):
             self.gpu_query = start_gpu_query()
         self.last_time = time.perf_counter()
 
-    def summarize(self) -> dict[str, float]:
+    def summarize_steps(self) -> dict[str, float]:
         """Return the measurements, {} if no step was made; those of the GPU only where there is one."""
         if not self.step_seconds:
             return {}
@@ -147,7 +147,7 @@ class ThroughputMonitor(RunCallback):
 
     def save_artifacts(self, trainer: ContrastiveTrainer, folder: Path) -> dict[str, float | str]:
         """Write logs/train-timing.json and print the findings."""
-        summary = self.summarize()
+        summary = self.summarize_steps()
         findings = check_throughput(summary, self.params)
         log = trainer.state.log_history
         timing = {key: value for row in log for key, value in row.items() if key in CLOCK_METRICS} | summary
@@ -160,7 +160,7 @@ class ThroughputMonitor(RunCallback):
 
 
 def check_throughput(summary: dict[str, float], params: Params) -> list[HealthFinding]:
-    """Check the measurements of `ThroughputMonitor.summarize` that are there."""
+    """Check the measurements of `ThroughputMonitor.summarize_steps` that are there."""
     findings = []
 
     def check_share(key: str, name: str, warn: float, bad: float, source: str, remedy: str) -> None:

@@ -72,7 +72,7 @@ class TrackerCallback(TrainerCallback):
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(root() / "logs" / "tensorboard" / checkpoints.name))
             self.callback = get_reporting_integration_callbacks(self.params.tracker)[0]()
         except Exception as error:
-            self._disable(error)
+            self._disable_tracker(error)
         self._forward("on_train_begin", args, state, control, **kwargs)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -88,7 +88,7 @@ class TrackerCallback(TrainerCallback):
             try:
                 wandb.finish(exit_code=int(state.global_step < state.max_steps))
             except Exception as error:
-                self._disable(error)
+                self._disable_tracker(error)
 
     def _forward(self, event: str, *args, **kwargs) -> None:
         if self.callback is None:
@@ -96,9 +96,9 @@ class TrackerCallback(TrainerCallback):
         try:
             getattr(self.callback, event)(*args, **kwargs)
         except Exception as error:
-            self._disable(error)
+            self._disable_tracker(error)
 
-    def _disable(self, error: Exception) -> None:
+    def _disable_tracker(self, error: Exception) -> None:
         if isinstance(error, UserError):  # of a second signal, which may arrive anywhere
             raise error
         self.callback = None

@@ -28,7 +28,7 @@ from colintern.reporting.evaluation import (
 from colintern.reporting.html import make_environment
 from colintern.scoring.metrics import METRIC_KEYS
 from colintern.storage.hub import describe_hub_error
-from colintern.storage.identity import fingerprint, versions
+from colintern.storage.identity import fingerprint, get_versions
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def render_model_card(name: str, revision: str, identity: Mapping[str, Any], eva
             settings=sorted(settings.items()),
             fingerprint=fingerprint({key: identity.get(key) for key in ("params", "deps", "versions")}),
             versions=identity.get("versions", {}),
-            here=versions(),
+            here=get_versions(),
         )
     )
     return f"---\n{data.to_yaml().strip()}\n---\n{text}"

@@ -30,7 +30,7 @@ from colintern.reporting.examples import QueryExample
 from colintern.reporting.html import render_html
 from colintern.scoring.metrics import MAIN_METRIC, METRIC_KEYS, RANKING_METRICS
 from colintern.statistics.dataset_stats import load_dataset_stats, summarize_stats
-from colintern.storage.identity import content_hash, read_identity, versions
+from colintern.storage.identity import content_hash, get_versions, read_identity
 from colintern.storage.manifest import MANIFEST, SURVEY
 
 GOOD_VERDICT = "learned"
@@ -182,7 +182,7 @@ def _list_environment(folder: Path, model: EvalModel, evaluation: Evaluation) ->
     if trained_with:
         rows.append(("trained with", _join_versions(trained_with)))
     rows.append(("evaluated with", f"mteb {evaluation.mteb_version}"))
-    changed = {name: number for name, number in versions().items() if trained_with.get(name) != number}
+    changed = {name: number for name, number in get_versions().items() if trained_with.get(name) != number}
     return [*rows, ("heatmaps made with", _join_versions(changed) if changed else "the same")]
 
 

@@ -211,11 +211,11 @@ def ensure_downloaded(files: Sequence[HubFile], digests: Digests) -> None:
     total = _check_disk_space(missing)
     if missing:
         logger.info(f"fetching {len(missing)} files, {total / 1e9:.2f} GB, into {constants.HF_HUB_CACHE}")
-    _download(missing)
+    _download_files(missing)
     wrong = _list_wrong_files(files, digests)
     for file in wrong:
         logger.info(f"{file.cached}: not the bytes the hub names; fetching it again")
-    _download(wrong, force=True)
+    _download_files(wrong, force=True)
     for file in _list_wrong_files(wrong, digests):
         # Both the link and its target, or the next reader would find a file.
         file.cached.resolve().unlink(missing_ok=True)
@@ -260,7 +260,7 @@ def hash_matches(file: HubFile, digests: Digests) -> bool:
     return file.cached.stat().st_size == file.size and git_hash(file.cached.read_bytes()) == file.hash
 
 
-def _download(files: Sequence[HubFile], force: bool = False) -> None:
+def _download_files(files: Sequence[HubFile], force: bool = False) -> None:
     """Download files, repository by repository, with huggingface_hub's progress bars."""
     for repo in dict.fromkeys(file.repo for file in files):
         listed = _list_files(repo)

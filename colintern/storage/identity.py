@@ -57,14 +57,14 @@ def stage_code(stage: str) -> dict[str, str]:
 def get_stage_versions(stage: str) -> dict[str, str]:
     """Return the installed versions of Python and of the libraries that a dvc.yaml stage depends on."""
     groups = [entry for entry in _read_stage(stage)["params"] if isinstance(entry, dict)]
-    return versions(*(name for group in groups for name in group.get(VERSIONS_FILE) or ()))
+    return get_versions(*(name for group in groups for name in group.get(VERSIONS_FILE) or ()))
 
 
 def _read_stage(stage: str) -> dict[str, Any]:
     return YAML(typ="safe", pure=True).load(Path("dvc.yaml"))["stages"][stage]
 
 
-def versions(*libraries: str) -> dict[str, str]:
+def get_versions(*libraries: str) -> dict[str, str]:
     """Return the installed versions of Python and of `libraries`, by default of those that decide results."""
     return {"python": platform.python_version()} | {name: version(name) for name in libraries or LIBRARIES}
 

@@ -36,7 +36,7 @@ def open_lock(path: Path) -> TextIO:
 
 
 @contextmanager
-def locked(path: Path, waiting: str = "") -> Iterator[None]:
+def hold_lock(path: Path, waiting: str = "") -> Iterator[None]:
     """Hold an exclusive lock on `path`; if another process has it, print `waiting` and wait."""
     with open_lock(path) as file:
         try:

@@ -52,16 +52,16 @@ class CheckpointWriter(TrainerCallback):
         """Commit the checkpoint once every rank has written its file of it."""
         self.context.barrier()
         name, model = f"checkpoint-{state.global_step}", kwargs["model"]
-        self.context.run_on_rank0_and_broadcast(lambda: self._commit(name, model))
+        self.context.run_on_rank0_and_broadcast(lambda: self._commit_saved(name, model))
 
-    def _commit(self, name: str, model: PeftModel) -> None:
+    def _commit_saved(self, name: str, model: PeftModel) -> None:
         saved = self.folder / SAVING_FOLDER / name
         save_adapter_extras(model, self.processor, saved)
         commit_checkpoint(saved, self.folder / name)
         shutil.copyfile(self.folder / name / STATE_FILE, self.folder / SAVING_FOLDER / STATE_FILE)
         os.replace(self.folder / SAVING_FOLDER / STATE_FILE, self.folder / STATE_FILE)
         for old in _list_checkpoints(self.folder)[MAX_CHECKPOINTS:]:
-            _delete(old)
+            _delete_path(old)
 
 
 class GracefulShutdown(TrainerCallback):
@@ -71,7 +71,7 @@ class GracefulShutdown(TrainerCallback):
         self.context = context
         self.signal_number, self.is_training, self.pid = 0, False, os.getpid()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.pid:  # a DataLoader worker: the current step needs it, and it ends with the trainer
             return
         name = signal.Signals(number).name
@@ -95,7 +95,7 @@ class GracefulShutdown(TrainerCallback):
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
         """Handle the signals inside the `with` block."""
-        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.signal(number, self._handle_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
@@ -143,7 +143,7 @@ def commit_checkpoint(saved: Path, target: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     if target.exists():
-        _delete(target)
+        _delete_path(target)
     os.replace(saved, target)
     parent = os.open(target.parent, os.O_RDONLY)
     os.fsync(parent)
@@ -157,7 +157,7 @@ def latest_valid_checkpoint(folder: Path) -> Path | None:
         if not (problem := validate_checkpoint(checkpoint)):
             return checkpoint
         logger.warning(f"{problem}; resuming from an older checkpoint")
-        _delete(checkpoint)
+        _delete_path(checkpoint)
     return None
 
 
@@ -177,7 +177,7 @@ def validate_checkpoint(checkpoint: Path) -> str:
     return ""
 
 
-def _delete(path: Path) -> None:
+def _delete_path(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

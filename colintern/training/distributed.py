@@ -217,10 +217,10 @@ def maybe_launch_workers(launch: str | int, batch_size: int, threads: int, modul
         raise UserError(f"launch: {world_size} is more than the {num_gpus} GPUs that can be seen")
     per_rank_batch_size(batch_size, world_size)
     if world_size > 1:
-        raise SystemExit(_launch(world_size, threads, module))
+        raise SystemExit(_launch_workers(world_size, threads, module))
 
 
-def _launch(world_size: int, threads: int, module: str) -> int:
+def _launch_workers(world_size: int, threads: int, module: str) -> int:
     """Run `module` under torchrun's launcher; return the exit code of the first rank that reports its failure."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

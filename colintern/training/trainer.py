@@ -240,7 +240,7 @@ class ContrastiveTrainer(Trainer):
             with torch.set_grad_enabled(is_single_chunk):
                 return [self.embed_mini_batch(model, batch, shards, *mini_batch) for mini_batch in mini_batches]
 
-        def allocate() -> list[list[Tensor]]:
+        def allocate_buffers() -> list[list[Tensor]]:
             queries = scatter_to_batch_order(plans["query"], cached_reps[:num_query_chunks])
             pages = scatter_to_batch_order(plans["page"], cached_reps[num_query_chunks:])
             sides = zip(SIDES, (queries, pages), strict=True)
@@ -257,7 +257,7 @@ class ContrastiveTrainer(Trainer):
 
         embeddings = self.context.run_or_all_oom(embed)
         cached_reps = [part.detach().requires_grad_() for part in embeddings]
-        gather_buffers = self.context.run_or_all_oom(allocate)
+        gather_buffers = self.context.run_or_all_oom(allocate_buffers)
         self.context.all_gather_into(gather_buffers)
         loss = self.context.run_or_all_oom(backward)
         self.context.all_reduce_gradients(model)

@@ -65,11 +65,11 @@ class OptunaPruningCallback(RunCallback):
         """Report the scores of a resumed run again: the trial may be another one's second try."""
         for row in state.log_history:
             if "eval_ndcg_at_5" in row:
-                self._report(row["eval_ndcg_at_5"])
+                self._report_score(row["eval_ndcg_at_5"])
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Report the score; stop all ranks if the trial should be pruned."""
-        self._report(kwargs["metrics"]["eval_ndcg_at_5"])
+        self._report_score(kwargs["metrics"]["eval_ndcg_at_5"])
         is_last = state.global_step >= state.max_steps
         should_stop = self.context.is_main_process and not is_last and bool(self._call_storage(self._should_prune))
         if self.context.all_reduce_any(should_stop):
@@ -83,7 +83,7 @@ class OptunaPruningCallback(RunCallback):
         if self.is_disabled:
             return {}
         measured = {}
-        if summary := self.throughput.summarize():  # {} if all steps were made before a kill
+        if summary := self.throughput.summarize_steps():  # {} if all steps were made before a kill
             seconds = summary["step_seconds"] * trainer.state.max_steps * self.context.world_size
             measured["training_seconds"] = round(seconds, 3)
         if page_size := self.trial.user_attrs.get(SIZE):
@@ -104,7 +104,7 @@ class OptunaPruningCallback(RunCallback):
         self.trial = Trial(study, trial_id)
         self.trial.set_user_attr(STARTED, os.getpid())
 
-    def _report(self, score: float) -> None:
+    def _report_score(self, score: float) -> None:
         self.num_evaluations += 1
         if self.context.is_main_process and not self.is_disabled and not self.has_two_objectives:
             self._call_storage(lambda: self.trial.report(score, self.num_evaluations))

@@ -58,7 +58,7 @@ class SearchSpace(NamedTuple):
         """Return Optuna's direction of each objective."""
         return ["maximize", "minimize"] if self.second_objective else ["maximize"]
 
-    def describe(self) -> dict[str, object]:
+    def describe_distributions(self) -> dict[str, object]:
         """Return the distributions as the study stores them, to be compared when it is resumed."""
         return {
             key: {"choices": list(d.choices)} if isinstance(d, CategoricalDistribution) else [d.low, d.high, d.log]

@@ -46,7 +46,7 @@ def open_study(storage: StudyStorage, space: SearchSpace, params: Params) -> opt
         UserError: It was created with another space, data or code, or experiments of its name exist without it.
     """
     inputs = describe_study_inputs(space, params)
-    with storage.exclusive():
+    with storage.hold_exclusive_lock():
         if storage.study_name not in optuna.get_all_study_names(storage.rdb):
             pattern = rf"{re.escape(storage.study_name)}-\d+"
             if old := sorted(name for name in list_experiments() if re.fullmatch(pattern, name)):
@@ -84,7 +84,7 @@ def describe_study_inputs(space: SearchSpace, params: Params) -> dict[str, objec
     code = {dep: value for dep, value in deps.items() if dep not in data}
     values = {key: getattr(params, key) for key in params.__slots__}
     inputs = {
-        "space": space.describe(),
+        "space": space.describe_distributions(),
         SETTINGS: space.settings,
         "params": _select_fixed_values(values, space),
         FULL_SIZE: {key: values[key] for key in PAGE_SIZE_KEYS} if space.second_objective == BYTES_PER_PAGE else {},

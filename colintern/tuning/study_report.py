@@ -251,7 +251,7 @@ def _render_page(results: StudyResults) -> str:
         importance=results.importance,
         rows=[*results.complete, *(row for row in results.rows if row.state != "complete")],
         keys=[*results.space.distributions],
-        space=json.dumps(results.space.describe()),
+        space=json.dumps(results.space.describe_distributions()),
         settings=results.space.settings,
         format_value=format_value,
     )

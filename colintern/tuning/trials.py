@@ -55,7 +55,7 @@ def claim_trial(study: optuna.Study, storage: StudyStorage, space: SearchSpace, 
     Returns:
         The trial; or, where none is left, the number of trials that other workers still run.
     """
-    with storage.exclusive():
+    with storage.hold_exclusive_lock():
         fail_stale_trials(study)
         trials = study.get_trials(deepcopy=False)
         for other in trials:  # its worker died inside this block, before the trial had settings
@@ -80,7 +80,7 @@ def claim_trial(study: optuna.Study, storage: StudyStorage, space: SearchSpace, 
         return ClaimedTrial(trial.number, trial_id, values, killed_tries)
 
 
-def requeue(study: optuna.Study, number: int) -> None:
+def requeue_trial(study: optuna.Study, number: int) -> None:
     """Let the settings of a trial that was stopped from outside wait for the next worker."""
     trial = study.get_trials(deepcopy=False)[number]
     waiting = optuna.create_trial(
@@ -116,7 +116,7 @@ def run_trial(
         remove_experiment(name)
         code = run_experiment(storage, trial, name, log, check_workspace, "--force")
     storage.rdb.set_trial_user_attr(trial.id, CPU_SECONDS, round(_get_child_cpu_seconds() - cpu_seconds, 1))
-    output = storage.redact(log.read_text(errors="replace"))
+    output = storage.redact_address(log.read_text(errors="replace"))
     log.write_text(output)
     try:
         outcome = record_outcome(study, storage, trial, name, code, output)
@@ -152,7 +152,7 @@ def record_outcome(
         return f"pruned    after evaluation {evaluation}"
     if TRANSIENT.search(output):
         storage.sleep(RETRY_SECONDS, trial.id)
-        requeue(study, trial.number)
+        requeue_trial(study, trial.number)
         return f"put back: {find_cause(output)}"[:MAX_CAUSE_LENGTH]
     return _record_failure(study, storage, trial, find_cause(output))
 
