@@ -65,3 +65,14 @@ def test_few_values_have_no_type():
     nodes = (node for text in files for node in ast.walk(ast.parse(text)))
     num_any = sum(isinstance(node, ast.Name) and node.id == "Any" for node in nodes)
     assert num_any <= MAX_ANY_PER_1000_LINES * num_lines / 1000, f"{num_any} of Any in {num_lines} lines"
+
+
+def test_metrics_are_named_in_one_table():
+    """Docstrings and texts may name them; a key of a file or a row comes from colintern/scoring/metrics.py."""
+    literals = {
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file in (ROOT / "colintern").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and re.fullmatch(r"\w*(ndcg|recall)_at_\d+", str(node.value))
+    }
+    assert {place for place in literals if not place.startswith("colintern/scoring/metrics.py")} == set()

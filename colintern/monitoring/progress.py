@@ -13,6 +13,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from colintern.scoring.metrics import EVAL_KEY
+
 logger = logging.getLogger(__name__)
 
 MIN_ROW_INTERVAL = 30  # seconds between two rows in a log; a dev score and the last step are always shown
@@ -81,9 +83,9 @@ class ProgressReporter(TrainerCallback):
     def _update_scores(self, row: dict[str, float]) -> bool:
         if "loss" in row:
             self.loss = f"loss {row['loss']:.3f}"
-        if "eval_ndcg_at_5" in row:
-            self.dev_score = f"dev {row['eval_ndcg_at_5']:.3f}"
-        return "eval_ndcg_at_5" in row
+        if EVAL_KEY in row:
+            self.dev_score = f"dev {row[EVAL_KEY]:.3f}"
+        return EVAL_KEY in row
 
     def _format_facts(self) -> str:
         rate = ""

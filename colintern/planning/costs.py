@@ -99,7 +99,7 @@ class CostModel:
         wrapped.to(self.dtype).train()  # autocast, which computes the float32 adapters in bfloat16, skips meta tensors
         self.base.set_attn_implementation("sdpa")
         self.base.language_model.set_attn_implementation(ATTENTION)
-        layers = self.base.language_model.layers
+        layers = self.base.decoder_layers
         # Where all layers have the same adapters, two of them tell the cost of any number.
         adapter_sizes = {sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers}
         depth = 2 if len(adapter_sizes) == 1 else self.num_layers

@@ -31,6 +31,7 @@ from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.modeling.runtime import checkpoint_layers, compile_layers, configure_cpu_runtime, num_checkpointed_layers
 from colintern.params import Params
+from colintern.scoring.metrics import DEV_KEY, EVAL_KEY
 from colintern.storage.files import format_json, write_csv
 from colintern.storage.identity import fingerprint, stage_identity
 from colintern.storage.lock import try_lock
@@ -209,14 +210,12 @@ def _load_model(params: Params, base_path: str, attention: str) -> tuple[PeftMod
         base_path, revision=revision, seed=params.seed, dtype=dtype, attn_implementation=attention
     )
     # The adapter and its card name the base, wherever this copy of it is stored.
-    base.name_or_path = base.config._name_or_path = params.base
+    base.name_or_path = base.config.name_or_path = params.base
     processor = ColIntern3_5Processor.from_pretrained(
         base_path, revision=revision,
         max_visual_tokens=params.max_visual_tokens, max_query_tokens=params.max_query_tokens,
     )  # fmt: skip
-    num_checkpointed_layers(
-        len(base.language_model.layers), params.gradient_checkpointing
-    )  # fail before pages are computed
+    num_checkpointed_layers(len(base.decoder_layers), params.gradient_checkpointing)  # fail before pages are computed
     model = add_lora(base, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout, revision)
     if problems := find_lora_errors(report_lora(model, params.lora_targets)):
         raise UserError("\n  ".join(problems))
@@ -260,7 +259,7 @@ def run_trainer(trainer: ContrastiveTrainer, folder: Path, checkpoint: str) -> N
             raise UserError(f"{checkpoint}: not here; several machines need one folder that all of them see")
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
         if state.global_step >= state.max_steps:  # killed after its last step: transformers would make one more
-            trainer._load_from_checkpoint(checkpoint)
+            trainer.model.load_adapter(checkpoint, trainer.model.active_adapter)
             trainer.state = state
             trainer.metric_accumulator.restore(state)
             return
@@ -295,7 +294,7 @@ def raise_on_disk_full(partial: Path, trainer: ContrastiveTrainer, describe: Cal
 def save_artifacts(trainer: ContrastiveTrainer, identity: Mapping[str, object], out: Path) -> dict[str, float | str]:
     """Write all results of a finished run; `out` appears complete or not at all. Return the metrics."""
     steps = [row for row in trainer.state.log_history if "loss" in row]
-    dev = [row for row in trainer.state.log_history if "eval_ndcg_at_5" in row]
+    dev = [row for row in trainer.state.log_history if EVAL_KEY in row]
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model = trainer.model
@@ -312,7 +311,7 @@ def save_artifacts(trainer: ContrastiveTrainer, identity: Mapping[str, object], 
     }
     (partial / "trainer_state.json").write_text(format_json(state))
     metrics: dict[str, float | str] = {
-        "dev_ndcg_at_5": round(dev[-1]["eval_ndcg_at_5"], 6),
+        DEV_KEY: round(dev[-1][EVAL_KEY], 6),
         "loss": round(steps[-1]["loss"], 6),
     }
     for callback in trainer.run_callbacks:
@@ -324,7 +323,7 @@ def save_artifacts(trainer: ContrastiveTrainer, identity: Mapping[str, object], 
     shutil.rmtree(out, ignore_errors=True)
     os.replace(partial, out)
     write_csv(Path("plots/train.csv"), steps, ("step", "epoch", "loss", "grad_norm", "learning_rate", "masked_pairs"))
-    write_csv(Path("plots/dev.csv"), dev, ("step", "epoch", "eval_ndcg_at_5"))
+    write_csv(Path("plots/dev.csv"), dev, ("step", "epoch", EVAL_KEY))
     # Here and not in the stage: checkpoints are deleted once everything that DVC expects is in place.
     path = Path("metrics/train.json")
     path.parent.mkdir(exist_ok=True)

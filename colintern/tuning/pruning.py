@@ -15,6 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from colintern.core.errors import UserError
 from colintern.monitoring.monitors import ThroughputMonitor
+from colintern.scoring.metrics import DEV_KEY, EVAL_KEY
 from colintern.training.distributed import DistributedContext
 from colintern.training.trainer import ContrastiveTrainer, RunCallback
 from colintern.tuning.trial_context import (
@@ -64,12 +65,12 @@ class OptunaPruningCallback(RunCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
         """Report the scores of a resumed run again: the trial may be another one's second try."""
         for row in state.log_history:
-            if "eval_ndcg_at_5" in row:
-                self._report_score(row["eval_ndcg_at_5"])
+            if EVAL_KEY in row:
+                self._report_score(row[EVAL_KEY])
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Report the score; stop all ranks if the trial should be pruned."""
-        self._report_score(kwargs["metrics"]["eval_ndcg_at_5"])
+        self._report_score(kwargs["metrics"][EVAL_KEY])
         is_last = state.global_step >= state.max_steps
         should_stop = self.context.is_main_process and not is_last and bool(self._call_storage(self._should_prune))
         if self.context.all_reduce_any(should_stop):
@@ -155,7 +156,7 @@ def measure_at_page_size(trainer: ContrastiveTrainer, pool_factor: int, dim: int
             for page in pages
         ]
     ndcg = trainer.evaluator.compute_ndcg(truncate_dim(queries, dim), truncate_dim(pages, dim))
-    return {"dev_ndcg_at_5": round(ndcg, 6), "vectors_per_page": sum(map(len, pages)) / len(pages)}
+    return {DEV_KEY: round(ndcg, 6), "vectors_per_page": sum(map(len, pages)) / len(pages)}
 
 
 def make_pruning_callbacks(context: DistributedContext, throughput: ThroughputMonitor) -> list[OptunaPruningCallback]:

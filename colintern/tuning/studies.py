@@ -14,6 +14,7 @@ from ruamel.yaml.error import YAMLError
 
 from colintern.core.errors import UserError
 from colintern.params import Params, load_params
+from colintern.scoring.metrics import DEV_KEY
 from colintern.storage.identity import fingerprint, stage_identity
 from colintern.tuning.experiments import list_experiments, run_git
 from colintern.tuning.search_space import (
@@ -26,7 +27,7 @@ from colintern.tuning.search_space import (
 )
 from colintern.tuning.study_storage import StudyStorage
 from colintern.tuning.trial_context import SETTINGS, make_pruner
-from colintern.tuning.trials import EXPERIMENT, FULL_SIZE, SCORE
+from colintern.tuning.trials import EXPERIMENT, FULL_SIZE
 
 IGNORED_DEPS = {"metrics/verify.json"}  # a count of what LoRA trains: a searched key may change it
 SOURCES = {
@@ -136,7 +137,7 @@ def add_finished_experiments(study: optuna.Study, space: SearchSpace, params: Pa
     for name, ref in sorted(list_experiments().items()):
         try:
             values = YAML(typ="safe", pure=True).load(run_git("show", f"{ref}:./params.yaml"))
-            score = json.loads(run_git("show", f"{ref}:./metrics/train.json"))[SCORE]
+            score = json.loads(run_git("show", f"{ref}:./metrics/train.json"))[DEV_KEY]
             deps = _read_train_deps(run_git("show", f"{ref}:./dvc.lock"))
             if name in known_names:
                 skipped["in the study already"] += 1

@@ -18,6 +18,7 @@ from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import TrialState
 
 from colintern.evaluation.results import BYTES_PER_NUMBER
+from colintern.scoring.metrics import DEV_KEY
 from colintern.tuning.experiments import (
     ClaimedTrial,
     list_experiments,
@@ -36,7 +37,6 @@ FULL_SIZE = "size"  # user attribute of a study: {pool_factor, dim} of params.ya
 TRANSIENT = re.compile(r"exited with 75|Unable to acquire (?:\w+ )?lock|is busy, it is being blocked")
 RETRY_SECONDS = 5
 MAX_CAUSE_LENGTH = 200  # characters on the terminal
-SCORE = "dev_ndcg_at_5"  # in metrics/train.json
 CAUSE_PATTERNS = (r"error: \S", r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b")
 
 
@@ -159,7 +159,7 @@ def record_outcome(
 
 def record_score(study: optuna.Study, storage: StudyStorage, trial: ClaimedTrial, name: str) -> str:
     """Record the score in the metrics of an experiment, or both objectives as its run measured them."""
-    score = json.loads(run_git("show", f"{list_experiments()[name]}:./metrics/train.json"))[SCORE]
+    score = json.loads(run_git("show", f"{list_experiments()[name]}:./metrics/train.json"))[DEV_KEY]
     storage.rdb.set_trial_user_attr(trial.id, EXPERIMENT, name)
     against = study.user_attrs[SETTINGS]["against"]
     if against == "none":
@@ -168,7 +168,7 @@ def record_score(study: optuna.Study, storage: StudyStorage, trial: ClaimedTrial
     attributes = study.get_trials(deepcopy=False)[int(name.rpartition("-")[2])].user_attrs
     measured = attributes.get(MEASURED) or {}
     if against == BYTES_PER_PAGE and "vectors_per_page" in measured:
-        score, second = measured[SCORE], measured["vectors_per_page"] * attributes[SIZE][1] * BYTES_PER_NUMBER
+        score, second = measured[DEV_KEY], measured["vectors_per_page"] * attributes[SIZE][1] * BYTES_PER_NUMBER
     elif against in measured:
         second = measured[against]
     else:  # the storage could not be reached, or a try that was killed made all steps
