@@ -259,7 +259,7 @@ def run_trainer(trainer: ContrastiveTrainer, folder: Path, checkpoint: str) -> N
             raise UserError(f"{checkpoint}: not here; several machines need one folder that all of them see")
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
         if state.global_step >= state.max_steps:  # killed after its last step: transformers would make one more
-            trainer.model.load_adapter(checkpoint, trainer.model.active_adapter)
+            trainer.model.load_adapter(checkpoint, trainer.model.active_adapter, is_trainable=True)
             trainer.state = state
             trainer.metric_accumulator.restore(state)
             return
