@@ -15,7 +15,7 @@ import torch
 from conftest import BASE, ROOT
 from hub import Fault, running
 
-from colintern.commands.doctor import _colour
+from colintern.commands.doctor import _colour_status
 from colintern.core.errors import UserError
 from colintern.core.recipes import render_recipe
 from colintern.modeling.configuration_colintern import load_cached_or_preset_config, make_preset_config
@@ -294,7 +294,7 @@ def test_colour_only_on_a_terminal_that_wants_it(repo, monkeypatch):
     ):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        assert _colour("pass") == shown
+        assert _colour_status("pass") == shown
 
 
 def test_the_hub_is_asked_only_for_what_the_cache_lacks(tmp_path, monkeypatch):

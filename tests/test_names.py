@@ -15,7 +15,7 @@ FIELD_WORDS = frozenset(
     "backward close collate encode flush forward get load main open pack pool read render run save score similarity "
     "step submit train unpack update write".split()
 )
-ENTRY_POINTS = {"main", "run", "arguments", "add_arguments"}  # of stages and of commands, one each
+ENTRY_POINTS = {"main", "run", "add_arguments"}  # of stages and of commands, one each
 
 
 def list_definitions() -> Iterator[tuple[str, ast.AST, bool]]:
