@@ -104,7 +104,7 @@ TYPE_NAMES: dict[object, str] = {
     bool | int: "true, false or a whole number",
     LIST: "a list of one or more texts",
 }
-# Keys of what may come from the hub, that of its commit, and what tells the commit.
+# Keys whose value may be a hub id, the key of its commit, and the method of HfApi that returns the commit.
 HUB_KEYS = (
     ("base", "base_revision", "model_info"),
     ("train_data", "train_revision", "dataset_info"),
@@ -349,8 +349,8 @@ def split_hub_id(key: str, text: str, hint: str = "") -> tuple[str, str]:
     name, _, revision = text.partition("@")
     if not is_on_hub(name) or not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise UserError(
-            f"{key}: {text!r} is no folder here, and a hub id needs its commit: write {name}@<40 hex digits>, which "
-            f"huggingface_hub.HfApi().model_info({name!r}).sha tells{hint}"
+            f"{key}: {text!r} is no folder here, and a hub id needs its commit: write {name}@<40 hex digits>, from "
+            f"huggingface_hub.HfApi().model_info({name!r}).sha{hint}"
         )
     return name, revision
 

@@ -9,7 +9,7 @@ from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.storage.paths import require_model
 
-SUMMARY = "tell whether an adapter was trained, is whole, and fits its base; exit 1 if not"
+SUMMARY = "check whether an adapter was trained, is whole, and fits its base; exit 1 if not"
 EXAMPLE = "colintern check-adapter experiments/colintern"
 
 

@@ -39,7 +39,7 @@ def resolve_benchmarks(benchmarks: Sequence[str]) -> list[tuple[str, AbsTask]]:
     """Return the tasks in the order of `benchmarks`, each with the label under which its scores are averaged.
 
     An entry is "demo", a folder in mteb's BEIR image layout, or the name of an mteb benchmark or task. No data is
-    loaded. Tasks whose data is not public are left out and printed.
+    loaded. Tasks whose data is not public are skipped and logged.
 
     Raises:
         UserError: an unknown name (with the nearest ones), a folder that is not an evaluation set, a task that is not
@@ -146,9 +146,9 @@ class _FolderMixin(_DecodedPagesMixin):
 
 
 def build_folder_task(folder: Path, name: str, entry: FilesEntry) -> AbsTask:
-    """Return a ViDoRe (v1) task that reads `folder`; its revision is a hash of the folder's data.
+    """Build a ViDoRe (v1) task over the data in `folder`, with a hash of the data as its revision.
 
-    Its `documents` is the folder that the pages were made from, by the manifest's `entry`; "" for none.
+    Its `documents` attribute is the folder of the source documents in the manifest's `entry`, "" if there is none.
     """
     check_beir_layout(folder)
     vidore = type(mteb.get_task("VidoreDocVQARetrieval"))
@@ -162,14 +162,13 @@ def build_folder_task(folder: Path, name: str, entry: FilesEntry) -> AbsTask:
         }
     )
     # A class of its own, because mteb falls back to the metadata of the class when it unloads the data.
-    made_from = entry.get("made_from")
-    documents = made_from["folder"] if made_from else ""
+    documents = source["folder"] if (source := entry.get("made_from")) else ""
     attributes = {"metadata": metadata, "arrow_name": get_arrow_name(entry), "documents": documents}
     return type(name, (_FolderMixin, vidore), attributes)()
 
 
 def _resolve_entry(entry: str) -> tuple[str, list[AbsTask]]:
-    """Return label and tasks of an entry; the tasks whose data is not public are left out and printed."""
+    """Return label and tasks of an entry; tasks whose data is not public are skipped and logged."""
     if is_local_benchmark(entry):
         folder = ensure_benchmark(entry)
         task = build_folder_task(folder, get_task_name(entry, folder), read_data_file(MANIFEST)["evaluation"][entry])

@@ -86,7 +86,7 @@ class Qrel:
 def write_training_split(folder: Path, split: str, rows: Sequence[TrainingRow]) -> Path:
     """Write one split of a training set and return its file, `folder/data/<split>-00000-of-00001.parquet`.
 
-    Rows of one page should stand next to each other: its bytes are then read, hashed and stored once.
+    Put rows of one page next to each other: its bytes are then read, hashed and stored once.
 
     Raises:
         ValueError: an unknown split, no rows, or a row, named, with an empty query or file name, an image that is
@@ -186,7 +186,7 @@ def check_beir_layout(folder: Path) -> None:
 
 
 def _read_test_configs(card: Path) -> set[str]:
-    """Return the configurations with a split test of which a card tells `datasets`."""
+    """Return the configurations that a dataset card declares with a test split."""
     from huggingface_hub import metadata_load  # takes longer to import than a stage's --help may take
     from yaml import YAMLError
 

@@ -96,7 +96,7 @@ def read_training_manifest(params: Params) -> dict[str, Any]:
     """Read the manifest.
 
     Raises:
-        UserError: there is none, or it was made for other training data.
+        UserError: it is missing, or was written for other training data.
     """
     manifest = read_data_file(MANIFEST)
     for key, value in get_training_data_params(params).items():
@@ -106,7 +106,7 @@ def read_training_manifest(params: Params) -> dict[str, Any]:
 
 
 def load_training_data(params: Params, force: bool = False) -> TrainingData:
-    """Return the data of the manifest, every file checked; with `force` each is hashed, whatever is known of it.
+    """Return the data of the manifest after verifying every file; `force` hashes files whose hash is recorded, too.
 
     Raises:
         UserError: no manifest or one made for other data, or a file is missing or changed.

@@ -9,14 +9,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import BatchFeature
 
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processing_colintern import ColIntern3_5Processor as Processor
 
 T = TypeVar("T")
 
 
-def embed_pages(
-    model: nn.Module, processor: ColIntern3_5Processor, images: Sequence[Image.Image], batch_size: int
-) -> list[Tensor]:
+def embed_pages(model: nn.Module, processor: Processor, images: Sequence[Image.Image], batch_size: int) -> list[Tensor]:
     """Return one (tokens, 128) float32 tensor a page, on the CPU, in the order of `images`.
 
     Args:
@@ -28,9 +26,7 @@ def embed_pages(
     return _embed_batches(model, processor.process_images, images, batch_size)
 
 
-def embed_features(
-    model: nn.Module, processor: ColIntern3_5Processor, features: Iterable[Tensor], batch_size: int
-) -> list[Tensor]:
+def embed_features(model: nn.Module, processor: Processor, features: Iterable[Tensor], batch_size: int) -> list[Tensor]:
     """Do the same as `embed_pages` from page features, (tiles, tokens of a tile, hidden size) each."""
 
     def collate_features(pages: list[Tensor]) -> BatchFeature:
@@ -41,9 +37,7 @@ def embed_features(
     return _embed_batches(model, collate_features, features, batch_size)
 
 
-def embed_queries(
-    model: nn.Module, processor: ColIntern3_5Processor, queries: Iterable[str], batch_size: int
-) -> list[Tensor]:
+def embed_queries(model: nn.Module, processor: Processor, queries: Iterable[str], batch_size: int) -> list[Tensor]:
     """Return one (tokens, 128) float32 tensor a query, on the CPU, in the order of `queries`; see `embed_pages`."""
     return _embed_batches(model, processor.process_queries, queries, batch_size)
 

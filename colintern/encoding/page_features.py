@@ -27,12 +27,13 @@ from colintern.encoding.tensor_cache import TensorCache
 from colintern.encoding.workers import check_workers, init_worker, stop_workers_on_exit
 from colintern.modeling.images import to_rgb
 from colintern.modeling.modeling_colintern import ColIntern3_5
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processing_colintern import ColIntern3_5Processor as Processor
 from colintern.storage.identity import code_hashes
 from colintern.storage.lock import hold_lock
 
 logger = logging.getLogger(__name__)
 
+Model = ColIntern3_5 | PeftModel
 NUM_ERROR_PAGES = 64  # the error of fp8 is measured on the same first pages, whatever the cache contains
 FEATURES_DIR = "data/.features"  # below the repository's root
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow")
@@ -76,14 +77,7 @@ class PageFeatures:
             result.
     """
 
-    def __init__(
-        self,
-        model: ColIntern3_5 | PeftModel,
-        processor: ColIntern3_5Processor,
-        root: Path,
-        limit_gb: float,
-        cache_format: str,
-    ):
+    def __init__(self, model: Model, processor: Processor, root: Path, limit_gb: float, cache_format: str):
         self.model, self.processor, self.quantizes = model, processor, cache_format == "fp8"
         self.relative_error: float | None = None  # of fp8, after `precompute`
         name = f"{fingerprint_features(model, processor)[:16]}{'-fp8' * self.quantizes}" if limit_gb else "none"
@@ -162,7 +156,7 @@ class PageFeatures:
 class TileDataset(Dataset):
     """The normalized tiles of each page."""
 
-    def __init__(self, pages: Sequence[Page], processor: ColIntern3_5Processor):
+    def __init__(self, pages: Sequence[Page], processor: Processor):
         self.pages, self.processor = pages, processor
 
     def __len__(self) -> int:
@@ -172,7 +166,7 @@ class TileDataset(Dataset):
         return self.processor.preprocess_page(self.pages[index].image())
 
 
-def fingerprint_features(model: ColIntern3_5 | PeftModel, processor: ColIntern3_5Processor) -> str:
+def fingerprint_features(model: Model, processor: Processor) -> str:
     """Return a sha256 of all that decides the bits of a feature, except the page: weights, settings, code, machine."""
     weights = hashlib.sha256()
     for part in model.frozen_parts:

@@ -46,12 +46,12 @@ class ColIntern3_5Encoder(AbsEncoder):
         model: see `colintern.encoding.embed`.
         processor: see `colintern.encoding.embed`.
         name: what the model is called in mteb's files: "organisation/model".
-        revision: tells weights apart under one name, for example a hash of them.
+        revision: distinguishes weights under one name, for example a hash of them.
         features: computes the pages' features; without it each page goes through the whole model.
         embeddings: cache of the pages'; a batch is taken from it if it was embedded as the same batch before.
         pool_factor: see `colintern.encoding.pooling`; 1 leaves the embeddings as they are.
         dim: numbers kept of a vector; 128 is all of them.
-        settings: of `load_encoder`, by which mteb's files tell results apart.
+        settings: of `load_encoder`, by which mteb's files distinguish results.
     """
 
     def __init__(

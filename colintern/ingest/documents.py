@@ -1,4 +1,4 @@
-"""Hold what was read from a folder of the user's own documents, and check the fields of its rows.
+"""Collect the pages and queries of a folder of the user's documents, and validate the fields of its rows.
 
 The readers of folders (`jsonl.py`, `pdfs.py`) return `RawDocuments`; a row that cannot be used becomes an `InvalidRow`.
 """
@@ -184,9 +184,9 @@ def find_split_error(split: object) -> str:
 
 
 def normalize_query(query: str) -> str:
-    """Return what two spellings of one query share: Unicode form, case and white space are evened out.
+    """Normalize Unicode form, case and white space, so that two spellings of one query are equal.
 
-    Punctuation, signs and vowel signs stay, since they tell queries apart: "C" and "C++", "section 1.12" and "11.2".
+    Punctuation, signs and vowel signs stay, because they distinguish queries: "C" and "C++", "section 1.12" and "11.2".
     """
     return " ".join(normalize("NFC", query).casefold().split())
 
@@ -194,6 +194,6 @@ def normalize_query(query: str) -> str:
 def has_lone_surrogate(text: str) -> bool:
     """Check for half of a surrogate pair, which JSON can hold and no tokenizer takes.
 
-    In the name of a file it stands for a byte that is not UTF-8.
+    In a file name it represents a byte that is not UTF-8.
     """
     return re.search("[\ud800-\udfff]", text) is not None

@@ -147,7 +147,7 @@ def _get_output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 def _check_kernel(attention: str, function: AttentionFunction, dtype: torch.dtype, training: bool) -> None:
     """Raise UserError if a kernel differs from torch's own attention on 33 tokens with 4 heads that share 2 keys."""
     if torch.are_deterministic_algorithms_enabled() and "deterministic" not in inspect.signature(function).parameters:
-        raise UserError(f"deterministic: true cannot be promised with attention: {attention}, which has no such option")
+        raise UserError(f"deterministic: true is not possible with attention: {attention}, which has no such option")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 33, heads, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2)]

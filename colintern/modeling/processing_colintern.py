@@ -57,10 +57,7 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
 
     query_prefix: ClassVar[str] = "Query: "
     query_augmentation_token: ClassVar[str] = "<|endoftext|>"
-    visual_prompt: ClassVar[tuple[str, str]] = (
-        "<|im_start|>user\n",
-        "\nDescribe the image.<|im_end|><|endoftext|>",
-    )
+    visual_prompt: ClassVar[tuple[str, str]] = ("<|im_start|>user\n", "\nDescribe the image.<|im_end|><|endoftext|>")
     visual_prompt_prefix: ClassVar[str] = "<IMG_CONTEXT>".join(visual_prompt)
 
     def __init__(
@@ -312,8 +309,8 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
     def score_multi_vector(qs, ps, batch_size: int = 128, device=None) -> torch.Tensor:
         """Compute MaxSim scores, (n_queries, n_pages) float32 on the CPU, without a gradient.
 
-        Unlike in colpali-engine, padding takes no part in the maximum: all-zero rows are padding from `ColIntern3_5`,
-        in a padded (n, length, 128) tensor as in the list that colpali-engine's users make of it.
+        Unlike colpali-engine, this ignores padding in the maximum: all-zero rows, both in a padded (n, length, 128)
+        tensor and in a list of its rows.
 
         Args:
             qs: queries: (tokens, dim) tensors or arrays, or all of them as one padded (n, tokens, dim).

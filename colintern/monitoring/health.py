@@ -1,6 +1,6 @@
 """Rules of training health: judge a run by its logged rows alone, while it runs and at its end.
 
-A loss is compared with log(P), the loss of a model that cannot tell the P pages of a batch apart: the training guide's
+A loss is compared with log(P), the loss of a model that cannot distinguish the P pages of a batch: the training guide's
 2.40 -> 1.50 is 0.87 to 0.54 of log(16). So every loss here is a share of log(P), or, for a symmetric loss with hard
 negatives, whose other half compares the B queries only, of the mean of log(P) and log(B). The rules use neither time
 nor machine (see `monitors` for those), and rows rounded to four digits suffice: two runs of one identity, one of them

@@ -33,7 +33,7 @@ MAX_ERROR_CHARACTERS = 200
 
 
 def check_tracker(name: str) -> None:
-    """Check that the package of a tracker is installed, and that W&B is not asked to upload a file with a token.
+    """Check that the package of a tracker is installed, and that W&B is not configured to upload a file with a token.
 
     Raises:
         UserError: it is not, or W&B is.

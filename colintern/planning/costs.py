@@ -100,7 +100,7 @@ class CostModel:
         self.base.set_attn_implementation("sdpa")
         self.base.language_model.set_attn_implementation(ATTENTION)
         layers = self.base.decoder_layers
-        # Where all layers have the same adapters, two of them tell the cost of any number.
+        # Where all layers have the same adapters, the cost of any number of them follows from two.
         adapter_sizes = {sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers}
         depth = 2 if len(adapter_sizes) == 1 else self.num_layers
         first, deep = (self._count_token(layers[:num_layers]) for num_layers in (1, depth))

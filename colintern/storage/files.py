@@ -1,6 +1,6 @@
 """Regular files, the only kind that is opened; JSON and CSV files that two runs write alike.
 
-A named pipe or a device may block for ever, or never end.
+Reading a named pipe or a device may block or never end.
 """
 
 import csv

@@ -1,12 +1,12 @@
 """Download and verify files of hub repositories at a commit, in huggingface_hub's own cache (HF_HOME).
 
 `snapshot_download` lists and transfers (Xet or HTTP), sends HF_TOKEN, waits for 429, and resumes dropped connections.
-Added here is what it does not do:
+This module adds:
 
-- It accepts any bytes of the right length that come by HTTP: every file is hashed.
-- It gives up on a 5xx for a file, a reset connection and a wrong length: they are retried.
-- Its `dry_run` needs a request for each file and tells no hash: the listing tells whether the files fit the disk.
-- On Ctrl-C it waits for its threads, which may wait for the network: here Ctrl-C ends the process.
+- a hash check of every file: over HTTP it accepts any bytes of the right length;
+- retries after a 5xx for a file, a reset connection and a wrong length;
+- a check of free disk space from one listing: its `dry_run` sends a request for each file and returns no hash;
+- exit on Ctrl-C: it would wait for its threads, which may wait for the network.
 """
 
 import errno
@@ -22,14 +22,7 @@ from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from huggingface_hub import (
-    HfApi,
-    RepoFile,
-    constants,
-    get_cached_repo_tree,
-    is_offline_mode,
-    snapshot_download,
-)
+from huggingface_hub import HfApi, RepoFile, constants, get_cached_repo_tree, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     GatedRepoError,
@@ -113,8 +106,8 @@ class HubFile(NamedTuple):
 def enable_offline_mode() -> None:
     """Keep the rest of this process off the hub: all it needs is in the cache.
 
-    Otherwise transformers asks for every file that a repository might also have; without a network each of these 17
-    requests takes 23 seconds to fail.
+    Otherwise transformers requests every optional file of a repository; without a network each of these 17 requests
+    takes 23 seconds to fail.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # for child processes and later imports
     constants.HF_HUB_OFFLINE = True
@@ -168,7 +161,7 @@ def _read_cached_tree(repo: Repo) -> list[RepoFile]:
 
 
 def _list_files(repo: Repo) -> dict[str, RepoFile]:
-    """Return the files of a repository by path; the hub is asked only if the cache lacks the listing."""
+    """Return the files of a repository by path; requests the listing only if the cache lacks it."""
     tree = _read_cached_tree(repo)
     if not tree:
         try:
@@ -299,7 +292,7 @@ def _end_on_ctrl_c() -> Iterator[None]:
 
 
 def is_retryable(error: Exception) -> bool:
-    """Return whether another try may help where huggingface_hub gives up."""
+    """Return whether another try may help after an error that huggingface_hub does not retry."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in RETRYABLE_STATUS_CODES
     return isinstance(error, HTTPError) or "Consistency check" in str(error)

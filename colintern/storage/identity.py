@@ -84,7 +84,7 @@ def content_hash(path: Path) -> str:
     """Return the sha256 of a file, or of the names and hashes of all files in a folder, compiled code left out.
 
     Raises:
-        UserError: nothing is there, or a folder holds no file. The hash of nothing would be the same for each of them.
+        UserError: the path is missing or is an empty folder, whose hash would be that of every empty folder.
     """
     if path.is_file():
         with path.open("rb") as file:

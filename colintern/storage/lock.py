@@ -78,13 +78,13 @@ def try_lock(folder: Path) -> Iterator[None]:
 @cache
 def mark_in_use(folder: Path) -> None:
     """Hold a shared lock on `folder` until this process ends, and record when it was last read; see `is_in_use`."""
-    with suppress(OSError):  # it is missing, or its file system knows no locks
+    with suppress(OSError):  # it is missing, or its file system has no locks
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)
         os.utime(folder)
 
 
 def is_in_use(folder: Path) -> bool:
-    """Return whether a process has marked `folder` as in use, or may have: some file systems know no locks."""
+    """Return whether a process has marked `folder` as in use, or may have: some file systems have no locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -237,7 +237,7 @@ def _launch_workers(world_size: int, threads: int, module: str) -> int:
         elastic_launch(config, sys.executable)("-m", module)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
-        logger.error(f"of {world_size} processes these failed: {codes}, by rank")
+        logger.error(f"{len(codes)} of {world_size} processes failed; exit codes by rank: {codes}")
         # The launcher ends the remaining ranks with SIGTERM; their exit codes do not tell why the run failed.
         causes = [code for code in codes.values() if code not in SIGTERM_EXIT_CODES]
         return next((code for code in causes or codes.values() if code > 1), 1)

@@ -132,7 +132,7 @@ def filter_negatives(
     mined, num_positives, num_too_close = [], 0, 0
     for query, page in dict.fromkeys((pair.query, pair.page.key) for pair in train):
         positive_score = top_k.positive_scores[query, page]
-        # By the absolute value: a share of a negative score would lie above it.
+        # By the absolute value: a fraction of a negative score would be above it.
         max_score = positive_score - (1 - limits.relative_margin) * abs(positive_score)
         ranked = top_k.rank_pages(query)
         others = [(key, score) for key, score in ranked if key not in positives[query]]

@@ -190,7 +190,7 @@ def _limit_negatives(
             f"negatives_file is {str(data.negatives or '')!r}; `colintern mine` makes such a file"
         )
     num_fewer = sum(count < num_negatives for count in counts)
-    logger.info(f"{sum(counts)} hard negatives; {num_fewer} of {len(limited)} rows have fewer than asked")
+    logger.info(f"{sum(counts)} hard negatives; {num_fewer} of {len(limited)} rows have fewer than `negatives`")
     return limited
 
 

@@ -310,10 +310,7 @@ def save_artifacts(trainer: ContrastiveTrainer, identity: Mapping[str, object], 
         "log_history": steps + dev,
     }
     (partial / "trainer_state.json").write_text(format_json(state))
-    metrics: dict[str, float | str] = {
-        DEV_KEY: round(dev[-1][EVAL_KEY], 6),
-        "loss": round(steps[-1]["loss"], 6),
-    }
+    metrics: dict[str, float | str] = {DEV_KEY: round(dev[-1][EVAL_KEY], 6), "loss": round(steps[-1]["loss"], 6)}
     for callback in trainer.run_callbacks:
         metrics |= callback.save_artifacts(trainer, partial)
     if trains_on_pseudo_queries():

@@ -128,7 +128,7 @@ def add_finished_experiments(study: optuna.Study, space: SearchSpace, params: Pa
     """
     if space.second_objective:
         raise UserError(
-            f"--warm-start: experiments do not tell {space.second_objective}; it needs against: none in tune.yaml"
+            f"--warm-start: experiments do not record {space.second_objective}; set against: none in tune.yaml"
         )
     train_deps = _read_train_deps(_read_lock())
     fixed_values = _select_fixed_values({key: getattr(params, key) for key in params.__slots__}, space)

@@ -19,13 +19,7 @@ from optuna.trial import TrialState
 
 from colintern.evaluation.results import BYTES_PER_NUMBER
 from colintern.scoring.metrics import DEV_KEY
-from colintern.tuning.experiments import (
-    ClaimedTrial,
-    list_experiments,
-    remove_experiment,
-    run_experiment,
-    run_git,
-)
+from colintern.tuning.experiments import ClaimedTrial, list_experiments, remove_experiment, run_experiment, run_git
 from colintern.tuning.search_space import BYTES_PER_PAGE, SearchSpace
 from colintern.tuning.study_storage import StudyStorage
 from colintern.tuning.trial_context import MEASURED, SETTINGS, SIZE, STARTED, STOPPED
