@@ -12,7 +12,6 @@ from colintern.core.project import root
 from colintern.core.terminal import configure_logging, escape_output
 
 logger = logging.getLogger(__name__)
-
 DISK_FULL_CODES = (errno.ENOSPC, errno.EDQUOT)
 FILE_SYSTEM_CODES = (errno.EACCES, errno.EPERM, errno.EROFS, *DISK_FULL_CODES)  # not faults of the program
 

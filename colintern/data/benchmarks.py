@@ -27,7 +27,6 @@ from colintern.storage.manifest import (
 )
 
 logger = logging.getLogger(__name__)
-
 BEIR_COLUMNS = {
     "corpus": ["corpus-id", "image"],
     "queries": ["query-id", "query"],

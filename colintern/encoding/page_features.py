@@ -32,7 +32,6 @@ from colintern.storage.identity import code_hashes
 from colintern.storage.lock import hold_lock
 
 logger = logging.getLogger(__name__)
-
 Model = ColIntern3_5 | PeftModel
 NUM_ERROR_PAGES = 64  # the error of fp8 is measured on the same first pages, whatever the cache contains
 FEATURES_DIR = "data/.features"  # below the repository's root

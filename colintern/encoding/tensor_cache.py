@@ -20,7 +20,6 @@ from colintern.storage.files import irregular_type
 from colintern.storage.lock import hold_lock
 
 logger = logging.getLogger(__name__)
-
 SHARD_BYTES = 256 * 2**20
 MIN_FREE_BYTES = 2 * 2**30  # left free on the disk, whatever the limit
 

@@ -12,7 +12,6 @@ from multiprocessing.queues import Queue
 from colintern.core.errors import OutOfMemoryError, UserError
 
 logger = logging.getLogger(__name__)
-
 WORKERS_PER_CPU = 4
 MIN_LIMIT = 8  # of workers, where there are few CPUs
 LOADER_ERROR = re.compile(r"DataLoader worker \(pid.*")  # torch's message about a worker that is gone

@@ -77,12 +77,7 @@ class ColIntern3_5Encoder(AbsEncoder):
         self.mteb_model_meta = _make_meta(name, revision, settings or {}, n_parameters=num_parameters)
 
     def encode(  # type: ignore[override]  # a list: one padded tensor would take the longest page's memory for each page
-        self,
-        inputs: DataLoader,
-        *,
-        task_metadata: TaskMetadata,
-        prompt_type: PromptType | None = None,
-        **kwargs: object,
+        self, inputs: DataLoader, *, task_metadata: TaskMetadata, prompt_type: PromptType | None = None, **kwargs: Any
     ) -> list[Tensor]:
         """Encode queries or pages to one (tokens, dim) float32 tensor each, on the CPU, in the loader's order.
 

@@ -37,7 +37,6 @@ from colintern.storage.identity import fingerprint
 from colintern.storage.lock import hold_lock
 
 logger = logging.getLogger(__name__)
-
 TIME_KEYS = ("evaluation_time", "date", "evaluation_phases", "kg_co2_emissions")  # of mteb's files; all may be null
 TIMING_FILE = "logs/eval-timing.json"  # not an out of any stage
 MAX_STORED_MODELS = 20  # whose finished tasks are kept; the least recently evaluated are deleted first

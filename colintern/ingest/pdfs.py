@@ -35,7 +35,6 @@ from colintern.storage.isolation import Failure, IsolatedPool
 from colintern.storage.manifest import get_digests
 
 logger = logging.getLogger(__name__)
-
 QUERY_FILES = ("queries.csv", "queries.jsonl")
 OUTLINE, TEXT = "outline entries", "text layers"  # kinds of invalid rows that cost no page and no question
 

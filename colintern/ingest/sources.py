@@ -32,7 +32,6 @@ from colintern.storage.manifest import (
 )
 
 logger = logging.getLogger(__name__)
-
 DEMO = "demo"  # a name in params.yaml; its sets are drawn, not fetched
 SPLIT_WORDS = {  # that `datasets` and the users of its hub write into the names of files and folders
     "train": ("train", "training"),

@@ -36,7 +36,6 @@ from colintern.storage.lock import get_last_use, hold_lock, is_in_use
 from colintern.storage.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, Source, hash_local_files, hash_source_files
 
 logger = logging.getLogger(__name__)
-
 MADE = "data/own/.made"
 RENDERED = "rendered"  # beside the keys of a folder, see `render_cache.py`
 CODE = ("colintern.ingest.user_documents", "colintern.ingest.pdfs", "colintern.ingest.jsonl")

@@ -25,7 +25,6 @@ from colintern.modeling.tiling import Grid, choose_grid
 from colintern.scoring.maxsim import maxsim_scores
 
 logger = logging.getLogger(__name__)
-
 HUB_KEYWORDS = {  # of transformers' `from_pretrained`, and device_map, which colpali-engine's scripts pass
     *("_commit_hash", "_from_auto", "_from_pipeline", "cache_dir", "device_map", "force_download", "local_files_only"),
     *("proxies", "return_unused_kwargs", "revision", "subfolder", "token", "use_fast"),

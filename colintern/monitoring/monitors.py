@@ -37,7 +37,6 @@ from colintern.storage.files import format_json
 from colintern.training.trainer import ContrastiveTrainer, RunCallback
 
 logger = logging.getLogger(__name__)
-
 MAX_SECONDS_PER_PAIR = 10 / 64  # the guide's warning sign on a GPU: 10 s a step of 64 pairs
 SEVERITIES = (OK, WARN, BAD)
 QUERY_GPU_USE = ("nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits")

@@ -16,7 +16,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from colintern.scoring.metrics import EVAL_KEY
 
 logger = logging.getLogger(__name__)
-
 MIN_ROW_INTERVAL = 30  # seconds between two rows in a log; a dev score and the last step are always shown
 MAX_RATE_STEPS = 20  # of the rate that is shown
 # With days and 9,000 steps this is 79 characters.

@@ -31,7 +31,6 @@ from colintern.storage.hub import describe_hub_error
 from colintern.storage.identity import fingerprint, get_versions
 
 logger = logging.getLogger(__name__)
-
 HUB_TASK = "visual-document-retrieval"  # the hub's name of it
 
 

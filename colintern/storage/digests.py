@@ -19,7 +19,6 @@ from typing import TypedDict
 from colintern.core.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
-
 RECORD = "data/.digests.json"  # below the repository's root; without it files are hashed again
 MAX_THREADS = 8  # hashing releases the GIL
 

@@ -42,7 +42,6 @@ from colintern.storage.digests import Digests
 from colintern.storage.files import DANGLING, MISSING, irregular_type
 
 logger = logging.getLogger(__name__)
-
 RETRY_WAITS_SECONDS = (1, 2, 4, 8)  # after the last one the repository is given up
 STALE_PARTIAL_SECONDS = 3600  # age from which no process writes a partial file any more: a killed one left it
 RETRYABLE_STATUS_CODES = (500, 502, 503, 504)  # the server is in trouble, it does not refuse

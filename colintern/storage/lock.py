@@ -14,7 +14,6 @@ from colintern.core.errors import UserError
 from colintern.storage.files import irregular_type
 
 logger = logging.getLogger(__name__)
-
 MAX_ORPHAN_SECONDS = 30  # the data loader of a killed trainer ends within this time: it checks every 5 s
 
 

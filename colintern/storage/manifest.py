@@ -33,7 +33,6 @@ from colintern.storage.identity import fingerprint
 from colintern.storage.lock import mark_in_use, open_lock
 
 logger = logging.getLogger(__name__)
-
 MANIFEST = "data/manifest.json"
 ARROW = "data/.arrow"  # mteb's copies of the pages it ranks; below the repository's root
 QUARANTINE = "data/quarantine.json"  # rows that are left out, with their reasons

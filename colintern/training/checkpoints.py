@@ -27,7 +27,6 @@ from colintern.storage.outs import FINISHED_MARK
 from colintern.training.distributed import EXIT_INTERRUPTED, DistributedContext
 
 logger = logging.getLogger(__name__)
-
 SAVING_FOLDER = "saving"
 HASHES_FILE = "files.json"  # of a checkpoint: sha256 of each other file
 STATE_FILE = "trainer_state.json"

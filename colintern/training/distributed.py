@@ -28,7 +28,6 @@ from colintern.core.errors import UserError
 from colintern.core.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 SHUTDOWN_TIMEOUT = 45  # seconds that a signalled process has for its checkpoint, and a hung one before it is killed
 POLL_INTERVAL, COLLECTIVE_TIMEOUT = timedelta(seconds=1), timedelta(minutes=10)

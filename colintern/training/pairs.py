@@ -32,7 +32,6 @@ from colintern.storage.manifest import MANIFEST
 from colintern.training.distributed import Batch
 
 logger = logging.getLogger(__name__)
-
 COLUMN_TYPES = {"query": pa.string(), "page": pa.string(), "negatives": pa.list_(pa.string())}
 SCHEMA = pa.schema(COLUMN_TYPES | {"scores": pa.list_(pa.float32())})
 PROVENANCE_KEY = b"colintern"  # of the metadata of a file of mined negatives

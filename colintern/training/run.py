@@ -44,7 +44,6 @@ from colintern.training.pairs import TrainingDataset, load_training_pairs
 from colintern.training.trainer import ContrastiveTrainer, NonFiniteError, RetrievalEvaluator, RunCallback
 
 logger = logging.getLogger(__name__)
-
 Callbacks = Sequence[TrainerCallback]
 MIN_EVALUATIONS = 4  # of the dev set in a run
 COMPILERS = ("g++", "clang++")  # those that torch.compile looks for

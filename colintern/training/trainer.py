@@ -274,22 +274,15 @@ class ContrastiveTrainer(Trainer):
             return model(**inputs)
 
     def backward_mini_batch(
-        self,
-        model: PeftModel,
-        batch: Batch,
-        shards: BatchShards,
-        side: Side,
-        rows: list[int],
-        grad: Any,
-        embeddings: Tensor | None,
+        self, model: PeftModel, batch: Batch, shards: BatchShards, side: Side, rows: list[int], grad: Any, reps: Any
     ) -> None:
-        """Backpropagate the gradient of the embeddings of some rows; None for embeddings computes them again."""
-        if embeddings is None:
-            embeddings = self.embed_mini_batch(model, batch, shards, side, rows)
+        """Backpropagate the gradient of the embeddings `reps` of some rows; None computes them again."""
+        if reps is None:
+            reps = self.embed_mini_batch(model, batch, shards, side, rows)
         # Checkpointed layers run their forward pass again in the backward pass, and need the same dropout.
-        with self._apply_dropout(batch, shards, side, rows, embeddings.shape[1]):
-            embeddings = (embeddings * grad).sum()  # rebound: the backward pass does not need the embeddings
-            embeddings.backward()
+        with self._apply_dropout(batch, shards, side, rows, reps.shape[1]):
+            reps = (reps * grad).sum()  # rebound: the backward pass does not need the embeddings
+            reps.backward()
 
     def _apply_dropout(
         self, batch: Batch, shards: BatchShards, side: Side, rows: list[int], length: int

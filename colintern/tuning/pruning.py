@@ -34,7 +34,6 @@ from colintern.tuning.trial_context import (
 )
 
 logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
 
