@@ -165,7 +165,7 @@ def table(engine: Engine, sizes: Sizes, tiles: int, start: float) -> float:
     batch, best = engine.batch([tiles] * sizes.batch), math.nan
     keep = engine.params.lora_dropout
     levers: tuple[int, bool | int] | None = None
-    layers = len(engine.base.language_model.layers)
+    layers = len(engine.base.decoder_layers)
     some = sorted({layers * 3 // 4, layers // 2, layers // 4} - {0}, reverse=True)
     rows: list[Row] = [
         (micro, on, keep, False)
@@ -177,7 +177,7 @@ def table(engine: Engine, sizes: Sizes, tiles: int, start: float) -> float:
         if time.perf_counter() - start > MOST_SECONDS:
             print(f"{len(rows) + 1} rows left out: {MOST_SECONDS} s are over")
             break
-        for layer in engine.base.language_model.layers:
+        for layer in engine.base.decoder_layers:
             layer._compiled_call_impl = None
         if compiled:
             compile_layers(engine.model)

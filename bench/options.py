@@ -55,7 +55,7 @@ def main() -> None:
         sizes, dtype = (TINY, "float32") if args.demo else (REAL, "bfloat16")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         engine = Engine(sizes, dtype, None if args.demo else args.layers, scratch, device)
-        rows, layers = DropoutMaskBank.assign_rows, len(engine.base.language_model.layers)
+        rows, layers = DropoutMaskBank.assign_rows, len(engine.base.decoder_layers)
         for _ in range(1 + args.rounds):
             for name, (p, by_token, deterministic, share) in WAYS.items():
                 set_deterministic(deterministic)

@@ -64,7 +64,7 @@ def run(params: Params) -> tuple[float, float, str]:
         before = test.compute_ndcg(*test.embed(trainer.model, trainer.processor))
         trainer.train()
         after = test.compute_ndcg(*test.embed(trainer.model, trainer.processor))
-        return before, after, monitor.assess(trainer.state).verdict
+        return before, after, monitor.assess_state(trainer.state).verdict
 
 
 @exit_on_user_error()

@@ -150,7 +150,7 @@ class Bench:
             self.base.disable_input_require_grads()
         else:
             self.base.activation_checkpointing_enable()
-        for layer in self.base.language_model.layers:
+        for layer in self.base.decoder_layers:
             layer._compiled_call_impl = None
         if on.compiled:
             compile_layers(self.model)

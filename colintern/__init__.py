@@ -28,7 +28,6 @@ Each package imports from those above it in this list and from its own; dvc.yaml
 
 import sys
 from importlib import import_module
-from typing import Any
 
 _PUBLIC = {
     "ColIntern3_5": "colintern.modeling.modeling_colintern",
@@ -38,7 +37,7 @@ _PUBLIC = {
 sys.modules["colintern.model"] = sys.modules[__name__]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'colintern' has no attribute {name!r}; it has {', '.join(_PUBLIC)}")

@@ -1,7 +1,7 @@
 """The `colintern` command. A subcommand is a module of colintern/commands, found there by its name.
 
-Each has SUMMARY (a line for --help), EXAMPLE (a command line), `arguments(parser)` and `run(args)`, and imports what is
-slow to import inside `run`, so that `--help` answers at once.
+Each has SUMMARY (a line for --help), EXAMPLE (a command line), `add_arguments(parser)` and `run(args)`, and has
+slow imports inside `run`, so that `--help` answers at once.
 """
 
 import argparse
@@ -28,28 +28,28 @@ export""".split()
 @exit_on_user_error()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; the exit code: 0, or 2 for bad input (raised as SystemExit), 141 where nobody reads on."""
-    args = _parser().parse_args(argv)
+    args = _build_parser().parse_args(argv)
     warnings.simplefilter("ignore", FutureWarning)  # transformers warns about names that only its own code uses
     run: Callable[[argparse.Namespace], None] = args.run
     try:
         run(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        if not _unread():  # a pipe of its own
+        if not _is_reader_gone():  # a pipe of its own
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would try once more at its exit, and say so
         return 128 + signal.SIGPIPE
     return 0
 
 
-def _unread() -> bool:
+def _is_reader_gone() -> bool:
     """Whether the reader of standard output is gone: `| head` has what it wanted."""
     output = select.poll()
     output.register(1, 0)
     return any(event & select.POLLERR for _, event in output.poll(0))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="colintern",
         description="Train, evaluate and compare ColIntern3.5 retrievers.",
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     names = sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
     for name in sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)):
         command = import_module(f"colintern.commands.{name}")
-        example = _continued(command.EXAMPLE)
+        example = _wrap_example(command.EXAMPLE)
         one = found.add_parser(
             name.replace("_", "-"),
             help=command.SUMMARY,
@@ -69,14 +69,14 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f"Example:\n{example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.arguments(one)
+        command.add_arguments(one)
         one.set_defaults(run=command.run)
         examples.append(example)
     parser.epilog = "\n".join(examples)
     return parser
 
 
-def _continued(example: str) -> str:
+def _wrap_example(example: str) -> str:
     """Indent a command line; break it where it is wider than 80 columns, not within quotes or an option."""
     lines = ["   "]
     for word in re.findall(r'--[\w-]+ (?:"[^"]*"|[^-\s]\S*)|"[^"]*"|\S+', example):
@@ -100,7 +100,7 @@ class _PrintVersion(argparse.Action):
 
             project = Path(__file__).parents[1] / "pyproject.toml"
             number = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
-        print(f"colintern {number}")
+        sys.stdout.write(f"colintern {number}\n")
         parser.exit()
 
 

@@ -8,12 +8,12 @@ import difflib
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import UnionType
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
@@ -34,6 +34,9 @@ from colintern.core.rules import (
     one_of,
     parse_mixture,
 )
+
+if TYPE_CHECKING:
+    from ruamel.yaml.nodes import Node
 
 PRECISIONS = ("float32", "float16", "int8", "binary")  # in which the numbers of a page's vectors are kept
 
@@ -96,7 +99,7 @@ MAX_BYTES, MAX_DIGITS = 100_000, 4000  # of a file of settings, and of a number 
 MAX_SHOWN_CHARACTERS = 80
 TYPES = get_type_hints(Params, include_extras=True)
 LIST = tuple[str, ...]
-TYPE_NAMES: dict[Any, str] = {
+TYPE_NAMES: dict[object, str] = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
@@ -105,7 +108,7 @@ TYPE_NAMES: dict[Any, str] = {
     bool | int: "true, false or a whole number",
     LIST: "a list of one or more texts",
 }
-# Keys of what may come from the hub, that of its commit, and what tells the commit.
+# Keys whose value may be a hub id, the key of its commit, and the method of HfApi that returns the commit.
 HUB_KEYS = (
     ("base", "base_revision", "model_info"),
     ("train_data", "train_revision", "dataset_info"),
@@ -122,7 +125,7 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     """
     hint = "go to the repository root; if none is there, `colintern recipe demo` writes one"
     raw, repeated = read_yaml_mapping(Path(path), "`key: value` on each line", hint)
-    values, invalid = _validate(raw)
+    values, invalid = _validate_values(raw)
     if problems := repeated + invalid:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(f"{path}: {count}" + "".join(f"\n  {problem}" for problem in problems))
@@ -141,12 +144,12 @@ def load_recipe(recipe: Path) -> Params:
         return load_params(path)
 
 
-def list_problems(values: dict[str, Any]) -> list[str]:
+def list_problems(values: Mapping[str, object]) -> list[str]:
     """Return a message for each problem of the values of a params.yaml."""
-    return _validate(values)[1]
+    return _validate_values(values)[1]
 
 
-def update_params(path: str | Path, values: dict[str, Any]) -> list[str]:
+def update_params(path: str | Path, values: Mapping[str, object]) -> list[str]:
     """Write values into a params.yaml as `dvc exp run -S` does, which keeps comments; return the keys that changed."""
     from dvc.utils.hydra import apply_overrides
 
@@ -156,7 +159,7 @@ def update_params(path: str | Path, values: dict[str, Any]) -> list[str]:
     return [key for key in values if getattr(before, key) != getattr(after, key)]
 
 
-def format_override(key: str, value: Any) -> str:
+def format_override(key: str, value: object) -> str:
     """Format KEY=VALUE as `dvc exp run -S` takes it."""
     if isinstance(value, bool):
         return f"{key}={str(value).lower()}"
@@ -166,7 +169,7 @@ def format_override(key: str, value: Any) -> str:
     return f"{key}={value}"
 
 
-def read_yaml_mapping(path: Path, form: str, hint: str) -> tuple[dict[Any, Any], list[str]]:
+def read_yaml_mapping(path: Path, form: str, hint: str) -> tuple[dict[str, Any], list[str]]:
     """Read a YAML 1.2 file: its mapping, and one problem for each repeated key.
 
     Args:
@@ -201,11 +204,11 @@ def read_yaml_mapping(path: Path, form: str, hint: str) -> tuple[dict[Any, Any],
     except (YAMLError, ValueError, RecursionError) as error:  # the date 2026-13-45; [[[[[[...
         raise UserError(f"{path}: is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: must be a mapping, {form}; it holds {_show(raw)}")
+        raise UserError(f"{path}: must be a mapping, {form}; it holds {_show_value(raw)}")
     return raw, list(_list_repeated_keys(node))
 
 
-def _list_repeated_keys(mapping: Any) -> Iterator[str]:
+def _list_repeated_keys(mapping: "Node") -> Iterator[str]:
     """Yield a problem for each key that a mapping, or one inside it, repeats."""
     values_of_keys = defaultdict(list)
     for key, value in mapping.value:
@@ -218,7 +221,7 @@ def _list_repeated_keys(mapping: Any) -> Iterator[str]:
             yield f"{name}: given {len(values)} times: {', '.join(values)}; keep one"
 
 
-def _find_unsupported_yaml(top: Any) -> str:
+def _find_unsupported_yaml(top: "Node | None") -> str:
     """Describe the first alias, merge key or endless number of a YAML document, with its line; "" if there is none."""
     pending, seen = [top], set()
     while pending:
@@ -241,7 +244,7 @@ def _find_unsupported_yaml(top: Any) -> str:
     return ""
 
 
-def _validate(raw: dict[Any, Any]) -> tuple[dict[str, Any], list[str]]:
+def _validate_values(raw: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
     """Return the valid values of a file, converted, and its problems."""
     problems = _check_keys(raw)
     valid: dict[str, Any] = {}
@@ -250,50 +253,51 @@ def _validate(raw: dict[Any, Any]) -> tuple[dict[str, Any], list[str]]:
             errors = check_value(key, raw[key])
             problems += errors
             if not errors:
-                valid[key] = _convert(key, raw[key])
+                valid[key] = _convert_value(key, raw[key])
     return valid, problems + _check_batches(valid) + _check_revisions(valid)
 
 
-def _check_keys(raw: dict[Any, Any]) -> list[str]:
+def _check_keys(raw: Mapping[str, object]) -> list[str]:
     missing = [key for key in TYPES if key not in raw]
     unknown = {str(key): value for key, value in raw.items() if key not in TYPES}
     problems = []
     for key in missing:
         near = difflib.get_close_matches(key, unknown, n=1)
         problems.append(
-            f"{key}: missing; it must be {_describe(key)}" + (f"; nearest key in the file: {near[0]}" if near else "")
+            f"{key}: missing; it must be {_describe_key(key)}"
+            + (f"; nearest key in the file: {near[0]}" if near else "")
         )
     for key, value in unknown.items():
         # A misspelt key leaves its right name missing: `learning_rate` means lr, though other names look more alike.
         [near] = difflib.get_close_matches(key, missing or TYPES, n=1, cutoff=0.0)
-        problems.append(f"{key}: unknown key, value {_show(value)}; nearest key: {near}, {_describe(near)}")
+        problems.append(f"{key}: unknown key, value {_show_value(value)}; nearest key: {near}, {_describe_key(near)}")
     return problems
 
 
-def check_value(key: str, value: Any) -> list[str]:
+def check_value(key: str, value: object) -> list[str]:
     """Return what is wrong with a value by itself; with a list, what is wrong with each of its entries."""
     kind, rules = _get_type_and_rules(key)
     named = {key: value}
     if kind == LIST and type(value) is list and value:
         kind, named = str, {f"{key}[{i}]": entry for i, entry in enumerate(value)}
     return [
-        f"{name}: {_show(entry)} is not valid; it must be {_format_rules(kind, rules)}"
+        f"{name}: {_show_value(entry)} is not valid; it must be {_format_rules(kind, rules)}"
         for name, entry in named.items()
         if not (_has_type(kind, entry) and all(rule.is_valid(entry) for rule in rules))
     ]
 
 
-def _has_type(kind: Any, value: Any) -> bool:
+def _has_type(kind: object, value: object) -> bool:
     if kind is float:  # compared, not converted: nan, inf and whole numbers too large for a float all fail here
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+        return isinstance(value, int | float) and type(value) is not bool and abs(value) <= sys.float_info.max
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     return type(value) in kinds  # not isinstance, because True is an instance of int
 
 
-def _convert(key: str, value: Any) -> Any:
+def _convert_value(key: str, value: object) -> object:
     if isinstance(value, list):
         return tuple(value)
-    return float(value) if _get_type_and_rules(key)[0] is float else value
+    return float(value) if isinstance(value, int) and _get_type_and_rules(key)[0] is float else value
 
 
 def _check_batches(valid: dict[str, Any]) -> list[str]:
@@ -306,9 +310,8 @@ def _check_batches(valid: dict[str, Any]) -> list[str]:
                 f"micro_batch_size: {valid['micro_batch_size']} is not valid; it must be at most {most}, {pages}"
             )
     if valid.get("negatives_file") and valid.get("negatives") == 0:
-        problems.append(
-            f"negatives_file: {_show(valid['negatives_file'])} has no effect with negatives: 0; give how many, or ''"
-        )
+        shown = _show_value(valid["negatives_file"])
+        problems.append(f"negatives_file: {shown} has no effect with negatives: 0; give how many, or ''")
     return problems
 
 
@@ -323,13 +326,13 @@ def _check_revisions(valid: dict[str, Any]) -> list[str]:
         hub_ids = [name for name in names if is_on_hub(name)]
         if hub_ids and not revision:
             problems.append(
-                f"{revision_key}: {_show(revision)} is not valid; {key} {hub_ids[0]!r} is not a folder here, so it is "
-                f"a hub id and needs its 40-hex revision: huggingface_hub.HfApi().{api}({hub_ids[0]!r}).sha"
+                f"{revision_key}: {_show_value(revision)} is not valid; {key} {hub_ids[0]!r} is not a folder here, so "
+                f"it is a hub id and needs its 40-hex revision: huggingface_hub.HfApi().{api}({hub_ids[0]!r}).sha"
             )
         if revision and not hub_ids:
             problems.append(
-                f'{revision_key}: {_show(revision)} is not valid; it must be "", because {key} {valid[key]!r} is not a '
-                f"hub id"
+                f'{revision_key}: {_show_value(revision)} is not valid; it must be "", because {key} {valid[key]!r} is '
+                f"not a hub id"
             )
         if len(hub_ids) > 1:
             problems.append(f"{key}: {valid[key]!r} names {len(hub_ids)} hub ids, but {revision_key} can pin only one")
@@ -350,26 +353,26 @@ def split_hub_id(key: str, text: str, hint: str = "") -> tuple[str, str]:
     name, _, revision = text.partition("@")
     if not is_on_hub(name) or not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise UserError(
-            f"{key}: {text!r} is no folder here, and a hub id needs its commit: write {name}@<40 hex digits>, which "
-            f"huggingface_hub.HfApi().model_info({name!r}).sha tells{hint}"
+            f"{key}: {text!r} is no folder here, and a hub id needs its commit: write {name}@<40 hex digits>, from "
+            f"huggingface_hub.HfApi().model_info({name!r}).sha{hint}"
         )
     return name, revision
 
 
-def _get_type_and_rules(key: str) -> tuple[Any, list[Rule]]:
+def _get_type_and_rules(key: str) -> tuple[object, list[Rule]]:
     kind, *rules = get_args(TYPES[key]) or (TYPES[key],)
     return kind, rules
 
 
-def _describe(key: str) -> str:
+def _describe_key(key: str) -> str:
     return _format_rules(*_get_type_and_rules(key))
 
 
-def _format_rules(kind: Any, rules: list[Rule]) -> str:
+def _format_rules(kind: object, rules: list[Rule]) -> str:
     return (", each " if kind == LIST else ", ").join([TYPE_NAMES[kind], *(rule.description for rule in rules)])
 
 
-def _show(value: Any) -> str:
+def _show_value(value: object) -> str:
     text = repr(value)
     shown = text if len(text) <= MAX_SHOWN_CHARACTERS else text[: MAX_SHOWN_CHARACTERS - 3] + "..."
     return f"{shown} ({type(value).__name__})"

@@ -72,7 +72,7 @@ class PageCanvas:
         x, y = round(x), round(y)
         box = (x, y + top, x + wide, y + bottom)
         inside = box[0] >= 1 and box[1] >= 1 and box[2] <= WIDTH - 1 and box[3] <= HEIGHT - 1
-        if inside and not any(_overlaps(box, word.box) for word in self.words):
+        if inside and not any(_boxes_overlap(box, word.box) for word in self.words):
             self.draw.text((x - left, y), text, font=type_, fill=self.ink)
             self.words.append(PlacedWord(text, box))
             return x + wide + self.size * 0.6
@@ -97,7 +97,7 @@ class PageCanvas:
         self.draw.rectangle((x0, y0, x1, y1), fill=colour)
 
 
-def _overlaps(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+def _boxes_overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
     return a[0] < b[2] + MIN_GAP and b[0] < a[2] + MIN_GAP and a[1] < b[3] + MIN_GAP and b[1] < a[3] + MIN_GAP
 
 

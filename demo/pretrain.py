@@ -104,9 +104,9 @@ class RandomPages(Dataset):
     def __init__(self, processor: ColIntern3_5Processor, steps: int, batch: int, drift: float, seed: int):
         self.processor, self.steps, self.batch, self.drift, self.seed = processor, steps, batch, drift, seed
         self.words, self.spoken = list_page_words(), list_query_words()
-        self.ids = {w: self._id(w) for w in self.spoken}
+        self.ids = {w: self._get_word_id(w) for w in self.spoken}
 
-    def _id(self, word: str) -> int:
+    def _get_word_id(self, word: str) -> int:
         ids = self.processor.tokenizer(f" {word}")["input_ids"]
         assert len(ids) == 1, f"{word} is {len(ids)} tokens"
         return ids[0]
@@ -117,21 +117,21 @@ class RandomPages(Dataset):
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         rng = Random(f"{self.seed}/{step}")
         ceiling = max(0.0, 1 - step / (self.drift * self.steps)) if self.drift else 0.0
-        pages = [self._page(rng, ceiling) for _ in range(self.batch)]
+        pages = [self._draw_page(rng, ceiling) for _ in range(self.batch)]
         batch = dict(self.processor.process_images([p.image for p in pages]))
-        batch["labels"] = torch.stack([self._labels(p) for p in pages])
+        batch["labels"] = torch.stack([self._label_tokens(p) for p in pages])
         texts = [" ".join(rng.choices(self.spoken, k=rng.randrange(3, 12))) for _ in range(self.batch)]
         queries = self.processor.process_queries(texts)
         return batch | {"query_ids": queries["input_ids"], "query_mask": queries["attention_mask"]}
 
-    def _page(self, rng: Random, align: float) -> PageCanvas:
+    def _draw_page(self, rng: Random, align: float) -> PageCanvas:
         page = PageCanvas(rng, align=align)
         LAYOUTS[rng.choice(sorted(LAYOUTS))](
             page, iter([rng.choices(self.words, k=rng.randrange(2, 6)) for _ in range(14)])
         )
         return page
 
-    def _labels(self, page: PageCanvas) -> torch.Tensor:
+    def _label_tokens(self, page: PageCanvas) -> torch.Tensor:
         """(96,) word ids in the order of the visual tokens: tile by tile, row by row within a tile."""
         cols, side = page.image.width // TILE, TILE // CELL
         labels = torch.zeros(page.image.width * page.image.height // CELL**2, dtype=torch.long)

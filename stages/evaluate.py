@@ -12,7 +12,7 @@ from pathlib import Path
 
 from colintern.core.errors import exit_on_user_error
 from colintern.params import load_params
-from colintern.storage.files import dumps, write_csv
+from colintern.storage.files import format_json, write_csv
 from colintern.storage.manifest import ensure_inputs, set_arrow_cache
 from colintern.storage.outs import purge_finished_checkpoints, verify_dvc_outputs
 
@@ -44,8 +44,8 @@ def main() -> None:
     out = Path("results/mteb_evaluation")
     scores = evaluate_models(make_eval_models(params, Path("experiments/colintern")), params, out)
     Path("metrics").mkdir(exist_ok=True)
-    (out / "eval.json").write_text(dumps(add_untrained_means(scores["trained"], scores.get("untrained"))))
-    Path("metrics/eval.json").write_text(dumps(summarize_scores(scores["trained"])))
+    (out / "eval.json").write_text(format_json(add_untrained_means(scores["trained"], scores.get("untrained"))))
+    Path("metrics/eval.json").write_text(format_json(summarize_scores(scores["trained"])))
     write_csv(Path("plots/eval.csv"), list_task_rows(scores["trained"]), TASK_COLUMNS)
     write_csv(Path("plots/benchmarks.csv"), list_benchmark_rows(scores), BENCHMARK_COLUMNS)
     print(format_score_table(scores))

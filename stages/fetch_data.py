@@ -19,7 +19,7 @@ from colintern.ingest.sources import DemoWriters, fetch_inputs, get_tokenizer_pa
 from colintern.ingest.validation import check_benchmarks, collect_quarantine, validate_data
 from colintern.params import load_params
 from colintern.statistics.survey import survey_rows
-from colintern.storage.files import dumps
+from colintern.storage.files import format_json
 from colintern.storage.manifest import MANIFEST, QUARANTINE, SURVEY, is_local_benchmark, set_arrow_cache
 from demo.dataset import write_evaluation_set, write_training_set
 
@@ -40,15 +40,15 @@ def main() -> None:
     scanned = scan_rows(list_dataset_splits(manifest, params.train_data, params.train_corpus))
     quarantine = collect_quarantine(scanned, documents)
     # Written before anything below may refuse the data.
-    Path(QUARANTINE).write_text(dumps({"rows": [row._asdict() for row in quarantine.rows]}))
+    Path(QUARANTINE).write_text(format_json({"rows": [row._asdict() for row in quarantine.rows]}))
     validate_data(scanned, quarantine, params.max_bad_fraction)
     survey = survey_rows(scanned, get_tokenizer_path(manifest))
     for name, facts in survey.items():
         if cut := facts.get("queries cut"):
             print(f"{name}: {cut} of {facts['queries']} queries have more than {MAX_QUERY_CHARACTERS} characters; cut")
-    Path(SURVEY).write_text(dumps(survey))
+    Path(SURVEY).write_text(format_json(survey))
     write_row_index(valid_rows(scanned))
-    Path(MANIFEST).write_text(dumps(manifest))
+    Path(MANIFEST).write_text(format_json(manifest))
     print(f"{len(quarantine.rows)} of {quarantine.totals.total()} rows in {QUARANTINE}")
     entries = [(name, manifest[name]) for name in ("base", "kernel") if manifest[name]]
     entries += [*(("train", entry) for entry in manifest["train"]), *manifest["evaluation"].items()]

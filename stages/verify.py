@@ -14,7 +14,7 @@ from colintern.modeling.lora import find_lora_errors, format_lora_report, report
 from colintern.modeling.modeling_colintern import build_meta_model
 from colintern.params import load_params
 from colintern.statistics.dataset_stats import HISTOGRAM_COLUMNS, iter_histogram_rows, load_dataset_stats
-from colintern.storage.files import dumps, write_csv
+from colintern.storage.files import format_json, write_csv
 from colintern.storage.manifest import ensure_inputs
 from colintern.storage.outs import verify_dvc_outputs
 
@@ -31,7 +31,7 @@ def main() -> None:
         raise UserError("\n  ".join(wrong))
     found = load_dataset_stats(params.max_visual_tokens)
     Path("metrics").mkdir(exist_ok=True)
-    Path("metrics/verify.json").write_text(dumps({"trainable_parameters": counts.trainable_parameters}))
+    Path("metrics/verify.json").write_text(format_json({"trainable_parameters": counts.trainable_parameters}))
     write_csv(Path("plots/data.csv"), iter_histogram_rows(found), HISTOGRAM_COLUMNS)
 
 

@@ -1,6 +1,7 @@
 """Fixtures: the demo base is small enough to be loaded by any test."""
 
 import contextlib
+import logging
 import os
 import socket
 from pathlib import Path
@@ -13,8 +14,12 @@ from PIL import Image, ImageDraw
 from postgres import postgresql, postgresql_or_none  # noqa: F401
 from small_run import fetched, place, whole  # noqa: F401
 
+from colintern.core.terminal import configure_logging
+
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "demo" / "base"
+configure_logging()  # as a command or stage does
+logging.getLogger("colintern").propagate = True  # to `caplog`
 # The longest first: several processes share the files between them, and should not end on one of these.
 LONG = """tune_dvc tutorial dvc_commands evaluate survival hub training pretended_cuda tune verify cluster hub_pipeline
 kernels negatives remotes own search survey costs doctor recommend checkpoints pr demo adapters report""".split()

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from colintern.core.terminal import configure_logging
+
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
@@ -61,6 +63,7 @@ def _child(folder: Path, work: Callable[..., None], command: list[str], fault: F
     for number, name in ((1, "out.txt"), (2, "err.txt")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
     multiprocessing.set_start_method(None, force=True)  # what a process has that was started from a shell
+    configure_logging()
     if fault:
         fault(*arguments)
     work(*command)

@@ -27,7 +27,7 @@ def open_test_study(
     """Open the study "a" in a folder, or at an address."""
     is_url = isinstance(folder_or_url, str)
     storage = StudyStorage(folder_or_url if is_url else f"sqlite:///{folder_or_url}/a.db", "a", heartbeat)
-    with storage.exclusive():
+    with storage.hold_exclusive_lock():
         study = optuna.create_study(
             storage=storage.rdb,
             study_name="a",

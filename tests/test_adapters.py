@@ -23,7 +23,7 @@ from colintern.modeling.loading import read_processor
 from colintern.modeling.lora import add_lora
 from colintern.modeling.modeling_colintern import read_checked_adapter
 from colintern.params import load_recipe
-from colintern.storage.files import dumps
+from colintern.storage.files import format_json
 from colintern.storage.identity import read_identity
 from colintern.storage.manifest import BASE_SUFFIXES, hash_local_files
 from colintern.training.pairs import TrainingDataset, TrainingPair
@@ -44,7 +44,7 @@ def trained(top: Path, processor, pages, **changes) -> Path:
     with contextlib.chdir(top):
         (top / "data").mkdir()
         entry = hash_local_files("demo/base", BASE_SUFFIXES)._asdict()
-        (top / "data" / "manifest.json").write_text(dumps({"base": entry, "train": []}))
+        (top / "data" / "manifest.json").write_text(format_json({"base": entry, "train": []}))
         torch.manual_seed(0)
         base = load(top / "demo" / "base")
         base.name_or_path = base.config._name_or_path = "demo/base"

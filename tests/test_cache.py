@@ -12,7 +12,7 @@ from conftest import IRREGULAR
 from colintern.core.errors import UserError
 from colintern.encoding import tensor_cache as module
 from colintern.encoding.tensor_cache import TensorCache
-from colintern.storage.lock import locked, try_lock
+from colintern.storage.lock import hold_lock, try_lock
 
 pytestmark = pytest.mark.integration
 MB = 10**6
@@ -182,7 +182,7 @@ def test_a_shard_that_is_no_regular_file_is_never_opened_and_named_once(tmp_path
 @pytest.mark.parametrize("kind", [kind for kind in IRREGULAR if kind != "a dangling link"])
 def test_a_lock_that_is_no_regular_file_is_refused_by_name(tmp_path, kind):
     IRREGULAR[kind](tmp_path / "write.lock")
-    for lock in (locked(tmp_path / "write.lock"), try_lock(tmp_path / "write")):
+    for lock in (hold_lock(tmp_path / "write.lock"), try_lock(tmp_path / "write")):
         with pytest.raises((UserError, OSError), match=f"{kind}, not a regular file|symbolic links") as refused, lock:
             pass
         assert str(tmp_path / "write.lock") in str(refused.value)

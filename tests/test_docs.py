@@ -19,7 +19,7 @@ from conftest import ROOT
 from pages import DOCS, Command, commands, documented, runner_of, words
 from test_dvc_commands import copy_working_tree
 
-from colintern.__main__ import _parser, main
+from colintern.__main__ import _build_parser, main
 
 RUN = (  # as they stand, in a copy where nothing was run yet
     documented("colintern recipe"),
@@ -97,7 +97,7 @@ def test_what_cannot_be_run_is_in_a_page_and_in_no_test():
 
 
 def test_colintern_takes_every_command():
-    parser = _parser()
+    parser = _build_parser()
     prose = ("NAME", "...")  # `colintern NAME`, `colintern recipe ...`: words for any
     faults = [
         f"{command}: {said.splitlines()[-1]}"

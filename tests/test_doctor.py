@@ -15,7 +15,7 @@ import torch
 from conftest import BASE, ROOT
 from hub import Fault, running
 
-from colintern.commands.doctor import _colour
+from colintern.commands.doctor import _colour_status
 from colintern.core.errors import UserError
 from colintern.core.recipes import render_recipe
 from colintern.modeling.configuration_colintern import load_cached_or_preset_config, make_preset_config
@@ -294,7 +294,7 @@ def test_colour_only_on_a_terminal_that_wants_it(repo, monkeypatch):
     ):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        assert _colour("pass") == shown
+        assert _colour_status("pass") == shown
 
 
 def test_the_hub_is_asked_only_for_what_the_cache_lacks(tmp_path, monkeypatch):
@@ -338,7 +338,7 @@ def test_training_stops_before_it_loads_a_model_where_a_check_fails(tmp_path, mo
     (tmp_path / "base").mkdir()
     shutil.copy(BASE / "config.json", tmp_path / "base")  # no weights: whoever loads them fails in another way
     run_preflight(dataclasses.replace(DEMO, lr=0.02), "base")
-    assert "warning: learning rate: 0.02, not within" in capsys.readouterr().out
+    assert "warning: learning rate: 0.02, not within" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"head included: .*\n?.*custom_text_proj") as stopped:
         run_preflight(dataclasses.replace(DEMO, lora_targets=DEMO.lora_targets[:-1]), "base")
     assert stopped.value.exit_code == 2

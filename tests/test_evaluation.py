@@ -473,7 +473,7 @@ def test_a_torn_result_is_named_and_made_again(params, capsys, name):
     [file] = Path(".scratch").rglob(name)
     file.write_bytes(file.read_bytes()[:100])
     evaluate(one, params, "out")
-    assert "warning: .scratch/eval-" in capsys.readouterr().out
+    assert "warning: .scratch/eval-" in capsys.readouterr().err
     assert files_of("out") == before
 
 

@@ -341,7 +341,7 @@ def test_memory_is_that_of_the_machine_or_of_the_container(tmp_path):
 
 
 def test_without_a_step_nothing_is_measured():
-    assert ThroughputMonitor(PARAMS).summarize() == {} and check_throughput({}, PARAMS) == []
+    assert ThroughputMonitor(PARAMS).summarize_steps() == {} and check_throughput({}, PARAMS) == []
 
 
 def test_nobody_waits_for_what_tells_the_use_of_the_gpu(monkeypatch, tmp_path):

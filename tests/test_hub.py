@@ -34,7 +34,7 @@ BASE, TRAIN = RECIPE.base, RECIPE.train_data
 # What fetch-data does before it looks at rows: these files hold none.
 FETCH = """
 from pathlib import Path
-from colintern.storage.files import dumps
+from colintern.storage.files import format_json
 from colintern.core.errors import exit_on_user_error
 from colintern.params import load_params
 from colintern.ingest.sources import DemoWriters, fetch_inputs
@@ -42,7 +42,7 @@ from demo.dataset import write_evaluation_set, write_training_set
 with exit_on_user_error():
     manifest = fetch_inputs(load_params(), {}, DemoWriters(write_training_set, write_evaluation_set)).manifest
     Path("data").mkdir(exist_ok=True)
-    Path("data/manifest.json").write_text(dumps(manifest))
+    Path("data/manifest.json").write_text(format_json(manifest))
 """
 READ = """
 from colintern.storage.manifest import ensure_inputs

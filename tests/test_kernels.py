@@ -284,7 +284,7 @@ def test_a_kernel_without_gradient_evaluates_and_does_not_train(place):
 def test_a_kernel_that_is_not_deterministic_is_refused_where_that_is_asked_for(place, monkeypatch):
     place(counted=COUNTED.replace(", deterministic=False", ""))
     monkeypatch.setattr("torch.are_deterministic_algorithms_enabled", lambda: True)
-    wrong("deterministic: true cannot be promised")
+    wrong("deterministic: true is not possible")
 
 
 def test_under_autocast_a_kernel_gets_what_torchs_own_attention_would(place):

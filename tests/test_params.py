@@ -15,11 +15,11 @@ import pytest
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from colintern.commands import print_coloured
 from colintern.core import rules
 from colintern.core.errors import UserError, exit_on_user_error
 from colintern.core.recipes import render_recipe
 from colintern.core.rules import parse_mixture
-from colintern.core.terminal import print_coloured
 from colintern.params import MAX_DIGITS, TYPES, Params, load_params
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -275,9 +275,7 @@ def _namespace(module: str) -> str:
 PRIVATE = {
     "_attn_implementation": "transformers",
     "_is_accelerate_prepared": "accelerate",
-    "_load_from_checkpoint": "transformers",
     "_n_gpu": "transformers",
-    "_name_or_path": "transformers",
     "_on_queue_feeder_error": "python",  # multiprocessing
 }
 PUBLIC = {"_asdict", "_exit", "_fields", "_replace"}  # of named tuples and os, documented

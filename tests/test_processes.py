@@ -1,6 +1,8 @@
 """Several processes: the gradient of one, T12, and two machines."""
 
+import contextlib
 import dataclasses
+import io
 import os
 import socket
 from pathlib import Path
@@ -34,6 +36,7 @@ def gradient(folder: Path, images: list, size: int, rank: int, port: int, change
     import torch
     from test_model import TARGETS, load
 
+    from colintern.core.terminal import configure_logging
     from colintern.encoding.page_features import Page, PageFeatures
     from colintern.modeling.lora import add_lora
     from colintern.modeling.processing_colintern import ColIntern3_5Processor
@@ -49,7 +52,8 @@ def gradient(folder: Path, images: list, size: int, rank: int, port: int, change
         load_recipe(ROOT / "recipes" / "demo.yaml"),
         **{"batch_size": 6, "micro_batch_size": 2, "lora_dropout": 0.1} | changes,
     )
-    with init_distributed(1) as own:
+    configure_logging()
+    with contextlib.redirect_stdout(io.StringIO()) as said, init_distributed(1) as own:
         processor = ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=96, max_query_tokens=64)
         torch.manual_seed(0)
         model = add_lora(load(BASE), TARGETS, rank=4, alpha=4, dropout=params.lora_dropout)
@@ -82,7 +86,7 @@ def gradient(folder: Path, images: list, size: int, rank: int, port: int, change
         loss = trainer.training_step(model, trainer.data_collator(list(mine)))
         found = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
         torch.save(
-            (loss, trainer.metric_accumulator.num_false_negatives, trainer.micro_batch_size, found),
+            (loss, trainer.metric_accumulator.num_false_negatives, trainer.micro_batch_size, found, said.getvalue()),
             folder / f"{size}-{rank}.pt",
         )
 
@@ -113,10 +117,11 @@ def distance(one: dict, other: dict) -> float:
 )
 def test_the_gradient_of_several_processes_is_that_of_one(tmp_path, pages, changes):
     """With dropout, ragged pages and negatives; also where one process runs out of memory when the other does not."""
-    [(loss, masked, _, whole)] = stepped(tmp_path, pages, 1)
+    [(loss, masked, _, whole, _)] = stepped(tmp_path, pages, 1)
     for size in (2, 3) if not changes else (2,):
         found = stepped(tmp_path, pages, size, **changes)
-        for own_loss, own_masked, micro, own in found:
+        assert [bool(said) for *_, said in found] == ["fail" in changes, *[False] * (size - 1)], "rank 0 alone prints"
+        for own_loss, own_masked, micro, own, _ in found:
             assert distance(whole, own) < 1e-6
             assert own_masked == masked > 0 and float(abs(own_loss - loss)) < 1e-5
             assert micro == (1 if "fail" in changes else changes.get("micro_batch_size", 2))

@@ -219,13 +219,13 @@ def test_no_more_of_a_query_is_tokenized_than_its_tokens_can_hold(processor, mon
         "x",
     ]
     over = ["the invoice from Halde " * 10_000, "x" * 2**17, " " * 2**17 + "x", "\n\t" * 2**15 + "y", "📄ü" * 2**14]
-    whole = [processor._tokenize(processor.query_prefix + query) for query in fits + over]
+    whole = [processor._tokenize_texts(processor.query_prefix + query) for query in fits + over]
     room = processor.max_query_tokens - 10
     assert max(map(len, whole[: len(fits)])) <= room < min(map(len, whole[len(fits) :]))
     assert max(map(len, fits)) < bound < min(map(len, over))
     read = []
     monkeypatch.setattr(
-        processor, "_tokenize", lambda text, real=processor._tokenize: read.append(len(text)) or real(text)
+        processor, "_tokenize_texts", lambda text, real=processor._tokenize_texts: read.append(len(text)) or real(text)
     )
     found = processor.process_queries(fits + over)
     rows = [

@@ -40,7 +40,7 @@ from colintern.reporting.evaluation import (
 from colintern.reporting.examples import RankedPage, explain_failures, explain_query, split_query
 from colintern.reporting.html import render_html
 from colintern.scoring.maxsim import maxsim_scores
-from colintern.storage.files import dumps
+from colintern.storage.files import format_json
 from colintern.storage.manifest import BEIR_SUFFIXES, hash_local_files, hash_source_files
 from demo.corpus import generate_corpus
 
@@ -99,7 +99,7 @@ def evaluated(tmp_path_factory, processor, pages) -> Path:
         Path(DOCUMENTS, HARD_NAME.partition("#page")[0]).touch()
         made_from = {"folder": DOCUMENTS, "files": hash_source_files(DOCUMENTS), "pseudo": False}
         manifest["evaluation"] = {SET: hash_local_files(SET, BEIR_SUFFIXES)._replace(made_from=made_from)._asdict()}
-        Path("data/manifest.json").write_text(dumps(manifest))
+        Path("data/manifest.json").write_text(format_json(manifest))
         write_health()
     code, log = fork(top, "evaluate", "adapter")
     assert code == 0, log
@@ -109,7 +109,7 @@ def evaluated(tmp_path_factory, processor, pages) -> Path:
 def write_health() -> None:
     state = json.loads(Path("adapter/trainer_state.json").read_text())
     judged = assess_run(state["log_history"], load_params(), 0.5, get_recommended_bounds(0))
-    Path("adapter", HEALTH).write_text(dumps({"verdict": judged.verdict} | findings_to_json(judged.findings)))
+    Path("adapter", HEALTH).write_text(format_json({"verdict": judged.verdict} | findings_to_json(judged.findings)))
 
 
 @pytest.fixture(scope="session")

@@ -503,7 +503,7 @@ def test_the_time_spent_waiting_for_data_is_told_from_the_time_of_a_step(make, m
     trainer.args.num_train_epochs = 3
     trainer.train()
     monitor = trainer.run_callbacks[1]
-    pace, spent = monitor.summarize(), sum(monitor.step_seconds)
+    pace, spent = monitor.summarize_steps(), sum(monitor.step_seconds)
     assert len(monitor.step_seconds) == 3 and 3 * wait <= monitor.wait_seconds < 3 * wait + 2.0
     assert pace["data_wait_share"] == pytest.approx(monitor.wait_seconds / (monitor.wait_seconds + spent))
     assert 0 < pace["step_seconds"] <= pace["slowest_tenth_seconds"] and 0 < pace["memory_share"] < 1

@@ -36,7 +36,7 @@ from colintern.tuning.search_space import SearchSpace, list_extremes, read_searc
 from colintern.tuning.studies import add_finished_experiments
 from colintern.tuning.study_report import collect_results, format_trial_table, write_study_report
 from colintern.tuning.study_storage import StudyStorage, redact_address
-from colintern.tuning.trials import SLOT, ClaimedTrial, claim_trial, find_cause, record_score, requeue
+from colintern.tuning.trials import SLOT, ClaimedTrial, claim_trial, find_cause, record_score, requeue_trial
 
 HEAD = "".join(f"{key}: {value}\n" for key, value in SETTINGS.items())
 SPACE = HEAD + "space:\n  lr: {low: 0.001, high: 0.02, log: true}\n  lora_rank: {choices: [8, 16]}\n"
@@ -196,7 +196,7 @@ def test_a_resumed_study_goes_on_as_if_never_stopped(tmp_path, space):
             storage, study = open_test_study(folder, space)
             while isinstance(trial := claim_trial(study, storage, space, total), ClaimedTrial):
                 if len(study.trials) == 2 and folder == parts:
-                    requeue(study, trial.number)  # Ctrl-C
+                    requeue_trial(study, trial.number)  # Ctrl-C
                     trial = claim_trial(study, storage, space, total)
                 study.tell(trial.number, 1 - abs(trial.values["lr"] - 0.006))
     done = [

@@ -235,7 +235,7 @@ def test_two_objectives_have_no_winner_and_take_no_experiments(repo, tune):
     code, said = tune(*words(documented("colintern tune --study fleet --trials 40 --apply"))[2:])
     assert code == 2 and "--apply: dev NDCG@5 against training_seconds has a front and no best trial" in said
     code, said = tune("--trials", "3", "--study", "two", "--warm-start")
-    assert code == 2 and "--warm-start: experiments do not tell training_seconds" in said
+    assert code == 2 and "--warm-start: experiments do not record training_seconds" in said
 
 
 def test_u2_where_every_trial_fails_the_cause_is_told_and_params_stay(repo, postgresql_or_none):

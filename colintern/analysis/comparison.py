@@ -24,7 +24,7 @@ MAX_CHANGED = 10  # queries shown
 QUERY_COLUMNS, LINK_INDENT = 52, 6
 MARKDOWN_WIDTH = 100  # of a query or name in a cell
 MARKUP = re.compile(r"[\\`*_{}\[\]<>&|~!$]")  # has a meaning in GitHub's Markdown
-RANK_NOT_FOUND = 1001  # stands for the rank of a page that is not among mteb's 1,000 best
+RANK_NOT_FOUND = 1001  # in place of the rank of a page that is not among mteb's 1,000 best
 TaskResults = dict[tuple[str, str], dict[tuple[str, str], QueryResult]]  # (benchmark, task) -> (subset, query id)
 
 

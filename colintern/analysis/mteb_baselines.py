@@ -17,11 +17,11 @@ from colintern.storage.hub import describe_hub_error
 
 
 def find_mteb_baseline(params: Params, model: str) -> EvalModel | None:
-    """Find the model of mteb's registry with this name, NAME or NAME@REVISION; None where mteb knows none.
+    """Find the model of mteb's registry with this name, NAME or NAME@REVISION; None if mteb has none.
 
     Raises:
-        UserError: mteb knows it, but it does not embed pages as many vectors, or is not pinned, or another revision or
-            another size of embeddings is asked for.
+        UserError: it does not embed pages as many vectors, or is not pinned, or another revision or
+            another size of embeddings is requested.
     """
     name, _, revision = model.partition("@")
     meta = MODEL_REGISTRY.get(name)

@@ -9,11 +9,11 @@ from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.storage.paths import require_model
 
-SUMMARY = "tell whether an adapter was trained, is whole, and fits its base; exit 1 if not"
+SUMMARY = "check whether an adapter was trained, is whole, and fits its base; exit 1 if not"
 EXAMPLE = "colintern check-adapter experiments/colintern"
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the adapter's folder")
     parser.add_argument("--base", metavar="FOLDER", help="where its base is (default: where the adapter says)")

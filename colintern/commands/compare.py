@@ -9,7 +9,7 @@ SUMMARY = "compare evaluations query by query: differences, intervals, tests, wh
 EXAMPLE = "colintern compare main my-experiment"
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
     evaluation = "a git revision, a DVC experiment, or a folder with an evaluation"
     parser.add_argument("a", metavar="A", help=f"{evaluation}; the others are compared with it")

@@ -8,7 +8,7 @@ SUMMARY = "show what fetch-data found in the data"
 EXAMPLE = "colintern data"
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add no arguments."""
 
 

@@ -6,7 +6,8 @@ import os
 import sys
 from textwrap import wrap
 
-from colintern.core.terminal import TERMINAL_COLUMNS, escape_controls, print_coloured
+from colintern.commands import print_coloured
+from colintern.core.terminal import TERMINAL_COLUMNS, escape_controls
 from colintern.params import load_params
 from colintern.storage.paths import require_base
 
@@ -16,7 +17,7 @@ COLOURS = {"pass": "32", "warn": "33", "fail": "31"}
 INDENT = 24  # columns of status and name
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--json", action="store_true", help="the findings as JSON")
 
@@ -40,14 +41,14 @@ def run(args: argparse.Namespace) -> None:
         print(f"{params.base}: {facts.counts.total_parameters:,} parameters, judged as {facts.bounds.name}")
         for result in results:
             _print_result(result.status, result.name, result.found, result.remedy)
-        print_coloured(", ".join(f"{count} {_colour(status)}" for status, count in counts.items()))
+        print_coloured(", ".join(f"{count} {_colour_status(status)}" for status, count in counts.items()))
     if counts["fail"]:
         raise SystemExit(1)
 
 
 def _print_result(status: str, name: str, found: str, remedy: str) -> None:
     first, *rest = wrap(escape_controls(found), TERMINAL_COLUMNS - INDENT)
-    print_coloured(f"{_colour(status)}  {name:<18}{first}")
+    print_coloured(f"{_colour_status(status)}  {name:<18}{first}")
     # Commands are there to be copied: a word is not broken, however long it is.
     remedy_lines = []
     for line in remedy.splitlines():
@@ -59,7 +60,7 @@ def _print_result(status: str, name: str, found: str, remedy: str) -> None:
         print(f"{'':<{INDENT}}{line}")
 
 
-def _colour(status: str) -> str:
+def _colour_status(status: str) -> str:
     """Colour a status on a terminal that has colours; https://no-color.org."""
     is_plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return status if is_plain else f"\033[{COLOURS[status]}m{status}\033[0m"

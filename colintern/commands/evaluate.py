@@ -28,7 +28,7 @@ FULL_SIZE: dict[str, Any] = {"pool_factor": 1, "dim": 128, "embedding_precision"
 EXAMPLE = 'colintern evaluate experiments/colintern --benchmarks "ViDoRe(v2)" --batch-size 16'
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--benchmarks", nargs="+", metavar="NAME", help="as in params.yaml (default: those in it)")
@@ -81,7 +81,7 @@ def _evaluate_settings(
     from colintern.evaluation.results import add_untrained_means
     from colintern.evaluation.run import evaluate_models, read_seconds_per_query
     from colintern.reporting.plots import plot_sizes
-    from colintern.storage.files import dumps, write_csv
+    from colintern.storage.files import format_json, write_csv
 
     label = re.sub(r"[^\w.-]+", "-", Path(name.partition("@")[0]).name)
     out = args.out or Path("results/evaluate") / f"{label}-{models[0]['trained'].revision[:8]}"
@@ -93,7 +93,7 @@ def _evaluate_settings(
         folder = out / _get_size_folder(params) if has_several else out
         scores = evaluate_models(which, params, folder)
         means = add_untrained_means(scores["trained"], scores.get("untrained"))
-        (folder / "eval.json").write_text(dumps(means))
+        (folder / "eval.json").write_text(format_json(means))
         if has_several:
             seconds = read_seconds_per_query(which["trained"], params.benchmarks)
             rows += list_size_rows(scores["trained"], params, seconds, folder, out / _get_size_folder(settings[0]))

@@ -3,16 +3,16 @@
 import argparse
 from pathlib import Path
 
+from colintern.commands import print_phase
 from colintern.core.errors import UserError
-from colintern.core.terminal import print_phase
 from colintern.params import is_on_hub, load_params
 from colintern.storage.paths import require_model, require_writable
 
-SUMMARY = "write an adapter as a merged model with processor and card; push it to the hub only if asked"
+SUMMARY = "write an adapter as a merged model with processor and card; optionally push it to the hub"
 EXAMPLE = "colintern export experiments/colintern --out exported"
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="the adapter's folder")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="made by this; must not exist yet")

@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
+from colintern.commands import print_phase
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.core.terminal import print_phase
 from colintern.params import load_params
 from colintern.storage.paths import require_model, require_new_file
 
@@ -14,7 +14,7 @@ EXAMPLE = "colintern mine --adapter experiments/colintern --out data/mined/negat
 DEFAULT = "(default: %(default)s)"
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add = parser.add_argument
     add("--adapter", type=Path, default=Path("experiments/colintern"), metavar="FOLDER", help=DEFAULT)

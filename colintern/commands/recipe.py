@@ -14,7 +14,7 @@ EXAMPLE = "colintern recipe internvl3_5-1b"
 TARGET = Path("params.yaml")
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="recipe to write; without it, the recipes are listed")
     parser.add_argument("--force", action="store_true", help="overwrite edits of params.yaml that git does not hold")
@@ -62,11 +62,12 @@ def _would_lose_edits(target: Path, recipes: Iterable[str]) -> bool:
         return False
     # `git diff` is silent about files that git does not track, so it must track the file first.
     return not (
-        _git("ls-files", "--error-unmatch", "--", target.name) and _git("diff", "--quiet", "HEAD", "--", target.name)
+        _run_git("ls-files", "--error-unmatch", "--", target.name)
+        and _run_git("diff", "--quiet", "HEAD", "--", target.name)
     )
 
 
-def _git(*arguments: str) -> bool:
+def _run_git(*arguments: str) -> bool:
     """Whether git is installed, has this repository and answers the command with exit code 0."""
     try:
         return subprocess.run(["git", *arguments], capture_output=True).returncode == 0

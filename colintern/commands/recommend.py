@@ -6,9 +6,9 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, NamedTuple
 
+from colintern.commands import print_phase
 from colintern.core.errors import UserError
 from colintern.core.rules import parse_mixture
-from colintern.core.terminal import print_phase
 from colintern.params import Params, load_params, update_params
 from colintern.storage.paths import require_base
 
@@ -37,7 +37,7 @@ class Head(NamedTuple):
     negatives: int
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add = parser.add_argument
     add("--base", metavar="BASE", help="a folder, ID@COMMIT, or internvl3_5-1b, -2b, -4b, -8b (default: params.yaml's)")

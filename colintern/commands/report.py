@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
+from colintern.commands import print_phase
 from colintern.core.errors import UserError
-from colintern.core.terminal import print_phase
 from colintern.params import load_params
 from colintern.storage.paths import require_model, require_new_file
 
@@ -12,7 +12,7 @@ SUMMARY = "write an HTML file on an evaluated model: verdict, curves, scores, wo
 EXAMPLE = "colintern report experiments/colintern"
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of an adapter or a merged model")
     parser.add_argument(

@@ -25,7 +25,7 @@ EXAMPLE = 'colintern search experiments/colintern ~/manuals "how is a package re
 INDEX = Path("data/.index")  # below the repository's root
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of an adapter or a merged model")
     parser.add_argument("place", type=Path, metavar="FOLDER_OR_PDF", help="PDFs and images, also in folders below it")

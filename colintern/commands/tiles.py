@@ -10,7 +10,7 @@ SUMMARY = "show which tiles a page is cut into"
 EXAMPLE = "colintern tiles 1240 1754 --max-visual-tokens 1536 --tile 448 --tokens-per-tile 256"
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("width", type=_parse_pixels, metavar="WIDTH", help="page width in pixels")
     parser.add_argument("height", type=_parse_pixels, metavar="HEIGHT", help="page height in pixels")

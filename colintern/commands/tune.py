@@ -27,7 +27,7 @@ PARAMS = Path("params.yaml")
 STORAGE = "COLINTERN_STORAGE"
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add = parser.add_argument
     add(
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
             reasons = "".join(f"; {count} not, {reason}" for reason, count in skipped.items())
             print(f"warm start: {num_added} experiments added{reasons}")
         _run_trials(study, storage, space, args.trials)
-        _report(study, space, args.apply)
+        _print_report(study, space, args.apply)
 
 
 def _check_study_name(name: str) -> None:
@@ -99,7 +99,7 @@ def _check_study_name(name: str) -> None:
 def _run_trials(study: "optuna.Study", storage: "StudyStorage", space: "SearchSpace", total: int) -> None:
     """Run trials until the study has `total`, and wait for those of other workers."""
     from colintern.tuning.studies import check_inputs_unchanged
-    from colintern.tuning.trials import claim_trial, get_experiment_name, requeue, run_trial
+    from colintern.tuning.trials import claim_trial, get_experiment_name, requeue_trial, run_trial
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     is_waiting = False
@@ -118,15 +118,15 @@ def _run_trials(study: "optuna.Study", storage: "StudyStorage", space: "SearchSp
         try:
             print(run_trial(study, storage, trial, log, partial(check_inputs_unchanged, study, space)), flush=True)
         except UserError:
-            requeue(study, trial.number)
+            requeue_trial(study, trial.number)
             raise
         except KeyboardInterrupt:
-            requeue(study, trial.number)
+            requeue_trial(study, trial.number)
             print("stopped; the next `colintern tune` resumes this trial with the same settings", flush=True)
             raise SystemExit(75) from None
 
 
-def _report(study: "optuna.Study", space: "SearchSpace", apply: bool) -> None:
+def _print_report(study: "optuna.Study", space: "SearchSpace", apply: bool) -> None:
     from colintern.tuning.study_report import (
         collect_results,
         format_trial_table,

@@ -10,7 +10,7 @@ SUMMARY = "count what LoRA trains and what stays frozen, without any weights"
 EXAMPLE = "colintern verify --base internvl3_5-2b"
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument(
         "--base",

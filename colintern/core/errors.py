@@ -1,16 +1,17 @@
 """Errors that a user can cause, and the exit codes of a program."""
 
 import errno
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from colintern.core.memory import describe_out_of_memory, patch_thread_start_to_check_memory
 from colintern.core.project import root
-from colintern.core.terminal import escape_controls, escape_output
+from colintern.core.terminal import configure_logging, escape_output
 
+logger = logging.getLogger(__name__)
 DISK_FULL_CODES = (errno.ENOSPC, errno.EDQUOT)
 FILE_SYSTEM_CODES = (errno.EACCES, errno.EPERM, errno.EROFS, *DISK_FULL_CODES)  # not faults of the program
 
@@ -29,17 +30,18 @@ class OutOfMemoryError(UserError):
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Print a UserError of the `with` block or decorated main on stderr, and exit with its code.
+    """Log a UserError of the `with` block or decorated main, and exit with its code; set up what the package logs.
 
     The code is 2 for a file or folder that may not be written or read and for a full disk, and 6 if memory is missing.
     Control characters in the output of the block are escaped.
     """
+    configure_logging()
     patch_thread_start_to_check_memory()
     try:
         with escape_output():
             yield
     except UserError as error:
-        print(escape_controls(f"error: {error}"), file=sys.stderr)
+        logger.error(str(error))
         raise SystemExit(error.exit_code) from error
     except Exception as error:
         if message := _describe_file_system_error(error):
@@ -48,7 +50,7 @@ def exit_on_user_error() -> Iterator[None]:
             code = OutOfMemoryError.exit_code
         else:
             raise
-        print(escape_controls(f"error: {message}"), file=sys.stderr)
+        logger.error(message)
         raise SystemExit(code) from error
 
 

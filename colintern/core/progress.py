@@ -2,7 +2,6 @@
 
 import sys
 import time
-from typing import Any
 
 from tqdm import tqdm
 
@@ -13,7 +12,7 @@ LOG_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 class ProgressBar(tqdm):
     """Draw tqdm's bar; in a log, print a line every `LOG_INTERVAL` seconds, and none of a loop that ends earlier."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: object, **kwargs: object):
         self.is_log = not sys.stderr.isatty()
         self.next_line = time.monotonic() + LOG_INTERVAL
         self.printed: int | None = None  # of the loop's steps, at the last line
@@ -26,7 +25,8 @@ class ProgressBar(tqdm):
         if not self.is_log:
             return bool(super().display(msg, pos))
         if msg is None and time.monotonic() >= self.next_line:
-            print(self, file=self.fp, flush=True)
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
             self.next_line, self.printed = time.monotonic() + LOG_INTERVAL, self.n
         return False
 

@@ -10,7 +10,7 @@ def root() -> Path:
     """Return the folder of the pipeline, with the files that git does not track.
 
     It is the working folder; in the copy that `dvc exp run --temp` or `--queue` makes below .dvc/tmp/exps, it is the
-    folder that was copied. DVC_ROOT does not tell: called from a stage of another DVC project, it names that project.
+    folder that was copied. DVC_ROOT is not used: in a stage of another DVC project it names that project.
     """
     try:
         here = Path.cwd()

@@ -1,10 +1,11 @@
-"""Print text on a terminal; names of files and words of data may hold control characters."""
+"""Write text on a terminal; names of files and words of data may hold control characters."""
 
+import logging
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from typing import Any, TextIO
+from typing import TextIO
 
 TERMINAL_COLUMNS = 80  # width of the tables that are printed
 # All control characters but newline and tab, and characters that break a line or change its direction.
@@ -26,7 +27,7 @@ class EscapingStream:
         """Write the text escaped."""
         return self.stream.write(escape_controls(text))
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
 
 
@@ -45,11 +46,28 @@ def escape_output() -> Iterator[None]:
         yield
 
 
-def print_coloured(text: str) -> None:
-    """Print text that holds escape sequences of our own; other people's words in it are escaped by the caller."""
-    print(text, file=getattr(sys.stdout, "stream", sys.stdout))
+class TerminalHandler(logging.Handler):
+    """Writes information to standard output, and warnings and errors after the name of their level to standard error.
+
+    The streams are those of the moment: `escape_output` replaces standard output.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, above the progress bars."""
+        is_info = record.levelno <= logging.INFO
+        text = escape_controls(f"{'' if is_info else f'{record.levelname.lower()}: '}{record.getMessage()}")
+        stream = sys.stdout if is_info else sys.stderr
+        if tqdm := sys.modules.get("tqdm"):  # its import takes longer than `colintern --help`
+            tqdm.tqdm.write(text, file=stream)
+        else:
+            stream.write(f"{text}\n")
+        stream.flush()
 
 
-def print_phase(text: str) -> None:
-    """Print what a command does next, to stderr, because stdout may be JSON."""
-    print(escape_controls(text), file=sys.stderr, flush=True)
+def configure_logging() -> None:
+    """Show what this package logs; a program that only imports it shows warnings, as the standard library does."""
+    logger = logging.getLogger("colintern")
+    if not logger.handlers:
+        logger.addHandler(TerminalHandler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False  # libraries add handlers to the root

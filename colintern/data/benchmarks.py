@@ -1,6 +1,7 @@
 """Resolve `benchmarks` to mteb tasks: the demo, folders in mteb's layout, mteb's own benchmarks and tasks."""
 
 import difflib
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +11,22 @@ import mteb
 from datasets import Dataset, Image, config
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.retrieval import AbsTaskRetrieval
+from PIL.Image import Image as PageContent
 
 from colintern.core.errors import UserError
 from colintern.data.formats import check_beir_layout, get_benchmark_label, get_task_name, normalize_id
 from colintern.data.images import InvalidImageError, decode_image
 from colintern.storage.identity import content_hash
-from colintern.storage.manifest import MANIFEST, ensure_benchmark, get_arrow_name, is_local_benchmark, read_data_file
+from colintern.storage.manifest import (
+    MANIFEST,
+    FilesEntry,
+    ensure_benchmark,
+    get_arrow_name,
+    is_local_benchmark,
+    read_data_file,
+)
 
+logger = logging.getLogger(__name__)
 BEIR_COLUMNS = {
     "corpus": ["corpus-id", "image"],
     "queries": ["query-id", "query"],
@@ -28,7 +38,7 @@ def resolve_benchmarks(benchmarks: Sequence[str]) -> list[tuple[str, AbsTask]]:
     """Return the tasks in the order of `benchmarks`, each with the label under which its scores are averaged.
 
     An entry is "demo", a folder in mteb's BEIR image layout, or the name of an mteb benchmark or task. No data is
-    loaded. Tasks whose data is not public are left out and printed.
+    loaded. Tasks whose data is not public are skipped and logged.
 
     Raises:
         UserError: an unknown name (with the nearest ones), a folder that is not an evaluation set, a task that is not
@@ -82,7 +92,7 @@ def use_fetched_data(task: AbsTask) -> AbsTask:
 class PageImage(Image):
     """A column of pages that are decoded as in training: `datasets` would open every format, PostScript among them."""
 
-    def decode_example(self, value: Any, token_per_repo_id: Any = None) -> Any:
+    def decode_example(self, value: object, token_per_repo_id: object = None) -> PageContent | None:
         """Decode a page from its bytes; None if the row has none, since what a row only names is never fetched.
 
         Raises:
@@ -109,7 +119,7 @@ class _DecodedPagesMixin:
 class _FolderMixin(_DecodedPagesMixin):
     """Read the tables of an mteb task from its folder, and nothing else that is in it."""
 
-    def load_data(self: Any, *args: Any, **kwargs: Any) -> None:
+    def load_data(self: Any, *args: object, **kwargs: object) -> None:
         tables = {table: self._read_table(table, columns) for table, columns in BEIR_COLUMNS.items()}
         relevant: dict[str, dict[str, int]] = {}
         for query, page, score in zip(*(tables["qrels"][column] for column in BEIR_COLUMNS["qrels"]), strict=True):
@@ -134,10 +144,10 @@ class _FolderMixin(_DecodedPagesMixin):
         return Dataset.from_parquet(files, columns=columns, cache_dir=str(copies))
 
 
-def build_folder_task(folder: Path, name: str, entry: dict[str, Any]) -> AbsTask:
-    """Return a ViDoRe (v1) task that reads `folder`; its revision is a hash of the folder's data.
+def build_folder_task(folder: Path, name: str, entry: FilesEntry) -> AbsTask:
+    """Build a ViDoRe (v1) task over the data in `folder`, with a hash of the data as its revision.
 
-    Its `documents` is the folder that the pages were made from, by the manifest's `entry`; "" for none.
+    Its `documents` attribute is the folder of the source documents in the manifest's `entry`, "" if there is none.
     """
     check_beir_layout(folder)
     vidore = type(mteb.get_task("VidoreDocVQARetrieval"))
@@ -151,13 +161,13 @@ def build_folder_task(folder: Path, name: str, entry: dict[str, Any]) -> AbsTask
         }
     )
     # A class of its own, because mteb falls back to the metadata of the class when it unloads the data.
-    documents = (entry.get("made_from") or {}).get("folder", "")
+    documents = source["folder"] if (source := entry.get("made_from")) else ""
     attributes = {"metadata": metadata, "arrow_name": get_arrow_name(entry), "documents": documents}
     return type(name, (_FolderMixin, vidore), attributes)()
 
 
 def _resolve_entry(entry: str) -> tuple[str, list[AbsTask]]:
-    """Return label and tasks of an entry; the tasks whose data is not public are left out and printed."""
+    """Return label and tasks of an entry; tasks whose data is not public are skipped and logged."""
     if is_local_benchmark(entry):
         folder = ensure_benchmark(entry)
         task = build_folder_task(folder, get_task_name(entry, folder), read_data_file(MANIFEST)["evaluation"][entry])
@@ -167,7 +177,7 @@ def _resolve_entry(entry: str) -> tuple[str, list[AbsTask]]:
     if len(private) == len(tasks):
         raise UserError(f"benchmarks: {entry!r}: its data is not public, so there is nothing to evaluate")
     if private:
-        print(f"{entry}: left out, because their data is not public: {', '.join(private)}")
+        logger.info(f"{entry}: left out, because their data is not public: {', '.join(private)}")
     for task in tasks:
         metadata = task.metadata
         if not isinstance(task, AbsTaskRetrieval) or metadata.category not in ("t2i", "t2it"):

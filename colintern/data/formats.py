@@ -86,7 +86,7 @@ class Qrel:
 def write_training_split(folder: Path, split: str, rows: Sequence[TrainingRow]) -> Path:
     """Write one split of a training set and return its file, `folder/data/<split>-00000-of-00001.parquet`.
 
-    Rows of one page should stand next to each other: its bytes are then read, hashed and stored once.
+    Put rows of one page next to each other: its bytes are then read, hashed and stored once.
 
     Raises:
         ValueError: an unknown split, no rows, or a row, named, with an empty query or file name, an image that is
@@ -129,7 +129,7 @@ def write_beir(
     return folder
 
 
-def normalize_id(value: Any) -> str:
+def normalize_id(value: object) -> str:
     """Return an id of an evaluation set as text, which is how mteb compares ids.
 
     A whole float is the integer: pandas turns integers into floats where a join leaves rows without a partner.
@@ -186,7 +186,7 @@ def check_beir_layout(folder: Path) -> None:
 
 
 def _read_test_configs(card: Path) -> set[str]:
-    """Return the configurations with a split test of which a card tells `datasets`."""
+    """Return the configurations that a dataset card declares with a test split."""
     from huggingface_hub import metadata_load  # takes longer to import than a stage's --help may take
     from yaml import YAMLError
 
@@ -224,7 +224,7 @@ def _format_card(files: Sequence[Path], pseudo: bool) -> str:
     return "\n".join([*lines, *tag.splitlines(), "---", *note.splitlines(), ""])
 
 
-def _iter_training_records(split: str, rows: Sequence[TrainingRow]) -> Iterator[dict[str, Any]]:
+def _iter_training_records(split: str, rows: Sequence[TrainingRow]) -> Iterator[dict[str, object]]:
     first_rows: dict[tuple[str, str], int] = {}
     hashes: dict[str, bytes] = {}
     image: bytes | Path = b""
@@ -245,7 +245,7 @@ def _iter_training_records(split: str, rows: Sequence[TrainingRow]) -> Iterator[
         }
 
 
-def _iter_corpus_records(corpus: Sequence[CorpusPage]) -> Iterator[dict[str, Any]]:
+def _iter_corpus_records(corpus: Sequence[CorpusPage]) -> Iterator[dict[str, object]]:
     for number, page in enumerate(corpus):
         data = _read_image(f"corpus row {number} (corpus-id {page.corpus_id})", page.image)
         yield {"corpus-id": page.corpus_id, "image": {"bytes": data, "path": page.image_filename}}

@@ -33,7 +33,7 @@ def decode_image(data: bytes) -> Image.Image:
         InvalidImageError: not an image of `READ_FORMATS`, truncated, of more than `MAX_PIXELS`, of several pages, or
             of a mode without a scale.
     """
-    return _decode(data)[1]
+    return _open_page(data)[1]
 
 
 def normalize_image_bytes(data: bytes) -> bytes:
@@ -42,7 +42,7 @@ def normalize_image_bytes(data: bytes) -> bytes:
     Raises:
         InvalidImageError: see `decode_image`; every image is decoded, so that what is stored can be read.
     """
-    image, page = _decode(data)
+    image, page = _open_page(data)
     is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
     is_plain = image.format in STORED_FORMATS.values() and image.mode in ("RGB", "L")
     needs_conversion = "transparency" in image.info or "without_metadata" in image.info
@@ -73,7 +73,7 @@ def drop_png_metadata(data: bytes) -> bytes:
     return data[:PNG_HEADER_BYTES] + b"".join(kept) if kept else data
 
 
-def _decode(data: bytes) -> tuple[Image.Image, Image.Image]:
+def _open_page(data: bytes) -> tuple[Image.Image, Image.Image]:
     """Return the image as Pillow opens it, and its page.
 
     `image.info["without_metadata"]` is set where Pillow refuses the metadata.

@@ -15,7 +15,7 @@ from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.core.rules import parse_mixture
 from colintern.params import Params
-from colintern.storage.manifest import MANIFEST, ensure_files, read_data_file
+from colintern.storage.manifest import MANIFEST, FilesEntry, ensure_files, read_data_file
 
 ROW_INDEX = "data/rows.parquet"
 # Columns of a row that names its pages by their row number in a corpus, as in manu/colpali-queries.
@@ -96,7 +96,7 @@ def read_training_manifest(params: Params) -> dict[str, Any]:
     """Read the manifest.
 
     Raises:
-        UserError: there is none, or it was made for other training data.
+        UserError: it is missing, or was written for other training data.
     """
     manifest = read_data_file(MANIFEST)
     for key, value in get_training_data_params(params).items():
@@ -106,14 +106,14 @@ def read_training_manifest(params: Params) -> dict[str, Any]:
 
 
 def load_training_data(params: Params, force: bool = False) -> TrainingData:
-    """Return the data of the manifest, every file checked; with `force` each is hashed, whatever is known of it.
+    """Return the data of the manifest after verifying every file; `force` hashes files whose hash is recorded, too.
 
     Raises:
         UserError: no manifest or one made for other data, or a file is missing or changed.
     """
     manifest = read_training_manifest(params)
 
-    def check_set(entry: dict[str, Any], name: str, key: str) -> TrainingSet:
+    def check_set(entry: FilesEntry, name: str, key: str) -> TrainingSet:
         folder = ensure_files(entry, key, "dataset", force)
         return TrainingSet(name, folder, sorted(entry["files"]), entry["weight"])
 

@@ -7,14 +7,16 @@ Deleting the cache costs time and changes no result.
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from peft import PeftModel
 from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -24,9 +26,13 @@ from colintern.encoding.fp8 import dequantize_fp8, quantize_fp8, read_quantizati
 from colintern.encoding.tensor_cache import TensorCache
 from colintern.encoding.workers import check_workers, init_worker, stop_workers_on_exit
 from colintern.modeling.images import to_rgb
+from colintern.modeling.modeling_colintern import ColIntern3_5
+from colintern.modeling.processing_colintern import ColIntern3_5Processor as Processor
 from colintern.storage.identity import code_hashes
-from colintern.storage.lock import locked
+from colintern.storage.lock import hold_lock
 
+logger = logging.getLogger(__name__)
+Model = ColIntern3_5 | PeftModel
 NUM_ERROR_PAGES = 64  # the error of fp8 is measured on the same first pages, whatever the cache contains
 FEATURES_DIR = "data/.features"  # below the repository's root
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow")
@@ -70,7 +76,7 @@ class PageFeatures:
             result.
     """
 
-    def __init__(self, model: Any, processor: Any, root: Path, limit_gb: float, cache_format: str):
+    def __init__(self, model: Model, processor: Processor, root: Path, limit_gb: float, cache_format: str):
         self.model, self.processor, self.quantizes = model, processor, cache_format == "fp8"
         self.relative_error: float | None = None  # of fp8, after `precompute`
         name = f"{fingerprint_features(model, processor)[:16]}{'-fp8' * self.quantizes}" if limit_gb else "none"
@@ -82,7 +88,7 @@ class PageFeatures:
         cached = self.cache.get(page.key)
         if cached is not None:
             return cached
-        stored = self._compute(page.key, self.processor.preprocess_page(page.image()))
+        stored = self._compute_features(page.key, self.processor.preprocess_page(page.image()))
         return dequantize_fp8(stored, self.model.dtype) if self.quantizes else stored
 
     def precompute(self, pages: Sequence[Page], workers: int) -> None:
@@ -93,7 +99,7 @@ class PageFeatures:
         if self.quantizes:
             self._measure_error(list(distinct.values())[:NUM_ERROR_PAGES])
 
-    def _compute(self, key: str, tiles: Tensor) -> Tensor:
+    def _compute_features(self, key: str, tiles: Tensor) -> Tensor:
         """Compute the features of a page's tiles; return them as they are stored."""
         with torch.no_grad():
             features = self.model.get_page_features(tiles.to(self.model.device)).cpu()
@@ -107,11 +113,11 @@ class PageFeatures:
         for page in pages:
             stored = self.cache.get_stored(page.key)
             if stored is None:
-                stored = self._compute(page.key, self.processor.preprocess_page(page.image()))
+                stored = self._compute_features(page.key, self.processor.preprocess_page(page.image()))
             sums = read_quantization_error(stored)
             error, values = error + sums.error, values + sums.values
         self.relative_error = (error / values) ** 0.5 if values else 0.0
-        print(f"page features in fp8: relative error {self.relative_error:.2%} over {len(pages)} pages")
+        logger.info(f"page features in fp8: relative error {self.relative_error:.2%} over {len(pages)} pages")
 
     def _precompute_missing(self, distinct: dict[str, Page], workers: int) -> None:
         check_workers(workers)
@@ -120,7 +126,7 @@ class PageFeatures:
         message = f"page features: another process computes them, waiting for it ({lock})"
         with ExitStack() as stack:
             try:
-                stack.enter_context(locked(lock, message))
+                stack.enter_context(hold_lock(lock, message))
             except OSError as error:  # a folder that is mounted read-only, or of another user
                 self.cache.disable_writes(error)
             self.cache.refresh()
@@ -137,19 +143,19 @@ class PageFeatures:
             )
             bar = ProgressBar(loader, desc="page features", unit="page", disable=not missing)
             for key, tiles in zip(missing, bar, strict=True):
-                self._compute(key, tiles)
+                self._compute_features(key, tiles)
                 computed += 1
                 if self.cache.is_full:
                     break
             self.cache.flush()
         cached = sum(key in self.cache for key in distinct)
-        print(f"page features: {computed} computed, {cached} of {len(distinct)} pages in the cache")
+        logger.info(f"page features: {computed} computed, {cached} of {len(distinct)} pages in the cache")
 
 
 class TileDataset(Dataset):
     """The normalized tiles of each page."""
 
-    def __init__(self, pages: Sequence[Page], processor: Any):
+    def __init__(self, pages: Sequence[Page], processor: Processor):
         self.pages, self.processor = pages, processor
 
     def __len__(self) -> int:
@@ -159,7 +165,7 @@ class TileDataset(Dataset):
         return self.processor.preprocess_page(self.pages[index].image())
 
 
-def fingerprint_features(model: Any, processor: Any) -> str:
+def fingerprint_features(model: Model, processor: Processor) -> str:
     """Return a sha256 of all that decides the bits of a feature, except the page: weights, settings, code, machine."""
     weights = hashlib.sha256()
     for part in model.frozen_parts:
@@ -172,7 +178,7 @@ def fingerprint_features(model: Any, processor: Any) -> str:
         "weights": weights.hexdigest(),
         "images": json.loads(processor.image_processor.to_json_string()),
         "max_visual_tokens": processor.max_visual_tokens,
-        "attention": model.config.vision_config._attn_implementation,
+        "attention": model.config.vision_config._attn_implementation,  # type: ignore[union-attr]
         "machine": f"{device.type} {machine}",
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,  # they decide in which order sums are taken
         "versions": {name: version(name) for name in LIBRARIES},

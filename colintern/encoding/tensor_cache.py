@@ -11,17 +11,15 @@ import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from colintern.storage.files import irregular_type
-from colintern.storage.lock import locked
+from colintern.storage.lock import hold_lock
 
 logger = logging.getLogger(__name__)
-
 SHARD_BYTES = 256 * 2**20
 MIN_FREE_BYTES = 2 * 2**30  # left free on the disk, whatever the limit
 
@@ -44,12 +42,12 @@ class TensorCache:
         self.pending_bytes = 0
         self.is_full = limit == 0
         self.shard_of_key: dict[str, Path] = {}
-        self.open_shards: dict[Path, Any] = {}
+        self.open_shards: dict[Path, safe_open] = {}
         self.indexed_shards: set[Path] = set()  # shards whose keys are in `shard_of_key`
         self.pinned_shards: set[Path] = set()  # shards that this process has read or written
         self.refresh()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"open_shards": {}}  # a DataLoader worker opens its own
 
     def __contains__(self, key: str) -> bool:
@@ -119,7 +117,7 @@ class TensorCache:
             return
         tensors, self.pending, self.pending_bytes = self.pending, {}, 0
         try:
-            with locked(self.root / "write.lock"):
+            with hold_lock(self.root / "write.lock"):
                 self.refresh()
                 self._write_shard({key: value for key, value in tensors.items() if key not in self.shard_of_key})
         except (OSError, SafetensorError) as error:  # also a full disk, or a folder of another user
@@ -196,7 +194,7 @@ class TensorCache:
         self.shard_of_key = {key: path for key, path in self.shard_of_key.items() if path != shard}
 
 
-def _open_shard(shard: Path) -> Any:
+def _open_shard(shard: Path) -> safe_open:
     if kind := irregular_type(shard):
         raise OSError(f"it is {kind}, not a regular file")
     return safe_open(shard, "pt")

@@ -1,17 +1,17 @@
 """Limit the number of DataLoader workers, set them up, and stop them."""
 
+import logging
 import multiprocessing
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.queues import Queue
-from typing import Any
 
 from colintern.core.errors import OutOfMemoryError, UserError
 
+logger = logging.getLogger(__name__)
 WORKERS_PER_CPU = 4
 MIN_LIMIT = 8  # of workers, where there are few CPUs
 LOADER_ERROR = re.compile(r"DataLoader worker \(pid.*")  # torch's message about a worker that is gone
@@ -45,9 +45,9 @@ def seed_and_init_worker(worker_init_fn: Callable[[int], None], number: int) -> 
     init_worker(number)
 
 
-def exit_on_send_error(error: Exception, batch: Any) -> None:
+def exit_on_send_error(error: Exception, batch: object) -> None:
     """Exit this worker because it cannot send a batch; Python would drop the batch, and the trainer wait forever."""
-    print(f"a worker cannot send a batch: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    logger.error(f"a worker cannot send a batch: {type(error).__name__}: {error}")
     os._exit(1)
 
 

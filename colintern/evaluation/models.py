@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from colintern.core.project import root
 from colintern.encoding.page_features import FEATURES_DIR, PageFeatures
@@ -22,6 +21,7 @@ from colintern.modeling.loading import (
     require_merged,
     require_same_base,
 )
+from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.params import Params
 from colintern.storage.identity import content_hash, fingerprint, get_stage_versions, read_identity, stage_code
 from colintern.storage.manifest import MANIFEST, ensure_base, get_kernel_entry, read_data_file
@@ -79,7 +79,7 @@ def _make_model(
     revision: str,
     weights: dict[str, object],
     trained_with: dict[str, object],
-    load_model: Callable[[], nn.Module],
+    load_model: Callable[[], ColIntern3_5],
 ) -> EvalModel:
     settings = {  # the sizes of the caches are not among them, because they change no result
         "attention": params.attention,
@@ -96,7 +96,7 @@ def _make_model(
         "embedding_precision": params.embedding_precision,
         "rescore_top_k": params.rescore_top_k,
     }
-    identity: dict[str, Any] = weights | {"kernel": get_kernel_entry(params.attention), "params": settings | sizes}
+    identity = weights | {"kernel": get_kernel_entry(params.attention), "params": settings | sizes}
     identity |= get_runtime_identity()
 
     def load_encoder() -> ColIntern3_5Encoder:

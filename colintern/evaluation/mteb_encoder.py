@@ -8,7 +8,7 @@ In a program of your own, in any working folder, without a params.yaml:
     model = mteb.get_model("colintern/mine", pool_factor=3)
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from hashlib import sha256
 from inspect import signature
@@ -59,14 +59,14 @@ class ColIntern3_5Encoder(AbsEncoder):
         model: see `colintern.encoding.embed`.
         processor: see `colintern.encoding.embed`.
         name: what the model is called in mteb's files: "organisation/model".
-        revision: tells weights apart under one name, for example a hash of them.
+        revision: distinguishes weights under one name, for example a hash of them.
         features: computes the pages' features; without it each page goes through the whole model.
         embeddings: cache of the pages'; a batch is taken from it if it was embedded as the same batch before.
         pool_factor: see `colintern.encoding.pooling`; 1 leaves the embeddings as they are.
         dim: numbers kept of a vector; 128 is all of them.
         precision: of the pages' vectors in the ranking, see `colintern.encoding.precision`; queries stay float32.
         rescore_top_k: best pages of each query that are scored again with the full vectors; 0 for none.
-        settings: of `load_encoder`, by which mteb's files tell results apart.
+        settings: of `load_encoder`, by which mteb's files distinguish results.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class ColIntern3_5Encoder(AbsEncoder):
             self.embeddings.put(key + LENGTHS_SUFFIX, torch.tensor([len(page) for page in embeddings]))
         return embeddings
 
-    def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+    def similarity(self, embeddings1: Iterable[Tensor], embeddings2: Iterable[EncodedPage]) -> Tensor:
         """Compute MaxSim, (queries, pages) float32, of queries with pages, each as `encode` returns them."""
         start, device = perf_counter(), next(self.model.parameters()).device
         queries, pages = list(embeddings1), list(embeddings2)

@@ -210,9 +210,9 @@ def _average_by_language(result: mteb.TaskResult) -> dict[str, Means]:
     return {language: average_metrics(group) for language, group in groups.items()}
 
 
-def _aggregate_benchmark(tasks: dict[str, dict[str, Means]], sizes: Mapping[str, Means]) -> dict[str, Any]:
+def _aggregate_benchmark(tasks: dict[str, dict[str, Means]], sizes: Mapping[str, Means]) -> dict[str, object]:
     languages = sorted({language for task in tasks.values() for language in task if language})
-    scores: dict[str, Any] = round_metrics(average_metrics([task[""] for task in tasks.values()]))
+    scores: dict[str, object] = {**round_metrics(average_metrics([task[""] for task in tasks.values()]))}
     if len(languages) > 1:
         scores["languages"] = {
             language: round_metrics(average_metrics([task[language] for task in tasks.values() if language in task]))
@@ -225,7 +225,7 @@ def _aggregate_benchmark(tasks: dict[str, dict[str, Means]], sizes: Mapping[str,
     return scores
 
 
-def _round_task(by_language: dict[str, Means]) -> dict[str, Any]:
+def _round_task(by_language: dict[str, Means]) -> dict[str, object]:
     languages = {language: round_metrics(means) for language, means in by_language.items() if language}
     return round_metrics(by_language[""]) | ({"languages": languages} if len(languages) > 1 else {})
 

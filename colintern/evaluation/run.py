@@ -6,6 +6,7 @@ that decides its scores: a run that was killed, or that has one task more, runs 
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,10 +33,11 @@ from colintern.evaluation.results import (
 )
 from colintern.modeling.runtime import configure_cpu_runtime
 from colintern.params import Params
-from colintern.storage.files import dumps
+from colintern.storage.files import format_json
 from colintern.storage.identity import fingerprint
-from colintern.storage.lock import locked
+from colintern.storage.lock import hold_lock
 
+logger = logging.getLogger(__name__)
 TIME_KEYS = ("evaluation_time", "date", "evaluation_phases", "kg_co2_emissions")  # of mteb's files; all may be null
 TIMING_FILE = "logs/eval-timing.json"  # not an out of any stage
 MAX_STORED_MODELS = 20  # whose finished tasks are kept; the least recently evaluated are deleted first
@@ -76,7 +78,7 @@ def evaluate_models(models: Mapping[str, EvalModel], params: Params, out: Path) 
         "size": sizes,
         "folders": {name: folder for name, task in tasks.items() if (folder := getattr(task, "documents", ""))},
     }
-    (partial / "run.json").write_text(dumps(run))
+    (partial / "run.json").write_text(format_json(run))
     shutil.rmtree(out, ignore_errors=True)
     partial.replace(out)
     return scores
@@ -90,12 +92,12 @@ def run_or_load(model: EvalModel, tasks: Sequence[AbsTask], batch_size: int) -> 
     store = _get_store(model)
     encoder = None
     folders = {}
-    with locked(store.with_suffix(".lock"), f"{store}: another process evaluates this model; waiting for it"):
+    with hold_lock(store.with_suffix(".lock"), f"{store}: another process evaluates this model; waiting for it"):
         for task in tasks:
             name = task.metadata.name
             folders[name] = store / _get_folder_name(task)
             if folders[name].is_dir() and _is_readable(folders[name], model, name):
-                print(f"{model.name}: {name}: finished before, its results are taken")
+                logger.info(f"{model.name}: {name}: finished before, its results are taken")
                 continue
             encoder = encoder or model.load_encoder()  # loaded only where there is something to do
             _run_task(encoder, task, batch_size, folders[name])
@@ -150,8 +152,8 @@ def _run_task(encoder: Any, task: AbsTask, batch_size: int, folder: Path) -> Non
         bytes_per_vector = get_bytes_per_vector(encoder.precision, encoder.dim)
         size = compute_page_size(encoder.vector_count, encoder.page_count, bytes_per_vector)
         speed = {"seconds_per_query": encoder.scoring_seconds / encoder.query_count}
-    (partial / SIZE_FILE).write_text(dumps(size))
-    (partial / SPEED_FILE).write_text(dumps(speed))
+    (partial / SIZE_FILE).write_text(format_json(size))
+    (partial / SPEED_FILE).write_text(format_json(speed))
     partial.replace(folder)
 
 
@@ -161,7 +163,7 @@ def _is_readable(folder: Path, model: EvalModel, task: str) -> bool:
         json.loads((folder / SIZE_FILE).read_text())
         read_query_results(folder / QUERIES_FILE)
     except (OSError, ValueError, KeyError) as error:
-        print(f"warning: {folder}: {str(error).partition(chr(10))[0]}; the task is run again")
+        logger.warning(f"{folder}: {str(error).partition(chr(10))[0]}; the task is run again")
         return False
     return True
 
@@ -204,8 +206,8 @@ def _move_times(folder: Path) -> None:
         if "evaluation_time" in content:  # model_meta.json has no times
             timings["/".join(path.with_suffix("").parts[-3:])] = {key: content.get(key) for key in TIME_KEYS}
             content |= dict.fromkeys(TIME_KEYS)
-        path.write_text(dumps(content), encoding="utf-8")
+        path.write_text(format_json(content), encoding="utf-8")
     log = root() / TIMING_FILE  # not the copy in which DVC runs a queued experiment: that one is deleted
     known = json.loads(log.read_text(encoding="utf-8")) if log.is_file() else {}
     log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text(dumps(known | timings), encoding="utf-8")
+    log.write_text(format_json(known | timings), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Hold what was read from a folder of the user's own documents, and check the fields of its rows.
+"""Collect the pages and queries of a folder of the user's documents, and validate the fields of its rows.
 
 The readers of folders (`jsonl.py`, `pdfs.py`) return `RawDocuments`; a row that cannot be used becomes an `InvalidRow`.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unicodedata import normalize
 
 from colintern.core.errors import UserError
@@ -60,7 +60,7 @@ class RawDocuments:
     row_counts: Counter[str] = field(default_factory=Counter)  # by kind: rows; of PDFs pages and, apart, questions
     num_cut_queries: int = 0  # longer than MAX_QUERY_CHARACTERS
 
-    def reject(self, where: str, reason: str, kind: str = "rows") -> None:
+    def reject_row(self, where: str, reason: str, kind: str = "rows") -> None:
         """Add an invalid row."""
         self.invalid_rows.append(InvalidRow(where, reason, kind))
 
@@ -89,7 +89,7 @@ class ImageStore(NamedTuple):
         return StoredImage(path, key)
 
 
-def read_json_lines(file: Path, documents: RawDocuments, kind: str = "rows") -> Iterator[tuple[str, dict[str, Any]]]:
+def read_json_lines(file: Path, documents: RawDocuments, kind: str = "rows") -> Iterator[tuple[str, dict[str, object]]]:
     """Yield (place, row) of each line that is a JSON object; other lines become invalid rows, blank ones are ignored.
 
     Raises:
@@ -110,12 +110,12 @@ def read_json_lines(file: Path, documents: RawDocuments, kind: str = "rows") -> 
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # ValueError: JSON and UTF-8
-            documents.reject(where, f"not JSON: {error}", kind)
+            documents.reject_row(where, f"not JSON: {error}", kind)
             continue
         if isinstance(row, dict):
             yield where, row
         else:
-            documents.reject(where, f"not a JSON object: {line[:40]!r}", kind)
+            documents.reject_row(where, f"not a JSON object: {line[:40]!r}", kind)
 
 
 def read_utf8_bytes(file: Path) -> bytes:
@@ -133,7 +133,7 @@ def read_utf8_bytes(file: Path) -> bytes:
     return data.removeprefix(codecs.BOM_UTF8)
 
 
-def resolve_within(folder: Path, name: Any) -> Path:
+def resolve_within(folder: Path, name: object) -> Path:
     """Return the file that a row names.
 
     A row may name what `folder` lists: its files and links to files, whatever these point at. A name that leads out of
@@ -169,7 +169,7 @@ def resolve_within(folder: Path, name: Any) -> Path:
     raise ValueError(f"{name!r} is missing")
 
 
-def find_query_error(query: Any) -> str:
+def find_query_error(query: object) -> str:
     """Return why a query cannot be used, "" if it can. A long one can: the model reads its beginning."""
     if not isinstance(query, str):
         return f"query is not text: {query!r:.80}"
@@ -178,15 +178,15 @@ def find_query_error(query: Any) -> str:
     return "" if query.strip() else f"query is empty: {query!r:.80}"
 
 
-def find_split_error(split: Any) -> str:
+def find_split_error(split: object) -> str:
     """Return why a row's split cannot be used, "" if it can; an empty one means that the page's content decides."""
     return "" if split in ("", None, *SPLITS) else f"split is {split!r:.80}; it must be one of {', '.join(SPLITS)}"
 
 
 def normalize_query(query: str) -> str:
-    """Return what two spellings of one query share: Unicode form, case and white space are evened out.
+    """Normalize Unicode form, case and white space, so that two spellings of one query are equal.
 
-    Punctuation, signs and vowel signs stay, since they tell queries apart: "C" and "C++", "section 1.12" and "11.2".
+    Punctuation, signs and vowel signs stay, because they distinguish queries: "C" and "C++", "section 1.12" and "11.2".
     """
     return " ".join(normalize("NFC", query).casefold().split())
 
@@ -194,6 +194,6 @@ def normalize_query(query: str) -> str:
 def has_lone_surrogate(text: str) -> bool:
     """Check for half of a surrogate pair, which JSON can hold and no tokenizer takes.
 
-    In the name of a file it stands for a byte that is not UTF-8.
+    In a file name it represents a byte that is not UTF-8.
     """
     return re.search("[\ud800-\udfff]", text) is not None

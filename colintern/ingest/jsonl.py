@@ -6,7 +6,6 @@ Each line of its `*.jsonl` files is one page: {"image": path below the folder, "
 
 import os
 from pathlib import Path
-from typing import Any
 
 from colintern.data.images import InvalidImageError, normalize_image_bytes
 from colintern.ingest.documents import (
@@ -31,7 +30,7 @@ def read_jsonl_folder(folder: Path, store: ImageStore) -> RawDocuments:
     rows = [row for file in files for row in read_json_lines(file, documents)]
     images: dict[str, StoredImage | str] = {}  # by name; a text is the reason why there is none
     paths = {}
-    for name in sorted({row["image"] for _, row in rows if isinstance(row.get("image"), str)}):
+    for name in sorted({name for _, row in rows if isinstance(name := row.get("image"), str)}):
         try:
             paths[name] = resolve_within(folder, name)
         except ValueError as error:
@@ -61,13 +60,13 @@ def _store_image(task: tuple[Path, ImageStore]) -> StoredImage | str:
     return store.put(data)  # a full disk is not a fault of the page
 
 
-def _add_row(where: str, row: dict[str, Any], images: dict[str, StoredImage | str], documents: RawDocuments) -> None:
+def _add_row(where: str, row: dict[str, object], images: dict[str, StoredImage | str], documents: RawDocuments) -> None:
     documents.unknown_keys.update(row.keys() - KEYS)
     name, split = row.get("image"), row.get("split")
     image = images[name] if isinstance(name, str) else f"names no file: {name!r}"
     error = image if isinstance(image, str) else find_split_error(split)
     if error or isinstance(image, str):
-        documents.reject(where, error)
+        documents.reject_row(where, error)
         return
     documents.pages.setdefault(str(name), image)
     if split:
@@ -75,6 +74,6 @@ def _add_row(where: str, row: dict[str, Any], images: dict[str, StoredImage | st
     queries = row.get("queries", [])
     for query in [*(queries if isinstance(queries, list) else [queries]), *([row["query"]] if "query" in row else [])]:
         if error := find_query_error(query):
-            documents.reject(where, error)
+            documents.reject_row(where, error)
         else:
             documents.add_query(query, str(name), "given")

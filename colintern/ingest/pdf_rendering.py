@@ -8,7 +8,7 @@ import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import pypdfium2 as pdfium
 import pypdfium2.raw as pdfium_c
@@ -82,7 +82,10 @@ def render_and_store_pages(store: ImageStore, pages: Sequence[PageRef]) -> Itera
         yield page if isinstance(page, Failure) else RenderedPage(store.put(page[0]), *page[1:])
 
 
-def _map_pages(function: Callable[[pdfium.PdfPage], Any], pages: Sequence[PageRef]) -> Iterator[Any]:
+T = TypeVar("T")
+
+
+def _map_pages(function: Callable[[pdfium.PdfPage], T], pages: Sequence[PageRef]) -> Iterator[T | Failure]:
     pdf = try_call(_open_pdf, pages[0].path)
     for _, index in pages:
         page = pdf if isinstance(pdf, Failure) else try_call(pdf.get_page, index)

@@ -5,8 +5,9 @@ and, if wanted, split (train, dev or test). A query with several lines is answer
 pseudo-queries are made from the PDFs' own text layer, and named so wherever their numbers appear.
 """
 
+import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -33,6 +34,7 @@ from colintern.storage.files import irregular_type, list_files
 from colintern.storage.isolation import Failure, IsolatedPool
 from colintern.storage.manifest import get_digests
 
+logger = logging.getLogger(__name__)
 QUERY_FILES = ("queries.csv", "queries.jsonl")
 OUTLINE, TEXT = "outline entries", "text layers"  # kinds of invalid rows that cost no page and no question
 
@@ -102,9 +104,9 @@ def _count_pages(
     for name, count in fill_missing(known, lambda missing: pool.map(count_pages, [[files[name]] for name in missing])):
         if docs.has_lone_surrogate(name):  # parquet files take no such text
             where = name.encode(errors="backslashreplace").decode()
-            documents.reject(where, "its name is not UTF-8; rename it", "pages")
+            documents.reject_row(where, "its name is not UTF-8; rename it", "pages")
         elif isinstance(count, Failure):
-            documents.reject(name, f"not a readable PDF: {count.reason}", "pages")
+            documents.reject_row(name, f"not a readable PDF: {count.reason}", "pages")
         else:
             counts[name] = pdfs[name].count = count
     documents.row_counts["pages"] += len(files) - len(counts) + sum(counts.values())
@@ -127,7 +129,7 @@ def _read_outlines(
         if errors:
             documents.row_counts[OUTLINE] += len(entries[name]) + len(errors)
         for where, reason in errors.items():
-            documents.reject(where, reason, OUTLINE)
+            documents.reject_row(where, reason, OUTLINE)
     return entries
 
 
@@ -142,7 +144,7 @@ def _store_pages(
     known = {(name, index): pdf.pages.get(index) for name, pdf in pdfs.items() for index in range(pdf.count or 0)}
     num_missing = sum(page is None for page in known.values())
     if num_missing < len(known):
-        print(f"rendered before: {len(known) - num_missing} of {len(known)} pages")
+        logger.info(f"rendered before: {len(known) - num_missing} of {len(known)} pages")
 
     def render_missing_pages(pages: Sequence[tuple[str, int]]) -> Iterable[RenderedPage | Failure]:
         groups = group_pages(PageRef(files[name], index) for name, index in pages)
@@ -153,13 +155,13 @@ def _store_pages(
         for (_, index), page in pages:
             where = _name_page(name, index)
             if isinstance(page, Failure):
-                documents.reject(where, page.reason, "pages")
+                documents.reject_row(where, page.reason, "pages")
                 continue
             pdfs[name].pages[index], documents.pages[where] = page, page.image
             if page.characters > MAX_TEXT_CHARACTERS:
                 reason = f"its text has {page.characters:,} characters, of which {MAX_TEXT_CHARACTERS:,} are read"
                 documents.row_counts[TEXT] = len(known)
-                documents.reject(where, reason, TEXT)
+                documents.reject_row(where, reason, TEXT)
         yield name, pdfs[name]
 
 
@@ -174,7 +176,7 @@ def _find_query_file(folder: Path) -> Path | None:
 
 def _read_queries(folder: Path, file: Path, counts: dict[str, int], documents: RawDocuments) -> None:
     is_jsonl = file.suffix.lower() == ".jsonl"
-    rows: Iterator[tuple[str, dict[str, Any]]] = (
+    rows: Iterator[tuple[str, Mapping[str, Any]]] = (
         docs.read_json_lines(file, documents, "questions") if is_jsonl else read_query_csv(file, counts, documents)
     )
     resolve = cache(partial(resolve_within, folder))  # many rows name the same file
@@ -191,7 +193,7 @@ def _read_queries(folder: Path, file: Path, counts: dict[str, int], documents: R
         if not error and page not in documents.pages:
             error = f"page {page} could not be rendered"
         if error:
-            documents.reject(where, error, "questions")
+            documents.reject_row(where, error, "questions")
             continue
         documents.add_query(row["query"], page, "given")
         if split:

@@ -34,7 +34,7 @@ def read_query_csv(file: Path, pdfs: Container[str], documents: RawDocuments) ->
         documents.row_counts["questions"] += 1
         row = {key: cell if key == "query" else cell.strip() for key, cell in zip(header, cells, strict=False)}
         if reason := _find_cell_error(number, cells, header, row, pdfs, delimiter):
-            documents.reject(f"{file.name}:{line}", reason, "questions")
+            documents.reject_row(f"{file.name}:{line}", reason, "questions")
         else:
             yield f"{file.name}:{line}", row
     if not header:

@@ -65,7 +65,7 @@ class RenderCache:
             return RenderedPdf()
 
     def save(self, sha256: str, pdf: RenderedPdf) -> None:
-        """Keep what is known of a PDF."""
+        """Write the entry of a PDF."""
         content = {
             "renderer": self.renderer,
             "count": pdf.count,
@@ -77,7 +77,7 @@ class RenderCache:
         os.replace(partial, self.folder / f"{sha256}.json")
 
     def prune(self, hashes: Collection[str], pdfs: Iterable[RenderedPdf]) -> None:
-        """Delete what is kept of all but the PDFs with these sha256, and the images of all but these PDFs."""
+        """Delete the entries of PDFs with other sha256 than these, and the images of other PDFs than these."""
         keys = {page.image.key for pdf in pdfs for page in pdf.pages.values()}
         for folder, names in ((self.folder, {f"{sha256}.json" for sha256 in hashes}), (self.images.folder, keys)):
             for path in folder.iterdir():

@@ -123,14 +123,14 @@ def _draw_dev_rows(splits: Sequence[DatasetSplit], rows: ScannedRows) -> None:
         rows[split] = [row for row in all_rows if (row.key in dev) == (split.split == "dev")]
 
 
-def _iter_numbered_rows(split: DatasetSplit) -> Iterator[tuple[str, Any, Any]]:
+def _iter_numbered_rows(split: DatasetSplit) -> Iterator[tuple[str, object, object]]:
     """Yield (place, query, numbers of its pages) of each row."""
     for name in split.files:
         for number, row in enumerate(_read_file(split.folder / name, ["query", POSITIVES])):
             yield f"{name}:{number}", row["query"], row[POSITIVES]
 
 
-def _look_up_page(where: str, query: Any, numbers: Any, pages: Sequence[RowInfo]) -> RowInfo:
+def _look_up_page(where: str, query: object, numbers: object, pages: Sequence[RowInfo]) -> RowInfo:
     number = numbers[0] if isinstance(numbers, list) and numbers else numbers
     if not isinstance(number, int) or not 0 <= number < len(pages):
         error = f"{POSITIVES}: {numbers!r:.80} is no row of the corpus"
@@ -140,7 +140,7 @@ def _look_up_page(where: str, query: Any, numbers: Any, pages: Sequence[RowInfo]
     return _build_row(where, page.key, page.size, query, find_query_error(query) or error)
 
 
-def _build_row(where: str, key: str, size: tuple[int, int] | None, query: Any, error: str) -> RowInfo:
+def _build_row(where: str, key: str, size: tuple[int, int] | None, query: object, error: str) -> RowInfo:
     text = query if isinstance(query, str) else ""
     return RowInfo(where, key, size, text[:MAX_QUERY_CHARACTERS], error, len(text) > MAX_QUERY_CHARACTERS)
 
@@ -219,7 +219,7 @@ def _scan_row_group(task: tuple[DatasetSplit, str, tuple[int, int]]) -> list[Row
     return rows
 
 
-def _get_image_bytes(image: Any) -> tuple[bytes, str]:
+def _get_image_bytes(image: object) -> tuple[bytes, str]:
     """Return the bytes of a row's image, or why it has none. What a row only points at is never fetched."""
     data = image.get("bytes") if isinstance(image, dict) else image
     if isinstance(data, bytes):

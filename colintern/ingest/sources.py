@@ -1,5 +1,6 @@
 """Fetch the data that params name: each source puts files on disk and lists them. Nothing here reads a row."""
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from colintern.storage.manifest import (
     is_local_benchmark,
 )
 
+logger = logging.getLogger(__name__)
 DEMO = "demo"  # a name in params.yaml; its sets are drawn, not fetched
 SPLIT_WORDS = {  # that `datasets` and the users of its hub write into the names of files and folders
     "train": ("train", "training"),
@@ -129,7 +131,7 @@ def list_dataset_splits(manifest: Mapping[str, Any], train_data: str, train_corp
     for (name, _), files, has_numbers in zip(parse_mixture(train_data), train, numbered, strict=True):
         by_split, unread = group_files_by_split(files.files)
         if unread:
-            print(
+            logger.info(
                 f"{name}: {len(unread)} of {len(files.files)} parquet files are not read, since their names are those "
                 f"of neither train nor dev set: {', '.join(unread)}"
             )

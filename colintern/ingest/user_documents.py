@@ -8,6 +8,7 @@ pages are kept apart, by the content of their PDF. Deleting `data/own/.made` cos
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -29,11 +30,12 @@ from colintern.ingest.documents import (
     StoredImage,
     normalize_query,
 )
-from colintern.storage.files import LINKED_FOLDER, dumps, list_files
+from colintern.storage.files import LINKED_FOLDER, format_json, list_files
 from colintern.storage.identity import code_hashes, content_hash
-from colintern.storage.lock import get_last_use, is_in_use, locked
-from colintern.storage.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, hash_local_files, hash_source_files
+from colintern.storage.lock import get_last_use, hold_lock, is_in_use
+from colintern.storage.manifest import BEIR_SUFFIXES, TRAIN_SUFFIXES, Files, Source, hash_local_files, hash_source_files
 
+logger = logging.getLogger(__name__)
 MADE = "data/own/.made"
 RENDERED = "rendered"  # beside the keys of a folder, see `render_cache.py`
 CODE = ("colintern.ingest.user_documents", "colintern.ingest.pdfs", "colintern.ingest.jsonl")
@@ -44,10 +46,10 @@ DocumentReader = Callable[[Path, ImageStore], RawDocuments]
 
 
 class UserDocuments(NamedTuple):
-    """A folder as parquet: its place, the files it was made from, and its counts and invalid rows (see `_convert`)."""
+    """A folder as parquet: its place, its source, and its counts and invalid rows (see `_convert_folder`)."""
 
     made: str
-    made_from: dict[str, Any]
+    made_from: Source
     summary: dict[str, Any]
 
     def list_dataset_files(self, part: str) -> Files:
@@ -65,7 +67,7 @@ class UserDocuments(NamedTuple):
                 f"that share a query are in one split" + (f"; {len(bad)} bad rows, the first:{first}" if bad else "")
             )
         suffixes = TRAIN_SUFFIXES if part == "train" else BEIR_SUFFIXES
-        made_from = self.made_from | {"pseudo": set(self.summary["kinds"]) != {"given"}}
+        made_from: Source = {**self.made_from, "pseudo": set(self.summary["kinds"]) != {"given"}}
         return hash_local_files(f"{self.made}/{part}", suffixes)._replace(made_from=made_from)
 
 
@@ -75,7 +77,7 @@ def convert_documents(folder: str, reader: DocumentReader) -> UserDocuments:
     Raises:
         UserError: rows put one page or one query into two splits; see also the readers.
     """
-    made_from = {"folder": folder, "files": hash_source_files(folder)}
+    made_from: Source = {"folder": folder, "files": hash_source_files(folder)}
     refused = list_files(root() / folder).refused  # named with what is not read
     linked = [name if kind == LINKED_FOLDER else f"{name} ({kind})" for name, kind in refused.items()]
     facts = {
@@ -89,20 +91,20 @@ def convert_documents(folder: str, reader: DocumentReader) -> UserDocuments:
     name = f"{re.sub(r'[^A-Za-z0-9.]+', '-', folder).strip('-.')}-{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
     made = f"{MADE}/{name}/{key}"
     target = root() / made
-    with locked(target.parent / "make.lock"):
+    with hold_lock(target.parent / "make.lock"):
         summary = _read_summary(target)
         if summary is None:
-            _remove([target, *target.parent.glob("*.partial")])  # damaged, or left by a process that was killed
-            summary = _convert(target, folder, reader, {*made_from["files"], *linked})
+            _remove_folders([target, *target.parent.glob("*.partial")])  # damaged, or left by a process that was killed
+            summary = _convert_folder(target, folder, reader, {*made_from["files"], *linked})
             others = [path for path in target.parent.iterdir() if path.is_dir() and path.name not in (key, RENDERED)]
-            _remove(path for path in sorted(others, key=get_last_use)[:-1] if not is_in_use(path))
+            _remove_folders(path for path in sorted(others, key=get_last_use)[:-1] if not is_in_use(path))
             if not any(name.lower().endswith(".pdf") for name in made_from["files"]):
-                _remove([target.parent / RENDERED])
-    print(_format_summary(folder, summary))
+                _remove_folders([target.parent / RENDERED])
+    logger.info(_format_summary(folder, summary))
     return UserDocuments(made, made_from, summary)
 
 
-def _remove(folders: Iterable[Path]) -> None:
+def _remove_folders(folders: Iterable[Path]) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -117,13 +119,13 @@ def _read_summary(target: Path) -> dict[str, Any] | None:
     return summary if is_intact else None
 
 
-def _convert(target: Path, folder: str, reader: DocumentReader, file_names: Collection[str]) -> dict[str, Any]:
+def _convert_folder(target: Path, folder: str, reader: DocumentReader, file_names: Collection[str]) -> dict[str, Any]:
     """Read the folder, which holds `file_names`, and write its parts; `target` appears complete or not at all."""
     partial = target.with_suffix(".partial")
     store = ImageStore(partial / "images", target.parent / RENDERED)
     store.folder.mkdir(parents=True)
     raw = reader(root() / folder, store)
-    pages, pairs, first_names = _deduplicate(raw)
+    pages, pairs, first_names = _deduplicate_pages(raw)
     split_of = assign_splits(folder, pages, pairs, raw.named_splits, first_names)
     by_split = {split: [pair for pair in pairs if split_of[pair.page] == split] for split in SPLITS}
     parts = []
@@ -160,13 +162,13 @@ def _convert(target: Path, folder: str, reader: DocumentReader, file_names: Coll
             if path.is_file()
         },
     }
-    (partial / "summary.json").write_text(dumps(summary), encoding="utf-8")
+    (partial / "summary.json").write_text(format_json(summary), encoding="utf-8")
     os.utime(partial, (0, 0))  # no stage has read it, see `get_last_use`
     os.replace(partial, target)
     return summary
 
 
-def _deduplicate(raw: RawDocuments) -> tuple[dict[str, StoredImage], list[QueryPagePair], dict[str, str]]:
+def _deduplicate_pages(raw: RawDocuments) -> tuple[dict[str, StoredImage], list[QueryPagePair], dict[str, str]]:
     """Return pages and pairs, equal ones once, under the name of the first; and that name for each page."""
     first: dict[str, str] = {}
     first_names = {name: first.setdefault(page.key, name) for name, page in raw.pages.items()}

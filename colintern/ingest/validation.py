@@ -15,6 +15,7 @@ from colintern.data.formats import check_beir_layout, get_benchmark_label, get_t
 from colintern.ingest.documents import find_query_error
 from colintern.ingest.scan import DatasetSplit, RowInfo, ScannedRows, read_beir_table
 from colintern.ingest.user_documents import UserDocuments
+from colintern.storage.manifest import FilesEntry
 
 BOUNDED_KINDS = ("rows", "pages", "questions")  # those that `max_bad_fraction` bounds; outline entries are only named
 BEIR_KEYS = {"corpus": ["corpus-id"], "queries": ["query-id"], "qrels": ["query-id", "corpus-id"]}
@@ -54,7 +55,7 @@ def collect_quarantine(scanned: ScannedRows, documents: Mapping[str, UserDocumen
     return Quarantine(rows, totals)
 
 
-def check_benchmarks(benchmarks: Sequence[str], evaluation: Mapping[str, Any]) -> None:
+def check_benchmarks(benchmarks: Sequence[str], evaluation: Mapping[str, FilesEntry]) -> None:
     """Check layout and names of the local evaluation sets of the manifest, before their rows are read.
 
     Raises:
@@ -128,7 +129,7 @@ def validate_judgments(split: DatasetSplit) -> None:
 def _iter_judgment_errors(tables: dict[str, list[dict[str, Any]]], types: dict[tuple[str, str], str]) -> Iterator[str]:
     queries = {row["query-id"] for row in tables["queries"]}
     pages = {row["corpus-id"] for row in tables["corpus"]}
-    scores: dict[tuple[str, str], Any] = {}
+    scores: dict[tuple[str, str], object] = {}
     judged = set()
     compared = "ids are compared as text, qrels has them as"
     for row in tables["qrels"]:
@@ -152,7 +153,7 @@ def _iter_judgment_errors(tables: dict[str, list[dict[str, Any]]], types: dict[t
             yield f"query {row['query-id']}: no qrel names a page for it with a score above 0"
 
 
-def find_score_error(score: Any) -> str:
+def find_score_error(score: object) -> str:
     """Return why a qrel's score cannot be used, "" if it can."""
     if isinstance(score, bool) or not isinstance(score, int | float) or (isinstance(score, float) and score % 1 != 0):
         return "no whole number"

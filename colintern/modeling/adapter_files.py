@@ -150,8 +150,8 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     return config
 
 
-def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= MAX_ALPHA
+def _is_alpha(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and 0 < value <= MAX_ALPHA
 
 
 def read_tensors(file: Path) -> State:
@@ -179,7 +179,7 @@ def _read_head(folder: Path, weights: State) -> State:
             f"applied to a randomly initialized projection. Copy it from the run that trained {folder}"
         )
     if sorted(head) != sorted(HEAD_KEYS):
-        names = f"{shorten(sorted(head))}, expected {shorten(sorted(HEAD_KEYS))}"
+        names = f"{shorten_names(sorted(head))}, expected {shorten_names(sorted(HEAD_KEYS))}"
         raise UserError(f"{file}: contains {names}; copy it again from the training run")
     return head
 
@@ -255,9 +255,9 @@ def _find_name_fault(files: AdapterFiles, expected: dict[str, torch.Size]) -> st
         expected = expected | copies
     parts = []
     if missing := sorted(expected.keys() - files.weights.keys()):
-        parts.append(f"lacks {shorten(missing)}")
+        parts.append(f"lacks {shorten_names(missing)}")
     if unexpected := sorted(files.weights.keys() - expected.keys()):
-        parts.append(f"has unexpected {shorten(unexpected)}")
+        parts.append(f"has unexpected {shorten_names(unexpected)}")
     if shape := _find_shape_fault(files.weights, expected):
         parts.append(shape)
     hint = "use both files of one run, with its base"
@@ -364,13 +364,13 @@ def save_adapter_extras(wrapped: Any, processor: Any, folder: Path) -> None:
 def _limit_cpu_time(seconds: float, message: str) -> Iterator[None]:
     """Raise UserError after so many seconds of CPU time; not in threads, since only the main one handles signals."""
 
-    def stop(*_: Any) -> None:
+    def raise_timeout(*_: object) -> None:
         raise UserError(message)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.signal(signal.SIGVTALRM, stop)
+    handler = signal.signal(signal.SIGVTALRM, raise_timeout)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
@@ -384,6 +384,6 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
 
 
-def shorten(names: list[str]) -> str:
+def shorten_names(names: list[str]) -> str:
     """Return the first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"

@@ -23,6 +23,7 @@ from colintern.core.errors import UserError
 from colintern.modeling.kernels import find_build, find_unmet_need, import_kernel
 from colintern.storage.manifest import Files, ensure_files, get_digests, get_files_folder, get_kernel_entry
 
+AttentionFunction = Callable[..., Tensor | tuple[Tensor, ...]]
 KEY = "attention"
 FUNCTION = "flash_attn_func"  # in flash-attn 2 and 3 and the kernels made from them
 # Largest difference of a correct kernel from float32 arithmetic, relative to the largest value.
@@ -72,7 +73,7 @@ def resolve_attn_implementation(attention: str, dtype: str, training: bool = Fal
     function = _import_function(attention, folder, tuple(entry["files"]))
     _check_kernel(attention, function, getattr(torch, dtype), training)
     AttentionInterface.register(name, _adapt_kernel(function))
-    AttentionMaskInterface.register(name, _no_mask)
+    AttentionMaskInterface.register(name, _require_no_mask)
     return name
 
 
@@ -91,7 +92,7 @@ def unavailable_reason(attention: str, dtype: str) -> str:
 
 
 @cache  # a second import in one process would be another module
-def _import_function(attention: str, folder: Path, files: tuple[str, ...]) -> Callable[..., Any]:
+def _import_function(attention: str, folder: Path, files: tuple[str, ...]) -> AttentionFunction:
     module = import_kernel(KEY, folder, files)
     function = getattr(module, FUNCTION, None)
     if not callable(function):
@@ -100,12 +101,12 @@ def _import_function(attention: str, folder: Path, files: tuple[str, ...]) -> Ca
     return function
 
 
-def _adapt_kernel(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, None]]:
+def _adapt_kernel(function: AttentionFunction) -> Callable[..., tuple[Tensor, None]]:
     """Return the kernel with the signature of transformers' attention functions."""
     takes = inspect.signature(function).parameters
     options = {"deterministic": torch.are_deterministic_algorithms_enabled()} if "deterministic" in takes else {}
 
-    def attend(
+    def compute_attention(
         module: nn.Module,
         query: Tensor,
         key: Tensor,
@@ -116,18 +117,18 @@ def _adapt_kernel(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, N
         is_causal: bool | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> tuple[Tensor, None]:
         assert attention_mask is None and sliding_window is None and softcap is None, "no base of ours has them"
         causal = bool(module.is_causal if is_causal is None else is_causal)
         more = options | ({"dropout_p": dropout} if dropout else {})
-        q, k, v = (part.transpose(1, 2) for part in _autocast(query, key, value))
+        q, k, v = (part.transpose(1, 2) for part in _cast_like_autocast(query, key, value))
         return _get_output(function(q, k, v, softmax_scale=scaling, causal=causal, **more)), None
 
-    return attend
+    return compute_attention
 
 
-def _autocast(*parts: Tensor) -> tuple[Tensor, ...]:
+def _cast_like_autocast(*parts: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast does before torch's own attention; it does not cast for a kernel."""
     kind = parts[0].device.type
     if not torch.is_autocast_enabled(kind):
@@ -135,18 +136,18 @@ def _autocast(*parts: Tensor) -> tuple[Tensor, ...]:
     return tuple(part.to(torch.get_autocast_dtype(kind)) for part in parts)
 
 
-def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
+def _require_no_mask(*args: object, attention_mask: Tensor | None = None, **kwargs: object) -> None:
     assert attention_mask is None or attention_mask.all(), "right padding needs no mask"
 
 
-def _get_output(result: Any) -> Tensor:
+def _get_output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
     return result[0] if isinstance(result, tuple) else result  # flash-attn 3 also returns the logarithms of the sums
 
 
-def _check_kernel(attention: str, function: Callable[..., Any], dtype: torch.dtype, training: bool) -> None:
+def _check_kernel(attention: str, function: AttentionFunction, dtype: torch.dtype, training: bool) -> None:
     """Raise UserError if a kernel differs from torch's own attention on 33 tokens with 4 heads that share 2 keys."""
     if torch.are_deterministic_algorithms_enabled() and "deterministic" not in inspect.signature(function).parameters:
-        raise UserError(f"deterministic: true cannot be promised with attention: {attention}, which has no such option")
+        raise UserError(f"deterministic: true is not possible with attention: {attention}, which has no such option")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 33, heads, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2)]
@@ -166,7 +167,7 @@ def _check_kernel(attention: str, function: Callable[..., Any], dtype: torch.dty
                 raise UserError(f"attention: {attention}: {reason}, more than {TOLERANCES[dtype]:g}")
 
 
-def _run_with_gradients(function: Callable[..., Any], inputs: list[Tensor], causal: bool, training: bool) -> list[Any]:
+def _run_with_gradients(function: AttentionFunction, inputs: list[Tensor], causal: bool, training: bool) -> list[Any]:
     """Return the output and, if training, the gradients of the inputs, None if there is none."""
     with torch.enable_grad():
         leaves = [part.clone().requires_grad_(training) for part in inputs]

@@ -40,11 +40,7 @@ KEY_MAPPING = {
 
 # name -> hidden size, MLP size, layers and attention heads of its language model
 PRESET_SIZES = dict(
-    zip(
-        PRESETS,
-        ((1024, 3072, 28, 16), (2048, 6144, 28, 16), (2560, 9728, 36, 32), (4096, 12288, 36, 32)),
-        strict=True,
-    )
+    zip(PRESETS, ((1024, 3072, 28, 16), (2048, 6144, 28, 16), (2560, 9728, 36, 32), (4096, 12288, 36, 32)), strict=True)
 )
 TEXT_CONFIG = {"model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151936}
 VISION_CONFIG: dict[str, Any] = {

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn.functional import embedding
 
 MASK_BITS = 12
@@ -52,7 +53,7 @@ class _Masked(torch.autograd.Function):
     """Saves for the backward pass the indices of the masks, not the masks."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, indices: Tensor, masks: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, indices: Tensor, masks: Tensor) -> Tensor:
         ctx.save_for_backward(indices, masks)
         return x * _select_masks(masks, indices).to(x.dtype)
 

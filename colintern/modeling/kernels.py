@@ -1,8 +1,8 @@
 """Prebuilt attention kernels of the hub. The `kernels` package selects the build for this machine and imports it.
 
 A repository has a build for each version of torch, of CUDA and kind of processor, hundreds of megabytes each. Only the
-one for this machine is downloaded. A kernel is not imported from the hub's cache, where compiled copies of its modules
-may lie beside it, but from a new folder of links to files whose hashes were just checked.
+one for this machine is downloaded. A kernel is imported from a new folder of links to files whose hashes were just
+checked, not from the hub's cache, which may also hold compiled copies of its modules.
 """
 
 import atexit
@@ -47,7 +47,7 @@ def find_build(key: str, folder: Path) -> "LocalKernel":
     """Find the build for this machine in the folder of a kernel repository; nothing of it is imported.
 
     Raises:
-        UserError: there is none, its metadata.json is damaged, it needs other kernels, or `kernels` is missing.
+        UserError: no build fits, its metadata.json is damaged, it needs other kernels, or `kernels` is missing.
     """
     _require_kernels()
     from kernels.resolver import resolve_local_kernel

@@ -93,7 +93,7 @@ class PretrainedRef(NamedTuple):
         options: dict[str, Any] = {"attn_implementation": choose_attn_implementation("auto", dtype, device)}
         if self.is_adapter:
             options |= {"base": str(self._find_base(base)), "merge": merge}
-        model: Any = load_model(self.folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options)
+        model = load_model(self.folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options)
         require_finite(model, self.folder)
         return model.to(device)
 
@@ -164,7 +164,7 @@ def require_same_base(params: Params, folder: Path) -> None:
         )
 
 
-def load_adapter(params: Params, base: str, adapter: Path, trained: bool = True) -> nn.Module:
+def load_adapter(params: Params, base: str, adapter: Path, trained: bool = True) -> ColIntern3_5:
     """Load an adapter with its base, or its base with the adapter's head, to the GPU if there is one.
 
     Args:
@@ -184,7 +184,7 @@ def load_adapter(params: Params, base: str, adapter: Path, trained: bool = True)
     return model.to(_get_device())
 
 
-def load_merged(params: Params, folder: Path) -> nn.Module:
+def load_merged(params: Params, folder: Path) -> ColIntern3_5:
     """Load a model whose adapter was folded into its weights, to the GPU if there is one.
 
     Raises:
@@ -209,14 +209,14 @@ def load_model(path: str | Path, **options: Any) -> Any:
         raise UserError(f"{path}: cannot be loaded: {describe_error(error)}") from error
 
 
-def _get_options(params: Params) -> dict[str, Any]:
+def _get_options(params: Params) -> dict[str, object]:
     return {
         "dtype": getattr(torch, params.dtype),
         "attn_implementation": resolve_attn_implementation(params.attention, params.dtype),
     }
 
 
-def load_processor(params: Params, adapter: Path, model: Any = None) -> ColIntern3_5Processor:
+def load_processor(params: Params, adapter: Path, model: nn.Module | None = None) -> ColIntern3_5Processor:
     """Load the adapter's processor with the bounds of params.yaml.
 
     Raises:
@@ -226,7 +226,7 @@ def load_processor(params: Params, adapter: Path, model: Any = None) -> ColInter
     return read_processor(adapter, model, **bounds)
 
 
-def read_processor(folder: Path, model: Any = None, **bounds: Any) -> ColIntern3_5Processor:
+def read_processor(folder: Path, model: nn.Module | None = None, **bounds: int) -> ColIntern3_5Processor:
     """Load the processor of an adapter or merged model from its folder.
 
     Args:

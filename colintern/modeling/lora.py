@@ -262,7 +262,7 @@ def match_names(pattern: str, names: Iterable[str]) -> set[str]:
 
 
 def classify_pattern(target: str, names: Iterable[str]) -> str:
-    """Return `GLOB` if a shell pattern would match the same names, `MISREAD_GLOB` if others, `REGEX` if it is none."""
+    """Return `GLOB` if a shell pattern would match the same names, `MISREAD_GLOB` if others, else `REGEX`."""
     names = set(names)
     globbed = {name for name in names if fnmatchcase(name, target)}
     if "*" not in target or re.search(r"[\\()|+^$]", target) or not globbed:

@@ -26,7 +26,7 @@ from colintern.modeling.adapter_files import (
     State,
     is_adapter,
     read_adapter_files,
-    shorten,
+    shorten_names,
     validate_adapter,
     write_head,
 )
@@ -64,9 +64,9 @@ class ColIntern3_5(BackboneModel):
         self.post_init()
 
     @property
-    def head(self) -> Any:
+    def head(self) -> nn.Linear:
         """Return the projection head, wrapped in LoRA or not."""
-        return self.get_submodule(HEAD)
+        return self.get_submodule(HEAD)  # type: ignore[return-value]
 
     @property
     def decoder_layers(self) -> nn.ModuleList:
@@ -139,9 +139,10 @@ class ColIntern3_5(BackboneModel):
         # Retrieval has no use for next-token logits, which hub checkpoints carry.
         unexpected = sorted(set(info["unexpected_keys"]) - {"lm_head.weight"})
         if lacking or unexpected or info["mismatched_keys"]:
+            misshapen = shorten_names(sorted(map(str, info["mismatched_keys"])))
             raise ValueError(
-                f"{path}: the checkpoint does not fit ColIntern3_5: missing {shorten(lacking)}; unexpected "
-                f"{shorten(unexpected)}; of another shape {shorten(sorted(map(str, info['mismatched_keys'])))}"
+                f"{path}: the checkpoint does not fit ColIntern3_5: missing {shorten_names(lacking)}; unexpected "
+                f"{shorten_names(unexpected)}; of another shape {misshapen}"
             )
         if head <= missing:
             model.init_head(seed)

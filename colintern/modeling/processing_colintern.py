@@ -25,7 +25,6 @@ from colintern.modeling.tiling import Grid, choose_grid
 from colintern.scoring.maxsim import maxsim_scores
 
 logger = logging.getLogger(__name__)
-
 HUB_KEYWORDS = {  # of transformers' `from_pretrained`, and device_map, which colpali-engine's scripts pass
     *("_commit_hash", "_from_auto", "_from_pipeline", "cache_dir", "device_map", "force_download", "local_files_only"),
     *("proxies", "return_unused_kwargs", "revision", "subfolder", "token", "use_fast"),
@@ -57,10 +56,7 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
 
     query_prefix: ClassVar[str] = "Query: "
     query_augmentation_token: ClassVar[str] = "<|endoftext|>"
-    visual_prompt: ClassVar[tuple[str, str]] = (
-        "<|im_start|>user\n",
-        "\nDescribe the image.<|im_end|><|endoftext|>",
-    )
+    visual_prompt: ClassVar[tuple[str, str]] = ("<|im_start|>user\n", "\nDescribe the image.<|im_end|><|endoftext|>")
     visual_prompt_prefix: ClassVar[str] = "<IMG_CONTEXT>".join(visual_prompt)
 
     def __init__(
@@ -86,15 +82,15 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         # tokens: each is at most as long as the longest, and NFC merges at most four characters into one.
         self.max_query_characters = 4 * max_query_tokens * max(map(len, self.tokenizer.get_vocab()))
         self.tokenizer.padding_side = "right"
-        overhead = len(self._tokenize(self.query_prefix)) + len(self._tokenize_suffix(None))
+        overhead = len(self._tokenize_texts(self.query_prefix)) + len(self._tokenize_suffix(None))
         if max_query_tokens <= overhead:
             raise ValueError(
                 f"max_query_tokens={max_query_tokens}: prefix and augmentation take {overhead} tokens of a query, "
                 f"so the bound must be {overhead + 1} or more"
             )
         before, after = self.visual_prompt
-        self._ids_before_tiles = [*self._tokenize(before), self.start_image_token_id]
-        self._ids_after_tiles = [self.end_image_token_id, *self._tokenize(after)]
+        self._ids_before_tiles = [*self._tokenize_texts(before), self.start_image_token_id]
+        self._ids_after_tiles = [self.end_image_token_id, *self._tokenize_texts(after)]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -152,14 +148,14 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         tiles = [self.preprocess_page(page) for page in pages]
         next_tiles, rows = iter(tiles), []
         for first, *others in segments:
-            row = self._tokenize(first)
+            row = self._tokenize_texts(first)
             for segment in others:
                 visual = self._make_visual_ids(len(next(next_tiles)))
-                row += [self.start_image_token_id, *visual, self.end_image_token_id, *self._tokenize(segment)]
+                row += [self.start_image_token_id, *visual, self.end_image_token_id, *self._tokenize_texts(segment)]
             rows.append(row)
         return self._add_pages(self._pad_batch(rows), pages, tiles)
 
-    def _tokenize(self, text: str) -> list[int]:
+    def _tokenize_texts(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @property
@@ -235,7 +231,7 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
 
     def process_texts(self, texts: list[str]) -> BatchFeature:
         """Convert texts without prefix or augmentation to a batch: input_ids and attention_mask, (B, L)."""
-        return self._pad_batch([self._tokenize(text) for text in _as_list(texts)])
+        return self._pad_batch([self._tokenize_texts(text) for text in _as_list(texts)])
 
     def process_queries(
         self,
@@ -271,7 +267,7 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         for text in _as_list(texts if texts is not None else queries):
             if not text.strip():
                 raise ValueError(f"query {text!r}: a query needs at least one word")
-            ids = self._tokenize(self.format_query(text))
+            ids = self._tokenize_texts(self.format_query(text))
             if len(ids) > room:
                 more = " or more" if len(text) > self.max_query_characters else ""
                 logger.warning("query of %d tokens%s cut to %d (max_query_tokens): %.60r", len(ids), more, room, text)
@@ -283,7 +279,7 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         return self.query_prefix + query[: self.max_query_characters]
 
     def _tokenize_suffix(self, suffix: str | None) -> list[int]:
-        return self._tokenize(self.query_augmentation_token * 10 if suffix is None else suffix)
+        return self._tokenize_texts(self.query_augmentation_token * 10 if suffix is None else suffix)
 
     def count_truncated(self, queries: list[str]) -> int:
         """Return how many of the queries `process_queries` truncates to `max_query_tokens`."""
@@ -312,8 +308,8 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
     def score_multi_vector(qs, ps, batch_size: int = 128, device=None) -> torch.Tensor:
         """Compute MaxSim scores, (n_queries, n_pages) float32 on the CPU, without a gradient.
 
-        Unlike in colpali-engine, padding takes no part in the maximum: all-zero rows are padding from `ColIntern3_5`,
-        in a padded (n, length, 128) tensor as in the list that colpali-engine's users make of it.
+        Unlike colpali-engine, this ignores padding in the maximum: all-zero rows, both in a padded (n, length, 128)
+        tensor and in a list of its rows.
 
         Args:
             qs: queries: (tokens, dim) tensors or arrays, or all of them as one padded (n, tokens, dim).

@@ -4,9 +4,9 @@ Activations that fit the memory are kept, only the rest is recomputed.
 """
 
 import ctypes
-from typing import Any
 
 import torch
+from peft import PeftModel
 
 from colintern.core.errors import UserError
 
@@ -45,7 +45,7 @@ def num_checkpointed_layers(layers: int, gradient_checkpointing: bool | int) -> 
     return gradient_checkpointing
 
 
-def checkpoint_layers(model: Any, gradient_checkpointing: bool | int) -> None:
+def checkpoint_layers(model: PeftModel, gradient_checkpointing: bool | int) -> None:
     """Make the backward pass recompute the first layers of the language model; see `num_checkpointed_layers`.
 
     The first ones, because the backward pass reaches them last: by then it has freed what the other layers kept. The
@@ -68,7 +68,7 @@ def checkpoint_layers(model: Any, gradient_checkpointing: bool | int) -> None:
         layer.gradient_checkpointing = False
 
 
-def compile_layers(model: Any) -> None:
+def compile_layers(model: PeftModel) -> None:
     """Compile the language model's layers, which share one compilation; `model` is wrapped in PEFT."""
     for layer in model.base_model.model.decoder_layers:
         layer.compile(recompile_limit=RECOMPILE_LIMIT)

@@ -59,17 +59,17 @@ def choose_grid(width: int, height: int, max_tiles: int, tile: int) -> Grid:
     if max_tiles < 1:
         raise ValueError(f"max_tiles={max_tiles}: at least one tile is needed to show a page")
 
-    def sharpness(grid: tuple[int, int]) -> float:
+    def compute_sharpness(grid: tuple[int, int]) -> float:
         return min(grid[0] * tile / width, grid[1] * tile / height, 1.0)
 
     def rank(grid: tuple[int, int]) -> tuple[int, float, float]:
         cols, rows = grid
         distortion = (cols * height) / (rows * width)
-        return (cols * rows, -sharpness(grid), max(distortion, 1 / distortion))
+        return (cols * rows, -compute_sharpness(grid), max(distortion, 1 / distortion))
 
     grids = [(cols, rows) for cols in range(1, max_tiles + 1) for rows in range(1, max_tiles // cols + 1)]
-    min_sharpness = MIN_SHARPNESS * max(map(sharpness, grids))
-    cols, rows = min((grid for grid in grids if sharpness(grid) >= min_sharpness), key=rank)
+    min_sharpness = MIN_SHARPNESS * max(map(compute_sharpness, grids))
+    cols, rows = min((grid for grid in grids if compute_sharpness(grid) >= min_sharpness), key=rank)
     return Grid(cols, rows, thumbnail=1 < cols * rows < max_tiles)
 
 

@@ -1,6 +1,6 @@
 """Rules of training health: judge a run by its logged rows alone, while it runs and at its end.
 
-A loss is compared with log(P), the loss of a model that cannot tell the P pages of a batch apart: the training guide's
+A loss is compared with log(P), the loss of a model that cannot distinguish the P pages of a batch: the training guide's
 2.40 -> 1.50 is 0.87 to 0.54 of log(16). So every loss here is a share of log(P), or, for a symmetric loss with hard
 negatives, whose other half compares the B queries only, of the mean of log(P) and log(B). The rules use neither time
 nor machine (see `monitors` for those), and rows rounded to four digits suffice: two runs of one identity, one of them
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from colintern.monitoring.guide import RecommendedBounds
 from colintern.params import Params
+from colintern.scoring.metrics import DEV_TITLE, EVAL_KEY
 
 LogRow = dict[
     str, float
@@ -82,8 +83,8 @@ class LossCurve:
     ):
         self.params, self.random_ndcg, self.bounds, self.is_done = params, random_ndcg, bounds, is_done
         self.rows = [row for row in log if "loss" in row]
-        evaluations = [row for row in log if "eval_ndcg_at_5" in row]
-        self.dev_scores = [row["eval_ndcg_at_5"] for row in evaluations]
+        evaluations = [row for row in log if EVAL_KEY in row]
+        self.dev_scores = [row[EVAL_KEY] for row in evaluations]
         self.last_evaluation = evaluations[-1]["step"] if evaluations else 0
         pages = params.batch_size * (1 + params.negatives)
         mirrored = params.batch_size if params.symmetric_loss else pages  # hard negatives have no query
@@ -272,7 +273,7 @@ def _check_learning_rate(curve: LossCurve) -> RuleResult | None:
     return RuleResult(share > 0.25, is_wrong, share, seen, f"warmup_steps: {int(curve.max_steps / 10)}")
 
 
-@register_rule("dev NDCG@5", "below 0.8 of its best warn, below twice chance bad")
+@register_rule(DEV_TITLE, "below 0.8 of its best warn, below twice chance bad")
 def _check_dev_score(curve: LossCurve) -> RuleResult | None:
     if not curve.dev_scores or (not curve.is_done and curve.last_evaluation <= 2 * curve.params.warmup_steps):
         return None
@@ -308,8 +309,8 @@ def assess_run(log: Sequence[LogRow], params: Params, random_ndcg: float, bounds
     is_flat = mean(curve.last_tenth) > UNTRAINED_THRESHOLD
     if is_judged("finite", BAD):
         verdict, cause = DIVERGED, "finite"
-    elif is_flat or is_judged("dev NDCG@5", BAD):
-        verdict, cause = COLLAPSED, "loss by epoch" if is_flat else "dev NDCG@5"
+    elif is_flat or is_judged(DEV_TITLE, BAD):
+        verdict, cause = COLLAPSED, "loss by epoch" if is_flat else DEV_TITLE
     elif is_judged("loss by epoch", WARN, BAD):
         is_slow = is_judged("early loss", WARN, BAD)
         verdict, cause = (TOO_SLOW, "early loss") if is_slow else (UNDERTRAINED, "loss by epoch")

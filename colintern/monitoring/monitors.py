@@ -5,14 +5,13 @@ written to logs/, and are in nothing that DVC compares. The GPU's part was never
 written.
 """
 
+import logging
 import statistics
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from colintern.core.project import root
@@ -34,9 +33,10 @@ from colintern.monitoring.health import (
     suggest_lower_lr,
 )
 from colintern.params import Params
-from colintern.storage.files import dumps
+from colintern.storage.files import format_json
 from colintern.training.trainer import ContrastiveTrainer, RunCallback
 
+logger = logging.getLogger(__name__)
 MAX_SECONDS_PER_PAIR = 10 / 64  # the guide's warning sign on a GPU: 10 s a step of 64 pairs
 SEVERITIES = (OK, WARN, BAD)
 QUERY_GPU_USE = ("nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits")
@@ -52,8 +52,9 @@ class LossCurveMonitor(RunCallback):
 
     def on_trainer_init(self, trainer: ContrastiveTrainer) -> None:
         """Look up the bounds for the base and the score of a random ranking."""
-        model: Any = trainer.model
-        self.bounds = get_recommended_bounds(sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n))
+        self.bounds = get_recommended_bounds(
+            sum(p.numel() for n, p in trainer.model.named_parameters() if ".lora_" not in n)
+        )
         self.random_ndcg = trainer.evaluator.random_ndcg
         trainer.hint = f"try {suggest_lower_lr(self.params, self.bounds)}"
 
@@ -66,19 +67,19 @@ class LossCurveMonitor(RunCallback):
         for finding in self._apply_rules(state):
             severity = SEVERITIES.index(finding.verdict)
             if severity > self.reported.get(finding.name, 0):
-                tqdm.write(f"step {state.global_step}:\n{format_finding(finding)}")  # above a progress bar
+                logger.info(f"step {state.global_step}:\n{format_finding(finding)}")  # above a progress bar
                 self.reported[finding.name] = severity
 
     def save_artifacts(self, trainer: ContrastiveTrainer, folder: Path) -> dict[str, float | str]:
         """Write health.json and print the report; return the verdict."""
-        health = self.assess(trainer.state)
+        health = self.assess_state(trainer.state)
         masked_pairs = trainer.metric_accumulator.total_false_negatives
         result = {"verdict": health.verdict, "masked_pairs": masked_pairs} | findings_to_json(health.findings)
-        (folder / HEALTH).write_text(dumps(result))
-        print(format_health(health))
+        (folder / HEALTH).write_text(format_json(result))
+        logger.info(format_health(health))
         return {"verdict": health.verdict}
 
-    def assess(self, state: TrainerState) -> RunHealth:
+    def assess_state(self, state: TrainerState) -> RunHealth:
         """Assess a finished run."""
         return assess_run(state.log_history, self.params, self.random_ndcg, self.bounds)
 
@@ -126,7 +127,7 @@ class ThroughputMonitor(RunCallback):
             self.gpu_query = start_gpu_query()
         self.last_time = time.perf_counter()
 
-    def summarize(self) -> dict[str, float]:
+    def summarize_steps(self) -> dict[str, float]:
         """Return the measurements, {} if no step was made; those of the GPU only where there is one."""
         if not self.step_seconds:
             return {}
@@ -145,20 +146,20 @@ class ThroughputMonitor(RunCallback):
 
     def save_artifacts(self, trainer: ContrastiveTrainer, folder: Path) -> dict[str, float | str]:
         """Write logs/train-timing.json and print the findings."""
-        summary = self.summarize()
+        summary = self.summarize_steps()
         findings = check_throughput(summary, self.params)
         log = trainer.state.log_history
         timing = {key: value for row in log for key, value in row.items() if key in CLOCK_METRICS} | summary
         path = root() / "logs" / "train-timing.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(dumps(timing | {"health": findings_to_json(findings)}))
+        path.write_text(format_json(timing | {"health": findings_to_json(findings)}))
         for finding in findings:
-            print(format_finding(finding))
+            logger.info(format_finding(finding))
         return {}
 
 
 def check_throughput(summary: dict[str, float], params: Params) -> list[HealthFinding]:
-    """Check the measurements of `ThroughputMonitor.summarize` that are there."""
+    """Check the measurements of `ThroughputMonitor.summarize_steps` that are there."""
     findings = []
 
     def check_share(key: str, name: str, warn: float, bad: float, source: str, remedy: str) -> None:

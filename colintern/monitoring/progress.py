@@ -4,6 +4,7 @@ Both show the step, the time left, the last loss and dev NDCG@5, pages per secon
 is in the run's history, and so in plots/, whether it is shown or not.
 """
 
+import logging
 import resource
 import time
 from collections import deque
@@ -12,6 +13,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from colintern.scoring.metrics import EVAL_KEY
+
+logger = logging.getLogger(__name__)
 MIN_ROW_INTERVAL = 30  # seconds between two rows in a log; a dev score and the last step are always shown
 MAX_RATE_STEPS = 20  # of the rate that is shown
 # With days and 9,000 steps this is 79 characters.
@@ -61,7 +65,7 @@ class ProgressReporter(TrainerCallback):
         if args.disable_tqdm and is_due and state.is_world_process_zero:
             self.last_row_time = time.monotonic()
             times = self._format_times(state)
-            print(f"step {state.global_step}/{state.max_steps} [{times}], {self._format_facts()}", flush=True)
+            logger.info(f"step {state.global_step}/{state.max_steps} [{times}], {self._format_facts()}")
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
         """Start to measure the rate again: evaluation and saving are no step."""
@@ -78,9 +82,9 @@ class ProgressReporter(TrainerCallback):
     def _update_scores(self, row: dict[str, float]) -> bool:
         if "loss" in row:
             self.loss = f"loss {row['loss']:.3f}"
-        if "eval_ndcg_at_5" in row:
-            self.dev_score = f"dev {row['eval_ndcg_at_5']:.3f}"
-        return "eval_ndcg_at_5" in row
+        if EVAL_KEY in row:
+            self.dev_score = f"dev {row[EVAL_KEY]:.3f}"
+        return EVAL_KEY in row
 
     def _format_facts(self) -> str:
         rate = ""

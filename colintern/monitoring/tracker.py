@@ -7,6 +7,7 @@ from the checkpoints' history, without a tracker.
 
 import dataclasses
 import importlib.util
+import logging
 import os
 import re
 import secrets
@@ -22,6 +23,8 @@ from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.params import Params
 
+logger = logging.getLogger(__name__)
+
 # Seconds for W&B to start a run, and to send the rest at its end: a preempted machine has 30.
 INIT_TIMEOUT, FINISH_TIMEOUT = "20", 20
 RUN_ID_FILE = "wandb-id"  # beside the checkpoints
@@ -30,7 +33,7 @@ MAX_ERROR_CHARACTERS = 200
 
 
 def check_tracker(name: str) -> None:
-    """Check that the package of a tracker is installed, and that W&B is not asked to upload a file with a token.
+    """Check that the package of a tracker is installed, and that W&B is not configured to upload a file with a token.
 
     Raises:
         UserError: it is not, or W&B is.
@@ -65,11 +68,11 @@ class TrackerCallback(TrainerCallback):
         checkpoints = Path(str(args.output_dir)).parent
         try:
             if self.params.tracker == "wandb":
-                print(f"W&B: {self._start_wandb(checkpoints)}", flush=True)
+                logger.info(f"W&B: {self._start_wandb(checkpoints)}")
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(root() / "logs" / "tensorboard" / checkpoints.name))
             self.callback = get_reporting_integration_callbacks(self.params.tracker)[0]()
         except Exception as error:
-            self._disable(error)
+            self._disable_tracker(error)
         self._forward("on_train_begin", args, state, control, **kwargs)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -85,7 +88,7 @@ class TrackerCallback(TrainerCallback):
             try:
                 wandb.finish(exit_code=int(state.global_step < state.max_steps))
             except Exception as error:
-                self._disable(error)
+                self._disable_tracker(error)
 
     def _forward(self, event: str, *args, **kwargs) -> None:
         if self.callback is None:
@@ -93,13 +96,13 @@ class TrackerCallback(TrainerCallback):
         try:
             getattr(self.callback, event)(*args, **kwargs)
         except Exception as error:
-            self._disable(error)
+            self._disable_tracker(error)
 
-    def _disable(self, error: Exception) -> None:
+    def _disable_tracker(self, error: Exception) -> None:
         if isinstance(error, UserError):  # of a second signal, which may arrive anywhere
             raise error
         self.callback = None
-        print(f"warning: tracker {self.params.tracker} ends, training continues: {format_error(error)}", flush=True)
+        logger.warning(f"tracker {self.params.tracker} ends, training continues: {format_error(error)}")
 
     def _start_wandb(self, checkpoints: Path) -> str:
         """Start or resume the run; return where it can be seen.
@@ -134,7 +137,7 @@ class TrackerCallback(TrainerCallback):
                 with suppress(Exception):
                     wandb.teardown()  # else the id counts as in use
                 folder = wandb.init(**options, mode="offline").settings.sync_dir
-                print(f"warning: W&B cannot be used, the run is kept offline: {format_error(error)}", flush=True)
+                logger.warning(f"W&B cannot be used, the run is kept offline: {format_error(error)}")
                 return f"send it later with `wandb sync {folder}`"
         run = wandb.init(**options)
         return mode if mode == "disabled" else f"{mode}, `wandb sync {run.settings.sync_dir}` sends it"

@@ -10,7 +10,8 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
@@ -98,8 +99,8 @@ class CostModel:
         wrapped.to(self.dtype).train()  # autocast, which computes the float32 adapters in bfloat16, skips meta tensors
         self.base.set_attn_implementation("sdpa")
         self.base.language_model.set_attn_implementation(ATTENTION)
-        layers = self.base.language_model.layers
-        # Where all layers have the same adapters, two of them tell the cost of any number.
+        layers = self.base.decoder_layers
+        # Where all layers have the same adapters, the cost of any number of them follows from two.
         adapter_sizes = {sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers}
         depth = 2 if len(adapter_sizes) == 1 else self.num_layers
         first, deep = (self._count_token(layers[:num_layers]) for num_layers in (1, depth))
@@ -163,12 +164,12 @@ class CostModel:
         tokens = settings.micro_batch_size * max(settings.page_tokens, settings.query_tokens)
         return int(max(LOSS_COPIES * embeddings, copies + 2 * embeddings + tokens * max(kept, backward)))
 
-    def _count_token(self, layers: Any) -> tuple[float, ...]:
+    def _count_token(self, layers: nn.ModuleList) -> tuple[float, ...]:
         """Run layers and head on the meta device; operations forward and backward and bytes kept, for one token."""
         self.base.language_model.layers = layers
         kept: dict[int, torch.UntypedStorage] = {}
 
-        def keep(tensor: Tensor) -> Tensor:
+        def keep_storage(tensor: Tensor) -> Tensor:
             kept[id(tensor.untyped_storage())] = tensor.untyped_storage()
             return tensor
 
@@ -176,7 +177,7 @@ class CostModel:
         row = torch.zeros(1, dtype=torch.int64, device="meta")
         # As `ColIntern3_5.forward`, whose checks of ids and masks need values.
         with self.masks.assign_rows("page", row, COUNTED_TOKENS):
-            with FlopCounterMode(display=False) as forward, saved_tensors_hooks(keep, lambda tensor: tensor):
+            with FlopCounterMode(display=False) as forward, saved_tensors_hooks(keep_storage, lambda tensor: tensor):
                 hidden = self.base.language_model(inputs_embeds=inputs, attention_mask={"full_attention": None})[0]
                 embeddings = normalize(self.base.custom_text_proj(hidden).float(), dim=-1)
                 embeddings = embeddings.masked_fill(torch.zeros_like(embeddings[..., :1], dtype=torch.bool), 0.0)
@@ -192,21 +193,23 @@ class _MetaAttention(torch.autograd.Function):
     """Keeps what a fused kernel keeps; on meta tensors torch would run the unfused code, with its L x L weights."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output = torch.empty_like(query)
         ctx.save_for_backward(query, key, value, output)
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: BackwardCFunction, grad: Tensor) -> tuple[Tensor, ...]:
         return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
 
 
-def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+def _compute_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object
+) -> tuple[Tensor, None]:
     return _MetaAttention.apply(query, key, value).transpose(1, 2), None  # type: ignore[no-untyped-call]
 
 
-AttentionInterface.register(ATTENTION, _attend)
+AttentionInterface.register(ATTENTION, _compute_attention)
 
 
 def count_parameters(config: InternVLConfig) -> int:

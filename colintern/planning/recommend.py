@@ -64,7 +64,7 @@ class Forecast(NamedTuple):
     assumes: str = ASSUMED
 
 
-def _fits(gpu_memory_gb: float, costs: CostModel, settings: StepSettings) -> bool:
+def _fits_memory(gpu_memory_gb: float, costs: CostModel, settings: StepSettings) -> bool:
     return costs.predict_step(settings).peak_bytes <= gpu_memory_gb * GIB * USABLE_SHARE
 
 
@@ -75,7 +75,7 @@ def optimal_micro_batch_size(gpu_memory_gb: float, costs: CostModel, settings: S
     """
 
     def is_too_large(size: int) -> bool:
-        return not _fits(gpu_memory_gb, costs, settings._replace(micro_batch_size=size))
+        return not _fits_memory(gpu_memory_gb, costs, settings._replace(micro_batch_size=size))
 
     divisors = [n for n in range(1, settings.num_pages + 1) if settings.num_pages % n == 0]
     return [0, *divisors][bisect_left(divisors, True, key=is_too_large)]
@@ -102,13 +102,13 @@ def plan_step(costs: CostModel, gpu_memory_gb: float, gpu: Gpu) -> StepPlan:
     for tiles in (tokens // tile for tokens in tried if tokens >= tile and needed < gpu_memory_gb * USABLE_SHARE):
         options = []
         for checkpointing in (False, True):
-            settings = _settings(costs, checkpointing, tiles, params.negatives)
+            settings = _make_step_settings(costs, checkpointing, tiles, params.negatives)
             if size := optimal_micro_batch_size(gpu_memory_gb, costs, settings):
                 options.append(settings._replace(micro_batch_size=size))
         if options and options[-1].num_chunks == 1:  # find the fewest layers that have to be recomputed
             whole, depths = options[-1], range(costs.num_layers)
             num_layers = bisect_left(
-                depths, True, key=lambda n: _fits(gpu_memory_gb, costs, whole._replace(checkpointing=n))
+                depths, True, key=lambda n: _fits_memory(gpu_memory_gb, costs, whole._replace(checkpointing=n))
             )
             options += [whole._replace(checkpointing=num_layers)] if 0 < num_layers < costs.num_layers else []
         if options:
@@ -120,7 +120,7 @@ def plan_step(costs: CostModel, gpu_memory_gb: float, gpu: Gpu) -> StepPlan:
     )
 
 
-def _settings(costs: CostModel, checkpointing: bool, tiles: int, negatives: int) -> StepSettings:
+def _make_step_settings(costs: CostModel, checkpointing: bool, tiles: int, negatives: int) -> StepSettings:
     page_tokens = tiles * costs.config.image_seq_length + PROMPT_TOKENS
     batch_size, query_tokens = costs.params.batch_size, costs.params.max_query_tokens
     return StepSettings(batch_size, 1, checkpointing, tiles, page_tokens, query_tokens, negatives)
@@ -214,7 +214,7 @@ def compute_batch_size_table(costs: CostModel) -> Iterator[TableRow]:
     for memory, guide in GUIDE_BATCH_SIZES.items():
         computed: list[tuple[int, float | None]] = []
         for checkpointing in (False, True):
-            settings = _settings(costs, checkpointing, VISUAL_TOKENS[0] // costs.config.image_seq_length, 0)
+            settings = _make_step_settings(costs, checkpointing, VISUAL_TOKENS[0] // costs.config.image_seq_length, 0)
             settings = settings._replace(batch_size=MIN_BATCH_SIZE)
             size = optimal_micro_batch_size(memory, costs, settings)
             peak = costs.predict_step(settings._replace(micro_batch_size=size)).peak_bytes / GIB if size else None

@@ -6,11 +6,13 @@ numbers are for InternVL3.5-1B, those for the demo were measured (README, sensit
 stops training.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from textwrap import fill
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from huggingface_hub import constants
+from transformers import InternVLConfig
 
 from colintern.core.errors import UserError
 from colintern.core.rules import split_kernel
@@ -21,6 +23,8 @@ from colintern.monitoring.guide import DEMO, RecommendedBounds, get_recommended_
 from colintern.params import Params
 from colintern.preflight.environment import Environment, Machine, probe_machine
 from colintern.training.checkpoints import required_disk_bytes
+
+logger = logging.getLogger(__name__)
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
 GB = 1e9
@@ -283,7 +287,7 @@ ENVIRONMENT_CHECKS: dict[str, Callable[[Environment], Status]] = {
 }
 
 
-def collect_run_facts(params: Params, config: Any, revision: str | None) -> RunFacts:
+def collect_run_facts(params: Params, config: InternVLConfig | str, revision: str | None) -> RunFacts:
     """Count the modules of the base, and probe this machine.
 
     Args:
@@ -308,6 +312,7 @@ def run_preflight(params: Params, base: str) -> None:
     results = run_checks(collect_run_facts(params, base, params.base_revision or None), RUN_CHECKS)
     for result in results:
         if result.status == WARN:
-            print(fill(f"warning: {result.name}: {result.found} -> {result.remedy}", 80, subsequent_indent="  "))
+            text = f"warning: {result.name}: {result.found} -> {result.remedy}"
+            logger.warning(fill(text, 80, subsequent_indent="  ").removeprefix("warning: "))
     if failures := [f"{r.name}: {r.found} -> {r.remedy}" for r in results if r.status == FAIL]:
         raise UserError("this run cannot do what params.yaml says\n  " + "\n  ".join(failures))

@@ -82,7 +82,7 @@ def split_query(processor: ColIntern3_5Processor, query: str) -> list[QueryToken
     offsets = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     tail = len(processor.tokenizer(processor.query_augmentation_token * 10, add_special_tokens=False)["input_ids"])
     # A token's text is a slice of the query's, since part of a letter cannot be decoded. The space before a word may be
-    # the prefix's: the end of a token tells whose it is.
+    # the prefix's: the end of a token decides which.
     prefix = len(processor.query_prefix)
     words = [QueryToken(text[start:end].strip(), end > prefix) for start, end in offsets[: len(ids) - tail]]
     return [*words, *(QueryToken(processor.tokenizer.decode([token]), False) for token in ids[len(ids) - tail :])]

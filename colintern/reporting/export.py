@@ -1,6 +1,8 @@
 """Export an adapter folded into its base, as a folder that needs nothing else, with a model card."""
 
+import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,6 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HTTPError
 
 from colintern.core.errors import UserError
-from colintern.core.terminal import print_phase
 from colintern.evaluation.models import make_eval_models
 from colintern.evaluation.results import shorten_task_name
 from colintern.modeling.loading import load_processor
@@ -27,8 +28,9 @@ from colintern.reporting.evaluation import (
 from colintern.reporting.html import make_environment
 from colintern.scoring.metrics import METRIC_KEYS
 from colintern.storage.hub import describe_hub_error
-from colintern.storage.identity import fingerprint, versions
+from colintern.storage.identity import fingerprint, get_versions
 
+logger = logging.getLogger(__name__)
 HUB_TASK = "visual-document-retrieval"  # the hub's name of it
 
 
@@ -49,7 +51,7 @@ def export_model(params: Params, folder: Path, out: Path, name: str) -> str:
         raise UserError(f"{folder}: {failed[0].name}: {failed[0].found}; see: colintern check-adapter {folder}")
     revision = make_eval_models(params, folder)["trained"].revision
     evaluation, reason = _find_evaluation_of_export(params, revision)
-    print_phase(f"export: merging {folder} into its base, writing {out}")
+    logger.info(f"export: merging {folder} into its base, writing {out}")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -82,7 +84,7 @@ def push_model(folder: Path, name: str) -> str:
     Raises:
         UserError: the hub refuses, for example a token without the right to write.
     """
-    print_phase(f"export: pushing {folder} to {name}")
+    logger.info(f"export: pushing {folder} to {name}")
     api = HfApi()
     try:
         api.create_repo(name, private=True, exist_ok=True)
@@ -93,7 +95,7 @@ def push_model(folder: Path, name: str) -> str:
         ) from error
 
 
-def render_model_card(name: str, revision: str, identity: dict[str, Any], evaluation: Evaluation | None) -> str:
+def render_model_card(name: str, revision: str, identity: Mapping[str, Any], evaluation: Evaluation | None) -> str:
     """Render README.md with the results where the hub reads them; without an evaluation the card says so."""
     base = identity["base"]
     data = ModelCardData(
@@ -125,7 +127,7 @@ def render_model_card(name: str, revision: str, identity: dict[str, Any], evalua
             settings=sorted(settings.items()),
             fingerprint=fingerprint({key: identity.get(key) for key in ("params", "deps", "versions")}),
             versions=identity.get("versions", {}),
-            here=versions(),
+            here=get_versions(),
         )
     )
     return f"---\n{data.to_yaml().strip()}\n---\n{text}"

@@ -28,9 +28,9 @@ from colintern.reporting.evaluation import (
 )
 from colintern.reporting.examples import QueryExample
 from colintern.reporting.html import render_html
-from colintern.scoring.metrics import MAIN_METRIC, METRIC_KEYS, RANKING_METRICS
+from colintern.scoring.metrics import EVAL_KEY, MAIN_METRIC, METRIC_KEYS, RANKING_METRICS
 from colintern.statistics.dataset_stats import load_dataset_stats, summarize_stats
-from colintern.storage.identity import content_hash, read_identity, versions
+from colintern.storage.identity import content_hash, get_versions, read_identity
 from colintern.storage.manifest import MANIFEST, SURVEY
 
 GOOD_VERDICT = "learned"
@@ -138,9 +138,9 @@ def _read_training(folder: Path) -> dict[str, object] | None:
     if not file.is_file():
         return None
     state = json.loads(file.read_text())
-    log, dev_key = state["log_history"], f"eval_{MAIN_METRIC.key}"
+    log = state["log_history"]
     loss = [(row["step"], row["loss"]) for row in log if "loss" in row]
-    dev = [(row["step"], row[dev_key]) for row in log if dev_key in row]
+    dev = [(row["step"], row[EVAL_KEY]) for row in log if EVAL_KEY in row]
     health = json.loads((folder / HEALTH).read_text()) if (folder / HEALTH).is_file() else {}
     dev_title = f"{MAIN_METRIC.title} on the dev set"
     return {
@@ -182,7 +182,7 @@ def _list_environment(folder: Path, model: EvalModel, evaluation: Evaluation) ->
     if trained_with:
         rows.append(("trained with", _join_versions(trained_with)))
     rows.append(("evaluated with", f"mteb {evaluation.mteb_version}"))
-    changed = {name: number for name, number in versions().items() if trained_with.get(name) != number}
+    changed = {name: number for name, number in get_versions().items() if trained_with.get(name) != number}
     return [*rows, ("heatmaps made with", _join_versions(changed) if changed else "the same")]
 
 

@@ -31,6 +31,8 @@ RANKING_METRICS = (
 )
 METRIC_KEYS = tuple(metric.key for metric in RANKING_METRICS)
 MAIN_METRIC = RANKING_METRICS[0]  # the one that models are judged and compared by
+# It on the dev set: in the Trainer's log and plots/dev.csv, in metrics/train.json, and in texts.
+EVAL_KEY, DEV_KEY, DEV_TITLE = f"eval_{MAIN_METRIC.key}", f"dev_{MAIN_METRIC.key}", f"dev {MAIN_METRIC.title}"
 
 
 def ndcg_at_k(scores: Tensor, relevant: Sequence[Collection[int]], k: int) -> float:

@@ -25,9 +25,9 @@ from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.search.sources import PageSource, render_sources
-from colintern.storage.files import MISSING, dumps, irregular_type
+from colintern.storage.files import MISSING, format_json, irregular_type
 from colintern.storage.identity import code_hashes, fingerprint
-from colintern.storage.lock import locked
+from colintern.storage.lock import hold_lock
 
 MAX_BYTES = 10**15  # as much as the disk has, less what the cache leaves free
 PAGES_PER_SAVE = 64
@@ -116,11 +116,11 @@ class PageIndex:
         pending = dict(self.cache.pending)
         self.cache.flush()
         self.in_memory |= {key: value for key, value in pending.items() if key not in self.cache}
-        with locked(self.cache.root / "pages.lock"):
+        with hold_lock(self.cache.root / "pages.lock"):
             self.page_keys = self._read_list() | self.page_keys
             self.cache.folder.mkdir(exist_ok=True)
             partial = self.list_file.with_suffix(f".{os.getpid()}")
-            partial.write_text(dumps(self.page_keys))
+            partial.write_text(format_json(self.page_keys))
             partial.replace(self.list_file)
 
     def load_embedding(self, source: PageSource) -> Tensor | None:

@@ -37,7 +37,7 @@ def load_dataset_stats(max_visual_tokens: int) -> Stats:
     return stats
 
 
-def summarize_stats(stats: Stats) -> dict[str, dict[str, Any]]:
+def summarize_stats(stats: Stats) -> Stats:
     """Return the counts, and the mean of each histogram."""
     return {
         name: {key: value for key, value in facts.items() if key not in MEASURES}
@@ -46,7 +46,7 @@ def summarize_stats(stats: Stats) -> dict[str, dict[str, Any]]:
     }
 
 
-def iter_histogram_rows(stats: Stats) -> Iterator[dict[str, Any]]:
+def iter_histogram_rows(stats: Stats) -> Iterator[dict[str, object]]:
     """Yield the histograms as rows with the keys `HISTOGRAM_COLUMNS`, one for each bar."""
     for name, facts in stats.items():
         for measure in MEASURES:

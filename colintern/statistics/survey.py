@@ -4,20 +4,20 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 from tokenizers import Tokenizer
 
 from colintern.ingest.documents import MAX_QUERY_CHARACTERS
 from colintern.ingest.scan import ScannedRows, read_beir_table
+from colintern.statistics.dataset_stats import Stats
 
 TOKENIZER_BATCH = 64  # queries; an encoding takes kilobytes, that of the longest query megabytes
 MIN_LANGUAGE_PROBABILITY = 0.5  # of 48 queries in 11 languages, labelled by hand, 40 came out right, none wrong
 MAX_LANGUAGE_QUERIES = 20_000  # 3 s
 
 
-def survey_rows(scanned: ScannedRows, tokenizer_file: Path) -> dict[str, dict[str, Any]]:
+def survey_rows(scanned: ScannedRows, tokenizer_file: Path) -> Stats:
     """Return {"name (split)": counts and histograms}. A query's tokens are those of its text alone."""
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     stats = {}
@@ -55,7 +55,7 @@ def survey_rows(scanned: ScannedRows, tokenizer_file: Path) -> dict[str, dict[st
     return stats
 
 
-def _build_histogram(values: Iterable[Any]) -> dict[str, int]:
+def _build_histogram(values: Iterable[str | int]) -> dict[str, int]:
     return {str(value): count for value, count in sorted(Counter(values).items())}
 
 

@@ -1,6 +1,6 @@
 """Regular files, the only kind that is opened; JSON and CSV files that two runs write alike.
 
-A named pipe or a device may block for ever, or never end.
+Reading a named pipe or a device may block or never end.
 """
 
 import csv
@@ -98,7 +98,7 @@ def describe_refused(refused: dict[str, str], most: int = 5) -> str:
     return ", ".join(named) + (f" and {len(refused) - most} more" if len(refused) > most else "")
 
 
-def dumps(value: Any) -> str:
+def format_json(value: object) -> str:
     """Format a value as JSON with sorted keys and a newline at the end, so that git shows small differences."""
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
@@ -123,7 +123,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+def write_csv(path: Path, rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> None:
     """Write the named columns of the rows, with a header; other keys of a row are left out."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:

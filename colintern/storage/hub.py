@@ -1,15 +1,16 @@
 """Download and verify files of hub repositories at a commit, in huggingface_hub's own cache (HF_HOME).
 
 `snapshot_download` lists and transfers (Xet or HTTP), sends HF_TOKEN, waits for 429, and resumes dropped connections.
-Added here is what it does not do:
+This module adds:
 
-- It accepts any bytes of the right length that come by HTTP: every file is hashed.
-- It gives up on a 5xx for a file, a reset connection and a wrong length: they are retried.
-- Its `dry_run` needs a request for each file and tells no hash: the listing tells whether the files fit the disk.
-- On Ctrl-C it waits for its threads, which may wait for the network: here Ctrl-C ends the process.
+- a hash check of every file: over HTTP it accepts any bytes of the right length;
+- retries after a 5xx for a file, a reset connection and a wrong length;
+- a check of free disk space from one listing: its `dry_run` sends a request for each file and returns no hash;
+- exit on Ctrl-C: it would wait for its threads, which may wait for the network.
 """
 
 import errno
+import logging
 import os
 import shutil
 import signal
@@ -21,14 +22,7 @@ from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from huggingface_hub import (
-    HfApi,
-    RepoFile,
-    constants,
-    get_cached_repo_tree,
-    is_offline_mode,
-    snapshot_download,
-)
+from huggingface_hub import HfApi, RepoFile, constants, get_cached_repo_tree, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     GatedRepoError,
@@ -47,6 +41,7 @@ from colintern.core.progress import ProgressBar
 from colintern.storage.digests import Digests
 from colintern.storage.files import DANGLING, MISSING, irregular_type
 
+logger = logging.getLogger(__name__)
 RETRY_WAITS_SECONDS = (1, 2, 4, 8)  # after the last one the repository is given up
 STALE_PARTIAL_SECONDS = 3600  # age from which no process writes a partial file any more: a killed one left it
 RETRYABLE_STATUS_CODES = (500, 502, 503, 504)  # the server is in trouble, it does not refuse
@@ -110,8 +105,8 @@ class HubFile(NamedTuple):
 def enable_offline_mode() -> None:
     """Keep the rest of this process off the hub: all it needs is in the cache.
 
-    Otherwise transformers asks for every file that a repository might also have; without a network each of these 17
-    requests takes 23 seconds to fail.
+    Otherwise transformers requests every optional file of a repository; without a network each of these 17 requests
+    takes 23 seconds to fail.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # for child processes and later imports
     constants.HF_HUB_OFFLINE = True
@@ -165,7 +160,7 @@ def _read_cached_tree(repo: Repo) -> list[RepoFile]:
 
 
 def _list_files(repo: Repo) -> dict[str, RepoFile]:
-    """Return the files of a repository by path; the hub is asked only if the cache lacks the listing."""
+    """Return the files of a repository by path; requests the listing only if the cache lacks it."""
     tree = _read_cached_tree(repo)
     if not tree:
         try:
@@ -207,12 +202,12 @@ def ensure_downloaded(files: Sequence[HubFile], digests: Digests) -> None:
     remove_stale_partials({file.repo for file in missing})
     total = _check_disk_space(missing)
     if missing:
-        print(f"fetching {len(missing)} files, {total / 1e9:.2f} GB, into {constants.HF_HUB_CACHE}", flush=True)
-    _download(missing)
+        logger.info(f"fetching {len(missing)} files, {total / 1e9:.2f} GB, into {constants.HF_HUB_CACHE}")
+    _download_files(missing)
     wrong = _list_wrong_files(files, digests)
     for file in wrong:
-        print(f"{file.cached}: not the bytes the hub names; fetching it again", flush=True)
-    _download(wrong, force=True)
+        logger.info(f"{file.cached}: not the bytes the hub names; fetching it again")
+    _download_files(wrong, force=True)
     for file in _list_wrong_files(wrong, digests):
         # Both the link and its target, or the next reader would find a file.
         file.cached.resolve().unlink(missing_ok=True)
@@ -257,7 +252,7 @@ def hash_matches(file: HubFile, digests: Digests) -> bool:
     return file.cached.stat().st_size == file.size and git_hash(file.cached.read_bytes()) == file.hash
 
 
-def _download(files: Sequence[HubFile], force: bool = False) -> None:
+def _download_files(files: Sequence[HubFile], force: bool = False) -> None:
     """Download files, repository by repository, with huggingface_hub's progress bars."""
     for repo in dict.fromkeys(file.repo for file in files):
         listed = _list_files(repo)
@@ -278,7 +273,7 @@ def _download(files: Sequence[HubFile], force: bool = False) -> None:
             except (HTTPError, OSError, ValueError, RuntimeError) as error:
                 if wait is None or not is_retryable(error):
                     raise to_user_error(error, repo) from error
-                print(f"{repo.name}: {describe_hub_error(error)}; trying again in {wait} s", flush=True)
+                logger.info(f"{repo.name}: {describe_hub_error(error)}; trying again in {wait} s")
                 time.sleep(wait)
 
 
@@ -296,7 +291,7 @@ def _end_on_ctrl_c() -> Iterator[None]:
 
 
 def is_retryable(error: Exception) -> bool:
-    """Return whether another try may help where huggingface_hub gives up."""
+    """Return whether another try may help after an error that huggingface_hub does not retry."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in RETRYABLE_STATUS_CODES
     return isinstance(error, HTTPError) or "Consistency check" in str(error)

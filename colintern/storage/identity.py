@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import reprlib
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from colintern.storage.files import read_json_object
 
 IDENTITY_FILE = "identity.json"
 NUMBER = (int, float)
-TYPE_NAMES: dict[Any, str] = {str: "a text", int: "a whole number", NUMBER: "a number"}
+TYPE_NAMES: dict[object, str] = {str: "a text", int: "a whole number", NUMBER: "a number"}
 # The used parts of identity.json, and their types.
-SCHEMA: dict[str, Any] = {
+SCHEMA: dict[str, object] = {
     "params": {"dtype": str, "max_visual_tokens": int, "max_query_tokens": int},
     "deps": {},
     "versions": {"*": str},
@@ -57,14 +57,14 @@ def stage_code(stage: str) -> dict[str, str]:
 def get_stage_versions(stage: str) -> dict[str, str]:
     """Return the installed versions of Python and of the libraries that a dvc.yaml stage depends on."""
     groups = [entry for entry in _read_stage(stage)["params"] if isinstance(entry, dict)]
-    return versions(*(name for group in groups for name in group.get(VERSIONS_FILE) or ()))
+    return get_versions(*(name for group in groups for name in group.get(VERSIONS_FILE) or ()))
 
 
 def _read_stage(stage: str) -> dict[str, Any]:
     return YAML(typ="safe", pure=True).load(Path("dvc.yaml"))["stages"][stage]
 
 
-def versions(*libraries: str) -> dict[str, str]:
+def get_versions(*libraries: str) -> dict[str, str]:
     """Return the installed versions of Python and of `libraries`, by default of those that decide results."""
     return {"python": platform.python_version()} | {name: version(name) for name in libraries or LIBRARIES}
 
@@ -84,7 +84,7 @@ def content_hash(path: Path) -> str:
     """Return the sha256 of a file, or of the names and hashes of all files in a folder, compiled code left out.
 
     Raises:
-        UserError: nothing is there, or a folder holds no file. The hash of nothing would be the same for each of them.
+        UserError: the path is missing or is an empty folder, whose hash would be that of every empty folder.
     """
     if path.is_file():
         with path.open("rb") as file:
@@ -96,7 +96,7 @@ def content_hash(path: Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def fingerprint(identity: dict[str, Any]) -> str:
+def fingerprint(identity: Mapping[str, object]) -> str:
     """Return the sha256 of an identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -116,7 +116,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
     return identity
 
 
-def _find_type_error(value: Any, form: Any, name: str = "", is_entry: bool = False) -> str:
+def _find_type_error(value: object, form: Any, name: str = "", is_entry: bool = False) -> str:
     """Name the first part that has another type than in `form`, "" if there is none.
 
     "*" in `form` stands for any key; an entry of that kind (`is_entry`) has all of its parts.

@@ -17,10 +17,11 @@ from contextlib import suppress
 from heapq import heappop, heappush
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from colintern.core.errors import UserError
 
+T = TypeVar("T")
 WALL_TIME_FACTOR = 10  # wall-time limit per second of the CPU limit: a call may wait or share its CPU
 SECOND_WORKER_DELAY_SECONDS = 2.0  # more workers are started only after this: each spends CPU time on imports
 PR_SET_PDEATHSIG = 1  # option of prctl(2)
@@ -59,7 +60,7 @@ class IsolatedPool:
         for worker in self.workers:
             worker.end()
 
-    def map(self, function: Callable[[Sequence[Any]], Iterator[Any]], groups: Sequence[Sequence[Any]]) -> Iterator[Any]:
+    def map(self, function: Callable[[Sequence[T]], Iterator[object]], groups: Sequence[Sequence[T]]) -> Iterator[Any]:
         """Yield one result per argument, in their order; a `Failure` where the call crashed or exceeded a limit.
 
         Workers send large results only as they are read here, so each holds at most one in memory.
@@ -73,22 +74,22 @@ class IsolatedPool:
             UserError: no worker can be started.
             Exception: what the function raises.
         """
-        waiting: list[tuple[int, Sequence[Any]]] = []  # a heap of (number of the first argument, arguments)
+        waiting: list[tuple[int, Sequence[object]]] = []  # a heap of (number of the first argument, arguments)
         total = 0
         for group in groups:
             waiting.append((total, group))
             total += len(group)
-        results: dict[int, Any] = {}
+        results: dict[int, object] = {}
         for number in range(total):
             while number not in results:
-                self._assign(function, waiting)
-                self._collect(waiting, results)
+                self._assign_groups(function, waiting)
+                self._collect_results(waiting, results)
             result = results.pop(number)
             if isinstance(result, Exception):
                 raise result
             yield result
 
-    def _assign(self, function: Any, waiting: list[tuple[int, Sequence[Any]]]) -> None:
+    def _assign_groups(self, function: object, waiting: list[tuple[int, Sequence[object]]]) -> None:
         """Send groups to idle workers, and to new ones."""
         while waiting:
             worker = next((worker for worker in self.workers if not worker.group), None)
@@ -100,7 +101,7 @@ class IsolatedPool:
                 self.workers.append(worker)
             worker.send(function, *heappop(waiting))
 
-    def _collect(self, waiting: list[tuple[int, Sequence[Any]]], results: dict[int, Any]) -> None:
+    def _collect_results(self, waiting: list[tuple[int, Sequence[object]]], results: dict[int, object]) -> None:
         """Wait for results; put back the arguments that an ended worker has not reached."""
         busy = [worker for worker in self.workers if worker.group]
         deadline = min(worker.deadline for worker in busy)
@@ -121,7 +122,7 @@ class _Worker:
     def __init__(self, limits: CallLimits):
         self.limits, self.is_ready = limits, False
         self.first, self.deadline = 0, 0.0
-        self.group: Sequence[Any] = []
+        self.group: Sequence[object] = []
         self.connection, theirs = Pipe()
         # A process of multiprocessing would import the program's main file first.
         main = f"import sys; sys.path[:] = {sys.path!r}; import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
@@ -131,7 +132,7 @@ class _Worker:
         self.process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
 
-    def send(self, function: Any, first: int, group: Sequence[Any]) -> None:
+    def send(self, function: object, first: int, group: Sequence[object]) -> None:
         self.first, self.group = first, group
         self._extend_deadline()
         with suppress(OSError):  # it has ended, which `receive` finds
@@ -140,7 +141,7 @@ class _Worker:
     def _extend_deadline(self) -> None:
         self.deadline = time.monotonic() + self.limits.seconds * WALL_TIME_FACTOR
 
-    def receive(self, late: bool) -> dict[int, Any]:
+    def receive(self, late: bool) -> dict[int, object]:
         """Return the next result by its number; `Failure` where the process ended, or is `late` and killed here.
 
         Raises:
@@ -156,7 +157,7 @@ class _Worker:
                 raise UserError(
                     f"a worker process cannot be started: {self._describe_exit()}; see the messages above"
                 ) from None
-            result = Failure(self._reason(late))
+            result = Failure(self._describe_failure(late))
         self._extend_deadline()
         if not self.is_ready:
             self.is_ready = True
@@ -171,7 +172,7 @@ class _Worker:
         self.process.wait()
         self.connection.close()
 
-    def _reason(self, late: bool) -> str:
+    def _describe_failure(self, late: bool) -> str:
         code = self.process.returncode
         if late:
             return f"did not finish in {self.limits.seconds * WALL_TIME_FACTOR} s"
@@ -205,17 +206,17 @@ def run_worker(descriptor: int, seconds: int, memory: int) -> None:
             for _ in group:
                 used = resource.getrusage(resource.RUSAGE_SELF)
                 _lower_limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + seconds + 1)
-                connection.send(_next(results))
+                connection.send(_get_next_result(results))
 
 
-def _next(results: Iterator[Any]) -> Any:
+def _get_next_result(results: Iterator[object]) -> object:
     try:
         return next(results)
     except Exception as error:  # raised in the parent
         return error
 
 
-def try_call(function: Callable[..., Any], *arguments: Any) -> Any:
+def try_call(function: Callable[..., T], *arguments: object) -> T | Failure:
     """Call a function; return `Failure` for any exception."""
     try:
         return function(*arguments)

@@ -1,6 +1,7 @@
 """Lock files for one process at a time, and folders for shared use; a lock ends with its process."""
 
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import TextIO
 from colintern.core.errors import UserError
 from colintern.storage.files import irregular_type
 
+logger = logging.getLogger(__name__)
 MAX_ORPHAN_SECONDS = 30  # the data loader of a killed trainer ends within this time: it checks every 5 s
 
 
@@ -33,14 +35,14 @@ def open_lock(path: Path) -> TextIO:
 
 
 @contextmanager
-def locked(path: Path, waiting: str = "") -> Iterator[None]:
+def hold_lock(path: Path, waiting: str = "") -> Iterator[None]:
     """Hold an exclusive lock on `path`; if another process has it, print `waiting` and wait."""
     with open_lock(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if waiting:
-                print(waiting, flush=True)
+                logger.info(waiting)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -75,13 +77,13 @@ def try_lock(folder: Path) -> Iterator[None]:
 @cache
 def mark_in_use(folder: Path) -> None:
     """Hold a shared lock on `folder` until this process ends, and record when it was last read; see `is_in_use`."""
-    with suppress(OSError):  # it is missing, or its file system knows no locks
+    with suppress(OSError):  # it is missing, or its file system has no locks
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)
         os.utime(folder)
 
 
 def is_in_use(folder: Path) -> bool:
-    """Return whether a process has marked `folder` as in use, or may have: some file systems know no locks."""
+    """Return whether a process has marked `folder` as in use, or may have: some file systems have no locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

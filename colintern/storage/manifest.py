@@ -5,19 +5,20 @@ Stages get folders of files from here: a file that is missing or was changed is 
 
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.core.rules import split_kernel
 from colintern.params import Params
-from colintern.storage.digests import Digests, load_digests
+from colintern.storage.digests import Digests, FileHash, load_digests
 from colintern.storage.files import MISSING, describe_refused, irregular_type, list_files
 from colintern.storage.hub import (
     FileSelector,
@@ -31,6 +32,7 @@ from colintern.storage.hub import (
 from colintern.storage.identity import fingerprint
 from colintern.storage.lock import mark_in_use, open_lock
 
+logger = logging.getLogger(__name__)
 MANIFEST = "data/manifest.json"
 ARROW = "data/.arrow"  # mteb's copies of the pages it ranks; below the repository's root
 QUARANTINE = "data/quarantine.json"  # rows that are left out, with their reasons
@@ -42,17 +44,34 @@ TASK_SUFFIXES = (*BEIR_SUFFIXES, ".yaml", ".json", ".jsonl", ".csv", ".tsv")  # 
 REDO = "dvc repro -f fetch-data"
 
 
+class Source(TypedDict):
+    """The folder of documents that files were made from, and whether a program made their queries."""
+
+    folder: str
+    files: dict[str, FileHash]
+    pseudo: NotRequired[bool]
+
+
+class FilesEntry(TypedDict):
+    """`Files` as an entry of the manifest."""
+
+    folder: str
+    revision: str
+    files: dict[str, FileHash]
+    made_from: Source | None
+    weight: int
+
+
 class Files(NamedTuple):
     """The hashed files of a folder of the repository or, with a `revision`, of a repository of the hub.
 
-    `files` maps a path below `folder` to {size, sha256}. `made_from` is {"folder", "files", "pseudo"} of the documents
-    that the files were made from, if any; `weight` is how often an epoch shows each training row.
+    `files` maps a path below `folder` to its hash; `weight` is how often an epoch shows each training row.
     """
 
     folder: str
     revision: str
-    files: dict[str, dict[str, Any]]
-    made_from: dict[str, Any] | None = None
+    files: dict[str, FileHash]
+    made_from: Source | None = None
     weight: int = 1
 
 
@@ -82,7 +101,7 @@ def hash_local_files(folder: str, suffixes: tuple[str, ...]) -> Files:
         others = f" ({describe_refused(refused)})" if top.is_dir() and refused else ""
         raise UserError(f"{folder}: the folder {state}{others}; give `demo`, a folder, or a hub id with its revision")
     if refused:
-        print(f"{folder}: not read: {describe_refused(refused)}")
+        logger.info(f"{folder}: not read: {describe_refused(refused)}")
     return Files(folder, "", _hash_below(top, [path.relative_to(top).as_posix() for path in paths]))
 
 
@@ -98,7 +117,7 @@ def hash_local_file(name: str) -> Files:
     return Files(".", "", _hash_below(root(), [name]))
 
 
-def hash_source_files(folder: str) -> dict[str, dict[str, Any]]:
+def hash_source_files(folder: str) -> dict[str, FileHash]:
     """Hash every file below a folder of documents, without hidden ones."""
     top = root() / folder
     return _hash_below(top, [path.relative_to(top).as_posix() for path in list_files(top).files])
@@ -117,7 +136,7 @@ def download_hub_files(wanted: Sequence[tuple[Repo, FileSelector]]) -> list[File
     ]
 
 
-def _hash_below(top: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+def _hash_below(top: Path, names: list[str]) -> dict[str, FileHash]:
     return dict(zip(names, get_digests().hash_files([top / name for name in names]), strict=True))
 
 
@@ -157,7 +176,7 @@ def _prune_arrow_cache(cache: Path) -> None:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def get_arrow_name(entry: dict[str, Any]) -> str:
+def get_arrow_name(entry: FilesEntry) -> str:
     """Return the folder's name in the arrow cache for an entry of the manifest: a commit, or a hash of its files.
 
     `datasets` itself takes the commit, which is the last part of the path in the hub's cache.
@@ -206,7 +225,7 @@ def ensure_base(params: Params, force: bool = False) -> str:
     return params.base if params.base_revision else str(folder)
 
 
-def get_kernel_entry(attention: str) -> dict[str, Any] | None:
+def get_kernel_entry(attention: str) -> FilesEntry | None:
     """Return the manifest's entry of the kernel repository that `attention` names; None if it names none.
 
     Raises:
@@ -254,7 +273,7 @@ def read_data_file(name: str) -> dict[str, Any]:
     return content
 
 
-def _is_intact(name: str, content: Any) -> bool:
+def _is_intact(name: str, content: object) -> bool:
     """Return whether the content of one of fetch-data's files has the form in which it was written."""
     if not isinstance(content, dict):
         return False
@@ -282,11 +301,11 @@ def _is_files_entry(entry: Any) -> bool:
     )
 
 
-def _has_keys(value: Any, *keys: str) -> bool:
+def _has_keys(value: object, *keys: str) -> bool:
     return isinstance(value, dict) and set(keys) <= value.keys()
 
 
-def ensure_files(entry: dict[str, Any], key: str, kind: str, force: bool = False) -> Path:
+def ensure_files(entry: FilesEntry, key: str, kind: str, force: bool = False) -> Path:
     """Download what is missing of an entry of the manifest, verify all of its files, and return their folder.
 
     Raises:
@@ -321,7 +340,7 @@ def ensure_files(entry: dict[str, Any], key: str, kind: str, force: bool = False
     return folder
 
 
-def _verify_sources(made_from: dict[str, Any]) -> None:
+def _verify_sources(made_from: Source) -> None:
     have, want = hash_source_files(made_from["folder"]), made_from["files"]
     changed = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
     if changed:

@@ -90,7 +90,7 @@ def _read_stages(name: str) -> dict[str, Any]:
     return YAML(typ="safe").load(Path(name))["stages"]
 
 
-def _list_changed_files(out: dict[str, Any]) -> list[tuple[Path, str]]:
+def _list_changed_files(out: dict[str, str]) -> list[tuple[Path, str]]:
     """List path and md5 of an out that differs; of a folder, of its files if DVC's cache still has their list."""
     from dvc.fs import LocalFileSystem  # here and below, because only stages that DVC runs need it
     from dvc_data.hashfile.build import build

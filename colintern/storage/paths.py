@@ -14,10 +14,10 @@ PRESETS = ("internvl3_5-1b", "internvl3_5-2b", "internvl3_5-4b", "internvl3_5-8b
 
 
 def require_model(key: str, folder: Path, merged: bool = True) -> None:
-    """Refuse what is no adapter's folder, nor, if `merged`, that of a merged model.
+    """Raise UserError unless `folder` holds an adapter or, with `merged`, a merged model.
 
     Raises:
-        UserError: nothing is there, or a file, or a folder that lacks the files.
+        UserError: the folder is missing, is a file, or lacks the files.
     """
     if not folder.is_dir():
         state = "is a file" if folder.is_file() else "does not exist, or is no folder here"

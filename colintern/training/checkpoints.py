@@ -6,6 +6,7 @@ and listed with its sha256: a named checkpoint is complete, and later corruption
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -13,9 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from tqdm.auto import tqdm
+from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from colintern.core.errors import UserError
@@ -26,6 +26,7 @@ from colintern.storage.identity import content_hash
 from colintern.storage.outs import FINISHED_MARK
 from colintern.training.distributed import EXIT_INTERRUPTED, DistributedContext
 
+logger = logging.getLogger(__name__)
 SAVING_FOLDER = "saving"
 HASHES_FILE = "files.json"  # of a checkpoint: sha256 of each other file
 STATE_FILE = "trainer_state.json"
@@ -50,16 +51,16 @@ class CheckpointWriter(TrainerCallback):
         """Commit the checkpoint once every rank has written its file of it."""
         self.context.barrier()
         name, model = f"checkpoint-{state.global_step}", kwargs["model"]
-        self.context.run_on_rank0_and_broadcast(lambda: self._commit(name, model))
+        self.context.run_on_rank0_and_broadcast(lambda: self._commit_saved(name, model))
 
-    def _commit(self, name: str, model: Any) -> None:
+    def _commit_saved(self, name: str, model: PeftModel) -> None:
         saved = self.folder / SAVING_FOLDER / name
         save_adapter_extras(model, self.processor, saved)
         commit_checkpoint(saved, self.folder / name)
         shutil.copyfile(self.folder / name / STATE_FILE, self.folder / SAVING_FOLDER / STATE_FILE)
         os.replace(self.folder / SAVING_FOLDER / STATE_FILE, self.folder / STATE_FILE)
         for old in _list_checkpoints(self.folder)[MAX_CHECKPOINTS:]:
-            _delete(old)
+            _delete_path(old)
 
 
 class GracefulShutdown(TrainerCallback):
@@ -69,7 +70,7 @@ class GracefulShutdown(TrainerCallback):
         self.context = context
         self.signal_number, self.is_training, self.pid = 0, False, os.getpid()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.pid:  # a DataLoader worker: the current step needs it, and it ends with the trainer
             return
         name = signal.Signals(number).name
@@ -78,7 +79,7 @@ class GracefulShutdown(TrainerCallback):
                 f"ended by {name}; the same command resumes from the last checkpoint, if there is one"
             )
         self.signal_number = number
-        tqdm.write(f"{name}: a checkpoint after this step, then the end; again to end at once")
+        logger.info(f"{name}: a checkpoint after this step, then the end; again to end at once")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
         """From now on a signal waits for the end of the step."""
@@ -93,7 +94,7 @@ class GracefulShutdown(TrainerCallback):
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
         """Handle the signals inside the `with` block."""
-        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.signal(number, self._handle_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
@@ -141,7 +142,7 @@ def commit_checkpoint(saved: Path, target: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     if target.exists():
-        _delete(target)
+        _delete_path(target)
     os.replace(saved, target)
     parent = os.open(target.parent, os.O_RDONLY)
     os.fsync(parent)
@@ -154,8 +155,8 @@ def latest_valid_checkpoint(folder: Path) -> Path | None:
     for checkpoint in _list_checkpoints(folder):
         if not (problem := validate_checkpoint(checkpoint)):
             return checkpoint
-        print(f"warning: {problem}; resuming from an older checkpoint")
-        _delete(checkpoint)
+        logger.warning(f"{problem}; resuming from an older checkpoint")
+        _delete_path(checkpoint)
     return None
 
 
@@ -175,7 +176,7 @@ def validate_checkpoint(checkpoint: Path) -> str:
     return ""
 
 
-def _delete(path: Path) -> None:
+def _delete_path(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

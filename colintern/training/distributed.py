@@ -7,6 +7,7 @@ accelerate or Slurm; without such a launcher, `launch` in params.yaml says how m
 
 import ctypes
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from torch.nn.functional import pad
 from colintern.core.errors import UserError
 from colintern.core.memory import is_out_of_memory
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 SHUTDOWN_TIMEOUT = 45  # seconds that a signalled process has for its checkpoint, and a hung one before it is killed
 POLL_INTERVAL, COLLECTIVE_TIMEOUT = timedelta(seconds=1), timedelta(minutes=10)
@@ -214,10 +216,10 @@ def maybe_launch_workers(launch: str | int, batch_size: int, threads: int, modul
         raise UserError(f"launch: {world_size} is more than the {num_gpus} GPUs that can be seen")
     per_rank_batch_size(batch_size, world_size)
     if world_size > 1:
-        raise SystemExit(_launch(world_size, threads, module))
+        raise SystemExit(_launch_workers(world_size, threads, module))
 
 
-def _launch(world_size: int, threads: int, module: str) -> int:
+def _launch_workers(world_size: int, threads: int, module: str) -> int:
     """Run `module` under torchrun's launcher; return the exit code of the first rank that reports its failure."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -234,7 +236,7 @@ def _launch(world_size: int, threads: int, module: str) -> int:
         elastic_launch(config, sys.executable)("-m", module)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
-        print(f"error: of {world_size} processes these failed: {codes}, by rank", file=sys.stderr)
+        logger.error(f"{len(codes)} of {world_size} processes failed; exit codes by rank: {codes}")
         # The launcher ends the remaining ranks with SIGTERM; their exit codes do not tell why the run failed.
         causes = [code for code in codes.values() if code not in SIGTERM_EXIT_CODES]
         return next((code for code in causes or codes.values() if code > 1), 1)
@@ -292,7 +294,7 @@ def init_distributed(threads: int) -> Iterator[DistributedContext]:
         timeout=COLLECTIVE_TIMEOUT,
     )  # fmt: skip
     if rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        logging.getLogger("colintern").setLevel(logging.ERROR)
     try:
         yield DistributedContext(rank, world_size, dist.PrefixStore("broadcast", store))
         dist.barrier()  # rank 0 may host the store, which others still read

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import cross_entropy
 
 # (queries, query_mask, pages, page_mask, false_negative_mask) -> scalar
@@ -63,7 +63,7 @@ class _MaxSim(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, query_keep: Tensor, pages: Tensor, page_keep: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, queries: Tensor, query_keep: Tensor, pages: Tensor, page_keep: Tensor) -> Tensor:
         dtype = torch.promote_types(queries.dtype, torch.float32)
         tokens = _zero_masked(queries, query_keep, dtype).flatten(0, 1)
         maxima, best_indices = [], []

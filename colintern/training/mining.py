@@ -23,7 +23,7 @@ from colintern.modeling.loading import load_adapter, load_processor, require_ada
 from colintern.modeling.runtime import configure_cpu_runtime
 from colintern.params import Params
 from colintern.scoring.maxsim import maxsim_scores
-from colintern.storage.identity import content_hash, versions
+from colintern.storage.identity import content_hash, get_versions
 from colintern.storage.manifest import ensure_base
 from colintern.training.pairs import MinedNegatives, TrainingPair, load_mining_candidates
 
@@ -80,7 +80,7 @@ def mine_hard_negatives(params: Params, adapter: Path, limits: MiningLimits) -> 
         "data": get_training_data_params(params),
         "limits": {"top": limits.range_max, "margin": limits.relative_margin, "keep": limits.num_negatives},
         "pages": len(pages),
-        "versions": versions(),
+        "versions": get_versions(),
     }
     return MiningResult(rows, provenance, num_positives, num_too_close)
 
@@ -132,7 +132,7 @@ def filter_negatives(
     mined, num_positives, num_too_close = [], 0, 0
     for query, page in dict.fromkeys((pair.query, pair.page.key) for pair in train):
         positive_score = top_k.positive_scores[query, page]
-        # By the absolute value: a share of a negative score would lie above it.
+        # By the absolute value: a fraction of a negative score would be above it.
         max_score = positive_score - (1 - limits.relative_margin) * abs(positive_score)
         ranked = top_k.rank_pages(query)
         others = [(key, score) for key, score in ranked if key not in positives[query]]

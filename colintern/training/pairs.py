@@ -7,6 +7,7 @@ the page's bytes), `negatives` (the same of each negative, the hardest first) an
 
 import hashlib
 import json
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -30,6 +31,7 @@ from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.storage.manifest import MANIFEST
 from colintern.training.distributed import Batch
 
+logger = logging.getLogger(__name__)
 COLUMN_TYPES = {"query": pa.string(), "page": pa.string(), "negatives": pa.list_(pa.string())}
 SCHEMA = pa.schema(COLUMN_TYPES | {"scores": pa.list_(pa.float32())})
 PROVENANCE_KEY = b"colintern"  # of the metadata of a file of mined negatives
@@ -148,7 +150,7 @@ def _load_column_negatives(
                 found = [valid_pages[key] for key in keys if key in valid_pages]
                 negatives[dataset.name, file, row], num_dropped = found, num_dropped + len(wanted) - len(found)
     if num_dropped:
-        print(f"{num_dropped} numbers in {NEGATIVES} are no rows of {corpus.name}, or of pages in quarantine")
+        logger.info(f"{num_dropped} numbers in {NEGATIVES} are no rows of {corpus.name}, or of pages in quarantine")
     return negatives
 
 
@@ -161,7 +163,7 @@ def _add_mined_negatives(train: list[TrainingPair], pages: dict[str, Page], file
             f"negatives_file: {file}: names none of the {len(train)} training rows; was it made for others?"
         )
     num_dropped = sum(key not in pages for keys in keys_by_pair for key in keys or ())
-    print(
+    logger.info(
         f"{file}: {num_missing} of {len(train)} rows are not in it; "
         f"{num_dropped} of its negatives are no pages of these sets"
     )
@@ -187,7 +189,7 @@ def _limit_negatives(
             f"negatives_file is {str(data.negatives or '')!r}; `colintern mine` makes such a file"
         )
     num_fewer = sum(count < num_negatives for count in counts)
-    print(f"{sum(counts)} hard negatives; {num_fewer} of {len(limited)} rows have fewer than asked")
+    logger.info(f"{sum(counts)} hard negatives; {num_fewer} of {len(limited)} rows have fewer than `negatives`")
     return limited
 
 

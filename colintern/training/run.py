@@ -4,14 +4,14 @@ Checkpoints are in `.scratch/`, in a folder named by the run's fingerprint, so t
 run's files. The folder is deleted once the adapter is in place and DVC has recorded it.
 """
 
+import logging
 import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -31,7 +31,8 @@ from colintern.modeling.modeling_colintern import ColIntern3_5
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.modeling.runtime import checkpoint_layers, compile_layers, configure_cpu_runtime, num_checkpointed_layers
 from colintern.params import Params
-from colintern.storage.files import dumps, write_csv
+from colintern.scoring.metrics import DEV_KEY, EVAL_KEY
+from colintern.storage.files import format_json, write_csv
 from colintern.storage.identity import fingerprint, stage_identity
 from colintern.storage.lock import try_lock
 from colintern.storage.manifest import MANIFEST, ensure_base, get_kernel_entry, read_data_file
@@ -42,6 +43,7 @@ from colintern.training.loss import make_contrastive_loss
 from colintern.training.pairs import TrainingDataset, load_training_pairs
 from colintern.training.trainer import ContrastiveTrainer, NonFiniteError, RetrievalEvaluator, RunCallback
 
+logger = logging.getLogger(__name__)
 Callbacks = Sequence[TrainerCallback]
 MIN_EVALUATIONS = 4  # of the dev set in a run
 COMPILERS = ("g++", "clang++")  # those that torch.compile looks for
@@ -157,9 +159,10 @@ def build_trainer(
     dataset = TrainingDataset(train, features)
     evaluator = RetrievalEvaluator(dev, features, params.eval_batch_size)
     used = params.attention if get_kernel_entry(params.attention) else attention
-    print(f"{len(train)} training pairs; dev: {len(dev)} queries on {len(evaluator.pages)} pages; attention: {used}")
+    num_pages = len(evaluator.pages)
+    logger.info(f"{len(train)} training pairs; dev: {len(dev)} queries on {num_pages} pages; attention: {used}")
     if num_truncated := processor.count_truncated([pair.query for pair in (*train, *dev)]):
-        print(f"{num_truncated} of {len(train) + len(dev)} queries are longer than max_query_tokens and are cut")
+        logger.info(f"{num_truncated} of {len(train) + len(dev)} queries are longer than max_query_tokens and are cut")
     return assemble_trainer(params, model, processor, args, evaluator, dataset, callbacks, context)
 
 
@@ -206,14 +209,12 @@ def _load_model(params: Params, base_path: str, attention: str) -> tuple[PeftMod
         base_path, revision=revision, seed=params.seed, dtype=dtype, attn_implementation=attention
     )
     # The adapter and its card name the base, wherever this copy of it is stored.
-    base.name_or_path = base.config._name_or_path = params.base
+    base.name_or_path = base.config.name_or_path = params.base
     processor = ColIntern3_5Processor.from_pretrained(
         base_path, revision=revision,
         max_visual_tokens=params.max_visual_tokens, max_query_tokens=params.max_query_tokens,
     )  # fmt: skip
-    num_checkpointed_layers(
-        len(base.language_model.layers), params.gradient_checkpointing
-    )  # fail before pages are computed
+    num_checkpointed_layers(len(base.decoder_layers), params.gradient_checkpointing)  # fail before pages are computed
     model = add_lora(base, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout, revision)
     if problems := find_lora_errors(report_lora(model, params.lora_targets)):
         raise UserError("\n  ".join(problems))
@@ -241,7 +242,7 @@ def assemble_trainer(
     )
 
 
-def get_provenance(model: Any, attention: str) -> dict[str, Any]:
+def get_provenance(model: PeftModel, attention: str) -> dict[str, object]:
     """Return what an adapter is checked against later: base and kernel by hash, and the weights before training."""
     adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
     start = adapter_weight_stats(adapter, model.base_model.model.get_head_state())
@@ -252,12 +253,12 @@ def run_trainer(trainer: ContrastiveTrainer, folder: Path, checkpoint: str) -> N
     """Train to the last step or a signal, from `checkpoint`, or from the start if it is ""."""
     folder.mkdir(parents=True, exist_ok=True)
     if checkpoint:
-        print(f"resuming from {checkpoint}")
+        logger.info(f"resuming from {checkpoint}")
         if not Path(checkpoint).is_dir():
             raise UserError(f"{checkpoint}: not here; several machines need one folder that all of them see")
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
         if state.global_step >= state.max_steps:  # killed after its last step: transformers would make one more
-            trainer._load_from_checkpoint(checkpoint)
+            trainer.model.load_adapter(checkpoint, trainer.model.active_adapter, is_trainable=True)
             trainer.state = state
             trainer.metric_accumulator.restore(state)
             return
@@ -289,17 +290,17 @@ def raise_on_disk_full(partial: Path, trainer: ContrastiveTrainer, describe: Cal
         raise
 
 
-def save_artifacts(trainer: ContrastiveTrainer, identity: dict[str, Any], out: Path) -> dict[str, float | str]:
+def save_artifacts(trainer: ContrastiveTrainer, identity: Mapping[str, object], out: Path) -> dict[str, float | str]:
     """Write all results of a finished run; `out` appears complete or not at all. Return the metrics."""
     steps = [row for row in trainer.state.log_history if "loss" in row]
-    dev = [row for row in trainer.state.log_history if "eval_ndcg_at_5" in row]
+    dev = [row for row in trainer.state.log_history if EVAL_KEY in row]
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model: Any = trainer.model
+    model = trainer.model
     with raise_on_disk_full(partial, trainer, lambda: "the adapter"):
-        model.save_pretrained(partial)
+        model.save_pretrained(str(partial))
         save_adapter_extras(model, trainer.processor, partial)
-    (partial / "identity.json").write_text(dumps(identity))
+    (partial / "identity.json").write_text(format_json(identity))
     # Without train_loss and total_flos: the first differs after a resume, and readers of this file use neither.
     state = {
         "global_step": trainer.state.global_step,
@@ -307,11 +308,8 @@ def save_artifacts(trainer: ContrastiveTrainer, identity: dict[str, Any], out: P
         "num_train_epochs": trainer.state.num_train_epochs,
         "log_history": steps + dev,
     }
-    (partial / "trainer_state.json").write_text(dumps(state))
-    metrics: dict[str, float | str] = {
-        "dev_ndcg_at_5": round(dev[-1]["eval_ndcg_at_5"], 6),
-        "loss": round(steps[-1]["loss"], 6),
-    }
+    (partial / "trainer_state.json").write_text(format_json(state))
+    metrics: dict[str, float | str] = {DEV_KEY: round(dev[-1][EVAL_KEY], 6), "loss": round(steps[-1]["loss"], 6)}
     for callback in trainer.run_callbacks:
         metrics |= callback.save_artifacts(trainer, partial)
     if trains_on_pseudo_queries():
@@ -321,9 +319,9 @@ def save_artifacts(trainer: ContrastiveTrainer, identity: dict[str, Any], out: P
     shutil.rmtree(out, ignore_errors=True)
     os.replace(partial, out)
     write_csv(Path("plots/train.csv"), steps, ("step", "epoch", "loss", "grad_norm", "learning_rate", "masked_pairs"))
-    write_csv(Path("plots/dev.csv"), dev, ("step", "epoch", "eval_ndcg_at_5"))
+    write_csv(Path("plots/dev.csv"), dev, ("step", "epoch", EVAL_KEY))
     # Here and not in the stage: checkpoints are deleted once everything that DVC expects is in place.
     path = Path("metrics/train.json")
     path.parent.mkdir(exist_ok=True)
-    path.write_text(dumps(metrics))
+    path.write_text(format_json(metrics))
     return metrics

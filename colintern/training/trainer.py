@@ -6,6 +6,7 @@ arXiv 2101.06983): (1) embed mini-batches without a graph, (2) compute the loss 
 respect to each embedding, (3) embed each mini-batch again with a graph and backpropagate its cached gradient.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -35,6 +36,8 @@ from colintern.training.distributed import SIDES, SINGLE_PROCESS, Batch, BatchSh
 from colintern.training.loss import Loss, find_false_negatives
 from colintern.training.mini_batching import plan_mini_batches, scatter_to_batch_order, slice_mini_batch
 from colintern.training.pairs import Collator, TrainingDataset, TrainingPair
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(UserError):
@@ -108,7 +111,7 @@ class RetrievalEvaluator(Dataset[str]):
     def __len__(self) -> int:
         return len(self.queries)
 
-    def embed(self, model: Any, processor: ColIntern3_5Processor) -> tuple[list[Tensor], list[Tensor]]:
+    def embed(self, model: PeftModel, processor: ColIntern3_5Processor) -> tuple[list[Tensor], list[Tensor]]:
         """Return the embeddings of the queries and of the pages."""
         pages = embed_features(model, processor, map(self.features, self.pages), self.batch_size)
         return embed_queries(model, processor, self.queries, self.batch_size), pages
@@ -130,6 +133,8 @@ class ContrastiveTrainer(Trainer):
     `model` is wrapped in LoRA; `loss_function` gets the embeddings of a whole batch; `quantize_features`: features that
     are not in the cache are rounded as the fp8 cache does.
     """
+
+    model: PeftModel  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -170,7 +175,7 @@ class ContrastiveTrainer(Trainer):
         inner.worker_init_fn = partial(seed_and_init_worker, inner.worker_init_fn)
         return loader
 
-    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: object = None) -> Tensor:  # type: ignore[override]
+    def training_step(self, model: PeftModel, inputs: Batch, num_items_in_batch: object = None) -> Tensor:  # type: ignore[override]
         """Run the forward and backward pass of a whole batch; return its loss, a detached scalar.
 
         Raises:
@@ -201,7 +206,7 @@ class ContrastiveTrainer(Trainer):
         self.metric_accumulator.add(loss.item(), int(find_false_negatives(shards.query_ids, shards.page_ids).sum()))
         return loss.detach()
 
-    def step_with_oom_backoff(self, model: Any, batch: Batch, shards: BatchShards) -> Tensor:
+    def step_with_oom_backoff(self, model: PeftModel, batch: Batch, shards: BatchShards) -> Tensor:
         """Compute loss and gradient; halve `micro_batch_size`, which does not change them, until they fit in memory."""
         while True:
             try:
@@ -219,9 +224,9 @@ class ContrastiveTrainer(Trainer):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             size = self.micro_batch_size
-            print(f"out of memory: micro_batch_size is now {size}; the batch and its gradient do not change")
+            logger.info(f"out of memory: micro_batch_size is now {size}; the batch and its gradient do not change")
 
-    def gradcache_forward_backward(self, model: Any, batch: Batch, shards: BatchShards) -> Tensor:
+    def gradcache_forward_backward(self, model: PeftModel, batch: Batch, shards: BatchShards) -> Tensor:
         """Compute the loss of the whole batch and add its gradient to the adapters; see the top of this module.
 
         A batch of a single chunk, at most `micro_batch_size` pages, keeps the graph of its first pass instead.
@@ -235,7 +240,7 @@ class ContrastiveTrainer(Trainer):
             with torch.set_grad_enabled(is_single_chunk):
                 return [self.embed_mini_batch(model, batch, shards, *mini_batch) for mini_batch in mini_batches]
 
-        def allocate() -> list[list[Tensor]]:
+        def allocate_buffers() -> list[list[Tensor]]:
             queries = scatter_to_batch_order(plans["query"], cached_reps[:num_query_chunks])
             pages = scatter_to_batch_order(plans["page"], cached_reps[num_query_chunks:])
             sides = zip(SIDES, (queries, pages), strict=True)
@@ -252,13 +257,15 @@ class ContrastiveTrainer(Trainer):
 
         embeddings = self.context.run_or_all_oom(embed)
         cached_reps = [part.detach().requires_grad_() for part in embeddings]
-        gather_buffers = self.context.run_or_all_oom(allocate)
+        gather_buffers = self.context.run_or_all_oom(allocate_buffers)
         self.context.all_gather_into(gather_buffers)
         loss = self.context.run_or_all_oom(backward)
         self.context.all_reduce_gradients(model)
         return loss
 
-    def embed_mini_batch(self, model: Any, batch: Batch, shards: BatchShards, side: Side, rows: list[int]) -> Tensor:
+    def embed_mini_batch(
+        self, model: PeftModel, batch: Batch, shards: BatchShards, side: Side, rows: list[int]
+    ) -> Tensor:
         """Return the embeddings of some rows of a side."""
         inputs = slice_mini_batch(batch[side], rows, self.processor)
         # The float32 weights of the adapters would be computed in float32 beside a bfloat16 base.
@@ -267,15 +274,15 @@ class ContrastiveTrainer(Trainer):
             return model(**inputs)
 
     def backward_mini_batch(
-        self, model: Any, batch: Batch, shards: BatchShards, side: Side, rows: list[int], grad: Any, embeddings: Any
+        self, model: PeftModel, batch: Batch, shards: BatchShards, side: Side, rows: list[int], grad: Any, reps: Any
     ) -> None:
-        """Backpropagate the gradient of the embeddings of some rows; None for embeddings computes them again."""
-        if embeddings is None:
-            embeddings = self.embed_mini_batch(model, batch, shards, side, rows)
+        """Backpropagate the gradient of the embeddings `reps` of some rows; None computes them again."""
+        if reps is None:
+            reps = self.embed_mini_batch(model, batch, shards, side, rows)
         # Checkpointed layers run their forward pass again in the backward pass, and need the same dropout.
-        with self._apply_dropout(batch, shards, side, rows, embeddings.shape[1]):
-            embeddings = (embeddings * grad).sum()  # rebound: the backward pass does not need the embeddings
-            embeddings.backward()
+        with self._apply_dropout(batch, shards, side, rows, reps.shape[1]):
+            reps = (reps * grad).sum()  # rebound: the backward pass does not need the embeddings
+            reps.backward()
 
     def _apply_dropout(
         self, batch: Batch, shards: BatchShards, side: Side, rows: list[int], length: int
@@ -303,18 +310,17 @@ class ContrastiveTrainer(Trainer):
         Raises:
             NonFiniteError: a trained weight is not finite.
         """
-        model: Any = self.model
-        trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+        trained = ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
         if non_finite := [name for name, parameter in trained if not parameter.isfinite().all()]:
             raise NonFiniteError(f"{non_finite[0]} is not finite after step {self.state.global_step}; {self.hint}")
-        ndcg = self.evaluator.compute_ndcg(*self.evaluator.embed(model, self.processor))
+        ndcg = self.evaluator.compute_ndcg(*self.evaluator.embed(self.model, self.processor))
         metrics = {f"{metric_key_prefix}_{MAIN_METRIC.key}": ndcg}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
-def compute_image_features(model: Any, batch: Batch, quantize: bool) -> Tensor:
+def compute_image_features(model: PeftModel, batch: Batch, quantize: bool) -> Tensor:
     """Return the features of a batch's pages, (tiles, tokens of a tile, hidden size), once a step and without a graph.
 
     `quantize`: features that are computed here, not read from the cache, are rounded as the fp8 cache does.

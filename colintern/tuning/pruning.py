@@ -3,6 +3,7 @@
 A run that is not stopped gives the same bytes as a run outside a study.
 """
 
+import logging
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from colintern.core.errors import UserError
 from colintern.monitoring.monitors import ThroughputMonitor
+from colintern.scoring.metrics import DEV_KEY, EVAL_KEY
 from colintern.training.distributed import DistributedContext
 from colintern.training.trainer import ContrastiveTrainer, RunCallback
 from colintern.tuning.trial_context import (
@@ -31,6 +33,7 @@ from colintern.tuning.trial_context import (
     open_storage,
 )
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -61,12 +64,12 @@ class OptunaPruningCallback(RunCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
         """Report the scores of a resumed run again: the trial may be another one's second try."""
         for row in state.log_history:
-            if "eval_ndcg_at_5" in row:
-                self._report(row["eval_ndcg_at_5"])
+            if EVAL_KEY in row:
+                self._report_score(row[EVAL_KEY])
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Report the score; stop all ranks if the trial should be pruned."""
-        self._report(kwargs["metrics"]["eval_ndcg_at_5"])
+        self._report_score(kwargs["metrics"][EVAL_KEY])
         is_last = state.global_step >= state.max_steps
         should_stop = self.context.is_main_process and not is_last and bool(self._call_storage(self._should_prune))
         if self.context.all_reduce_any(should_stop):
@@ -80,7 +83,7 @@ class OptunaPruningCallback(RunCallback):
         if self.is_disabled:
             return {}
         measured = {}
-        if summary := self.throughput.summarize():  # {} if all steps were made before a kill
+        if summary := self.throughput.summarize_steps():  # {} if all steps were made before a kill
             seconds = summary["step_seconds"] * trainer.state.max_steps * self.context.world_size
             measured["training_seconds"] = round(seconds, 3)
         if page_size := self.trial.user_attrs.get(SIZE):
@@ -101,7 +104,7 @@ class OptunaPruningCallback(RunCallback):
         self.trial = Trial(study, trial_id)
         self.trial.set_user_attr(STARTED, os.getpid())
 
-    def _report(self, score: float) -> None:
+    def _report_score(self, score: float) -> None:
         self.num_evaluations += 1
         if self.context.is_main_process and not self.is_disabled and not self.has_two_objectives:
             self._call_storage(lambda: self.trial.report(score, self.num_evaluations))
@@ -136,7 +139,7 @@ class OptunaPruningCallback(RunCallback):
         except (StorageInternalError, SQLAlchemyError) as error:
             self.is_disabled = True  # the message could name the storage, and with it a password
             name = type(error).__name__
-            print(f"warning: the study's storage does not answer ({name}); training continues without pruning")
+            logger.warning(f"the study's storage does not answer ({name}); training continues without pruning")
         return None
 
 
@@ -152,7 +155,7 @@ def measure_at_page_size(trainer: ContrastiveTrainer, pool_factor: int, dim: int
             for page in pages
         ]
     ndcg = trainer.evaluator.compute_ndcg(truncate_dim(queries, dim), truncate_dim(pages, dim))
-    return {"dev_ndcg_at_5": round(ndcg, 6), "vectors_per_page": sum(map(len, pages)) / len(pages)}
+    return {DEV_KEY: round(ndcg, 6), "vectors_per_page": sum(map(len, pages)) / len(pages)}
 
 
 def make_pruning_callbacks(context: DistributedContext, throughput: ThroughputMonitor) -> list[OptunaPruningCallback]:

@@ -58,7 +58,7 @@ class SearchSpace(NamedTuple):
         """Return Optuna's direction of each objective."""
         return ["maximize", "minimize"] if self.second_objective else ["maximize"]
 
-    def describe(self) -> dict[str, object]:
+    def describe_distributions(self) -> dict[str, object]:
         """Return the distributions as the study stores them, to be compared when it is resumed."""
         return {
             key: {"choices": list(d.choices)} if isinstance(d, CategoricalDistribution) else [d.low, d.high, d.log]
@@ -173,10 +173,12 @@ def _make_distribution(key: str, value: dict[str, Any]) -> BaseDistribution:
     return IntDistribution(low, high, log=log)
 
 
-def list_extremes(distribution: Any) -> list[Any]:
+def list_extremes(distribution: BaseDistribution) -> list[object]:
     """Return the choices of a distribution, or its lowest and its highest value."""
-    is_categorical = isinstance(distribution, CategoricalDistribution)
-    return list(distribution.choices) if is_categorical else [distribution.low, distribution.high]
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    return [distribution.low, distribution.high]
 
 
 def _check_combinations(params: dict[str, object], distributions: dict[str, BaseDistribution]) -> Iterator[str]:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ruamel.yaml.error import YAMLError
 
 from colintern.core.errors import UserError
 from colintern.params import Params, load_params
+from colintern.scoring.metrics import DEV_KEY
 from colintern.storage.identity import fingerprint, stage_identity
 from colintern.tuning.experiments import list_experiments, run_git
 from colintern.tuning.search_space import (
@@ -25,7 +27,7 @@ from colintern.tuning.search_space import (
 )
 from colintern.tuning.study_storage import StudyStorage
 from colintern.tuning.trial_context import SETTINGS, make_pruner
-from colintern.tuning.trials import EXPERIMENT, FULL_SIZE, SCORE
+from colintern.tuning.trials import EXPERIMENT, FULL_SIZE
 
 IGNORED_DEPS = {"metrics/verify.json"}  # a count of what LoRA trains: a searched key may change it
 SOURCES = {
@@ -45,7 +47,7 @@ def open_study(storage: StudyStorage, space: SearchSpace, params: Params) -> opt
         UserError: It was created with another space, data or code, or experiments of its name exist without it.
     """
     inputs = describe_study_inputs(space, params)
-    with storage.exclusive():
+    with storage.hold_exclusive_lock():
         if storage.study_name not in optuna.get_all_study_names(storage.rdb):
             pattern = rf"{re.escape(storage.study_name)}-\d+"
             if old := sorted(name for name in list_experiments() if re.fullmatch(pattern, name)):
@@ -66,7 +68,7 @@ def open_study(storage: StudyStorage, space: SearchSpace, params: Params) -> opt
     return study
 
 
-def describe_study_inputs(space: SearchSpace, params: Params) -> dict[str, Any]:
+def describe_study_inputs(space: SearchSpace, params: Params) -> dict[str, object]:
     """Return what decides a study's scores beside the settings of each trial, as JSON has it.
 
     Raises:
@@ -83,7 +85,7 @@ def describe_study_inputs(space: SearchSpace, params: Params) -> dict[str, Any]:
     code = {dep: value for dep, value in deps.items() if dep not in data}
     values = {key: getattr(params, key) for key in params.__slots__}
     inputs = {
-        "space": space.describe(),
+        "space": space.describe_distributions(),
         SETTINGS: space.settings,
         "params": _select_fixed_values(values, space),
         FULL_SIZE: {key: values[key] for key in PAGE_SIZE_KEYS} if space.second_objective == BYTES_PER_PAGE else {},
@@ -102,7 +104,7 @@ def check_inputs_unchanged(study: optuna.Study, space: SearchSpace) -> None:
     _require_same_inputs(study, describe_study_inputs(space, load_params(Path("params.yaml"))))
 
 
-def _require_same_inputs(study: optuna.Study, inputs: dict[str, Any]) -> None:
+def _require_same_inputs(study: optuna.Study, inputs: Mapping[str, Any]) -> None:
     stored_inputs = study.user_attrs
     for key, value in inputs.items():
         stored = stored_inputs[key]
@@ -126,7 +128,7 @@ def add_finished_experiments(study: optuna.Study, space: SearchSpace, params: Pa
     """
     if space.second_objective:
         raise UserError(
-            f"--warm-start: experiments do not tell {space.second_objective}; it needs against: none in tune.yaml"
+            f"--warm-start: experiments do not record {space.second_objective}; set against: none in tune.yaml"
         )
     train_deps = _read_train_deps(_read_lock())
     fixed_values = _select_fixed_values({key: getattr(params, key) for key in params.__slots__}, space)
@@ -135,7 +137,7 @@ def add_finished_experiments(study: optuna.Study, space: SearchSpace, params: Pa
     for name, ref in sorted(list_experiments().items()):
         try:
             values = YAML(typ="safe", pure=True).load(run_git("show", f"{ref}:./params.yaml"))
-            score = json.loads(run_git("show", f"{ref}:./metrics/train.json"))[SCORE]
+            score = json.loads(run_git("show", f"{ref}:./metrics/train.json"))[DEV_KEY]
             deps = _read_train_deps(run_git("show", f"{ref}:./dvc.lock"))
             if name in known_names:
                 skipped["in the study already"] += 1
@@ -159,7 +161,7 @@ def add_finished_experiments(study: optuna.Study, space: SearchSpace, params: Pa
     return num_added, skipped
 
 
-def _select_fixed_values(values: dict[str, Any], space: SearchSpace) -> dict[str, Any]:
+def _select_fixed_values(values: Mapping[str, object], space: SearchSpace) -> dict[str, object]:
     """Return the values of params.yaml that decide the dev score and are not searched, as JSON has them."""
     stage_params = read_stage_params()
     keys = set().union(*(stage_params[stage] for stage in SCORED_STAGES))

@@ -17,7 +17,8 @@ from optuna.trial import FrozenTrial
 from colintern.core.errors import UserError
 from colintern.core.terminal import TERMINAL_COLUMNS
 from colintern.reporting import html
-from colintern.storage.files import dumps
+from colintern.scoring.metrics import DEV_KEY, DEV_TITLE
+from colintern.storage.files import format_json
 from colintern.tuning.search_space import SearchSpace
 from colintern.tuning.trials import CAUSE, EXPERIMENT, NUM_COMPUTED, SLOT, get_experiment_name
 
@@ -26,7 +27,6 @@ STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING
 MIN_TRIALS_FOR_IMPORTANCE = 4
 PLOT_SIZE = (5.4, 3.3)  # inches
 WIDE_PLOT, WIDE_PLOT_SIZE = "Settings and score", (11.0, 3.6)
-SCORE_NAME = "dev NDCG@5"
 
 
 class EveryTrialFailedError(UserError):
@@ -140,7 +140,7 @@ def format_trial_table(results: StudyResults) -> list[str]:
     ranked = [*results.complete, *rest]
     columns = [
         ["trial", *(f"{r.number:03}{' again' * r.is_retry}{' *' * (r in results.front)}" for r in ranked)],
-        [SCORE_NAME, *("" if row.score is None else f"{row.score:.4f}" for row in ranked)],
+        [DEV_TITLE, *("" if row.score is None else f"{row.score:.4f}" for row in ranked)],
         ["state", *(row.state for row in ranked)],
         ["computed", *("" if row.num_computed is None else f"{row.num_computed:,}" for row in ranked)],
     ]
@@ -181,10 +181,10 @@ def write_study_report(results: StudyResults, folder: Path) -> list[Path]:
     second_objective = results.space.second_objective
     if second_objective:
         chosen: dict[str, object] = {
-            "front": [_describe(row) | {second_objective: row.second} for row in results.front]
+            "front": [_summarize_trial(row) | {second_objective: row.second} for row in results.front]
         }
     else:
-        chosen = _describe(results.complete[0])
+        chosen = _summarize_trial(results.complete[0])
     content = {
         "study": results.study.study_name,
         **chosen,
@@ -192,12 +192,12 @@ def write_study_report(results: StudyResults, folder: Path) -> list[Path]:
         "importance": {key: round(value, 4) for key, value in results.importance.items()},
         "settings": results.space.settings,
     }
-    BEST_PARAMS_FILE.write_text(dumps(content), encoding="utf-8")
+    BEST_PARAMS_FILE.write_text(format_json(content), encoding="utf-8")
     return [BEST_PARAMS_FILE, page]
 
 
-def _describe(row: TrialRow) -> dict[str, object]:
-    return {"experiment": row.name, "dev_ndcg_at_5": row.score, "params": row.values}
+def _summarize_trial(row: TrialRow) -> dict[str, object]:
+    return {"experiment": row.name, DEV_KEY: row.score, "params": row.values}
 
 
 def _draw_plots(results: StudyResults) -> dict[str, str]:
@@ -207,10 +207,10 @@ def _draw_plots(results: StudyResults) -> dict[str, str]:
     study, keys = results.study, [*results.space.distributions]
     second_objective = results.space.second_objective
     # Optuna knows the direction, and draws the best score so far, only where no target is given.
-    target: Any = {"target_name": SCORE_NAME} | ({"target": _get_score} if second_objective else {})
+    target: Any = {"target_name": DEV_TITLE} | ({"target": _get_score} if second_objective else {})
     plots: dict[str, Callable[[], Axes]] = {}
     if results.front:
-        names = [SCORE_NAME, second_objective.replace("_", " ")]
+        names = [DEV_TITLE, second_objective.replace("_", " ")]
         plots["Front"] = lambda: optuna_plots.plot_pareto_front(study, target_names=names)
     if results.complete:
         plots["History"] = lambda: optuna_plots.plot_optimization_history(study, **target)
@@ -251,7 +251,7 @@ def _render_page(results: StudyResults) -> str:
         importance=results.importance,
         rows=[*results.complete, *(row for row in results.rows if row.state != "complete")],
         keys=[*results.space.distributions],
-        space=json.dumps(results.space.describe()),
+        space=json.dumps(results.space.describe_distributions()),
         settings=results.space.settings,
         format_value=format_value,
     )

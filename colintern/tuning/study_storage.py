@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.storage.lock import locked
+from colintern.storage.lock import hold_lock
 from colintern.tuning.trial_context import open_storage
 
 STUDIES = Path("studies")
@@ -66,27 +66,27 @@ class StudyStorage:
                 address = address.set(database=str(file))
             self.url, self.shown_url = address.render_as_string(hide_password=False), address.render_as_string()
             # Two workers would both make the tables of an SQLite file; PostgreSQL makes them once.
-            with locked(self._lock_file) if self._lock_file else nullcontext():
+            with hold_lock(self._lock_file) if self._lock_file else nullcontext():
                 self.rdb = open_storage(
                     self.url,
                     heartbeat_interval=heartbeat_seconds,
                     heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
                 )
         except Exception as error:
-            message = redact_address(self.redact(str(error)), given_url)
+            message = redact_address(self.redact_address(str(error)), given_url)
             raise UserError(
                 f"--storage: cannot be used: {type(error).__name__}: {_first_line(message)}"
             ) from None  # a cause would show the address
 
-    def redact(self, message: str) -> str:
+    def redact_address(self, message: str) -> str:
         """Replace this address and its password in a text by ***."""
         return redact_address(message, self.url)
 
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
+    def hold_exclusive_lock(self) -> Iterator[None]:
         """Exclude the other workers, on all machines; the lock of a worker that dies is released."""
         if self._lock_file:
-            with locked(self._lock_file):
+            with hold_lock(self._lock_file):
                 yield
         else:
             with self.rdb.engine.begin() as connection:
@@ -99,7 +99,7 @@ class StudyStorage:
         try:
             yield
         except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
-            message = _first_line(self.redact(str(error.__cause__ or error)))
+            message = _first_line(self.redact_address(str(error.__cause__ or error)))
             raise UserError(
                 f"--storage: {self.shown_url} failed: {message}; once that is fixed, the same command resumes the study"
             ) from None

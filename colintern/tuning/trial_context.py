@@ -4,8 +4,13 @@
 imports torch, which the tuner does not need.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optuna.pruners import BasePruner
+    from optuna.storages import RDBStorage
 
 STORAGE, STUDY, TRIAL, OWNER = (f"COLINTERN_{name}" for name in ("STUDY_STORAGE", "STUDY", "TRIAL", "TUNER"))
 SETTINGS, STARTED, STOPPED = "settings", "started", "stopped"  # attributes of the study, and of its trials
@@ -14,7 +19,7 @@ MEASURED = "measured"  # of a trial: {training_seconds, and at that size dev_ndc
 SQLITE_TIMEOUT = 100  # seconds to wait while another process writes
 
 
-def open_storage(url: str, **options: Any) -> Any:
+def open_storage(url: str, **options: Any) -> "RDBStorage":
     """Open Optuna's storage at an SQLAlchemy URL; several processes may use one SQLite file."""
     from optuna.storages import RDBStorage
 
@@ -22,7 +27,7 @@ def open_storage(url: str, **options: Any) -> Any:
     return RDBStorage(url, engine_kwargs=engine, **options)
 
 
-def make_pruner(settings: dict[str, Any]) -> Any:
+def make_pruner(settings: Mapping[str, Any]) -> "BasePruner":
     """Construct the pruner that a study's settings name, see tune.yaml."""
     from optuna import pruners
 

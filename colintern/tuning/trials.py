@@ -17,13 +17,8 @@ from optuna import samplers
 from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import TrialState
 
-from colintern.tuning.experiments import (
-    ClaimedTrial,
-    list_experiments,
-    remove_experiment,
-    run_experiment,
-    run_git,
-)
+from colintern.scoring.metrics import DEV_KEY
+from colintern.tuning.experiments import ClaimedTrial, list_experiments, remove_experiment, run_experiment, run_git
 from colintern.tuning.search_space import BYTES_PER_PAGE, SearchSpace
 from colintern.tuning.study_storage import StudyStorage
 from colintern.tuning.trial_context import MEASURED, SETTINGS, SIZE, STARTED, STOPPED
@@ -36,7 +31,6 @@ FULL_SIZE = "size"  # user attribute of a study: {pool_factor, dim} of params.ya
 TRANSIENT = re.compile(r"exited with 75|Unable to acquire (?:\w+ )?lock|is busy, it is being blocked")
 RETRY_SECONDS = 5
 MAX_CAUSE_LENGTH = 200  # characters on the terminal
-SCORE = "dev_ndcg_at_5"  # in metrics/train.json
 CAUSE_PATTERNS = (r"error: \S", r"(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b")
 
 
@@ -55,7 +49,7 @@ def claim_trial(study: optuna.Study, storage: StudyStorage, space: SearchSpace, 
     Returns:
         The trial; or, where none is left, the number of trials that other workers still run.
     """
-    with storage.exclusive():
+    with storage.hold_exclusive_lock():
         fail_stale_trials(study)
         trials = study.get_trials(deepcopy=False)
         for other in trials:  # its worker died inside this block, before the trial had settings
@@ -80,7 +74,7 @@ def claim_trial(study: optuna.Study, storage: StudyStorage, space: SearchSpace, 
         return ClaimedTrial(trial.number, trial_id, values, killed_tries)
 
 
-def requeue(study: optuna.Study, number: int) -> None:
+def requeue_trial(study: optuna.Study, number: int) -> None:
     """Let the settings of a trial that was stopped from outside wait for the next worker."""
     trial = study.get_trials(deepcopy=False)[number]
     waiting = optuna.create_trial(
@@ -116,7 +110,7 @@ def run_trial(
         remove_experiment(name)
         code = run_experiment(storage, trial, name, log, check_workspace, "--force")
     storage.rdb.set_trial_user_attr(trial.id, CPU_SECONDS, round(_get_child_cpu_seconds() - cpu_seconds, 1))
-    output = storage.redact(log.read_text(errors="replace"))
+    output = storage.redact_address(log.read_text(errors="replace"))
     log.write_text(output)
     try:
         outcome = record_outcome(study, storage, trial, name, code, output)
@@ -152,14 +146,14 @@ def record_outcome(
         return f"pruned    after evaluation {evaluation}"
     if TRANSIENT.search(output):
         storage.sleep(RETRY_SECONDS, trial.id)
-        requeue(study, trial.number)
+        requeue_trial(study, trial.number)
         return f"put back: {find_cause(output)}"[:MAX_CAUSE_LENGTH]
     return _record_failure(study, storage, trial, find_cause(output))
 
 
 def record_score(study: optuna.Study, storage: StudyStorage, trial: ClaimedTrial, name: str) -> str:
     """Record the score in the metrics of an experiment, or both objectives as its run measured them."""
-    score = json.loads(run_git("show", f"{list_experiments()[name]}:./metrics/train.json"))[SCORE]
+    score = json.loads(run_git("show", f"{list_experiments()[name]}:./metrics/train.json"))[DEV_KEY]
     storage.rdb.set_trial_user_attr(trial.id, EXPERIMENT, name)
     against = study.user_attrs[SETTINGS]["against"]
     if against == "none":
@@ -168,7 +162,7 @@ def record_score(study: optuna.Study, storage: StudyStorage, trial: ClaimedTrial
     attributes = study.get_trials(deepcopy=False)[int(name.rpartition("-")[2])].user_attrs
     measured = attributes.get(MEASURED) or {}
     if against == BYTES_PER_PAGE and "vectors_per_page" in measured:
-        score, second = measured[SCORE], measured["vectors_per_page"] * attributes[SIZE][1] * FLOAT16_BYTES
+        score, second = measured[DEV_KEY], measured["vectors_per_page"] * attributes[SIZE][1] * FLOAT16_BYTES
     elif against in measured:
         second = measured[against]
     else:  # the storage could not be reached, or a try that was killed made all steps
