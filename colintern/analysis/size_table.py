@@ -46,7 +46,7 @@ def list_size_rows(
     for name, values in scores.items():
         # A benchmark of one task has no row of its own.
         change = next(changes[key] for key in (name, *values["tasks"]) if key in changes)
-        measured = {key: values[key] for key in ("vectors_per_page", "bytes_per_page", "ndcg_at_5", "ndcg_at_10")}
+        measured = {key: values[key] for key in SizeRow._fields[5:9]}
         size_rows.append(
             SizeRow(name, *size, **measured, change=change.difference, p=change.p, seconds_per_query=seconds[name])
         )
