@@ -133,11 +133,7 @@ def download_repos(wanted: Sequence[tuple[Repo, FileSelector]], digests: Digests
 
 
 def download_file(repo: Repo, path: str, digests: Digests) -> Path:
-    """Return the path of one file in the cache; download and verify it first if it is missing.
-
-    Raises:
-        OfflineError, UserError: see `download_repos`.
-    """
+    """Return the path of one file in the cache; download and verify it first if it is missing."""
     cached = repo.snapshot_folder / path
     if not cached.is_file():
         ensure_downloaded(_select_files(repo, lambda _, paths: [name for name in paths if name == path]), digests)
@@ -187,11 +183,7 @@ def _select_files(repo: Repo, selector: FileSelector) -> list[HubFile]:
 
 
 def ensure_downloaded(files: Sequence[HubFile], digests: Digests) -> None:
-    """Download the files that the cache lacks, and verify the hash of every file.
-
-    Raises:
-        OfflineError, UserError: see `download_repos`.
-    """
+    """Download the files that the cache lacks, and verify the hash of every file."""
     kinds = [irregular_type(file.cached) for file in files]
     for file, kind in zip(files, kinds, strict=True):
         if kind not in ("", MISSING, DANGLING):
