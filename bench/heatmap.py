@@ -4,8 +4,8 @@
 
 A case is a test query on the page that answers it. Its map is the one reports and search show, of the query's own words
 (`heatmaps.compute_saliency`); it points at the answer where its hottest cell touches a word that states the kind of
-page or a fact asked for. `words`: the same of each asked word's own map and its own place. `untrained`: cases before training.
-`chance`: of a cell drawn at random. Exit 1 below 90 % of the cases. The last line:
+page or a fact asked for. `words`: the same of each asked word's own map and its own place. `untrained`: cases before
+training. `chance`: of a cell drawn at random. Exit 1 below 90 % of the cases. The last line:
 `RESULT cases=... words=... untrained=... chance=...`.
 """
 
