@@ -103,7 +103,7 @@ class TrackerCallback(TrainerCallback):
     def _start_wandb(self, checkpoints: Path) -> str:
         """Start or resume the run; return where it can be seen.
 
-        W&B may not ask for a key: nobody may be at the terminal.
+        W&B must not prompt for a key: the run may be unattended.
         """
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)
