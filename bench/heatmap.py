@@ -3,9 +3,9 @@
     python -m bench.heatmap    # after `make repro`; --adapter FOLDER
 
 A case is a test query on the page that answers it. Its map is the one reports and search show, of the query's own words
-(`heatmaps.standing_out`); it points at the answer where its hottest cell touches a word that states the kind of page or
-a fact asked for. `words`: the same of each asked word's own map and its own place. `untrained`: cases before training.
-`chance`: of a cell drawn at random. Exit 1 below 90 % of the cases. The last line:
+(`heatmaps.compute_saliency`); it points at the answer where its hottest cell touches a word that states the kind of
+page or a fact asked for. `words`: the same of each asked word's own map and its own place. `untrained`: cases before
+training. `chance`: of a cell drawn at random. Exit 1 below 90 % of the cases. The last line:
 `RESULT cases=... words=... untrained=... chance=...`.
 """
 
@@ -20,11 +20,7 @@ from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_same_base
 from colintern.params import load_params
 from colintern.reporting.examples import split_query
-from colintern.reporting.heatmaps import (
-    compute_saliency,
-    compute_similarity_map,
-    find_hottest_box,
-)
+from colintern.reporting.heatmaps import compute_saliency, compute_similarity_map
 from colintern.storage.manifest import ensure_base
 from demo.corpus import GOODS, KINDS, DemoPage, generate_corpus
 
@@ -39,6 +35,13 @@ class Pointed(NamedTuple):
     cases: float
     words: float
     cells: float
+
+
+def find_hottest_box(grid: Tensor, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Find the box (left, top, right, bottom), in pixels of the page, of the largest cell of a (rows, columns) grid."""
+    row, col = divmod(int(grid.argmax()), grid.shape[1])
+    wide, high = image_size[0] / grid.shape[1], image_size[1] / grid.shape[0]
+    return col * wide, row * high, (col + 1) * wide, (row + 1) * high
 
 
 def touch(a: Box, b: Box) -> bool:

@@ -27,7 +27,7 @@ export""".split()
 
 @exit_on_user_error()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; the exit code: 0, or 2 for bad input (raised as SystemExit), 141 where nobody reads on."""
+    """Run one subcommand; return 0, or 141 if the reader closes the pipe; exits with 2 for bad input."""
     args = _build_parser().parse_args(argv)
     warnings.simplefilter("ignore", FutureWarning)  # transformers warns about names that only its own code uses
     run: Callable[[argparse.Namespace], None] = args.run
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_reader_gone() -> bool:
-    """Whether the reader of standard output is gone: `| head` has what it wanted."""
+    """Return whether the reader of standard output has closed it, as `| head` does."""
     output = select.poll()
     output.register(1, 0)
     return any(event & select.POLLERR for _, event in output.poll(0))

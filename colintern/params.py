@@ -133,11 +133,7 @@ def load_params(path: str | Path = "params.yaml") -> Params:
 
 
 def load_recipe(recipe: Path) -> Params:
-    """Return the validated settings of a recipe.
-
-    Raises:
-        UserError: see `load_params` and `render_recipe`.
-    """
+    """Return the validated settings of a recipe."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / recipe.name
         path.write_text(render_recipe(recipe), encoding="utf-8")
@@ -263,10 +259,8 @@ def _check_keys(raw: Mapping[str, object]) -> list[str]:
     problems = []
     for key in missing:
         near = difflib.get_close_matches(key, unknown, n=1)
-        problems.append(
-            f"{key}: missing; it must be {_describe_key(key)}"
-            + (f"; nearest key in the file: {near[0]}" if near else "")
-        )
+        hint = f"; nearest key in the file: {near[0]}" if near else ""
+        problems.append(f"{key}: missing; it must be {_describe_key(key)}{hint}")
     for key, value in unknown.items():
         # A misspelt key leaves its right name missing: `learning_rate` means lr, though other names look more alike.
         [near] = difflib.get_close_matches(key, missing or TYPES, n=1, cutoff=0.0)

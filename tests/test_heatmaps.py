@@ -12,10 +12,11 @@ from conftest import BASE, ROOT
 from matplotlib import pyplot
 from PIL import Image, ImageDraw
 
+from bench.heatmap import find_hottest_box
 from colintern.encoding.embed import embed_pages
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 from colintern.modeling.tiling import Grid
-from colintern.reporting.heatmaps import compute_similarity_map, find_hottest_box
+from colintern.reporting.heatmaps import compute_similarity_map
 
 CELL = 28  # pixels of the demo base's tiles that one visual token sees
 

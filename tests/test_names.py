@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from conftest import ROOT
 
 TOPS = ("colintern", "stages", "demo")
-MAX_ONE_WORD_SHARE = 0.25
+MAX_ONE_WORD_SHARE = 0.1
 MAX_ANY_PER_1000_LINES = 8
 # One-word names of torch, transformers, PEFT, mteb, DVC, tqdm and the standard library for the same thing.
 FIELD_WORDS = frozenset(

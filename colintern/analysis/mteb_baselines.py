@@ -1,4 +1,4 @@
-"""Find other people's late-interaction models in mteb's registry, for comparison.
+"""Find published late-interaction models in mteb's registry, for comparison.
 
 Embeddings, formats and scores are those of mteb's loader, at the revision that mteb pins: what its leaderboard shows.
 """

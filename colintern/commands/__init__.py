@@ -6,7 +6,7 @@ from colintern.core.terminal import escape_controls
 
 
 def print_coloured(text: str) -> None:
-    """Print text that holds escape sequences of our own; other people's words in it are escaped by the caller."""
+    """Print text with our escape sequences; the caller escapes foreign text in it."""
     print(text, file=getattr(sys.stdout, "stream", sys.stdout))
 
 

@@ -1,4 +1,4 @@
-"""`colintern export`: an adapter as a model of its own."""
+"""`colintern export`: an adapter as a standalone model."""
 
 import argparse
 from pathlib import Path

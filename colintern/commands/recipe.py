@@ -47,9 +47,7 @@ def run(args: argparse.Namespace) -> None:
 def _add_missing_keys() -> None:
     from colintern.params import load_params, read_yaml_mapping
 
-    read_yaml_mapping(
-        TARGET, "`key: value` on each line", "`colintern recipe demo` writes one"
-    )  # refuses what is no YAML
+    read_yaml_mapping(TARGET, "`key: value` on each line", "`colintern recipe demo` writes one")  # raises if no YAML
     text, added = add_missing_keys(TARGET.read_text(encoding="utf-8"))
     TARGET.write_text(text, encoding="utf-8")
     print("\n".join([f"{TARGET}: {len(added)} keys added", *(f"  {entry}" for entry in added)]))
@@ -57,18 +55,16 @@ def _add_missing_keys() -> None:
 
 
 def _would_lose_edits(target: Path, recipes: Iterable[str]) -> bool:
-    """Whether overwriting the file would lose text that neither a recipe nor git's last commit holds."""
+    """Return whether overwriting the file would lose text that neither a recipe nor git's last commit holds."""
     if not target.exists() or target.read_bytes() in [text.encode() for text in recipes]:
         return False
     # `git diff` is silent about files that git does not track, so it must track the file first.
-    return not (
-        _run_git("ls-files", "--error-unmatch", "--", target.name)
-        and _run_git("diff", "--quiet", "HEAD", "--", target.name)
-    )
+    is_tracked = _run_git("ls-files", "--error-unmatch", "--", target.name)
+    return not (is_tracked and _run_git("diff", "--quiet", "HEAD", "--", target.name))
 
 
 def _run_git(*arguments: str) -> bool:
-    """Whether git is installed, has this repository and answers the command with exit code 0."""
+    """Return whether git is installed, has this repository and answers the command with exit code 0."""
     try:
         return subprocess.run(["git", *arguments], capture_output=True).returncode == 0
     except FileNotFoundError:

@@ -30,11 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print grid and tokens of a page.
-
-    Raises:
-        UserError: half a description of the base's tiles, or a bound below one tile.
-    """
+    """Print grid and tokens of a page."""
     from colintern.modeling.tiling import choose_grid, read_base_tile
 
     bound, tile, tokens = args.max_visual_tokens, args.tile, args.tokens_per_tile

@@ -30,9 +30,7 @@ STORAGE = "COLINTERN_STORAGE"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add = parser.add_argument
-    add(
-        "--trials", type=_parse_count, required=True, metavar="N", help="trials of the study, over all workers and runs"
-    )
+    add("--trials", type=_parse_count, required=True, metavar="N", help="trials of the study, of all workers and runs")
     add("--space", type=Path, default=Path("tune.yaml"), metavar="FILE", help="what is searched (default: tune.yaml)")
     add("--study", default="study", metavar="NAME", help="its name: a study of this name is resumed (default: study)")
     add(
@@ -127,20 +125,15 @@ def _run_trials(study: "optuna.Study", storage: "StudyStorage", space: "SearchSp
 
 
 def _print_report(study: "optuna.Study", space: "SearchSpace", apply: bool) -> None:
-    from colintern.tuning.study_report import (
-        collect_results,
-        format_trial_table,
-        require_complete_trial,
-        write_study_report,
-    )
+    from colintern.tuning import study_report
     from colintern.tuning.study_storage import STUDIES
 
-    results = collect_results(study, space)
-    require_complete_trial(results)
-    print("\n" + "\n".join(format_trial_table(results)))
+    results = study_report.collect_results(study, space)
+    study_report.require_complete_trial(results)
+    print("\n" + "\n".join(study_report.format_trial_table(results)))
     if results.importance:
         print("importance: " + ", ".join(f"{key} {value:.2f}" for key, value in results.importance.items()))
-    print("written: " + ", ".join(map(str, write_study_report(results, root() / STUDIES))))
+    print("written: " + ", ".join(map(str, study_report.write_study_report(results, root() / STUDIES))))
     if results.front:
         print("front: " + ", ".join(row.name for row in results.front) + "; `dvc exp apply` takes one")
     elif results.complete:

@@ -22,11 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the report.
-
-    Raises:
-        UserError: training with these targets would be wrong.
-    """
+    """Print the report."""
     import json
     from dataclasses import asdict
 

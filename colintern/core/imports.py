@@ -37,15 +37,7 @@ def get_package(file: Path) -> str:
 
 
 def list_reached_modules(*modules: str, without: Set[str] = OBSERVERS) -> list[Path]:
-    """Return the files of `modules` and of every module that they reach by imports, sorted.
-
-    Args:
-        modules: dotted names.
-        without: parts of colintern/ that are left out, and through which imports are not followed.
-
-    Raises:
-        ModuleNotFoundError: one of `modules` does not exist.
-    """
+    """Return the files of `modules` and of every module that they reach by imports, not through `without`, sorted."""
     reached: set[Path] = set()
     pending = []
     for name in modules:

@@ -24,13 +24,7 @@ class PageLabel(NamedTuple):
 
 
 def label_page(page_id: str, name: str | None, folder: str = "") -> PageLabel:
-    """Label a page of an evaluation set.
-
-    Args:
-        page_id: mteb's id, shown where the page has no name.
-        name: of the page in its corpus.
-        folder: of the documents from which the corpus was made; "" where it was made from none.
-    """
+    """Label a page of an evaluation set by its name in the corpus, else by its id; `folder`: of the documents or ""."""
     if not name:
         return PageLabel(f"page id {escape_controls(page_id)}", "")
     match = PDF_PAGE.fullmatch(name)

@@ -19,11 +19,7 @@ ENTRY = re.compile(
 
 
 def list_recipes(folder: Path = RECIPES) -> dict[str, Path]:
-    """Return the recipes of a clone by name.
-
-    Raises:
-        UserError: the folder holds none.
-    """
+    """Return the recipes of a clone by name; raise UserError if the folder has none."""
     recipes = {path.stem: path for path in sorted(folder.glob("*.yaml")) if path.stem != TEMPLATE}
     if not recipes or not (folder / f"{TEMPLATE}.yaml").is_file():
         raise UserError(f"{folder.absolute()}: no recipes here; run this in the top folder of a clone")
@@ -36,11 +32,7 @@ def read_summary(recipe: Path) -> str:
 
 
 def render_recipe(recipe: Path) -> str:
-    """Return the text of the params.yaml of a recipe: every key, each with its comment.
-
-    Raises:
-        UserError: the recipe has a key that the template lacks, or lacks one that has no value there.
-    """
+    """Return the text of the params.yaml of a recipe: every key, each with its comment."""
     text, template = recipe.read_text(encoding="utf-8"), _read_template(recipe.parent)
     description, _, overrides = text.partition("\n\n")
     entries = {match["key"]: match for match in ENTRY.finditer(overrides)}
@@ -64,11 +56,7 @@ def render_recipe(recipe: Path) -> str:
 def add_missing_keys(text: str, folder: Path = RECIPES) -> tuple[str, list[str]]:
     """Add to a params.yaml the keys that it lacks, with the template's values, which turn each feature off.
 
-    Returns:
-        The new text, and the added entries (`key: value`).
-
-    Raises:
-        UserError: a key is missing that has no such value.
+    Returns the new text and the added entries (`key: value`); raises UserError for a missing key without such a value.
     """
     template = _read_template(folder)
     present = {match["key"] for match in ENTRY.finditer(text)}

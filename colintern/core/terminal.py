@@ -18,7 +18,7 @@ def escape_controls(text: str) -> str:
 
 
 class EscapingStream:
-    """A text stream that escapes control characters. `stream` is the one below, for escape sequences of our own."""
+    """A text stream that escapes control characters; `stream` is the wrapped one, for our escape sequences."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream

@@ -93,11 +93,7 @@ class PageImage(Image):
     """A column of pages that are decoded as in training: `datasets` would open every format, PostScript among them."""
 
     def decode_example(self, value: object, token_per_repo_id: object = None) -> PageContent | None:
-        """Decode a page from its bytes; None if the row has none, since what a row only names is never fetched.
-
-        Raises:
-            UserError: the bytes are not a page.
-        """
+        """Decode a page from its bytes; None if the row has none, since what a row only names is never fetched."""
         if not isinstance(value, dict) or not value.get("bytes"):
             return None
         try:

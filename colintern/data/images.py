@@ -57,11 +57,7 @@ def encode_png(image: Image.Image) -> bytes:
 
 
 def check_pixel_count(width: int, height: int) -> None:
-    """Refuse an image that memory may not hold, before it is decoded.
-
-    Raises:
-        InvalidImageError: more than `MAX_PIXELS`.
-    """
+    """Refuse an image that memory may not hold, before it is decoded."""
     if width * height > MAX_PIXELS:
         pixels = f"{width} x {height} = {width * height / 1e6:.0f} megapixels"
         raise InvalidImageError(f"{pixels}, more than {MAX_PIXELS / 1e6:.0f}")

@@ -64,11 +64,7 @@ def write_row_index(rows: Iterable[IndexRow]) -> None:
 
 
 def read_row_index() -> list[IndexRow]:
-    """Read the index, in the order in which it was written.
-
-    Raises:
-        UserError: it is missing, or damaged.
-    """
+    """Read the index, in the order in which it was written."""
     if not Path(ROW_INDEX).is_file():
         raise UserError(f"{ROW_INDEX}: missing; run the stage that makes it: dvc repro fetch-data")
     try:
@@ -129,11 +125,7 @@ def load_training_data(params: Params, force: bool = False) -> TrainingData:
 
 
 def has_page_numbers(file: Path) -> bool:
-    """Check whether the rows of a parquet file name their pages by number.
-
-    Raises:
-        UserError: it is not a parquet file.
-    """
+    """Check whether the rows of a parquet file name their pages by number."""
     try:
         return POSITIVES in pq.read_schema(file).names
     except (pa.ArrowException, OSError, ValueError) as error:

@@ -17,11 +17,7 @@ T = TypeVar("T")
 def embed_pages(model: nn.Module, processor: Processor, images: Sequence[Image.Image], batch_size: int) -> list[Tensor]:
     """Return one (tokens, 128) float32 tensor a page, on the CPU, in the order of `images`.
 
-    Args:
-        model: `ColIntern3_5`, or a wrapper whose forward takes and returns the same.
-        processor: its `ColIntern3_5Processor`.
-        images: pages as PIL images.
-        batch_size: pages per forward pass; the embeddings do not depend on it.
+    `model`: `ColIntern3_5` or a wrapper with the same forward. The embeddings do not depend on `batch_size`.
     """
     return _embed_batches(model, processor.process_images, images, batch_size)
 

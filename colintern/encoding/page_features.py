@@ -69,8 +69,6 @@ class PageFeatures:
 
     Args:
         model: `ColIntern3_5`, wrapped in PEFT or not; its tower and projector must be frozen.
-        processor: its `ColIntern3_5Processor`.
-        root: folder of the cache; see `TensorCache`.
         limit_gb: size of the cache in GB (1e9 bytes); 0 caches nothing.
         cache_format: "exact" or "fp8"; with "fp8" every feature is rounded, cached or not, so that the cache changes no
             result.

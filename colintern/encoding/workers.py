@@ -18,11 +18,7 @@ LOADER_ERROR = re.compile(r"DataLoader worker \(pid.*")  # torch's message about
 
 
 def check_workers(workers: int) -> None:
-    """Check that this machine can use so many workers: each is a copy of the process.
-
-    Raises:
-        UserError: there are too many.
-    """
+    """Check that this machine can use so many workers: each is a copy of the process."""
     cpus = os.cpu_count() or 1
     limit = max(MIN_LIMIT, WORKERS_PER_CPU * cpus)
     if workers > limit:

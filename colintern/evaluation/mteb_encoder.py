@@ -57,7 +57,7 @@ class ColIntern3_5Encoder(AbsEncoder):
 
     Args:
         model: see `colintern.encoding.embed`.
-        processor: see `colintern.encoding.embed`.
+        processor: of the model.
         name: what the model is called in mteb's files: "organisation/model".
         revision: distinguishes weights under one name, for example a hash of them.
         features: computes the pages' features; without it each page goes through the whole model.
@@ -266,9 +266,6 @@ def register_encoder(model: str | Path, name: str | None = None, **settings: Any
         model: see `load_encoder`.
         name: organisation/model; None: as `load_encoder` names it.
         settings: of `load_encoder`, unless `mteb.get_model` is given others.
-
-    Raises:
-        UserError: see `PretrainedRef.resolve`; a name that is not valid, or that another model has.
     """
     name = name or _get_name(model)
     if name.count("/") != 1:

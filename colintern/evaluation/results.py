@@ -175,7 +175,7 @@ def aggregate_scores(
     """Average the scores of the tasks of each benchmark.
 
     Args:
-        pairs: (label of a benchmark, task), see `benchmarks.tasks_for`.
+        pairs: (label of a benchmark, task), see `resolve_benchmarks`.
         results: mteb's results by the task's name.
         sizes: of `compute_page_size`, by the task's name, put beside the task's scores, their mean beside the
             benchmark's; empty where it is not known.

@@ -55,7 +55,7 @@ def evaluate_models(models: Mapping[str, EvalModel], params: Params, out: Path) 
         {"trained": scores, "untrained": scores}, see `results.aggregate_scores`.
 
     Raises:
-        UserError: see `tasks_for` and `EvalModel.load_encoder`.
+        UserError: see `resolve_benchmarks` and `EvalModel.load_encoder`.
         RuntimeError: a task has a score that is not a number.
     """
     pairs = resolve_benchmarks(params.benchmarks)

@@ -138,9 +138,6 @@ def resolve_within(folder: Path, name: object) -> Path:
 
     A row may name what `folder` lists: its files and links to files, whatever these point at. A name that leads out of
     the folder, and files of linked folders, which are not listed, are refused.
-
-    Raises:
-        ValueError: the reason.
     """
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"names no file: {name!r}")

@@ -53,11 +53,7 @@ class UserDocuments(NamedTuple):
     summary: dict[str, Any]
 
     def list_dataset_files(self, part: str) -> Files:
-        """Return the files of `part`, train or beir.
-
-        Raises:
-            UserError: the folder gave no rows for it.
-        """
+        """Return the files of `part`, train or beir."""
         if part not in self.summary["parts"]:
             bad = self.summary["bad"]
             first = "".join(f"\n  {row['where']}: {row['reason']}" for row in bad[:5])

@@ -74,11 +74,7 @@ def check_benchmarks(benchmarks: Sequence[str], evaluation: Mapping[str, FilesEn
 
 
 def validate_data(scanned: ScannedRows, quarantine: Quarantine, max_bad_fraction: float) -> None:
-    """Refuse data that must not be trained on or evaluated on; see the functions it calls.
-
-    Raises:
-        UserError: the first error found.
-    """
+    """Refuse data that must not be trained on or evaluated on; see the functions it calls."""
     for split, rows in scanned.items():
         if split.split == "test":
             if bad := [row for row in rows if row.error]:
@@ -161,11 +157,7 @@ def find_score_error(score: object) -> str:
 
 
 def check_bad_fraction(quarantine: Quarantine, max_bad_fraction: float) -> None:
-    """Check that at most this fraction of a source's rows, pages or questions is left out.
-
-    Raises:
-        UserError: with the source, the numbers and the first rows.
-    """
+    """Check that at most this fraction of a source's rows, pages or questions is left out."""
     # A line may have several errors.
     places = {(row.source, row.kind, row.row) for row in quarantine.rows if row.kind in BOUNDED_KINDS}
     for (source, kind), count in Counter((source, kind) for source, kind, _ in sorted(places)).items():
@@ -183,9 +175,6 @@ def check_split_overlap(scanned: ScannedRows) -> None:
     """Check that no page, by its bytes, is in two of train, dev and an evaluation set, or in a corpus and the latter.
 
     A hub data set's own train and dev split are left as they are published.
-
-    Raises:
-        UserError: names both rows.
     """
     for first, second in permutations(scanned, 2):
         is_published = first.is_published and first.name == second.name

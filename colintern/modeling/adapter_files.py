@@ -272,7 +272,7 @@ def _find_shape_fault(tensors: State, expected: dict[str, torch.Size]) -> str:
 
 
 def _find_untrained(weights: State) -> str:
-    """Say which LoRA matrices are zero, "" if none is: training starts with B at zero and A at random."""
+    """Describe the LoRA matrices that are zero, "" if there is none: training starts with B at zero and A at random."""
     for kind, effect in (
         ("lora_B", "as before the first step: nothing was learned there"),
         ("lora_A", "so the adapter has no effect there"),

@@ -217,11 +217,7 @@ def _get_options(params: Params) -> dict[str, object]:
 
 
 def load_processor(params: Params, adapter: Path, model: nn.Module | None = None) -> ColIntern3_5Processor:
-    """Load the adapter's processor with the bounds of params.yaml.
-
-    Raises:
-        UserError: see `read_processor`.
-    """
+    """Load the adapter's processor with the bounds of params.yaml."""
     bounds = {"max_visual_tokens": params.max_visual_tokens, "max_query_tokens": params.max_query_tokens}
     return read_processor(adapter, model, **bounds)
 

@@ -49,20 +49,13 @@ def get_lr_bounds(parameters: int) -> tuple[float, float]:
 
     >>> [get_lr_bounds(int(billions * 1e9)) for billions in (0.9, 2.4, 4.7)]
     [(2e-05, 0.0001), (1.5e-05, 0.0001), (5e-06, 6e-05)]
-
-    Raises:
-        ValueError: see `get_optimal_lr`.
     """
     rates = get_optimal_lr(parameters), get_alternative_lr(parameters)
     return min(min(rates) / 2, UNSTABLE_TRAINING_LR), 2 * max(rates)
 
 
 def get_optimal_rank(parameters: int) -> int:
-    """Return the guide's LoRA rank: 16 below 0.5 B, 32 for 1B (InternVL3.5-1B has 0.9 B), 64 above 3 B.
-
-    Raises:
-        ValueError: see `get_optimal_lr`.
-    """
+    """Return the guide's LoRA rank: 16 below 0.5 B, 32 for 1B (InternVL3.5-1B has 0.9 B), 64 above 3 B."""
     return {7e-5: 16, 5e-5: 32, 3e-5: 64}[get_optimal_lr(parameters)]
 
 

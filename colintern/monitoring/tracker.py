@@ -33,11 +33,7 @@ MAX_ERROR_CHARACTERS = 200
 
 
 def check_tracker(name: str) -> None:
-    """Check that the package of a tracker is installed, and that W&B is not configured to upload a file with a token.
-
-    Raises:
-        UserError: it is not, or W&B is.
-    """
+    """Raise UserError if a tracker's package is not installed, or W&B is configured to upload a file with a token."""
     if name != "none" and importlib.util.find_spec(name) is None:
         raise UserError(
             f"tracker: {name!r} needs the package {name}, which is not installed here; install it with "
@@ -107,7 +103,7 @@ class TrackerCallback(TrainerCallback):
     def _start_wandb(self, checkpoints: Path) -> str:
         """Start or resume the run; return where it can be seen.
 
-        W&B may not ask for a key: nobody may be at the terminal.
+        W&B must not prompt for a key: the run may be unattended.
         """
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)

@@ -39,11 +39,7 @@ ASSUMED = "at 70 % of the data sheet's rate, 80 % of its bandwidth, 6 us a kerne
 
 
 def find_gpu(name: str) -> str:
-    """Return the key of `GPUS` for a name in any case, with or without hyphens and maker: "NVIDIA A100-SXM4-80GB".
-
-    Raises:
-        UserError: no GPU has that name, or several have.
-    """
+    """Return the key of `GPUS` for a name in any case, with or without hyphens and maker, or raise UserError."""
     plain = _strip_punctuation(name)
     exact = [known for known in GPUS if _strip_punctuation(known) == plain]
     named = [known for known in GPUS if all(part in plain for part in known.lower().split("-"))]

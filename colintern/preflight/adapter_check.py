@@ -84,11 +84,7 @@ def find_base(adapter: CheckedAdapter, base: str | None) -> Path:
 
 
 def check_adapter(adapter: CheckedAdapter, base: Path) -> list[AdapterCheckResult]:
-    """Run all checks, the cheapest first; the merge is checked only where all others pass.
-
-    Raises:
-        UserError: The adapter's configuration cannot be applied to the base it was trained on.
-    """
+    """Run all checks, the cheapest first; the merge is checked only where all others pass."""
     base_result = _check_base(adapter, base)
     faults: dict[str, str] = {}
     for fault in find_faults(adapter.files, build_meta_model(str(base), None) if base_result.ok else None):

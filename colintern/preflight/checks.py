@@ -288,13 +288,7 @@ ENVIRONMENT_CHECKS: dict[str, Callable[[Environment], Status]] = {
 
 
 def collect_run_facts(params: Params, config: InternVLConfig | str, revision: str | None) -> RunFacts:
-    """Count the modules of the base, and probe this machine.
-
-    Args:
-        params: Values of params.yaml.
-        config: The base's config, or its folder or hub id; see `meta_model`.
-        revision: The base's commit on the hub, None for a folder.
-    """
+    """Count the modules of the base, given by its config, folder or hub id and commit, and probe this machine."""
     return RunFacts(params, report_lora_on_meta(build_meta_model(config, revision), params), probe_machine())
 
 

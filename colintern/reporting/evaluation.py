@@ -89,11 +89,7 @@ def apply_evaluated_settings(params: Params, folder: Path) -> Params:
 
 
 def read_evaluation(params: Params, folder: Path) -> Evaluation:
-    """Read everything in the folder; `params` are those of `apply_evaluated_settings`.
-
-    Raises:
-        UserError: the data has changed since, or the results are of an older version.
-    """
+    """Read everything in the folder; `params` are those of `apply_evaluated_settings`."""
     run = _read_run(folder)
     pairs = resolve_benchmarks(params.benchmarks)
     results = {}

@@ -79,11 +79,7 @@ def _find_evaluation_of_export(params: Params, revision: str) -> tuple[Evaluatio
 
 
 def push_model(folder: Path, name: str) -> str:
-    """Upload the folder to the hub's repository `name`, and return the URL of the commit.
-
-    Raises:
-        UserError: the hub refuses, for example a token without the right to write.
-    """
+    """Upload the folder to the hub's repository `name`, and return the URL of the commit."""
     logger.info(f"export: pushing {folder} to {name}")
     api = HfApi()
     try:

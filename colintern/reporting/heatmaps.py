@@ -70,13 +70,6 @@ def compute_similarity_map(
     )
 
 
-def find_hottest_box(grid: Tensor, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Find the box (left, top, right, bottom), in pixels of the page, of the largest cell of a (rows, columns) grid."""
-    row, col = divmod(int(grid.argmax()), grid.shape[1])
-    wide, high = image_size[0] / grid.shape[1], image_size[1] / grid.shape[0]
-    return col * wide, row * high, (col + 1) * wide, (row + 1) * high
-
-
 def compute_saliency(maps: Tensor) -> Tensor:
     """Compute the largest deviation over tokens from each token's mean: (rows, columns) of (tokens, rows, columns).
 

@@ -1,7 +1,6 @@
 """Ranking metrics: the one table of their names and cutoffs, and NDCG of a matrix of scores.
 
-The dev set computes `ndcg_at_k`, which counts ties against the model; an evaluation takes what mteb computes with
-trec_eval. Both name their metrics by this table, as do metric files, plots, tables, the report and the model card.
+The dev set computes `ndcg_at_k`, where ties count against the model; an evaluation takes mteb's values (trec_eval).
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ def ndcg_at_k(scores: Tensor, relevant: Sequence[Collection[int]], k: int) -> fl
     NDCG@k = DCG@k / (DCG@k of a perfect ranking), DCG@k = sum over relevant pages of rank r <= k of 1 / log2(r + 1)
     (Jarvelin & Kekalainen 2002, as trec_eval and mteb compute it). A tie counts against the model: a relevant page
     ranks behind every other page of equal score. Otherwise a model whose embeddings have collapsed scores 1.
-
     Example: one query, scores (0.9, 0.8, 0.7), page 1 relevant: rank 2, NDCG@5 = 1 / log2(3) = 0.631.
 
     Args:

@@ -42,9 +42,9 @@ from colintern.storage.digests import Digests
 from colintern.storage.files import DANGLING, MISSING, irregular_type
 
 logger = logging.getLogger(__name__)
-RETRY_WAITS_SECONDS = (1, 2, 4, 8)  # after the last one the repository is given up
-STALE_PARTIAL_SECONDS = 3600  # age from which no process writes a partial file any more: a killed one left it
-RETRYABLE_STATUS_CODES = (500, 502, 503, 504)  # the server is in trouble, it does not refuse
+RETRY_WAITS_SECONDS = (1, 2, 4, 8)  # after the last one the download fails
+STALE_PARTIAL_SECONDS = 3600  # minimum age of a partial file that a killed process has left
+RETRYABLE_STATUS_CODES = (500, 502, 503, 504)  # errors of the server, not refusals
 REVISION_KEYS = {
     "base": "base_revision", "train_data": "train_revision", "train_corpus": "train_corpus_revision",
 }  # fmt: skip
@@ -70,12 +70,12 @@ class Repo(NamedTuple):
 
     @property
     def cache_folder(self) -> Path:
-        """The repository's folder in the hub's cache."""
+        """Return the repository's folder in the hub's cache."""
         return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.name, repo_type=self.kind)
 
     @property
     def snapshot_folder(self) -> Path:
-        """The folder of the files at this commit in the hub's cache; it need not exist."""
+        """Return the folder of the files at this commit in the hub's cache; it need not exist."""
         return self.cache_folder / "snapshots" / self.revision
 
 
@@ -93,12 +93,12 @@ class HubFile(NamedTuple):
 
     @property
     def has_sha256(self) -> bool:
-        """Whether the hash is a sha256, not a git hash."""
+        """Return whether the hash is a sha256, not a git hash."""
         return len(self.hash) == 64
 
     @property
     def cached(self) -> Path:
-        """The path in the hub's cache; it need not exist."""
+        """Return the path in the hub's cache; it need not exist."""
         return self.repo.snapshot_folder / self.path
 
 
@@ -133,11 +133,7 @@ def download_repos(wanted: Sequence[tuple[Repo, FileSelector]], digests: Digests
 
 
 def download_file(repo: Repo, path: str, digests: Digests) -> Path:
-    """Return the path of one file in the cache; download and verify it first if it is missing.
-
-    Raises:
-        OfflineError, UserError: see `download_repos`.
-    """
+    """Return the path of one file in the cache; download and verify it first if it is missing."""
     cached = repo.snapshot_folder / path
     if not cached.is_file():
         ensure_downloaded(_select_files(repo, lambda _, paths: [name for name in paths if name == path]), digests)
@@ -187,11 +183,7 @@ def _select_files(repo: Repo, selector: FileSelector) -> list[HubFile]:
 
 
 def ensure_downloaded(files: Sequence[HubFile], digests: Digests) -> None:
-    """Download the files that the cache lacks, and verify the hash of every file.
-
-    Raises:
-        OfflineError, UserError: see `download_repos`.
-    """
+    """Download the files that the cache lacks, and verify the hash of every file."""
     kinds = [irregular_type(file.cached) for file in files]
     for file, kind in zip(files, kinds, strict=True):
         if kind not in ("", MISSING, DANGLING):
@@ -321,7 +313,7 @@ def to_user_error(error: Exception, repo: Repo) -> UserError:
             f"HF_TOKEN to a token that may read it (one that is set and refused looks the same)"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"HF_HOME: the disk of {constants.HF_HUB_CACHE} is full; what is there already is kept")
+        return UserError(f"HF_HOME: the disk of {constants.HF_HUB_CACHE} is full; downloaded files are kept")
     is_unreachable = status is None or status in (408, 429, *RETRYABLE_STATUS_CODES)
     if isinstance(error, HTTPError | OfflineModeIsEnabled | RuntimeError) and is_unreachable:  # RuntimeError: hf_xet's
         return create_offline_error([repo], describe_hub_error(error))

@@ -124,11 +124,7 @@ def hash_source_files(folder: str) -> dict[str, FileHash]:
 
 
 def download_hub_files(wanted: Sequence[tuple[Repo, FileSelector]]) -> list[Files]:
-    """Download and verify the selected files of each repository.
-
-    Raises:
-        UserError: see `hub.download_repos`.
-    """
+    """Download and verify the selected files of each repository."""
     selected = download_repos(wanted, get_digests())
     return [
         Files(repo.name, repo.revision, _hash_below(repo.snapshot_folder, [file.path for file in files]))

@@ -24,7 +24,7 @@ FINISHED_MARK = "ended"  # file in the folder of checkpoints of a run whose outs
 def verify_dvc_outputs() -> None:
     """Hash every dep of the current stage that is the out of another stage, and compare it with dvc.lock.
 
-    Without DVC nothing is compared: the files may be anybody's.
+    Without DVC nothing is compared, because the files may have another origin.
 
     Raises:
         UserError: a file differs; the message says what to delete.

@@ -14,11 +14,7 @@ PRESETS = ("internvl3_5-1b", "internvl3_5-2b", "internvl3_5-4b", "internvl3_5-8b
 
 
 def require_model(key: str, folder: Path, merged: bool = True) -> None:
-    """Raise UserError unless `folder` holds an adapter or, with `merged`, a merged model.
-
-    Raises:
-        UserError: the folder is missing, is a file, or lacks the files.
-    """
+    """Raise UserError unless `folder` holds an adapter or, with `merged`, a merged model."""
     if not folder.is_dir():
         state = "is a file" if folder.is_file() else "does not exist, or is no folder here"
         raise UserError(f"{key}: {folder}: {state}; give the folder of an adapter, such as experiments/colintern")
@@ -42,11 +38,7 @@ def suggest_adapter_source(folder: Path) -> str:
 
 
 def require_evaluated_model(name: str) -> None:
-    """Refuse a MODEL of `colintern evaluate` that is no folder of a model, and no hub id or name of mteb's either.
-
-    Raises:
-        UserError: see `require_model`; or a path below a folder that is here, with nothing there.
-    """
+    """Raise UserError for a MODEL of `colintern evaluate` that is no model's folder, hub id or name of mteb's."""
     if Path(name).is_dir():
         require_model("MODEL", Path(name))
     elif not is_on_hub(name.partition("@")[0]) or ("@" not in name and Path(name).parent.is_dir()):
@@ -54,14 +46,11 @@ def require_evaluated_model(name: str) -> None:
 
 
 def require_base(base: str, params: Params) -> None:
-    """Refuse a base that is a path without a config.json, or a hub id without its commit.
+    """Raise UserError for a base that is a path without a config.json, or a hub id without its commit.
 
     Args:
         base: a folder, a hub id as `ID@COMMIT` or that of `params` with its commit, or one of `PRESETS`.
         params: those that pin the commit of their own base.
-
-    Raises:
-        UserError: it is such a base.
     """
     if base in PRESETS:
         return
@@ -75,32 +64,20 @@ def require_base(base: str, params: Params) -> None:
 
 
 def base_at_commit(base: str, params: Params) -> tuple[str, str]:
-    """Split a hub id, `ID@COMMIT` or that of `params` with its commit, into both.
-
-    Raises:
-        UserError: it has no commit.
-    """
+    """Split a hub id, `ID@COMMIT` or that of `params`, into id and commit; raise UserError if it has no commit."""
     known_commit = f"{base}@{params.base_revision}" if base == params.base else base
     return split_hub_id("base", known_commit, f"; or take one of {', '.join(PRESETS)}")
 
 
 def require_new_file(key: str, path: Path) -> None:
-    """Refuse a place where no file can be written.
-
-    Raises:
-        UserError: it is a folder, or something above it is no folder or may not be written.
-    """
+    """Raise UserError if no file can be written to `path`."""
     if path.is_dir():
         raise UserError(f"{key}: {path} is a folder; give a file's name, such as {path / 'found.html'}")
     require_writable(key, path.parent)
 
 
 def require_writable(key: str, folder: Path) -> None:
-    """Refuse a folder that cannot be made, or in which nothing can be written.
-
-    Raises:
-        UserError: the nearest thing above it that exists is a file, or may not be written.
-    """
+    """Raise UserError if `folder` cannot be created, or nothing can be written in it."""
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not above.is_dir():
         raise UserError(f"{key}: {above} is a file, so {folder} cannot be a folder; give another place")

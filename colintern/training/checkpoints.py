@@ -82,7 +82,7 @@ class GracefulShutdown(TrainerCallback):
         logger.info(f"{name}: a checkpoint after this step, then the end; again to end at once")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:
-        """From now on a signal waits for the end of the step."""
+        """Let signals wait for the end of the step from now on."""
         self.is_training = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_) -> None:

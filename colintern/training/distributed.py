@@ -75,12 +75,7 @@ class DistributedContext:
         return self.rank == 0
 
     def run_on_rank0_and_broadcast(self, function: Callable[[], T]) -> T:
-        """Call `function` on rank 0 and return its result, sent as JSON, on every rank; wait as long as rank 0 lives.
-
-        Raises:
-            torch.distributed.DistNetworkError: rank 0 is gone.
-            SystemExit: `function` failed on rank 0, which reports the error.
-        """
+        """Call `function` on rank 0 and return its result, sent as JSON, on every rank; wait while rank 0 lives."""
         if self.store is None:
             return function()
         self.num_broadcasts += 1

@@ -220,9 +220,6 @@ def read_page_image(path: Path, row: int) -> Image:
 
     The row group is read up to the row and not kept. At random, a page of 300 kB takes 8 ms from groups of 100 rows and
     up to 90 ms from groups of 1,000, for which memory has to hold such a group, compressed and decompressed.
-
-    Raises:
-        InvalidImageError: see `decode`.
     """
     with parquet.ParquetFile(path, memory_map=True) as file:
         group = 0

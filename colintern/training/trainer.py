@@ -305,11 +305,7 @@ class ContrastiveTrainer(Trainer):
     def evaluate(
         self, eval_dataset: object = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Compute NDCG@5 on the dev set.
-
-        Raises:
-            NonFiniteError: a trained weight is not finite.
-        """
+        """Compute NDCG@5 on the dev set."""
         trained = ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
         if non_finite := [name for name, parameter in trained if not parameter.isfinite().all()]:
             raise NonFiniteError(f"{non_finite[0]} is not finite after step {self.state.global_step}; {self.hint}")

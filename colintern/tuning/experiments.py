@@ -40,19 +40,12 @@ def run_experiment(
     """Run the train stage with a trial's settings through `dvc exp run --temp`, and return DVC's exit code.
 
     Records the trial's heartbeat meanwhile, and waits while another command, such as `dvc push`, holds DVC's lock.
+    `log` receives DVC's output. `check_workspace` raises UserError if the workspace differs from the one that the study
+    was created with; it is called before DVC copies the workspace, and again afterwards.
 
     Only one worker of this repository starts an experiment at a time: DVC stashes in the workspace and applies the
     first stash it finds. The DVC process inherits the lock, so the lock survives a killed worker. That DVC process is
     not killed; its train stage exits when it finds that its worker is gone (`tuning.pruning`).
-
-    Args:
-        storage: Storage of the study.
-        trial: The trial to run.
-        name: Name of the experiment.
-        log: Receives the output of DVC.
-        check_workspace: Raises UserError if the workspace differs from the one the study was created with. Called
-            before DVC copies the workspace, and again afterwards.
-        options: More options of `dvc exp run`.
     """
     context = {STORAGE: storage.url, STUDY: storage.study_name, TRIAL: str(trial.number), OWNER: str(os.getpid())}
     changes = [part for key, value in trial.values.items() for part in ("-S", format_override(key, value))]
