@@ -172,6 +172,7 @@ def fingerprint_features(model: Any, processor: Any) -> str:
         "weights": weights.hexdigest(),
         "images": json.loads(processor.image_processor.to_json_string()),
         "max_visual_tokens": processor.max_visual_tokens,
+        "tiling": processor.tiling,
         "attention": model.config.vision_config._attn_implementation,
         "machine": f"{device.type} {machine}",
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,  # they decide in which order sums are taken

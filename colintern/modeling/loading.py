@@ -217,13 +217,13 @@ def _get_options(params: Params) -> dict[str, Any]:
 
 
 def load_processor(params: Params, adapter: Path, model: Any = None) -> ColIntern3_5Processor:
-    """Load the adapter's processor with the bounds of params.yaml.
+    """Load the adapter's processor with the bounds and the tiling of params.yaml.
 
     Raises:
         UserError: see `read_processor`.
     """
     bounds = {"max_visual_tokens": params.max_visual_tokens, "max_query_tokens": params.max_query_tokens}
-    return read_processor(adapter, model, **bounds)
+    return read_processor(adapter, model, **bounds, tiling=params.tiling)
 
 
 def read_processor(folder: Path, model: Any = None, **bounds: Any) -> ColIntern3_5Processor:

@@ -14,6 +14,7 @@ from colintern.analysis.significance import ScoreComparison, ScorePair, compare_
 from colintern.core.errors import UserError
 from colintern.data.benchmarks import resolve_benchmarks
 from colintern.evaluation.results import (
+    UNRECORDED,
     QueryResult,
     RunInfo,
     Scores,
@@ -26,7 +27,9 @@ from colintern.reporting.plots import Bar
 from colintern.scoring.metrics import MAIN_METRIC
 
 EVALUATION_FOLDERS = ("results/mteb_evaluation", "results/evaluate/*", "results/evaluate/*/pool*-dim*")
-SETTINGS = tuple("attention dim dtype eval_batch_size max_query_tokens max_visual_tokens pool_factor threads".split())
+SETTINGS = tuple(
+    "attention dim dtype eval_batch_size max_query_tokens max_visual_tokens pool_factor threads tiling".split()
+)
 FULL_SIZE = {"pool_factor": 1, "dim": 128}  # the embeddings as they are; see encoding/pooling.py
 RANK_RANGES = {"1": 1, "2 to 5": 5, "6 to 10": 10, "11 to 100": 100, "101 to 1,000": 1000}  # name -> last rank
 
@@ -54,7 +57,7 @@ def find_evaluation(revision: str, given: Path | None, settings: dict[str, objec
     for folder in folders:
         if (folder / "run.json").is_file():
             run = _read_run(folder)
-            if settings.items() <= (FULL_SIZE | run["params"]).items():
+            if settings.items() <= (UNRECORDED | run["params"]).items():
                 revisions[folder] = run["revision"]
     if given and given not in revisions:
         raise UserError(
@@ -82,7 +85,7 @@ def get_embedding_size(run: RunInfo) -> dict[str, int]:
 
 def apply_evaluated_settings(params: Params, folder: Path) -> Params:
     """Return `params` with the settings of the evaluation in `folder`."""
-    evaluated = _read_run(folder)["params"]
+    evaluated = UNRECORDED | _read_run(folder)["params"]
     settings = {key: evaluated[key] for key in SETTINGS if key in evaluated}
     return replace(params, benchmarks=tuple(evaluated["benchmarks"]), **settings)
 
