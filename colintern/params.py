@@ -57,6 +57,7 @@ class Params:
     benchmarks: Annotated[tuple[str, ...], NON_EMPTY]
     eval_untrained: bool
     max_visual_tokens: Annotated[int, between(1, 65536)]
+    tiling: Annotated[str, one_of("exact", "stock")]
     max_query_tokens: Annotated[int, between(16, 4096)]
     dtype: Annotated[str, one_of("float32", "bfloat16")]
     attention: Annotated[str, KERNEL]

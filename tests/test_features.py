@@ -70,6 +70,8 @@ def test_whatever_decides_a_feature_is_in_the_fingerprint(model, processor, monk
     other = ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=96, max_query_tokens=64)
     other.image_processor.image_mean = [0.5] * 3
     seen.add(fingerprint_features(model, other))
+    other = ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=96, max_query_tokens=64, tiling="stock")
+    seen.add(fingerprint_features(model, other))
     seen.add(fingerprint_features(load(BASE, dtype=torch.bfloat16), processor))
     seen.add(fingerprint_features(load(BASE, attn_implementation="eager"), processor))
     threads = torch.get_num_threads()
@@ -79,7 +81,7 @@ def test_whatever_decides_a_feature_is_in_the_fingerprint(model, processor, monk
     with torch.no_grad():
         next(model.multi_modal_projector.parameters()).add_(1e-6)
     seen.add(fingerprint_features(model, processor))
-    assert len(seen) == 7
+    assert len(seen) == 8
 
 
 @pytest.mark.parametrize("limit_gb", [0.0, 1e-5])

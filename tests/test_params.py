@@ -106,6 +106,7 @@ BAD_VALUES = [
     ("eval_untrained", "1", "true or false"),
     ("max_visual_tokens", "0", "1 to 65536"),
     ("max_visual_tokens", "65537", "1 to 65536"),
+    ("tiling", "exakt", "exact, stock"),
     ("max_query_tokens", "15", "16 to 4096"),
     ("max_query_tokens", "4097", "16 to 4096"),
     ("dtype", "float16", "float32, bfloat16"),

@@ -2,6 +2,7 @@ import inspect
 import itertools
 import logging
 import pickle
+from random import Random
 
 import pytest
 import torch
@@ -33,6 +34,26 @@ def test_pixels_are_the_stock_processors_where_the_grid_is(processor):
     assert ours["input_ids"].tolist() == theirs["input_ids"].tolist()
 
 
+@pytest.mark.parametrize("bound", [32, 96, 112, 208])
+def test_stock_tiles_are_the_stock_processors(bound, tmp_path):
+    """With `InternVLProcessor` from the saved folder, and the `max_patches` that is saved there."""
+    processor = ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=bound, tiling="stock")
+    processor.save_pretrained(tmp_path)
+    again, stock = ColIntern3_5Processor.from_pretrained(tmp_path), InternVLProcessor.from_pretrained(tmp_path)
+    assert (again.tiling, stock.image_processor.crop_to_patches) == ("stock", True)
+    assert stock.image_processor.max_patches == bound // 16 - 1
+    sizes = [(224, 336), (336, 224), (112, 112), (113, 112), (9, 9), (1, 700), (700, 1), (620, 877), (500, 501)]
+    rng = Random(bound)
+    sizes += [(rng.randrange(1, 600), rng.randrange(1, 600)) for _ in range(15)]
+    prompt = stock.image_token.join(processor.visual_prompt)
+    for size in sizes:
+        page = Image.effect_noise(size, 90).convert("RGB")
+        ours, theirs = again.process_images([page]), stock(images=[page], text=[prompt], return_tensors="pt")
+        assert torch.equal(ours["pixel_values"], theirs["pixel_values"]), size
+        assert ours["input_ids"].tolist() == theirs["input_ids"].tolist()
+        assert len(ours["pixel_values"]) == again.get_page_grid(size[::-1]).tiles <= bound // 16
+
+
 def test_tiles_of_a_batch_follow_each_other(processor, pages):
     whole = processor.process_images(pages)
     alone = [processor.process_images([page])["pixel_values"] for page in pages]
@@ -54,8 +75,12 @@ def test_the_bound_on_visual_tokens_holds(pages):
 
 
 def test_a_bound_below_one_tile_is_refused():
-    with pytest.raises(ValueError, match=r"max_visual_tokens=15.*16 or more"):
+    with pytest.raises(ValueError, match=r"max_visual_tokens: 15 is less than one tile costs; .* at least 16"):
         ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=15)
+    with pytest.raises(ValueError, match=r"max_visual_tokens: 31 .* thumbnail cost with tiling: stock; .* least 32"):
+        ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=31, tiling="stock")
+    with pytest.raises(ValueError, match="tiling='exakt': must be one of exact, stock"):
+        ColIntern3_5Processor.from_pretrained(BASE, tiling="exakt")
 
 
 def test_colpali_engines_name_of_the_bound_and_no_unknown_keyword(tmp_path):
@@ -71,7 +96,7 @@ def test_colpali_engines_name_of_the_bound_and_no_unknown_keyword(tmp_path):
         load(BASE, use_fast=False)
     with pytest.raises(TypeError, match="give one of them"):
         load(BASE, max_visual_tokens=96, max_num_visual_tokens=48)
-    with pytest.raises(ValueError, match="max_visual_tokens=15"):
+    with pytest.raises(ValueError, match="max_visual_tokens: 15"):
         load(BASE, max_num_visual_tokens=15)
 
 

@@ -185,6 +185,12 @@ def test_tiles_of_an_explicit_base(copy: Path) -> None:
     tiles = ("tiles", "1240", "1754", "--tile", "448", "--tokens-per-tile", "256", "--max-visual-tokens")
     assert "2 x 3 of 448 px\n" in colintern(copy, *tiles, "1536").stdout
     assert "2 x 3 of 448 px + thumbnail\ntokens  7 x 256 = 1792 " in colintern(copy, *tiles, "1792").stdout
+    assert (
+        "1 x 2 of 448 px + thumbnail\ntokens  3 x 256 = 768 "
+        in colintern(copy, *tiles, "1536", "--tiling", "stock").stdout
+    )
+    run = colintern(copy, *tiles, "511", "--tiling", "stock")
+    assert run.returncode == 2 and "max_visual_tokens: 511" in run.stderr and "at least 512" in run.stderr
     run = colintern(copy, *tiles, "255")
     assert run.returncode == 2
     assert "max_visual_tokens: 255" in run.stderr and "at least 256" in run.stderr

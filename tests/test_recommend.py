@@ -17,6 +17,7 @@ from colintern.__main__ import main
 from colintern.commands.recommend import Head, _format_head, _format_table
 from colintern.core.errors import UserError
 from colintern.core.recipes import render_recipe
+from colintern.modeling.configuration_colintern import load_base_config
 from colintern.monitoring import guide as guide_rules
 from colintern.monitoring.guide import DEMO, MIN_EPOCHS, get_optimal_lr, get_optimal_rank, get_recommended_bounds
 from colintern.params import load_params, load_recipe
@@ -182,6 +183,30 @@ def test_every_line_fits_a_terminal_and_says_where_it_comes_from(checkout, capsy
     assert rows["gradient_checkpointing"][1:3] == ["false", "computed"]
     assert "predicted, not measured:" in lines
     assert any("no times: name a card with --gpu" in line for line in lines)
+
+
+def test_stock_tiling_takes_the_memory_of_the_budget_and_the_time_of_an_a4_page(checkout, capsys):
+    """6 tiles fit the budget, and an A4 page gets 3 of them; below 512 tokens there are no two tiles to recommend."""
+    plans = {}
+    for tiling in ("exact", "stock"):
+        text = (checkout / "params.yaml").read_text()
+        (checkout / "params.yaml").write_text(re.sub(r"(?m)^tiling: .*", f"tiling: {tiling}", text))
+        main(["recommend", "--gpu", "h200", "--rows", "6400", "--pages", "1000", "--json"])
+        report = json.loads(capsys.readouterr().out)
+        plans[tiling] = report["predicted"] | {value["key"]: value for value in report["values"]}
+    exact, stock = plans["exact"], plans["stock"]
+    assert exact["max_visual_tokens"]["reason"] == "6 tiles, 2 x 3 of A4"
+    assert stock["max_visual_tokens"]["reason"] == "6 tiles, 1 x 2 + thumbnail of A4"
+    assert stock["peak_bytes"] == exact["peak_bytes"]
+    assert (exact["feature_cache_gb"]["value"], stock["feature_cache_gb"]["value"]) == (3.2, 1.6)
+    assert stock["feature_hours"] == pytest.approx(exact["feature_hours"] / 2)
+    assert 0.4 < stock["seconds_per_step"] / exact["seconds_per_step"] < 0.6
+    params, tried = load_params("params.yaml"), []
+    costs = CostModel(load_base_config("internvl3_5-1b", params), params)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="too little for any step"):
+        patch.setattr(rules, "optimal_micro_batch_size", lambda memory, costs, step: tried.append(step.tiles) or 0)
+        rules.plan_step(costs, 141, GPUS["H200"])
+    assert sorted(set(tried)) == [2, 3, 4, 6]
 
 
 def test_the_guides_table_beside_the_computed_one(checkout, capsys):

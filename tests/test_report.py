@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,9 +29,11 @@ from colintern.evaluation.results import QueryResult
 from colintern.monitoring.guide import get_recommended_bounds
 from colintern.monitoring.health import HEALTH, assess_run, findings_to_json
 from colintern.params import load_params as load_params
+from colintern.params import load_recipe
 from colintern.reporting import examples, plots
 from colintern.reporting.evaluation import (
     FULL_SIZE,
+    apply_evaluated_settings,
     compute_margin,
     count_ranks,
     find_evaluation,
@@ -249,6 +252,19 @@ def test_results_of_smaller_embeddings_are_not_those_of_whole_ones(tmp_path, mon
         match="is of it with pool_factor 1, dim 128, embedding_precision float32, rescore_top_k 0; evaluate it",
     ):
         find_evaluation("1", None, FULL_SIZE)
+
+
+def test_an_evaluation_that_names_no_tiling_is_of_exact_tiles(tmp_path, monkeypatch):
+    now = replace(load_recipe(ROOT / "recipes" / "demo.yaml"), tiling="stock")
+    monkeypatch.chdir(tmp_path)
+    for name, tiling in {"old": {}, "stock": {"tiling": "stock"}}.items():
+        place = Path("results/evaluate") / name
+        place.mkdir(parents=True)
+        run = {"revision": "1", "params": tiling | {"benchmarks": ["demo"], "max_visual_tokens": 32}}
+        (place / "run.json").write_text(json.dumps(run))
+    for name, tiling in (("old", "exact"), ("stock", "stock")):
+        assert find_evaluation("1", None, {"tiling": tiling}).name == name
+        assert apply_evaluated_settings(now, Path("results/evaluate") / name).tiling == tiling
 
 
 def test_scores_that_are_shown_are_those_it_is_ranked_by_and_a_query_without_a_right_page_is_passed_over(

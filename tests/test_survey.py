@@ -30,7 +30,7 @@ from colintern.ingest.validation import check_benchmarks, validate_judgments
 from colintern.params import load_params
 from colintern.statistics.dataset_stats import MEASURES, format_stats, load_dataset_stats, summarize_stats
 from colintern.statistics.survey import survey_rows
-from colintern.storage.manifest import ensure_benchmark, hash_local_file, hash_local_files
+from colintern.storage.manifest import SURVEY, ensure_benchmark, hash_local_file, hash_local_files
 from stages import fetch_data as stage
 
 pytestmark = pytest.mark.integration
@@ -120,7 +120,8 @@ def dev_and_train() -> dict:
 
 
 def stats() -> dict:
-    return load_dataset_stats(load_params().max_visual_tokens)
+    params = load_params()
+    return load_dataset_stats(params.max_visual_tokens, params.tiling)
 
 
 CASES = [
@@ -456,6 +457,13 @@ def test_the_data_in_numbers():
     languages = train["languages, guessed"]
     assert sum(languages.values()) == 40, "distinct queries"
     assert (languages["de"], languages["en"], languages["fr"]) == (1, 4, 1)
+    survey = json.loads(Path(SURVEY).read_text())
+    survey[f"{BEIR} (test)"]["page sizes"] = {"224x336": 4}
+    Path(SURVEY).write_text(json.dumps(survey))
+    for tiling, tiles in (("exact", 6), ("stock", 3)):
+        assert load_dataset_stats(96, tiling)[f"{BEIR} (test)"]["tiles of a page"] == {str(tiles): 4}
+    with pytest.raises(UserError, match="max_visual_tokens: 16 is less than a tile and its thumbnail cost"):
+        load_dataset_stats(16, "stock")
     shown = format_stats(stats(), quarantine())
     assert f"{SET} (train): 43 rows, 40 pages, 42 queries, 1 duplicates, 1 quarantined" in shown
     assert f"quarantined: {SET}: 1 x query is empty" in shown

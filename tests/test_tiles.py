@@ -8,7 +8,7 @@ from conftest import ROOT
 
 import colintern.modeling.tiling
 from colintern.__main__ import main
-from colintern.modeling.tiling import Grid, choose_grid
+from colintern.modeling.tiling import Grid, choose_grid, format_a4_tilings
 
 A4 = (1240, 1754)
 
@@ -22,6 +22,15 @@ def test_examples():
 )
 def test_an_a4_page(tokens, grid):
     assert choose_grid(*A4, max_tiles=tokens // 256, tile=448) == grid
+
+
+def test_an_a4_page_under_each_tiling():
+    assert format_a4_tilings(1536, 448, 256).splitlines() == [
+        "A4 page, tiling exact: 2 x 3, 6 tiles, 1536 visual tokens",
+        "A4 page, tiling stock: 1 x 2 + thumbnail, 3 tiles, 768 visual tokens",
+    ]
+    assert format_a4_tilings(1792, 448, 256).count("2 x 3 + thumbnail, 7 tiles, 1792 visual tokens") == 2
+    assert "stock: not possible: max_visual_tokens: 511 is less than a tile\n" in format_a4_tilings(511, 448, 256)
 
 
 def test_the_bound_is_never_exceeded_and_a_larger_one_never_shows_less():
@@ -48,9 +57,10 @@ def test_landscape_is_portrait_turned():
 
 
 @pytest.mark.parametrize("bad", [dict(width=0, height=5, max_tiles=1), dict(width=5, height=5, max_tiles=0)])
-def test_impossible_input_is_refused(bad):
+@pytest.mark.parametrize("tiling", ["exact", "stock"])
+def test_impossible_input_is_refused(bad, tiling):
     with pytest.raises(ValueError, match="at least"):
-        choose_grid(**bad, tile=448)
+        choose_grid(**bad, tile=448, tiling=tiling)
 
 
 def test_a_reader_that_has_enough_is_no_error():

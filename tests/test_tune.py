@@ -115,7 +115,7 @@ def test_what_cannot_be_searched_is_refused(tmp_path, monkeypatch, text, words):
         (TWO.replace("pruner: none", "pruner: median"), "pruner: 'median' is not valid with against: bytes_per_page"),
         (
             TWO[: TWO.index("  pool")],
-            "against: bytes_per_page needs pool_factor, dim or max_visual_tokens in the space",
+            "against: bytes_per_page needs pool_factor, dim, max_visual_tokens or tiling in the space",
         ),
         (TWO.replace("  lr: {low: 0.001, high: 0.02, log: true}\n", ""), "space: it needs a key that training reads"),
         (SPACE + "trials: 3\n", "trials: unknown key; nearest key: startup_trials"),

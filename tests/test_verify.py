@@ -60,6 +60,7 @@ def test_the_report_of_a_preset(workspace):
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "LORA TARGET MODULE VERIFICATION FOR internvl3_5-2b" in done.stdout
     assert done.stdout.count("28 found layers 0-27") == 7 and "Linear(2048 -> 128)" in done.stdout
+    assert "A4 page, tiling stock: 1 x 2 + thumbnail, 3 tiles, 768 visual tokens\n" in done.stdout
 
 
 def test_json_has_the_counts_and_nothing_else_on_stdout(workspace):

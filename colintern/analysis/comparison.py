@@ -16,7 +16,14 @@ from colintern.analysis.significance import (
 from colintern.core.errors import UserError
 from colintern.core.page_labels import fit_columns, label_page, label_query, pad_columns
 from colintern.core.terminal import TERMINAL_COLUMNS
-from colintern.evaluation.results import QUERY_KEY, QueryResult, RunInfo, read_query_results, shorten_task_name
+from colintern.evaluation.results import (
+    QUERY_KEY,
+    UNRECORDED,
+    QueryResult,
+    RunInfo,
+    read_query_results,
+    shorten_task_name,
+)
 
 EVALUATION = "results/mteb_evaluation"
 RUN_FILE, QUERIES_FILE = "run.json", "queries/trained.parquet"
@@ -171,7 +178,7 @@ def compare_eval_runs(a: EvalRun, b: EvalRun, metric: str) -> EvalComparison:
         ScorePair(before.benchmark, before.task, before.subset, before.scores[metric], after.scores[metric])
         for before, after in pairs
     )
-    settings = a.run["params"], b.run["params"]
+    settings = UNRECORDED | a.run["params"], UNRECORDED | b.run["params"]
     keys = sorted(settings[0].keys() | settings[1].keys())
     params = {key: (settings[0].get(key), settings[1].get(key)) for key in keys}
     differing = {key: values for key, values in params.items() if values[0] != values[1]}

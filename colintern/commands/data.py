@@ -22,4 +22,4 @@ def run(args: argparse.Namespace) -> None:
     read_training_manifest(params)  # refuses the survey of other data than params name
     for name in filter(is_local_benchmark, params.benchmarks):
         ensure_benchmark(name)
-    print(format_stats(load_dataset_stats(params.max_visual_tokens), read_data_file(QUARANTINE)["rows"]))
+    print(format_stats(load_dataset_stats(params.max_visual_tokens, params.tiling), read_data_file(QUARANTINE)["rows"]))

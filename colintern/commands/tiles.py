@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from colintern.core.errors import UserError
+from colintern.modeling.tiling import MIN_TILES, choose_grid, count_max_tiles, read_base_tile
 from colintern.params import load_params
 
 SUMMARY = "show which tiles a page is cut into"
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most a page may cost (default: that of params.yaml)",
     )
+    parser.add_argument("--tiling", choices=MIN_TILES, help="default: that of params.yaml, or exact without it")
     parser.add_argument("--tile", type=_parse_pixels, metavar="PX", help="side of a tile (default: that of the base)")
     parser.add_argument(
         "--tokens-per-tile",
@@ -30,22 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print grid and tokens of a page."""
-    from colintern.modeling.tiling import choose_grid, read_base_tile
+    """Print grid and tokens of a page.
 
-    bound, tile, tokens = args.max_visual_tokens, args.tile, args.tokens_per_tile
+    Raises:
+        UserError: half a description of the base's tiles, or a bound that is too small.
+    """
+    bound, tile, tokens, tiling = args.max_visual_tokens, args.tile, args.tokens_per_tile, args.tiling or "exact"
     if (tile is None) != (tokens is None):
         raise UserError("--tile and --tokens-per-tile describe one base: give both, or neither")
     if bound is None or tile is None:
         params = load_params()
-        bound = bound or params.max_visual_tokens
+        bound, tiling = bound or params.max_visual_tokens, args.tiling or params.tiling
         if tile is None:
             tile, tokens = read_base_tile(Path(params.base))
-    if bound < tokens:
-        raise UserError(f"max_visual_tokens: {bound} is less than one tile costs; it must be at least {tokens}")
-    grid = choose_grid(args.width, args.height, bound // tokens, tile)
+    grid = choose_grid(args.width, args.height, count_max_tiles(bound, tokens, tiling), tile, tiling)
     print(f"page    {args.width} x {args.height} px")
-    print(f"tiles   {grid.cols} x {grid.rows} of {tile} px{' + thumbnail' if grid.thumbnail else ''}")
+    print(f"tiles   {grid.cols} x {grid.rows} of {tile} px{' + thumbnail' * grid.thumbnail}")
     print(f"tokens  {grid.tiles} x {tokens} = {grid.tiles * tokens} visual tokens, at most {bound}")
 
 

@@ -29,17 +29,20 @@ def run(args: argparse.Namespace) -> None:
     params = load_params(args.params)
     base = args.base or params.base
     require_base(base, params)
-    from colintern.modeling.configuration_colintern import load_base_config
+    from colintern.modeling.configuration_colintern import get_tile_size, load_base_config
     from colintern.modeling.lora import find_lora_errors, find_lora_warnings, format_lora_report, report_lora_on_meta
     from colintern.modeling.modeling_colintern import build_meta_model
+    from colintern.modeling.tiling import format_a4_tilings
 
-    report = report_lora_on_meta(build_meta_model(load_base_config(base, params), None), params)
+    config = load_base_config(base, params)
+    report = report_lora_on_meta(build_meta_model(config, None), params)
     errors = find_lora_errors(report)
     if args.json:
         result = {"base": base, **asdict(report), "faults": errors, "notes": find_lora_warnings(report)}
         print(json.dumps(result, indent=2))
     else:
         print(format_lora_report(base, report))
+        print(format_a4_tilings(params.max_visual_tokens, get_tile_size(config), config.image_seq_length))
     if errors:
         raise UserError("\n  ".join(errors))
     if not args.json:

@@ -177,6 +177,7 @@ def fingerprint_features(model: Model, processor: Processor) -> str:
         "images": json.loads(processor.image_processor.to_json_string()),
         "max_visual_tokens": processor.max_visual_tokens,
         "attention": model.config.vision_config._attn_implementation,  # type: ignore[union-attr]
+        "tiling": processor.tiling,
         "machine": f"{device.type} {machine}",
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,  # they decide in which order sums are taken
         "versions": {name: version(name) for name in LIBRARIES},

@@ -89,6 +89,7 @@ def _make_model(
         "max_query_tokens": params.max_query_tokens,
         "max_visual_tokens": params.max_visual_tokens,
         "threads": params.threads,
+        "tiling": params.tiling,
     }
     sizes = {
         "pool_factor": params.pool_factor,

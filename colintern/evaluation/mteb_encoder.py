@@ -177,7 +177,9 @@ class ColIntern3_5Encoder(AbsEncoder):
             blocks.append(maxsim_scores(truncated, block, device))
         scores = torch.cat(blocks, dim=1)
         if self.rescore_top_k:
-            rescore_best(scores, queries, [page.full for page in pages if page.full is not None], self.rescore_top_k, device)
+            rescore_best(
+                scores, queries, [page.full for page in pages if page.full is not None], self.rescore_top_k, device
+            )
         self.scoring_seconds += perf_counter() - start
         return scores
 

@@ -43,6 +43,12 @@ QUERY_SCHEMA = pa.schema(
     ]
 )
 
+UNRECORDED: dict[str, Any] = {
+    "pool_factor": 1,
+    "dim": 128,
+    "tiling": "exact",
+}  # of evaluations from before these keys
+
 Means = dict[str, float]
 Scores = dict[str, dict[str, Any]]  # see `aggregate_scores`
 

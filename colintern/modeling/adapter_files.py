@@ -41,8 +41,8 @@ tags: [colpali, late-interaction, lora, multi-vector]
 # ColIntern3.5 adapter
 
 LoRA of rank {rank} (alpha {alpha:g}) on `{base}`{at_revision}, for visual document retrieval: a page image and a query
-each become many 128-d vectors, scored by MaxSim. A page has at most {max_visual_tokens} visual tokens, a query at most
-{max_query_tokens} tokens.
+each become many 128-d vectors, scored by MaxSim. A page has at most {max_visual_tokens} visual tokens (tiling:
+{tiling}), a query at most {max_query_tokens} tokens.
 
 With colintern (`colintern evaluate` and `colintern search` take this folder too). If the base is a local
 folder, its path is relative to the current working directory:
@@ -355,6 +355,7 @@ def save_adapter_extras(wrapped: Any, processor: Any, folder: Path) -> None:
         rank=config.r,
         alpha=config.lora_alpha,
         max_visual_tokens=processor.max_visual_tokens,
+        tiling=processor.tiling,
         max_query_tokens=processor.max_query_tokens,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -101,6 +101,12 @@ def load_cached_or_preset_config(params: Params) -> BackboneConfig:
     return load_base_config(params.base, params)
 
 
+def get_tile_size(config: BackboneConfig) -> int:
+    """Return the side of a tile in pixels."""
+    vision: Any = config.vision_config
+    return vision.image_size[0]
+
+
 def get_preset_name(base: str) -> str:
     """Return the preset of a hub id of OpenGVLab, "" if there is none."""
     name = base.lower().removeprefix("opengvlab/").removesuffix("-hf")

@@ -217,12 +217,16 @@ def _get_options(params: Params) -> dict[str, object]:
 
 
 def load_processor(params: Params, adapter: Path, model: nn.Module | None = None) -> ColIntern3_5Processor:
-    """Load the adapter's processor with the bounds of params.yaml."""
+    """Load the adapter's processor with the bounds and the tiling of params.yaml.
+
+    Raises:
+        UserError: see `read_processor`.
+    """
     bounds = {"max_visual_tokens": params.max_visual_tokens, "max_query_tokens": params.max_query_tokens}
-    return read_processor(adapter, model, **bounds)
+    return read_processor(adapter, model, **bounds, tiling=params.tiling)
 
 
-def read_processor(folder: Path, model: nn.Module | None = None, **bounds: int) -> ColIntern3_5Processor:
+def read_processor(folder: Path, model: nn.Module | None = None, **bounds: int | str) -> ColIntern3_5Processor:
     """Load the processor of an adapter or merged model from its folder.
 
     Args:
@@ -240,7 +244,7 @@ def read_processor(folder: Path, model: nn.Module | None = None, **bounds: int) 
     read_json_object(folder / PROCESSOR_CONFIG)
     read_json_object(folder / TOKENIZER_CONFIG)
     try:
-        processor = ColIntern3_5Processor.from_pretrained(folder, **bounds)
+        processor = ColIntern3_5Processor.from_pretrained(folder, **bounds)  # type: ignore[arg-type]
         _try_processor(processor)
     except Exception as error:  # whatever a wrong value leads to in transformers
         file = folder / _find_damaged_file(folder)

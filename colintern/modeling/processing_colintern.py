@@ -1,6 +1,6 @@
 """Convert pages and queries to model inputs: `ColIntern3_5Processor`, with colpali-engine's public methods.
 
-It is transformers' `InternVLProcessor` with three differences: tiles come from `tiling` (a hard bound on visual
+It is transformers' `InternVLProcessor` with three differences: grids come from `tiling` (a hard bound on visual
 tokens), padding is on the right (the stock processor pads left whatever the tokenizer says), and one function formats a
 query, for training, evaluation and search alike. docs/colpali-engine.md shows its use in scripts written for
 colpali-engine's models. Shapes: B rows, L tokens of a padded row.
@@ -21,7 +21,7 @@ from transformers.image_utils import SizeDict
 
 from colintern.modeling.images import to_rgb
 from colintern.modeling.interpretability import InterpretabilityMixin, PageBatch
-from colintern.modeling.tiling import Grid, choose_grid
+from colintern.modeling.tiling import MIN_TILES, Grid, choose_grid, count_max_tiles
 from colintern.scoring.maxsim import maxsim_scores
 
 logger = logging.getLogger(__name__)
@@ -47,11 +47,12 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
     Args:
         image_processor, tokenizer, video_processor, image_seq_length, chat_template: as in `InternVLProcessor`;
             `image_seq_length` is the number of visual tokens of one tile (256 for InternVL3.5).
-        max_visual_tokens: hard bound on the visual tokens of a page; at least one tile's worth.
+        max_visual_tokens: hard bound on the visual tokens of a page; at least one tile's worth, two with "stock".
         max_query_tokens: a longer query, prefix and augmentation included, is truncated with a warning.
+        tiling: "exact", or "stock" for the tiles of `InternVLProcessor` with `crop_to_patches`, which is then saved.
 
     Raises:
-        ValueError: a bound below one tile, or below one word of a query.
+        ValueError: an unknown tiling, or a bound below its tiles or below one word of a query.
     """
 
     query_prefix: ClassVar[str] = "Query: "
@@ -68,15 +69,17 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         chat_template=None,
         max_visual_tokens: int = 1536,
         max_query_tokens: int = 128,
+        tiling: str = "exact",
         **kwargs,
     ):
         super().__init__(image_processor, tokenizer, video_processor, image_seq_length, chat_template, **kwargs)
-        if max_visual_tokens < image_seq_length:
-            raise ValueError(
-                f"max_visual_tokens={max_visual_tokens}: one tile takes {image_seq_length} visual tokens, "
-                f"so the bound must be {image_seq_length} or more"
-            )
-        self.max_visual_tokens = max_visual_tokens
+        if tiling not in MIN_TILES:
+            raise ValueError(f"tiling={tiling!r}: must be one of {', '.join(MIN_TILES)}")
+        self.tiling, self.max_visual_tokens = tiling, max_visual_tokens
+        self.max_tiles = count_max_tiles(max_visual_tokens, image_seq_length, tiling)
+        if tiling == "stock":  # what other programs read from the saved processor, to cut pages alike
+            self.image_processor.crop_to_patches = True
+            self.image_processor.min_patches, self.image_processor.max_patches = 1, self.max_tiles - 1
         self.max_query_tokens = max_query_tokens
         # Characters of a query that are tokenized, since 16 MB would take minutes. Later ones cannot be among its first
         # tokens: each is at most as long as the longest, and NFC merges at most four characters into one.
@@ -110,7 +113,8 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
         if unknown := sorted(kwargs.keys() - known):
             raise TypeError(
                 f"{cls.__name__}.from_pretrained: unknown keyword {', '.join(unknown)}; remove it. The processor's own "
-                "settings are max_visual_tokens (or max_num_visual_tokens) and max_query_tokens; transformers' are "
+                "settings are max_visual_tokens (or max_num_visual_tokens), max_query_tokens and tiling; "
+                "transformers' are "
                 f"{', '.join(sorted(name for name in HUB_KEYWORDS if name[0] != '_'))}"
             )
         if kwargs.get("use_fast") is False:
@@ -166,7 +170,7 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
     def get_page_grid(self, image_size: tuple[int, int]) -> Grid:
         """Return the tile grid of a page of `image_size` = (height, width) pixels."""
         height, width = image_size
-        return choose_grid(width, height, self.max_visual_tokens // self.image_seq_length, self.tile_size)
+        return choose_grid(width, height, self.max_tiles, self.tile_size, self.tiling)
 
     def process_images(self, images: list[Image.Image]) -> BatchFeature:
         """Convert pages to a batch.

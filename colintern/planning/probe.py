@@ -45,7 +45,8 @@ def probe_steps(params: Params, base: str) -> Iterator[ProbedStep]:
     """
     torch.set_num_threads(params.threads)
     sizes = {"max_visual_tokens": params.max_visual_tokens, "max_query_tokens": params.max_query_tokens}
-    processor = ColIntern3_5Processor.from_pretrained(base, revision=params.base_revision or "main", **sizes)
+    revision = params.base_revision or "main"
+    processor = ColIntern3_5Processor.from_pretrained(base, revision=revision, tiling=params.tiling, **sizes)
     attention, dtype = (
         resolve_attn_implementation(params.attention, params.dtype, training=True),
         getattr(torch, params.dtype),

@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from colintern.core.errors import UserError
-from colintern.modeling.tiling import INTERNVL_TILE, choose_grid
+from colintern.modeling.configuration_colintern import get_tile_size
+from colintern.modeling.tiling import A4, INTERNVL_TILE, MIN_TILES, choose_grid
 from colintern.monitoring.guide import (
     MIN_BATCH_SIZE,
     MIN_EPOCHS,
@@ -24,7 +25,6 @@ from colintern.planning.costs import CostModel, StepCost, StepSettings
 from colintern.planning.gpus import ASSUMED, Gpu, predict_seconds
 
 GIB = 2**30
-A4 = 1240, 1754  # pixels, at 150 dpi
 USABLE_SHARE = 0.85  # of a GPU's memory; the guide's table of resources calls 80-90 % normal and more than 95 % a risk
 MIN_TIME_SAVED = 0.05  # share of a step's predicted time; the prediction is not better than that
 PROMPT_TOKENS = 12  # of a page beside its visual tokens: `ColIntern3_5Processor.visual_prompt`, in Qwen's tokens
@@ -99,7 +99,8 @@ def plan_step(costs: CostModel, gpu_memory_gb: float, gpu: Gpu) -> StepPlan:
     params, tile = costs.params, costs.config.image_seq_length
     needed = sum(costs.static_memory.values()) / GIB
     tried = VISUAL_TOKENS if costs.num_parameters >= MIN_GUIDE_PARAMETERS else (params.max_visual_tokens,)
-    for tiles in (tokens // tile for tokens in tried if tokens >= tile and needed < gpu_memory_gb * USABLE_SHARE):
+    least = tile * MIN_TILES[params.tiling]
+    for tiles in (tokens // tile for tokens in tried if tokens >= least and needed < gpu_memory_gb * USABLE_SHARE):
         options = []
         for checkpointing in (False, True):
             settings = _make_step_settings(costs, checkpointing, tiles, params.negatives)
@@ -127,8 +128,18 @@ def _make_step_settings(costs: CostModel, checkpointing: bool, tiles: int, negat
 
 
 def _predict_plan(costs: CostModel, gpu: Gpu, settings: StepSettings) -> StepPlan:
-    cost = costs.predict_step(settings)
-    return StepPlan(settings, cost, predict_seconds(gpu, costs.dtype, *cost[1:]))
+    """Predict memory for pages of the whole budget, and time for A4 pages."""
+    tiles = _count_page_tiles(costs, settings.tiles)
+    tokens = settings.page_tokens - (settings.tiles - tiles) * costs.config.image_seq_length
+    usual = costs.predict_step(settings._replace(tiles=tiles, page_tokens=tokens))
+    return StepPlan(settings, costs.predict_step(settings), predict_seconds(gpu, costs.dtype, *usual[1:]))
+
+
+def _count_page_tiles(costs: CostModel, max_tiles: int) -> int:
+    """Return the tiles of an A4 page: exact tiling takes about all that the budget allows, stock tiling often half."""
+    if costs.params.tiling == "exact":
+        return max_tiles
+    return choose_grid(*A4, max_tiles, get_tile_size(costs.config), costs.params.tiling).tiles
 
 
 def _rank_plan(plan: StepPlan) -> float:
@@ -155,8 +166,9 @@ def recommend_settings(
     reason = f"a step takes {'; '.join(others)}; predicted" if plan.others else "nothing else fits"
     reason = f"{_describe_checkpointing(settings)}; {reason}"
     yield Recommendation("gradient_checkpointing", settings.checkpointing, "computed", reason)
-    cache_gb = math.ceil(pages * costs.feature_bytes(settings.tiles) / 1e8) / 10
-    reason = f"{pages:,} pages of {settings.tiles} tiles; disk, not memory"
+    tiles = _count_page_tiles(costs, settings.tiles)
+    cache_gb = math.ceil(pages * costs.feature_bytes(tiles) / 1e8) / 10
+    reason = f"{pages:,} pages of {tiles} tiles; disk, not memory"
     yield Recommendation("feature_cache_gb", cache_gb, "computed", reason)
 
 
@@ -170,7 +182,7 @@ def _apply_guide(costs: CostModel, settings: StepSettings, rows: int) -> Iterato
         yield from (Recommendation(key, None, "README", reason) for key in NOT_FOR_SMALL)
         return
     visual_tokens, steps = settings.tiles * costs.config.image_seq_length, count_steps(rows, costs.params)
-    grid = choose_grid(*A4, settings.tiles, INTERNVL_TILE)
+    grid = choose_grid(*A4, settings.tiles, INTERNVL_TILE, costs.params.tiling)
     fit = "" if visual_tokens == VISUAL_TOKENS[0] else f"; with {VISUAL_TOKENS[0]} no step fits this GPU"
     for key, value, reason in (
         ("lr", get_optimal_lr(size), f"{size / 1e9:.1f} B: 7e-5 below 0.5 B, 5e-5 below 3 B, then 3e-5"),
@@ -181,7 +193,7 @@ def _apply_guide(costs: CostModel, settings: StepSettings, rows: int) -> Iterato
         ("epochs", MIN_EPOCHS, "5, not 1"),
         ("batch_size", settings.batch_size, "64 pages to tell apart: no accumulation, so effective and real"),
         ("warmup_steps", choose_warmup_steps(steps), f"{WARMUP}, at most a tenth of {steps:,} steps"),
-        ("max_visual_tokens", visual_tokens, f"{settings.tiles} tiles, {grid.cols} x {grid.rows} of A4{fit}"),
+        ("max_visual_tokens", visual_tokens, f"{settings.tiles} tiles, {grid} of A4{fit}"),
     ):
         yield Recommendation(key, value, "guide", reason)
 
@@ -204,7 +216,7 @@ def choose_warmup_steps(steps: int) -> int:
 
 def forecast_run(costs: CostModel, plan: StepPlan, gpu: Gpu, rows: int, pages: int) -> Forecast:
     """Predict the hours of all steps and of the page features."""
-    tiles, steps = pages * plan.settings.tiles, count_steps(rows, costs.params)
+    tiles, steps = pages * _count_page_tiles(costs, plan.settings.tiles), count_steps(rows, costs.params)
     seconds = predict_seconds(gpu, costs.dtype, *(tiles * cost for cost in costs.tile_cost))
     return Forecast(plan.seconds, steps, steps * plan.seconds / 3600, seconds / 3600)
 

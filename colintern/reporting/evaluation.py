@@ -14,6 +14,7 @@ from colintern.analysis.significance import ScoreComparison, ScorePair, compare_
 from colintern.core.errors import UserError
 from colintern.data.benchmarks import resolve_benchmarks
 from colintern.evaluation.results import (
+    UNRECORDED,
     QueryResult,
     RunInfo,
     Scores,
@@ -28,7 +29,7 @@ from colintern.scoring.metrics import MAIN_METRIC
 EVALUATION_FOLDERS = ("results/mteb_evaluation", "results/evaluate/*", "results/evaluate/*/pool*-dim*")
 # The embeddings as they are; see encoding/pooling.py and encoding/precision.py.
 FULL_SIZE = {"pool_factor": 1, "dim": 128, "embedding_precision": "float32", "rescore_top_k": 0}
-SETTINGS = (*"attention dtype eval_batch_size max_query_tokens max_visual_tokens threads".split(), *FULL_SIZE)
+SETTINGS = (*"attention dtype eval_batch_size max_query_tokens max_visual_tokens threads tiling".split(), *FULL_SIZE)
 RANK_RANGES = {"1": 1, "2 to 5": 5, "6 to 10": 10, "11 to 100": 100, "101 to 1,000": 1000}  # name -> last rank
 
 
@@ -55,7 +56,7 @@ def find_evaluation(revision: str, given: Path | None, settings: dict[str, objec
     for folder in folders:
         if (folder / "run.json").is_file():
             run = _read_run(folder)
-            if settings.items() <= (FULL_SIZE | run["params"]).items():
+            if settings.items() <= (UNRECORDED | run["params"]).items():
                 revisions[folder] = run["revision"]
     if given and given not in revisions:
         raise UserError(
@@ -83,7 +84,7 @@ def get_embedding_size(run: RunInfo) -> dict[str, object]:
 
 def apply_evaluated_settings(params: Params, folder: Path) -> Params:
     """Return `params` with the settings of the evaluation in `folder`."""
-    evaluated = _read_run(folder)["params"]
+    evaluated = UNRECORDED | _read_run(folder)["params"]
     settings = {key: evaluated[key] for key in SETTINGS if key in evaluated}
     return replace(params, benchmarks=tuple(evaluated["benchmarks"]), **settings)
 

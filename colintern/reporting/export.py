@@ -70,7 +70,7 @@ def export_model(params: Params, folder: Path, out: Path, name: str) -> str:
 
 def _find_evaluation_of_export(params: Params, revision: str) -> tuple[Evaluation | None, str]:
     """Find one of embeddings in full size, with the bounds and the type of the exported model; or return why not."""
-    bounds = {"max_query_tokens": params.max_query_tokens, "max_visual_tokens": params.max_visual_tokens}
+    bounds = {key: getattr(params, key) for key in ("max_query_tokens", "max_visual_tokens", "tiling")}
     try:
         folder = find_evaluation(revision, None, FULL_SIZE | bounds | {"dtype": params.dtype})
         return read_evaluation(apply_evaluated_settings(params, folder), folder), ""

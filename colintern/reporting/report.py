@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
@@ -13,7 +14,7 @@ from colintern.analysis.score_tables import (
     select_published_columns,
 )
 from colintern.evaluation.models import EvalModel
-from colintern.evaluation.results import Means, shorten_task_name
+from colintern.evaluation.results import UNRECORDED, Means, shorten_task_name
 from colintern.monitoring.health import HEALTH, RULES
 from colintern.reporting import plots
 from colintern.reporting.evaluation import (
@@ -58,7 +59,7 @@ def render_report(
         queries=len(evaluation.queries),
         failed=len(select_worst_queries(evaluation.queries)),
         passed=num_passed,
-        data=_summarize_data(folder, evaluation.run["params"]["max_visual_tokens"]),
+        data=_summarize_data(folder, UNRECORDED | evaluation.run["params"]),
         settings=sorted(evaluation.run["params"].items()),
         environment=_list_environment(folder, model, evaluation),
     )
@@ -158,13 +159,13 @@ def _read_training(folder: Path) -> dict[str, object] | None:
     }
 
 
-def _summarize_data(folder: Path, max_visual_tokens: int) -> dict[str, object] | None:
+def _summarize_data(folder: Path, settings: dict[str, Any]) -> dict[str, object] | None:
     """Return the data in numbers, if data/survey.json is of the data that the model was trained on."""
     if not Path(SURVEY).is_file() or not Path(MANIFEST).is_file():
         return None
     if read_identity(folder).get("deps", {}).get(MANIFEST) != content_hash(Path(MANIFEST)):
         return None
-    sets = summarize_stats(load_dataset_stats(max_visual_tokens))
+    sets = summarize_stats(load_dataset_stats(settings["max_visual_tokens"], settings["tiling"]))
     keys = [key for key in next(iter(sets.values()), {}) if not key.startswith("languages")]
     languages: dict[str, object] = {name: values.get("languages, guessed", {}) for name, values in sets.items()}
     return {"keys": keys, "sets": sets, "languages": languages}

@@ -47,6 +47,7 @@ def get_index_identity(
         "dtype": str(model.dtype),
         "attention": model.config._attn_implementation,
         "max_visual_tokens": processor.max_visual_tokens,
+        "tiling": processor.tiling,
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
         "versions": {name: version(name) for name in LIBRARIES},
         "code": code_hashes(*CODE, without={"scoring"}),

@@ -212,7 +212,7 @@ def _load_model(params: Params, base_path: str, attention: str) -> tuple[PeftMod
     base.name_or_path = base.config.name_or_path = params.base
     processor = ColIntern3_5Processor.from_pretrained(
         base_path, revision=revision,
-        max_visual_tokens=params.max_visual_tokens, max_query_tokens=params.max_query_tokens,
+        max_visual_tokens=params.max_visual_tokens, max_query_tokens=params.max_query_tokens, tiling=params.tiling,
     )  # fmt: skip
     num_checkpointed_layers(len(base.decoder_layers), params.gradient_checkpointing)  # fail before pages are computed
     model = add_lora(base, params.lora_targets, params.lora_rank, params.lora_alpha, params.lora_dropout, revision)

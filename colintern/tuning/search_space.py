@@ -120,8 +120,8 @@ def _check_objectives(raw: Mapping[str, object], keys: set[str]) -> Iterator[str
         yield f"pruner: {raw['pruner']!r} is not valid with against: {against}; it must be none, with two objectives"
     if against == BYTES_PER_PAGE and keys and keys <= {*PAGE_SIZE_KEYS}:
         yield "space: it needs a key that training reads; `colintern evaluate --pool-factor` takes sizes alone"
-    if against == BYTES_PER_PAGE and not keys & {*PAGE_SIZE_KEYS, "max_visual_tokens"}:
-        needed = "pool_factor, dim or max_visual_tokens"
+    if against == BYTES_PER_PAGE and not keys & {*PAGE_SIZE_KEYS, "max_visual_tokens", "tiling"}:
+        needed = "pool_factor, dim, max_visual_tokens or tiling"
         yield f"against: {against} needs {needed} in the space, or it is the same everywhere"
 
 
