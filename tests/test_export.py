@@ -22,8 +22,8 @@ from test_report import evaluated, fork, run  # noqa: F401
 
 from colintern.__main__ import main
 from colintern.encoding.embed import embed_pages, embed_queries
-from colintern.modeling.modeling_colintern import ColIntern3_5
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
+from colintern.modeling.retriever import ColIntern3_5
 
 pytestmark = pytest.mark.integration
 FILES = {"README.md", "config.json", "identity.json", "model.safetensors"}

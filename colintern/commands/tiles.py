@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: half a description of the base's tiles, or a bound below one tile.
     """
-    from colintern.modeling.tiling import choose_grid, read_base_tile
+    from colintern.modeling.base_tile import read_base_tile
+    from colintern.modeling.tiling import choose_grid
 
     bound, tile, tokens = args.max_visual_tokens, args.tile, args.tokens_per_tile
     if (tile is None) != (tokens is None):

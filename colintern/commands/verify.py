@@ -33,9 +33,9 @@ def run(args: argparse.Namespace) -> None:
     params = load_params(args.params)
     base = args.base or params.base
     require_base(base, params)
-    from colintern.modeling.configuration_colintern import load_base_config
+    from colintern.modeling.base_config import load_base_config
     from colintern.modeling.lora import find_lora_errors, find_lora_warnings, format_lora_report, report_lora_on_meta
-    from colintern.modeling.modeling_colintern import build_meta_model
+    from colintern.modeling.retriever import build_meta_model
 
     report = report_lora_on_meta(build_meta_model(load_base_config(base, params), None), params)
     errors = find_lora_errors(report)

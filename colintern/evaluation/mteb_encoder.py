@@ -32,7 +32,7 @@ from colintern.encoding.page_features import Page, PageFeatures
 from colintern.encoding.pooling import pool_tiles, truncate_dim
 from colintern.encoding.tensor_cache import TensorCache
 from colintern.modeling.loading import PretrainedRef, read_processor
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
 from colintern.scoring.maxsim import maxsim_scores
 
 LENGTHS_SUFFIX = "-lengths"  # of the key under which a batch's numbers of vectors a page are cached

@@ -7,11 +7,7 @@ impossible. Here the budget is a hard bound: the smallest grid below it that is 
 the thumbnail if it still fits.
 """
 
-import json
-from pathlib import Path
 from typing import NamedTuple
-
-from colintern.core.errors import UserError
 
 INTERNVL_TILE, INTERNVL_TOKENS = 448, 256  # side in pixels and visual tokens of a tile, in every InternVL3.5 of the hub
 MIN_SHARPNESS = 0.98  # relative to the sharpest grid: up to 2 % may be lost to save tiles
@@ -71,22 +67,3 @@ def choose_grid(width: int, height: int, max_tiles: int, tile: int) -> Grid:
     min_sharpness = MIN_SHARPNESS * max(map(sharpness, grids))
     cols, rows = min((grid for grid in grids if sharpness(grid) >= min_sharpness), key=rank)
     return Grid(cols, rows, thumbnail=1 < cols * rows < max_tiles)
-
-
-def read_base_tile(base: Path) -> tuple[int, int]:
-    """Return side in pixels and visual tokens of the base's tiles, from its config.json if the base is a folder.
-
-    Raises:
-        UserError: the config lacks them.
-    """
-    if not base.is_dir():
-        return INTERNVL_TILE, INTERNVL_TOKENS
-    try:
-        vision = json.loads((base / "config.json").read_text(encoding="utf-8"))["vision_config"]
-        # InternVL's configs hold [448, 448]; the code that wrote them also takes 448.
-        tile, patch = (
-            int(size[0] if isinstance(size, list) else size) for size in (vision["image_size"], vision["patch_size"])
-        )
-        return tile, (tile // patch // 2) ** 2
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
-        raise UserError(f"{base / 'config.json'}: no vision_config with image_size and patch_size: {error}") from error

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from colintern.modeling.tiling import choose_grid, read_base_tile
+from colintern.modeling.base_tile import read_base_tile
+from colintern.modeling.tiling import choose_grid
 from colintern.storage.manifest import MANIFEST, SURVEY, Files, get_files_folder, read_data_file
 
 HISTOGRAM_COLUMNS = ("set", "measure", "value", "count")
