@@ -126,7 +126,8 @@ class ColIntern3_5(InternVLModel):
             )
         model, info = loaded
         head, missing = set(HEAD_KEYS), set(info["missing_keys"])
-        needs_head = head <= missing and not isinstance(config, ColIntern3_5Config)
+        # Not isinstance: transformers imports a model's configuration and its code as two modules.
+        needs_head = head <= missing and config.model_type != ColIntern3_5Config.model_type
         lacking = sorted(missing - head if needs_head else missing)  # half a head is an error
         # Retrieval has no use for next-token logits, which hub checkpoints carry.
         unexpected = sorted(set(info["unexpected_keys"]) - {"lm_head.weight"})
