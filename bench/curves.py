@@ -63,8 +63,8 @@ def record(setting: str, seed: int, params: Params, base: Path) -> dict[str, Any
 
     from colintern.encoding.page_features import Page, PageFeatures
     from colintern.modeling.lora import add_lora
-    from colintern.modeling.modeling_colintern import ColIntern3_5
-    from colintern.modeling.processing_colintern import ColIntern3_5Processor
+    from colintern.modeling.processor import ColIntern3_5Processor
+    from colintern.modeling.retriever import ColIntern3_5
     from colintern.training.pairs import TrainingDataset, TrainingPair
     from colintern.training.run import assemble_trainer, build_training_arguments
     from colintern.training.trainer import RetrievalEvaluator

@@ -30,8 +30,8 @@ from transformers.models.internvl.video_processing_internvl import InternVLVideo
 from colintern.encoding.page_features import Page, PageFeatures
 from colintern.modeling.attention import choose_attn_implementation
 from colintern.modeling.lora import LoraReport, add_lora, find_lora_errors, format_lora_report, report_lora
-from colintern.modeling.modeling_colintern import ColIntern3_5, build_meta_model
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
+from colintern.modeling.retriever import ColIntern3_5, build_meta_model
 from colintern.params import Params, load_recipe
 from colintern.training.pairs import TrainingDataset, TrainingPair
 from colintern.training.run import assemble_trainer, build_training_arguments

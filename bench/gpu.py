@@ -35,8 +35,8 @@ from colintern.encoding.page_features import Page
 from colintern.modeling.attention import choose_attn_implementation
 from colintern.modeling.dropout import BatchInvariantDropout
 from colintern.modeling.lora import add_lora
-from colintern.modeling.modeling_colintern import ColIntern3_5
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
+from colintern.modeling.retriever import ColIntern3_5
 from colintern.modeling.runtime import checkpoint_layers, compile_layers, num_checkpointed_layers
 from colintern.params import Params, load_recipe
 from colintern.training.loss import maxsim_matrix

@@ -51,7 +51,7 @@ def measure(row: tuple[str, int, int, bool | int, float]) -> dict[str, float]:
     import torch
     from transformers import set_seed
 
-    from colintern.modeling.modeling_colintern import ColIntern3_5
+    from colintern.modeling.retriever import ColIntern3_5
     from colintern.params import load_recipe
     from colintern.planning.probe import build_probe_trainer, probe_step
 
@@ -75,7 +75,7 @@ def architecture(name: str) -> tuple[Any, Any]:
     """Config and processor of a base of the table."""
     from transformers import InternVLConfig
 
-    from colintern.modeling.processing_colintern import ColIntern3_5Processor
+    from colintern.modeling.processor import ColIntern3_5Processor
 
     processor = ColIntern3_5Processor.from_pretrained(TOKENIZER)
     if name == "demo":

@@ -39,8 +39,8 @@ from bench.parts import as_they_come
 from colintern.encoding.page_features import Page
 from colintern.modeling.dropout import BatchInvariantDropout
 from colintern.modeling.lora import add_lora
-from colintern.modeling.modeling_colintern import ColIntern3_5
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
+from colintern.modeling.retriever import ColIntern3_5
 from colintern.modeling.runtime import compile_layers
 from colintern.params import Params, load_recipe
 from colintern.training import mini_batching

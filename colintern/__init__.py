@@ -30,8 +30,8 @@ import sys
 from importlib import import_module
 
 _PUBLIC = {
-    "ColIntern3_5": "colintern.modeling.modeling_colintern",
-    "ColIntern3_5Processor": "colintern.modeling.processing_colintern",
+    "ColIntern3_5": "colintern.modeling.retriever",
+    "ColIntern3_5Processor": "colintern.modeling.processor",
 }
 # Adapters from before the packages name this module in adapter_config.json, and PEFT imports it.
 sys.modules["colintern.model"] = sys.modules[__name__]

@@ -10,9 +10,9 @@ custom_text_proj, or a vision module that is hit.
 from pathlib import Path
 
 from colintern.core.errors import UserError, exit_on_user_error
+from colintern.modeling.base_tile import format_a4_tilings, read_base_tile
 from colintern.modeling.lora import find_lora_errors, format_lora_report, report_lora_on_meta
-from colintern.modeling.modeling_colintern import build_meta_model
-from colintern.modeling.tiling import format_a4_tilings, read_base_tile
+from colintern.modeling.retriever import build_meta_model
 from colintern.params import load_params
 from colintern.statistics.dataset_stats import HISTOGRAM_COLUMNS, iter_histogram_rows, load_dataset_stats
 from colintern.storage.files import format_json, write_csv

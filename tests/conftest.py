@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def processor():
-    from colintern.modeling.processing_colintern import ColIntern3_5Processor
+    from colintern.modeling.processor import ColIntern3_5Processor
 
     return ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=96, max_query_tokens=64)
 
@@ -44,7 +44,7 @@ def processor():
 def model():
     import torch
 
-    from colintern.modeling.modeling_colintern import ColIntern3_5
+    from colintern.modeling.retriever import ColIntern3_5
 
     return ColIntern3_5.from_pretrained(BASE, dtype=torch.float32)
 

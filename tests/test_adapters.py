@@ -21,7 +21,7 @@ from colintern.encoding.embed import embed_pages
 from colintern.encoding.page_features import Page, PageFeatures
 from colintern.modeling.loading import read_processor
 from colintern.modeling.lora import add_lora
-from colintern.modeling.modeling_colintern import read_checked_adapter
+from colintern.modeling.retriever import read_checked_adapter
 from colintern.params import load_recipe
 from colintern.storage.files import format_json
 from colintern.storage.identity import read_identity

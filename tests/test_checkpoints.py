@@ -12,7 +12,7 @@ from processes import kill
 from small_run import at_step
 
 from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_same_base
-from colintern.modeling.modeling_colintern import ColIntern3_5
+from colintern.modeling.retriever import ColIntern3_5
 from colintern.params import load_params
 from colintern.storage.manifest import ensure_base
 from colintern.training.checkpoints import link_checkpoints

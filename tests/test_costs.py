@@ -9,7 +9,7 @@ from conftest import BASE, ROOT
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import InternVLConfig
 
-from colintern.modeling.modeling_colintern import ColIntern3_5
+from colintern.modeling.retriever import ColIntern3_5
 from colintern.params import load_recipe
 from colintern.planning.costs import ATTENTION_BACKWARD, CostModel, StepSettings, count_parameters
 from colintern.planning.gpus import GPUS

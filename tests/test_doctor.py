@@ -18,7 +18,7 @@ from hub import Fault, running
 from colintern.commands.doctor import _colour_status
 from colintern.core.errors import UserError
 from colintern.core.recipes import render_recipe
-from colintern.modeling.configuration_colintern import load_cached_or_preset_config, make_preset_config
+from colintern.modeling.base_config import load_cached_or_preset_config, make_preset_config
 from colintern.params import load_recipe
 from colintern.preflight.checks import (
     ENVIRONMENT_CHECKS,

@@ -130,8 +130,8 @@ def write_adapter() -> None:
     from test_training import TARGETS
 
     from colintern.modeling.lora import add_lora
-    from colintern.modeling.modeling_colintern import ColIntern3_5
-    from colintern.modeling.processing_colintern import ColIntern3_5Processor
+    from colintern.modeling.processor import ColIntern3_5Processor
+    from colintern.modeling.retriever import ColIntern3_5
 
     wrapped = add_lora(ColIntern3_5.from_pretrained("demo/base", dtype=torch.float32), TARGETS, 4, 4, 0.0)
     generator = torch.Generator().manual_seed(1)

@@ -18,16 +18,19 @@ from huggingface_hub import ModelCard
 from processes import FORKS
 from safetensors.torch import load_file, save_file
 from test_adapters import DAMAGES, READ
+from test_exported import CODE
 from test_report import evaluated, fork, run  # noqa: F401
 
 from colintern.__main__ import main
 from colintern.encoding.embed import embed_pages, embed_queries
-from colintern.modeling.modeling_colintern import ColIntern3_5
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
+from colintern.modeling.retriever import ColIntern3_5
 
 pytestmark = pytest.mark.integration
 FILES = {"README.md", "config.json", "identity.json", "model.safetensors"}
 FILES |= {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+FILES |= {"modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"}
+FILES |= {f"{name}.py" for name in CODE}
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def test_it_scores_as_its_adapter_and_its_card_holds_the_results(top, pages):
     card = ModelCard.load(out / "README.md").data
     values = {result.metric_type: result.metric_value for result in card.eval_results}
     assert values == {m: pytest.approx(100 * scores[1][m], abs=1e-3) for m in values} and len(values) == 3
-    assert card.library_name == "colpali", "AutoModel of transformers gives a model without its head"
+    assert card.library_name == "transformers" and {"custom_code", "sentence-transformers"} <= {*card.tags}
     assert card.model_name == "demo" and card.pipeline_tag == "visual-document-retrieval"
     text = (out / "README.md").read_text()
     assert "| Pages |" in text and re.search(r"base, model.safetensors: sha256 `[0-9a-f]{64}`", text)

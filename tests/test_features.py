@@ -12,7 +12,7 @@ from test_model import load
 from colintern.encoding import fp8
 from colintern.encoding.embed import embed_features, embed_pages
 from colintern.encoding.page_features import Page, PageFeatures, fingerprint_features
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
 
 
 def counted(page: Page) -> tuple[Page, list[int]]:

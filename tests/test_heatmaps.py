@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from bench.heatmap import find_hottest_box
 from colintern.encoding.embed import embed_pages
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
 from colintern.modeling.tiling import Grid
 from colintern.reporting.heatmaps import compute_similarity_map
 
@@ -96,7 +96,7 @@ def test_a_page_that_is_too_short_is_refused(processor):
 def test_after_training_the_hottest_cell_lies_on_the_answer(processor):
     """The adapter of `make repro`, where there is one: 9 of 10 demo pages; `python -m bench.heatmap` has all 200."""
     from bench.heatmap import BOUND, measure
-    from colintern.modeling.modeling_colintern import ColIntern3_5
+    from colintern.modeling.retriever import ColIntern3_5
     from demo.corpus import generate_corpus
 
     adapter = ROOT / "experiments" / "colintern"

@@ -441,8 +441,8 @@ def test_digests_are_remembered_until_a_file_changes(tmp_path):
 
 LOAD = """
 import sys, torch
-from colintern.modeling.modeling_colintern import ColIntern3_5
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
+from colintern.modeling.retriever import ColIntern3_5
 model = ColIntern3_5.from_pretrained(sys.argv[1], revision=sys.argv[2] or None, dtype=torch.float32)
 processor = ColIntern3_5Processor.from_pretrained(sys.argv[1], revision=sys.argv[2] or "main")
 with torch.no_grad():

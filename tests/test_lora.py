@@ -6,7 +6,7 @@ import torch
 from conftest import BASE, ROOT
 from test_model import TARGETS, load
 
-from colintern.modeling.configuration_colintern import PRESET_SIZES, make_preset_config
+from colintern.modeling.base_config import PRESET_SIZES, make_preset_config
 from colintern.modeling.lora import (
     add_lora,
     find_lora_errors,
@@ -16,7 +16,7 @@ from colintern.modeling.lora import (
     report_lora,
     report_lora_on_meta,
 )
-from colintern.modeling.modeling_colintern import build_meta_model
+from colintern.modeling.retriever import build_meta_model
 from colintern.params import load_recipe
 
 RECIPE = load_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml")

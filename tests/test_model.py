@@ -15,7 +15,7 @@ from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.modeling.adapter_files import HEAD_FILE
 from colintern.modeling.attention import choose_attn_implementation
 from colintern.modeling.lora import add_lora, find_lora_errors, report_lora
-from colintern.modeling.modeling_colintern import ColIntern3_5, build_meta_model
+from colintern.modeling.retriever import ColIntern3_5, build_meta_model
 
 TARGETS = [
     *(rf"language_model\.layers\.\d+\.self_attn\.{m}_proj" for m in "qkvo"),
@@ -72,7 +72,7 @@ def test_the_same_bytes_in_a_new_process(adapter, processor, pages, tmp_path):
     here = embed(wrapped.eval(), processor, pages[:2])
     code = (
         "import torch, sys; sys.path.insert(0, 'tests'); from test_model import *; import PIL.Image as I\n"
-        "from colintern.modeling.processing_colintern import ColIntern3_5Processor as P\n"
+        "from colintern.modeling.processor import ColIntern3_5Processor as P\n"
         f"p = P.from_pretrained({str(BASE)!r}, max_visual_tokens=96, max_query_tokens=64)\n"
         f"pages = [I.open({str(tmp_path)!r} + f'/{{i}}.png') for i in range(2)]\n"
         f"save_file({{'e': embed(load({str(folder)!r}), p, pages)}}, {str(tmp_path / 'e')!r})"

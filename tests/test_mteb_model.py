@@ -20,7 +20,7 @@ from test_model import adapter  # noqa: F401  (a fixture)
 from colintern.core.errors import UserError
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder, load_encoder, register_encoder
 from colintern.modeling.attention import choose_attn_implementation
-from colintern.modeling.modeling_colintern import ColIntern3_5
+from colintern.modeling.retriever import ColIntern3_5
 from colintern.storage.identity import content_hash
 
 

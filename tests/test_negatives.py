@@ -23,8 +23,8 @@ from colintern.data.images import encode_png
 from colintern.encoding.page_features import Page
 from colintern.ingest.scan import select_dev_pages
 from colintern.modeling.lora import add_lora
-from colintern.modeling.modeling_colintern import ColIntern3_5
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
+from colintern.modeling.retriever import ColIntern3_5
 from colintern.params import load_params
 from colintern.training.mining import MiningLimits, TopKAccumulator, filter_negatives
 from colintern.training.pairs import MinedNegatives, TrainingPair, read_mined_negatives, write_mined_negatives

@@ -39,7 +39,7 @@ def gradient(folder: Path, images: list, size: int, rank: int, port: int, change
     from colintern.core.terminal import configure_logging
     from colintern.encoding.page_features import Page, PageFeatures
     from colintern.modeling.lora import add_lora
-    from colintern.modeling.processing_colintern import ColIntern3_5Processor
+    from colintern.modeling.processor import ColIntern3_5Processor
     from colintern.training import loss as losses
     from colintern.training.distributed import init_distributed
     from colintern.training.pairs import TrainingDataset, TrainingPair

@@ -11,7 +11,7 @@ from conftest import BASE
 from PIL import Image
 from transformers import InternVLProcessor
 
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
 
 
 def test_the_public_surface_is_colpali_engines(processor):
@@ -86,10 +86,13 @@ def test_a_bound_below_one_tile_is_refused():
 def test_colpali_engines_name_of_the_bound_and_no_unknown_keyword(tmp_path):
     load = ColIntern3_5Processor.from_pretrained
     bounded = load(pretrained_model_name_or_path=BASE, max_num_visual_tokens=48, device_map="cpu", use_fast=True)
-    assert bounded.max_visual_tokens == 48 and load(BASE, revision="main", token=None).max_visual_tokens == 96
+    assert (
+        bounded.max_visual_tokens == 48
+        and load(BASE, revision="main", token=None, trust_remote_code=True).max_visual_tokens == 96
+    )
     bounded.save_pretrained(tmp_path)
     assert load(tmp_path).max_visual_tokens == 48
-    for keyword in ("max_num_visual_token", "max_pixels", "padding_side", "size", "trust_remote_code"):
+    for keyword in ("max_num_visual_token", "max_pixels", "padding_side", "size"):
         with pytest.raises(TypeError, match=f"unknown keyword {keyword}; remove it. The processor's own settings are"):
             load(BASE, **{keyword: 48})
     with pytest.raises(TypeError, match="use_fast=False"):

@@ -140,7 +140,7 @@ CASES = [
 
 
 def test_each_bad_row_costs_one_row_and_is_named():
-    from colintern.modeling.processing_colintern import ColIntern3_5Processor
+    from colintern.modeling.processor import ColIntern3_5Processor
 
     bad = [row(n) | change for n, (change, _) in enumerate(CASES)]
     long = {"query": "word " * 10_000} | {"image": row(0)["image"]}

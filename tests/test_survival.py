@@ -71,7 +71,7 @@ def too_big(rows: int) -> None:
     """No more than so many rows of a side fit in the memory."""
     import torch
 
-    from colintern.modeling.modeling_colintern import ColIntern3_5
+    from colintern.modeling.retriever import ColIntern3_5
 
     forward = ColIntern3_5.forward
 
@@ -364,7 +364,7 @@ def test_the_train_stage_asks_the_doctor_before_a_model_is_loaded(place):
 
 
 def never_load() -> None:
-    from colintern.modeling.modeling_colintern import ColIntern3_5
+    from colintern.modeling.retriever import ColIntern3_5
 
     ColIntern3_5.from_pretrained = leave
 

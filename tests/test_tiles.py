@@ -8,7 +8,8 @@ from conftest import ROOT
 
 import colintern.modeling.tiling
 from colintern.__main__ import main
-from colintern.modeling.tiling import Grid, choose_grid, format_a4_tilings
+from colintern.modeling.base_tile import format_a4_tilings
+from colintern.modeling.tiling import Grid, choose_grid
 
 A4 = (1240, 1754)
 

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     """Print the results of all checks; exit 1 if one of them is `fail`."""
     params = load_params()
     require_base(params.base, params)
-    from colintern.modeling.configuration_colintern import load_cached_or_preset_config
+    from colintern.modeling.base_config import load_cached_or_preset_config
     from colintern.preflight.checks import ENVIRONMENT_CHECKS, RUN_CHECKS, collect_run_facts, run_checks
     from colintern.preflight.environment import probe_environment
 

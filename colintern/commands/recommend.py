@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         return
     data, memory = _count_data(args, params), _parse_memory(args.gpu_memory)
     print_phase(f"recommend: counting memory and operations of a training step of {base}")
-    from colintern.modeling.configuration_colintern import load_base_config
+    from colintern.modeling.base_config import load_base_config
     from colintern.planning import recommend as rules
     from colintern.planning.costs import CostModel, count_parameters
     from colintern.planning.gpus import GPUS, find_nearest_gpu

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from colintern.ingest.documents import InvalidRow
-    from colintern.modeling.processing_colintern import ColIntern3_5Processor
+    from colintern.modeling.processor import ColIntern3_5Processor
     from colintern.search.index import PageIndex
     from colintern.search.sources import PageSource
 

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from colintern.core.errors import UserError
-from colintern.modeling.tiling import MIN_TILES, choose_grid, count_max_tiles, read_base_tile
+from colintern.modeling.base_tile import choose_base_grid, read_base_tile
+from colintern.modeling.tiling import MIN_TILES
 from colintern.params import load_params
 
 SUMMARY = "show which tiles a page is cut into"
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         bound, tiling = bound or params.max_visual_tokens, args.tiling or params.tiling
         if tile is None:
             tile, tokens = read_base_tile(Path(params.base))
-    grid = choose_grid(args.width, args.height, count_max_tiles(bound, tokens, tiling), tile, tiling)
+    grid = choose_base_grid(args.width, args.height, bound, tile, tokens, tiling)
     print(f"page    {args.width} x {args.height} px")
     print(f"tiles   {grid.cols} x {grid.rows} of {tile} px{' + thumbnail' * grid.thumbnail}")
     print(f"tokens  {grid.tiles} x {tokens} = {grid.tiles * tokens} visual tokens, at most {bound}")

@@ -29,10 +29,10 @@ def run(args: argparse.Namespace) -> None:
     params = load_params(args.params)
     base = args.base or params.base
     require_base(base, params)
-    from colintern.modeling.configuration_colintern import get_tile_size, load_base_config
+    from colintern.modeling.base_config import get_tile_size, load_base_config
+    from colintern.modeling.base_tile import format_a4_tilings
     from colintern.modeling.lora import find_lora_errors, find_lora_warnings, format_lora_report, report_lora_on_meta
-    from colintern.modeling.modeling_colintern import build_meta_model
-    from colintern.modeling.tiling import format_a4_tilings
+    from colintern.modeling.retriever import build_meta_model
 
     config = load_base_config(base, params)
     report = report_lora_on_meta(build_meta_model(config, None), params)

@@ -34,7 +34,7 @@ from colintern.encoding.pooling import pool_tiles, truncate_dim
 from colintern.encoding.precision import dequantize, quantize
 from colintern.encoding.tensor_cache import TensorCache
 from colintern.modeling.loading import PretrainedRef, read_processor
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
 from colintern.params import PRECISIONS
 from colintern.scoring.maxsim import maxsim_scores, rescore_best
 

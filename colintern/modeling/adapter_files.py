@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from colintern.core.errors import UserError
 from colintern.modeling.configuration_colintern import HEAD, HEAD_KEYS
+from colintern.modeling.modeling_colintern import shorten_names
 from colintern.params import is_on_hub
 from colintern.storage.files import read_json_object, require_regular_file
 from colintern.storage.paths import ADAPTER
@@ -200,7 +201,7 @@ def find_faults(files: AdapterFiles, base: nn.Module | None) -> Iterator[Adapter
 
     Args:
         files: see `read_adapter_files`.
-        base: its base on the meta device, see `modeling_colintern.build_meta_model`; PEFT changes it. None if unknown:
+        base: its base on the meta device, see `retriever.build_meta_model`; PEFT changes it. None if unknown:
             names and shapes are not checked.
 
     Raises:
@@ -383,8 +384,3 @@ def _limit_cpu_time(seconds: float, message: str) -> Iterator[None]:
 def describe_error(error: Exception) -> str:
     """Return the type and the first line of a library's error."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
-
-
-def shorten_names(names: list[str]) -> str:
-    """Return the first three names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"

@@ -25,8 +25,8 @@ from colintern.modeling.adapter_files import (
 )
 from colintern.modeling.attention import choose_attn_implementation, resolve_attn_implementation
 from colintern.modeling.configuration_colintern import HEAD
-from colintern.modeling.modeling_colintern import ColIntern3_5
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
+from colintern.modeling.retriever import ColIntern3_5
 from colintern.params import Params, split_hub_id
 from colintern.storage import hub
 from colintern.storage.files import read_json_object, require_regular_file

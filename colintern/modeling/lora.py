@@ -21,7 +21,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from colintern.modeling.configuration_colintern import FROZEN_PARTS, HEAD, LANGUAGE_MODEL, PARTS
-from colintern.modeling.modeling_colintern import ColIntern3_5, suppress_load_warnings
+from colintern.modeling.modeling_colintern import suppress_load_warnings
+from colintern.modeling.retriever import ColIntern3_5
 from colintern.params import Params
 
 # Bytes. PEFT keeps LoRA weights in float32 whatever the base's format is; so are AdamW's moments and the head's file.

@@ -9,27 +9,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from transformers import InternVLModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
-from colintern.modeling.adapter_files import (
-    HEAD_FILE,
-    AdapterFiles,
-    State,
-    is_adapter,
-    read_adapter_files,
-    shorten_names,
-    validate_adapter,
-    write_head,
-)
 from colintern.modeling.configuration_colintern import (
     EMBEDDING_DIM,
     FROZEN_PARTS,
@@ -38,26 +26,33 @@ from colintern.modeling.configuration_colintern import (
     KEY_MAPPING,
     LANGUAGE_MODEL,
     BackboneConfig,
-    BackboneModel,
+    ColIntern3_5Config,
+    load_config,
 )
 
+HUB_KEYWORDS = {"cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token"}
 
-class ColIntern3_5(BackboneModel):
+
+class ColIntern3_5(InternVLModel):
     """Embeds pages and queries as many 128-d unit vectors each; the score of a pair is MaxSim.
 
     Args:
-        config: configuration of the base.
+        config: configuration of a trained model or of a base.
         mask_non_image_embeddings: as in colpali-engine, keep only the vectors of a page's visual tokens; those of its
             prompt become zeros. Rows without an image are not changed.
+
+    Raises:
+        ValueError: the configuration asks for another attention mask than the causal one.
     """
 
-    # PEFT writes the module into adapter_config.json, where AutoPeftModel finds it: a path that will not change.
-    __module__ = "colintern"
+    config_class = ColIntern3_5Config
     main_input_name = "input_ids"
     dim = EMBEDDING_DIM  # colpali-engine's name, like padding_side, patch_size and spatial_merge_size
     padding_side = "right"
 
     def __init__(self, config: BackboneConfig, mask_non_image_embeddings: bool = False):
+        if not getattr(config.get_text_config(), "is_causal", True):
+            raise ValueError("text_config.is_causal: false is not supported; ColIntern3_5 has causal attention")
         super().__init__(config)
         self.mask_non_image_embeddings = mask_non_image_embeddings
         self.add_module(HEAD, nn.Linear(config.get_text_config().hidden_size, EMBEDDING_DIM))
@@ -93,49 +88,47 @@ class ColIntern3_5(BackboneModel):
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | Path,
-        *,
+        *model_args: Any,
+        config: BackboneConfig | None = None,
         revision: str | None = None,
-        base: str | None = None,
-        merge: bool = False,
         seed: int = 0,
+        output_loading_info: bool = False,
         **kwargs: Any,
-    ) -> Self:
-        """Load a base, an adapter or a merged model.
+    ) -> Any:
+        """Load a trained model or a base.
 
         Args:
-            pretrained_model_name_or_path: hub id or folder. With adapter_config.json it is an adapter, which is loaded
-                with its base and its head (see `read_checked_adapter`); else a checkpoint with or without a head.
-            revision: hub commit of the above; an adapter names the commit of its base.
-            base: folder or hub id of an adapter's base, if not the one that the adapter names.
-            merge: fold the adapter into the base weights; else the LoRA layers stay visible.
-            seed: initializes the head of a checkpoint without one, independently of the global random state.
+            pretrained_model_name_or_path: hub id or folder.
+            model_args: passed on to `__init__`.
+            config: None: the checkpoint's own.
+            revision: hub commit.
+            seed: initializes the head of a base, which has none, independently of the global random state.
+            output_loading_info: whether transformers' report of the keys is returned too.
             kwargs: passed on to transformers (dtype, attn_implementation, ...) and to `__init__`.
 
         Raises:
             TypeError: an unknown keyword.
-            ValueError: weights that are missing or left over, an adapter without its head, or `merge` on a folder
-                that holds no adapter.
-            UserError: see `read_checked_adapter`.
+            ValueError: weights that are missing or left over, such as a trained model without its head.
         """
-        path = pretrained_model_name_or_path
-        folder = Path(path) if Path(path).is_dir() else _hub_adapter(str(path), revision)
-        if folder and is_adapter(folder):
-            files = read_checked_adapter(folder, base)
-            source = base or str(files.config.base_model_name_or_path)
-            model = cls.from_pretrained(source, revision=files.config.revision, seed=seed, **kwargs)
-            model._set_head(files.head)
-            with suppress_load_warnings():
-                wrapped = PeftModel.from_pretrained(model, str(folder), config=files.config)
-            return (wrapped.merge_and_unload() if merge else wrapped.base_model.model).eval()
-        if merge:
-            raise ValueError(f"{path}: nothing to merge, the folder holds no adapter_config.json")
+        path = str(pretrained_model_name_or_path)
+        if config is None:
+            options = {key: kwargs[key] for key in HUB_KEYWORDS & kwargs.keys()}
+            config = load_config(path, revision=revision or "main", **options)
         with suppress_load_warnings():
             loaded: Any = super().from_pretrained(
-                str(path), revision=revision or "main", key_mapping=KEY_MAPPING, output_loading_info=True, **kwargs
+                path,
+                *model_args,
+                config=config,
+                revision=revision or "main",
+                key_mapping=KEY_MAPPING,
+                output_loading_info=True,
+                **kwargs,
             )
         model, info = loaded
         head, missing = set(HEAD_KEYS), set(info["missing_keys"])
-        lacking = sorted(missing if len(head & missing) == 1 else missing - head)  # half a head is an error
+        # Not isinstance: transformers imports a model's configuration and its code as two modules.
+        needs_head = head <= missing and config.model_type != ColIntern3_5Config.model_type
+        lacking = sorted(missing - head if needs_head else missing)  # half a head is an error
         # Retrieval has no use for next-token logits, which hub checkpoints carry.
         unexpected = sorted(set(info["unexpected_keys"]) - {"lm_head.weight"})
         if lacking or unexpected or info["mismatched_keys"]:
@@ -144,9 +137,9 @@ class ColIntern3_5(BackboneModel):
                 f"{path}: the checkpoint does not fit ColIntern3_5: missing {shorten_names(lacking)}; unexpected "
                 f"{shorten_names(unexpected)}; of another shape {misshapen}"
             )
-        if head <= missing:
+        if needs_head:
             model.init_head(seed)
-        return model.eval()
+        return (model.eval(), info) if output_loading_info else model.eval()
 
     def init_head(self, seed: int) -> None:
         """Initialize the head from `seed` alone: normal weights of variance 1 / hidden size, zero bias."""
@@ -154,31 +147,6 @@ class ColIntern3_5(BackboneModel):
         with torch.no_grad():
             self.head.weight.copy_(weight / self.head.in_features**0.5)
             self.head.bias.zero_()
-
-    def save_head(self, folder: str | Path) -> None:
-        """Write the head's base weights beside an adapter, and into it, where plain PEFT finds them.
-
-        PEFT saves only LoRA's matrices, and LoRA on a head that is initialized again is worth nothing.
-        """
-        write_head(self.get_head_state(), Path(folder), has_lora=hasattr(self.head, "base_layer"))
-
-    def get_head_state(self) -> State:
-        """Return the head's base weights as `save_head` writes them."""
-        layer = getattr(self.head, "base_layer", self.head)
-        return {f"{HEAD}.{k}": v.detach().float().cpu().contiguous() for k, v in layer.named_parameters()}
-
-    def load_head(self, folder: str | Path) -> None:
-        """Load the head's base weights from an adapter of this base.
-
-        Raises:
-            UserError: see `read_checked_adapter`.
-        """
-        self._set_head(read_checked_adapter(Path(folder), self.config).head)
-
-    def _set_head(self, head: State) -> None:
-        with torch.no_grad():
-            for key, value in head.items():
-                self.get_parameter(key).copy_(value)
 
     def forward(  # type: ignore[override]
         self,
@@ -247,39 +215,6 @@ class ColIntern3_5(BackboneModel):
             return self.get_image_features(pixel_values=tiles, return_dict=True).pooler_output
 
 
-def read_checked_adapter(folder: Path, base: str | BackboneConfig | None = None) -> AdapterFiles:
-    """Read an adapter folder and check its tensors against its configuration and its base.
-
-    Args:
-        folder: the adapter.
-        base: config, folder or hub id of its base, whose weights are not read; None: the one that the adapter names.
-
-    Raises:
-        UserError: a file is damaged, or the first error of `find_faults`.
-    """
-    files = read_adapter_files(folder)
-    base = base or str(files.config.base_model_name_or_path)
-    validate_adapter(files, build_meta_model(base, files.config.revision))
-    return files
-
-
-def build_meta_model(base: str | BackboneConfig, revision: str | None) -> ColIntern3_5:
-    """Build the architecture of `base`, a config or where its config.json is, without memory or weights."""
-    if not isinstance(base, BackboneConfig):
-        base = BackboneConfig.from_pretrained(base, revision=revision or "main")
-    with torch.device("meta"):
-        return ColIntern3_5(base)
-
-
-def _hub_adapter(name: str, revision: str | None) -> Path | None:
-    """Return the cached folder of an adapter on the hub with its head; None if `name` is not an adapter there."""
-    try:
-        hf_hub_download(name, "adapter_config.json", revision=revision)
-    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):  # transformers' message is clearer
-        return None
-    return Path(snapshot_download(name, revision=revision, allow_patterns=["adapter_*", HEAD_FILE]))
-
-
 @contextmanager
 def suppress_load_warnings() -> Iterator[None]:
     """Suppress messages of transformers and PEFT that mislead users while a model is built.
@@ -303,3 +238,8 @@ def suppress_load_warnings() -> Iterator[None]:
             logger.setLevel(level)
         if has_bar:
             transformers_logging.enable_progress_bar()
+
+
+def shorten_names(names: list[str]) -> str:
+    """Return the first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"

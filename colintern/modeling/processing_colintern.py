@@ -12,13 +12,13 @@ from inspect import signature
 from typing import ClassVar
 
 import torch
-from colpali_engine.utils.processing_utils import BaseVisualRetrieverProcessor
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import BatchFeature, InternVLProcessor
 from transformers.image_utils import SizeDict
 
+from colintern.modeling.configuration_colintern import load_config
 from colintern.modeling.images import to_rgb
 from colintern.modeling.interpretability import InterpretabilityMixin, PageBatch
 from colintern.modeling.tiling import MIN_TILES, Grid, choose_grid, count_max_tiles
@@ -41,7 +41,7 @@ CALL_KEYWORDS = {  # of transformers' processors, with the values that have no e
 }
 
 
-class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor, InternVLProcessor):
+class ColIntern3_5Processor(InterpretabilityMixin, InternVLProcessor):
     """Converts page images and query strings to right-padded batches for `ColIntern3_5`.
 
     Args:
@@ -97,13 +97,19 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path, *, max_num_visual_tokens: int | None = None, **kwargs
+        cls,
+        pretrained_model_name_or_path,
+        *,
+        max_num_visual_tokens: int | None = None,
+        trust_remote_code=None,
+        **kwargs,
     ):
         """Load a processor.
 
         Args:
             pretrained_model_name_or_path: folder or hub id.
             max_num_visual_tokens: colpali-engine's name of `max_visual_tokens`.
+            trust_remote_code: accepted, as transformers' `AutoProcessor` passes it, and without effect: no code is run.
             kwargs: arguments of the class, which override the saved ones, and of transformers (revision, token, ...).
 
         Raises:
@@ -124,6 +130,16 @@ class ColIntern3_5Processor(InterpretabilityMixin, BaseVisualRetrieverProcessor,
                 raise TypeError("max_num_visual_tokens and max_visual_tokens are one argument; give one of them")
             kwargs["max_visual_tokens"] = max_num_visual_tokens
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(  # type: ignore[override]
+        cls, sub_processor_type, pretrained_model_name_or_path, **kwargs
+    ):
+        """Load the tokenizer without transformers' question whether to run the code that config.json names."""
+        config = load_config(pretrained_model_name_or_path, **kwargs)
+        return super()._load_tokenizer_from_pretrained(
+            sub_processor_type, pretrained_model_name_or_path, config=config, **kwargs
+        )
 
     def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
         """Process pages, texts, or texts with a page at each image token, within the same bound as `process_images`.

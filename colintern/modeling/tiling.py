@@ -8,12 +8,7 @@ within 2 %, and the thumbnail if it still fits. With `tiling: stock` the grid is
 the budget in tiles less the thumbnail, so that other programs (vLLM) cut a page alike.
 """
 
-import json
-from pathlib import Path
-from textwrap import fill
 from typing import NamedTuple
-
-from colintern.core.errors import UserError
 
 INTERNVL_TILE, INTERNVL_TOKENS = 448, 256  # side in pixels and visual tokens of a tile, in every InternVL3.5 of the hub
 MIN_TILES = {"exact": 1, "stock": 2}  # that a budget must allow; stock: a tile and the thumbnail
@@ -42,12 +37,12 @@ def count_max_tiles(max_visual_tokens: int, tokens_per_tile: int, tiling: str) -
     """Return the most tiles that a page may get, thumbnail included.
 
     Raises:
-        UserError: the budget is too small for the tiling.
+        ValueError: the budget is too small for the tiling.
     """
     least = MIN_TILES[tiling] * tokens_per_tile
     if max_visual_tokens < least:
         cost = "one tile costs" if tiling == "exact" else f"a tile and its thumbnail cost with tiling: {tiling}"
-        raise UserError(f"max_visual_tokens: {max_visual_tokens} is less than {cost}; it must be at least {least}")
+        raise ValueError(f"max_visual_tokens: {max_visual_tokens} is less than {cost}; it must be at least {least}")
     return max_visual_tokens // tokens_per_tile
 
 
@@ -101,35 +96,3 @@ def choose_grid(width: int, height: int, max_tiles: int, tile: int, tiling: str 
     min_sharpness = MIN_SHARPNESS * max(map(compute_sharpness, grids))
     cols, rows = min((grid for grid in grids if compute_sharpness(grid) >= min_sharpness), key=rank)
     return Grid(cols, rows, thumbnail=1 < cols * rows < max_tiles)
-
-
-def format_a4_tilings(max_visual_tokens: int, tile: int, tokens_per_tile: int) -> str:
-    """Describe what an A4 page gets under each tiling, in lines of at most 80 columns."""
-    lines = []
-    for tiling in MIN_TILES:
-        try:
-            grid = choose_grid(*A4, count_max_tiles(max_visual_tokens, tokens_per_tile, tiling), tile, tiling)
-            found = f"{grid}, {grid.tiles} tiles, {grid.tiles * tokens_per_tile} visual tokens"
-        except UserError as error:
-            found = f"not possible: {error}"
-        lines.append(fill(f"A4 page, tiling {tiling}: {found}", 80, subsequent_indent="  "))
-    return "\n".join(lines)
-
-
-def read_base_tile(base: Path) -> tuple[int, int]:
-    """Return side in pixels and visual tokens of the base's tiles, from its config.json if the base is a folder.
-
-    Raises:
-        UserError: the config lacks them.
-    """
-    if not base.is_dir():
-        return INTERNVL_TILE, INTERNVL_TOKENS
-    try:
-        vision = json.loads((base / "config.json").read_text(encoding="utf-8"))["vision_config"]
-        # InternVL's configs hold [448, 448]; the code that wrote them also takes 448.
-        tile, patch = (
-            int(size[0] if isinstance(size, list) else size) for size in (vision["image_size"], vision["patch_size"])
-        )
-        return tile, (tile // patch // 2) ** 2
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
-        raise UserError(f"{base / 'config.json'}: no vision_config with image_size and patch_size: {error}") from error

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, InternVLConfig
 from colintern.modeling.configuration_colintern import EMBEDDING_DIM
 from colintern.modeling.dropout import DropoutMaskBank
 from colintern.modeling.lora import FLOAT32, add_lora
-from colintern.modeling.modeling_colintern import build_meta_model
+from colintern.modeling.retriever import build_meta_model
 from colintern.modeling.runtime import num_checkpointed_layers
 from colintern.params import Params
 

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from colintern.encoding.page_features import Page
 from colintern.modeling.attention import resolve_attn_implementation
 from colintern.modeling.lora import add_lora
-from colintern.modeling.modeling_colintern import ColIntern3_5
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
+from colintern.modeling.retriever import ColIntern3_5
 from colintern.params import Params
 from colintern.planning.costs import CostModel, StepCost, StepSettings
 from colintern.planning.gpus import GPUS, find_local_gpu, predict_seconds

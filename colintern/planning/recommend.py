@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from colintern.core.errors import UserError
-from colintern.modeling.configuration_colintern import get_tile_size
+from colintern.modeling.base_config import get_tile_size
 from colintern.modeling.tiling import A4, INTERNVL_TILE, MIN_TILES, choose_grid
 from colintern.monitoring.guide import (
     MIN_BATCH_SIZE,

@@ -24,7 +24,7 @@ from colintern.modeling.adapter_files import (
     read_adapter_files,
 )
 from colintern.modeling.loading import load_model, read_processor
-from colintern.modeling.modeling_colintern import build_meta_model
+from colintern.modeling.retriever import build_meta_model
 from colintern.storage.hub import Repo
 from colintern.storage.identity import IDENTITY_FILE, read_identity
 from colintern.storage.manifest import get_digests

@@ -18,7 +18,7 @@ from colintern.core.errors import UserError
 from colintern.core.rules import split_kernel
 from colintern.modeling.attention import unavailable_reason
 from colintern.modeling.lora import FLOAT32, LoraReport, find_lora_errors, find_lora_warnings, report_lora_on_meta
-from colintern.modeling.modeling_colintern import build_meta_model
+from colintern.modeling.retriever import build_meta_model
 from colintern.monitoring.guide import DEMO, RecommendedBounds, get_recommended_bounds
 from colintern.params import Params
 from colintern.preflight.environment import Environment, Machine, probe_machine

@@ -18,7 +18,7 @@ from colintern.encoding.pooling import truncate_dim
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.evaluation.results import QueryResult, read_page_names, shorten_task_name
 from colintern.modeling.configuration_colintern import EMBEDDING_DIM
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
 from colintern.reporting.heatmaps import (
     SimilarityMap,
     compute_saliency,

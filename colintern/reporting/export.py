@@ -1,8 +1,9 @@
 """Export an adapter folded into its base, as a folder that needs nothing else, with a model card."""
 
+import json
 import logging
+import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ from huggingface_hub import EvalResult, HfApi, ModelCardData
 from huggingface_hub.errors import HTTPError
 
 from colintern.core.errors import UserError
+from colintern.core.imports import list_reached_modules
 from colintern.evaluation.models import make_eval_models
 from colintern.evaluation.results import shorten_task_name
-from colintern.modeling.loading import load_processor
-from colintern.modeling.modeling_colintern import ColIntern3_5, suppress_load_warnings
+from colintern.modeling.configuration_colintern import EMBEDDING_DIM, ColIntern3_5Config
+from colintern.modeling.loading import PROCESSOR_CONFIG, load_processor
+from colintern.modeling.modeling_colintern import suppress_load_warnings
+from colintern.modeling.processor import ColIntern3_5Processor
+from colintern.modeling.retriever import ColIntern3_5
 from colintern.params import Params, is_on_hub
 from colintern.preflight.adapter_check import check_adapter, find_base, read_adapter
 from colintern.reporting.evaluation import (
@@ -32,10 +37,31 @@ from colintern.storage.identity import fingerprint, get_versions
 
 logger = logging.getLogger(__name__)
 HUB_TASK = "visual-document-retrieval"  # the hub's name of it
+ENTRY_POINT = "colintern.modeling.custom_st"  # it imports, directly or not, all code that an exported model needs
+CODE_HEADER = """\
+# Copyright The colintern authors
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+AUTO_MAP = {
+    "AutoConfig": "configuration_colintern.ColIntern3_5Config",
+    "AutoModel": "modeling_colintern.ColIntern3_5",
+}
+# For sentence-transformers, and for mteb, which reads the modalities.
+SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
+    "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "custom_st.ColIntern3_5Module"}],
+    "config_sentence_transformers.json": {
+        "model_type": "MultiVectorEncoder",
+        "prompts": {"query": "", "document": ""},
+        "similarity_fn_name": "maxsim",
+        "requirements": {"sentence-transformers": ">=6.2", "transformers": ">=5.23,<6"},
+    },
+    "sentence_bert_config.json": {"modality_config": {"image": {}, "text": {}}},
+}
 
 
 def export_model(params: Params, folder: Path, out: Path, name: str) -> str:
-    """Write `out`: weights (safetensors), config, processor, identity.json, README.md.
+    """Write `out`: weights (safetensors), config, processor, their code, identity.json, README.md.
 
     The adapter is folded in float32, and the weights are then stored in `params.dtype`.
 
@@ -56,16 +82,35 @@ def export_model(params: Params, folder: Path, out: Path, name: str) -> str:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model = ColIntern3_5.from_pretrained(folder, base=str(base), merge=True, dtype=torch.float32)
+    model.config = ColIntern3_5Config.from_dict(
+        model.config.to_dict() | {"model_type": ColIntern3_5Config.model_type, "auto_map": AUTO_MAP}
+    )
     with suppress_load_warnings():
         model.to(getattr(torch, params.dtype)).save_pretrained(partial)
-    load_processor(params, folder).save_pretrained(partial)
+    processor = load_processor(params, folder)
+    processor.save_pretrained(partial)
+    write_code(partial)
     shutil.copy(folder / "identity.json", partial)
-    card = render_model_card(name, revision, adapter.identity, evaluation)
+    card = render_model_card(name, revision, adapter.identity, evaluation, processor)
     (partial / "README.md").write_text(card, encoding="utf-8")
     for file in partial.iterdir():  # safetensors makes a file that is its owner's alone
         file.chmod((partial / "README.md").stat().st_mode)
     partial.replace(out)
     return reason
+
+
+def write_code(folder: Path) -> None:
+    """Write what loads the model where colintern is not installed: copies of the library's files, and who finds them.
+
+    transformers finds the classes by `auto_map`, sentence-transformers by modules.json.
+    """
+    for file in list_reached_modules(ENTRY_POINT, without=frozenset()):
+        text = re.sub(r"^from colintern\.[\w.]*?(\w+) import", r"from .\1 import", file.read_text("utf-8"), flags=re.M)
+        (folder / file.name).write_text(CODE_HEADER + text, encoding="utf-8")
+    processor = json.loads((folder / PROCESSOR_CONFIG).read_text(encoding="utf-8"))
+    processor["auto_map"] = {"AutoProcessor": "processing_colintern.ColIntern3_5Processor"}
+    for name, content in {PROCESSOR_CONFIG: processor, **SENTENCE_TRANSFORMERS_FILES}.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _find_evaluation_of_export(params: Params, revision: str) -> tuple[Evaluation | None, str]:
@@ -91,15 +136,21 @@ def push_model(folder: Path, name: str) -> str:
         ) from error
 
 
-def render_model_card(name: str, revision: str, identity: Mapping[str, Any], evaluation: Evaluation | None) -> str:
+def render_model_card(
+    name: str,
+    revision: str,
+    identity: dict[str, Any],
+    evaluation: Evaluation | None,
+    processor: ColIntern3_5Processor,
+) -> str:
     """Render README.md with the results where the hub reads them; without an evaluation the card says so."""
     base = identity["base"]
     data = ModelCardData(
         model_name=name,
         base_model=base["folder"] if is_on_hub(base["folder"]) and base["revision"] else None,
-        library_name="colpali",  # not transformers, whose AutoModel would leave out the head
+        library_name="transformers",
         pipeline_tag=HUB_TASK,
-        tags=["colpali", "late-interaction", "multi-vector", HUB_TASK],
+        tags=["colpali", "custom_code", "late-interaction", "multi-vector", "sentence-transformers", HUB_TASK],
         eval_results=_list_eval_results(evaluation) if evaluation else None,
     )
     rows = []
@@ -117,6 +168,8 @@ def render_model_card(name: str, revision: str, identity: Mapping[str, Any], eva
             name=name,
             revision=revision,
             base=base,
+            processor=processor,
+            dim=EMBEDDING_DIM,
             rows=rows,
             mteb=evaluation.mteb_version if evaluation else "",
             data=sorted(evaluation.run["data"].items()) if evaluation else [],

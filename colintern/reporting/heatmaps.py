@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from colintern.modeling.images import to_rgb
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
 
 MAX_SIDE = 900  # pixels of a picture's longer side: text of 10 points on A4 can be read
 QUALITY = 60

@@ -21,8 +21,8 @@ from colintern.encoding.embed import embed_pages
 from colintern.encoding.page_features import Page
 from colintern.encoding.tensor_cache import TensorCache
 from colintern.ingest.documents import InvalidRow
-from colintern.modeling.modeling_colintern import ColIntern3_5
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
+from colintern.modeling.retriever import ColIntern3_5
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.search.sources import PageSource, render_sources
 from colintern.storage.files import MISSING, format_json, irregular_type

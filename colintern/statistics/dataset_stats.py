@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from colintern.modeling.tiling import choose_grid, count_max_tiles, read_base_tile
+from colintern.modeling.base_tile import choose_base_grid, read_base_tile
 from colintern.storage.manifest import MANIFEST, SURVEY, Files, get_files_folder, read_data_file
 
 HISTOGRAM_COLUMNS = ("set", "measure", "value", "count")
@@ -27,12 +27,11 @@ def load_dataset_stats(max_visual_tokens: int, tiling: str) -> Stats:
     """
     stats: Stats = read_data_file(SURVEY)
     side, tokens = read_base_tile(get_files_folder(Files(**read_data_file(MANIFEST)["base"]), "model"))
-    max_tiles = count_max_tiles(max_visual_tokens, tokens, tiling)
     for facts in stats.values():
         tiles: Counter[int] = Counter()
         for size, count in facts.pop("page sizes").items():
             width, height = map(int, size.split("x"))
-            tiles[choose_grid(width, height, max_tiles, side, tiling).tiles] += count
+            tiles[choose_base_grid(width, height, max_visual_tokens, side, tokens, tiling).tiles] += count
         facts["tiles of a page"] = {str(n): count for n, count in sorted(tiles.items())}
         facts["tokens of a page"] = {str(n * tokens): count for n, count in sorted(tiles.items())}
     return stats

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.modeling.adapter_files import save_adapter_extras
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
 from colintern.storage.identity import content_hash
 from colintern.storage.outs import FINISHED_MARK
 from colintern.training.distributed import EXIT_INTERRUPTED, DistributedContext

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
 
 # Tokens of padding that cost as much as one more mini-batch. Measured on a CPU (`python -m bench.parts`); on CUDA
 # assumed, from the kernel launches of a step.

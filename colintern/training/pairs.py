@@ -27,7 +27,7 @@ from colintern.core.errors import UserError
 from colintern.data.images import decode_image
 from colintern.data.training_set import NEGATIVES, POSITIVES, ROW_INDEX, IndexRow, TrainingData, read_row_index
 from colintern.encoding.page_features import Page, PageFeatures
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
 from colintern.storage.manifest import MANIFEST
 from colintern.training.distributed import Batch
 

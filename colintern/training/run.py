@@ -27,8 +27,8 @@ from colintern.encoding.workers import check_workers, stop_workers_on_exit
 from colintern.modeling.adapter_files import adapter_weight_stats, save_adapter_extras
 from colintern.modeling.attention import resolve_attn_implementation
 from colintern.modeling.lora import add_lora, find_lora_errors, report_lora
-from colintern.modeling.modeling_colintern import ColIntern3_5
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
+from colintern.modeling.retriever import ColIntern3_5
 from colintern.modeling.runtime import checkpoint_layers, compile_layers, configure_cpu_runtime, num_checkpointed_layers
 from colintern.params import Params
 from colintern.scoring.metrics import DEV_KEY, EVAL_KEY

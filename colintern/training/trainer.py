@@ -28,7 +28,7 @@ from colintern.encoding.fp8 import fake_quantize
 from colintern.encoding.page_features import PageFeatures
 from colintern.encoding.workers import seed_and_init_worker
 from colintern.modeling.dropout import DropoutMaskBank
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.scoring.metrics import MAIN_METRIC, ndcg_at_k
 from colintern.training.checkpoints import CheckpointWriter
