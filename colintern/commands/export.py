@@ -8,7 +8,7 @@ from colintern.core.terminal import print_phase
 from colintern.params import is_on_hub, load_params
 from colintern.storage.paths import require_model, require_writable
 
-SUMMARY = "write an adapter as a merged model with processor and card; push it to the hub only if asked"
+SUMMARY = "write an adapter as a merged model with its code and a card; push it to the hub only if asked"
 EXAMPLE = "colintern export experiments/colintern --out exported"
 
 
