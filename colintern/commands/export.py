@@ -8,7 +8,7 @@ from colintern.core.errors import UserError
 from colintern.params import is_on_hub, load_params
 from colintern.storage.paths import require_model, require_writable
 
-SUMMARY = "write an adapter as a merged model with processor and card; optionally push it to the hub"
+SUMMARY = "write an adapter as a merged model with its code and a card; push it to the hub only if asked"
 EXAMPLE = "colintern export experiments/colintern --out exported"
 
 

@@ -43,12 +43,8 @@ class ColIntern3_5Module(InputModule):
         """
         if config_kwargs or backend != "torch":
             raise ValueError(f"config_kwargs={config_kwargs}, backend={backend!r}: not supported; leave them out")
-        hub: dict[str, Any] = {
-            "token": token,
-            "cache_dir": cache_folder,
-            "local_files_only": local_files_only,
-            "revision": revision,
-        }
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_folder, "revision": revision}
+        hub["local_files_only"] = local_files_only
         model = ColIntern3_5.from_pretrained(model_name_or_path, **hub, **(model_kwargs or {}))
         processor = ColIntern3_5Processor.from_pretrained(model_name_or_path, **hub, **(processor_kwargs or {}))
         return cls(model, processor)
@@ -86,9 +82,7 @@ class ColIntern3_5Module(InputModule):
         expected = str if task == "query" else Image.Image
         items = [next(iter(item.values())) if isinstance(item, dict) and len(item) == 1 else item for item in inputs]
         if wrong := [type(item).__name__ for item in items if not isinstance(item, expected)]:
-            raise ValueError(
-                f"an input of type {wrong[0]}: encode_query takes text, encode_document takes Pillow images"
-            )
+            raise ValueError(f"{wrong[0]}: encode_query takes text, encode_document takes Pillow images")
         return dict(self.processor.process_queries(items) if task == "query" else self.processor.process_images(items))
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from colintern.modeling.adapter_files import (
     validate_adapter,
 )
 from colintern.modeling.attention import choose_attn_implementation, resolve_attn_implementation
-from colintern.modeling.configuration_colintern import HEAD
+from colintern.modeling.configuration_colintern import HEAD, load_config
 from colintern.modeling.processor import ColIntern3_5Processor
 from colintern.modeling.retriever import ColIntern3_5
 from colintern.params import Params, split_hub_id
@@ -272,7 +272,7 @@ def _find_damaged_file(folder: Path) -> str:
     except Exception:
         return TOKENIZER_FILE
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)  # a local folder # nosec B615
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, config=load_config(str(folder)))  # nosec B615
         tokenizer(f"a{tokenizer.context_image_token}{tokenizer.start_image_token}{tokenizer.end_image_token}")
     except Exception:
         return TOKENIZER_CONFIG

@@ -88,7 +88,7 @@ class ColIntern3_5(InternVLModel):
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | Path,
-        *model_args: Any,
+        *,
         config: BackboneConfig | None = None,
         revision: str | None = None,
         seed: int = 0,
@@ -99,7 +99,6 @@ class ColIntern3_5(InternVLModel):
 
         Args:
             pretrained_model_name_or_path: hub id or folder.
-            model_args: passed on to `__init__`.
             config: None: the checkpoint's own.
             revision: hub commit.
             seed: initializes the head of a base, which has none, independently of the global random state.
@@ -117,7 +116,6 @@ class ColIntern3_5(InternVLModel):
         with suppress_load_warnings():
             loaded: Any = super().from_pretrained(
                 path,
-                *model_args,
                 config=config,
                 revision=revision or "main",
                 key_mapping=KEY_MAPPING,
