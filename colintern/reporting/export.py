@@ -1,6 +1,7 @@
 """Export an adapter folded into its base, as a folder that needs nothing else, with a model card."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from colintern.reporting.evaluation import (
     find_evaluation,
     read_evaluation,
 )
+from colintern.reporting.export_vllm import describe_vllm_use, require_stock_tiling, write_vllm_model
 from colintern.reporting.html import make_environment
 from colintern.scoring.metrics import METRIC_KEYS
 from colintern.storage.hub import describe_hub_error
@@ -32,8 +34,8 @@ from colintern.storage.identity import fingerprint, versions
 HUB_TASK = "visual-document-retrieval"  # the hub's name of it
 
 
-def export_model(params: Params, folder: Path, out: Path, name: str) -> str:
-    """Write `out`: weights (safetensors), config, processor, identity.json, README.md.
+def export_model(params: Params, folder: Path, out: Path, name: str, for_vllm: bool = False) -> str:
+    """Write `out`: weights (safetensors), config, processor, identity.json, README.md; see also `write_vllm_model`.
 
     The adapter is folded in float32, and the weights are then stored in `params.dtype`.
 
@@ -44,6 +46,9 @@ def export_model(params: Params, folder: Path, out: Path, name: str) -> str:
         UserError: no adapter, or one that `colintern check-adapter` refuses.
     """
     adapter = read_adapter(folder)
+    if for_vllm:
+        require_stock_tiling(folder, adapter.identity)
+        params = replace(params, tiling="stock")
     base = find_base(adapter, None)
     if failed := [finding for finding in check_adapter(adapter, base) if not finding.ok]:
         raise UserError(f"{folder}: {failed[0].name}: {failed[0].found}; see: colintern check-adapter {folder}")
@@ -54,13 +59,19 @@ def export_model(params: Params, folder: Path, out: Path, name: str) -> str:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model = ColIntern3_5.from_pretrained(folder, base=str(base), merge=True, dtype=torch.float32)
-    with suppress_load_warnings():
-        model.to(getattr(torch, params.dtype)).save_pretrained(partial)
-    load_processor(params, folder).save_pretrained(partial)
+    model.to(getattr(torch, params.dtype))
+    processor = load_processor(params, folder)
+    if for_vllm:
+        write_vllm_model(model, processor, base, partial)
+    else:
+        with suppress_load_warnings():
+            model.save_pretrained(partial)
+        processor.save_pretrained(partial)
     shutil.copy(folder / "identity.json", partial)
-    card = render_model_card(name, revision, adapter.identity, evaluation)
+    vllm = describe_vllm_use(processor, params.dtype) if for_vllm else None
+    card = render_model_card(name, revision, adapter.identity, evaluation, vllm)
     (partial / "README.md").write_text(card, encoding="utf-8")
-    for file in partial.iterdir():  # safetensors makes a file that is its owner's alone
+    for file in filter(Path.is_file, partial.rglob("*")):  # safetensors makes a file that is its owner's alone
         file.chmod((partial / "README.md").stat().st_mode)
     partial.replace(out)
     return reason
@@ -93,13 +104,27 @@ def push_model(folder: Path, name: str) -> str:
         ) from error
 
 
-def render_model_card(name: str, revision: str, identity: dict[str, Any], evaluation: Evaluation | None) -> str:
-    """Render README.md with the results where the hub reads them; without an evaluation the card says so."""
+def render_model_card(
+    name: str,
+    revision: str,
+    identity: dict[str, Any],
+    evaluation: Evaluation | None,
+    vllm: dict[str, Any] | None = None,
+) -> str:
+    """Render README.md with the results where the hub reads them; without an evaluation the card says so.
+
+    Args:
+        name: of the model.
+        revision: hash of the adapter's weights.
+        identity: the adapter's identity.json.
+        evaluation: of the exported model.
+        vllm: see `describe_vllm_use`; None for a model that colintern loads.
+    """
     base = identity["base"]
     data = ModelCardData(
         model_name=name,
         base_model=base["folder"] if is_on_hub(base["folder"]) and base["revision"] else None,
-        library_name="colpali",  # not transformers, whose AutoModel would leave out the head
+        library_name="vllm" if vllm else "colpali",  # not transformers, whose AutoModel would leave out the head
         pipeline_tag=HUB_TASK,
         tags=["colpali", "late-interaction", "multi-vector", HUB_TASK],
         eval_results=_list_eval_results(evaluation) if evaluation else None,
@@ -126,6 +151,7 @@ def render_model_card(name: str, revision: str, identity: dict[str, Any], evalua
             fingerprint=fingerprint({key: identity.get(key) for key in ("params", "deps", "versions")}),
             versions=identity.get("versions", {}),
             here=versions(),
+            vllm=vllm,
         )
     )
     return f"---\n{data.to_yaml().strip()}\n---\n{text}"
