@@ -15,11 +15,13 @@ import pytest
 import torch
 from conftest import page_image
 from huggingface_hub import ModelCard
+from pages import documented, words
 from processes import FORKS
 from safetensors.torch import load_file, save_file
 from test_adapters import DAMAGES, READ
 from test_exported import CODE
 from test_report import evaluated, fork, run  # noqa: F401
+from transformers import AutoProcessor, InternVLModel, InternVLProcessor
 
 from colintern.__main__ import main
 from colintern.encoding.embed import embed_pages, embed_queries
@@ -96,6 +98,72 @@ def test_results_under_another_bound_are_not_those_of_what_is_exported(top):
     (top / "params.yaml").write_text(text.replace("max_visual_tokens: 96", "max_visual_tokens: 32"))
     code, log = fork(top, "export", "adapter", "--out", "exported")
     assert code == 0 and "without results in its card: MODEL: " in log and "max_visual_tokens 32" in log, log
+
+
+def set_tiling(adapter: Path, tiling: str | None) -> None:
+    """Name the tiling in identity.json, as a training run does; None: as one of an older version."""
+    identity = json.loads((adapter / "identity.json").read_text())
+    identity["params"].pop("tiling")
+    identity["params"] |= {"tiling": tiling} if tiling else {}
+    (adapter / "identity.json").write_text(json.dumps(identity))
+
+
+def test_for_vllm_an_adapter_of_exact_tiles_is_refused(top):
+    for tiling in ("exact", None):
+        set_tiling(top / "adapter", tiling)
+        code, log = fork(top, "export", "adapter", "--out", "exported", "--for", "vllm")
+        assert code == 2 and "--for vllm: adapter was trained with tiling: exact, but vLLM cuts" in log, log
+        assert "tiling: stock in params.yaml, train again" in log and not (top / "exported").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_for_vllm_it_is_the_model_of_transformers_with_a_dense_module(top, pages, dtype):
+    """tests/test_vllm.py asks vLLM itself; here transformers does what vLLM does, on the same folder."""
+    set_tiling(top / "adapter", "stock")
+    text = (top / "params.yaml").read_text().replace("dtype: float32", f"dtype: {dtype}")
+    (top / "params.yaml").write_text(text.replace("max_visual_tokens: 96", "max_visual_tokens: 112"))
+    command = documented("colintern export MODEL --out FOLDER --for vllm", MODEL="adapter", FOLDER="exported")
+    code, log = fork(top, *words(command)[1:])
+    assert code == 0, log
+    out, kind = top / "exported", getattr(torch, dtype)
+    state = load_file(out / "model.safetensors")
+    assert {value.dtype for value in state.values()} == {kind} and not any("custom_text_proj" in key for key in state)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["architectures"], config["dtype"]) == (["InternVLForConditionalGeneration"], dtype)
+    model, info = InternVLModel.from_pretrained(out, output_loading_info=True, dtype=kind)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    [module] = json.loads((out / "modules.json").read_text())
+    layer = json.loads((out / module["path"] / "config.json").read_text())
+    dense = torch.nn.Linear(layer["in_features"], layer["out_features"], layer["bias"], dtype=kind)
+    dense.load_state_dict(
+        {key.removeprefix("linear."): v for key, v in load_file(out / module["path"] / "model.safetensors").items()}
+    )
+    base = str(top / "demo" / "base")
+    ours = ColIntern3_5.from_pretrained(top / "adapter", base=base, merge=True, dtype=torch.float32).to(kind)
+    own = ColIntern3_5Processor.from_pretrained(top / "adapter", max_visual_tokens=112, tiling="stock")
+    stock = AutoProcessor.from_pretrained(out)
+    assert type(stock) is InternVLProcessor and stock.image_processor.max_patches == 6
+
+    def embed(inputs) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.nn.functional.normalize(dense(model(**inputs)[0]).float(), dim=-1)[0]
+
+    def render(content) -> str:
+        return stock.apply_chat_template([{"role": "user", "content": content}])
+
+    tolerance = 1e-5 if dtype == "float32" else 0.05
+    for page, want in zip(pages, embed_pages(ours, own, pages, 1), strict=True):
+        inputs = stock(images=[page], text=[render([{"type": "image"}])], return_tensors="pt")
+        torch.testing.assert_close(embed(inputs.to(kind)), want.float(), rtol=0, atol=tolerance)
+    query = 'what {{ is }} due to "Oslo"'
+    for content in (query, [{"type": "text", "text": query}]):
+        inputs = stock.tokenizer([render(content)], return_tensors="pt", add_special_tokens=False)
+        assert inputs["input_ids"].tolist() == own.process_queries([query])["input_ids"].tolist()
+    [want] = embed_queries(ours, own, [query], 1)
+    torch.testing.assert_close(embed(inputs), want.float(), rtol=0, atol=tolerance)
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "vllm" and f"--dtype {dtype} " in card.text
+    assert json.dumps(own.visual_prompt_prefix) in card.text and "at most 6 tiles and a thumbnail" in card.text
 
 
 @pytest.mark.parametrize("fault", ["untrained", "headless"])

@@ -193,7 +193,9 @@ def test_similarity_maps_show_a_token_at_its_place(processor, size, thumbnail):
             )
 
 
-def test_masks_are_of_the_page_they_belong_to(processor, pages):
+@pytest.mark.parametrize("tiling", ["exact", "stock"])
+def test_masks_are_of_the_page_they_belong_to(tiling, pages):
+    processor = ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=96, tiling=tiling)
     batch = processor.process_images(pages).to("cpu", torch.bfloat16)
     mask, local = processor.get_image_mask(batch), processor.get_local_image_mask(batch)
     assert mask.shape == local.shape == batch["input_ids"].shape and mask.dtype == local.dtype == torch.bool

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="the adapter's folder")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="made by this; must not exist yet")
     parser.add_argument("--name", metavar="NAME", help="of the model in its card (default: that of FOLDER)")
+    parser.add_argument("--for", dest="target", choices=["vllm"], help="write the layout that vLLM serves instead")
     parser.add_argument("--push", metavar="ID", help="push to this repository, owner/name; made private if it is new")
 
 
@@ -42,8 +43,9 @@ def run(args: argparse.Namespace) -> None:
     if args.push and offline:
         raise UserError(f"--push: {args.push} cannot be reached, because HF_HUB_OFFLINE is set")
     enable_offline_mode()
-    reason = export_model(params, args.model, args.out, args.name or args.out.resolve().name)
-    size = sum(file.stat().st_size for file in args.out.iterdir())
+    name = args.name or args.out.resolve().name
+    reason = export_model(params, args.model, args.out, name, for_vllm=args.target == "vllm")
+    size = sum(file.stat().st_size for file in args.out.rglob("*"))
     card = f"without results in its card: {reason}" if reason else "its results are in its card"
     print(f"{args.out}: {size / 1e6:.1f} MB; {card}")
     if args.push:

@@ -76,10 +76,10 @@ class ColIntern3_5Processor(InterpretabilityMixin, InternVLProcessor):
         if tiling not in MIN_TILES:
             raise ValueError(f"tiling={tiling!r}: must be one of {', '.join(MIN_TILES)}")
         self.tiling, self.max_visual_tokens = tiling, max_visual_tokens
-        self.max_tiles = count_max_tiles(max_visual_tokens, image_seq_length, tiling)
+        max_tiles = self.max_tiles
         if tiling == "stock":  # what other programs read from the saved processor, to cut pages alike
             self.image_processor.crop_to_patches = True
-            self.image_processor.min_patches, self.image_processor.max_patches = 1, self.max_tiles - 1
+            self.image_processor.min_patches, self.image_processor.max_patches = 1, max_tiles - 1
         self.max_query_tokens = max_query_tokens
         # Characters of a query that are tokenized, since 16 MB would take minutes. Later ones cannot be among its first
         # tokens: each is at most as long as the longest, and NFC merges at most four characters into one.
@@ -177,6 +177,11 @@ class ColIntern3_5Processor(InterpretabilityMixin, InternVLProcessor):
 
     def _tokenize_texts(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @property
+    def max_tiles(self) -> int:
+        """Return the most tiles that a page may get, thumbnail included."""
+        return count_max_tiles(self.max_visual_tokens, self.image_seq_length, self.tiling)
 
     @property
     def tile_size(self) -> int:

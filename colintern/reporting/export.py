@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from colintern.reporting.evaluation import (
     find_evaluation,
     read_evaluation,
 )
+from colintern.reporting.export_vllm import describe_vllm_use, require_stock_tiling, write_vllm_model
 from colintern.reporting.html import make_environment
 from colintern.scoring.metrics import METRIC_KEYS
 from colintern.storage.hub import describe_hub_error
@@ -60,8 +62,10 @@ SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
 }
 
 
-def export_model(params: Params, folder: Path, out: Path, name: str) -> str:
+def export_model(params: Params, folder: Path, out: Path, name: str, for_vllm: bool = False) -> str:
     """Write `out`: weights (safetensors), config, processor, their code, identity.json, README.md.
+
+    With `for_vllm` the layout is that of `write_vllm_model`, without code.
 
     The adapter is folded in float32, and the weights are then stored in `params.dtype`.
 
@@ -72,6 +76,9 @@ def export_model(params: Params, folder: Path, out: Path, name: str) -> str:
         UserError: no adapter, or one that `colintern check-adapter` refuses.
     """
     adapter = read_adapter(folder)
+    if for_vllm:
+        require_stock_tiling(folder, adapter.identity)
+        params = replace(params, tiling="stock")
     base = find_base(adapter, None)
     if failed := [finding for finding in check_adapter(adapter, base) if not finding.ok]:
         raise UserError(f"{folder}: {failed[0].name}: {failed[0].found}; see: colintern check-adapter {folder}")
@@ -82,18 +89,23 @@ def export_model(params: Params, folder: Path, out: Path, name: str) -> str:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model = ColIntern3_5.from_pretrained(folder, base=str(base), merge=True, dtype=torch.float32)
-    model.config = ColIntern3_5Config.from_dict(
-        model.config.to_dict() | {"model_type": ColIntern3_5Config.model_type, "auto_map": AUTO_MAP}
-    )
-    with suppress_load_warnings():
-        model.to(getattr(torch, params.dtype)).save_pretrained(partial)
+    model.to(getattr(torch, params.dtype))
     processor = load_processor(params, folder)
-    processor.save_pretrained(partial)
-    write_code(partial)
+    if for_vllm:
+        write_vllm_model(model, processor, base, partial)
+    else:
+        model.config = ColIntern3_5Config.from_dict(
+            model.config.to_dict() | {"model_type": ColIntern3_5Config.model_type, "auto_map": AUTO_MAP}
+        )
+        with suppress_load_warnings():
+            model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        write_code(partial)
     shutil.copy(folder / "identity.json", partial)
-    card = render_model_card(name, revision, adapter.identity, evaluation, processor)
+    vllm = describe_vllm_use(processor, params.dtype) if for_vllm else None
+    card = render_model_card(name, revision, adapter.identity, evaluation, processor, vllm)
     (partial / "README.md").write_text(card, encoding="utf-8")
-    for file in partial.iterdir():  # safetensors makes a file that is its owner's alone
+    for file in filter(Path.is_file, partial.rglob("*")):  # safetensors makes a file that is its owner's alone
         file.chmod((partial / "README.md").stat().st_mode)
     partial.replace(out)
     return reason
@@ -142,13 +154,23 @@ def render_model_card(
     identity: dict[str, Any],
     evaluation: Evaluation | None,
     processor: ColIntern3_5Processor,
+    vllm: dict[str, object] | None = None,
 ) -> str:
-    """Render README.md with the results where the hub reads them; without an evaluation the card says so."""
+    """Render README.md with the results where the hub reads them; without an evaluation the card says so.
+
+    Args:
+        name: of the model.
+        revision: hash of the adapter's weights.
+        identity: the adapter's identity.json.
+        evaluation: of the exported model.
+        processor: of the exported model.
+        vllm: see `describe_vllm_use`; None for a model that comes with its code.
+    """
     base = identity["base"]
     data = ModelCardData(
         model_name=name,
         base_model=base["folder"] if is_on_hub(base["folder"]) and base["revision"] else None,
-        library_name="transformers",
+        library_name="vllm" if vllm else "transformers",
         pipeline_tag=HUB_TASK,
         tags=["colpali", "custom_code", "late-interaction", "multi-vector", "sentence-transformers", HUB_TASK],
         eval_results=_list_eval_results(evaluation) if evaluation else None,
@@ -177,6 +199,7 @@ def render_model_card(
             fingerprint=fingerprint({key: identity.get(key) for key in ("params", "deps", "versions")}),
             versions=identity.get("versions", {}),
             here=get_versions(),
+            vllm=vllm,
         )
     )
     return f"---\n{data.to_yaml().strip()}\n---\n{text}"
