@@ -24,8 +24,8 @@ from test_adapters import trained
 
 from colintern.__main__ import main
 from colintern.encoding.embed import embed_pages, embed_queries
-from colintern.modeling.modeling_colintern import ColIntern3_5
-from colintern.modeling.processing_colintern import ColIntern3_5Processor
+from colintern.modeling.processor import ColIntern3_5Processor
+from colintern.modeling.retriever import ColIntern3_5
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.scoring.metrics import ndcg_at_k
 from demo.corpus import generate_corpus

@@ -26,13 +26,13 @@ from colintern.encoding.fp8 import dequantize_fp8, quantize_fp8, read_quantizati
 from colintern.encoding.tensor_cache import TensorCache
 from colintern.encoding.workers import check_workers, init_worker, stop_workers_on_exit
 from colintern.modeling.images import to_rgb
-from colintern.modeling.modeling_colintern import ColIntern3_5
-from colintern.modeling.processing_colintern import ColIntern3_5Processor as Processor
+from colintern.modeling.modeling_colintern import ColIntern3_5ForRetrieval
+from colintern.modeling.processing_colintern import ColIntern3_5RetrievalProcessor as Processor
 from colintern.storage.identity import code_hashes
 from colintern.storage.lock import hold_lock
 
 logger = logging.getLogger(__name__)
-Model = ColIntern3_5 | PeftModel
+Model = ColIntern3_5ForRetrieval | PeftModel
 NUM_ERROR_PAGES = 64  # the error of fp8 is measured on the same first pages, whatever the cache contains
 FEATURES_DIR = "data/.features"  # below the repository's root
 LIBRARIES = ("torch", "torchvision", "transformers", "pillow")
@@ -68,7 +68,7 @@ class PageFeatures:
     """Callable that returns the features of a `Page`, (tiles, tokens of a tile, hidden size), on the CPU.
 
     Args:
-        model: `ColIntern3_5`, wrapped in PEFT or not; its tower and projector must be frozen.
+        model: `ColIntern3_5ForRetrieval`, wrapped in PEFT or not; its tower and projector must be frozen.
         limit_gb: size of the cache in GB (1e9 bytes); 0 caches nothing.
         cache_format: "exact" or "fp8"; with "fp8" every feature is rounded, cached or not, so that the cache changes no
             result.

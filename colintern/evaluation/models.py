@@ -21,7 +21,7 @@ from colintern.modeling.loading import (
     require_merged,
     require_same_base,
 )
-from colintern.modeling.modeling_colintern import ColIntern3_5
+from colintern.modeling.retriever import ColIntern3_5
 from colintern.params import Params
 from colintern.storage.identity import content_hash, fingerprint, get_stage_versions, read_identity, stage_code
 from colintern.storage.manifest import MANIFEST, ensure_base, get_kernel_entry, read_data_file

@@ -1,4 +1,4 @@
-"""`ColIntern3_5`: the backbone without its language-model head, with a projection to 128-d token embeddings.
+"""`ColIntern3_5ForRetrieval`: the backbone with a projection to 128-d token embeddings as its head.
 
 Module paths are those of the guide: `language_model.layers.*`, `vision_tower`, `multi_modal_projector`,
 `custom_text_proj`. Shapes: B rows, L tokens of a padded row.
@@ -33,7 +33,7 @@ from colintern.modeling.configuration_colintern import (
 HUB_KEYWORDS = {"cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token"}
 
 
-class ColIntern3_5(InternVLModel):
+class ColIntern3_5ForRetrieval(InternVLModel):
     """Embeds pages and queries as many 128-d unit vectors each; the score of a pair is MaxSim.
 
     Args:

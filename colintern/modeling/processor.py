@@ -1,12 +1,12 @@
-"""`ColIntern3_5Processor` as the library uses it: the class of `processing_colintern`, as one of colpali-engine's.
+"""`ColIntern3_5Processor`: `ColIntern3_5RetrievalProcessor` as a processor of colpali-engine.
 
 `colintern export` copies `processing_colintern` into the folder of a model, where colpali-engine is not needed.
 """
 
 from colpali_engine.utils.processing_utils import BaseVisualRetrieverProcessor
 
-from colintern.modeling import processing_colintern
+from colintern.modeling.processing_colintern import ColIntern3_5RetrievalProcessor
 
 
-class ColIntern3_5Processor(processing_colintern.ColIntern3_5Processor, BaseVisualRetrieverProcessor):
+class ColIntern3_5Processor(ColIntern3_5RetrievalProcessor, BaseVisualRetrieverProcessor):
     """Converts page images and query strings to right-padded batches for `ColIntern3_5`."""

@@ -47,7 +47,7 @@ CODE_HEADER = """\
 """
 AUTO_MAP = {
     "AutoConfig": "configuration_colintern.ColIntern3_5Config",
-    "AutoModel": "modeling_colintern.ColIntern3_5",
+    "AutoModel": "modeling_colintern.ColIntern3_5ForRetrieval",
 }
 # For sentence-transformers, and for mteb, which reads the modalities.
 SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
@@ -120,7 +120,7 @@ def write_code(folder: Path) -> None:
         text = re.sub(r"^from colintern\.[\w.]*?(\w+) import", r"from .\1 import", file.read_text("utf-8"), flags=re.M)
         (folder / file.name).write_text(CODE_HEADER + text, encoding="utf-8")
     processor = json.loads((folder / PROCESSOR_CONFIG).read_text(encoding="utf-8"))
-    processor["auto_map"] = {"AutoProcessor": "processing_colintern.ColIntern3_5Processor"}
+    processor["auto_map"] = {"AutoProcessor": "processing_colintern.ColIntern3_5RetrievalProcessor"}
     for name, content in {PROCESSOR_CONFIG: processor, **SENTENCE_TRANSFORMERS_FILES}.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

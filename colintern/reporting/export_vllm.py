@@ -89,7 +89,7 @@ def render_chat_template(processor: ColIntern3_5Processor) -> str:
     }
     template = CHAT_TEMPLATE
     for name, text in texts.items():
-        template = template.replace(name, json.format_json(text))
+        template = template.replace(name, json.dumps(text))
     return template
 
 
@@ -99,8 +99,8 @@ def describe_vllm_use(processor: ColIntern3_5Processor, dtype: str) -> dict[str,
     return {
         "dtype": dtype,
         "dim": EMBEDDING_DIM,
-        "query": f"`{json.format_json(query)}`",
-        "page": f"`{json.format_json(processor.visual_prompt_prefix)}`",
+        "query": f"`{json.dumps(query)}`",
+        "page": f"`{json.dumps(processor.visual_prompt_prefix)}`",
         "max_query_tokens": processor.max_query_tokens,
         "max_patches": processor.max_tiles - 1,
     }
