@@ -11,12 +11,12 @@ ingest/      from a source (PDFs, JSON lines, parquet files, a hub) to validated
 statistics/  the data described: counts, histograms, languages
 training/    from rows to an adapter: mini-batches, loss, the step, checkpoints, hard-negative mining
 evaluation/  from an adapter to scores: the mteb encoder, tasks, per-query results
-search/      an index over the pages of a folder, ranked for a query
 analysis/    finished evaluations: significance, comparison, baselines, bands
 monitoring/  callbacks of a training run: health rules, throughput, progress, trackers
 planning/    the cost of a run on a GPU, before it starts
 preflight/   checks of settings, machine and adapter, before a run starts
 reporting/   the report with heatmaps, plots, the model card
+search/      an index over the pages of a folder, ranked for a query; a search page for a browser
 tuning/      hyperparameter search: space, study, trials, pruning
 commands/    `colintern NAME`, a module each
 __main__     the command line

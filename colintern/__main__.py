@@ -22,12 +22,16 @@ from colintern.core.errors import exit_on_user_error
 
 # Commands in the order of the work; others follow by name.
 ORDER = """recipe recommend tiles data verify doctor check_adapter evaluate report compare mine tune search
-export""".split()
+serve export""".split()
 
 
 @exit_on_user_error()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; return 0, or 141 if the reader closes the pipe; exits with 2 for bad input."""
+    """Run one subcommand.
+
+    Returns:
+        The exit code: 0, 130 after Ctrl-C, 141 if the reader closes the pipe. Bad input raises SystemExit(2).
+    """
     args = _build_parser().parse_args(argv)
     warnings.simplefilter("ignore", FutureWarning)  # transformers warns about names that only its own code uses
     run: Callable[[argparse.Namespace], None] = args.run
@@ -39,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would try once more at its exit, and say so
         return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return 0
 
 

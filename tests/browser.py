@@ -53,24 +53,37 @@ class Tab:
         while not any(event["method"] == method for event in self.events):
             self._read(60)
 
-    def show(self, file: Path, size: tuple[int, int] = DESKTOP, dark: bool = False) -> float:
-        """Open a file; seconds until it is loaded and two frames are drawn."""
+    def show(self, file: Path | str, size: tuple[int, int] = DESKTOP, dark: bool = False) -> float:
+        """Open a file or a URL; seconds until it is loaded and two frames are drawn."""
         width, height = size
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
             height=height,
             deviceScaleFactor=1,
-            mobile=size == PHONE,
+            mobile=size[0] <= PHONE[0],
         )
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
         self.events.clear()
         start = time.monotonic()
-        self.call("Page.navigate", url=file.absolute().as_uri())
+        self.call("Page.navigate", url=file if isinstance(file, str) else file.absolute().as_uri())
+        self._wait_until_drawn()
+        return time.monotonic() - start
+
+    def _wait_until_drawn(self) -> None:
         self.wait("Page.loadEventFired")
         self.value("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
-        return time.monotonic() - start
+
+    def press(self, key: str, code: int, loads: bool = False) -> None:
+        """Press a key by its name and Windows code; `loads`: until the page that it asks for is drawn."""
+        self.events.clear()
+        text = {"text": "\r"} if key == "Enter" else {}
+        for kind in ("keyDown", "keyUp"):
+            event = {"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code}
+            self.call("Input.dispatchKeyEvent", **event, **(text if kind == "keyDown" else {}))
+        if loads:
+            self._wait_until_drawn()
 
     def value(self, expression: str) -> Any:
         found = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)

@@ -40,12 +40,23 @@ REFUSED = {
     "report adapter --out params.yaml/report.html": "--out: params.yaml is a file",
     "export demo/base --out new": "MODEL: demo/base: holds no adapter_model.safetensors; give",
     "export adapter --out params.yaml/new": "--out: params.yaml is a file",
-    "search nowhere demo word": "MODEL: nowhere: does not exist",
-    "search params.yaml demo word": "MODEL: params.yaml: is a file",
-    "search adapter nowhere word": "FOLDER_OR_PDF: 'nowhere' does not exist",
-    "search adapter demo word --html demo": "--html: demo is a folder",
-    "search adapter demo word --index params.yaml": "--index: params.yaml is a file",
-    "search adapter demo how is it removed": 'colintern search adapter demo "how is it removed"',
+    "search demo word --model nowhere": "--model: nowhere: does not exist",
+    "search demo word --model params.yaml": "--model: params.yaml: is a file",
+    "search demo word": "--model: experiments/colintern: holds no adapter_model.safetensors",
+    "search nowhere word --model adapter": "SOURCE: 'nowhere' does not exist",
+    "search demo word --model adapter --html demo": "--html: demo is a folder",
+    "search demo word --model adapter --index params.yaml": "--index: params.yaml is a file",
+    "search demo how is it removed": 'colintern search demo "how is it removed"',
+    "search adapter demo is it removed": 'colintern search demo "is it removed" --model adapter',
+    "search nowhere demo word": 'the order is SOURCE QUERY, and the model is an option: colintern search demo "word" ',
+    "search demo --model adapter": "the following arguments are required: QUERY",
+    "search demo --model adapter word --rescore -1": "--rescore: -1 is not valid",
+    "search demo word --model adapter --precision float32 --rescore 5": "--rescore: 5 has no effect with --precision",
+    "search demo word --queries params.yaml": "QUERY: 'word' and --queries params.yaml exclude each other",
+    "search demo --queries params.yaml --html new.html": "--html: new.html shows one query",
+    "search demo --queries nowhere": "--queries: nowhere cannot be read: No such file or directory",
+    "search demo --queries empty": "--queries: empty holds no query",
+    "search demo --queries latin": "--queries: latin: line 2 is not UTF-8",
     "evaluate demo": "MODEL: demo: holds no adapter_model.safetensors",
     "evaluate demo/bose": "MODEL: 'demo/bose' is no folder here, and a hub id needs its commit",
     "evaluate ../adapters/one": "MODEL: '../adapters/one' is no folder here",
@@ -53,6 +64,8 @@ REFUSED = {
     "evaluate adapter --out params.yaml/new": "--out: params.yaml is a file",
     "evaluate adapter --benchmarks no/where": "benchmarks: 'no/where': no such folder",
     "evaluate adapter --benchmarks demo": "data/manifest.json: missing",
+    "serve nowhere --model adapter": "SOURCE: 'nowhere' does not exist",
+    "serve demo": "--model: experiments/colintern: holds no adapter_model.safetensors",
     "check-adapter nowhere": "FOLDER: nowhere: does not exist, or is no folder here",
     "check-adapter demo": "adapter_model.safetensors; give the folder of an adapter, or copy the whole folder again",
     "check-adapter experiments/colintern": "or run the stage that makes it: dvc repro train",
@@ -68,7 +81,12 @@ REFUSED = {
 }
 
 
-NEED_PARAMS = ("report adapter", "export adapter --out new", "search adapter adapter word", "mine --adapter adapter")
+NEED_PARAMS = (
+    "report adapter",
+    "export adapter --out new",
+    "search adapter word --model adapter",
+    "mine --adapter adapter",
+)
 
 
 def collect_refusals(folder: Path, lines: Iterable[str]) -> list[tuple[str, str]]:
@@ -91,6 +109,8 @@ def test_wrong_paths_are_refused_before_anything_slow_is_imported(adapter, tmp_p
     shutil.copytree(ROOT / "demo" / "base", tmp_path / "demo" / "base")
     (tmp_path / "params.yaml").write_text(render_recipe(ROOT / "recipes" / "demo.yaml"))
     (tmp_path / "experiments" / "colintern").mkdir(parents=True)
+    (tmp_path / "empty").write_text("\n \n")
+    (tmp_path / "latin").write_bytes("Oslo\ncaf\xe9\n".encode("latin-1"))
     for (line, words), (message, code) in zip(REFUSED.items(), collect_refusals(tmp_path, REFUSED), strict=True):
         assert words in message and code == "2", (line, message)
     assert not (tmp_path / "new").exists()
@@ -128,7 +148,15 @@ def test_help_is_in_the_order_of_the_work_and_fits_80_columns(capsys, monkeypatc
     modules = {path.stem for path in (ROOT / "colintern" / "commands").glob("*.py")} - {"__init__"}
     assert modules == set(ORDER), "a new command has a place in the order"
     whole = re.sub(r" \\\n +", " ", text)
-    assert 'colintern search experiments/colintern ~/manuals "how is a package removed" --html found.html\n' in whole
+    assert 'colintern search ~/manuals "how is a package removed" --html found.html\n' in whole
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch):
+    def interrupt(args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("colintern.commands.recipe.run", interrupt)
+    assert main(["recipe"]) == 130
 
 
 def test_the_version_is_that_of_the_project(capsys):

@@ -43,11 +43,11 @@ READERS = [name for name, stage in STAGES.items() if stage["params"] != ALL_KEYS
 # The packages, top down: a module imports from lower ones and from its own, never in a circle.
 LEVELS = [
     {"stages", "__main__", "commands"},
-    {"tuning"},
+    {"search", "tuning"},
     {"reporting"},
     {"planning", "preflight"},
     {"analysis", "monitoring"},
-    {"training", "evaluation", "search", "statistics", "demo"},
+    {"training", "evaluation", "statistics", "demo"},
     {"ingest"},
     {"data", "encoding"},
     {"modeling"},

@@ -72,7 +72,7 @@ def test_training_evaluation_and_search(fetched, whole, place):
     (place.folder / "pages").mkdir()
     for word in ("Oslo", "Rome"):
         page_image(word).save(place.folder / "pages" / f"{word}.png")
-    done = pretended("colintern.__main__", "search", "experiments/colintern", "pages", "from Oslo", folder=place.folder)
+    done = pretended("colintern.__main__", "search", "pages", "from Oslo", folder=place.folder)
     assert done.returncode == 0 and "Rome.png" in done.stdout, done.stderr
 
 

@@ -1,5 +1,6 @@
 """`colintern search`: an index that grows by content, and ranks as the model itself does."""
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import IRREGULAR, ROOT, irregular_files, page_image
+from pages import documented, words
 from pdf_writer import write_pdf
 from processes import FORKS
 from test_adapters import trained
@@ -21,9 +23,13 @@ from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.search.index import PageIndex, get_index_identity
 from colintern.search.listing import draw_text_maps, format_ranking
+from colintern.search.searcher import rank_pages
 from colintern.search.sources import decode_name, list_sources, render_sources, summarize_unsearched
 
 pytestmark = pytest.mark.integration
+MANY = words(documented("colintern search ~/manuals --queries questions.txt --precision binary --rescore 20 --json"))[
+    3:
+]
 WORDS = ("Oslo", "Rome", "Halde", "milk", "Calyx")
 
 
@@ -63,7 +69,7 @@ def test_the_second_time_nothing_is_computed_and_only_what_is_new_later(top):
     for name in ("torn.png", "moving.gif", "phone.heic"):
         (top / "documents" / name).write_bytes(b"torn")
     (top / "documents" / "linked").symlink_to("below")
-    code, first = fork(top, "search", "adapter", "documents", "from Oslo", "--html", "found.html")
+    code, first = fork(top, "search", "--model", "adapter", "documents", "from Oslo", "--html", "found.html")
     assert code == 0, first
     assert "5 pages, 5 of them new" in first and "left out: torn.pdf: not a readable PDF" in first
     assert "left out: torn.png: not an image" in first and "not searched: 1 .heic, 1 linked folder" in first
@@ -74,15 +80,23 @@ def test_the_second_time_nothing_is_computed_and_only_what_is_new_later(top):
     html = (top / "found.html").read_text()
     assert html.count("<img") == 5
     assert f'<a href="{(top / "documents").resolve().as_uri()}/three.pdf#page=2">three.pdf, page 2</a>' in html
-    _, second = fork(top, "search", "adapter", "documents", "from Oslo")
+    _, second = fork(top, "search", "--model", "adapter", "documents", "from Oslo")
     assert new(second) == 0 and ranking(second) == ranking(first)
     write_pdf(top / "documents" / "three.pdf", [[WORDS[0]], ["paid"], [WORDS[2]]])  # one page changed
     shutil.copy(top / "documents" / "scan.png", top / "documents" / "copy.png")
-    _, third = fork(top, "search", "adapter", "documents", "from Oslo", "--top", "2")
+    _, third = fork(top, "search", "--model", "adapter", "documents", "from Oslo", "--top", "2")
     assert new(third) == 1 and "6 pages scored" in third and len(ranking(third)) == 2
     shutil.rmtree(top / "data" / ".index")
-    _, fourth = fork(top, "search", "adapter", "documents/three.pdf", "from Oslo")
-    assert new(fourth) == 3 and len(ranking(fourth)) == 3
+    (top / "questions.txt").write_bytes("\ufefffrom Oslo\r\n\nCalyx <b>\n".encode())
+    _, fourth = fork(top, "search", "documents/three.pdf", "--model", "adapter", *MANY)
+    assert new(fourth) == 3 and "1 empty lines left out" in fourth and "3 pages scored for 2 queries" in fourth
+    first, second = json.loads(fourth[fourth.index("\n[") :])
+    assert (first["query"], second["query"]) == ("from Oslo", "Calyx <b>") and first["pages"] == 3
+    assert [page["rank"] for page in first["results"]] == [1, 2, 3]
+    assert {page["page"] for page in second["results"]} == {1, 2, 3}
+    [best, *_] = first["results"]
+    assert set(best) == {"rank", "score", "file", "page", "link"} and best["file"] == "three.pdf"
+    assert best["link"] == f"{(top / 'documents' / 'three.pdf').resolve().as_uri()}#page={best['page']}"
 
 
 def run_and_delete(folder: Path, command: tuple[str, ...]) -> None:
@@ -103,12 +117,14 @@ def run_and_delete(folder: Path, command: tuple[str, ...]) -> None:
         (
             "documents/scan.png",
             2,
-            "error: FOLDER_OR_PDF: none of the 1 pages to show can be rendered; scan.png: [Errno",
+            "error: SOURCE: none of the 1 pages to show can be rendered; scan.png: [Errno",
         ),
     ],
 )
 def test_a_page_of_the_index_that_cannot_be_rendered_any_more_is_named(top, place, code, left):
-    process = FORKS.Process(target=run_and_delete, args=(top, ("search", "adapter", place, "Oslo", "--html", "a.html")))
+    process = FORKS.Process(
+        target=run_and_delete, args=(top, ("search", "--model", "adapter", place, "Oslo", "--html", "a.html"))
+    )
     process.start()
     process.join(300)
     log = (top / "log.txt").read_text()
@@ -147,9 +163,7 @@ def test_what_is_no_regular_file_is_never_opened_and_named(tmp_path, suffix, mon
     assert sorted(f"{one.where} ({one.reason.removeprefix('is ').partition(',')[0]})" for one in bad) == names
     for name, kind in zip(names, IRREGULAR, strict=True):
         if kind != "a folder":
-            with pytest.raises(
-                UserError, match=f"FOLDER_OR_PDF: '.*' is {kind}; it must be a folder or a regular file"
-            ):
+            with pytest.raises(UserError, match=f"SOURCE: '.*' is {kind}; it must be a folder or a regular file"):
                 list_sources(Path("documents", name.partition(" ")[0]))
 
 
@@ -165,15 +179,18 @@ def test_a_list_of_pages_that_is_no_regular_file_is_refused(top, model, processo
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("adapter", "nowhere", "x"), "FOLDER_OR_PDF: 'nowhere' does not exist"),
-        (("adapter", "demo", "x"), "demo holds no page"),
-        (("adapter", "documents", " "), "QUERY: is empty"),
-        (("adapter", "documents", "caf\udce9"), r"QUERY: 'caf\udce9' is not UTF-8"),
-        (("adapter", "documents", "x", "--top", "0"), "--top: 0 is not valid"),
-        (("adapter", "documents", "x", "--index", "params.yaml"), "--index: params.yaml is a file"),
-        (("adapter", "documents", "x", "--html", "documents"), "--html: documents is a folder; give a file's name"),
-        (("adapter", "scans", "x"), "none of 1 pages in scans can be read; torn.png: not an image: 4 bytes"),
-        (("documents", "documents", "x"), "holds no adapter_model.safetensors"),
+        (("--model", "adapter", "nowhere", "x"), "SOURCE: 'nowhere' does not exist"),
+        (("--model", "adapter", "demo", "x"), "demo holds no page"),
+        (("--model", "adapter", "documents", " "), "QUERY: is empty"),
+        (("--model", "adapter", "documents", "caf\udce9"), r"QUERY: 'caf\udce9' is not UTF-8"),
+        (("--model", "adapter", "documents", "x", "--top", "0"), "--top: 0 is not valid"),
+        (("--model", "adapter", "documents", "x", "--index", "params.yaml"), "--index: params.yaml is a file"),
+        (
+            ("--model", "adapter", "documents", "x", "--html", "documents"),
+            "--html: documents is a folder; give a file's name",
+        ),
+        (("--model", "adapter", "scans", "x"), "none of 1 pages in scans can be read; torn.png: not an image: 4 bytes"),
+        (("--model", "documents", "documents", "x"), "holds no adapter_model.safetensors"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(top, arguments, words):
@@ -202,7 +219,9 @@ def test_a_terminal_without_the_characters_of_a_name_and_names_that_would_comman
     (top / "documents" / "three.pdf").unlink()
     for name in ("\x1b]0;title\x07 \u03a9\u202e.png", "\x1b[2J.pdf", "odd.\x1b]0;x"):
         shutil.copy(top / "documents" / ("torn.pdf" if name.endswith("pdf") else "scan.png"), top / "documents" / name)
-    process = FORKS.Process(target=main_in_latin_1, args=(top, ("search", "adapter", "documents", "caf\xe9 \u03a9")))
+    process = FORKS.Process(
+        target=main_in_latin_1, args=(top, ("search", "--model", "adapter", "documents", "caf\xe9 \u03a9"))
+    )
     process.start()
     process.join(300)
     log = (top / "log.txt").read_text(encoding="latin-1")
@@ -210,7 +229,7 @@ def test_a_terminal_without_the_characters_of_a_name_and_names_that_would_comman
     assert r"\x1b]0;title\x07 \u03a9\u202e.png" in ranking(log)
     assert r"left out: \x1b[2J.pdf: not" in log and r"not searched: 1 .\x1b]0;x" in log
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", log)
-    code, log = fork(top, "search", "adapter", "documents/\x1b[2Jnone", "x")
+    code, log = fork(top, "search", "--model", "adapter", "documents/\x1b[2Jnone", "x")
     assert code == 2 and r"\x1b[2Jnone" in log and "\x1b" not in log
 
 
@@ -228,6 +247,32 @@ def test_it_ranks_as_the_model_does(top, model, processor):
     want = maxsim_scores([query], embed_pages(model, processor, drawn, 5))[0]
     assert [source for source, _ in kept] == found
     assert torch.tensor([score for _, score in kept]) == pytest.approx(want, abs=0.01)
+
+
+@pytest.mark.parametrize(("precision", "bytes_per_vector"), [("float32", 512), ("int8", 128), ("binary", 16)])
+def test_an_index_keeps_what_its_precision_says_and_the_best_are_scored_by_float16(
+    top, model, processor, precision, bytes_per_vector
+):
+    found, bad = list_sources(top / "documents")
+    identity = get_index_identity("a", None, model, processor)
+    kept = PageIndex(top / "index", identity, precision, keeps_full=precision != "float32")
+    assert kept.add_pages(found, model, processor, 2, bad) == 5
+    kept = PageIndex(top / "index", identity, precision, keeps_full=precision != "float32")
+    assert kept.list_missing(found) == [] and PageIndex(top / "other", identity, precision).list_missing(found) == found
+    pages = [kept.cache.get_stored(kept.page_keys[source.key]) for source in found]
+    assert {page.nbytes // len(page) for page in pages} == {bytes_per_vector}
+    [query] = embed_queries(model, processor, ["sent to Rome by Halde"], 1)
+    quantized = dict(kept.score_pages(query, found))
+    ranked = rank_pages(kept, query, found, 2)
+    assert [score for _, score in ranked[2:]] == sorted(quantized.values(), reverse=True)[2:]
+    if precision == "float32":
+        return
+    full = dict(index(top, model, processor).score_pages(query, found))
+    assert index(top, model, processor).list_missing(found) == [], "the float16 copy is the index of that precision"
+    want = sorted(((source, full[source]) for source in sorted(quantized, key=quantized.get)[-2:]), key=lambda x: -x[1])
+    assert ranked[:2] == want
+    shutil.rmtree(kept.full.cache.folder)
+    assert PageIndex(top / "index", identity, precision, keeps_full=True).list_missing(found) == found
 
 
 def test_another_model_or_a_torn_file_costs_time_only(top, model, processor):

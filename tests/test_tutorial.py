@@ -25,9 +25,7 @@ RUN = {  # the page's commands in its order, and what it quotes of their output,
         "colintern evaluate experiments/colintern --precision float16 int8 binary --rescore 0 20"
     ): "ndcg@10 change",
     documented("colintern report experiments/colintern"): "",
-    documented('colintern search experiments/colintern ~/manuals "how is a package removed" --html found.html'): (
-        "3 pages scored"
-    ),
+    documented('colintern search ~/manuals "how is a package removed" --html found.html'): ("3 pages scored"),
     documented("colintern export experiments/colintern --out exported"): "",
 }
 README = (

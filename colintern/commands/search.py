@@ -1,137 +1,236 @@
 """`colintern search`: the pages of a folder that answer a query."""
 
 import argparse
+import io
+import json
+import sys
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.core.terminal import escape_controls
-from colintern.params import load_params
-from colintern.storage.paths import require_model, require_new_file, require_writable
+from colintern.params import PRECISIONS, load_params
+from colintern.storage.paths import ADAPTER, TRAIN_OUT, require_model, require_new_file, require_writable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from colintern.ingest.documents import InvalidRow
-    from colintern.modeling.processor import ColIntern3_5Processor
-    from colintern.search.index import PageIndex
-    from colintern.search.sources import PageSource
+    from colintern.search.searcher import PageSearcher, Ranking
 
 SUMMARY = "rank the pages of a folder or PDF for a query, and show where they match; indexed once"
-EXAMPLE = 'colintern search experiments/colintern ~/manuals "how is a package removed" --html found.html'
+EXAMPLE = 'colintern search ~/manuals "how is a package removed" --html found.html'
 
 INDEX = Path("data/.index")  # below the repository's root
+DEFAULT_TOP = 10
+
+
+class _QueryFile(argparse.Action):
+    """Take --queries instead of the argument QUERY. A QUERY of nargs="?" would not be found after an option."""
+
+    def __init__(self, query: argparse.Action, **options: Any):
+        super().__init__(**options)
+        self.query = query
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, value: object, option: object = None) -> None:
+        setattr(namespace, self.dest, value)
+        self.query.required = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of an adapter or a merged model")
-    parser.add_argument("place", type=Path, metavar="FOLDER_OR_PDF", help="PDFs and images, also in folders below it")
-    parser.add_argument("query", metavar="QUERY", help="in quotes where it has several words")
-    parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)  # the words of a query without quotes
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="pages shown (default: %(default)s)")
+    add_source_arguments(parser)
+    query = parser.add_argument("query", metavar="QUERY", help="in quotes where it has several words")
+    parser.add_argument("more", nargs="*", default=[], help=argparse.SUPPRESS)  # the words of a query without quotes
+    parser.add_argument(
+        "--queries",
+        action=_QueryFile,
+        query=query,
+        metavar="FILE",
+        help="instead of QUERY: one on each line of a text file, or of -",
+    )
+    parser.add_argument("--top", type=int, default=DEFAULT_TOP, metavar="N", help="pages shown (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON; all else goes to stderr")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the pages with heatmaps, as one HTML file")
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define what `open_searcher` reads."""
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a PDF, an image, or a folder of them")
+    parser.add_argument(
+        "--model", type=Path, default=TRAIN_OUT, metavar="M", help="adapter or merged model (default: %(default)s)"
+    )
     parser.add_argument("--index", type=Path, metavar="FOLDER", help="where embeddings are kept (default: data/.index)")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="float16", help="of the embeddings kept (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rescore", type=int, default=0, metavar="N", help="score the N best again by a float16 copy (default: none)"
+    )
+
+
+def require_source(args: argparse.Namespace) -> None:
+    """Refuse values of `add_source_arguments` before anything slow is imported."""
+    if not args.source.exists():
+        raise UserError(f"SOURCE: {str(args.source)!r} does not exist")
+    require_model("--model", args.model)
+    require_writable("--index", args.index or root() / INDEX)
+    if args.rescore < 0:
+        raise UserError(f"--rescore: {args.rescore} is not valid; it must be 0 or more")
+    if args.rescore and args.precision in ("float32", "float16"):
+        raise UserError(
+            f"--rescore: {args.rescore} has no effect with --precision {args.precision}: pages would be scored again "
+            "by float16 vectors; give --precision int8 or binary, or leave it out"
+        )
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the ranking; exit 2 where there is nothing to search."""
+    queries = _read_queries(args)
     if args.top < 1:
         raise UserError(f"--top: {args.top} is not valid; it must be 1 or more")
-    if args.more:
-        query = " ".join([args.query, *args.more])
-        raise UserError(
-            f"QUERY: {query!r} was given as {len(args.more) + 1} words, and one folder or PDF is searched for one "
-            f'query; put it in quotes: colintern search {args.model} {args.place} "{query}"'
-        )
-    if not args.query.strip():
-        raise UserError("QUERY: is empty; it needs at least one word")
-    if any("\ud800" <= char <= "\udfff" for char in args.query):  # how Python keeps bytes that are not UTF-8
-        raise UserError(f"QUERY: {args.query!r} is not UTF-8; type it in a terminal whose encoding is UTF-8")
-    require_model("MODEL", args.model)
-    if not args.place.exists():
-        raise UserError(f"FOLDER_OR_PDF: {str(args.place)!r} does not exist")
+    require_source(args)
     if args.html:
         require_new_file("--html", args.html)
-    require_writable("--index", args.index or root() / INDEX)
+    log = sys.stderr if args.json else sys.stdout
+    searcher = open_searcher(args, log)
+    import time
+
+    from colintern.search.listing import format_ranking
+    from colintern.search.searcher import list_results
+
+    start = time.monotonic()
+    answers = searcher.rank_queries(queries, args.top)
+    num_pages = searcher.count_pages()
+    of_queries = "" if args.queries is None else f" for {len(queries)} queries"
+    print(f"{num_pages} pages scored{of_queries} in {time.monotonic() - start:.2f} s", file=log)
+    rows = []
+    for query, (_, ranking) in zip(queries, answers, strict=True):
+        results = list_results(ranking, lambda source: source.link)
+        rows.append({"query": query, "pages": num_pages, "results": results})
+        if not args.json:
+            heading = "" if args.queries is None else fill(f"query: {escape_controls(query)}", 80) + "\n"
+            names = [(source.name, score) for source, score in ranking]
+            print(f"\n{heading}{format_ranking(names, [source.link for source, _ in ranking])}")
+    if args.queries is None:
+        _show_places(args, searcher, *answers[0], log)
+    if args.json:
+        print(json.dumps(rows[0] if args.queries is None else rows, indent=2))
+
+
+def _read_queries(args: argparse.Namespace) -> list[str]:
+    """Return the queries of the command line or of --queries.
+
+    Raises:
+        UserError: they are empty, not UTF-8, several words without quotes, or in the order that was given up.
+    """
+    if args.queries is None:
+        words = [args.query, *args.more]
+        _require_order(args.source, words)
+        if not args.query.strip():
+            raise UserError("QUERY: is empty; it needs at least one word")
+        if any("\ud800" <= char <= "\udfff" for char in args.query):  # how Python keeps bytes that are not UTF-8
+            raise UserError(f"QUERY: {args.query!r} is not UTF-8; type it in a terminal whose encoding is UTF-8")
+        return words
+    if args.query is not None:
+        raise UserError(f"QUERY: {args.query!r} and --queries {args.queries} exclude each other; leave one out")
+    if args.html:
+        raise UserError(f"--html: {args.html} shows one query; leave it or --queries out")
+    try:
+        data = sys.stdin.buffer.read() if args.queries == "-" else Path(args.queries).read_bytes()
+        lines = list(io.StringIO(data.decode("utf-8-sig"), newline=None))  # its ends of lines are those of files
+    except OSError as error:
+        raise UserError(
+            f"--queries: {args.queries} cannot be read: {error.strerror}; give a text file, or -"
+        ) from error
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"--queries: {args.queries}: line {number} is not UTF-8; convert the file") from error
+    queries = [line.strip() for line in lines if line.strip()]
+    if not queries:
+        raise UserError(f"--queries: {args.queries} holds no query; write one on each line")
+    if len(queries) < len(lines):
+        print(f"--queries: {len(lines) - len(queries)} empty lines left out", file=sys.stderr)
+    return queries
+
+
+def _require_order(source: Path, words: list[str]) -> None:
+    """Refuse MODEL FOLDER QUERY, which was the order once, and a query of several words without quotes."""
+    if len(words) == 1:
+        return
+    query = " ".join(words)
+    is_model = any((source / name).exists() for name in (*ADAPTER, "config.json"))
+    if is_model or (Path(words[0]).exists() and not source.exists()):
+        raise UserError(
+            f"SOURCE: {source} is followed by {words[0]}: the order is SOURCE QUERY, and the model is an option: "
+            f'colintern search {words[0]} "{" ".join(words[1:])}" --model {source}'
+        )
+    raise UserError(
+        f"QUERY: {query!r} was given as {len(words)} words, and one folder or PDF is searched for one "
+        f'query; put it in quotes: colintern search {source} "{query}"'
+    )
+
+
+def open_searcher(args: argparse.Namespace, log: TextIO) -> "PageSearcher":
+    """Load the model of `add_source_arguments`, embed the pages that its index lacks, and print what was left out."""
     params = load_params()
     import time
 
     from colintern.search.sources import format_reasons, list_sources, summarize_unsearched
 
-    sources, bad = list_sources(args.place)  # refuses what it can before a model is loaded
-    from colintern.encoding.embed import embed_queries
-    from colintern.evaluation.models import make_eval_models
-    from colintern.search.index import PageIndex, get_index_identity
-    from colintern.storage.hub import enable_offline_mode
-    from colintern.storage.identity import content_hash
+    sources, bad = list_sources(args.source)  # refuses what it can before a model is loaded
+    from colintern.search.searcher import load_searcher
 
-    enable_offline_mode()
-    eval_model = make_eval_models(params, args.model)["trained"]
-    encoder = eval_model.load_encoder()
-    model, processor = encoder.model, encoder.processor
-    identity = get_index_identity(content_hash(args.model), eval_model.identity.get("base"), model, processor)
-    index = PageIndex(args.index or root() / INDEX, identity)
+    folder = args.index or root() / INDEX
+    searcher = load_searcher(params, args.model, folder, sources, args.precision, args.rescore)
     start = time.monotonic()
-    new = index.add_pages(sources, model, processor, params.eval_batch_size, bad)
+    new = searcher.index.add_pages(sources, searcher.model, searcher.processor, params.eval_batch_size, bad)
     seconds = time.monotonic() - start
-    _print_left_out(bad)
-    if others := summarize_unsearched(args.place):
-        print(fill(escape_controls(f"not searched: {others}"), 80, subsequent_indent="  "))
+    _print_left_out(bad, log)
+    if others := summarize_unsearched(args.source):
+        print(fill(escape_controls(f"not searched: {others}"), 80, subsequent_indent="  "), file=log)
     rate = f", {new / seconds:.1f} pages/s" if new else ""
-    print(f"{len(sources) - len(index.list_missing(sources))} pages, {new} of them new: {seconds:.1f} s{rate}")
-    start = time.monotonic()
-    [embedding] = embed_queries(model, processor, [args.query], 1)
-    ranking = sorted(index.score_pages(embedding, sources), key=lambda page: -page[1])
-    if not ranking:
-        raise UserError(f"FOLDER_OR_PDF: none of {len(sources)} pages in {args.place} can be read{format_reasons(bad)}")
-    print(f"{len(ranking)} pages scored in {time.monotonic() - start:.2f} s\n")
-    _show_ranking(args, index, processor, embedding, ranking)
+    print(f"{searcher.count_pages()} pages, {new} of them new: {seconds:.1f} s{rate}", file=log)
+    if not searcher.count_pages():
+        raise UserError(f"SOURCE: none of {len(sources)} pages in {args.source} can be read{format_reasons(bad)}")
+    return searcher
 
 
-def _print_left_out(bad: "list[InvalidRow]") -> None:
+def _print_left_out(bad: "list[InvalidRow]", log: TextIO) -> None:
     for page in bad:
         line = escape_controls(f"left out: {page.where}: {page.reason}")  # before it is measured
-        print(fill(line, 80, subsequent_indent="  ", break_long_words=False))
+        print(fill(line, 80, subsequent_indent="  ", break_long_words=False), file=log)
 
 
-def _show_ranking(
-    args: argparse.Namespace,
-    index: "PageIndex",
-    processor: "ColIntern3_5Processor",
-    embedding: "Tensor",
-    ranking: "list[tuple[PageSource, float]]",
+def _show_places(
+    args: argparse.Namespace, searcher: "PageSearcher", embedding: "Tensor", ranking: "Ranking", log: TextIO
 ) -> None:
-    from colintern.reporting.examples import RankedPage, explain_query, split_query
+    """Draw where the best pages match, in the terminal and in --html."""
+    from colintern.reporting.examples import explain_query, split_query
     from colintern.reporting.heatmaps import compute_saliency, compute_similarity_map
     from colintern.reporting.html import render_html
-    from colintern.search.listing import MAX_MAPS, draw_text_maps, format_ranking
-    from colintern.search.sources import decode_name, format_reasons, render_sources
+    from colintern.search.listing import MAX_MAPS, draw_text_maps
+    from colintern.search.sources import decode_name, format_reasons
 
-    top = ranking[: args.top]
-    print(format_ranking([(source.name, score) for source, score in top], [source.link for source, _ in top]))
-    shown = [source for source, _ in top[: len(top) if args.html else MAX_MAPS]]
-    bad: list[InvalidRow] = []  # pages of the index that cannot be rendered any more
-    images = dict(render_sources(shown, bad))
-    _print_left_out(bad)
-    pages = [
-        RankedPage(source.name, f"rank {rank}", "found", images[source], tokens.float(), link=source.link)
-        for rank, source in enumerate(shown, start=1)
-        if source in images and (tokens := index.load_embedding(source)) is not None
-    ]
-    if not pages:
-        raise UserError(f"FOLDER_OR_PDF: none of the {len(shown)} pages to show can be rendered{format_reasons(bad)}")
-    is_own = [token.is_own for token in split_query(processor, args.query)]
-    maps = [
-        compute_similarity_map(processor, embedding, page.embedding, page.image.size).page for page in pages[:MAX_MAPS]
-    ]
-    print(f"\n{draw_text_maps([compute_saliency(tokens[is_own]) for tokens in maps])}")
+    num_shown = len(ranking) if args.html else 0 if args.json else MAX_MAPS
+    bad: list[InvalidRow] = []
+    pages = searcher.render_ranking(ranking[:num_shown], bad)
+    _print_left_out(bad, log)
+    if num_shown and not pages:
+        raise UserError(f"SOURCE: none of the {len(bad)} pages to show can be rendered{format_reasons(bad)}")
+    if not args.json:
+        is_own = [token.is_own for token in split_query(searcher.processor, args.query)]
+        maps = [
+            compute_similarity_map(searcher.processor, embedding, page.embedding, page.image.size).page
+            for page in pages[:MAX_MAPS]
+        ]
+        print(f"\n{draw_text_maps([compute_saliency(tokens[is_own]) for tokens in maps])}")
     if args.html:
-        facts = {"pages": len(ranking), "place": decode_name(args.place)}
-        example = explain_query(processor, args.query, embedding, pages, facts)
+        example = explain_query(searcher.processor, args.query, embedding, pages, {})
+        facts = {"num_pages": searcher.count_pages(), "place": decode_name(args.source)}
         args.html.parent.mkdir(parents=True, exist_ok=True)
-        html = render_html("search.html", [example], model=decode_name(args.model))
+        html = render_html("search.html", [example], model=decode_name(args.model), **facts)
         args.html.write_text(html, encoding="utf-8")
-        print(f"\n{args.html}: {len(pages)} pages, {args.html.stat().st_size / 1e6:.1f} MB")
+        print(f"\n{args.html}: {len(pages)} pages, {args.html.stat().st_size / 1e6:.1f} MB", file=log)

@@ -45,7 +45,7 @@ LoRA of rank {rank} (alpha {alpha:g}) on `{base}`{at_revision}, for visual docum
 each become many 128-d vectors, scored by MaxSim. A page has at most {max_visual_tokens} visual tokens (tiling:
 {tiling}), a query at most {max_query_tokens} tokens.
 
-With colintern (`colintern evaluate` and `colintern search` take this folder too). If the base is a local
+With colintern (`colintern evaluate` and `colintern search --model` take this folder too). If the base is a local
 folder, its path is relative to the current working directory:
 
 ```python

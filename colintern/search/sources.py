@@ -26,15 +26,25 @@ MAX_REASONS = 3  # named in an error
 class PageSource(NamedTuple):
     """A page to search."""
 
-    name: str
+    file: str  # path below the folder that is searched, such that it can be printed
     path: Path
     page: int | None  # in a PDF, from 0; None for an image
     key: str  # of the file's content, the page and what renders it: where it is known the page need not be rendered
 
     @property
+    def page_number(self) -> int | None:
+        """Return the number in a PDF, from 1; None for an image."""
+        return None if self.page is None else self.page + 1
+
+    @property
+    def name(self) -> str:
+        """Return the file and the page number."""
+        return self.file if self.page is None else f"{self.file}, page {self.page_number}"
+
+    @property
     def link(self) -> str:
         """Return the URL of the page's file, with #page=N in a PDF."""
-        return get_file_url(self.path, None if self.page is None else self.page + 1)
+        return get_file_url(self.path, self.page_number)
 
 
 def list_sources(place: Path) -> tuple[list[PageSource], list[InvalidRow]]:
@@ -46,7 +56,7 @@ def list_sources(place: Path) -> tuple[list[PageSource], list[InvalidRow]]:
     is_folder = os.path.isdir(place)
     if not is_folder and (kind := irregular_type(place)):
         state = "does not exist" if kind == MISSING else f"is {kind}; it must be a folder or a regular file"
-        raise UserError(f"FOLDER_OR_PDF: {decode_name(place)!r} {state}")
+        raise UserError(f"SOURCE: {decode_name(place)!r} {state}")
     files, refused = list_files(place, SEARCHED_SUFFIXES) if is_folder else ([place], {})
     pdfs = [path for path in files if path.suffix.lower() == ".pdf"]
     with IsolatedPool(LIMITS) as pool:
@@ -69,10 +79,10 @@ def list_sources(place: Path) -> tuple[list[PageSource], list[InvalidRow]]:
         else:
             key = f"{content} {DPI} dpi pypdfium2 {version('pypdfium2')}"
             for page in range(num_pages):
-                sources.append(PageSource(f"{name}, page {page + 1}", path, page, f"{key} page {page}"))
+                sources.append(PageSource(name, path, page, f"{key} page {page}"))
     if not sources:
         searched = f"PDFs and {', '.join(IMAGE_SUFFIXES)} are searched"
-        raise UserError(f"FOLDER_OR_PDF: {place} holds no page; {searched}{format_reasons(bad)}")
+        raise UserError(f"SOURCE: {place} holds no page; {searched}{format_reasons(bad)}")
     return sources, bad
 
 

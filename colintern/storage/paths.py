@@ -17,7 +17,9 @@ def require_model(key: str, folder: Path, merged: bool = True) -> None:
     """Raise UserError unless `folder` holds an adapter or, with `merged`, a merged model."""
     if not folder.is_dir():
         state = "is a file" if folder.is_file() else "does not exist, or is no folder here"
-        raise UserError(f"{key}: {folder}: {state}; give the folder of an adapter, such as experiments/colintern")
+        is_trained_here = folder.resolve() == TRAIN_OUT.resolve()
+        source = f"or {suggest_adapter_source(folder)}" if is_trained_here else f"such as {TRAIN_OUT}"
+        raise UserError(f"{key}: {folder}: {state}; give the folder of an adapter, {source}")
     if merged and not os.path.lexists(folder / ADAPTER[1]) and (folder / "config.json").is_file():
         return
     for name in ADAPTER:
