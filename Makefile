@@ -45,7 +45,7 @@ test: check  ## all checks, then unit and integration tests
 test-unit: $(ENV)  ## unit tests alone: no DVC, no training, no servers
 	@$(PYTEST) -m unit $$(grep -L '^pytestmark = ' tests/test_*.py)  # the other files are marked as a whole: not imported
 
-test-slow: $(ENV)  ## tests that take minutes each, such as image-proof
+test-slow: $(ENV)  ## long tests and further variants; before a change is done
 	@$(RUN) python -m pytest -m slow tests
 
 # Chromium opens reports as a reader does; PostgreSQL stores studies whose workers are on several machines. The

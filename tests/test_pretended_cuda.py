@@ -76,6 +76,7 @@ def test_training_evaluation_and_search(fetched, whole, place):
     assert done.returncode == 0 and "Rome.png" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_measurements_for_a_gpu():
     """Both checks and every row: bfloat16, dropout, parts, layers computed again."""
     done = pretended("bench.gpu", "--tiny")
