@@ -63,6 +63,11 @@ test-deps:  ## install the Debian packages that some tests use
 	$$sudo apt-get update -qq
 	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing
 
+# mypy takes as long as all other checks.
+ifneq ($(filter check test,$(MAKECMDGOALS)),)
+MAKEFLAGS += --jobs=2
+endif
+
 check: check-style check-types check-workflows check-security  ## style, types, workflows, unsafe code, secrets
 
 # .pre-commit-config.yaml runs these one by one.
