@@ -66,11 +66,13 @@ def run_server(libraries: str = LIBRARIES, **env: str) -> Iterator[Path]:
         arguments = [sys.executable, __file__, str(address), *libraries.split()]
         server = subprocess.Popen(arguments, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert server.stdin and server.stdout
-        assert server.stdout.readline() == b"ready\n"
-        yield command.parent
-        server.stdin.close()
-        assert server.wait(60) == 0
-        server.stdout.close()
+        try:
+            assert server.stdout.readline() == b"ready\n"
+            yield command.parent
+        finally:
+            server.stdin.close()
+            server.wait(60)
+            server.stdout.close()
 
 
 def serve(address: str, *libraries: str) -> list[str]:
