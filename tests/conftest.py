@@ -9,6 +9,7 @@ from pathlib import Path
 # Before torch is imported, here and in the processes that tests start: a second thread slows such small models down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import forked_python
 import pytest
 from PIL import Image, ImageDraw
 from postgres import postgresql, postgresql_or_none  # noqa: F401
@@ -31,6 +32,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker("unit")
     order = {f"test_{name}": number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """A folder with a `python` that need not import torch."""
+    with forked_python.run_server() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

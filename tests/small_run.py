@@ -3,15 +3,12 @@
 import contextlib
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import Place
+from processes import Place, program
 
 from colintern.core.recipes import render_recipe
 
@@ -56,9 +53,9 @@ def fetched(tmp_path_factory):
         write_rows("test", [row(number) for number in range(40, 45)], SET)
         write_eval(range(45, 50))
         params(lr="2e-3")
-        env = os.environ | {"PYTHONPATH": str(ROOT)}
         for stage in ("fetch_data", "verify"):
-            subprocess.run([sys.executable, "-m", f"stages.{stage}"], env=env, check=True, capture_output=True)
+            done = program(f"stages.{stage}")
+            assert done.returncode == 0, done.stderr
     return folder
 
 

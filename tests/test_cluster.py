@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT
 from pages import documented, words
 from small_run import OUT
-from test_dvc_commands import Repo, bare_environment
+from test_dvc_commands import TIMEOUT, Repo, bare_environment
 from test_image import linter
 
 pytestmark = pytest.mark.integration
@@ -59,7 +59,7 @@ class Machine(NamedTuple):
     log: Path
 
     def wait(self, file: Path) -> None:
-        end = time.monotonic() + 150
+        end = time.monotonic() + TIMEOUT
         while not file.exists():
             assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
             time.sleep(0.05)

@@ -117,7 +117,8 @@ def test_on_a_large_card_only_as_many_layers_are_recomputed_as_must_be():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("row", [(32, 8, False, 0.1), (32, 32, True, 0.0)])
+@pytest.mark.integration
+@pytest.mark.parametrize("row", [(32, 8, False, 0.1), pytest.param((32, 32, True, 0.0), marks=pytest.mark.slow)])
 def test_a_measured_peak_is_the_predicted_one(row):
     from bench.memory import in_process
 

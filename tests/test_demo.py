@@ -68,6 +68,7 @@ def test_some_queries_say_it_in_other_words(splits):
     assert words & set(GOODS.values())
 
 
+@pytest.mark.slow
 def test_the_base_is_made_alike_twice_and_goes_on_from_a_checkpoint(tmp_path):
     def make(*arguments: str) -> subprocess.Popen:
         script = [sys.executable, "demo/pretrain.py", "--steps", "2", "--batch", "2", *arguments]

@@ -235,19 +235,23 @@ def environment(folder: Path, **env: str) -> dict[str, str]:
     return kept | who | {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / ".git" / "hf"), "HOME": str(folder)} | env
 
 
-def doctor(folder: Path, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "colintern", "doctor", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment(folder, **env), capture_output=True, text=True)
+@pytest.fixture
+def doctor(repo, forked):
+    def run(*arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
+        command = [forked / "python", "-m", "colintern", "doctor", *arguments]
+        return subprocess.run(command, cwd=repo, env=environment(repo, **env), capture_output=True, text=True)
+
+    return run
 
 
-def test_the_demo_is_well_and_fits_the_terminal(repo):
-    done = doctor(repo)
+def test_the_demo_is_well_and_fits_the_terminal(doctor):
+    done = doctor()
     assert done.returncode == 0, done.stdout + done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80 and "\033" not in done.stdout
     assert [line[:4] for line in done.stdout.splitlines() if line[:1] in "pwf" and line[4:6] == "  "] == ["pass"] * 17
 
 
-def test_what_fails_is_the_exit_code_and_no_secret_is_told(repo):
+def test_what_fails_is_the_exit_code_and_no_secret_is_told(repo, doctor):
     text = (repo / "params.yaml").read_text()
     (repo / "params.yaml").write_text(
         text.replace("- custom_text_proj", "- custom_proj")
@@ -258,7 +262,7 @@ def test_what_fails_is_the_exit_code_and_no_secret_is_told(repo):
     (repo / ".dvc" / "config").write_text(
         "['remote \"store\"']\n    url = s3://user:s3cret@host/bucket\n    secret_access_key = s3cret\n"
     )
-    done = doctor(repo, "--json", HF_TOKEN="hf_s3cret", WANDB_API_KEY="s3cret")
+    done = doctor("--json", HF_TOKEN="hf_s3cret", WANDB_API_KEY="s3cret")
     assert done.returncode == 1, done.stderr
     report = json.loads(done.stdout)
     status = {check["name"]: check["status"] for check in report["checks"]}
@@ -276,9 +280,9 @@ def test_a_base_may_be_any_path_of_a_folder(base, repo, monkeypatch):
         load_cached_or_preset_config(dataclasses.replace(DEMO, base=f"{base}/nowhere"))
 
 
-def test_colour_only_on_a_terminal_that_wants_it(repo, monkeypatch):
+def test_colour_only_on_a_terminal_that_wants_it(repo, forked, monkeypatch):
     parent, child = pty.openpty()
-    command = [sys.executable, "-m", "colintern", "doctor"]
+    command = [forked / "python", "-m", "colintern", "doctor"]
     subprocess.run(command, cwd=repo, env=environment(repo, TERM="xterm"), stdout=child, check=True)
     os.close(child)
     text = b""

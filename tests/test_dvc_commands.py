@@ -71,12 +71,12 @@ class Repo(NamedTuple):
         return json.loads((self.path / "metrics" / f"{name}.json").read_text())
 
 
-def bare_environment(home: Path) -> dict[str, str]:
-    """This process's, without any git identity or outer make, and with the interpreter's folder first on PATH."""
+def bare_environment(home: Path, *commands: Path) -> dict[str, str]:
+    """This process's, without any git identity or outer make; folders of commands and the interpreter's lead PATH."""
     dropped = ("GIT_AUTHOR_", "GIT_COMMITTER_", "GIT_CONFIG", "DVC_", "PYTEST_", "MAKE", "MFLAGS", *GIT_MADE_KEYS)
     env = {key: value for key, value in os.environ.items() if not key.startswith(dropped) and key != "EMAIL"}
     return env | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join(map(str, (*commands, Path(sys.executable).parent, os.environ["PATH"]))),
         "HOME": str(home),
         "XDG_CONFIG_HOME": str(home / ".config"),
         "GIT_CONFIG_GLOBAL": os.devnull,
@@ -136,8 +136,8 @@ def skipped(output: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def repo(tmp_path_factory) -> Iterator[Repo]:
-    """The copy after one `dvc repro`, committed."""
+def repo(tmp_path_factory, forked) -> Iterator[Repo]:
+    """The copy after one `dvc repro`, whose stages import what they need; those of later commands are forked."""
     path, home = tmp_path_factory.mktemp("repo"), tmp_path_factory.mktemp("home")
     copy_working_tree(path)
     cut_down(path)
@@ -146,6 +146,7 @@ def repo(tmp_path_factory) -> Iterator[Repo]:
     repo.commit()
     assert ran(repo.output(documented("dvc repro"))) == list(STAGES)
     repo.commit()
+    repo = set_up(repo._replace(env=bare_environment(home, forked)))
     yield repo
     repo.run(documented("dvc queue stop --kill"))
     wait_until(repo, "the queue's worker stops", lambda status: "0 active, 0 idle" in status)

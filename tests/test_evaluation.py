@@ -286,25 +286,22 @@ def test_a_folder_is_read_as_it_is_now(params, monkeypatch):
     assert pages() == PAGES - 1
 
 
-def test_a_page_without_image_is_named(params):
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (None, "page corpus-test-3 of the evaluation corpus has no image"),
+        ({"bytes": EPS, "path": "page.png"}, r"page 'page\.png': not an image: .*%!PS"),
+    ],
+    ids=["none", "PostScript"],
+)
+def test_a_page_that_is_no_image_is_named_and_starts_no_program(params, fake_gs, image, message):
     corpus = next(Path(FOLDER).glob("corpus/*.parquet"))
     table = pq.read_table(corpus)
     images = table["image"].to_pylist()
-    images[3] = None
+    images[3] = image
     index = table.schema.get_field_index("image")
     pq.write_table(table.set_column(index, table.field("image"), pa.array(images, table.field("image").type)), corpus)
-    with pytest.raises(UserError, match="page corpus-test-3 of the evaluation corpus has no image"):
-        evaluate(subject(ColourModel(), ColourProcessor()), write_manifest(FOLDER), "out")
-
-
-def test_postscript_in_a_corpus_is_named_and_starts_no_program(params, fake_gs):
-    corpus = next(Path(FOLDER).glob("corpus/*.parquet"))
-    table = pq.read_table(corpus)
-    images = table["image"].to_pylist()
-    images[3] = {"bytes": EPS, "path": "page.png"}
-    index = table.schema.get_field_index("image")
-    pq.write_table(table.set_column(index, table.field("image"), pa.array(images, table.field("image").type)), corpus)
-    with pytest.raises(UserError, match=r"page 'page\.png': not an image: .*%!PS"):
+    with pytest.raises(UserError, match=message):
         evaluate(subject(ColourModel(), ColourProcessor()), write_manifest(FOLDER), "out")
     assert not fake_gs.exists()
 

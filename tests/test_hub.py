@@ -207,7 +207,14 @@ PASSING = {
 }
 
 
-@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
+FURTHER = {"reset", "wrong length", "503", "503 for the listing"}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(fault, marks=[pytest.mark.slow] * (name in FURTHER)) for name, fault in PASSING.items()],
+    ids=PASSING,
+)
 def test_a_passing_fault_is_waited_out(workspace, fault):
     workspace.hub.faults.append(fault)
     done = workspace.fetch()

@@ -13,6 +13,7 @@ import mteb
 import pytest
 from conftest import BASE, ROOT
 from datasets import Dataset, Features, Image, Value
+from forked_python import UNHUBBED, run_server
 from hub import running, sha256
 from pages import documented
 from test_dvc_commands import IDENTITY, STAGES, Repo, bare_environment, copy_working_tree, ran, set_up, skipped
@@ -107,8 +108,13 @@ def repo(hub, tmp_path_factory):
     """A copy of this repository with the recipe, whose first stage has run."""
     path, home = tmp_path_factory.mktemp("repo"), tmp_path_factory.mktemp("home")
     copy_working_tree(path)
-    env = {key: value for key, value in bare_environment(home).items() if not key.startswith("HF_")}
-    repo = set_up(Repo(path, env | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf")}))
+    hf = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf")}
+    with run_server(UNHUBBED, HF_HUB_OFFLINE="", **hf) as forked:
+        env = {key: value for key, value in bare_environment(home, forked).items() if not key.startswith("HF_")}
+        yield first_stage(set_up(Repo(path, env | hf)), path)
+
+
+def first_stage(repo: Repo, path: Path) -> Repo:
     repo.output("git init -q -b main")
     repo.commit()
     repo.output(documented("colintern recipe internvl3_5-1b"))

@@ -205,30 +205,33 @@ def test_make_refuses_without_an_engine(target: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("uid", "apt", "code", "said"),
     [
-        (0, False, 2, "cannot install chromium: there is no apt-get here; tests that need them are skipped"),
-        (1000, True, 2, "cannot install chromium: you are not root, and sudo needs a password or is missing"),
-        (0, True, 0, ""),
+        (0, "", 0, "cannot install chromium: there is no apt-get here; tests that need them are skipped"),
+        (1000, "true", 0, "cannot install chromium: you are not root, and sudo needs a password or is missing; tests "),
+        (0, "true", 0, ""),
+        (0, 'if [ "$1" = update ]; then exit 100; fi', 2, "Error 100"),
+        (0, '[ "$1" = update ]', 2, "Error 1"),
     ],
 )
-def test_make_test_deps_installs_what_is_missing_by_name(uid, apt, code, said, tmp_path: Path) -> None:
+def test_make_test_deps_installs_what_is_missing_and_fails_where_that_fails(uid, apt, code, said, tmp_path: Path):
     folder = tmp_path / "bin"  # all there is on PATH: no browser
     folder.mkdir()
     for name in ("awk", "bash", "env", "true"):
         (folder / name).symlink_to(str(shutil.which(name)))
     stand_in(folder, "id", f"echo {uid}")
     if apt:
-        stand_in(folder, "apt-get", f'echo "$@" >>{tmp_path}/asked')
+        stand_in(folder, "apt-get", f'echo "$@" >>{tmp_path}/asked; {apt}')
     text = re.sub("/usr/lib/postgresql", str(tmp_path), (ROOT / "Makefile").read_text())
     (tmp_path / "15" / "bin").mkdir(parents=True)
     (tmp_path / "15" / "bin" / "initdb").touch()
     (tmp_path / "Makefile").write_text(text)
     command = [str(shutil.which("make")), *words(documented("make test-deps"))[1:]]
-    done = subprocess.run(command, cwd=tmp_path, env={"PATH": str(folder)}, capture_output=True, text=True)
+    run = lambda: subprocess.run(command, cwd=tmp_path, env={"PATH": str(folder)}, capture_output=True, text=True)  # noqa: E731
+    done = run()
     assert done.returncode == code and said in done.stderr, done.stderr
-    if not code:
+    if not said:
         assert (tmp_path / "asked").read_text().splitlines()[-1].endswith("--no-install-recommends chromium")
         shutil.copy(folder / "true", folder / "google-chrome")
-        done = subprocess.run(command, cwd=tmp_path, env={"PATH": str(folder)}, capture_output=True, text=True)
+        done = run()
         assert done.stdout + done.stderr == "" and len((tmp_path / "asked").read_text().splitlines()) == 2
 
 

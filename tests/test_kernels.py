@@ -19,6 +19,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import ROOT
+from forked_python import UNHUBBED, run_server
 from hub import Hub, running, sha256
 from huggingface_hub import constants
 from small_run import params
@@ -77,15 +78,16 @@ class Workspace(NamedTuple):
 
     path: Path
     hub: Hub
+    commands: Path
 
     def run(self, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
         self.hub.requests.clear()
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "DVC_"))}
         own = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.path / "hf"), "PYTHONPATH": str(ROOT)}
         own |= {"CALLS": str(self.path / "calls.json"), "PYTHONDONTWRITEBYTECODE": ""}
-        return subprocess.run(
-            [sys.executable, *command], cwd=self.path, env=kept | own | env, capture_output=True, text=True
-        )
+        # What the environment changes is read by libraries when they are imported.
+        python = sys.executable if env else str(self.commands / "python")
+        return subprocess.run([python, *command], cwd=self.path, env=kept | own | env, capture_output=True, text=True)
 
     def stage(self, name: str, **env: str) -> None:
         done = self.run("-m", f"stages.{name}", **env)
@@ -117,8 +119,11 @@ def workspace(fetched, tmp_path_factory):
     shutil.copytree(fetched, path, symlinks=True, ignore=shutil.ignore_patterns(".scratch", "experiments"))
     with contextlib.chdir(path):
         params(attention=KERNEL, epochs=1)
-    with running() as hub:
-        workspace = Workspace(path, hub)
+    with (
+        running() as hub,
+        run_server(UNHUBBED, HF_HUB_OFFLINE="", HF_ENDPOINT=hub.url, HF_HOME=str(path / "hf")) as commands,
+    ):
+        workspace = Workspace(path, hub, commands)
         served = {f"{HERE}/{name}": text.encode() for name, text in FILES.items()}
         other = "build/torch29-cxx11-cu126-x86_64-linux/_sdpa.abi3.so"
         more = {"README.md": b"a card", f"{HERE}/__pycache__/counted.pyc": b"unseen", other: b"of another torch"}

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import time
 
 import pytest
@@ -29,6 +30,7 @@ def counts(targets):
     return report_lora(add_lora(build_meta_model(str(BASE), None), targets, 32, 32, 0.0), targets)
 
 
+@functools.cache
 def of_1b(*targets):
     return report_lora_on_meta(
         build_meta_model(make_preset_config("internvl3_5-1b"), None), dataclasses.replace(RECIPE, lora_targets=targets)

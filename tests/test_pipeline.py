@@ -97,6 +97,7 @@ def test_versions_are_those_of_the_lock():
     assert YAML(typ="safe").load(ROOT / VERSIONS) == read_locked_versions()
 
 
+@pytest.mark.integration
 def test_an_edit_of_an_observer_changes_no_stage_and_no_fingerprint(tmp_path, monkeypatch):
     """A comment is appended to each module in turn, and the identities of the stages are compared."""
     repo = tmp_path / "repo"

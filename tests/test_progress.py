@@ -51,6 +51,7 @@ def shown_at_80_columns(place) -> str:
     return found.decode()
 
 
+@pytest.mark.integration
 def test_a_terminal_of_80_columns_shows_one_line_with_all_facts(place):
     text = shown_at_80_columns(place)
     lines = [re.sub(r"\x1b\[\w+", "", line) for line in re.split(r"[\r\n]+", text)]
@@ -63,6 +64,7 @@ def test_a_terminal_of_80_columns_shows_one_line_with_all_facts(place):
     assert re.search(r"\rstep \d+:", text) or re.search(r"\nstep \d+:", text), "health's words have lines of their own"
 
 
+@pytest.mark.integration
 def test_a_log_gets_few_rows_and_one_that_goes_on_knows_its_last_scores(place):
     assert place.run(at_step, 7, kill) < 0
     assert place.run() == 0, place.log

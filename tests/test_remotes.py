@@ -41,7 +41,7 @@ def said() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def repo(store, said, tmp_path_factory) -> Repo:
+def repo(store, said, tmp_path_factory, forked) -> Repo:
     """The copy, set up by the S3-compatible recipe, trained with W&B offline, committed and pushed."""
     path, home = tmp_path_factory.mktemp("repo"), tmp_path_factory.mktemp("home")
     copy_working_tree(path)
@@ -50,7 +50,8 @@ def repo(store, said, tmp_path_factory) -> Repo:
     assert "\ntracker: none\n" in text
     (path / "params.yaml").write_text(text.replace("\ntracker: none\n", "\ntracker: wandb\n"))
     marked = SECRETS | {"AWS_ACCESS_KEY_ID": KEY, "WANDB_MODE": "offline"}
-    repo = Repo(path, {k: v for k, v in bare_environment(home).items() if not k.startswith("WANDB_")} | marked)
+    env = {key: value for key, value in bare_environment(home, forked).items() if not key.startswith("WANDB_")}
+    repo = Repo(path, env | marked)
     repo.output("git init -q -b main")
     said.append(repo.output(block("remotes.md", "**S3-compatible**").replace("https://s3.example.org", store.address)))
     repo.commit()

@@ -24,6 +24,7 @@ from small_run import OUT, STEPS, Run, at_step, params, work
 from test_processes import free_port, rank_of
 
 pytestmark = pytest.mark.integration
+SLOW = pytest.mark.slow  # a further fault of a kind, whose first is in `make test`
 
 
 def in_write(of: str) -> None:
@@ -100,7 +101,7 @@ def poison() -> None:
     ContrastiveTrainer.training_step = training_step
 
 
-@pytest.mark.parametrize("step", [1, 5, 7])
+@pytest.mark.parametrize("step", [1, 5, pytest.param(7, marks=SLOW)])
 def test_t1_killed_in_a_step(place, whole, step):
     assert place.run(at_step, step, kill) == -signal.SIGKILL
     assert not (place.folder / OUT).exists()
@@ -136,7 +137,10 @@ def test_t3_metrics_that_cannot_be_written_cost_no_step(place, whole):
     assert place.result() == whole
 
 
-@pytest.mark.parametrize("fault", ["cut", "empty", "missing", "bit", "list", "no mapping", "a file"])
+@pytest.mark.parametrize(
+    "fault",
+    ["bit", "list", "a file", *(pytest.param(name, marks=SLOW) for name in ("cut", "empty", "missing", "no mapping"))],
+)
 def test_t4_a_rotten_checkpoint_is_named_and_the_one_before_is_used(place, whole, fault):
     assert place.run(at_step, 8, kill) == -signal.SIGKILL
     names = {"cut": "optimizer.pt", "empty": "trainer_state.json", "missing": "rng_state.pth", "list": "files.json"}
@@ -173,7 +177,7 @@ def test_t5_another_runs_checkpoint_is_never_used(place):
     assert len([path for path in (place.folder / ".scratch").iterdir() if path.is_dir()]) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=SLOW)])
 def test_t6_a_signal_leaves_a_checkpoint_exit_75_and_no_result(place, whole, number):
     assert place.run(at_step, 5, partial(signal_self, number)) == 75, place.log
     assert f"stopped at step 5 of {STEPS}, with a checkpoint" in place.log
@@ -189,7 +193,7 @@ def in_a_group(step: int, number: int) -> None:
     at_step(step, lambda: os.killpg(0, number))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=SLOW)])
 def test_t6_a_signal_may_reach_the_processes_that_load_data_too(place, whole, number):
     with contextlib.chdir(place.folder):
         params(lr="2e-3", workers=2)
@@ -295,7 +299,7 @@ def test_t8_a_disk_without_room_for_the_adapter_costs_no_step(place, whole, smal
     assert place.result() == whole
 
 
-@pytest.mark.parametrize("name", ["plots", "logs"])
+@pytest.mark.parametrize("name", ["plots", pytest.param("logs", marks=SLOW)])
 def test_t8_a_full_disk_that_no_file_is_named_for_is_one_sentence(place, whole, small_disk, name):
     small_disk(4096, name)
     (place.folder / name / "filler").write_bytes(bytes(4096))

@@ -124,6 +124,7 @@ def test_the_loss_curve_in_bfloat16_stays_with_that_of_float32_adapters(make):
     assert (low - high).abs().max() < 0.05 * high[0]
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_same_gradient_and_keep_less_for_it(make, processor, pages, monkeypatch):
     for name, value in {
         "MASK_BITS": 4,

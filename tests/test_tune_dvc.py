@@ -37,7 +37,7 @@ space:
 
 
 @pytest.fixture(scope="module")
-def repo(tmp_path_factory) -> Repo:
+def repo(tmp_path_factory, forked) -> Repo:
     """The copy, whose data are fetched and whose later stages look finished, committed.
 
     A study needs a pipeline that has run, but reads no weights of it: outs that stand in for those of verify, train and
@@ -52,7 +52,7 @@ def repo(tmp_path_factory) -> Repo:
         text = text.replace(old, new)
     (path / "params.yaml").write_text(text)
     (path / "tune.yaml").write_text(SPACE)
-    repo = set_up(Repo(path, bare_environment(home) | {"PYTHONPATH": ""}))
+    repo = set_up(Repo(path, bare_environment(home, forked) | {"PYTHONPATH": ""}))
     repo.output("git init -q -b main")
     repo.commit()
     repo.output("dvc repro -q fetch-data")
@@ -68,9 +68,9 @@ def repo(tmp_path_factory) -> Repo:
 
 
 def start(repo: Repo, name: str, options: str = "--trials 2 --study s") -> subprocess.Popen:
-    command = f"{documented('colintern tune --trials 10')} {options} --heartbeat 3"
+    command = [sys.executable, "-m", *words(f"{documented('colintern tune --trials 10')} {options} --heartbeat 3")]
     with (repo.path / "logs" / name).open("w") as log:
-        return subprocess.Popen(words(command), cwd=repo.path, env=repo.env, stdout=log, stderr=log)
+        return subprocess.Popen(command, cwd=repo.path, env=repo.env, stdout=log, stderr=log)
 
 
 def trials(repo: Repo, name: str = "s") -> list[optuna.trial.FrozenTrial]:
@@ -87,7 +87,7 @@ def test_u1_two_workers_one_killed_nothing_lost_and_nothing_twice(repo):
     log = repo.path / "logs" / "tune" / "s-000.log"
     first = start(repo, "first")
     until(log.is_file, "the first trial is there")  # before that, to look at the study would be to make its tables
-    until(lambda: any(STARTED in t.user_attrs for t in trials(repo)), "the first trial trains")
+    until(lambda: any(STARTED in t.user_attrs for t in trials(repo)), "the first trial trains", 2)
     second = start(repo, "second")
     until(lambda: "step 4/" in log.read_text(), "it has made four steps")
     started = [" ".join(child.cmdline()) for child in psutil.Process(first.pid).children()]
@@ -156,7 +156,7 @@ def test_a_trial_that_is_stopped_from_outside_is_put_back_and_resumes(repo):
         trainer = trials(repo, "stopped")[number].user_attrs[STARTED]
         os.kill((trainer, process.pid)[number], signal.SIGTERM)
         if number == 0:
-            until(lambda: len(trials(repo, "stopped")) == 2, "the trial is put back")
+            until(lambda: len(trials(repo, "stopped")) == 2, "the trial is put back", 2)
     assert process.wait(TIMEOUT) == 75, (repo.path / "logs" / "stopped").read_text()
     file.write_text(text)
     assert not psutil.pid_exists(trainer), "no training is left behind"
@@ -173,7 +173,7 @@ def test_a_study_ends_where_params_are_edited_under_it(repo):
     file, text = repo.path / "params.yaml", (repo.path / "params.yaml").read_text()
     with held_lock(repo):  # the first trial waits for it
         process = start(repo, "edited", "--study edited --trials 4")
-    until(lambda: any(STARTED in t.user_attrs for t in trials(repo, "edited")), "the first trial trains")
+    until(lambda: any(STARTED in t.user_attrs for t in trials(repo, "edited")), "the first trial trains", 2)
     file.write_text(text.replace("temperature: 0.015", "temperature: 0.03"))
     assert process.wait(TIMEOUT) == 2, (repo.path / "logs" / "edited").read_text()
     file.write_text(text)
@@ -263,8 +263,9 @@ def test_a_storage_that_does_not_answer_is_refused_without_its_password(tune, mo
     assert said.count("\n") == 1, said
 
 
-def until(over, what: str) -> None:
+def until(over, what: str, pause: float = 0.4) -> None:
+    """Wait; `pause` is longer where to look takes long itself, as into a study."""
     end = time.monotonic() + TIMEOUT
     while not over():
         assert time.monotonic() < end, what
-        time.sleep(0.4)
+        time.sleep(pause)

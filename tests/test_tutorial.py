@@ -42,13 +42,13 @@ README = (
 
 
 @pytest.fixture(scope="module")
-def repo(tmp_path_factory) -> Repo:
+def repo(tmp_path_factory, forked) -> Repo:
     path, home = tmp_path_factory.mktemp("repo"), tmp_path_factory.mktemp("home")
     copy_working_tree(path)
     cut_down(path)
     (home / "manuals").mkdir()
     write_pdf(home / "manuals" / "one.pdf", [["Removing a package"], ["Another page"], ["The last page"]])
-    repo = set_up(Repo(path, bare_environment(home) | {"HF_HUB_OFFLINE": "1"}))
+    repo = set_up(Repo(path, bare_environment(home, forked) | {"HF_HUB_OFFLINE": "1"}))
     repo.output("git init -q -b main")
     repo.commit()
     return repo

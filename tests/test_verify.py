@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from conftest import BASE, ROOT
+from forked_python import UNHUBBED, run_server
 from hub import running
 from processes import Place
 
@@ -29,10 +30,10 @@ def workspace(tmp_path):
     return tmp_path
 
 
-def verify(folder, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
+def verify(python, folder, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
     known = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     return subprocess.run(
-        [sys.executable, "-m", "colintern", "verify", *arguments],
+        [python, "-m", "colintern", "verify", *arguments],
         cwd=folder,
         env=known | {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"} | env,
         capture_output=True,
@@ -55,7 +56,7 @@ def refused(folder, *arguments: str) -> Place:
 
 
 def test_the_report_of_a_preset(workspace):
-    done = verify(workspace, "--base", "internvl3_5-2b")
+    done = verify(sys.executable, workspace, "--base", "internvl3_5-2b")
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "LORA TARGET MODULE VERIFICATION FOR internvl3_5-2b" in done.stdout
@@ -63,8 +64,8 @@ def test_the_report_of_a_preset(workspace):
     assert "A4 page, tiling stock: 1 x 2 + thumbnail, 3 tiles, 768 visual tokens\n" in done.stdout
 
 
-def test_json_has_the_counts_and_nothing_else_on_stdout(workspace):
-    done = verify(workspace, "--base", "demo/base", "--json")
+def test_json_has_the_counts_and_nothing_else_on_stdout(workspace, forked):
+    done = verify(forked / "python", workspace, "--base", "demo/base", "--json")
     report = json.loads(done.stdout)
     assert {key: report[key] for key in ("lora_modules", "trainable_parameters", "total_parameters")} == {
         "lora_modules": 15,
@@ -76,27 +77,31 @@ def test_json_has_the_counts_and_nothing_else_on_stdout(workspace):
 
 
 def test_of_a_hub_repository_config_json_is_fetched_once_and_nothing_more(workspace):
-    with running() as hub:
+    with (
+        running() as hub,
+        run_server(UNHUBBED, HF_HUB_OFFLINE="", HF_ENDPOINT=hub.url, HF_HOME=str(workspace / "hf")) as forked,
+    ):
         files = {"config.json": CONFIG, "model.safetensors": b"weights", "tokenizer.json": b"{}"}
         hub.add("model", RECIPE.base, RECIPE.base_revision, files)
         online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
-        done = verify(workspace, "--json", **online)
+        python = forked / "python"
+        done = verify(python, workspace, "--json", **online)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["lora_modules"] == 197
         assert {r.path.rpartition("/")[2] for r in hub.asked("GET", "/resolve/")} == {"config.json"}
         hub.requests.clear()
-        assert verify(workspace, **online).returncode == 0
+        assert verify(python, workspace, **online).returncode == 0
         assert hub.requests == [], "all of it is from the cache, with the hub or without"
         other = "0123456789" * 4
         hub.add("model", "someone/other", other, {"config.json": CONFIG})
-        assert verify(workspace, "--base", f"someone/other@{other}", **online).returncode == 0
+        assert verify(python, workspace, "--base", f"someone/other@{other}", **online).returncode == 0
         hub.add("model", "someone/empty", other, {"tokenizer.json": b"{}"})
-        done = verify(workspace, "--base", f"someone/empty@{other}", **online)
+        done = verify(python, workspace, "--base", f"someone/empty@{other}", **online)
         assert done.returncode == 2 and "holds no config.json" in done.stderr
 
 
-def test_without_hub_and_cache_the_shipped_config_is_offered(workspace):
-    done = verify(workspace)
+def test_without_hub_and_cache_the_shipped_config_is_offered(workspace, forked):
+    done = verify(forked / "python", workspace)
     assert done.returncode == 7
     assert "hf download" in done.stderr and "--base internvl3_5-1b" in done.stderr and "Traceback" not in done.stderr
 
