@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     enable_offline_mode()
     name = args.name or args.out.resolve().name
     reason = export_model(params, args.model, args.out, name, for_vllm=args.target == "vllm")
-    size = sum(file.stat().st_size for file in args.out.rglob("*"))
+    size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     card = f"without results in its card: {reason}" if reason else "its results are in its card"
     print(f"{args.out}: {size / 1e6:.1f} MB; {card}")
     if args.push:
