@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 
 from colintern.commands.search import add_source_arguments, open_searcher, require_source
@@ -55,10 +56,9 @@ def run(args: argparse.Namespace) -> None:
         server_header=False,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
-    try:
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has ended
         uvicorn.Server(config).run(sockets=[listener])
-    except KeyboardInterrupt:  # which uvicorn raises again after it has ended
-        print("ended")
+    print("ended")
 
 
 def _open_listener(host: str, port: int) -> socket.socket:
