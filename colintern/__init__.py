@@ -4,6 +4,7 @@ core/        errors, the project's folder, rules of values, the import graph, te
 params       params.yaml as a validated object
 storage/     bytes on disk: hub downloads, hashes, the manifest, locks
 scoring/     MaxSim scores and ranking metrics
+stores/      page vectors in parquet files, Qdrant and LanceDB
 modeling/    the model, its processor, tiling, LoRA, attention, loading and saving
 encoding/    pages and queries as vectors: page features, their caches, pooling
 data/        readers of training rows and evaluation sets
@@ -11,7 +12,7 @@ ingest/      from a source (PDFs, JSON lines, parquet files, a hub) to validated
 statistics/  the data described: counts, histograms, languages
 training/    from rows to an adapter: mini-batches, loss, the step, checkpoints, hard-negative mining
 evaluation/  from an adapter to scores: the mteb encoder, tasks, per-query results
-search/      an index over the pages of a folder, ranked for a query
+search/      an index over the pages of a folder, ranked for a query; pages embedded into a store
 analysis/    finished evaluations: significance, comparison, baselines, bands
 monitoring/  callbacks of a training run: health rules, throughput, progress, trackers
 planning/    the cost of a run on a GPU, before it starts
