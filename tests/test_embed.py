@@ -3,26 +3,29 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import pytest
 import qdrant_server
 import torch
-from conftest import page_image
+from base_embedder import load_base
+from conftest import BASE, page_image
 from hub import running as hub_running
 from pages import documented
 from pdf_writer import write_pdf
-from processes import Place, kill
+from processes import FORKS, Place, kill
 from pyarrow import parquet
 from test_hub import Workspace
 from test_search import WORDS, adapted  # noqa: F401
 from torch.nn.functional import normalize
 
 from colintern.__main__ import main
+from colintern.commands.embed import count_workers
 from colintern.core.errors import OutOfMemoryError, UserError
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import encode_png
@@ -38,7 +41,7 @@ from colintern.search.embedding import (
     embed_into_store,
 )
 from colintern.storage.identity import content_hash
-from colintern.stores.base import PageStore
+from colintern.stores.base import EmbeddedPage, PageStore
 from colintern.stores.lance import LanceStore
 from colintern.stores.parquet import ParquetStore
 from colintern.stores.qdrant import QdrantFolderStore
@@ -232,7 +235,6 @@ COMMANDS = {  # the page's, with the folder of the documents for FOLDER, and wha
     documented("colintern embed FOLDER --out vectors/parts --shard 1/4", FOLDER="documents"): "vectors/parts",
 }
 SERVER = documented("colintern embed FOLDER --to qdrant+http://localhost:6333/manuals", FOLDER="documents")
-STORES = {"parquet": ParquetStore, "qdrant+path": QdrantFolderStore, "lancedb": LanceStore}
 
 
 @pytest.fixture
@@ -247,15 +249,27 @@ def top(adapted, documents, monkeypatch) -> Path:  # noqa: F811
     return folder
 
 
-def run_main(*words: str) -> None:
-    main(words)
+def run_commands(*lines: str) -> None:
+    """Run command lines one after the other, since a process takes seconds to start."""
+    for line in lines:
+        key, _, command = line.rpartition("|")
+        os.environ["QDRANT_API_KEY"] = key
+        try:
+            main(command.split()[command.startswith("colintern") :])
+        except SystemExit as ended:
+            print(f"exit {ended.code}", flush=True)
+        print("end", flush=True)
 
 
-def run_command(top: Path, command: str, fault=None, *arguments: object) -> tuple[int, str]:
-    """Run a `colintern` command in a process of its own; return the exit code and what it printed."""
-    place = Place(top, run_main)
-    code = place.run(fault, *arguments, command=command.removeprefix("colintern "))
-    return code, place.err + place.out
+def join_streams() -> None:
+    os.dup2(1, 2)
+
+
+def run(top: Path, *lines: str) -> list[str]:
+    """Return what each of the command lines printed, in one process of its own."""
+    place = Place(top, run_commands)
+    assert place.run(join_streams, command=shlex.join(lines)) == 0, place.log
+    return place.out.split("end\n")[:-1]
 
 
 def get_counts(log: str) -> tuple[int, ...]:
@@ -264,71 +278,74 @@ def get_counts(log: str) -> tuple[int, ...]:
     return tuple(map(int, found.groups()))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_of_the_page_run_as_they_stand(top, command):
+def test_commands_of_the_page_run_as_they_stand(top):
     write_pdf(top / "documents" / "two.pdf", [["first"], ["second"]])
-    is_part = command.endswith("1/4")
-    code, log = run_command(top, command)
-    assert code == 0 and f"\n{COMMANDS[command]}: " in log, log
-    stored, added, *others = get_counts(log)
-    assert stored == added and others == [0, 0] and (0 < stored < 7 if is_part else stored == 7)
-    code, log = run_command(top, command)
-    assert code == 0 and get_counts(log) == (stored, 0, 0, 0)
+    first, again = run(top, *COMMANDS), run(top, *COMMANDS)
+    for label, log, later in zip(COMMANDS.values(), first, again, strict=True):
+        assert f"\n{label}: " in log
+        stored, added, *others = get_counts(log)
+        assert stored == added and others == [0, 0] and (0 < stored < 7 if label.endswith("parts") else stored == 7)
+        assert get_counts(later) == (stored, 0, 0, 0)
 
 
-def test_a_server_is_filled_and_its_key_is_never_shown(top):
+def test_a_server_is_filled_and_credentials_are_never_shown(top):
     with qdrant_server.running("s3cret") as server:
-        command = SERVER.replace("localhost:6333", server.address)
-        code, log = run_command(top, command)
-        assert code == 2 and "the server answered 401" in log and "set QDRANT_API_KEY" in log, log
-        for url, key in (("", "s3cret"), ("me:s3cret@", ""), ("", "?api-key=s3cret")):
-            filled = command.replace("http://", f"http://{url}") + key * key.startswith("?")
-            code, log = run_command(top, filled, set_key, key if not key.startswith("?") else "")
-            assert code == 0 and "s3cret" not in log and f"qdrant+http://{server.address}/manuals: 5 pages" in log, log
-    for url in ("me:s3cret@127.0.0.1:9/manuals", "127.0.0.1:9/manuals?api_key=s3cret", "me:s3cret@127.0.0.1:x/manuals"):
-        code, log = run_command(top, f"embed documents --to qdrant+http://{url}")
-        assert code == 2 and "s3cret" not in log and "Traceback" not in log
-        assert "is not valid; it must be" in log if ":x" in url else "cannot be reached: [Errno 111]" in log, log
+        url = SERVER.replace("localhost:6333", server.address)
+        refused, *filled = run(top, url, f"s3cret|{url}", url.replace("//", "//me:s3cret@"), f"{url}?api-key=s3cret")
+    assert "the server answered 401" in refused and "set QDRANT_API_KEY" in refused and refused.endswith("exit 2\n")
+    assert [get_counts(log) for log in filled] == [(5, 5, 0, 0), (5, 0, 0, 0), (5, 0, 0, 0)]
+    assert all(f"qdrant+http://{server.address}/manuals: 5 pages" in log for log in filled)
+    bad = ("me:s3cret@127.0.0.1:9/manuals", "127.0.0.1:9/manuals?api_key=s3cret", "me:s3cret@127.0.0.1:x/manuals")
+    logs = run(top, *(f"embed documents --to qdrant+http://{address}" for address in bad))
+    words = ["cannot be reached: [Errno 111]", "start the server, or correct", "is not valid; it must be"]
+    assert all(word in log and log.endswith("exit 2\n") for word, log in zip(words, logs, strict=True)), logs
+    assert "s3cret" not in "".join([refused, *filled, *logs]) and "Traceback" not in "".join(logs)
 
 
-def set_key(key: str) -> None:
-    os.environ["QDRANT_API_KEY"] = key
+def embed_simply(pages) -> Iterator[EmbeddedPage]:
+    """Stand in for a model where only the writing is in question."""
+    for page, image in pages:
+        generator = torch.Generator().manual_seed(len(image.tobytes()) + len(page.name))
+        yield EmbeddedPage(page, normalize(torch.randn(200, 128, generator=generator), dim=-1))
 
 
-def kill_at_third_batch(kind: str) -> None:
-    """Write each page by itself, and end the process in the third write, before or after it."""
-    store = STORES[kind]
-    store.batch_bytes, upsert, calls = 1, store.upsert, []
-
-    def upsert_or_die(self, rows):
-        calls.append(rows)
-        if len(calls) == 3 and kind != "parquet":
-            kill()
-        if len(calls) == 3:
-            ParquetStore._write_manifest = lambda self: kill()
-        upsert(self, rows)
-
-    store.upsert = upsert_or_die
+def fill_and_die(url: str, documents: Path) -> None:
+    """Write each page by itself, and end the process in the third write: of parquet between file and manifest."""
+    calls: list[object] = []
+    for store in (ParquetStore, QdrantFolderStore, LanceStore):
+        store.batch_bytes, store.upsert = 1, partialmethod(upsert_or_die, store.upsert, calls)
+    if "://" not in url:
+        write = ParquetStore._write_manifest
+        ParquetStore._write_manifest = lambda self: kill() if len(calls) == 3 else write(self)
+    fill(url, documents, embed_simply)
 
 
-@pytest.mark.parametrize("kind", STORES)
-def test_a_killed_run_resumes_without_gaps_or_doubles(top, kind):
-    url = "vectors" if kind == "parquet" else f"{kind}://vectors/pages"
-    command = f"embed documents {'--out' if kind == 'parquet' else '--to'} {url}"
-    code, log = run_command(top, command, kill_at_third_batch, kind)
-    assert code == -9, log
-    code, log = run_command(top, command)
-    assert code == 0 and get_counts(log) == (5, 3, 0, 0), log
-    pages = open_store(url).list_pages()
-    assert sorted(page.name for page in pages.values()) == sorted(f"{word}.png" for word in WORDS)
+def upsert_or_die(self, upsert, calls, rows) -> None:
+    calls.append(rows)
+    if len(calls) == 3 and not isinstance(self, ParquetStore):
+        kill()
+    upsert(self, rows)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "qdrant+path", "lancedb"])
+def test_a_killed_run_resumes_without_gaps_or_doubles(tmp_path, documents, kind):
+    url = f"{'' if kind == 'parquet' else f'{kind}://'}{tmp_path}/vectors/pages"
+    process = FORKS.Process(target=fill_and_die, args=(url, documents))
+    process.start()
+    process.join(180)
+    assert process.exitcode == -9
+    assert fill(url, documents, embed_simply) == (5, 3, 0, 0)
+    store = open_store(url)
+    assert sorted(page.name for page in store.list_pages().values()) == sorted(f"{word}.png" for word in WORDS)
+    assert len(store.search(torch.eye(128)[:2], 9)) == 5
     if kind == "parquet":
-        files = json.loads((top / "vectors" / "manifest.json").read_text())["files"]
-        assert {file.name for file in (top / "vectors").glob("*.parquet*")} == set(files)
+        files = json.loads((tmp_path / "vectors" / "pages" / "manifest.json").read_text())["files"]
+        assert {file.name for file in (tmp_path / "vectors" / "pages").glob("*.parquet*")} == set(files)
         assert sum(files.values()) == 5
 
 
-@pytest.mark.parametrize(("kind", "size"), [("parquet", "60k"), ("lancedb", "100k"), ("qdrant+path", "100m")])
-def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path, documents, embed, kind, size):
+@pytest.mark.parametrize(("kind", "size"), [("parquet", "200k"), ("lancedb", "300k"), ("qdrant+path", "100m")])
+def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path, documents, kind, size):
     disk = tmp_path / "disk"
     disk.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True, text=True)
@@ -337,24 +354,22 @@ def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path, documents, embed, ki
     url = str(disk / "pages") if kind == "parquet" else f"{kind}://{disk}/pages/pages"
     try:
         with pytest.raises(UserError, match=r"pages: No space left on device: \d+\.\d MB are free; make room and run"):
-            fill(url, documents, embed)
+            fill(url, documents, embed_simply)
         subprocess.run(["mount", "-o", "remount,size=400m", disk], check=True)
-        assert fill(url, documents, embed).pages == 5
+        assert fill(url, documents, embed_simply).pages == 5
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_two_processes_write_what_one_writes(top):
-    assert run_command(top, "embed documents --out one")[0] == 0
-    params = top / "params.yaml"
-    params.write_text(params.read_text().replace("launch: auto", "launch: 2"))
-    code, log = run_command(top, "embed documents --out two --batch-size 2")
-    assert code == 0 and get_counts(log) == (5, 5, 0, 0), log
-    shutil.rmtree(top / "two")
-    code, log = run_command(top, "embed documents --out two")
-    assert code == 0, log
-    one, two = (parquet.read_table(top / name / "pages-000001.parquet") for name in ("one", "two"))
-    assert one.equals(two)
+def test_two_processes_embed_what_one_embeds(documents):
+    assert (count_workers("auto"), count_workers(2)) == (1, 2)
+    corpus, load = open_corpus(str(documents)), partial(load_base, BASE)
+    one, two = (
+        list(embed(corpus.read(set(corpus.pages), []), load, 1, *workers))
+        for embed, workers in ((embed_in_process, ()), (embed_in_workers, (2,)))
+    )
+    assert [row.page for row in two] == [row.page for row in one] and len(one) == 5
+    assert all(torch.equal(a.vectors, b.vectors) for a, b in zip(one, two, strict=True))
 
 
 def test_a_process_that_is_killed_is_named(documents):
@@ -368,11 +383,13 @@ def test_hostile_names_are_stored_and_never_reach_the_terminal(top):
     for name in (b"caf\xe9.png", b"caf\xe8.png", b"\x1b[2J'; DROP TABLE pages.png", b"a\nb.png"):
         shutil.copy(folder / "milk.png", os.fsencode(folder) + b"/" + name)
     (folder / "\x1b[2Jtorn.png").write_bytes(b"torn")
-    for command in ("--out vectors", "--to lancedb://lance/pages", "--to qdrant+path://qdrant/pages"):
-        code, log = run_command(top, f"embed documents {command}")
-        assert code == 0 and get_counts(log) == (9, 9, 0, 0) and "left out: 1 in all" in log, log
+    urls = ("vectors", "lancedb://lance/pages", "qdrant+path://qdrant/pages")
+    for url, log in zip(
+        urls, run(top, *(f"embed documents --{'to' if '/' in u else 'out'} {u}" for u in urls)), strict=True
+    ):
+        assert get_counts(log) == (9, 9, 0, 0) and "left out: 1 in all" in log
         assert r"left out: \x1b[2Jtorn.png: not an image" in log and "\x1b" not in log
-        names = [page.name for page in open_store(command.split()[1]).list_pages().values()]
+        names = [page.name for page in open_store(url).list_pages().values()]
         assert len(names) == 9 and names.count("caf\ufffd.png") == 2 and "\x1b[2J'; DROP TABLE pages.png" in names
 
 
@@ -392,8 +409,8 @@ def test_data_sets_of_the_hub_are_read_as_benchmarks_are(tmp_path):
     with hub_running() as hub:
         hub.add_folder("dataset", "org/pages", commit, tmp_path / "beir")
         done = Workspace(tmp_path, hub).run("-c", READ_HUB, f"org/pages@{commit}")
-    assert done.returncode == 0 and done.stdout == f"org/pages@{commit} ['0', '1', '2', '3', '4'] []\n", done.stderr
-    (tmp_path / "data").mkdir()
+    assert done.returncode == 0 and f"\norg/pages@{commit} ['0', '1', '2', '3', '4'] []\n" in done.stdout, done
+    (tmp_path / "data").mkdir(exist_ok=True)
     files = {path.relative_to(tmp_path / "beir").as_posix(): path for path in (tmp_path / "beir").rglob("*.*")}
     entry = {name: {"size": path.stat().st_size, "sha256": content_hash(path)} for name, path in files.items()}
     manifest = {"evaluation": {"VidoreTask": {"folder": "org/pages", "revision": commit, "files": entry}}}

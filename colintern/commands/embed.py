@@ -96,7 +96,7 @@ def _embed(args: argparse.Namespace, params: Params, shard: tuple[int, int]) -> 
     identity = make_identity(args.model, eval_model, params, args.precision)
     store = _open_store(args, identity, corpus.source, shard)
     load = partial(load_embedder, params, args.model)
-    num_workers = _count_workers(params.launch)
+    num_workers = count_workers(params.launch)
     embed: Any = partial(embed_in_process, load=load, batch_size=args.batch_size)
     if num_workers > 1:
         embed = partial(embed_in_workers, load=load, batch_size=args.batch_size, num_workers=num_workers)
@@ -167,7 +167,7 @@ def load_embedder(params: Params, folder: Path) -> "EmbedImages":
     return embed
 
 
-def _count_workers(launch: str | int) -> int:
+def count_workers(launch: str | int) -> int:
     """Return the number of processes that `launch` of params.yaml means: by default one per GPU."""
     import torch
 

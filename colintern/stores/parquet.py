@@ -139,7 +139,7 @@ class ParquetStore(PageStore):
         for table in filter(len, tables):
             number += 1
             file = f"{self.prefix}{number:06}.parquet"
-            self._write_file(file, partial(write_table, table))
+            self._write_file(file, partial(pq.write_table, table, row_group_size=ROWS_PER_GROUP))
             files[file] = len(table)
             self.file_of_id |= dict.fromkeys(table["id"].to_pylist(), file)
         self.content["files"] = files
@@ -175,11 +175,6 @@ class ParquetStore(PageStore):
         """Rank all pages, reading each file once."""
         scores = ((id_, maxsim_scores([query], [vectors]).item()) for id_, vectors in self.iter_vectors())
         return nlargest(top, scores, key=lambda hit: hit[1])
-
-
-def write_table(table: pa.Table, path: Path) -> None:
-    """Write a parquet file that is read in small groups."""
-    pq.write_table(table, path, row_group_size=ROWS_PER_GROUP)
 
 
 def make_table(rows: Sequence[EmbeddedPage], precision: str = "float32") -> pa.Table:

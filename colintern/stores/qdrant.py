@@ -6,7 +6,7 @@ would load all of them into memory. No graph is built, so that ranking is exact.
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,13 @@ class _QdrantStore(PageStore):
 
     def list_pages(self) -> dict[str, StoredPage]:
         """Return the stored pages by id."""
-        return {page.id: page for page in self._iter_pages()}
-
-    def _iter_pages(self) -> Iterator[StoredPage]:
-        points, offset = self._scroll(FIELDS, POINTS_PER_REQUEST, None)
+        pages: list[StoredPage] = []
+        offset = None
         while True:
-            yield from (StoredPage(str(point.id), **point.payload) for point in points)
-            if offset is None:
-                return
             points, offset = self._scroll(FIELDS, POINTS_PER_REQUEST, offset)
+            pages += [StoredPage(str(point.id), **point.payload) for point in points]
+            if offset is None:
+                return {page.id: page for page in pages}
 
     def _make_points(self, rows: Sequence[EmbeddedPage]) -> list[tuple[str, list[list[float]], dict[str, Any]]]:
         """Return id, vectors and payload of each page."""
