@@ -6,6 +6,7 @@ storage/     bytes on disk: hub downloads, hashes, the manifest, locks
 scoring/     MaxSim scores and ranking metrics
 modeling/    the model, its processor, tiling, LoRA, attention, loading and saving
 encoding/    pages and queries as vectors: page features, their caches, pooling
+stores/      page vectors in parquet files, Qdrant and LanceDB
 data/        readers of training rows and evaluation sets
 ingest/      from a source (PDFs, JSON lines, parquet files, a hub) to validated rows and a manifest
 statistics/  the data described: counts, histograms, languages

@@ -22,7 +22,7 @@ from colintern.core.errors import exit_on_user_error
 
 # Commands in the order of the work; others follow by name.
 ORDER = """recipe recommend tiles data verify doctor check_adapter evaluate report compare mine tune search
-serve export""".split()
+serve embed export""".split()
 
 
 @exit_on_user_error()

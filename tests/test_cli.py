@@ -57,6 +57,13 @@ REFUSED = {
     "search demo --queries nowhere": "--queries: nowhere cannot be read: No such file or directory",
     "search demo --queries empty": "--queries: empty holds no query",
     "search demo --queries latin": "--queries: latin: line 2 is not UTF-8",
+    "embed demo --out new --model demo": "--model: demo: holds no adapter_model.safetensors",
+    "embed demo --out new --model adapter --shard 3/2": "--shard: '3/2' is not valid; it must be I/N",
+    "embed demo --out params.yaml/new --model adapter": "--out: params.yaml is a file",
+    "embed demo --out lancedb://new --model adapter": "--out: a URL is not valid",
+    "embed demo --to lancedb://new --model adapter --precision int8": "--precision: int8 is not valid with --to",
+    "embed demo --out new --model adapter --dim 60 --precision binary": "--dim: 60 is not valid with binary",
+    "embed demo --out new --model adapter --dim 129": "--dim: 129 is not valid; it must be 1 to 128",
     "evaluate demo": "MODEL: demo: holds no adapter_model.safetensors",
     "evaluate demo/bose": "MODEL: 'demo/bose' is no folder here, and a hub id needs its commit",
     "evaluate ../adapters/one": "MODEL: '../adapters/one' is no folder here",
@@ -166,6 +173,9 @@ def test_the_version_is_that_of_the_project(capsys):
     assert ended.value.code == 0 and capsys.readouterr().out == f"colintern {project['version']}\n"
 
 
-@pytest.mark.parametrize("name", ["exported/model.safetensors", "found.html", "data/mined/negatives.parquet"])
+@pytest.mark.parametrize(
+    "name",
+    ["exported/model.safetensors", "found.html", "data/mined/negatives.parquet", "vectors/parquet/manifest.json"],
+)
 def test_git_ignores_what_the_pages_tell_people_to_write(name):
     assert subprocess.run(["git", "check-ignore", "--quiet", name], cwd=ROOT).returncode == 0

@@ -48,7 +48,7 @@ LEVELS = [
     {"planning", "preflight"},
     {"analysis", "monitoring"},
     {"training", "evaluation", "statistics", "demo"},
-    {"ingest"},
+    {"ingest", "stores"},
     {"data", "encoding"},
     {"modeling"},
     {"storage", "scoring"},

@@ -8,7 +8,9 @@ TOP = Path(__file__).parents[2]
 PACKAGES = ("colintern", "stages", "demo")
 # Parts of colintern/ that observe, check, report or move bytes whose hashes are checked. No result depends on them, so
 # no stage and no cache does, and imports are not followed through them.
-OBSERVERS = frozenset("analysis commands core monitoring params planning preflight reporting storage tuning".split())
+OBSERVERS = frozenset(
+    "analysis commands core monitoring params planning preflight reporting storage stores tuning".split()
+)
 
 
 def find_module(name: str) -> Path | None:

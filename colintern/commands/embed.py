@@ -1,0 +1,179 @@
+"""`colintern embed`: the vectors of pages, as parquet files or in a vector database."""
+
+import argparse
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+from colintern.commands import print_phase
+from colintern.core.errors import UserError
+from colintern.core.terminal import escape_controls
+from colintern.params import Params, load_params
+from colintern.storage.paths import TRAIN_OUT, require_model, require_writable
+
+if TYPE_CHECKING:
+    from colintern.evaluation.models import EvalModel
+    from colintern.search.embedding import EmbedImages
+    from colintern.stores.base import PageStore
+
+SUMMARY = "write the vectors of pages to parquet files, Qdrant or LanceDB; resumes, and follows changes"
+EXAMPLE = "colintern embed ~/manuals --out vectors --precision float16"
+PRECISIONS = ("float32", "float16", "int8", "binary")
+STORE_PRECISIONS = PRECISIONS[:2]  # databases quantize by themselves
+MAX_SIZES = {"pool-factor": 64, "dim": 128, "batch-size": 1024}
+DEFAULT = "(default: %(default)s)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the command line."""
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="PDFs and images, a BEIR folder, a fetched data set, or ID@COMMIT on the hub")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, metavar="FOLDER", help="write parquet files and manifest.json")
+    stores = "qdrant+http://HOST:PORT/COLLECTION, qdrant+path://FOLDER/COLLECTION or lancedb://PATH[/TABLE]"
+    where.add_argument("--to", metavar="URL", help=f"write into {stores}; the key is that of QDRANT_API_KEY")
+    add("--precision", choices=PRECISIONS, default="float32", help=f"of the numbers {DEFAULT}")
+    add("--model", type=Path, default=TRAIN_OUT, metavar="FOLDER", help=f"an adapter or merged model {DEFAULT}")
+    add("--pool-factor", type=int, metavar="N", help="vectors of a tile made into one (default: params.yaml's)")
+    add("--dim", type=int, metavar="N", help="numbers kept of a vector (default: params.yaml's)")
+    batch = "pages per forward pass; above 1, the last bits of a vector depend on the pages beside it"
+    add("--batch-size", type=int, default=1, metavar="N", help=f"{batch} {DEFAULT}")
+    add("--shard", default="1/1", metavar="I/N", help=f"embed the I-th of N parts {DEFAULT}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Embed what is new or changed; the last line counts what was added, replaced and removed."""
+    shard = _parse_shard(args.shard)
+    for option, largest in MAX_SIZES.items():
+        value = getattr(args, option.replace("-", "_"))
+        if value is not None and not 1 <= value <= largest:
+            raise UserError(f"--{option}: {value} is not valid; it must be 1 to {largest}")
+    require_model("--model", args.model)
+    if args.out:
+        if "://" in str(args.out) or re.match(r"\w+(\+\w+)?:/", str(args.out)):
+            raise UserError("--out: a URL is not valid; it must be a folder. Give the URL to --to")
+        require_writable("--out", args.out)
+    elif args.precision not in STORE_PRECISIONS:
+        raise UserError(
+            f"--precision: {args.precision} is not valid with --to; it must be float32 or float16. Set quantization in "
+            "the database, which keeps the exact vectors for the final order"
+        )
+    params = load_params()
+    params = replace(
+        params,
+        pool_factor=args.pool_factor or params.pool_factor,
+        dim=args.dim or params.dim,
+        eval_untrained=False,
+        feature_cache_gb=0.0,  # features take a hundred times the space of vectors
+        embedding_cache_gb=0.0,
+    )
+    if args.precision == "binary" and params.dim % 8:
+        raise UserError(f"--dim: {params.dim} is not valid with binary; it must be a multiple of 8, one byte each")
+    _embed(args, params, shard)
+
+
+def _parse_shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--shard: {text!r} is not valid; it must be I/N with I from 1 to N, such as 1/4")
+    return int(match[1]), int(match[2])
+
+
+def _embed(args: argparse.Namespace, params: Params, shard: tuple[int, int]) -> None:
+    import time
+
+    from colintern.evaluation.models import make_eval_models
+    from colintern.search.corpora import open_corpus, shard_corpus
+    from colintern.search.embedding import embed_in_process, embed_in_workers, embed_into_store
+    from colintern.storage.hub import enable_offline_mode
+
+    print_phase(f"embed: listing the pages of {args.source}")
+    corpus = open_corpus(args.source)
+    enable_offline_mode()
+    eval_model = make_eval_models(params, args.model)["trained"]
+    identity = make_identity(args.model, eval_model, params, args.precision)
+    store = _open_store(args, identity, corpus.source, shard)
+    load = partial(load_embedder, params, args.model)
+    num_workers = count_workers(params.launch)
+    embed: Any = partial(embed_in_process, load=load, batch_size=args.batch_size)
+    if num_workers > 1:
+        embed = partial(embed_in_workers, load=load, batch_size=args.batch_size, num_workers=num_workers)
+    start = time.monotonic()
+    counts = embed_into_store(store, shard_corpus(corpus, shard), shard, embed)
+    for page in corpus.bad:
+        line = escape_controls(f"left out: {page.where}: {page.reason}")
+        print(fill(line, 80, subsequent_indent="  ", break_long_words=False))
+    if corpus.bad:
+        print(f"left out: {len(corpus.bad)} in all")
+    if new := counts.added + counts.replaced:
+        seconds = time.monotonic() - start
+        print(f"{new} pages embedded in {seconds:.1f} s, {new / seconds:.1f} pages/s")
+    if not counts.pages and shard[1] == 1:
+        raise UserError(f"SOURCE: none of {len(corpus.pages)} pages in {args.source} can be read; see the lines above")
+    print(
+        f"{store.label}: {counts.pages} pages, {counts.added} added, {counts.replaced} replaced, "
+        f"{counts.removed} removed"
+    )
+
+
+def _open_store(args: argparse.Namespace, identity: dict[str, Any], source: str, shard: tuple[int, int]) -> "PageStore":
+    from colintern.stores.parquet import ParquetStore
+    from colintern.stores.urls import open_store
+
+    if args.out:
+        return ParquetStore(args.out, identity | {"source": source}, shard)
+    if "://" not in args.to:
+        raise UserError(f"--to: {args.to!r} is no URL of a store; see --help, or give a folder to --out")
+    return open_store(args.to, identity)
+
+
+def make_identity(folder: Path, eval_model: "EvalModel", params: Params, precision: str) -> dict[str, Any]:
+    """Return what decides the vectors, and what may change their last bits: libraries, device, attention, threads."""
+    from colintern.storage.identity import content_hash, fingerprint
+
+    base = eval_model.identity.get("base")
+    return {
+        "model": str(folder),
+        "revision": content_hash(folder)[:40],
+        "base": fingerprint(base["files"])[:40] if base else None,
+        "dtype": params.dtype,
+        "max_visual_tokens": params.max_visual_tokens,
+        "pool_factor": params.pool_factor,
+        "dim": params.dim,
+        "precision": precision,
+        "attention": params.attention,
+        "threads": params.threads,
+        "device": eval_model.identity["device"],
+        "versions": get_versions(),
+    }
+
+
+def load_embedder(params: Params, folder: Path) -> "EmbedImages":
+    """Load the model, and return the function that embeds a batch of images, pooled and truncated."""
+    from colintern.encoding.embed import embed_pages
+    from colintern.evaluation.models import make_eval_models
+    from colintern.modeling.runtime import configure_cpu_runtime
+    from colintern.storage.hub import enable_offline_mode
+
+    enable_offline_mode()
+    configure_cpu_runtime(params.threads)
+    encoder = make_eval_models(params, folder)["trained"].load_encoder()
+
+    def embed(images: Any) -> Any:
+        return encoder.pool_and_truncate(embed_pages(encoder.model, encoder.processor, images, len(images)))
+
+    return embed
+
+
+def count_workers(launch: str | int) -> int:
+    """Return the number of processes that `launch` of params.yaml means: by default one per GPU."""
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    num_workers = max(num_gpus, 1) if launch == "auto" else int(launch)
+    if num_gpus and num_workers > num_gpus:
+        raise UserError(f"launch: {num_workers} is more than the {num_gpus} GPUs that can be seen")
+    return num_workers

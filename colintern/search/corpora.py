@@ -1,0 +1,142 @@
+"""List and read the pages that are embedded: a folder of PDFs and images, a BEIR folder, or a data set of the hub."""
+
+import hashlib
+import os
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from colintern.core.errors import UserError
+from colintern.data.formats import check_beir_layout, normalize_id
+from colintern.data.images import InvalidImageError, decode_image
+from colintern.ingest.documents import InvalidRow
+from colintern.params import is_on_hub, split_hub_id
+from colintern.search.sources import decode_name, list_sources, render_sources
+from colintern.storage.files import list_files
+from colintern.storage.hub import Repo
+from colintern.storage.manifest import BEIR_SUFFIXES, MANIFEST, download_hub_files, ensure_benchmark, read_data_file
+from colintern.stores.base import StoredPage, make_page_id
+
+ROWS_PER_BATCH = 16  # of a corpus: a page takes megabytes
+PageImages = Iterator[tuple[StoredPage, Image.Image]]
+
+
+class PageCorpus(NamedTuple):
+    """The pages of a source by id, those that cannot be read, and a function that reads the pages with given ids."""
+
+    source: str
+    pages: dict[str, StoredPage]
+    bad: list[InvalidRow]
+    read: Callable[[Collection[str], list[InvalidRow]], PageImages]
+
+
+def open_corpus(source: str) -> PageCorpus:
+    """List the pages of a source.
+
+    Args:
+        source: a folder of PDFs and images, or one such file; a folder in mteb's BEIR layout; the name of a data set
+            that fetch-data has fetched; or a data set of the hub in that layout, as ID@COMMIT.
+
+    Raises:
+        UserError: nothing is there, no page is in it, or a file of a data set is damaged.
+    """
+    path = Path(source)
+    if (path / "corpus").is_dir() and list_files(path / "corpus", (".parquet",), recursive=False).files:
+        check_beir_layout(path)
+        return _open_beir(path, decode_name(path.resolve()))
+    if os.path.lexists(path):
+        return _open_documents(path)
+    if "@" in source and is_on_hub(source.partition("@")[0]):
+        repo = Repo("SOURCE", *split_hub_id("SOURCE", source), "dataset")
+        download_hub_files([(repo, BEIR_SUFFIXES)])
+        return _open_beir(repo.snapshot_folder, source)
+    entries = read_data_file(MANIFEST)["evaluation"] if Path(MANIFEST).is_file() else {}
+    if source not in entries:
+        raise UserError(
+            f"SOURCE: {source!r} is no file or folder here, no hub id with its commit (ID@COMMIT), and not among the "
+            f"data sets that fetch-data has fetched: {', '.join(entries) or 'none'}"
+        )
+    return _open_beir(ensure_benchmark(source), f"{source}@{entries[source]['revision']}")
+
+
+def _open_documents(place: Path) -> PageCorpus:
+    sources, bad = list_sources(place)
+    label, top = decode_name(place.resolve()), place if place.is_dir() else place.parent
+    pages, source_of_id = {}, {}
+    for source in sources:
+        number = 0 if source.page is None else source.page + 1
+        file = source.path.relative_to(top)
+        page_id = make_page_id(label, os.fsencode(file), number)
+        pages[page_id] = StoredPage(page_id, label, decode_name(file), number, source.key)
+        source_of_id[page_id] = source
+
+    def read(ids: Collection[str], bad: list[InvalidRow]) -> PageImages:
+        wanted = {source: pages[page_id] for page_id, source in source_of_id.items() if page_id in ids}
+        return ((wanted[source], image) for source, image in render_sources(list(wanted), bad))
+
+    return PageCorpus(label, pages, bad, read)
+
+
+def _open_beir(folder: Path, label: str) -> PageCorpus:
+    pages: dict[str, StoredPage] = {}
+    bad: list[InvalidRow] = []
+    for name, data in _iter_rows(folder, bad):
+        page_id = make_page_id(label, name.encode(), 0)
+        if page_id in pages:
+            bad.append(InvalidRow(f"corpus-id {name}", "has a row before; the first is embedded"))
+        elif not data:
+            bad.append(InvalidRow(f"corpus-id {name}", "has no image"))
+        else:
+            pages[page_id] = StoredPage(page_id, label, name, 0, hashlib.sha256(data).hexdigest())
+    if not pages:
+        raise UserError(f"SOURCE: {folder}: its corpus holds no page")
+
+    def read(ids: Collection[str], bad: list[InvalidRow]) -> PageImages:
+        remaining = set(ids)
+        for name, data in _iter_rows(folder, []):
+            page_id = make_page_id(label, name.encode(), 0)
+            if page_id in remaining and data:
+                remaining.remove(page_id)
+                try:
+                    yield pages[page_id], decode_image(data)
+                except InvalidImageError as error:
+                    bad.append(InvalidRow(f"corpus-id {name}", str(error)))
+
+    return PageCorpus(label, pages, bad, read)
+
+
+def _iter_rows(folder: Path, bad: list[InvalidRow]) -> Iterator[tuple[str, bytes]]:
+    """Yield the id and the image's bytes of each row of a corpus, b"" for a row without an image."""
+    files = list_files(folder / "corpus", (".parquet",), recursive=False).files
+    if not files:
+        raise UserError(f"SOURCE: {folder}: holds no parquet file in corpus/, as a data set in mteb's BEIR layout does")
+    for file in files:
+        try:
+            with pq.ParquetFile(file) as content:
+                for batch in content.iter_batches(ROWS_PER_BATCH, columns=["corpus-id", "image"]):
+                    for row in batch.to_pylist():
+                        try:
+                            yield normalize_id(row["corpus-id"]), (row["image"] or {}).get("bytes") or b""
+                        except ValueError as error:
+                            bad.append(InvalidRow(file.name, f"corpus-id {error}"))
+        except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
+            raise UserError(f"{file}: cannot be read as a table of corpus-id and image: {error}; replace it") from error
+
+
+def shard_corpus(corpus: PageCorpus, shard: tuple[int, int]) -> PageCorpus:
+    """Return the part of a corpus that one of several runs embeds."""
+    return corpus._replace(pages={page.id: page for page in corpus.pages.values() if is_in_shard(page, shard)})
+
+
+def is_in_shard(page: StoredPage, shard: tuple[int, int]) -> bool:
+    """Return whether a page belongs to shard (number from 1, count), by a hash of its name and number.
+
+    The source is left out, so that machines which mount it in different places divide it alike.
+    """
+    number, count = shard
+    digest = hashlib.sha256(f"{page.name}\0{page.page}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % count == number - 1

@@ -1,0 +1,1 @@
+"""Stores of page vectors: parquet files, Qdrant and LanceDB, behind one protocol."""
