@@ -132,7 +132,7 @@ def _open_store(args: argparse.Namespace, identity: dict[str, Any], source: str,
 
 def make_identity(folder: Path, eval_model: "EvalModel", params: Params, precision: str) -> dict[str, Any]:
     """Return what decides the vectors, and what may change their last bits: libraries, device, attention, threads."""
-    from colintern.storage.identity import content_hash, fingerprint
+    from colintern.storage.identity import content_hash, fingerprint, get_versions
 
     base = eval_model.identity.get("base")
     return {
