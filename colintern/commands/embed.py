@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from colintern.commands import print_phase
 from colintern.core.errors import UserError
 from colintern.core.terminal import escape_controls
-from colintern.params import Params, load_params
+from colintern.params import PRECISIONS, Params, load_params
 from colintern.storage.paths import TRAIN_OUT, require_model, require_writable
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 SUMMARY = "write the vectors of pages to parquet files, Qdrant or LanceDB; resumes, and follows changes"
 EXAMPLE = "colintern embed ~/manuals --out vectors --precision float16"
-PRECISIONS = ("float32", "float16", "int8", "binary")
 STORE_PRECISIONS = PRECISIONS[:2]  # databases quantize by themselves
 MAX_SIZES = {"pool-factor": 64, "dim": 128, "batch-size": 1024}
 DEFAULT = "(default: %(default)s)"
@@ -66,6 +65,8 @@ def run(args: argparse.Namespace) -> None:
         params,
         pool_factor=args.pool_factor or params.pool_factor,
         dim=args.dim or params.dim,
+        embedding_precision="float32",  # the store quantizes
+        rescore_top_k=0,
         eval_untrained=False,
         feature_cache_gb=0.0,  # features take a hundred times the space of vectors
         embedding_cache_gb=0.0,
@@ -141,6 +142,7 @@ def make_identity(folder: Path, eval_model: "EvalModel", params: Params, precisi
         "base": fingerprint(base["files"])[:40] if base else None,
         "dtype": params.dtype,
         "max_visual_tokens": params.max_visual_tokens,
+        "tiling": params.tiling,
         "pool_factor": params.pool_factor,
         "dim": params.dim,
         "precision": precision,
@@ -163,7 +165,7 @@ def load_embedder(params: Params, folder: Path) -> "EmbedImages":
     encoder = make_eval_models(params, folder)["trained"].load_encoder()
 
     def embed(images: Any) -> Any:
-        return encoder.pool_and_truncate(embed_pages(encoder.model, encoder.processor, images, len(images)))
+        return encoder.select_scored_vectors(embed_pages(encoder.model, encoder.processor, images, len(images)))
 
     return embed
 

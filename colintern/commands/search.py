@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
     from colintern.ingest.documents import InvalidRow
     from colintern.search.searcher import PageSearcher, Ranking
+    from colintern.search.store_search import StoreSearcher
 
 SUMMARY = "rank the pages of a folder or PDF for a query, and show where they match; indexed once"
 EXAMPLE = 'colintern search ~/manuals "how is a package removed" --html found.html'
 
 INDEX = Path("data/.index")  # below the repository's root
-DEFAULT_TOP = 10
+DEFAULT_TOP, DEFAULT_PRECISION = 10, "float16"
 
 
 class _QueryFile(argparse.Action):
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=int, default=DEFAULT_TOP, metavar="N", help="pages shown (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON; all else goes to stderr")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the pages with heatmaps, as one HTML file")
+    parser.add_argument("--store", metavar="URL", help="rank in a store that colintern embed has filled from SOURCE")
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +66,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--index", type=Path, metavar="FOLDER", help="where embeddings are kept (default: data/.index)")
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default="float16", help="of the embeddings kept (default: %(default)s)"
+        "--precision", choices=PRECISIONS, help=f"of the embeddings kept (default: {DEFAULT_PRECISION})"
     )
     parser.add_argument(
         "--rescore", type=int, default=0, metavar="N", help="score the N best again by a float16 copy (default: none)"
@@ -79,9 +81,10 @@ def require_source(args: argparse.Namespace) -> None:
     require_writable("--index", args.index or root() / INDEX)
     if args.rescore < 0:
         raise UserError(f"--rescore: {args.rescore} is not valid; it must be 0 or more")
-    if args.rescore and args.precision in ("float32", "float16"):
+    precision = args.precision or DEFAULT_PRECISION
+    if args.rescore and precision in ("float32", "float16"):
         raise UserError(
-            f"--rescore: {args.rescore} has no effect with --precision {args.precision}: pages would be scored again "
+            f"--rescore: {args.rescore} has no effect with --precision {precision}: pages would be scored again "
             "by float16 vectors; give --precision int8 or binary, or leave it out"
         )
 
@@ -95,11 +98,11 @@ def run(args: argparse.Namespace) -> None:
     if args.html:
         require_new_file("--html", args.html)
     log = sys.stderr if args.json else sys.stdout
-    searcher = open_searcher(args, log)
+    searcher = _open_store_searcher(args, log) if args.store else open_searcher(args, log)
     import time
 
     from colintern.search.listing import format_ranking
-    from colintern.search.searcher import list_results
+    from colintern.search.searcher import PageSearcher, list_results
 
     start = time.monotonic()
     answers = searcher.rank_queries(queries, args.top)
@@ -114,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
             heading = "" if args.queries is None else fill(f"query: {escape_controls(query)}", 80) + "\n"
             names = [(source.name, score) for source, score in ranking]
             print(f"\n{heading}{format_ranking(names, [source.link for source, _ in ranking])}")
-    if args.queries is None:
+    if args.queries is None and isinstance(searcher, PageSearcher):
         _show_places(args, searcher, *answers[0], log)
     if args.json:
         print(json.dumps(rows[0] if args.queries is None else rows, indent=2))
@@ -184,7 +187,8 @@ def open_searcher(args: argparse.Namespace, log: TextIO) -> "PageSearcher":
     from colintern.search.searcher import load_searcher
 
     folder = args.index or root() / INDEX
-    searcher = load_searcher(params, args.model, folder, sources, args.precision, args.rescore)
+    precision = args.precision or DEFAULT_PRECISION
+    searcher = load_searcher(params, args.model, folder, sources, precision, args.rescore)
     start = time.monotonic()
     new = searcher.index.add_pages(sources, searcher.model, searcher.processor, params.eval_batch_size, bad)
     seconds = time.monotonic() - start
@@ -195,6 +199,26 @@ def open_searcher(args: argparse.Namespace, log: TextIO) -> "PageSearcher":
     print(f"{searcher.count_pages()} pages, {new} of them new: {seconds:.1f} s{rate}", file=log)
     if not searcher.count_pages():
         raise UserError(f"SOURCE: none of {len(sources)} pages in {args.source} can be read{format_reasons(bad)}")
+    return searcher
+
+
+def _require_no_index_options(args: argparse.Namespace) -> None:
+    """Refuse options of the index, and of heatmaps, which need a page's vectors."""
+    for option in ("index", "precision", "rescore", "html"):
+        if getattr(args, option):
+            raise UserError(f"--{option}: has no effect with --store, which ranks by its own vectors; leave one out")
+
+
+def _open_store_searcher(args: argparse.Namespace, log: TextIO) -> "StoreSearcher":
+    """Load the model, open --store, and print how many pages of SOURCE it lacks."""
+    _require_no_index_options(args)
+    params = load_params()
+    from colintern.search.store_search import open_store_searcher
+
+    searcher, bad = open_store_searcher(params, args.model, args.store, args.source)
+    _print_left_out(bad, log)
+    if missing := searcher.count_missing():
+        print(f"{missing} pages are not in the store, or changed; embed SOURCE again", file=log)
     return searcher
 
 

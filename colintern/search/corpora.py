@@ -15,7 +15,7 @@ from colintern.data.formats import check_beir_layout, normalize_id
 from colintern.data.images import InvalidImageError, decode_image
 from colintern.ingest.documents import InvalidRow
 from colintern.params import is_on_hub, split_hub_id
-from colintern.search.sources import decode_name, list_sources, render_sources
+from colintern.search.sources import PageSource, decode_name, list_sources, render_sources
 from colintern.storage.files import list_files
 from colintern.storage.hub import Repo
 from colintern.storage.manifest import BEIR_SUFFIXES, MANIFEST, download_hub_files, ensure_benchmark, read_data_file
@@ -63,22 +63,28 @@ def open_corpus(source: str) -> PageCorpus:
     return _open_beir(ensure_benchmark(source), f"{source}@{entries[source]['revision']}")
 
 
-def _open_documents(place: Path) -> PageCorpus:
+def list_documents(place: Path) -> tuple[dict[StoredPage, PageSource], list[InvalidRow]]:
+    """List the pages of a folder of PDFs and images, or of one such file, and the unreadable files."""
     sources, bad = list_sources(place)
     label, top = decode_name(place.resolve()), place if place.is_dir() else place.parent
-    pages, source_of_id = {}, {}
+    pages = {}
     for source in sources:
         number = 0 if source.page is None else source.page + 1
         file = source.path.relative_to(top)
         page_id = make_page_id(label, os.fsencode(file), number)
-        pages[page_id] = StoredPage(page_id, label, decode_name(file), number, source.key)
-        source_of_id[page_id] = source
+        pages[StoredPage(page_id, label, decode_name(file), number, source.key)] = source
+    return pages, bad
+
+
+def _open_documents(place: Path) -> PageCorpus:
+    listed, bad = list_documents(place)
+    pages = {page.id: page for page in listed}
 
     def read(ids: Collection[str], bad: list[InvalidRow]) -> PageImages:
-        wanted = {source: pages[page_id] for page_id, source in source_of_id.items() if page_id in ids}
+        wanted = {source: page for page, source in listed.items() if page.id in ids}
         return ((wanted[source], image) for source, image in render_sources(list(wanted), bad))
 
-    return PageCorpus(label, pages, bad, read)
+    return PageCorpus(decode_name(place.resolve()), pages, bad, read)
 
 
 def _open_beir(folder: Path, label: str) -> PageCorpus:

@@ -13,7 +13,7 @@ from torch import Tensor
 from colintern.core.errors import DISK_FULL_CODES, UserError
 
 # Of an identity, what decides vectors beyond rounding. The rest is information: versions, device, attention.
-MODEL_KEYS = ("dim", "precision", "pool_factor", "max_visual_tokens", "dtype", "base", "revision")
+MODEL_KEYS = ("dim", "precision", "pool_factor", "max_visual_tokens", "tiling", "dtype", "base", "revision")
 DISK_FULL_MESSAGES = ("No space left on device", "Disk quota exceeded")
 MAX_MESSAGE_CHARACTERS = 300
 
