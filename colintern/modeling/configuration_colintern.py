@@ -1,4 +1,4 @@
-"""Configuration of `ColIntern3_5`, and the names of its parts.
+"""Configuration of `ColIntern3_5ForRetrieval`, and the names of its parts.
 
 Other modules take parts and classes from here. A second backbone is a folder with modules like this one,
 `modeling_colintern`, `processing_colintern` and `tiling`.
@@ -33,7 +33,7 @@ class ColIntern3_5Config(BackboneConfig):
     model_type = "colintern3_5"
 
 
-# Of the checkpoints that `ColIntern3_5` loads.
+# Of the checkpoints that `ColIntern3_5ForRetrieval` loads.
 CONFIG_CLASSES = {kind.model_type: kind for kind in (BackboneConfig, ColIntern3_5Config)}
 
 

@@ -1,4 +1,4 @@
-"""`ColIntern3_5` as a module of sentence-transformers' MultiVectorEncoder.
+"""`ColIntern3_5ForRetrieval` as a module of sentence-transformers' MultiVectorEncoder.
 
 `colintern export` copies this file and those it imports into the folder of a model, whose modules.json names the class.
 Only sentence-transformers loads it.
@@ -11,14 +11,14 @@ from PIL import Image
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 
-from colintern.modeling.modeling_colintern import ColIntern3_5
+from colintern.modeling.modeling_colintern import ColIntern3_5ForRetrieval
 from colintern.modeling.processing_colintern import ColIntern3_5Processor
 
 
 class ColIntern3_5Module(InputModule):
     """Embeds queries (text) and pages (Pillow images) with a model and its processor."""
 
-    def __init__(self, model: ColIntern3_5, processor: ColIntern3_5Processor):
+    def __init__(self, model: ColIntern3_5ForRetrieval, processor: ColIntern3_5Processor):
         super().__init__()
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
 
@@ -39,13 +39,13 @@ class ColIntern3_5Module(InputModule):
         """Load a model and its processor with the arguments of MultiVectorEncoder.
 
         Raises:
-            ValueError: `config_kwargs` or another backend than torch; see also `ColIntern3_5.from_pretrained`.
+            ValueError: `config_kwargs` or another backend than torch; see also `from_pretrained` of the model.
         """
         if config_kwargs or backend != "torch":
             raise ValueError(f"config_kwargs={config_kwargs}, backend={backend!r}: not supported; leave them out")
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_folder, "revision": revision}
         hub["local_files_only"] = local_files_only
-        model = ColIntern3_5.from_pretrained(model_name_or_path, **hub, **(model_kwargs or {}))
+        model = ColIntern3_5ForRetrieval.from_pretrained(model_name_or_path, **hub, **(model_kwargs or {}))
         processor = ColIntern3_5Processor.from_pretrained(model_name_or_path, **hub, **(processor_kwargs or {}))
         return cls(model, processor)
 

@@ -1,4 +1,4 @@
-"""`ColIntern3_5`: the backbone without its language-model head, with a projection to 128-d token embeddings.
+"""`ColIntern3_5ForRetrieval`: the backbone without its language-model head, projected to 128-d token embeddings.
 
 Module paths are those of the guide: `language_model.layers.*`, `vision_tower`, `multi_modal_projector`,
 `custom_text_proj`. Shapes: B rows, L tokens of a padded row.
@@ -33,7 +33,7 @@ from colintern.modeling.configuration_colintern import (
 HUB_KEYWORDS = {"cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token"}
 
 
-class ColIntern3_5(InternVLModel):
+class ColIntern3_5ForRetrieval(InternVLModel):
     """Embeds pages and queries as many 128-d unit vectors each; the score of a pair is MaxSim.
 
     Args:
@@ -210,6 +210,9 @@ class ColIntern3_5(InternVLModel):
         # A frozen tower must stay out of the graph even where PEFT or checkpointing hooks its inputs.
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             return self.get_image_features(pixel_values=tiles, return_dict=True).pooler_output
+
+
+ColIntern3_5 = ColIntern3_5ForRetrieval  # adapters of any age name a class of this name, here or in `colintern`
 
 
 @contextmanager

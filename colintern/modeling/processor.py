@@ -1,12 +1,11 @@
-"""`ColIntern3_5Processor` as the library uses it: the class of `processing_colintern`, as one of colpali-engine's.
+"""Register `ColIntern3_5Processor` as one of colpali-engine's processors.
 
-`colintern export` copies `processing_colintern` into the folder of a model, where colpali-engine is not needed.
+Not in `processing_colintern`, which `colintern export` copies into the folder of a model, where colpali-engine is not
+needed.
 """
 
 from colpali_engine.utils.processing_utils import BaseVisualRetrieverProcessor
 
-from colintern.modeling import processing_colintern
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
 
-
-class ColIntern3_5Processor(processing_colintern.ColIntern3_5Processor, BaseVisualRetrieverProcessor):
-    """Converts page images and query strings to right-padded batches for `ColIntern3_5`."""
+BaseVisualRetrieverProcessor.register(ColIntern3_5Processor)

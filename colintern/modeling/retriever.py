@@ -1,4 +1,4 @@
-"""`ColIntern3_5` as the library uses it: the class of `modeling_colintern`, and adapters.
+"""`ColIntern3_5` as the library uses it: `ColIntern3_5ForRetrieval` and adapters.
 
 What needs peft and huggingface_hub is here, because `colintern export` copies `modeling_colintern` into the folder of a
 model, where neither is needed.
@@ -12,7 +12,6 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from peft import PeftModel
 
-from colintern.modeling import modeling_colintern
 from colintern.modeling.adapter_files import (
     HEAD_FILE,
     AdapterFiles,
@@ -23,11 +22,11 @@ from colintern.modeling.adapter_files import (
     write_head,
 )
 from colintern.modeling.configuration_colintern import HEAD, BackboneConfig, load_config
-from colintern.modeling.modeling_colintern import suppress_load_warnings
+from colintern.modeling.modeling_colintern import ColIntern3_5ForRetrieval, suppress_load_warnings
 
 
-class ColIntern3_5(modeling_colintern.ColIntern3_5):
-    """`modeling_colintern.ColIntern3_5`, which also loads adapters."""
+class ColIntern3_5(ColIntern3_5ForRetrieval):
+    """`ColIntern3_5ForRetrieval` that also loads adapters."""
 
     # PEFT writes the module into adapter_config.json, where AutoPeftModel finds it: a path that will not change.
     __module__ = "colintern"
