@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import BatchFeature
 
-from colintern.modeling.processing_colintern import ColIntern3_5RetrievalProcessor as Processor
+from colintern.modeling.processing_colintern import ColIntern3_5Processor as Processor
 
 T = TypeVar("T")
 

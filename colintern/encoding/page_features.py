@@ -27,7 +27,7 @@ from colintern.encoding.tensor_cache import TensorCache
 from colintern.encoding.workers import check_workers, init_worker, stop_workers_on_exit
 from colintern.modeling.images import to_rgb
 from colintern.modeling.modeling_colintern import ColIntern3_5ForRetrieval
-from colintern.modeling.processing_colintern import ColIntern3_5RetrievalProcessor as Processor
+from colintern.modeling.processing_colintern import ColIntern3_5Processor as Processor
 from colintern.storage.identity import code_hashes
 from colintern.storage.lock import hold_lock
 

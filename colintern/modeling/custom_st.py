@@ -12,13 +12,13 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 
 from colintern.modeling.modeling_colintern import ColIntern3_5ForRetrieval
-from colintern.modeling.processing_colintern import ColIntern3_5RetrievalProcessor
+from colintern.modeling.processing_colintern import ColIntern3_5Processor
 
 
 class ColIntern3_5Module(InputModule):
     """Embeds queries (text) and pages (Pillow images) with a model and its processor."""
 
-    def __init__(self, model: ColIntern3_5ForRetrieval, processor: ColIntern3_5RetrievalProcessor):
+    def __init__(self, model: ColIntern3_5ForRetrieval, processor: ColIntern3_5Processor):
         super().__init__()
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
 
@@ -39,16 +39,14 @@ class ColIntern3_5Module(InputModule):
         """Load a model and its processor with the arguments of MultiVectorEncoder.
 
         Raises:
-            ValueError: `config_kwargs`, another backend than torch, or a model that does not load.
+            ValueError: `config_kwargs` or another backend than torch; see also `from_pretrained` of the model.
         """
         if config_kwargs or backend != "torch":
             raise ValueError(f"config_kwargs={config_kwargs}, backend={backend!r}: not supported; leave them out")
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_folder, "revision": revision}
         hub["local_files_only"] = local_files_only
         model = ColIntern3_5ForRetrieval.from_pretrained(model_name_or_path, **hub, **(model_kwargs or {}))
-        processor = ColIntern3_5RetrievalProcessor.from_pretrained(
-            model_name_or_path, **hub, **(processor_kwargs or {})
-        )
+        processor = ColIntern3_5Processor.from_pretrained(model_name_or_path, **hub, **(processor_kwargs or {}))
         return cls(model, processor)
 
     @property

@@ -1,4 +1,4 @@
-"""`ColIntern3_5ForRetrieval`: the backbone with a projection to 128-d token embeddings as its head.
+"""`ColIntern3_5ForRetrieval`: the backbone without its language-model head, projected to 128-d token embeddings.
 
 Module paths are those of the guide: `language_model.layers.*`, `vision_tower`, `multi_modal_projector`,
 `custom_text_proj`. Shapes: B rows, L tokens of a padded row.
@@ -211,6 +211,9 @@ class ColIntern3_5ForRetrieval(InternVLModel):
         # A frozen tower must stay out of the graph even where PEFT or checkpointing hooks its inputs.
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             return self.get_image_features(pixel_values=tiles, return_dict=True).pooler_output
+
+
+ColIntern3_5 = ColIntern3_5ForRetrieval  # adapters of any age name a class of this name, here or in `colintern`
 
 
 @contextmanager

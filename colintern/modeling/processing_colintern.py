@@ -1,4 +1,4 @@
-"""Convert pages and queries to model inputs: `ColIntern3_5RetrievalProcessor`, with colpali-engine's public methods.
+"""Convert pages and queries to model inputs: `ColIntern3_5Processor`, with colpali-engine's public methods.
 
 It is transformers' `InternVLProcessor` with three differences: grids come from `tiling` (a hard bound on visual
 tokens), padding is on the right (the stock processor pads left whatever the tokenizer says), and one function formats a
@@ -41,7 +41,7 @@ CALL_KEYWORDS = {  # of transformers' processors, with the values that have no e
 }
 
 
-class ColIntern3_5RetrievalProcessor(InterpretabilityMixin, InternVLProcessor):
+class ColIntern3_5Processor(InterpretabilityMixin, InternVLProcessor):
     """Converts page images and query strings to right-padded batches for `ColIntern3_5ForRetrieval`.
 
     Args:

@@ -1,4 +1,4 @@
-"""`ColIntern3_5` as the library uses it: the class of `modeling_colintern`, and adapters.
+"""`ColIntern3_5` as the library uses it: `ColIntern3_5ForRetrieval` and adapters.
 
 What needs peft and huggingface_hub is here, because `colintern export` copies `modeling_colintern` into the folder of a
 model, where neither is needed.
@@ -26,7 +26,7 @@ from colintern.modeling.modeling_colintern import ColIntern3_5ForRetrieval, supp
 
 
 class ColIntern3_5(ColIntern3_5ForRetrieval):
-    """`ColIntern3_5ForRetrieval`, which also loads adapters."""
+    """`ColIntern3_5ForRetrieval` that also loads adapters."""
 
     # PEFT writes the module into adapter_config.json, where AutoPeftModel finds it: a path that will not change.
     __module__ = "colintern"

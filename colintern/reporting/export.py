@@ -45,9 +45,16 @@ CODE_HEADER = """\
 # SPDX-License-Identifier: Apache-2.0
 
 """
-AUTO_MAP = {
-    "AutoConfig": "configuration_colintern.ColIntern3_5Config",
-    "AutoModel": "modeling_colintern.ColIntern3_5ForRetrieval",
+CONFIG_CHANGES: dict[str, dict[str, Any]] = {  # what differs from the files of a base
+    "config.json": {
+        "architectures": ["ColIntern3_5ForRetrieval"],
+        "auto_map": {
+            "AutoConfig": "configuration_colintern.ColIntern3_5Config",
+            "AutoModel": "modeling_colintern.ColIntern3_5ForRetrieval",
+        },
+        "model_type": ColIntern3_5Config.model_type,
+    },
+    PROCESSOR_CONFIG: {"auto_map": {"AutoProcessor": "processing_colintern.ColIntern3_5Processor"}},
 }
 # For sentence-transformers, and for mteb, which reads the modalities.
 SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
@@ -94,9 +101,6 @@ def export_model(params: Params, folder: Path, out: Path, name: str, for_vllm: b
     if for_vllm:
         write_vllm_model(model, processor, base, partial)
     else:
-        model.config = ColIntern3_5Config.from_dict(
-            model.config.to_dict() | {"model_type": ColIntern3_5Config.model_type, "auto_map": AUTO_MAP}
-        )
         with suppress_load_warnings():
             model.save_pretrained(partial)
         processor.save_pretrained(partial)
@@ -119,9 +123,8 @@ def write_code(folder: Path) -> None:
     for file in list_reached_modules(ENTRY_POINT, without=frozenset()):
         text = re.sub(r"^from colintern\.[\w.]*?(\w+) import", r"from .\1 import", file.read_text("utf-8"), flags=re.M)
         (folder / file.name).write_text(CODE_HEADER + text, encoding="utf-8")
-    processor = json.loads((folder / PROCESSOR_CONFIG).read_text(encoding="utf-8"))
-    processor["auto_map"] = {"AutoProcessor": "processing_colintern.ColIntern3_5RetrievalProcessor"}
-    for name, content in {PROCESSOR_CONFIG: processor, **SENTENCE_TRANSFORMERS_FILES}.items():
+    changed = {name: json.loads((folder / name).read_text("utf-8")) | new for name, new in CONFIG_CHANGES.items()}
+    for name, content in (changed | SENTENCE_TRANSFORMERS_FILES).items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
