@@ -153,6 +153,7 @@ def make_identity(folder: Path, eval_model: "EvalModel", params: Params, precisi
 def load_embedder(params: Params, folder: Path) -> "EmbedImages":
     """Load the model, and return the function that embeds a batch of images, pooled and truncated."""
     from colintern.encoding.embed import embed_pages
+    from colintern.encoding.pooling import pool_tiles, truncate_dim
     from colintern.evaluation.models import make_eval_models
     from colintern.modeling.runtime import configure_cpu_runtime
     from colintern.storage.hub import enable_offline_mode
@@ -160,9 +161,14 @@ def load_embedder(params: Params, folder: Path) -> "EmbedImages":
     enable_offline_mode()
     configure_cpu_runtime(params.threads)
     encoder = make_eval_models(params, folder)["trained"].load_encoder()
+    processor, factor = encoder.processor, params.pool_factor
+    tile, before = processor.image_seq_length, processor.num_tokens_before_tiles
 
     def embed(images: Any) -> Any:
-        return encoder.pool_and_truncate(embed_pages(encoder.model, encoder.processor, images, len(images)))
+        pages = embed_pages(encoder.model, processor, images, len(images))
+        return truncate_dim(
+            [pool_tiles(page, factor, tile, before) for page in pages] if factor > 1 else pages, params.dim
+        )
 
     return embed
 
