@@ -469,5 +469,5 @@ def test_what_cannot_be_opened_is_named(tmp_path, monkeypatch, url, module, word
     monkeypatch.chdir(tmp_path)
     if module:
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=re.escape(words)):
         open_store(url)
