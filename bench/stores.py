@@ -133,9 +133,7 @@ def main() -> None:
         return main_of_step(args.step)
     queries, demo = embed_demo(args.adapter, args.queries)
     results = []
-    print(
-        f"{'store':<9}{'pages':>7}{'build s':>9}{'GB':>7}{'kB/page':>9}{'writer MB':>11}{'recall@10':>11}{'ms/query':>10}"
-    )
+    print("store      pages  build s     GB  kB/page  writer MB  recall@10  ms/query")
     for count in args.pages:
         exact = rank_exactly(queries, count, demo, args.tokens)
         for name in args.stores:

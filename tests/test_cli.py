@@ -59,7 +59,7 @@ REFUSED = {
     "search demo --queries latin": "--queries: latin: line 2 is not UTF-8",
     "embed demo --out new --model demo": "--model: demo: holds no adapter_model.safetensors",
     "embed demo --out new --model adapter --shard 3/2": "--shard: '3/2' is not valid; it must be I/N",
-    "embed demo --out params.yaml/new --model adapter": "--out: params.yaml is a file",
+    "embed demo --out params.yaml/new --model adapter": "params.yaml is a file, so params.yaml/new cannot be a folder",
     "embed demo --out lancedb://new --model adapter": "--out: a URL is not valid",
     "embed demo --to lancedb://new --model adapter --precision int8": "--precision: int8 is not valid with --to",
     "embed demo --out new --model adapter --dim 60 --precision binary": "--dim: 60 is not valid with binary",

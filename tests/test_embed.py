@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial, partialmethod
 from pathlib import Path
@@ -417,3 +418,56 @@ def test_data_sets_of_the_hub_are_read_as_benchmarks_are(tmp_path):
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
     done = Workspace(tmp_path, hub).run("-c", READ_HUB, "VidoreTask", HF_HUB_OFFLINE="1")
     assert done.returncode == 0 and done.stdout.startswith(f"VidoreTask@{commit} ['0', '1'"), done.stderr
+
+
+def test_pages_are_pooled_and_truncated_as_they_are_evaluated(top):
+    [log] = run(top, "embed documents --out small --pool-factor 2 --dim 64 --precision binary")
+    assert get_counts(log) == (5, 5, 0, 0)
+    manifest = json.loads((top / "small" / "manifest.json").read_text())
+    assert (manifest["pool_factor"], manifest["dim"], manifest["precision"]) == (2, 64, "binary")
+    [full, less] = run(top, "embed documents --out full --dim 64", "embed documents --out full --dim 32")
+    assert get_counts(full) == (5, 5, 0, 0)
+    assert "full: dim: was filled with 64, but this run has 32" in less and less.endswith("exit 2\n")
+    tokens = [
+        parquet.read_table(top / name / "pages-000001.parquet")["tokens"].to_pylist() for name in ("small", "full")
+    ]
+    assert all(pooled < whole for pooled, whole in zip(*tokens, strict=True))
+    vectors = parquet.read_table(top / "small" / "pages-000001.parquet")["vectors"]
+    assert vectors.type.value_type.list_size == 8
+
+
+def test_a_foreign_table_or_collection_is_refused(tmp_path):
+    import lancedb
+    import qdrant_edge as edge
+
+    lancedb.connect(str(tmp_path / "db")).create_table("pages", [{"id": "a", "vectors": [1.0, 2.0]}])
+    with pytest.raises(UserError, match="db/pages: holds rows that colintern embed did not write; give another table"):
+        open_store(f"lancedb://{tmp_path}/db/pages", IDENTITY)
+    vectors = edge.EdgeVectorParams(size=2, distance=edge.Distance.Dot)
+    (tmp_path / "collection").mkdir()
+    shard = edge.EdgeShard.create(str(tmp_path / "collection"), edge.EdgeConfig(vectors={"": vectors}))
+    shard.update(edge.UpdateOperation.upsert_points([edge.Point(1, [1.0, 2.0], {})]))
+    shard.close()
+    with pytest.raises(UserError, match="holds points that colintern embed did not write; give another collection"):
+        open_store(f"qdrant+path://{tmp_path}/collection", IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("url", "module", "words"),
+    [
+        ("lancedb://a/b", "lancedb", "lancedb is not installed; install the extra `stores`"),
+        ("qdrant+path://a/b", "qdrant_edge", "qdrant-edge-py is not installed; install the extra `stores`"),
+        ("qdrant+http://a/b", "qdrant_client", "qdrant-client is not installed; install the extra `stores`"),
+        ("lancedb://a/b", "", "lancedb://a/b: does not exist; fill it with colintern embed --to"),
+        ("qdrant+path://a/b", "", "qdrant+path://a/b: does not exist; fill it"),
+        ("vectors", "", "vectors: holds no manifest.json"),
+        ("qdrant+path://collection", "", "names no store; it must be qdrant"),
+        ("milvus://a/b", "", "milvus://a/b: names no store; it must be"),
+    ],
+)
+def test_what_cannot_be_opened_is_named(tmp_path, monkeypatch, url, module, words):
+    monkeypatch.chdir(tmp_path)
+    if module:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=re.escape(words)):
+        open_store(url)

@@ -81,23 +81,21 @@ def embed_into_store(
     pending = {id_ for id_, page in corpus.pages.items() if id_ not in stored or stored[id_].key != page.key}
     current = (corpus.pages.keys() - pending) & stored.keys()
     added = replaced = 0
-    with ProgressBar(desc="embedding", total=len(pending), unit="page") as bar:
 
-        def iter_changed() -> PageImages:
-            for page, image in corpus.read(pending, corpus.bad):
-                keyed = page._replace(pixels=Page.from_image(image).key)
-                if page.id in stored and stored[page.id].pixels == keyed.pixels:
-                    current.add(page.id)  # the file changed, this page did not
-                    bar.update()
-                else:
-                    yield keyed, image
+    def iter_changed() -> PageImages:
+        for page, image in corpus.read(pending, corpus.bad):
+            keyed = page._replace(pixels=Page.from_image(image).key)
+            if page.id in stored and stored[page.id].pixels == keyed.pixels:
+                current.add(page.id)  # the file changed, this page did not
+            else:
+                yield keyed, image
 
-        for rows in _group_by_bytes(embed(iter_changed()), store.batch_bytes):
-            store.upsert(rows)
-            ids = {row.page.id for row in rows}
-            current |= ids
-            added, replaced = added + len(ids - stored.keys()), replaced + len(ids & stored.keys())
-            bar.update(len(rows))
+    bar = ProgressBar(embed(iter_changed()), desc="embedding", total=len(pending), unit="page")
+    for rows in _group_by_bytes(iter(bar), store.batch_bytes):
+        store.upsert(rows)
+        ids = {row.page.id for row in rows}
+        current |= ids
+        added, replaced = added + len(ids - stored.keys()), replaced + len(ids & stored.keys())
     if gone := sorted(stored.keys() - current):
         store.delete(gone)
     store.finish(len(current))

@@ -87,12 +87,11 @@ class ParquetStore(PageStore):
         waiting = f"{self.label}: another process is writing {self.name}, waiting for it"
         self.lock.enter_context(hold_lock(self.top / f".{self.prefix}lock", waiting))
         path = self.top / self.name
-        files = read_json_object(path)["files"] if path.exists() else {}
-        scale = SCALES.get(identity["precision"], "none")
-        self.content = identity | {"scale": scale, "shard": list(shard), "files": files, "complete": False}
+        new = identity | {"scale": SCALES.get(identity["precision"], "none"), "shard": list(shard), "files": {}}
+        self.content = (read_json_object(path) if path.exists() else new) | {"complete": False}
         self.manifests = {self.name: self.content}
         for file in self.top.glob(f"{self.prefix}[0-9]*.parquet*"):
-            if file.name not in files:
+            if file.name not in self.content["files"]:
                 file.unlink()
         self._write_manifest()
 
