@@ -20,10 +20,11 @@ from colintern.core.errors import UserError
 from colintern.core.page_labels import count_columns
 from colintern.core.recipes import render_recipe
 from colintern.encoding.embed import embed_pages, embed_queries
+from colintern.ingest.documents import InvalidRow
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.search.index import PageIndex, get_index_identity
 from colintern.search.listing import draw_text_maps, format_ranking
-from colintern.search.searcher import rank_pages
+from colintern.search.searcher import PageSearcher, rank_pages
 from colintern.search.sources import decode_name, list_sources, render_sources, summarize_unsearched
 
 pytestmark = pytest.mark.integration
@@ -273,6 +274,19 @@ def test_an_index_keeps_what_its_precision_says_and_the_best_are_scored_by_float
     assert ranked[:2] == want
     shutil.rmtree(kept.full.cache.folder)
     assert PageIndex(top / "index", identity, precision, keeps_full=True).list_missing(found) == found
+
+
+def test_a_page_that_changed_since_it_was_embedded_is_named(top, model, processor):
+    found, bad = list_sources(top / "documents")
+    searcher = PageSearcher(model, processor, index(top, model, processor), found, 0)
+    searcher.index.add_pages(found, model, processor, 2, bad)
+    [(_, ranking)] = searcher.rank_queries(["milk"], 10)
+    assert len(searcher.render_ranking(ranking, [])) == 5
+    page_image("milk").resize((300, 100)).save(top / "documents" / "scan.png")
+    changed: list[InvalidRow] = []
+    pages = searcher.render_ranking(ranking, changed)
+    assert "scan.png" not in [page.name for page in pages] and len(pages) == 4
+    assert changed == [InvalidRow("scan.png", "has changed since it was embedded; start again")]
 
 
 def test_another_model_or_a_torn_file_costs_time_only(top, model, processor):

@@ -130,8 +130,9 @@ def test_a_program_asks_for_json_as_it_is_described(served):
     assert sorted(page["page"] or 0 for page in every) == [0, 1, 2, 3]
     described = json.loads(get(served, "/openapi.json")[2])
     assert list(described["paths"]) == ["/api/search"]
-    fields = described["components"]["schemas"]["SearchResult"]["properties"]
-    assert list(fields) == list(every[0]) == ["rank", "score", "file", "page", "link"]
+    schema = described["components"]["schemas"]["SearchResult"]
+    assert "score: MaxSim" in schema["description"]
+    assert list(schema["properties"]) == list(every[0]) == ["rank", "score", "file", "page", "link"]
     for page in every:
         status, headers, data = get(served, page["link"].partition("#")[0])
         kind = "image/png" if page["page"] is None else "application/pdf"

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from colintern.core.errors import UserError
@@ -152,6 +153,10 @@ class PageIndex:
             partial = self.list_file.with_suffix(f".{os.getpid()}")
             partial.write_text(format_json(self.page_keys))
             partial.replace(self.list_file)
+
+    def has_pixels(self, source: PageSource, image: Image.Image) -> bool:
+        """Tell whether a page looks as it did when it was embedded."""
+        return self.page_keys.get(source.key) == Page.from_image(image).key
 
     def load_embedding(self, source: PageSource) -> Tensor | None:
         """Load the stored (tokens, 128) of a page as float32, None where it is lost."""

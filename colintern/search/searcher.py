@@ -48,12 +48,14 @@ class PageSearcher:
         bad: list[InvalidRow],
         get_link: Callable[[PageSource], str] = lambda source: source.link,
     ) -> list[RankedPage]:
-        """Render ranked pages, to be explained; `bad` gets those that cannot be rendered any more."""
+        """Render ranked pages, to be explained; `bad` gets those that cannot be rendered as they were embedded."""
         images = dict(render_sources([source for source, _ in ranking], bad))
+        changed = [source for source, image in images.items() if not self.index.has_pixels(source, image)]
+        bad += [InvalidRow(source.name, "has changed since it was embedded; start again") for source in changed]
         pages = []
         for rank, (source, _) in enumerate(ranking, start=1):
             full, stored = self.index.load_best_embedding(source), self.index.load_embedding(source)
-            if source in images and full is not None:
+            if source in images and source not in changed and full is not None:
                 scored = full if rank <= self.rescore_top_k else stored
                 image, link = images[source], get_link(source)
                 pages.append(RankedPage(source.name, f"rank {rank}", "found", image, full, scored, link))

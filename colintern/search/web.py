@@ -4,14 +4,14 @@ Only files that were listed at the start are served, and nothing is written. The
 its policy allows the pictures and the style that are in it.
 """
 
+from dataclasses import dataclass
 from threading import Lock
 from typing import Annotated, Any
 from urllib.parse import quote
 
 from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import FileResponse, HTMLResponse
-from pydantic import BaseModel, Field
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from colintern.ingest.documents import InvalidRow
 from colintern.reporting.examples import explain_query
@@ -34,21 +34,27 @@ FILE_POLICY = "frame-ancestors 'none'"  # the browser's own viewer of PDFs needs
 Top = Annotated[int, Query(ge=1, le=MAX_TOP, description="number of pages")]
 
 
-class SearchResult(BaseModel):
-    """A page that answers a query."""
+@dataclass(frozen=True)
+class SearchResult:
+    """A page that answers a query.
 
-    rank: int = Field(description="from 1")
-    score: float = Field(description="MaxSim")
-    file: str = Field(description="path below the folder that is searched")
-    page: int | None = Field(description="number in a PDF, from 1; null for an image")
-    link: str = Field(description="path of the file on this server, with #page=N in a PDF")
+    rank: from 1. score: MaxSim. file: path below the folder that is searched. page: number in a PDF, from 1; null for
+    an image. link: path of the file on this server, with #page=N in a PDF.
+    """
+
+    rank: int
+    score: float
+    file: str
+    page: int | None
+    link: str
 
 
-class SearchResponse(BaseModel):
-    """The best pages for a query."""
+@dataclass(frozen=True)
+class SearchResponse:
+    """The best pages for a query. pages: number of pages searched."""
 
     query: str
-    pages: int = Field(description="number of pages searched")
+    pages: int
     results: list[SearchResult]
 
 
