@@ -50,7 +50,14 @@ from colintern.stores.urls import open_store, redact_url
 
 pytestmark = pytest.mark.integration
 IDENTITY = {
-    **{"model": "a", "revision": "1" * 40, "base": "2" * 40, "dtype": "float32", "max_visual_tokens": 96},
+    **{
+        "model": "a",
+        "revision": "1" * 40,
+        "base": "2" * 40,
+        "dtype": "float32",
+        "max_visual_tokens": 96,
+        "tiling": "exact",
+    },
     **{"pool_factor": 1, "dim": 128, "precision": "float32", "source": "here"},
 }
 KINDS = ("parquet", "qdrant+path", "qdrant+http", "lancedb")

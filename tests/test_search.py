@@ -100,6 +100,30 @@ def test_the_second_time_nothing_is_computed_and_only_what_is_new_later(top):
     assert best["link"] == f"{(top / 'documents' / 'three.pdf').resolve().as_uri()}#page={best['page']}"
 
 
+def test_a_store_ranks_as_the_index_does(top):
+    command = ("search", "documents", "from Oslo", "--model", "adapter")
+    own = ranking(fork(top, *command, "--precision", "float32")[1])
+    for place, url in (("--to", "lancedb://vectors/pages"), ("--out", "files")):
+        code, log = fork(top, "embed", "documents", place, url, "--model", "adapter")
+        assert code == 0, log
+        code, log = fork(top, *command, "--store", url)
+        assert code == 0 and ranking(log) == own and "5 pages scored" in log, log
+    page_image("new").save(top / "documents" / "new.png")
+    assert fork(top, "embed", "documents/scan.png", "--to", "lancedb://vectors/pages", "--model", "adapter")[0] == 0
+    code, log = fork(top, *command, "--store", "lancedb://vectors/pages", "--top", "3")
+    assert ranking(log) == own[:3] and "1 pages are not in the store, or changed; embed SOURCE again" in log
+    shutil.copytree(top / "adapter", top / "other")
+    (top / "other" / "note.txt").write_text("another model")
+    for change, reason in (
+        (("--model", "other"), "--store: files: revision: was filled with"),
+        (("--html", "a.html"), "--html: has no effect with --store"),
+        (("--precision", "int8"), "--precision: has no effect with --store"),
+        (("--store", "lancedb://nowhere/pages"), "lancedb://nowhere/pages: does not exist"),
+    ):
+        code, log = fork(top, *command, "--store", "files", *change)
+        assert code == 2 and reason in log, log
+
+
 def run_and_delete(folder: Path, command: tuple[str, ...]) -> None:
     """Run a command during which an image is deleted, after the pages were scored."""
 
