@@ -63,6 +63,7 @@ def write_vllm_model(model: ColIntern3_5, processor: ColIntern3_5Processor, base
     dtype = str(model.dtype).removeprefix("torch.")
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     for part in (config, config["text_config"], config["vision_config"]):
+        part.pop("torch_dtype", None)  # its name in older files
         part["dtype"] = dtype
     config["architectures"] = ["InternVLForConditionalGeneration"]
     (out / "config.json").write_text(format_json(config), encoding="utf-8")
