@@ -252,9 +252,9 @@ def _show_places(
         ]
         print(f"\n{draw_text_maps([compute_saliency(tokens[is_own]) for tokens in maps])}")
     if args.html:
-        example = explain_query(searcher.processor, args.query, embedding, pages, {})
-        facts = {"num_pages": searcher.count_pages(), "place": decode_name(args.source)}
+        facts = {"pages": searcher.count_pages(), "place": decode_name(args.source)}
+        example = explain_query(searcher.processor, args.query, embedding, pages, facts)
         args.html.parent.mkdir(parents=True, exist_ok=True)
-        html = render_html("search.html", [example], model=decode_name(args.model), **facts)
+        html = render_html("search.html", [example], model=decode_name(args.model))
         args.html.write_text(html, encoding="utf-8")
         print(f"\n{args.html}: {len(pages)} pages, {args.html.stat().st_size / 1e6:.1f} MB", file=log)
