@@ -17,7 +17,7 @@ from colintern.__main__ import main
 from colintern.commands.recommend import Head, _format_head, _format_table
 from colintern.core.errors import UserError
 from colintern.core.recipes import render_recipe
-from colintern.modeling.configuration_colintern import load_base_config
+from colintern.modeling.base_config import load_base_config
 from colintern.monitoring import guide as guide_rules
 from colintern.monitoring.guide import DEMO, MIN_EPOCHS, get_optimal_lr, get_optimal_rank, get_recommended_bounds
 from colintern.params import load_params, load_recipe

@@ -102,6 +102,11 @@ def test_the_second_time_nothing_is_computed_and_only_what_is_new_later(top):
 
 def test_a_store_ranks_as_the_index_does(top):
     command = ("search", "documents", "from Oslo", "--model", "adapter")
+    page = words(
+        documented(
+            'colintern search FOLDER "how is a package removed" --store STORE', FOLDER="documents", STORE="files"
+        )
+    )
     own = ranking(fork(top, *command, "--precision", "float32")[1])
     for place, url in (("--to", "lancedb://vectors/pages"), ("--out", "files")):
         code, log = fork(top, "embed", "documents", place, url, "--model", "adapter")
@@ -112,6 +117,8 @@ def test_a_store_ranks_as_the_index_does(top):
     assert fork(top, "embed", "documents/scan.png", "--to", "lancedb://vectors/pages", "--model", "adapter")[0] == 0
     code, log = fork(top, *command, "--store", "lancedb://vectors/pages", "--top", "3")
     assert ranking(log) == own[:3] and "1 pages are not in the store, or changed; embed SOURCE again" in log
+    code, log = fork(top, *page[1:], "--model", "adapter")
+    assert code == 0 and len(ranking(log)) == 5, log
     shutil.copytree(top / "adapter", top / "other")
     (top / "other" / "note.txt").write_text("another model")
     for change, reason in (
