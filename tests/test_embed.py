@@ -361,7 +361,9 @@ def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path, documents, kind, siz
         pytest.skip(f"a small disk needs the right to mount a tmpfs: {done.stderr.strip()}")
     url = str(disk / "pages") if kind == "parquet" else f"{kind}://{disk}/pages/pages"
     try:
-        with pytest.raises(UserError, match=r"pages: No space left on device: \d+\.\d MB are free; make room and run"):
+        with pytest.raises(
+            UserError, match=r"pages: No space left on device: \d+\.\d MB are free; free disk space and run"
+        ):
             fill(url, documents, embed_simply)
         subprocess.run(["mount", "-o", "remount,size=400m", disk], check=True)
         assert fill(url, documents, embed_simply).pages == 5

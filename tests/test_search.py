@@ -116,15 +116,16 @@ def test_a_store_ranks_as_the_index_does(top):
     page_image("new").save(top / "documents" / "new.png")
     assert fork(top, "embed", "documents/scan.png", "--to", "lancedb://vectors/pages", "--model", "adapter")[0] == 0
     code, log = fork(top, *command, "--store", "lancedb://vectors/pages", "--top", "3")
-    assert ranking(log) == own[:3] and "1 pages are not in the store, or changed; embed SOURCE again" in log
+    assert ranking(log) == own[:3] and "1 pages are not in the store; embed SOURCE again" in log
     code, log = fork(top, *page[1:], "--model", "adapter")
     assert code == 0 and len(ranking(log)) == 5, log
     shutil.copytree(top / "adapter", top / "other")
     (top / "other" / "note.txt").write_text("another model")
     for change, reason in (
         (("--model", "other"), "--store: files: revision: was filled with"),
-        (("--html", "a.html"), "--html: has no effect with --store"),
-        (("--precision", "int8"), "--precision: has no effect with --store"),
+        (("--html", "a.html"), "--html: is not supported with --store"),
+        (("--rescore", "5"), "--rescore: is not supported with --store"),
+        (("--precision", "int8"), "--precision: is not supported with --store"),
         (("--store", "lancedb://nowhere/pages"), "lancedb://nowhere/pages: does not exist"),
     ):
         code, log = fork(top, *command, "--store", "files", *change)

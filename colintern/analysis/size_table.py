@@ -11,7 +11,7 @@ from colintern.scoring.metrics import MAIN_METRIC
 
 
 class SizeRow(NamedTuple):
-    """What a page of a benchmark takes, and how well it is found, under a setting of the embeddings."""
+    """Storage per page and retrieval quality on a benchmark, under a setting of the embeddings."""
 
     benchmark: str
     pool_factor: int

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from colintern.search.embedding import EmbedImages
     from colintern.stores.base import PageStore
 
-SUMMARY = "write the vectors of pages to parquet files, Qdrant or LanceDB; resumes, and follows changes"
+SUMMARY = "write the vectors of pages to parquet files, Qdrant or LanceDB; resumes, and updates what changed"
 EXAMPLE = "colintern embed ~/manuals --out vectors --precision float16"
 STORE_PRECISIONS = PRECISIONS[:2]  # databases quantize by themselves
 MAX_SIZES = {"pool-factor": 64, "dim": 128, "batch-size": 1024}

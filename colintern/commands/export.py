@@ -15,14 +15,16 @@ EXAMPLE = "colintern export experiments/colintern --out exported"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the command line."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="the adapter's folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="made by this; must not exist yet")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="created by this command; must not exist yet"
+    )
     parser.add_argument("--name", metavar="NAME", help="of the model in its card (default: that of FOLDER)")
     parser.add_argument("--for", dest="target", choices=["vllm"], help="write the layout that vLLM serves instead")
     parser.add_argument("--push", metavar="ID", help="push to this repository, owner/name; made private if it is new")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the folder, whole or not at all; exit 2 where the adapter is untrained, not whole, or of another base."""
+    """Write the folder, atomically; exit 2 where the adapter is untrained, incomplete, or of another base."""
     if args.out.exists():
         raise UserError(f"--out: {args.out} exists; give a folder that does not")
     require_writable("--out", args.out.parent)

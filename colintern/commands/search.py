@@ -94,6 +94,8 @@ def run(args: argparse.Namespace) -> None:
     queries = _read_queries(args)
     if args.top < 1:
         raise UserError(f"--top: {args.top} is not valid; it must be 1 or more")
+    if args.store:
+        _require_no_index_options(args)
     require_source(args)
     if args.html:
         require_new_file("--html", args.html)
@@ -118,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
             names = [(source.name, score) for source, score in ranking]
             print(f"\n{heading}{format_ranking(names, [source.link for source, _ in ranking])}")
     if args.queries is None and isinstance(searcher, PageSearcher):
-        _show_places(args, searcher, *answers[0], log)
+        _print_heatmaps(args, searcher, *answers[0], log)
     if args.json:
         print(json.dumps(rows[0] if args.queries is None else rows, indent=2))
 
@@ -127,7 +129,7 @@ def _read_queries(args: argparse.Namespace) -> list[str]:
     """Return the queries of the command line or of --queries.
 
     Raises:
-        UserError: they are empty, not UTF-8, several words without quotes, or in the order that was given up.
+        UserError: they are empty, not UTF-8, several words without quotes, or in the former argument order.
     """
     if args.queries is None:
         words = [args.query, *args.more]
@@ -206,19 +208,20 @@ def _require_no_index_options(args: argparse.Namespace) -> None:
     """Refuse options of the index, and of heatmaps, which need a page's vectors."""
     for option in ("index", "precision", "rescore", "html"):
         if getattr(args, option):
-            raise UserError(f"--{option}: has no effect with --store, which ranks by its own vectors; leave one out")
+            raise UserError(f"--{option}: is not supported with --store; leave one of them out")
 
 
 def _open_store_searcher(args: argparse.Namespace, log: TextIO) -> "StoreSearcher":
     """Load the model, open --store, and print how many pages of SOURCE it lacks."""
-    _require_no_index_options(args)
     params = load_params()
     from colintern.search.store_search import open_store_searcher
 
     searcher, bad = open_store_searcher(params, args.model, args.store, args.source)
     _print_left_out(bad, log)
-    if missing := searcher.count_missing():
-        print(f"{missing} pages are not in the store, or changed; embed SOURCE again", file=log)
+    if searcher.num_missing:
+        print(f"{searcher.num_missing} pages are not in the store; embed SOURCE again", file=log)
+    if searcher.num_outdated:
+        print(f"{searcher.num_outdated} pages are of files that changed after they were embedded", file=log)
     return searcher
 
 
@@ -228,7 +231,7 @@ def _print_left_out(bad: "list[InvalidRow]", log: TextIO) -> None:
         print(fill(line, 80, subsequent_indent="  ", break_long_words=False), file=log)
 
 
-def _show_places(
+def _print_heatmaps(
     args: argparse.Namespace, searcher: "PageSearcher", embedding: "Tensor", ranking: "Ranking", log: TextIO
 ) -> None:
     """Draw where the best pages match, in the terminal and in --html."""

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     app = make_app(searcher, decode_name(args.source.resolve().name), [*LOCAL_NAMES, host, socket.gethostname()])
     print(f"http://{host}:{listener.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
     if host not in LOCAL_NAMES:
-        print(f"whoever reaches {args.host} can read these files: there is no password", file=sys.stderr)
+        print(f"anyone who can reach {args.host} can read these files: there is no password", file=sys.stderr)
     config = uvicorn.Config(
         app,
         lifespan="off",

@@ -1,4 +1,4 @@
-"""Export an adapter folded into its base, as a folder that needs nothing else, with a model card."""
+"""Export an adapter merged into its base, as a folder that needs nothing else, with a model card."""
 
 import json
 import logging
@@ -45,6 +45,7 @@ CODE_HEADER = """\
 # SPDX-License-Identifier: Apache-2.0
 
 """
+CODE_TAGS = ("custom_code", "sentence-transformers")  # of a folder that comes with its code
 CONFIG_CHANGES: dict[str, dict[str, Any]] = {  # what differs from the files of a base
     "config.json": {
         "architectures": ["ColIntern3_5ForRetrieval"],
@@ -74,7 +75,7 @@ def export_model(params: Params, folder: Path, out: Path, name: str, for_vllm: b
 
     With `for_vllm` the layout is that of `write_vllm_model`, without code.
 
-    The adapter is folded in float32, and the weights are then stored in `params.dtype`.
+    The adapter is merged in float32, and the weights are then stored in `params.dtype`.
 
     Returns:
         Why the card has no results, or "".
@@ -116,7 +117,7 @@ def export_model(params: Params, folder: Path, out: Path, name: str, for_vllm: b
 
 
 def write_code(folder: Path) -> None:
-    """Write what loads the model where colintern is not installed: copies of the library's files, and who finds them.
+    """Write copies of the library's files, which load the model without colintern, and the entries that locate them.
 
     transformers finds the classes by `auto_map`, sentence-transformers by modules.json.
     """
@@ -129,7 +130,7 @@ def write_code(folder: Path) -> None:
 
 
 def _find_evaluation_of_export(params: Params, revision: str) -> tuple[Evaluation | None, str]:
-    """Find one of embeddings in full size, with the bounds and the type of the exported model; or return why not."""
+    """Find an evaluation with full embeddings and the exported model's bounds and dtype; else return the reason."""
     bounds = {key: getattr(params, key) for key in ("max_query_tokens", "max_visual_tokens", "tiling")}
     try:
         folder = find_evaluation(revision, None, FULL_SIZE | bounds | {"dtype": params.dtype})
@@ -175,7 +176,7 @@ def render_model_card(
         base_model=base["folder"] if is_on_hub(base["folder"]) and base["revision"] else None,
         library_name="vllm" if vllm else "transformers",
         pipeline_tag=HUB_TASK,
-        tags=["colpali", "custom_code", "late-interaction", "multi-vector", "sentence-transformers", HUB_TASK],
+        tags=["colpali", "late-interaction", "multi-vector", *([] if vllm else CODE_TAGS), HUB_TASK],
         eval_results=_list_eval_results(evaluation) if evaluation else None,
     )
     rows = []

@@ -1,4 +1,7 @@
-"""Embed the pages of a source into a store: in batches, on every GPU, resumable, in memory that does not grow."""
+"""Embed the pages of a source into a store: in batches, on every GPU, resumable.
+
+Only ids and names of pages stay in memory.
+"""
 
 import ctypes
 import logging
@@ -69,7 +72,7 @@ def embed_into_store(
 
     Args:
         store: where they are written.
-        corpus: the pages of `shard`; `bad` gets those that cannot be read.
+        corpus: the pages of `shard`; its `bad` is extended with pages that cannot be read.
         shard: (number from 1, count); pages of other shards are left as they are.
         embed: returns the pages with their vectors, in any order.
     """

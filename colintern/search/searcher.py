@@ -51,7 +51,9 @@ class PageSearcher:
         """Render ranked pages, to be explained; `bad` gets those that cannot be rendered as they were embedded."""
         images = dict(render_sources([source for source, _ in ranking], bad))
         changed = [source for source, image in images.items() if not self.index.has_pixels(source, image)]
-        bad += [InvalidRow(source.name, "has changed since it was embedded; start again") for source in changed]
+        bad += [
+            InvalidRow(source.name, "has changed since it was embedded; run the command again") for source in changed
+        ]
         pages = []
         for rank, (source, _) in enumerate(ranking, start=1):
             full, stored = self.index.load_best_embedding(source), self.index.load_embedding(source)

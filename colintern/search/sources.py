@@ -92,7 +92,7 @@ def decode_name(name: str | os.PathLike[str]) -> str:
 
 
 def format_reasons(bad: Sequence[InvalidRow]) -> str:
-    """Format the first of them as the rest of an error's sentence."""
+    """Format the first reasons, to append to an error message."""
     return "".join(f"; {page.where}: {page.reason}" for page in bad[:MAX_REASONS])
 
 

@@ -29,16 +29,13 @@ class StoreSearcher:
     encoder: ColIntern3_5Encoder
     store: PageStore
     stored: Mapping[str, StoredPage]  # of all sources, by id
-    sources: Mapping[str, PageSource]  # by id, those that the store has as they are now
-    num_listed: int
+    sources: Mapping[str, PageSource]  # by id, those that the store has
+    num_missing: int  # pages of the source that the store lacks
+    num_outdated: int  # pages whose file has changed since they were embedded
 
     def count_pages(self) -> int:
         """Count the pages of the source that the store has."""
         return len(self.sources)
-
-    def count_missing(self) -> int:
-        """Count the pages of the source that the store lacks, or has with another content."""
-        return self.num_listed - len(self.sources)
 
     def rank_queries(self, queries: Sequence[str], top: int) -> list[tuple[Tensor, Ranking]]:
         """Return the embedding of each query, and its `top` best pages of the source."""
@@ -47,7 +44,9 @@ class StoreSearcher:
         # Pages of other sources may rank before those of this one.
         count = top if len(self.stored) == len(self.sources) else len(self.stored)
         hits = [self.store.search(query, count) for query in embeddings]
-        rankings = [[(self.sources[key], score) for key, score in found if key in self.sources] for found in hits]
+        rankings = [
+            [(self.sources[page_id], score) for page_id, score in found if page_id in self.sources] for found in hits
+        ]
         return [(query, ranking[:top]) for query, ranking in zip(embeddings, rankings, strict=True)]
 
 
@@ -66,9 +65,10 @@ def open_store_searcher(params: Params, model: Path, url: str, source: Path) -> 
             f"but --model {model} has {revision}; give that model, or fill another store with colintern embed"
         )
     stored = store.list_pages()
-    sources = {page.id: file for page, file in listed.items() if page.id in stored and stored[page.id].key == page.key}
+    sources = {page.id: file for page, file in listed.items() if page.id in stored}
+    num_outdated = sum(page.id in stored and stored[page.id].key != page.key for page in listed)
     if not sources:
         raise UserError(f"--store: {store.label}: has no page of {source}; run: colintern embed {source}")
     enable_offline_mode()
     encoder = make_eval_models(params, model)["trained"].load_encoder()
-    return StoreSearcher(encoder, store, stored, sources, len(listed)), bad
+    return StoreSearcher(encoder, store, stored, sources, len(listed) - len(sources), num_outdated), bad

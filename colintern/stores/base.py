@@ -12,7 +12,7 @@ from torch import Tensor
 
 from colintern.core.errors import DISK_FULL_CODES, UserError
 
-# Of an identity, what decides vectors beyond rounding. The rest is information: versions, device, attention.
+# Keys of an identity that change vectors by more than rounding; the others are informational.
 MODEL_KEYS = ("dim", "precision", "pool_factor", "max_visual_tokens", "tiling", "dtype", "base", "revision")
 DISK_FULL_MESSAGES = ("No space left on device", "Disk quota exceeded")
 MAX_MESSAGE_CHARACTERS = 300
@@ -48,7 +48,7 @@ class PageStore:
     Args:
         label: names the store in messages, without credentials.
         folder: where it is on this disk; None on a server.
-        identity: of the model that is written, see `commands/embed.py`; None opens the store for reading.
+        identity: of the model whose vectors are written, see `commands/embed.py`; None opens the store for reading.
 
     Raises:
         UserError: of every method, where the store cannot be reached, read or written.
@@ -83,7 +83,7 @@ class PageStore:
         raise NotImplementedError
 
     def require_same_model(self, dim: int) -> None:
-        """Raise UserError if vectors of another dimension, model or form are stored."""
+        """Raise UserError if vectors of another model, dimension, precision or pool factor are stored."""
         if self.identity is None:
             return
         stored = {**(self.get_identity() or self.identity), "dim": dim}
@@ -107,7 +107,7 @@ class PageStore:
             if self.folder and (is_full or any(message in str(error) for message in DISK_FULL_MESSAGES)):
                 self.raise_disk_full()
             reason = self.describe_error(error)[:MAX_MESSAGE_CHARACTERS]
-            raise UserError(f"{self.label}: {reason}; stored pages are kept, run the same command again") from None
+            raise UserError(f"{self.label}: {reason}") from None
 
     def describe_error(self, error: Exception) -> str:
         """Describe an error of the library, without credentials."""
@@ -117,6 +117,6 @@ class PageStore:
         """Raise the UserError for a full disk."""
         existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())  # type: ignore
         raise UserError(
-            f"{self.label}: No space left on device: {shutil.disk_usage(existing).free / 1e6:.1f} MB are free; make "
-            "room and run the same command again: stored pages are kept"
+            f"{self.label}: No space left on device: {shutil.disk_usage(existing).free / 1e6:.1f} MB are free; free "
+            "disk space and run the same command again: stored pages are kept"
         ) from None

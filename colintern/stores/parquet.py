@@ -23,14 +23,14 @@ from colintern.encoding.precision import dequantize, quantize
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.storage.files import format_json, read_json_object
 from colintern.storage.lock import hold_lock
-from colintern.stores.base import EmbeddedPage, PageStore, StoredPage
+from colintern.stores.base import MODEL_KEYS, EmbeddedPage, PageStore, StoredPage
 
 ROWS_PER_GROUP = 16  # read at once, so that memory does not grow with a file
 SCALES = {
     "int8": "one for all: value = element / 127",
     "binary": "sign bits, the first dimension in the highest bit: 1 is +1/sqrt(dim), 0 is -1/sqrt(dim)",
 }
-KEYS = {"shard", "files", "complete", "revision", "precision", "dim"}
+MANIFEST_KEYS = {"shard", "files", "complete", "revision", "precision", "dim"}
 
 
 class ParquetStore(PageStore):
@@ -41,7 +41,7 @@ class ParquetStore(PageStore):
         self.top = folder
         self.manifests = {path.name: read_json_object(path) for path in sorted(folder.glob("manifest*.json"))}
         for name, content in self.manifests.items():
-            if not content.keys() >= KEYS:
+            if not content.keys() >= MANIFEST_KEYS:
                 raise UserError(f"{folder / name}: is no manifest of `colintern embed`; give another folder")
         if identity is None:
             self._require_all_shards()
@@ -60,9 +60,12 @@ class ParquetStore(PageStore):
         count = shards[0][1]
         if missing := sorted({(number, count) for number in range(1, count + 1)} ^ set(shards)):
             raise UserError(f"{self.label}: shards are missing or too many: {missing}; run those of one --shard I/N")
+        first = next(iter(self.manifests))
         for name, content in self.manifests.items():
-            self.identity = content
-            self.require_same_model(content["dim"])
+            for key in MODEL_KEYS:
+                if content.get(key) != self.manifests[first].get(key):
+                    values = f"{self.manifests[first].get(key)!r} in {first}, {content.get(key)!r} in {name}"
+                    raise UserError(f"{self.label}: {key}: {values}; these are not shards of one run")
             if not content["complete"]:
                 raise UserError(f"{self.label}: the run that writes {name} did not finish; run the same command again")
 
@@ -117,18 +120,18 @@ class ParquetStore(PageStore):
 
     def upsert(self, rows: Sequence[EmbeddedPage]) -> None:
         """Write a file of these pages, and write the files of the pages that they replace again, without those."""
-        self._commit([row.page.id for row in rows], rows)
+        self._rewrite_files([row.page.id for row in rows], rows)
 
     def delete(self, ids: Sequence[str]) -> None:
         """Write the files of these pages again, without them."""
-        self._commit(ids, [])
+        self._rewrite_files(ids, [])
 
     def finish(self, num_pages: int) -> None:
         """Mark the manifest as complete."""
         self.content |= {"complete": True, "pages": num_pages}
         self._write_manifest()
 
-    def _commit(self, removed: Sequence[str], rows: Sequence[EmbeddedPage]) -> None:
+    def _rewrite_files(self, removed: Sequence[str], rows: Sequence[EmbeddedPage]) -> None:
         outdated = {self.file_of_id[id_] for id_ in removed if id_ in self.file_of_id}
         tables = [pq.read_table(self.top / file) for file in sorted(outdated)]
         tables = [table.filter(pc.invert(pc.is_in(table["id"], pa.array(removed)))) for table in tables]

@@ -143,13 +143,13 @@ class QdrantServerStore(_QdrantStore):
             if not exists and identity is None:
                 raise UserError(f"{self.label}: {MISSING}")
             if not exists and identity is not None:
-                self._create(identity)
+                self._create_collection(identity)
             vectors = self.client.get_collection(collection).config.params.vectors
         if not isinstance(vectors, models.VectorParams) or vectors.multivector_config is None:
             raise UserError(f"{self.label}: has no unnamed multivector; give another collection")
         self.require_same_model(vectors.size)
 
-    def _create(self, identity: dict[str, Any]) -> None:
+    def _create_collection(self, identity: dict[str, Any]) -> None:
         models = self.models
         vectors = models.VectorParams(
             size=identity["dim"],

@@ -22,7 +22,7 @@ def open_store(url: str, identity: dict[str, Any] | None = None) -> PageStore:
 
     Args:
         url: see `FORMS`; https too.
-        identity: of the model that is written; the store is then created if it is missing. None opens it for reading.
+        identity: of the model whose vectors are written; a missing store is created. None opens it for reading.
 
     Raises:
         UserError: the URL is not valid; the store is missing, cannot be reached, or was filled by another model.
