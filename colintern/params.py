@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from ruamel.yaml.nodes import Node
 
 PRECISIONS = ("float32", "float16", "int8", "binary")  # in which the numbers of a page's vectors are kept
+# The embeddings as they are; see encoding/pooling.py and encoding/precision.py.
+FULL_SIZE: dict[str, Any] = {"pool_factor": 1, "dim": 128, "embedding_precision": "float32", "rescore_top_k": 0}
 
 
 @dataclass(frozen=True, slots=True)

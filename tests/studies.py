@@ -9,7 +9,7 @@ from processes import kill
 from colintern.tuning import trial_context
 from colintern.tuning.search_space import BYTES_PER_PAGE, SearchSpace
 from colintern.tuning.study_storage import StudyStorage
-from colintern.tuning.trials import FULL_SIZE, ClaimedTrial, claim_trial
+from colintern.tuning.trials import SIZE_ATTRIBUTE, ClaimedTrial, claim_trial
 
 SETTINGS = {
     "seed": 0,
@@ -37,7 +37,7 @@ def open_test_study(
         )
         study.set_user_attr(trial_context.SETTINGS, space.settings)
         has_sizes = space.second_objective == BYTES_PER_PAGE
-        study.set_user_attr(FULL_SIZE, {"pool_factor": 1, "dim": 128} if has_sizes else {})
+        study.set_user_attr(SIZE_ATTRIBUTE, {"pool_factor": 1, "dim": 128} if has_sizes else {})
     return storage, study
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colintern.core.errors import UserError
-from colintern.params import PRECISIONS, Params, check_value, load_params, split_hub_id
+from colintern.params import FULL_SIZE, PRECISIONS, Params, check_value, load_params, split_hub_id
 from colintern.storage.paths import require_evaluated_model, require_writable
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ SIZE_OPTIONS = {  # option -> key of params.yaml, description
     "precision": ("embedding_precision", f"how the numbers of pages are kept: {', '.join(PRECISIONS)}"),
     "rescore": ("rescore_top_k", "best pages of a query that are scored again with full vectors, 0 for none"),
 }
-FULL_SIZE: dict[str, Any] = {"pool_factor": 1, "dim": 128, "embedding_precision": "float32", "rescore_top_k": 0}
 EXAMPLE = 'colintern evaluate experiments/colintern --benchmarks "ViDoRe(v2)" --batch-size 16'
 
 

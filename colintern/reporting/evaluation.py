@@ -22,13 +22,11 @@ from colintern.evaluation.results import (
     read_query_results,
     shorten_task_name,
 )
-from colintern.params import Params
+from colintern.params import FULL_SIZE, Params
 from colintern.reporting.plots import Bar
 from colintern.scoring.metrics import MAIN_METRIC
 
 EVALUATION_FOLDERS = ("results/mteb_evaluation", "results/evaluate/*", "results/evaluate/*/pool*-dim*")
-# The embeddings as they are; see encoding/pooling.py and encoding/precision.py.
-FULL_SIZE = {"pool_factor": 1, "dim": 128, "embedding_precision": "float32", "rescore_top_k": 0}
 SETTINGS = (*"attention dtype eval_batch_size max_query_tokens max_visual_tokens threads tiling".split(), *FULL_SIZE)
 RANK_RANGES = {"1": 1, "2 to 5": 5, "6 to 10": 10, "11 to 100": 100, "101 to 1,000": 1000}  # name -> last rank
 

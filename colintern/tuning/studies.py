@@ -27,14 +27,14 @@ from colintern.tuning.search_space import (
 )
 from colintern.tuning.study_storage import StudyStorage
 from colintern.tuning.trial_context import SETTINGS, make_pruner
-from colintern.tuning.trials import EXPERIMENT, FULL_SIZE
+from colintern.tuning.trials import EXPERIMENT, SIZE_ATTRIBUTE
 
 IGNORED_DEPS = {"metrics/verify.json"}  # a count of what LoRA trains: a searched key may change it
 SOURCES = {
     "space": "the space of tune.yaml",
     SETTINGS: "sampler, pruner or seed in tune.yaml",
     "params": "params.yaml",
-    FULL_SIZE: "params.yaml",
+    SIZE_ATTRIBUTE: "params.yaml",
     "data": "the data",
     "code": "the code or its libraries",
 }
@@ -88,7 +88,9 @@ def describe_study_inputs(space: SearchSpace, params: Params) -> dict[str, objec
         "space": space.describe_distributions(),
         SETTINGS: space.settings,
         "params": _select_fixed_values(values, space),
-        FULL_SIZE: {key: values[key] for key in PAGE_SIZE_KEYS} if space.second_objective == BYTES_PER_PAGE else {},
+        SIZE_ATTRIBUTE: {key: values[key] for key in PAGE_SIZE_KEYS}
+        if space.second_objective == BYTES_PER_PAGE
+        else {},
         "data": fingerprint(data),
         "code": fingerprint({"deps": code, "of": identity["versions"]}),
     }

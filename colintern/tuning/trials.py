@@ -26,7 +26,7 @@ from colintern.tuning.trial_context import MEASURED, SETTINGS, SIZE, STARTED, ST
 # User attributes of trials.
 SLOT, CAUSE, EXPERIMENT, NUM_COMPUTED, CPU_SECONDS = "slot", "cause", "experiment", "pages computed", "CPU seconds"
 FLOAT16_BYTES = 2  # of a number, as vector stores keep embeddings
-FULL_SIZE = "size"  # user attribute of a study: {pool_factor, dim} of params.yaml
+SIZE_ATTRIBUTE = "size"  # user attribute of a study: {pool_factor, dim} of params.yaml
 # Not caused by the settings: a signal, a lock that DVC does not wait for.
 TRANSIENT = re.compile(r"exited with 75|Unable to acquire (?:\w+ )?lock|is busy, it is being blocked")
 RETRY_SECONDS = 5
@@ -67,7 +67,7 @@ def claim_trial(study: optuna.Study, storage: StudyStorage, space: SearchSpace, 
                 trial.set_user_attr(key, None)
         trial.set_user_attr(SLOT, trial.user_attrs.get(SLOT, trial.number))
         if space.second_objective == BYTES_PER_PAGE:
-            full_size = study.user_attrs[FULL_SIZE]
+            full_size = study.user_attrs[SIZE_ATTRIBUTE]
             trial.set_user_attr(SIZE, [trial.params.get(key, value) for key, value in full_size.items()])
         killed_tries = RetryHeartbeatStaleTrialCallback.retry_history(storage.rdb.get_trial(trial_id))
         values = {key: trial.params[key] for key in space.distributions}
