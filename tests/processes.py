@@ -4,6 +4,7 @@ A fault is a function that the process calls before it does its work; those that
 of what they are named after.
 """
 
+import logging
 import multiprocessing
 import os
 import runpy
@@ -64,6 +65,7 @@ def _child(folder: Path, work: Callable[..., None], command: list[str], fault: F
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
     multiprocessing.set_start_method(None, force=True)  # what a process has that was started from a shell
     configure_logging()
+    logging.getLogger("colintern").propagate = False  # conftest sets it for `caplog`, which has no part here
     if fault:
         fault(*arguments)
     work(*command)

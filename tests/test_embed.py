@@ -419,7 +419,7 @@ def test_data_sets_of_the_hub_are_read_as_benchmarks_are(tmp_path):
     with hub_running() as hub:
         hub.add_folder("dataset", "org/pages", commit, tmp_path / "beir")
         done = Workspace(tmp_path, hub).run("-c", READ_HUB, f"org/pages@{commit}")
-    assert done.returncode == 0 and f"\norg/pages@{commit} ['0', '1', '2', '3', '4'] []\n" in done.stdout, done
+    assert done.returncode == 0 and f"org/pages@{commit} ['0', '1', '2', '3', '4'] []\n" in done.stdout, done
     (tmp_path / "data").mkdir(exist_ok=True)
     files = {path.relative_to(tmp_path / "beir").as_posix(): path for path in (tmp_path / "beir").rglob("*.*")}
     entry = {name: {"size": path.stat().st_size, "sha256": content_hash(path)} for name, path in files.items()}

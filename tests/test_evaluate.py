@@ -273,9 +273,9 @@ def test_page_embeddings_are_kept_and_smaller_pages_are_made_of_them(place, whol
     assert all(float(row["seconds_per_query"]) > 0 for row in rows)
     assert all(len(line) <= 80 for line in place.out.splitlines() if line.startswith(("benchmark", "two")))
     assert place.run(command=f"evaluate {ADAPTER} --precision int4") == 2
-    assert "--precision: 'int4' is not valid; it must be one of float32, float16, int8, binary" in place.log
+    assert "--precision: 'int4' (str) is not valid; it must be text, one of float32, float16, int8, binary" in place.log
     assert place.run(command=f"evaluate {ADAPTER} --pool-factor 0") == 2
-    assert "--pool-factor: 0 is not valid; it must be 1 to 64" in place.log
+    assert "--pool-factor: 0 (int) is not valid; it must be a whole number, 1 to 64" in place.log
 
 
 def metrics(file: Path) -> dict:

@@ -203,7 +203,7 @@ def test_a_damaged_file_of_an_adapter_is_named_by_each_command(shared, monkeypat
     monkeypatch.setattr("colintern.storage.hub.enable_offline_mode", lambda: None)  # it is for the whole process
     monkeypatch.setenv("HF_DATASETS_CACHE", str(shared / "arrow"))
     for name, command in zip(
-        READ, cycle(("search damaged documents Oslo", "check-adapter damaged", "export damaged --out exported"))
+        READ, cycle(("search documents Oslo --model damaged", "check-adapter damaged", "export damaged --out exported"))
     ):
         shutil.rmtree("damaged", ignore_errors=True)
         shutil.copytree("adapter", "damaged")
@@ -244,7 +244,7 @@ def test_an_adapter_of_other_weights_is_refused_by_each_command(shared, fault, m
     file = Path("damaged", "adapter_model.safetensors")
     state = load_file(file) if fault == "renamed" else {}
     save_file({key.replace("layers.1.", "layers.7."): value for key, value in state.items()}, file)
-    for command in ("search damaged documents x", "check-adapter damaged", "mine --adapter damaged"):
+    for command in ("search documents x --model damaged", "check-adapter damaged", "mine --adapter damaged"):
         said = " ".join(refusal(command.split(), capsys).split())
         words = "layers.7." if fault == "renamed" else "0 weights" if "check" in command else "no weights"
         assert words in said

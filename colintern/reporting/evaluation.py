@@ -54,7 +54,7 @@ def find_evaluation(revision: str, given: Path | None, settings: dict[str, objec
     for folder in folders:
         if (folder / "run.json").is_file():
             run = _read_run(folder)
-            if settings.items() <= (UNRECORDED | run["params"]).items():
+            if settings.items() <= (FULL_SIZE | UNRECORDED | run["params"]).items():
                 revisions[folder] = run["revision"]
     if given and given not in revisions:
         raise UserError(
@@ -82,7 +82,7 @@ def get_embedding_size(run: RunInfo) -> dict[str, object]:
 
 def apply_evaluated_settings(params: Params, folder: Path) -> Params:
     """Return `params` with the settings of the evaluation in `folder`."""
-    evaluated = UNRECORDED | _read_run(folder)["params"]
+    evaluated = FULL_SIZE | UNRECORDED | _read_run(folder)["params"]
     settings = {key: evaluated[key] for key in SETTINGS if key in evaluated}
     return replace(params, benchmarks=tuple(evaluated["benchmarks"]), **settings)
 
