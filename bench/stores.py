@@ -40,7 +40,7 @@ NUM_DEMO_PAGES, TOP, NOISE, PAGES_PER_BLOCK = 200, 10, 0.5, 64
 URLS = {"lancedb": "lancedb://{}/lance/pages", "qdrant": "qdrant+path://{}/pages", "files": "{}/parquet"}
 IDENTITY = {
     "model": "bench", "revision": "0" * 40, "dim": 128, "precision": "float16", "pool_factor": 1,
-    "max_visual_tokens": 0, "dtype": "float32", "base": "demo", "source": "bench",
+    "max_visual_tokens": 0, "tiling": "exact", "dtype": "float32", "base": "demo", "source": "bench",
 }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def ask(url: str, queries: list[Tensor], exact: list[set[str]]) -> dict[str, flo
 def run_step(step: str, **arguments: object) -> dict[str, float]:
     """Run a step of this program in a process of its own."""
     command = [sys.executable, "-m", "bench.stores", "--step", json.dumps({"step": step} | arguments)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def main_of_step(call: dict) -> None:
