@@ -80,7 +80,7 @@ def test_without_results_the_card_says_so(top):
     assert code == 0 and "without results in its card: MODEL: its revision is" in log, log
     text = (top / "exported" / "README.md").read_text()
     assert (
-        "No evaluation of it was at hand" in text
+        "This model had not been evaluated when it was exported." in text
         and ModelCard.load(top / "exported" / "README.md").data.eval_results is None
     )
 

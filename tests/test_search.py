@@ -318,7 +318,7 @@ def test_a_page_that_changed_since_it_was_embedded_is_named(top, model, processo
     changed: list[InvalidRow] = []
     pages = searcher.render_ranking(ranking, changed)
     assert "scan.png" not in [page.name for page in pages] and len(pages) == 4
-    assert changed == [InvalidRow("scan.png", "has changed since it was embedded; start again")]
+    assert changed == [InvalidRow("scan.png", "has changed since it was embedded; run the command again")]
 
 
 def test_another_model_or_a_torn_file_costs_time_only(top, model, processor):
