@@ -48,6 +48,11 @@ AFTER_A_RUN = (
     (documented("make study"), "ARGS='--trials 2 --workers 1 --study one'", "RESULT best="),
     (documented("python -m bench.study --trials 20 --workers 2"), "--trials 3 --study one", "RESULT best="),
     (documented("python -m bench.second --trials 10"), "--trials 1", "RESULT trials=1 ratio="),
+    (
+        documented("python -m bench.stores --pages 300 10000 --queries 10"),
+        "--pages 30 --queries 2 --tokens 216",
+        r"RESULT lancedb_30_ms=.* lancedb_30_recall=1\.000 .* files_30_recall=",
+    ),
 )
 # Within the ranges of bench/study.yaml, and one step long.
 STUDIED = {"batch_size": 32, "micro_batch_size": 32, "warmup_steps": 10, "logging_steps": 1}
