@@ -4,7 +4,7 @@
 
 In: the demo's 200 test pages as the adapter embeds them, 108 vectors each. A page of the corpus is several of them,
 joined to `--tokens` vectors, with noise, and normalized: random vectors would be equally far from all queries. Each
-store is filled in a process of its own, whose peak memory is that of the writer, and is then asked by another one for
+store is filled in a separate process, whose peak memory is that of the writer, and is then queried in another one for
 the ten best pages of each query. Recall is the share of the ten best pages of exact float32 scores. "files" are parquet
 files of `colintern embed`, read by our own brute force. The last line: `RESULT lancedb_10000_ms=...
 lancedb_10000_recall=... ...`, milliseconds of a query and recall of each store and size.
@@ -82,7 +82,7 @@ def rank_exactly(queries: list[Tensor], count: int, demo: list[Tensor], tokens: 
     return [{ids[page] for page in row} for row in best.tolist()]
 
 
-def fill(url: str, count: int, demo: list[Tensor], tokens: int) -> dict[str, float]:
+def fill_store(url: str, count: int, demo: list[Tensor], tokens: int) -> dict[str, float]:
     store, rows, seconds = open_store(url, IDENTITY), iter_pages(count, demo, tokens), 0.0
     batch_size = max(1, store.batch_bytes // (tokens * 128 * 4))
     while batch := list(islice(rows, batch_size)):
@@ -94,7 +94,7 @@ def fill(url: str, count: int, demo: list[Tensor], tokens: int) -> dict[str, flo
     return {"build_s": seconds, "writer_mb": peak / 1e6}
 
 
-def ask(url: str, queries: list[Tensor], exact: list[set[str]]) -> dict[str, float]:
+def query_store(url: str, queries: list[Tensor], exact: list[set[str]]) -> dict[str, float]:
     store = open_store(url)
     store.search(queries[0], TOP)  # opens files
     start = time.perf_counter()
@@ -105,7 +105,7 @@ def ask(url: str, queries: list[Tensor], exact: list[set[str]]) -> dict[str, flo
 
 
 def run_step(step: str, **arguments: object) -> dict[str, float]:
-    """Run a step of this program in a process of its own."""
+    """Run a step of this program in a separate process."""
     command = [sys.executable, "-m", "bench.stores", "--step", json.dumps({"step": step} | arguments)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
@@ -113,9 +113,9 @@ def run_step(step: str, **arguments: object) -> dict[str, float]:
 def main_of_step(call: dict) -> None:
     data = torch.load(call["data"], weights_only=True)
     if call["step"] == "fill":
-        print(json.dumps(fill(call["url"], call["pages"], data["demo"], call["tokens"])))
+        print(json.dumps(fill_store(call["url"], call["pages"], data["demo"], call["tokens"])))
     else:
-        print(json.dumps(ask(call["url"], data["queries"], [set(ids) for ids in data["exact"]])))
+        print(json.dumps(query_store(call["url"], data["queries"], [set(ids) for ids in data["exact"]])))
 
 
 @exit_on_user_error()

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        if not _is_reader_gone():  # a pipe of its own
+        if not _is_reader_gone():  # the pipe is another one
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would try once more at its exit, and say so
         return 128 + signal.SIGPIPE

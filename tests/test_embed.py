@@ -274,7 +274,7 @@ def join_streams() -> None:
 
 
 def run(top: Path, *lines: str) -> list[str]:
-    """Return what each of the command lines printed, in one process of its own."""
+    """Return what each of the command lines printed, in one separate process."""
     place = Place(top, run_commands)
     assert place.run(join_streams, command=shlex.join(lines)) == 0, place.log
     return place.out.split("end\n")[:-1]

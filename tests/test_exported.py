@@ -199,11 +199,7 @@ check(again(**AutoProcessor.from_pretrained("../again", trust_remote_code=True).
         ColIntern3_5.from_pretrained(folder / "headless")
 
 
-def test_sentence_transformers_mteb_and_colpali_engine_use_it(outside):
-    folder, expected = outside
-    code = (
-        snippet(folder, "MultiVectorEncoder(")
-        + """
+CHECK_SENTENCE_TRANSFORMERS = """
 from sentence_transformers import SentenceTransformer, SparseEncoder
 assert (pages[0].shape, pooled[0].shape, patches.shape, n_patches) == ((108, 128), (36, 128), (96, 128), (8, 12))
 assert Image.open("heatmap.png").size == page.size
@@ -245,8 +241,7 @@ class Local(VidoreDocVQARetrieval):
 
 mteb.get_task = lambda name: Local()
 """
-        + snippet(folder, "MultiVectorWrapper(")
-        + """
+CHECK_MTEB = """
 assert abs(results.task_results[0].scores["test"][0]["ndcg_at_5"] - EXPECTED) < 5e-5
 
 from importlib.util import find_spec
@@ -261,8 +256,7 @@ sys.modules |= {name: SimpleNamespace(**parts) for name, parts in extras.items()
 import matplotlib
 matplotlib.use("agg")
 """
-        + snippet(folder, "AutoModel.", "plot_similarity_map")
-        + """
+CHECK_COLPALI_ENGINE = """
 assert maps.shape == (queries.shape[1], 8, 12) and Image.open("map.png").size[0] > 100
 best = torch.einsum("qd,pd->qp", queries[0], patches).argmax(1)  # row by row
 assert torch.equal(maps.transpose(1, 2).flatten(1).argmax(1), best)
@@ -275,6 +269,17 @@ size = processor.get_n_patches(image_size=images[1].size, patch_size=patch_size)
 assert theirs.shape == (queries.shape[1], 4, 4) and torch.equal(theirs, ours)
 refused("several tiles", processor.get_n_patches, image_size=page.size, patch_size=patch_size)
 """
+
+
+def test_sentence_transformers_mteb_and_colpali_engine_use_it(outside):
+    folder, expected = outside
+    code = (
+        snippet(folder, "MultiVectorEncoder(")
+        + CHECK_SENTENCE_TRANSFORMERS
+        + snippet(folder, "MultiVectorWrapper(")
+        + CHECK_MTEB
+        + snippet(folder, "AutoModel.", "plot_similarity_map")
+        + CHECK_COLPALI_ENGINE
     )
     code = code.replace("QUERIES", repr(QUERIES)).replace("EXPECTED", repr(expected))
     run_outside(folder, [], code)

@@ -44,7 +44,7 @@ def list_size_rows(
     size = params.pool_factor, params.dim, params.embedding_precision, params.rescore_top_k
     size_rows = []
     for name, values in scores.items():
-        # A benchmark of one task has no row of its own.
+        # A benchmark of one task has only the row of the task.
         change = next(changes[key] for key in (name, *values["tasks"]) if key in changes)
         measured = {key: values[key] for key in SizeRow._fields[5:9]}
         size_rows.append(
