@@ -124,7 +124,7 @@ def clone(place: Path, train_data: str) -> Path:
 
 
 def start(batches: int) -> None:
-    """In a process of its own: from params to the first batch, and `batches` more. Prints one line of JSON."""
+    """In a separate process: from params to the first batch, and `batches` more. Prints one line of JSON."""
     from colintern.data.training_set import load_training_data
     from colintern.params import load_params
     from colintern.storage.manifest import ensure_base

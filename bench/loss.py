@@ -83,7 +83,7 @@ def kib(field: str) -> int:
 
 
 def extra_mb(name: str, sizes: list[int]) -> float:
-    """MB that one step of a variant adds at its peak; for a process of its own."""
+    """MB that one step of a variant adds at its peak; for a separate process."""
     step(VARIANTS[name], *embeddings(2, 4, 8, sizes[-1]))  # threads, kernels and code that the first step loads
     q, p = embeddings(*sizes)
     Path("/proc/self/clear_refs").write_text("5")

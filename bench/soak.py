@@ -63,7 +63,7 @@ def repro(folder: Path, seconds: float | None = None) -> int | None:
 
 
 def mend(folder: Path) -> bool:
-    """What a user does when DVC says that a file of its own is torn; whether there was one."""
+    """Remove the file that DVC reports as torn, as a user would; return whether there was one."""
     log = (folder / ".soak.log").read_text()
     if "rwlock" in log and "corrupted" in log:
         (folder / ".dvc" / "tmp" / "rwlock").unlink()

@@ -106,7 +106,7 @@ class Tab:
 
 @contextmanager
 def tab(profile: Path) -> Iterator[Tab]:
-    """A tab of a browser of its own, which cannot reach any network."""
+    """A tab of a new browser, which cannot reach any network."""
     name = program()
     assert name
     ours_in, theirs_out = os.pipe()

@@ -1,4 +1,4 @@
-"""A real PostgreSQL server, from Debian's package, on a port of its own for the length of a test."""
+"""A real PostgreSQL server, from Debian's package, on a free port, for one test."""
 
 import os
 import shutil

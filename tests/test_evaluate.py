@@ -1,6 +1,6 @@
 """Fault E1, real kills of the eval stage, and `colintern evaluate`, on a small adapter of the demo base.
 
-Each run is a process of its own, see processes.py.
+Each run is a separate process, see processes.py.
 """
 
 import contextlib

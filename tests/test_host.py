@@ -1,4 +1,4 @@
-"""What `settle` asks of the C library, looked at in a process of its own."""
+"""Settings of the C library's allocator by `configure_cpu_runtime`, read in a separate process."""
 
 import subprocess
 import sys

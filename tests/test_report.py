@@ -56,7 +56,7 @@ SECONDS = 3.0  # to open 90 pages; measured 0.3 on two slow cores
 
 
 def fork(folder: Path, *command: str) -> tuple[int, str]:
-    """A `colintern` command in a process of its own: the exit code and what it printed."""
+    """A `colintern` command in a separate process: the exit code and what it printed."""
     process = FORKS.Process(target=run, args=(folder, command))
     process.start()
     process.join(300)

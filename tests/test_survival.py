@@ -1,6 +1,6 @@
 """Faults T1-T12 and T14: real kills, signals, torn files and full disks; the run ends on the same bytes, or says why.
 
-Each run is a process of its own, see processes.py.
+Each run is a separate process, see processes.py.
 """
 
 import contextlib

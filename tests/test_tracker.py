@@ -1,6 +1,6 @@
 """Trackers beside a run: the same adapter with each, one warning where W&B cannot be used (fault T13), one run id.
 
-The real wandb package, offline or against a port of this machine, each run in a process of its own.
+The real wandb package, offline or against a port of this machine, each run in a separate process.
 """
 
 import contextlib

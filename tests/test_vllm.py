@@ -1,6 +1,6 @@
 """A folder of `colintern export --for vllm`, served by vLLM with the command and the client of its card.
 
-vLLM's CPU build is installed by uv below `.vllm`, in an environment of its own, because it needs other versions.
+vLLM's CPU build is installed by uv below `.vllm`, in a separate environment, because it needs other versions.
 """
 
 import contextlib

@@ -58,7 +58,7 @@ def _describe_file_system_error(error: Exception) -> str:
     """Describe an error whose cause is permissions or a full disk; "" if it has another cause.
 
     A file that cannot be opened is named. If a disk fills up during a write, the system names no file, and libraries
-    raise errors of their own from it.
+    raise their own errors from it.
     """
     if isinstance(error, OSError) and error.errno in FILE_SYSTEM_CODES and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

@@ -156,7 +156,7 @@ def build_folder_task(folder: Path, name: str, entry: FilesEntry) -> AbsTask:
             "dataset": {"path": str(folder), "revision": content_hash(folder)[:40]},
         }
     )
-    # A class of its own, because mteb falls back to the metadata of the class when it unloads the data.
+    # A separate class, because mteb falls back to the metadata of the class when it unloads the data.
     documents = source["folder"] if (source := entry.get("made_from")) else ""
     attributes = {"metadata": metadata, "arrow_name": get_arrow_name(entry), "documents": documents}
     return type(name, (_FolderMixin, vidore), attributes)()

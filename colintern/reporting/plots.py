@@ -145,7 +145,7 @@ def draw_svg(draw: Callable[[Axes], None], title: str, high: float = 3.3) -> str
 def plot_sizes(rows: Sequence[SizeRow], file: Path) -> None:
     """Plot to an SVG file: bytes of a page across, in powers of two, NDCG@5 up, a line for each benchmark.
 
-    Rows that are rescored are points of their own, because they need the full embeddings as well.
+    Rows that are rescored are separate points, because they need the full embeddings as well.
     """
     with matplotlib.rc_context({"svg.hashsalt": "sizes", "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(7, 4), layout="constrained")
