@@ -51,7 +51,7 @@ AFTER_A_RUN = (
     (
         documented("python -m bench.stores --pages 300 10000 --queries 10"),
         "--pages 30 --queries 2 --tokens 216",
-        r"RESULT lancedb_30_ms=.* lancedb_30_recall=1\.000 .* files_30_recall=",
+        r"RESULT lancedb_30_cpu_ms=.* lancedb_30_recall=1\.000 .* files_30_recall=",
     ),
 )
 # Within the ranges of bench/study.yaml, and one step long.

@@ -26,6 +26,8 @@ from colintern.storage.lock import hold_lock
 from colintern.stores.base import MODEL_KEYS, EmbeddedPage, PageStore, StoredPage
 
 ROWS_PER_GROUP = 16  # read at once, so that memory does not grow with a file
+# Vectors neither repeat nor compress; with pyarrow's defaults they take 4 times as long to read, for 7 % less space.
+WRITE_OPTIONS: dict[str, Any] = {"row_group_size": ROWS_PER_GROUP, "use_dictionary": False, "compression": "none"}
 SCALES = {
     "int8": "one for all: value = element / 127",
     "binary": "sign bits, the first dimension in the highest bit: 1 is +1/sqrt(dim), 0 is -1/sqrt(dim)",
@@ -141,7 +143,7 @@ class ParquetStore(PageStore):
         for table in filter(len, tables):
             number += 1
             file = f"{self.prefix}{number:06}.parquet"
-            self._write_file(file, partial(pq.write_table, table, row_group_size=ROWS_PER_GROUP))
+            self._write_file(file, partial(pq.write_table, table, **WRITE_OPTIONS))
             files[file] = len(table)
             self.file_of_id |= dict.fromkeys(table["id"].to_pylist(), file)
         self.content["files"] = files
@@ -167,15 +169,22 @@ class ParquetStore(PageStore):
 
     def iter_vectors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the id and the (tokens, dim) float32 vectors of each page."""
+        for ids, pages in self._iter_groups():
+            yield from zip(ids, pages, strict=True)
+
+    def _iter_groups(self) -> Iterator[tuple[list[str], Sequence[Tensor]]]:
         identity = self.get_identity() or {}
         for _, batch in self._iter_batches(["id", "vectors"]):
-            for id_, vectors in zip(batch["id"].to_pylist(), batch["vectors"], strict=True):
-                elements = torch.from_numpy(vectors.values.flatten().to_numpy().copy()).view(len(vectors.values), -1)
-                yield id_, dequantize(elements, identity["precision"], identity["dim"])
+            vectors = batch["vectors"].flatten()
+            elements = torch.from_numpy(vectors.flatten().to_numpy().copy()).view(len(vectors), -1)
+            lengths = pc.list_value_length(batch["vectors"]).to_pylist()
+            yield batch["id"].to_pylist(), dequantize(elements, identity["precision"], identity["dim"]).split(lengths)
 
     def search(self, query: Tensor, top: int) -> list[tuple[str, float]]:
         """Rank all pages, reading each file once."""
-        scores = ((id_, maxsim_scores([query], [vectors]).item()) for id_, vectors in self.iter_vectors())
+        scores: list[tuple[str, float]] = []
+        for ids, pages in self._iter_groups():
+            scores += zip(ids, maxsim_scores([query], pages)[0].tolist(), strict=True)
         return nlargest(top, scores, key=lambda hit: hit[1])
 
 
