@@ -122,7 +122,9 @@ class ColIntern3_5Encoder(AbsEncoder):
                     if image is None:
                         raise UserError(f"page {page} of the evaluation corpus has no image; remove or repair its row")
                 pages = self.embed_images(batch["image"])
-                rows += map(EncodedPage, self._shrink(pages), pages if self.rescore_top_k else [None] * len(pages))
+                rows += map(
+                    EncodedPage, self._compress_pages(pages), pages if self.rescore_top_k else [None] * len(pages)
+                )
             else:
                 raise ValueError(f"{prompt_type}: expected queries as text or pages as images, got {sorted(batch)}")
         for cache in (self.features and self.features.cache, self.embeddings):
@@ -130,7 +132,7 @@ class ColIntern3_5Encoder(AbsEncoder):
                 cache.flush()
         return rows
 
-    def _shrink(self, pages: list[Tensor]) -> list[Tensor]:
+    def _compress_pages(self, pages: list[Tensor]) -> list[Tensor]:
         """Pool, truncate and quantize embeddings of pages, and count them."""
         if self.pool_factor > 1:
             tile, before = self.processor.image_seq_length, self.processor.num_tokens_before_tiles
@@ -140,10 +142,14 @@ class ColIntern3_5Encoder(AbsEncoder):
         return rows
 
     def select_scored_vectors(self, pages: list[Tensor]) -> list[Tensor]:
-        """Return the float32 vectors, of `embed_images`' result, that give a page at the top its score."""
+        """Return the float32 vectors that decide the final score of a page among the best.
+
+        With `rescore_top_k` these are `pages`, the result of `embed_images`, unchanged; without it they are pooled,
+        truncated, and rounded to `precision`. The latter are counted as encoded pages.
+        """
         if self.rescore_top_k:
             return pages
-        return [dequantize(page, self.precision, self.dim) for page in self._shrink(pages)]
+        return [dequantize(page, self.precision, self.dim) for page in self._compress_pages(pages)]
 
     def embed_images(self, images: list[Image.Image]) -> list[Tensor]:
         """Embed page images to one (tokens, 128) float32 tensor each, on the CPU, neither pooled nor truncated.
@@ -238,7 +244,7 @@ def load_encoder(
         max_query_tokens: see `ColIntern3_5Processor`; None: the bound it was trained with.
         pool_factor: see `ColIntern3_5Encoder`; 1 to 64.
         dim: see `ColIntern3_5Encoder`; 1 to 128.
-        precision: see `ColIntern3_5Encoder`; one of `colintern.encoding.precision.PRECISIONS`.
+        precision: see `ColIntern3_5Encoder`; one of `colintern.params.PRECISIONS`.
         rescore_top_k: see `ColIntern3_5Encoder`.
 
     Raises:
