@@ -92,9 +92,9 @@ def in_query_file(number: int) -> None:
 
 
 def never_load() -> None:
-    from colintern.evaluation import models
+    from colintern.encoding import loading
 
-    models.load_adapter = models.load_merged = lambda *args: leave()
+    loading.load_adapter = loading.load_merged = lambda *args: leave()
 
 
 def write_params(*benchmarks: str) -> None:
@@ -232,6 +232,20 @@ def test_one_task_more_one_task_less(place, whole):
         write_params(BENCHMARKS[0])
     assert place.run(never_load) == 0, place.log
     assert place.result() == alone
+
+
+@pytest.mark.slow
+def test_two_processes_leave_what_one_leaves_and_fill_the_caches(place, whole):
+    params = place.folder / "params.yaml"
+    params.write_text(params.read_text().replace("launch: auto", "launch: 2"))
+    for name in ("data/.features", "data/.embeddings"):
+        shutil.rmtree(place.folder / name, ignore_errors=True)
+    assert place.run() == 0, place.log
+    assert place.result() == whole
+    shutil.rmtree(place.folder / ".scratch")
+    params.write_text(params.read_text().replace("launch: 2", "launch: auto"))
+    assert place.run(no_page_embedded) == 0, place.log
+    assert place.result() == whole
 
 
 def no_page_embedded() -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from colintern.storage.paths import TRAIN_OUT, require_model, require_writable
 if TYPE_CHECKING:
     from colintern.encoding.multi_process import EmbedBatch
     from colintern.evaluation.models import EvalModel
+    from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
     from colintern.stores.base import PageStore
 
 SUMMARY = "write the vectors of pages to parquet files, Qdrant or LanceDB; resumes, and updates what changed"
@@ -67,7 +69,6 @@ def run(args: argparse.Namespace) -> None:
         dim=args.dim or params.dim,
         embedding_precision="float32",  # the store quantizes
         rescore_top_k=0,
-        eval_untrained=False,
         feature_cache_gb=0.0,  # features take a hundred times the space of vectors
         embedding_cache_gb=0.0,
     )
@@ -87,6 +88,7 @@ def _embed(args: argparse.Namespace, params: Params, shard: tuple[int, int]) -> 
     import time
     from contextlib import closing
 
+    from colintern.encoding.loading import get_encoder_settings
     from colintern.encoding.multi_process import EmbeddingPool, count_workers
     from colintern.evaluation.models import make_eval_models
     from colintern.search.corpora import open_corpus, shard_corpus
@@ -96,10 +98,11 @@ def _embed(args: argparse.Namespace, params: Params, shard: tuple[int, int]) -> 
     print_phase(f"embed: listing the pages of {args.source}")
     corpus = open_corpus(args.source)
     enable_offline_mode()
-    eval_model = make_eval_models(params, args.model)["trained"]
+    settings = get_encoder_settings(params)
+    eval_model = make_eval_models(settings, args.model)["trained"]
     identity = make_identity(args.model, eval_model, params, args.precision)
     store = _open_store(args, identity, corpus.source, shard)
-    load = partial(load_embedder, params, args.model)
+    load = partial(load_embedder, eval_model.load_encoder)
     start = time.monotonic()
     with closing(EmbeddingPool(load, count_workers(params.launch))) as pool:
         embed = partial(embed_pages_in_pool, pool=pool, batch_size=args.batch_size)
@@ -153,16 +156,11 @@ def make_identity(folder: Path, eval_model: "EvalModel", params: Params, precisi
     }
 
 
-def load_embedder(params: Params, folder: Path) -> "EmbedBatch":
+def load_embedder(load_encoder: Callable[[], "ColIntern3_5Encoder"]) -> "EmbedBatch":
     """Load the model, and return the function that embeds a batch of images, pooled and truncated."""
     from colintern.encoding.embed import embed_pages
-    from colintern.evaluation.models import make_eval_models
-    from colintern.modeling.runtime import configure_cpu_runtime
-    from colintern.storage.hub import enable_offline_mode
 
-    enable_offline_mode()
-    configure_cpu_runtime(params.threads)
-    encoder = make_eval_models(params, folder)["trained"].load_encoder()
+    encoder = load_encoder()
 
     def embed(images: Any) -> Any:
         return encoder.select_scored_vectors(embed_pages(encoder.model, encoder.processor, images, len(images)))
