@@ -141,7 +141,7 @@ def write_adapter() -> None:
                 value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
     wrapped.save_pretrained(ADAPTER)
     wrapped.base_model.model.save_head(ADAPTER)
-    processor = ColIntern3_5Processor.from_pretrained("demo/base")
+    processor = ColIntern3_5Processor.from_pretrained("demo/base", max_visual_tokens=16)
     processor.save_pretrained(ADAPTER)
     wrapped.merge_and_unload().save_pretrained("merged")
     processor.save_pretrained("merged")
@@ -458,6 +458,26 @@ def offline_with_peer() -> None:
 
     enable_offline_mode()
     register_peer()
+
+
+@pytest.mark.parametrize(("key", "trained", "value"), [("tiling", "exact", "stock"), ("max_visual_tokens", "16", "32")])
+def test_pages_cut_in_another_way_than_in_training_are_refused(place, key, trained, value):
+    (place.folder / "documents").mkdir()
+    (place.folder / "documents" / "page.png").write_bytes(PAGES[0])
+    params = place.folder / "params.yaml"
+    params.write_text(re.sub(rf"(?m)^{key}: .*$", f"{key}: {value}", params.read_text()))
+    if key == "tiling":  # needs two tiles
+        params.write_text(params.read_text().replace("max_visual_tokens: 16", "max_visual_tokens: 32"))
+    message = f"was trained with {key}: {trained}, but params.yaml has {value}; set {key}: {trained} in params.yaml"
+    for command in (
+        "",
+        f"evaluate {ADAPTER}",
+        "evaluate merged",
+        "search documents x",
+        "embed documents --out vectors",
+    ):
+        assert place.run(never_load, command=command) == 2
+        assert message in place.log, place.log
 
 
 @pytest.mark.parametrize("fault", ["head", "base", "nan"])

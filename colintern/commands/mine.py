@@ -64,13 +64,14 @@ def _mine(params: Params, base: str, args: argparse.Namespace) -> "MiningResult"
     from colintern.data.training_set import get_training_data_params, load_training_data
     from colintern.encoding.loading import get_encoder_settings, load_page_encoder
     from colintern.encoding.multi_process import count_workers
-    from colintern.modeling.loading import require_adapter, require_same_base
+    from colintern.modeling.loading import require_adapter, require_same_base, require_same_tiling
     from colintern.storage.identity import content_hash, get_versions
     from colintern.training.mining import MiningLimits, mine_hard_negatives
     from colintern.training.pairs import write_mined_negatives
 
     require_adapter(args.adapter)
     require_same_base(args.adapter, params.base, params.base_revision)
+    require_same_tiling(args.adapter, params.max_visual_tokens, params.tiling)
     load = partial(load_page_encoder, get_encoder_settings(params), args.adapter, base)
     limits = MiningLimits(args.top, args.margin, args.keep)
     data, num_workers = load_training_data(params), count_workers(params.launch)

@@ -14,7 +14,7 @@ from colintern.encoding.multi_process import EmbedBatch, EmbeddingPool, call_at_
 from colintern.encoding.tensor_cache import TensorCache
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.modeling.adapter_files import is_adapter
-from colintern.modeling.loading import require_adapter, require_merged, require_same_base
+from colintern.modeling.loading import require_adapter, require_merged, require_same_base, require_same_tiling
 from colintern.params import FULL_SIZE
 from colintern.storage.identity import content_hash, fingerprint, get_stage_versions, read_identity, stage_code
 from colintern.storage.manifest import MANIFEST, ensure_base, get_kernel_entry, read_data_file
@@ -44,8 +44,10 @@ def make_eval_models(settings: EncoderSettings, folder: Path, with_untrained: bo
         "trained" and, of an adapter if `with_untrained`, "untrained": the base with the same head.
 
     Raises:
-        UserError: a folder without weights or without a head, or an adapter of another base than `settings.base`.
+        UserError: a folder without weights or without a head, or one that was trained on another base, with another
+            tiling or another bound than those of `settings`.
     """
+    require_same_tiling(folder, settings.max_visual_tokens, settings.tiling)
     if not is_adapter(folder) and (folder / "config.json").is_file():
         require_merged(folder)
         digest = content_hash(folder)

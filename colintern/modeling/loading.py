@@ -163,6 +163,22 @@ def require_same_base(folder: Path, base: str, base_revision: str) -> None:
         )
 
 
+def require_same_tiling(folder: Path, max_visual_tokens: int, tiling: str) -> None:
+    """Raise UserError if an adapter or merged model was trained on pages that were cut in another way.
+
+    Its processor, saved in training, records the values; those before `tiling` existed are of "exact".
+    """
+    if not (folder / PROCESSOR_CONFIG).is_file():
+        return  # `read_processor` names it
+    saved = {"tiling": "exact"} | read_json_object(folder / PROCESSOR_CONFIG)
+    for key, value in (("tiling", tiling), ("max_visual_tokens", max_visual_tokens)):
+        if (trained := saved.get(key, value)) != value:
+            raise UserError(
+                f"{folder}: was trained with {key}: {trained}, but params.yaml has {value}; set {key}: {trained} in "
+                "params.yaml, or train again: dvc repro"
+            )
+
+
 def load_adapter(
     adapter: Path, base: str, base_revision: str, dtype: str, attention: str, trained: bool = True
 ) -> ColIntern3_5:
