@@ -61,9 +61,11 @@ def run(args: argparse.Namespace) -> None:
 
 def _mine(params: Params, base: str, args: argparse.Namespace) -> "MiningResult":
     """Mine and write; imports wait until the hub is off, because `datasets` reads that when it is imported."""
+    from contextlib import closing
+
     from colintern.data.training_set import get_training_data_params, load_training_data
-    from colintern.encoding.loading import get_encoder_settings, load_page_encoder
-    from colintern.encoding.multi_process import count_workers
+    from colintern.encoding.loading import get_encoder_settings, load_batch_embedder, load_page_encoder
+    from colintern.encoding.multi_process import EmbeddingPool, count_workers
     from colintern.modeling.loading import require_adapter, require_same_base, require_same_tiling
     from colintern.storage.identity import content_hash, get_versions
     from colintern.training.mining import MiningLimits, mine_hard_negatives
@@ -74,8 +76,11 @@ def _mine(params: Params, base: str, args: argparse.Namespace) -> "MiningResult"
     require_same_tiling(args.adapter, params.max_visual_tokens, params.tiling)
     load = partial(load_page_encoder, get_encoder_settings(params), args.adapter, base)
     limits = MiningLimits(args.top, args.margin, args.keep)
-    data, num_workers = load_training_data(params), count_workers(params.launch)
-    mined = mine_hard_negatives(data, limits, load, params.eval_batch_size, params.workers, num_workers)
+    encoder, num_workers = load(), count_workers(params.launch)
+    load_worker = partial(load_batch_embedder, load) if num_workers > 1 else lambda: encoder.embed_batch
+    with closing(EmbeddingPool(load_worker, num_workers)) as pool:
+        data = load_training_data(params)
+        mined = mine_hard_negatives(data, limits, encoder, pool, params.eval_batch_size, params.workers)
     provenance: dict[str, object] = {
         "adapter": str(args.adapter),
         "adapter_sha256": content_hash(args.adapter / "adapter_model.safetensors"),

@@ -1,6 +1,6 @@
 """Load what embeds pages: the model of a folder, its processor, and the cache of page features."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from colintern.core.project import root
 from colintern.encoding.embed import embed_features
+from colintern.encoding.multi_process import EmbedBatch, call_at_exit
 from colintern.encoding.page_features import FEATURES_DIR, Page, PageFeatures
 from colintern.modeling.loading import load_adapter, load_merged, read_processor, require_finite
 from colintern.modeling.processor import ColIntern3_5Processor
@@ -96,3 +97,10 @@ def load_page_encoder(settings: EncoderSettings, folder: Path, base: str | None,
     cache = root() / FEATURES_DIR
     features = PageFeatures(model, processor, cache, settings.feature_cache_gb, settings.feature_cache_format)
     return PageEncoder(model, processor, features)
+
+
+def load_batch_embedder(load: Callable[[], PageEncoder]) -> EmbedBatch[Page]:
+    """Load a model in a process of an `EmbeddingPool`, which writes its cache when it exits."""
+    encoder = load()
+    call_at_exit(encoder.features.cache.flush)
+    return encoder.embed_batch

@@ -6,9 +6,7 @@ margin relative to the score of the labelled page ("TopK-PercPos", de Souza More
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
-from contextlib import closing
-from functools import partial
+from collections.abc import Collection, Sequence
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -19,7 +17,7 @@ from colintern.core.progress import ProgressBar
 from colintern.data.training_set import TrainingData
 from colintern.encoding.embed import embed_queries
 from colintern.encoding.loading import PageEncoder
-from colintern.encoding.multi_process import EmbedBatch, EmbeddingPool, call_at_exit
+from colintern.encoding.multi_process import EmbeddingPool
 from colintern.encoding.page_features import Page
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.training.pairs import MinedNegatives, TrainingPair, load_mining_candidates
@@ -47,46 +45,37 @@ class MiningResult(NamedTuple):
 def mine_hard_negatives(
     data: TrainingData,
     limits: MiningLimits,
-    load: Callable[[], PageEncoder],
+    encoder: PageEncoder,
+    pool: EmbeddingPool[Page],
     batch_size: int,
     num_data_workers: int,
-    num_workers: int,
 ) -> MiningResult:
-    """Mine negatives for each training pair; raise UserError if data or adapter are missing or changed.
+    """Mine negatives for each training pair.
 
     Args:
         data: training pairs and pages.
         limits: of the ranking.
-        load: loads the adapter; picklable if there are several processes.
+        encoder: embeds the queries.
+        pool: embeds the pages, with `encoder` or in several processes.
         batch_size: pages or queries per forward pass.
-        num_data_workers: processes that decode pages for one process.
-        num_workers: processes that embed pages.
+        num_data_workers: processes that decode pages if `pool` has one process.
     """
-    encoder = load()
     train, pages, excluded_page_keys = load_mining_candidates(data)
-    if num_workers == 1:  # several processes compute the features that they need
+    if pool.num_workers == 1:  # several processes compute the features that they need
         encoder.features.precompute(pages, num_data_workers)
     queries = list(dict.fromkeys(pair.query for pair in train))
     query_bar = ProgressBar(queries, desc="embedding queries", unit="query")
     query_embeddings = embed_queries(encoder.model, encoder.processor, query_bar, batch_size)
     top_k = TopKAccumulator(train, queries, limits.range_max)
     batches = (pages[start : start + batch_size] for start in range(0, len(pages), batch_size))
-    load_worker = partial(_load_in_worker, load) if num_workers > 1 else lambda: encoder.embed_batch
-    with closing(EmbeddingPool(load_worker, num_workers)) as pool:
-        page_embeddings = chain.from_iterable(pool.embed_batches(batches))
-        with ProgressBar(desc="ranking pages", total=len(pages), unit="page") as bar:
-            for start in range(0, len(pages), MAX_PAGES_IN_MEMORY):
-                chunk = list(islice(page_embeddings, MAX_PAGES_IN_MEMORY))
-                top_k.add(pages[start : start + MAX_PAGES_IN_MEMORY], maxsim_scores(query_embeddings, chunk))
-                bar.update(len(chunk))
+    page_embeddings = chain.from_iterable(pool.embed_batches(batches))
+    with ProgressBar(desc="ranking pages", total=len(pages), unit="page") as bar:
+        for start in range(0, len(pages), MAX_PAGES_IN_MEMORY):
+            chunk = list(islice(page_embeddings, MAX_PAGES_IN_MEMORY))
+            top_k.add(pages[start : start + MAX_PAGES_IN_MEMORY], maxsim_scores(query_embeddings, chunk))
+            bar.update(len(chunk))
     rows, num_positives, num_too_close = filter_negatives(train, top_k, limits, excluded_page_keys)
     return MiningResult(rows, len(pages), num_positives, num_too_close)
-
-
-def _load_in_worker(load: Callable[[], PageEncoder]) -> EmbedBatch[Page]:
-    encoder = load()
-    call_at_exit(encoder.features.cache.flush)
-    return encoder.embed_batch
 
 
 class TopKAccumulator:
