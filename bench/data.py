@@ -132,7 +132,7 @@ def start(batches: int) -> None:
     from colintern.training.run import build_trainer
 
     params = load_params()
-    base = ensure_base(params)
+    base = ensure_base(params.base, params.base_revision)
     began, worked = time.perf_counter(), time.process_time()
     trainer = build_trainer(params, base, Path(".scratch/bench"))
     loader = iter(trainer.get_train_dataloader())

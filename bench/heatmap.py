@@ -17,7 +17,8 @@ from torch import Tensor
 
 from colintern.core.errors import exit_on_user_error
 from colintern.encoding.embed import embed_pages, embed_queries
-from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_same_base
+from colintern.encoding.loading import get_encoder_settings, load_page_encoder
+from colintern.modeling.loading import require_adapter, require_same_base
 from colintern.params import load_params
 from colintern.reporting.examples import split_query
 from colintern.reporting.heatmaps import compute_saliency, compute_similarity_map
@@ -91,11 +92,13 @@ def main() -> None:
     folder = parser.parse_args().adapter
     params = load_params()
     require_adapter(folder)
-    require_same_base(params, folder)
-    base, processor = ensure_base(params), load_processor(params, folder)
+    require_same_base(folder, params.base, params.base_revision)
+    base, settings = ensure_base(params.base, params.base_revision), get_encoder_settings(params)
     pages = generate_corpus("test", PAGES, 1, seed=0)
-    after = measure(load_adapter(params, base, folder), processor, pages)
-    before = measure(load_adapter(params, base, folder, trained=False), processor, pages)
+    after, before = (
+        measure(encoder.model, encoder.processor, pages)
+        for encoder in (load_page_encoder(settings, folder, base, trained) for trained in (True, False))
+    )
     print(f"{len(pages)} pages, a query each: hottest cell on the answer")
     print(
         f"RESULT cases={after.cases:.3f} words={after.words:.3f} untrained={before.cases:.3f} chance={after.cells:.3f}"

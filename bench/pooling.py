@@ -20,8 +20,9 @@ from torch.nn.functional import normalize
 
 from colintern.core.errors import exit_on_user_error
 from colintern.encoding.embed import embed_pages, embed_queries
+from colintern.encoding.loading import get_encoder_settings, load_page_encoder
 from colintern.encoding.pooling import pool_tiles
-from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_same_base
+from colintern.modeling.loading import require_adapter, require_same_base
 from colintern.params import load_recipe
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.scoring.metrics import ndcg_at_k
@@ -60,8 +61,9 @@ def main() -> None:
     print(f"a page of 6 tiles: {tiles:.3f} CPU s by tiles, {page:.3f} whole")
     params = load_recipe(Path("recipes/demo.yaml"))
     require_adapter(args.adapter)
-    require_same_base(params, args.adapter)
-    model, processor = load_adapter(params, ensure_base(params), args.adapter), load_processor(params, args.adapter)
+    require_same_base(args.adapter, params.base, params.base_revision)
+    base = ensure_base(params.base, params.base_revision)
+    model, processor, _ = load_page_encoder(get_encoder_settings(params), args.adapter, base)
     drawn = generate_corpus("test", PAGES, 1, seed=0)
     queries = embed_queries(model, processor, [page.queries[0] for page in drawn], 32)
     pages = embed_pages(model, processor, [page.image for page in drawn], 16)

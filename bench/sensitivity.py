@@ -58,7 +58,9 @@ def run(params: Params) -> tuple[float, float, str]:
 
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(None):  # only the table is for people
         monitor = LossCurveMonitor(params)
-        trainer = build_trainer(params, ensure_base(params), Path(scratch), callbacks=[monitor])
+        trainer = build_trainer(
+            params, ensure_base(params.base, params.base_revision), Path(scratch), callbacks=[monitor]
+        )
         features = trainer.evaluator.features
         test = RetrievalEvaluator(list(map(TrainingPair, queries, corpus)), features, params.eval_batch_size)
         before = test.compute_ndcg(*test.embed(trainer.model, trainer.processor))

@@ -29,7 +29,8 @@ from torch.nn.functional import normalize
 
 from colintern.core.errors import exit_on_user_error
 from colintern.encoding.embed import embed_pages, embed_queries
-from colintern.modeling.loading import load_adapter, load_processor, require_adapter
+from colintern.encoding.loading import get_encoder_settings, load_page_encoder
+from colintern.modeling.loading import require_adapter
 from colintern.params import load_recipe
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.storage.manifest import ensure_base
@@ -48,7 +49,8 @@ IDENTITY = {
 def embed_demo(adapter: Path, num_queries: int) -> tuple[list[Tensor], list[Tensor]]:
     params = load_recipe(Path("recipes/demo.yaml"))
     require_adapter(adapter)
-    model, processor = load_adapter(params, ensure_base(params), adapter), load_processor(params, adapter)
+    base = ensure_base(params.base, params.base_revision)
+    model, processor, _ = load_page_encoder(get_encoder_settings(params), adapter, base)
     drawn = generate_corpus("test", NUM_DEMO_PAGES, 1, seed=0)
     queries = embed_queries(model, processor, [page.queries[0] for page in drawn[:num_queries]], 32)
     return queries, embed_pages(model, processor, [page.image for page in drawn], 16)

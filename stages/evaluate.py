@@ -29,6 +29,7 @@ def main() -> None:
     from colintern.data.benchmarks import (
         resolve_benchmarks,  # only now: `datasets` reads the environment when it is imported
     )
+    from colintern.encoding.loading import get_encoder_settings
     from colintern.evaluation.models import make_eval_models
     from colintern.evaluation.results import (
         BENCHMARK_COLUMNS,
@@ -42,7 +43,9 @@ def main() -> None:
 
     resolve_benchmarks(params.benchmarks)  # a misspelt name is refused before anything else is looked at
     out = Path("results/mteb_evaluation")
-    scores = evaluate_models(make_eval_models(params, Path("experiments/colintern")), params, out)
+    settings = get_encoder_settings(params)
+    models = make_eval_models(settings, Path("experiments/colintern"), params.eval_untrained)
+    scores = evaluate_models(models, params, out)
     Path("metrics").mkdir(exist_ok=True)
     (out / "eval.json").write_text(format_json(add_untrained_means(scores["trained"], scores.get("untrained"))))
     Path("metrics/eval.json").write_text(format_json(summarize_scores(scores["trained"])))

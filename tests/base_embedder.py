@@ -1,4 +1,4 @@
-"""The demo base as a process of `embed_in_workers` loads it; imports little, since each process imports it again."""
+"""The demo base as a process of `EmbeddingPool` loads it; imports little, since each process imports it again."""
 
 from pathlib import Path
 

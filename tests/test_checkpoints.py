@@ -11,7 +11,8 @@ from peft import PeftModel
 from processes import kill
 from small_run import at_step
 
-from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_same_base
+from colintern.encoding.loading import get_encoder_settings, load_page_encoder
+from colintern.modeling.loading import require_adapter, require_same_base
 from colintern.modeling.retriever import ColIntern3_5
 from colintern.params import load_params
 from colintern.storage.manifest import ensure_base
@@ -44,10 +45,13 @@ def test_a_checkpoint_is_an_adapter_like_the_final_one(place):
     with contextlib.chdir(place.folder):
         params, newest = load_params(), run / "checkpoint-9"
         require_adapter(newest)
-        require_same_base(params, newest)
-        load_processor(params, newest)
-        model = load_adapter(params, ensure_base(params), newest)
-        bare = ColIntern3_5.from_pretrained(ensure_base(params), seed=params.seed + 1, dtype=torch.float32)
+        require_same_base(newest, params.base, params.base_revision)
+        model = load_page_encoder(
+            get_encoder_settings(params), newest, ensure_base(params.base, params.base_revision)
+        ).model
+        bare = ColIntern3_5.from_pretrained(
+            ensure_base(params.base, params.base_revision), seed=params.seed + 1, dtype=torch.float32
+        )
         theirs = PeftModel.from_pretrained(bare, str(newest)).base_model.model
         ours, same = dict(model.named_parameters()), dict(theirs.named_parameters())
         assert ours.keys() == same.keys() and all(torch.equal(ours[name], same[name]) for name in ours)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial, partialmethod
 from pathlib import Path
 
@@ -26,21 +27,15 @@ from test_search import WORDS, adapted  # noqa: F401
 from torch.nn.functional import normalize
 
 from colintern.__main__ import main
-from colintern.commands.embed import count_workers
 from colintern.core.errors import OutOfMemoryError, UserError
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import encode_png
 from colintern.encoding.embed import embed_pages, embed_queries
+from colintern.encoding.multi_process import EmbeddingPool, OomBackoffEmbedder, count_workers
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.scoring.metrics import ndcg_at_k
 from colintern.search.corpora import open_corpus, shard_corpus
-from colintern.search.embedding import (
-    EmbedCounts,
-    OomBackoffEmbedder,
-    embed_in_process,
-    embed_in_workers,
-    embed_into_store,
-)
+from colintern.search.embedding import EmbedCounts, embed_into_store, embed_pages_in_pool
 from colintern.storage.identity import content_hash
 from colintern.stores.base import EmbeddedPage, PageStore
 from colintern.stores.lance import LanceStore
@@ -87,7 +82,7 @@ def embed(model, processor):
     def load():
         return lambda images: embed_pages(model, processor, images, len(images))
 
-    return partial(embed_in_process, load=load, batch_size=2)
+    return partial(embed_pages_in_pool, pool=EmbeddingPool(load, 1), batch_size=2)
 
 
 def fill(url: str, documents: Path, embed, shard=(1, 1), **changes) -> EmbedCounts:
@@ -210,10 +205,10 @@ def test_a_batch_that_does_not_fit_is_halved():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return [torch.tensor([image]) for image in images]
 
-    embedder = OomBackoffEmbedder(embed, 8)
+    embedder = OomBackoffEmbedder(embed)
     assert torch.cat(embedder(range(8))).tolist() == list(range(8)) and sizes == [8, 4, 2, 2, 2, 2]
     with pytest.raises(torch.OutOfMemoryError):
-        OomBackoffEmbedder(lambda images: embed([0, 1, 2]), 1)([0])
+        OomBackoffEmbedder(lambda images: embed([0, 1, 2]))([0])
 
 
 def test_a_beir_folder_is_read_row_by_row(tmp_path, documents, embed):
@@ -374,18 +369,28 @@ def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path, documents, kind, siz
 def test_two_processes_embed_what_one_embeds(documents):
     assert (count_workers("auto"), count_workers(2)) == (1, 2)
     corpus, load = open_corpus(str(documents)), partial(load_base, BASE)
-    one, two = (
-        list(embed(corpus.read(set(corpus.pages), []), load, 1, *workers))
-        for embed, workers in ((embed_in_process, ()), (embed_in_workers, (2,)))
-    )
+
+    def embed_corpus(num_workers: int) -> list[EmbeddedPage]:
+        with closing(EmbeddingPool(load, num_workers)) as pool:
+            return list(embed_pages_in_pool(corpus.read(set(corpus.pages), []), pool, 1))
+
+    one, two = embed_corpus(1), embed_corpus(2)
     assert [row.page for row in two] == [row.page for row in one] and len(one) == 5
     assert all(torch.equal(a.vectors, b.vectors) for a, b in zip(one, two, strict=True))
 
 
-def test_a_process_that_is_killed_is_named(documents):
-    corpus = open_corpus(str(documents))
-    with pytest.raises(OutOfMemoryError, match="a process that embeds pages was killed or could not load"):
-        list(embed_in_workers(corpus.read(set(corpus.pages), []), kill, 1, 1))
+@pytest.mark.parametrize(
+    ("load", "error", "message"),
+    [
+        (kill, OutOfMemoryError, r"was killed \(SIGKILL\); the machine probably ran out of memory"),
+        (Path("gone/config.json").read_text, FileNotFoundError, "gone/config.json"),
+        pytest.param(partial(os._exit, 3), UserError, "was ended with exit code 3; see", marks=pytest.mark.slow),
+    ],
+    ids=["killed", "cannot load", "exited"],
+)
+def test_what_ended_a_process_is_named(load, error, message):
+    with closing(EmbeddingPool(load, 2)) as pool, pytest.raises(error, match=message):
+        list(pool.embed_batches([["a page"]]))
 
 
 def test_hostile_names_are_stored_and_never_reach_the_terminal(top):

@@ -92,9 +92,9 @@ def in_query_file(number: int) -> None:
 
 
 def never_load() -> None:
-    from colintern.evaluation import models
+    from colintern.encoding import loading
 
-    models.load_adapter = models.load_merged = lambda *args: leave()
+    loading.load_adapter = loading.load_merged = lambda *args: leave()
 
 
 def write_params(*benchmarks: str) -> None:
@@ -141,7 +141,7 @@ def write_adapter() -> None:
                 value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
     wrapped.save_pretrained(ADAPTER)
     wrapped.base_model.model.save_head(ADAPTER)
-    processor = ColIntern3_5Processor.from_pretrained("demo/base")
+    processor = ColIntern3_5Processor.from_pretrained("demo/base", max_visual_tokens=16)
     processor.save_pretrained(ADAPTER)
     wrapped.merge_and_unload().save_pretrained("merged")
     processor.save_pretrained("merged")
@@ -232,6 +232,20 @@ def test_one_task_more_one_task_less(place, whole):
         write_params(BENCHMARKS[0])
     assert place.run(never_load) == 0, place.log
     assert place.result() == alone
+
+
+@pytest.mark.slow
+def test_two_processes_leave_what_one_leaves_and_fill_the_caches(place, whole):
+    params = place.folder / "params.yaml"
+    params.write_text(params.read_text().replace("launch: auto", "launch: 2"))
+    for name in ("data/.features", "data/.embeddings"):
+        shutil.rmtree(place.folder / name, ignore_errors=True)
+    assert place.run() == 0, place.log
+    assert place.result() == whole
+    shutil.rmtree(place.folder / ".scratch")
+    params.write_text(params.read_text().replace("launch: 2", "launch: auto"))
+    assert place.run(no_page_embedded) == 0, place.log
+    assert place.result() == whole
 
 
 def no_page_embedded() -> None:
@@ -444,6 +458,26 @@ def offline_with_peer() -> None:
 
     enable_offline_mode()
     register_peer()
+
+
+@pytest.mark.parametrize(("key", "trained", "value"), [("tiling", "exact", "stock"), ("max_visual_tokens", "16", "32")])
+def test_pages_cut_in_another_way_than_in_training_are_refused(place, key, trained, value):
+    (place.folder / "documents").mkdir()
+    (place.folder / "documents" / "page.png").write_bytes(PAGES[0])
+    params = place.folder / "params.yaml"
+    params.write_text(re.sub(rf"(?m)^{key}: .*$", f"{key}: {value}", params.read_text()))
+    if key == "tiling":  # needs two tiles
+        params.write_text(params.read_text().replace("max_visual_tokens: 16", "max_visual_tokens: 32"))
+    message = f"was trained with {key}: {trained}, but params.yaml has {value}; set {key}: {trained} in params.yaml"
+    for command in (
+        "",
+        f"evaluate {ADAPTER}",
+        "evaluate merged",
+        "search documents x",
+        "embed documents --out vectors",
+    ):
+        assert place.run(never_load, command=command) == 2
+        assert message in place.log, place.log
 
 
 @pytest.mark.parametrize("fault", ["head", "base", "nan"])

@@ -7,10 +7,12 @@ names colours, and each colour has a fixed embedding. Pages and queries differ i
 import fcntl
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -21,19 +23,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from colour_model import COLOURS, ColourModel, ColourProcessor, load_embedder
 from conftest import EPS
 from PIL import Image
+from processes import kill
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.functional import normalize
-from transformers import BatchFeature
 
 from colintern.analysis.score_tables import classify_ndcg, compare_with_target, format_score_table
-from colintern.core.errors import UserError
+from colintern.core.errors import OutOfMemoryError, UserError
 from colintern.data.benchmarks import resolve_benchmarks
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import decode_image, encode_png
 from colintern.encoding.embed import embed_pages, embed_queries
+from colintern.encoding.loading import get_encoder_settings
+from colintern.encoding.multi_process import EmbeddingPool
 from colintern.encoding.page_features import PageFeatures
 from colintern.evaluation import run as evaluation
 from colintern.evaluation.models import EvalModel, make_eval_models
@@ -56,41 +60,9 @@ from colintern.scoring.metrics import METRIC_KEYS, ndcg_at_k
 from colintern.storage.manifest import BEIR_SUFFIXES, get_arrow_name, hash_local_files
 
 pytestmark = pytest.mark.integration
-PAGES, COLOURS = 110, 512
+PAGES = 110
 RECIPE = load_recipe(Path(__file__).parents[1] / "recipes" / "demo.yaml")
 FOLDER = "eval/some-docs"
-
-
-class ColourModel(nn.Module):
-    """input_ids (B, L) and attention_mask (B, L) to (B, L, 128): unit rows, zeros where the mask is 0."""
-
-    def __init__(self, spread: float = 1.0):
-        super().__init__()
-        table = torch.randn(COLOURS, 128, generator=torch.Generator().manual_seed(1))
-        self.table = nn.Parameter(normalize(table * spread + 1.0, dim=-1))  # 1.0: some similarities are high for all
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.table[input_ids].masked_fill(attention_mask.unsqueeze(-1) == 0, 0.0)
-
-
-class ColourProcessor:
-    """Pages: the colour number of each cell. Queries: the numbers they name."""
-
-    def process_images(self, images: list[Image.Image]) -> BatchFeature:
-        return self._pad([[r // 32 * 64 + g // 32 * 8 + b // 32 for r, g, b in _pixels(image)] for image in images])
-
-    def process_queries(self, queries: list[str]) -> BatchFeature:
-        return self._pad([[int(word) for word in query.split()] for query in queries])
-
-    def _pad(self, rows: list[list[int]]) -> BatchFeature:
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        return BatchFeature({"input_ids": ids, "attention_mask": mask})
-
-
-def _pixels(image: Image.Image) -> list[tuple[int, int, int]]:
-    return [image.getpixel((x, 0)) for x in range(image.width)]
 
 
 def _page(colours: list[int]) -> Image.Image:
@@ -141,11 +113,11 @@ def params(workspace) -> Params:
     return write_manifest(FOLDER)
 
 
-def subject(model: nn.Module, processor: object, identity: str = "", features: PageFeatures | None = None) -> EvalModel:
+def subject(model: nn.Module, processor: object, identity: str = "", features=None, pool=None) -> EvalModel:
     """A model as `evaluate` takes it; another `identity` takes no results of this one's."""
 
     def encoder() -> ColIntern3_5Encoder:
-        return ColIntern3_5Encoder(model, processor, "colintern/stub", "a" * 40, features)
+        return ColIntern3_5Encoder(model, processor, "colintern/stub", "a" * 40, features, pool=pool)
 
     return EvalModel("colintern/stub", "a" * 40, {"model": identity, "params": {"threads": 1}}, {"lr": 0.1}, encoder)
 
@@ -190,6 +162,25 @@ def test_equals_a_direct_computation_and_leaves_the_same_bytes_twice(params, wor
     timing = json.loads(Path("logs/eval-timing.json").read_text())
     kept = timing[f"colintern__stub/{'a' * 40}/SomeDocsRetrieval"]
     assert kept["evaluation_time"] > 0 and kept["date"] > 0 and kept["evaluation_phases"]
+
+
+def test_two_processes_and_halved_batches_change_no_byte(params, caplog):
+    model, processor = ColourModel(), ColourProcessor()
+    evaluate(subject(model, processor, "plain"), params, "out/plain")
+    expected = files_of("out/plain")
+    for num_workers in (1, 2):
+        pool = EmbeddingPool(partial(load_embedder, 3), num_workers)
+        evaluate(subject(model, processor, str(num_workers), pool=pool), params, f"out/{num_workers}")
+        assert files_of(f"out/{num_workers}") == expected
+        assert pool.executor is None and not multiprocessing.active_children()
+    assert "a batch of 16 pages does not fit; batches have 8 from here on" in caplog.text
+
+
+def test_a_killed_process_ends_the_evaluation_and_is_named(params):
+    pool = EmbeddingPool(kill, 2)
+    with pytest.raises(OutOfMemoryError, match=r"was killed \(SIGKILL\)"):
+        evaluate(subject(ColourModel(), ColourProcessor(), pool=pool), params, "out")
+    assert not Path("out").exists() and not multiprocessing.active_children()
 
 
 def git(*command: str) -> str:
@@ -485,12 +476,12 @@ def test_only_the_models_evaluated_last_are_kept(params, monkeypatch):
 def test_a_folder_that_is_no_adapter_is_named(params, workspace):
     adapter = Path("adapter")
     with pytest.raises(UserError, match=r"adapter: does not exist"):
-        make_eval_models(params, adapter)
+        make_eval_models(get_encoder_settings(params), adapter)
     adapter.mkdir()
     (adapter / "config.json").write_text("{}")
     save_file({"language_model.norm.weight": torch.ones(2)}, adapter / "model.safetensors")
     with pytest.raises(UserError, match=r"adapter: its weights have no custom_text_proj.weight"):
-        make_eval_models(params, adapter)
+        make_eval_models(get_encoder_settings(params), adapter)
 
 
 def several_languages() -> tuple[list, dict, dict]:

@@ -95,13 +95,16 @@ def test_results_whose_data_is_not_fetched_any_more_are_left_out_with_the_reason
 
 def test_results_under_another_bound_are_not_those_of_what_is_exported(top):
     text = (top / "params.yaml").read_text()
-    (top / "params.yaml").write_text(text.replace("max_visual_tokens: 96", "max_visual_tokens: 32"))
+    (top / "params.yaml").write_text(text.replace("max_query_tokens: 64", "max_query_tokens: 32"))
     code, log = fork(top, "export", "adapter", "--out", "exported")
-    assert code == 0 and "without results in its card: MODEL: " in log and "max_visual_tokens 32" in log, log
+    assert code == 0 and "without results in its card: MODEL: " in log and "max_query_tokens 32" in log, log
 
 
 def set_tiling(adapter: Path, tiling: str | None) -> None:
-    """Name the tiling in identity.json, as a training run does; None: as one of an older version."""
+    """Name the tiling as a training run does, with 112 tokens if it is stock; None: as one of an older version."""
+    processor = json.loads((adapter / "processor_config.json").read_text())
+    processor |= {"tiling": tiling or "exact", "max_visual_tokens": 112 if tiling == "stock" else 96}
+    (adapter / "processor_config.json").write_text(json.dumps(processor))
     identity = json.loads((adapter / "identity.json").read_text())
     identity["params"].pop("tiling")
     identity["params"] |= {"tiling": tiling} if tiling else {}

@@ -56,7 +56,7 @@ def fetched(tmp_path, monkeypatch):
 
 
 def test_what_is_whole_is_found(fetched):
-    assert ensure_base(load_params()) == "demo/base"
+    assert ensure_base(load_params().base, load_params().base_revision) == "demo/base"
     found = ("demo", Path("data/demo/train"), ["data/train-0.parquet"], 1)
     assert load_training_data(load_params()) == ([found], None, None)
     assert ensure_benchmark("demo") == Path("data/demo/beir")
@@ -95,7 +95,7 @@ def test_a_changed_base_is_found(fetched):
         file.seek(5000)
         file.write(b"\x00\x01\x02\x03")
     with pytest.raises(UserError, match=r"model\.safetensors.*changed"):
-        ensure_base(load_params())
+        ensure_base(load_params().base, load_params().base_revision)
 
 
 @pytest.mark.parametrize("key", ["train_data", "train_corpus", "negatives_file"])
@@ -116,7 +116,7 @@ def test_an_untracked_base_is_found_from_the_copy_dvc_makes_for_an_experiment(fe
         (copy / "data" / "manifest.json").write_text(json.dumps(fetched))
         (copy / "params.yaml").write_text(text)
         monkeypatch.chdir(copy)
-        assert ensure_base(load_params()) == f"{tmp_path}/own/base"
+        assert ensure_base(load_params().base, load_params().base_revision) == f"{tmp_path}/own/base"
 
 
 def test_the_project_is_found_in_a_sub_folder_and_from_a_stage_of_another_one(tmp_path, monkeypatch):

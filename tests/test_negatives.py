@@ -227,13 +227,17 @@ def test_mined_negatives_train(tmp_path):
             torch.nn.init.normal_(weights, std=1e-3, generator=torch.Generator().manual_seed(1))
     wrapped.save_pretrained("experiments/colintern")
     wrapped.base_model.model.save_head("experiments/colintern")
-    ColIntern3_5Processor.from_pretrained(BASE).save_pretrained("experiments/colintern")
+    ColIntern3_5Processor.from_pretrained(BASE, max_visual_tokens=96).save_pretrained("experiments/colintern")
 
     def colintern(*arguments: str) -> "subprocess.CompletedProcess[str]":
         return program("colintern.__main__", "mine", *arguments)
 
     done = colintern("--top", "0")
     assert done.returncode == 2 and "--top: 0 is not valid" in done.stderr
+    write_params(train_data="data/own/set", max_visual_tokens=64)
+    done = colintern()
+    assert done.returncode == 2 and "trained with max_visual_tokens: 96, but params.yaml has 64; set" in done.stderr
+    write_params(train_data="data/own/set")
     done = colintern("--adapter", "nowhere")
     assert done.returncode == 2 and "--adapter: nowhere: does not exist, or is no folder here" in done.stderr
     done = colintern("--top", "12", "--margin", "0.999", "--keep", "3")
@@ -244,8 +248,10 @@ def test_mined_negatives_train(tmp_path):
     first = Path(MINED).read_bytes()
     made = json.loads(parquet.read_schema(MINED).metadata[b"colintern"])
     assert made["limits"] == {"top": 12, "margin": 0.999, "keep": 3} and len(made["adapter_sha256"]) == 64
-    assert colintern("--top", "12", "--margin", "0.999", "--keep", "3").returncode == 0
-    assert Path(MINED).read_bytes() == first, "the same again, to the byte"
+    write_params(train_data="data/own/set", launch=2)
+    done = colintern("--top", "12", "--margin", "0.999", "--keep", "3")
+    assert done.returncode == 0, done.stderr
+    assert Path(MINED).read_bytes() == first, "two processes mine the same, to the byte"
 
     write_params(train_data="data/own/set", negatives=2, negatives_file=MINED)
     assert fetch_data().returncode == 0

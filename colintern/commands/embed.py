@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,9 @@ from colintern.params import PRECISIONS, Params, load_params
 from colintern.storage.paths import TRAIN_OUT, require_model, require_writable
 
 if TYPE_CHECKING:
+    from colintern.encoding.multi_process import EmbedBatch
     from colintern.evaluation.models import EvalModel
-    from colintern.search.embedding import EmbedImages
+    from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
     from colintern.stores.base import PageStore
 
 SUMMARY = "write the vectors of pages to parquet files, Qdrant or LanceDB; resumes, and updates what changed"
@@ -67,7 +69,6 @@ def run(args: argparse.Namespace) -> None:
         dim=args.dim or params.dim,
         embedding_precision="float32",  # the store quantizes
         rescore_top_k=0,
-        eval_untrained=False,
         feature_cache_gb=0.0,  # features take a hundred times the space of vectors
         embedding_cache_gb=0.0,
     )
@@ -85,25 +86,27 @@ def _parse_shard(text: str) -> tuple[int, int]:
 
 def _embed(args: argparse.Namespace, params: Params, shard: tuple[int, int]) -> None:
     import time
+    from contextlib import closing
 
+    from colintern.encoding.loading import get_encoder_settings
+    from colintern.encoding.multi_process import EmbeddingPool, count_workers
     from colintern.evaluation.models import make_eval_models
     from colintern.search.corpora import open_corpus, shard_corpus
-    from colintern.search.embedding import embed_in_process, embed_in_workers, embed_into_store
+    from colintern.search.embedding import embed_into_store, embed_pages_in_pool
     from colintern.storage.hub import enable_offline_mode
 
     print_phase(f"embed: listing the pages of {args.source}")
     corpus = open_corpus(args.source)
     enable_offline_mode()
-    eval_model = make_eval_models(params, args.model)["trained"]
+    settings = get_encoder_settings(params)
+    eval_model = make_eval_models(settings, args.model)["trained"]
     identity = make_identity(args.model, eval_model, params, args.precision)
     store = _open_store(args, identity, corpus.source, shard)
-    load = partial(load_embedder, params, args.model)
-    num_workers = count_workers(params.launch)
-    embed: Any = partial(embed_in_process, load=load, batch_size=args.batch_size)
-    if num_workers > 1:
-        embed = partial(embed_in_workers, load=load, batch_size=args.batch_size, num_workers=num_workers)
+    load = partial(load_embedder, eval_model.load_encoder)
     start = time.monotonic()
-    counts = embed_into_store(store, shard_corpus(corpus, shard), shard, embed)
+    with closing(EmbeddingPool(load, count_workers(params.launch))) as pool:
+        embed = partial(embed_pages_in_pool, pool=pool, batch_size=args.batch_size)
+        counts = embed_into_store(store, shard_corpus(corpus, shard), shard, embed)
     for page in corpus.bad:
         line = escape_controls(f"left out: {page.where}: {page.reason}")
         print(fill(line, 80, subsequent_indent="  ", break_long_words=False))
@@ -153,29 +156,13 @@ def make_identity(folder: Path, eval_model: "EvalModel", params: Params, precisi
     }
 
 
-def load_embedder(params: Params, folder: Path) -> "EmbedImages":
+def load_embedder(load_encoder: Callable[[], "ColIntern3_5Encoder"]) -> "EmbedBatch":
     """Load the model, and return the function that embeds a batch of images, pooled and truncated."""
     from colintern.encoding.embed import embed_pages
-    from colintern.evaluation.models import make_eval_models
-    from colintern.modeling.runtime import configure_cpu_runtime
-    from colintern.storage.hub import enable_offline_mode
 
-    enable_offline_mode()
-    configure_cpu_runtime(params.threads)
-    encoder = make_eval_models(params, folder)["trained"].load_encoder()
+    encoder = load_encoder()
 
     def embed(images: Any) -> Any:
         return encoder.select_scored_vectors(embed_pages(encoder.model, encoder.processor, images, len(images)))
 
     return embed
-
-
-def count_workers(launch: str | int) -> int:
-    """Return the number of processes that `launch` of params.yaml means: by default one per GPU."""
-    import torch
-
-    num_gpus = torch.cuda.device_count()
-    num_workers = max(num_gpus, 1) if launch == "auto" else int(launch)
-    if num_gpus and num_workers > num_gpus:
-        raise UserError(f"launch: {num_workers} is more than the {num_gpus} GPUs that can be seen")
-    return num_workers

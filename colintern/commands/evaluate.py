@@ -152,6 +152,7 @@ def _list_settings(args: argparse.Namespace) -> list[Params]:
 def _find_models(settings: list[Params], name: str) -> list[dict[str, "EvalModel"]]:
     """Find the model in a folder here, in mteb's registry or on the hub, once for each setting."""
     from colintern.analysis.mteb_baselines import find_mteb_baseline, suggest_baselines
+    from colintern.encoding.loading import get_encoder_settings
     from colintern.evaluation.models import make_eval_models
     from colintern.storage.hub import Repo, enable_offline_mode
     from colintern.storage.manifest import BASE_SUFFIXES, download_hub_files
@@ -166,4 +167,4 @@ def _find_models(settings: list[Params], name: str) -> list[dict[str, "EvalModel
         download_hub_files([(repo, BASE_SUFFIXES)])
         folder = repo.snapshot_folder
     enable_offline_mode()
-    return [make_eval_models(params, folder) for params in settings]
+    return [make_eval_models(get_encoder_settings(params), folder, params.eval_untrained) for params in settings]

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
 def _run_probe(params: Params, as_json: bool) -> None:
     from colintern.storage.manifest import ensure_base
 
-    base = ensure_base(params)
+    base = ensure_base(params.base, params.base_revision)
     print_phase(f"recommend: running a training step of {params.base} as in {PARAMS}, on this machine")
     from colintern.planning.probe import probe_steps
 

@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> None:
     from colintern.storage.manifest import set_arrow_cache
 
     set_arrow_cache()
+    from colintern.encoding.loading import get_encoder_settings
     from colintern.evaluation.models import make_eval_models
+    from colintern.modeling.loading import PretrainedRef
     from colintern.reporting.evaluation import (
         apply_evaluated_settings,
         find_evaluation,
@@ -53,10 +55,10 @@ def run(args: argparse.Namespace) -> None:
     from colintern.storage.hub import enable_offline_mode
 
     enable_offline_mode()
-    folder = find_evaluation(make_eval_models(params, args.model)["trained"].revision, args.results)
+    folder = find_evaluation(PretrainedRef.resolve(args.model).revision, args.results)
     params = apply_evaluated_settings(params, folder)
     evaluation = read_evaluation(params, folder)
-    model = make_eval_models(params, args.model)["trained"]
+    model = make_eval_models(get_encoder_settings(params), args.model)["trained"]
     tasks, worst = [task for _, task in evaluation.pairs], select_worst_queries(evaluation.queries)
     print_phase(f"report: drawing the worst {min(args.worst, len(worst))} of {len(worst)} queries below NDCG@5 1")
     is_shown = worst and args.worst

@@ -186,11 +186,12 @@ def open_searcher(args: argparse.Namespace, log: TextIO) -> "PageSearcher":
     from colintern.search.sources import format_reasons, list_sources, summarize_unsearched
 
     sources, bad = list_sources(args.source)  # refuses what it can before a model is loaded
+    from colintern.encoding.loading import get_encoder_settings
     from colintern.search.searcher import load_searcher
 
     folder = args.index or root() / INDEX
     precision = args.precision or DEFAULT_PRECISION
-    searcher = load_searcher(params, args.model, folder, sources, precision, args.rescore)
+    searcher = load_searcher(get_encoder_settings(params), args.model, folder, sources, precision, args.rescore)
     start = time.monotonic()
     new = searcher.index.add_pages(sources, searcher.model, searcher.processor, params.eval_batch_size, bad)
     seconds = time.monotonic() - start
@@ -214,9 +215,10 @@ def _require_no_index_options(args: argparse.Namespace) -> None:
 def _open_store_searcher(args: argparse.Namespace, log: TextIO) -> "StoreSearcher":
     """Load the model, open --store, and print how many pages of SOURCE it lacks."""
     params = load_params()
+    from colintern.encoding.loading import get_encoder_settings
     from colintern.search.store_search import open_store_searcher
 
-    searcher, bad = open_store_searcher(params, args.model, args.store, args.source)
+    searcher, bad = open_store_searcher(get_encoder_settings(params), args.model, args.store, args.source)
     _print_left_out(bad, log)
     if searcher.num_missing:
         print(f"{searcher.num_missing} pages are not in the store; embed SOURCE again", file=log)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 def embed_pages(model: nn.Module, processor: Processor, images: Sequence[Image.Image], batch_size: int) -> list[Tensor]:
     """Return one (tokens, 128) float32 tensor a page, on the CPU, in the order of `images`.
 
-    `model`: `ColIntern3_5` or a wrapper with the same forward. The embeddings do not depend on `batch_size`.
+    `model`: `ColIntern3_5` or a wrapper with the same forward. `batch_size` changes no more than the last bits.
     """
     return _embed_batches(model, processor.process_images, images, batch_size)
 

@@ -8,7 +8,7 @@ In a program of your own, in any working folder, without a params.yaml:
     model = mteb.get_model("colintern/mine", pool_factor=3)
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from inspect import signature
@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from colintern.core.errors import UserError
 from colintern.core.progress import ProgressBar
 from colintern.encoding.embed import embed_features, embed_pages, embed_queries
+from colintern.encoding.multi_process import EmbeddingPool
 from colintern.encoding.page_features import Page, PageFeatures
 from colintern.encoding.pooling import pool_tiles, truncate_dim
 from colintern.encoding.precision import dequantize, quantize
@@ -67,6 +68,7 @@ class ColIntern3_5Encoder(AbsEncoder):
         precision: of the pages' vectors in the ranking, see `colintern.encoding.precision`; queries stay float32.
         rescore_top_k: best pages of each query that are scored again with the full vectors; 0 for none.
         settings: of `load_encoder`, by which mteb's files distinguish results.
+        pool: processes that do `embed_images` for `encode`; None: this process does.
     """
 
     def __init__(
@@ -82,7 +84,9 @@ class ColIntern3_5Encoder(AbsEncoder):
         precision: str = "float32",
         rescore_top_k: int = 0,
         settings: Mapping[str, object] | None = None,
+        pool: EmbeddingPool[Image.Image] | None = None,
     ):
+        self.pool = pool or EmbeddingPool(lambda: self.embed_images, 1)
         self.model = model
         self.processor = processor
         self.features = features
@@ -112,25 +116,33 @@ class ColIntern3_5Encoder(AbsEncoder):
             ValueError: a batch of neither text queries nor page images.
         """
         rows: list[Any] = []
-        kind = "pages" if prompt_type == PromptType.document else "queries"
-        for batch in ProgressBar(inputs, desc=f"{task_metadata.name}: {kind}"):
-            if prompt_type == PromptType.query and "text" in batch:
-                rows += embed_queries(self.model, self.processor, batch["text"], len(batch["text"]))
-                self.query_count += len(batch["text"])
-            elif prompt_type == PromptType.document and "image" in batch:
-                for page, image in zip(batch["id"], batch["image"], strict=True):
-                    if image is None:
-                        raise UserError(f"page {page} of the evaluation corpus has no image; remove or repair its row")
-                pages = self.embed_images(batch["image"])
-                rows += map(EncodedPage, self._shrink(pages), pages if self.rescore_top_k else [None] * len(pages))
-            else:
+        if prompt_type == PromptType.document:
+            for pages in self.pool.embed_batches(
+                _iter_images(ProgressBar(inputs, desc=f"{task_metadata.name}: pages"))
+            ):
+                rows += map(
+                    EncodedPage, self._compress_pages(pages), pages if self.rescore_top_k else [None] * len(pages)
+                )
+            self.flush_caches()
+            return rows
+        for batch in ProgressBar(inputs, desc=f"{task_metadata.name}: queries"):
+            if prompt_type != PromptType.query or "text" not in batch:
                 raise ValueError(f"{prompt_type}: expected queries as text or pages as images, got {sorted(batch)}")
+            rows += embed_queries(self.model, self.processor, batch["text"], len(batch["text"]))
+            self.query_count += len(batch["text"])
+        return rows
+
+    def flush_caches(self) -> None:
+        """Write what the caches have not written yet."""
         for cache in (self.features and self.features.cache, self.embeddings):
             if cache:
                 cache.flush()
-        return rows
 
-    def _shrink(self, pages: list[Tensor]) -> list[Tensor]:
+    def close(self) -> None:
+        """End the processes of `pool`."""
+        self.pool.close()
+
+    def _compress_pages(self, pages: list[Tensor]) -> list[Tensor]:
         """Pool, truncate and quantize embeddings of pages, and count them."""
         if self.pool_factor > 1:
             tile, before = self.processor.image_seq_length, self.processor.num_tokens_before_tiles
@@ -140,12 +152,16 @@ class ColIntern3_5Encoder(AbsEncoder):
         return rows
 
     def select_scored_vectors(self, pages: list[Tensor]) -> list[Tensor]:
-        """Return the float32 vectors, of `embed_images`' result, that give a page at the top its score."""
+        """Return the float32 vectors that decide the final score of a page among the best.
+
+        With `rescore_top_k` these are `pages`, the result of `embed_images`, unchanged; without it they are pooled,
+        truncated, and rounded to `precision`. The latter are counted as encoded pages.
+        """
         if self.rescore_top_k:
             return pages
-        return [dequantize(page, self.precision, self.dim) for page in self._shrink(pages)]
+        return [dequantize(page, self.precision, self.dim) for page in self._compress_pages(pages)]
 
-    def embed_images(self, images: list[Image.Image]) -> list[Tensor]:
+    def embed_images(self, images: Sequence[Image.Image]) -> list[Tensor]:
         """Embed page images to one (tokens, 128) float32 tensor each, on the CPU, neither pooled nor truncated.
 
         A batch is taken from the cache as a whole, because its size decides the last bits.
@@ -182,6 +198,17 @@ class ColIntern3_5Encoder(AbsEncoder):
             )
         self.scoring_seconds += perf_counter() - start
         return scores
+
+
+def _iter_images(batches: Iterable[dict[str, Any]]) -> Iterator[list[Image.Image]]:
+    """Yield the pages of each batch of mteb's loader; see `ColIntern3_5Encoder.encode` for the errors."""
+    for batch in batches:
+        if "image" not in batch:
+            raise ValueError(f"pages: expected images, got {sorted(batch)}")
+        for page, image in zip(batch["id"], batch["image"], strict=True):
+            if image is None:
+                raise UserError(f"page {page} of the evaluation corpus has no image; remove or repair its row")
+        yield batch["image"]
 
 
 def _make_meta(name: str, revision: str, settings: Mapping[str, object], **fields: object) -> ModelMeta:
@@ -238,7 +265,7 @@ def load_encoder(
         max_query_tokens: see `ColIntern3_5Processor`; None: the bound it was trained with.
         pool_factor: see `ColIntern3_5Encoder`; 1 to 64.
         dim: see `ColIntern3_5Encoder`; 1 to 128.
-        precision: see `ColIntern3_5Encoder`; one of `colintern.encoding.precision.PRECISIONS`.
+        precision: see `ColIntern3_5Encoder`; one of `colintern.params.PRECISIONS`.
         rescore_top_k: see `ColIntern3_5Encoder`.
 
     Raises:

@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +93,20 @@ def run_or_load(model: EvalModel, tasks: Sequence[AbsTask], batch_size: int) -> 
     store = _get_store(model)
     encoder = None
     folders = {}
-    with hold_lock(store.with_suffix(".lock"), f"{store}: another process evaluates this model; waiting for it"):
+    with (
+        hold_lock(store.with_suffix(".lock"), f"{store}: another process evaluates this model; waiting for it"),
+        ExitStack() as stack,
+    ):
         for task in tasks:
             name = task.metadata.name
             folders[name] = store / _get_folder_name(task)
             if folders[name].is_dir() and _is_readable(folders[name], model, name):
                 logger.info(f"{model.name}: {name}: finished before, its results are taken")
                 continue
-            encoder = encoder or model.load_encoder()  # loaded only where there is something to do
+            if encoder is None:  # loaded only where there is something to do
+                encoder = model.load_encoder()
+                if isinstance(encoder, ColIntern3_5Encoder):  # a model of mteb has no processes
+                    stack.callback(encoder.close)
             _run_task(encoder, task, batch_size, folders[name])
         store.touch()
         _remove_old_stores(store)

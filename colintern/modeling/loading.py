@@ -1,4 +1,4 @@
-"""Load models and processors from folders: as params.yaml says, or as the folder itself says (`PretrainedRef`)."""
+"""Load models and processors from folders: with given settings, or as the folder itself says (`PretrainedRef`)."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ from colintern.modeling.attention import choose_attn_implementation, resolve_att
 from colintern.modeling.configuration_colintern import HEAD, load_config
 from colintern.modeling.processor import ColIntern3_5Processor
 from colintern.modeling.retriever import ColIntern3_5
-from colintern.params import Params, split_hub_id
+from colintern.params import split_hub_id
 from colintern.storage import hub
 from colintern.storage.files import read_json_object, require_regular_file
 from colintern.storage.identity import content_hash, read_identity
@@ -153,44 +153,63 @@ def require_finite(model: nn.Module, folder: Path) -> None:
         raise UserError(f"{folder}: {broken[0]} has NaN or infinite values ({len(broken)} such weights)")
 
 
-def require_same_base(params: Params, folder: Path) -> None:
-    """Raise UserError if an adapter was trained on another base than `params.base`."""
+def require_same_base(folder: Path, base: str, base_revision: str) -> None:
+    """Raise UserError if an adapter was trained on another base than that of params.yaml."""
     config = read_adapter_config(folder)
     name, revision = config.base_model_name_or_path, config.revision or ""
-    if (name, revision) != (params.base, params.base_revision):
+    if (name, revision) != (base, base_revision):
         raise UserError(
-            f"{folder}: was trained on base {name!r} at {revision!r}, but params.yaml has {params.base!r} at "
-            f"{params.base_revision!r}"
+            f"{folder}: was trained on base {name!r} at {revision!r}, but params.yaml has {base!r} at {base_revision!r}"
         )
 
 
-def load_adapter(params: Params, base: str, adapter: Path, trained: bool = True) -> ColIntern3_5:
+def require_same_tiling(folder: Path, max_visual_tokens: int, tiling: str) -> None:
+    """Raise UserError if an adapter or merged model was trained on pages that were cut in another way.
+
+    Its processor, saved in training, records the values; those before `tiling` existed are of "exact".
+    """
+    if not (folder / PROCESSOR_CONFIG).is_file():
+        return  # `read_processor` names it
+    saved = {"tiling": "exact"} | read_json_object(folder / PROCESSOR_CONFIG)
+    for key, value in (("tiling", tiling), ("max_visual_tokens", max_visual_tokens)):
+        if (trained := saved.get(key, value)) != value:
+            raise UserError(
+                f"{folder}: was trained with {key}: {trained}, but params.yaml has {value}; set {key}: {trained} in "
+                "params.yaml, or train again: dvc repro"
+            )
+
+
+def load_adapter(
+    adapter: Path, base: str, base_revision: str, dtype: str, attention: str, trained: bool = True
+) -> ColIntern3_5:
     """Load an adapter with its base, or its base with the adapter's head, to the GPU if there is one.
 
     Args:
-        params: for dtype and attention.
-        base: where `manifest.ensure_base` found the base's weights.
         adapter: its folder.
+        base: where `manifest.ensure_base` found the base's weights.
+        base_revision: as in params.yaml, like the next two.
+        dtype: see params.yaml.
+        attention: see params.yaml.
         trained: whether LoRA is loaded too.
 
     Raises:
         UserError: weights that are missing or do not fit, such as an adapter without its head.
     """
     if trained:
-        model = load_model(adapter, base=base, **_get_options(params))
+        model = load_model(adapter, base=base, **_get_options(dtype, attention))
     else:
-        model = load_model(base, revision=params.base_revision or None, **_get_options(params))
+        model = load_model(base, revision=base_revision or None, **_get_options(dtype, attention))
         model.load_head(adapter)
     return model.to(_get_device())
 
 
-def load_merged(params: Params, folder: Path) -> ColIntern3_5:
+def load_merged(folder: Path, dtype: str, attention: str) -> ColIntern3_5:
     """Load a model whose adapter was folded into its weights, to the GPU if there is one.
 
     Raises:
         UserError: weights that are missing or do not fit.
     """
-    return load_model(folder, **_get_options(params)).to(_get_device())
+    return load_model(folder, **_get_options(dtype, attention)).to(_get_device())
 
 
 def load_model(path: str | Path, **options: Any) -> Any:
@@ -209,21 +228,8 @@ def load_model(path: str | Path, **options: Any) -> Any:
         raise UserError(f"{path}: cannot be loaded: {describe_error(error)}") from error
 
 
-def _get_options(params: Params) -> dict[str, object]:
-    return {
-        "dtype": getattr(torch, params.dtype),
-        "attn_implementation": resolve_attn_implementation(params.attention, params.dtype),
-    }
-
-
-def load_processor(params: Params, adapter: Path, model: nn.Module | None = None) -> ColIntern3_5Processor:
-    """Load the adapter's processor with the bounds and the tiling of params.yaml.
-
-    Raises:
-        UserError: see `read_processor`.
-    """
-    bounds = {"max_visual_tokens": params.max_visual_tokens, "max_query_tokens": params.max_query_tokens}
-    return read_processor(adapter, model, **bounds, tiling=params.tiling)
+def _get_options(dtype: str, attention: str) -> dict[str, object]:
+    return {"dtype": getattr(torch, dtype), "attn_implementation": resolve_attn_implementation(attention, dtype)}
 
 
 def read_processor(folder: Path, model: nn.Module | None = None, **bounds: int | str) -> ColIntern3_5Processor:

@@ -185,8 +185,8 @@ class ColIntern3_5ForRetrieval(InternVLModel):
             pages = pixel_values.split(counts)
             image_features = torch.cat([self.get_page_features(tiles) for tiles in pages if len(tiles)])
         images = None if image_features is None else {"image": BaseModelOutputWithPooling(pooler_output=image_features)}
-        # Causal attention never looks right, so right padding needs no attention mask, and a page's embeddings
-        # cannot depend on the pages beside it.
+        # Causal attention never looks right, so right padding needs no attention mask. The pages of a batch change a
+        # page's embeddings by rounding alone: matrix products of other sizes sum in another order.
         kwargs |= {"use_cache": False, "return_dict": True}
         hidden = super().forward(input_ids=input_ids, mm_encoder_outputs=images, **kwargs).last_hidden_state
         embeddings = normalize(self.head(hidden).float(), dim=-1)

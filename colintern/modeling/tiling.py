@@ -2,10 +2,10 @@
 
 InternVL reads a page as a grid of square tiles, plus a thumbnail of the whole page, each tile costing the same
 number of visual tokens (256 for InternVL3.5, whose tiles are 448 px). transformers' own tiler takes the grid whose
-aspect ratio is closest and always adds the thumbnail, so an A4 page jumps from 3 tiles to 7, and 1536 tokens are
-impossible. With `tiling: exact` the budget is a hard bound: the smallest grid below it that is as sharp as possible to
-within 2 %, and the thumbnail if it still fits. With `tiling: stock` the grid is transformers', whose `max_patches` is
-the budget in tiles less the thumbnail, so that other programs (vLLM) cut a page alike.
+aspect ratio is closest and adds the thumbnail to every grid but a single tile, so an A4 page jumps from 3 tiles to 7,
+and 1536 tokens are impossible. With `tiling: exact` the budget is a hard bound: the smallest grid below it that is as
+sharp as possible to within 2 %, and the thumbnail if it still fits. With `tiling: stock` the grid is transformers',
+whose `max_patches` is the budget in tiles less the thumbnail, so that other programs (vLLM) cut a page alike.
 """
 
 from typing import NamedTuple
@@ -87,12 +87,12 @@ def choose_grid(width: int, height: int, max_tiles: int, tile: int, tiling: str 
     def compute_sharpness(grid: tuple[int, int]) -> float:
         return min(grid[0] * tile / width, grid[1] * tile / height, 1.0)
 
-    def rank(grid: tuple[int, int]) -> tuple[int, float, float]:
+    def get_sort_key(grid: tuple[int, int]) -> tuple[int, float, float]:
         cols, rows = grid
         distortion = (cols * height) / (rows * width)
         return (cols * rows, -compute_sharpness(grid), max(distortion, 1 / distortion))
 
     grids = [(cols, rows) for cols in range(1, max_tiles + 1) for rows in range(1, max_tiles // cols + 1)]
     min_sharpness = MIN_SHARPNESS * max(map(compute_sharpness, grids))
-    cols, rows = min((grid for grid in grids if compute_sharpness(grid) >= min_sharpness), key=rank)
+    cols, rows = min((grid for grid in grids if compute_sharpness(grid) >= min_sharpness), key=get_sort_key)
     return Grid(cols, rows, thumbnail=1 < cols * rows < max_tiles)

@@ -14,10 +14,11 @@ from huggingface_hub.errors import HTTPError
 
 from colintern.core.errors import UserError
 from colintern.core.imports import list_reached_modules
+from colintern.encoding.loading import get_encoder_settings
 from colintern.evaluation.models import make_eval_models
 from colintern.evaluation.results import shorten_task_name
 from colintern.modeling.configuration_colintern import EMBEDDING_DIM, ColIntern3_5Config
-from colintern.modeling.loading import PROCESSOR_CONFIG, load_processor
+from colintern.modeling.loading import PROCESSOR_CONFIG, read_processor
 from colintern.modeling.modeling_colintern import suppress_load_warnings
 from colintern.modeling.processor import ColIntern3_5Processor
 from colintern.modeling.retriever import ColIntern3_5
@@ -90,7 +91,7 @@ def export_model(params: Params, folder: Path, out: Path, name: str, for_vllm: b
     base = find_base(adapter, None)
     if failed := [finding for finding in check_adapter(adapter, base) if not finding.ok]:
         raise UserError(f"{folder}: {failed[0].name}: {failed[0].found}; see: colintern check-adapter {folder}")
-    revision = make_eval_models(params, folder)["trained"].revision
+    revision = make_eval_models(get_encoder_settings(params), folder)["trained"].revision
     evaluation, reason = _find_evaluation_of_export(params, revision)
     logger.info(f"export: merging {folder} into its base, writing {out}")
     partial = out.with_name(out.name + ".partial")
@@ -98,7 +99,8 @@ def export_model(params: Params, folder: Path, out: Path, name: str, for_vllm: b
     partial.mkdir(parents=True)
     model = ColIntern3_5.from_pretrained(folder, base=str(base), merge=True, dtype=torch.float32)
     model.to(getattr(torch, params.dtype))
-    processor = load_processor(params, folder)
+    bounds = {"max_visual_tokens": params.max_visual_tokens, "max_query_tokens": params.max_query_tokens}
+    processor = read_processor(folder, None, **bounds, tiling=params.tiling)
     if for_vllm:
         write_vllm_model(model, processor, base, partial)
     else:

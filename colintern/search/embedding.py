@@ -3,34 +3,18 @@
 Only ids and names of pages stay in memory.
 """
 
-import ctypes
-import logging
-import multiprocessing
-import os
-import signal
-import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from PIL import Image
-from torch import Tensor
 
-from colintern.core.errors import OutOfMemoryError
-from colintern.core.memory import is_out_of_memory
 from colintern.core.progress import ProgressBar
+from colintern.encoding.multi_process import EmbeddingPool
 from colintern.encoding.page_features import Page
 from colintern.search.corpora import PageCorpus, PageImages, is_in_shard
-from colintern.stores.base import EmbeddedPage, PageStore
-
-logger = logging.getLogger(__name__)
-PR_SET_PDEATHSIG = 1
-BATCHES_PER_WORKER = 2  # in flight: one is computed, one waits
-EmbedImages = Callable[[Sequence[Image.Image]], list[Tensor]]
+from colintern.stores.base import EmbeddedPage, PageStore, StoredPage
 
 
 class EmbedCounts(NamedTuple):
@@ -40,29 +24,6 @@ class EmbedCounts(NamedTuple):
     added: int
     replaced: int
     removed: int
-
-
-class OomBackoffEmbedder:
-    """Embeds images in batches, and halves the batch size where one does not fit into memory."""
-
-    def __init__(self, embed: EmbedImages, batch_size: int):
-        self.embed, self.batch_size = embed, batch_size
-
-    def __call__(self, images: Sequence[Image.Image]) -> list[Tensor]:
-        """Return the vectors of each image; raise the error of a single image that does not fit."""
-        embeddings: list[Tensor] = []
-        while len(embeddings) < len(images):
-            batch = images[len(embeddings) :][: self.batch_size]
-            try:
-                embeddings += self.embed(batch)
-                continue
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or len(batch) == 1:
-                    raise
-            torch.cuda.empty_cache()
-            self.batch_size = len(batch) // 2
-            logger.warning(f"out of memory: --batch-size is {self.batch_size} from here on")
-        return embeddings
 
 
 def embed_into_store(
@@ -118,62 +79,14 @@ def _group_by_bytes(rows: Iterator[EmbeddedPage], limit: int) -> Iterator[list[E
         yield group
 
 
-def embed_in_process(pages: PageImages, load: Callable[[], EmbedImages], batch_size: int) -> Iterator[EmbeddedPage]:
-    """Embed pages in this process; the model is loaded for the first of them."""
-    embedder: OomBackoffEmbedder | None = None
-    while batch := list(islice(pages, batch_size)):
-        embedder = embedder or OomBackoffEmbedder(load(), batch_size)
-        embeddings = embedder([image for _, image in batch])
-        yield from (EmbeddedPage(page, vectors) for (page, _), vectors in zip(batch, embeddings, strict=True))
+def embed_pages_in_pool(pages: PageImages, pool: EmbeddingPool[Image.Image], batch_size: int) -> Iterator[EmbeddedPage]:
+    """Embed pages, in their order."""
+    waiting: deque[StoredPage] = deque()
 
+    def iter_batches() -> Iterator[list[Image.Image]]:
+        while batch := list(islice(pages, batch_size)):
+            waiting.extend(page for page, _ in batch)
+            yield [image for _, image in batch]
 
-def embed_in_workers(
-    pages: PageImages, load: Callable[[], EmbedImages], batch_size: int, num_workers: int
-) -> Iterator[EmbeddedPage]:
-    """Embed pages in processes, one per GPU, in the order of the pages; `load` is called in each and must be picklable.
-
-    Raises:
-        OutOfMemoryError: a process was killed.
-    """
-    context = multiprocessing.get_context("spawn")  # CUDA cannot be used after a fork
-    numbers = context.Queue()
-    for number in range(num_workers):
-        numbers.put(number)
-    waiting: deque[tuple[list[Any], Future]] = deque()
-    with ProcessPoolExecutor(num_workers, context, _init_worker, (numbers, load, batch_size)) as pool:
-        try:
-            while True:
-                while len(waiting) < BATCHES_PER_WORKER * num_workers and (batch := list(islice(pages, batch_size))):
-                    images = [image for _, image in batch]
-                    waiting.append(([page for page, _ in batch], pool.submit(_embed_in_worker, images)))
-                if not waiting:
-                    return
-                keyed, future = waiting.popleft()
-                for page, vectors in zip(keyed, future.result(), strict=True):
-                    yield EmbeddedPage(page, torch.from_numpy(vectors))
-        except BrokenProcessPool as error:
-            raise OutOfMemoryError(
-                "a process that embeds pages was killed or could not load the model; see the messages above. Lower "
-                "launch in params.yaml or --batch-size, and run the same command again: stored pages are kept"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-_embedder: OomBackoffEmbedder
-
-
-def _init_worker(numbers: Any, load: Callable[[], EmbedImages], batch_size: int) -> None:
-    """Take a GPU and load the model; the process ends with its parent, and leaves Ctrl-C to it."""
-    global _embedder
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(numbers.get() % torch.cuda.device_count())
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    _embedder = OomBackoffEmbedder(load(), batch_size)
-
-
-def _embed_in_worker(images: Sequence[Image.Image]) -> list[Any]:
-    return [vectors.numpy() for vectors in _embedder(images)]
+    for embeddings in pool.embed_batches(iter_batches()):
+        yield from (EmbeddedPage(waiting.popleft(), vectors) for vectors in embeddings)

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from colintern.encoding.embed import embed_queries
+from colintern.encoding.loading import EncoderSettings
 from colintern.evaluation.models import make_eval_models
 from colintern.ingest.documents import InvalidRow
 from colintern.modeling.processor import ColIntern3_5Processor
 from colintern.modeling.retriever import ColIntern3_5
-from colintern.params import Params
 from colintern.reporting.examples import RankedPage
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.search.index import PageIndex, get_index_identity
@@ -65,12 +65,17 @@ class PageSearcher:
 
 
 def load_searcher(
-    params: Params, model: Path, index: Path, sources: Sequence[PageSource], precision: str, rescore_top_k: int
+    settings: EncoderSettings,
+    model: Path,
+    index: Path,
+    sources: Sequence[PageSource],
+    precision: str,
+    rescore_top_k: int,
 ) -> PageSearcher:
     """Load a model from its folder, and open its index below the folder `index`.
 
     Args:
-        params: how the model is loaded.
+        settings: how the model is loaded.
         model: folder of an adapter or of a merged model.
         index: folder of all indexes.
         sources: pages to search.
@@ -78,7 +83,7 @@ def load_searcher(
         rescore_top_k: best pages that are scored again by float16 vectors, which the index then stores too; 0: none.
     """
     enable_offline_mode()
-    eval_model = make_eval_models(params, model)["trained"]
+    eval_model = make_eval_models(settings, model)["trained"]
     encoder = eval_model.load_encoder()
     base = eval_model.identity.get("base")
     identity = get_index_identity(content_hash(model), base, encoder.model, encoder.processor)

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from colintern.core.errors import UserError
 from colintern.encoding.embed import embed_queries
+from colintern.encoding.loading import EncoderSettings
 from colintern.encoding.pooling import truncate_dim
 from colintern.evaluation.models import make_eval_models
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.ingest.documents import InvalidRow
-from colintern.params import Params
 from colintern.search.corpora import list_documents
 from colintern.search.searcher import Ranking
 from colintern.search.sources import PageSource
@@ -50,7 +50,9 @@ class StoreSearcher:
         return [(query, ranking[:top]) for query, ranking in zip(embeddings, rankings, strict=True)]
 
 
-def open_store_searcher(params: Params, model: Path, url: str, source: Path) -> tuple[StoreSearcher, list[InvalidRow]]:
+def open_store_searcher(
+    settings: EncoderSettings, model: Path, url: str, source: Path
+) -> tuple[StoreSearcher, list[InvalidRow]]:
     """Open a store and load the model that filled it; also return the files of the source that cannot be read.
 
     Raises:
@@ -70,5 +72,5 @@ def open_store_searcher(params: Params, model: Path, url: str, source: Path) -> 
     if not sources:
         raise UserError(f"--store: {store.label}: has no page of {source}; run: colintern embed {source}")
     enable_offline_mode()
-    encoder = make_eval_models(params, model)["trained"].load_encoder()
+    encoder = make_eval_models(settings, model)["trained"].load_encoder()
     return StoreSearcher(encoder, store, stored, sources, len(listed) - len(sources), num_outdated), bad

@@ -196,7 +196,7 @@ def ensure_inputs(params: Params, *, evaluation: bool = False, force: bool = Fal
     Raises:
         UserError: no manifest, or a file is missing and cannot be fetched, or is not the one that was fetched.
     """
-    base = ensure_base(params, force)
+    base = ensure_base(params.base, params.base_revision, force)
     manifest = read_data_file(MANIFEST)
     if entry := manifest.get("kernel"):
         ensure_files(entry, "attention", "kernel", force)
@@ -206,19 +206,17 @@ def ensure_inputs(params: Params, *, evaluation: bool = False, force: bool = Fal
     return base
 
 
-def ensure_base(params: Params, force: bool = False) -> str:
+def ensure_base(base: str, base_revision: str, force: bool = False) -> str:
     """Verify the base, and return the hub id or folder from which it is loaded.
 
     Raises:
         UserError: the manifest was made for another base, or a file is missing or changed.
     """
     entry = read_data_file(MANIFEST)["base"]
-    if (entry["folder"], entry["revision"]) != (params.base, params.base_revision):
-        raise UserError(
-            f"base: {params.base!r} is not the one in {MANIFEST}, {entry['folder']!r}; run: dvc repro fetch-data"
-        )
+    if (entry["folder"], entry["revision"]) != (base, base_revision):
+        raise UserError(f"base: {base!r} is not the one in {MANIFEST}, {entry['folder']!r}; run: dvc repro fetch-data")
     folder = ensure_files(entry, "base", "model", force)
-    return params.base if params.base_revision else str(folder)
+    return base if base_revision else str(folder)
 
 
 def get_kernel_entry(attention: str) -> FilesEntry | None:

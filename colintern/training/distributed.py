@@ -5,7 +5,6 @@ sum over the ranks is the gradient that one process computes from the whole batc
 accelerate or Slurm; without such a launcher, `launch` in params.yaml says how many processes are started here.
 """
 
-import ctypes
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from torch.nn.functional import pad
 
 from colintern.core.errors import UserError
 from colintern.core.memory import is_out_of_memory
+from colintern.encoding.multi_process import count_workers, kill_with_parent
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -34,7 +34,6 @@ POLL_INTERVAL, COLLECTIVE_TIMEOUT = timedelta(seconds=1), timedelta(minutes=10)
 EXIT_INTERRUPTED = 75
 SIGTERM_EXIT_CODES = (EXIT_INTERRUPTED, -signal.SIGTERM)
 FAILURE = "failed"  # in place of JSON
-PR_SET_PDEATHSIG = 1
 Side = Literal["query", "page"]
 SIDES: tuple[Side, Side] = ("query", "page")
 PRECISION_VARIABLE = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
@@ -205,10 +204,7 @@ def maybe_launch_workers(launch: str | int, batch_size: int, threads: int, modul
     """
     if get_dist_info() is not None:
         return
-    num_gpus = torch.cuda.device_count()
-    world_size = max(num_gpus, 1) if launch == "auto" else int(launch)
-    if num_gpus and world_size > num_gpus:
-        raise UserError(f"launch: {world_size} is more than the {num_gpus} GPUs that can be seen")
+    world_size = count_workers(launch)
     per_rank_batch_size(batch_size, world_size)
     if world_size > 1:
         raise SystemExit(_launch_workers(world_size, threads, module))
@@ -276,8 +272,8 @@ def init_distributed(threads: int) -> Iterator[DistributedContext]:
         return
     if "RANK" not in os.environ:
         _set_slurm_variables(*dist_info)
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":  # a killed launcher must not leave ranks behind
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a killed launcher must not leave ranks behind
+        kill_with_parent()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # else accelerate sets the number of threads
     if torch.cuda.is_available():
         # Slurm may show each task one GPU, which has index 0.

@@ -1,7 +1,7 @@
 """Divide one side of a batch into mini-batches that go through the model one at a time.
 
 Rows of similar length share a mini-batch, which is only as long as its longest row, so that there is little padding.
-The batch itself stays in its random order, and a row's embeddings do not depend on the mini-batch that it is in.
+The batch itself stays in its random order, and a row's embeddings depend on its mini-batch by rounding alone.
 """
 
 from collections.abc import Iterable, Sequence

@@ -7,24 +7,19 @@ margin relative to the score of the labelled page ("TopK-PercPos", de Souza More
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from itertools import islice
-from pathlib import Path
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from colintern.core.progress import ProgressBar
-from colintern.core.project import root
-from colintern.data.training_set import get_training_data_params, load_training_data
-from colintern.encoding.embed import embed_features, embed_queries
-from colintern.encoding.page_features import FEATURES_DIR, Page, PageFeatures
-from colintern.modeling.loading import load_adapter, load_processor, require_adapter, require_same_base
-from colintern.modeling.runtime import configure_cpu_runtime
-from colintern.params import Params
+from colintern.data.training_set import TrainingData
+from colintern.encoding.embed import embed_queries
+from colintern.encoding.loading import PageEncoder
+from colintern.encoding.multi_process import EmbeddingPool
+from colintern.encoding.page_features import Page
 from colintern.scoring.maxsim import maxsim_scores
-from colintern.storage.identity import content_hash, get_versions
-from colintern.storage.manifest import ensure_base
 from colintern.training.pairs import MinedNegatives, TrainingPair, load_mining_candidates
 
 MAX_PAGES_IN_MEMORY = 256  # embeddings; 256 pages of 1,536 tokens take 0.2 GB
@@ -39,50 +34,48 @@ class MiningLimits(NamedTuple):
 
 
 class MiningResult(NamedTuple):
-    """The negatives of each pair, what made them, and how many pages were excluded as positives and as too close."""
+    """The negatives of each pair, how many pages were ranked, and excluded as positives and as too close."""
 
     rows: list[MinedNegatives]
-    provenance: dict[str, object]
+    num_pages: int
     num_positives: int
     num_too_close: int
 
 
-def mine_hard_negatives(params: Params, adapter: Path, limits: MiningLimits) -> MiningResult:
-    """Mine negatives for each training pair; raise UserError if data, base or adapter are missing or changed."""
-    require_adapter(adapter)
-    base = ensure_base(params)
-    require_same_base(params, adapter)
-    configure_cpu_runtime(params.threads)
-    model = load_adapter(params, base, adapter)
-    processor = load_processor(params, adapter, model)
-    train, pages, excluded_page_keys = load_mining_candidates(load_training_data(params))
-    features = PageFeatures(
-        model, processor, root() / FEATURES_DIR, params.feature_cache_gb, params.feature_cache_format
-    )
-    features.precompute(pages, params.workers)
+def mine_hard_negatives(
+    data: TrainingData,
+    limits: MiningLimits,
+    encoder: PageEncoder,
+    pool: EmbeddingPool[Page],
+    batch_size: int,
+    num_data_workers: int,
+) -> MiningResult:
+    """Mine negatives for each training pair.
+
+    Args:
+        data: training pairs and pages.
+        limits: of the ranking.
+        encoder: embeds the queries.
+        pool: embeds the pages, with `encoder` or in several processes.
+        batch_size: pages or queries per forward pass.
+        num_data_workers: processes that decode pages if `pool` has one process.
+    """
+    train, pages, excluded_page_keys = load_mining_candidates(data)
+    if pool.num_workers == 1:  # several processes compute the features that they need
+        encoder.features.precompute(pages, num_data_workers)
     queries = list(dict.fromkeys(pair.query for pair in train))
     query_bar = ProgressBar(queries, desc="embedding queries", unit="query")
-    query_embeddings = embed_queries(model, processor, query_bar, params.eval_batch_size)
+    query_embeddings = embed_queries(encoder.model, encoder.processor, query_bar, batch_size)
     top_k = TopKAccumulator(train, queries, limits.range_max)
-    page_features = map(features, pages)
+    batches = (pages[start : start + batch_size] for start in range(0, len(pages), batch_size))
+    page_embeddings = chain.from_iterable(pool.embed_batches(batches))
     with ProgressBar(desc="ranking pages", total=len(pages), unit="page") as bar:
         for start in range(0, len(pages), MAX_PAGES_IN_MEMORY):
-            chunk = islice(page_features, MAX_PAGES_IN_MEMORY)
-            embeddings = embed_features(model, processor, chunk, params.eval_batch_size)
-            top_k.add(pages[start : start + MAX_PAGES_IN_MEMORY], maxsim_scores(query_embeddings, embeddings))
-            bar.update(len(embeddings))
+            chunk = list(islice(page_embeddings, MAX_PAGES_IN_MEMORY))
+            top_k.add(pages[start : start + MAX_PAGES_IN_MEMORY], maxsim_scores(query_embeddings, chunk))
+            bar.update(len(chunk))
     rows, num_positives, num_too_close = filter_negatives(train, top_k, limits, excluded_page_keys)
-    provenance: dict[str, object] = {
-        "adapter": str(adapter),
-        "adapter_sha256": content_hash(adapter / "adapter_model.safetensors"),
-        "base": params.base,
-        "base_revision": params.base_revision,
-        "data": get_training_data_params(params),
-        "limits": {"top": limits.range_max, "margin": limits.relative_margin, "keep": limits.num_negatives},
-        "pages": len(pages),
-        "versions": get_versions(),
-    }
-    return MiningResult(rows, provenance, num_positives, num_too_close)
+    return MiningResult(rows, len(pages), num_positives, num_too_close)
 
 
 class TopKAccumulator:

@@ -68,7 +68,7 @@ def train(
     check_workers(params.workers)
     configure_cpu_runtime(params.threads)
     set_deterministic(params.deterministic)
-    base_path = context.run_on_rank0_and_broadcast(lambda: ensure_base(params))
+    base_path = context.run_on_rank0_and_broadcast(lambda: ensure_base(params.base, params.base_revision))
     identity = stage_identity("train", params)
     folder = root() / ".scratch" / f"train-{fingerprint(identity)[:16]}"
     shutdown = checkpoints.GracefulShutdown(context)
