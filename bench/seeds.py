@@ -57,8 +57,8 @@ def count_false(a_seeds: int, b_seeds: int, spread: float, runs: int) -> tuple[f
         ease = rng.normal(0.3, 1.2, QUERIES)
         a, b = score_runs(rng, ease, a_seeds, spread), score_runs(rng, ease, b_seeds, spread)
         fired["compare"] += compare_groups(a, b, f"{number}") < SIGNIFICANCE_LEVEL
-        means = (side.mean(axis=0, keepdims=True) for side in (a, b))
-        fired["queries"] += compare_groups(*means, f"{number}") < SIGNIFICANCE_LEVEL
+        means = [side.mean(axis=0, keepdims=True) for side in (a, b)]
+        fired["queries"] += compare_groups(means[0], means[1], f"{number}") < SIGNIFICANCE_LEVEL
         fired["percentile"] += is_outside_percentiles(rng, a, b)
         spreads.append(100 * b.mean(axis=1).std(ddof=1))
     return float(np.mean(spreads)), {name: 100 * count / runs for name, count in fired.items()}
