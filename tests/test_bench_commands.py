@@ -27,6 +27,7 @@ SECONDS = (  # command, options after it, what the end says
         "--demo --batch 2 --micro 2 --rounds 1",
         r"RESULT plain=.*half=[\d.]+ same_gradient=True",
     ),
+    (documented("python -m bench.seeds"), "--runs 2", r"RESULT compare=[\d.]+-[\d.]+ queries="),
     (documented("python -m bench.curves"), "", r"RESULT tuned_on_right=8 tuned_on=8 held_out_right=13"),
     (
         documented("python -m bench.parts --demo --batch 48 --micro 8 --rounds 7"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
+from bench import seeds
 from colintern.__main__ import main
+from colintern.analysis import significance
 from colintern.analysis.comparison import (
     EvalComparison,
     compare_eval_runs,
     comparison_to_markdown,
     format_comparison,
-    load_eval_run,
 )
+from colintern.analysis.eval_runs import load_eval_group, load_eval_run
 from colintern.analysis.significance import NUM_RESAMPLES, ScoreComparison, ScorePair, adjust_holm, compare_scores
 from colintern.core.errors import UserError
 from colintern.core.page_labels import count_columns, label_page
@@ -61,6 +64,26 @@ def test_intervals_hold_the_true_difference_as_often_as_they_say():
         [row] = compare_scores(pairs(before, truth + 0.03 + rng.normal(0, 0.1, 150), f"Task{number}"))
         held += row.low <= 0.03 <= row.high
     assert 0.91 <= held / 200 <= 0.99, held
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.2])
+def test_groups_of_seeds_without_a_difference_fire_as_often_as_they_say(spread, monkeypatch):
+    """Of a spread of 0 and of 3 points of NDCG@5 in a run; queries alone would find 29 % at 0.2."""
+    monkeypatch.setattr(significance, "NUM_RESAMPLES", 500)
+    monkeypatch.setattr(seeds, "QUERIES", 100)
+    _, share = seeds.count_false(3, 3, spread, runs=200)
+    assert 2 <= share["compare"] <= 8, share
+    assert spread == 0 or share["queries"] > 12, "queries alone find too many"
+
+
+def test_a_group_of_seeds_by_hand():
+    """Queries and seeds without interaction: seeds alone decide, by Student's t with 4 degrees of freedom."""
+    a = np.array([[0.1, 0.2, 0.3], [0.2, 0.3, 0.4], [0.0, 0.1, 0.2]])  # (queries, seeds)
+    [row] = compare_scores(ScorePair("bench", "Task", "", *pair) for pair in zip(a, a + 0.1, strict=True))
+    assert (row.spread_before, row.spread_after) == pytest.approx((0.1, 0.1))
+    assert row.difference == pytest.approx(0.1) and (row.wins, row.losses, row.ties) == (3, 0, 0)
+    assert row.high - row.difference == pytest.approx(2.776 * math.sqrt(0.01 * 2 / 3), rel=0.05)
+    assert row.low == pytest.approx(0.2 - row.high) and row.p == pytest.approx(0.288, abs=0.02)
 
 
 def test_identical_inputs_give_p_1_and_no_verdict():
@@ -281,6 +304,38 @@ def test_what_cannot_be_compared_is_told(two, tmp_path):
         main(["compare", two[0], two[0]])
 
 
+def test_seeds_are_merged_and_what_differs_is_listed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number in range(6):
+        places = {key: [max(1, rank - number % 3) for rank in ranks_] for key, ranks_ in PLACES.items()}
+        write(tmp_path / f"run-{number}", places)
+        run = json.loads((tmp_path / f"run-{number}" / "run.json").read_text())
+        params = {"seed": number % 3, "lr": 0.2 if number == 5 else 0.1, "batch": 2 if number > 2 else 1}
+        (tmp_path / f"run-{number}" / "run.json").write_text(
+            json.dumps(run | {"revision": f"{number}", "params": params})
+        )
+    main(["compare", "run-0,run-1,run-2", "run-3,run-4,run-5"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "a: run-0,run-1,run-2 (3 seeds: run-0, run-1, run-2)"
+    assert max(map(len, lines[2:])) <= 80 and "batch: 1 -> 2" in lines and "seed:" not in "".join(lines)
+    assert {
+        "seeds: 3 of a, 3 of b; intervals and p cover queries and seeds",
+        "b: its runs also differ in lr (0.1, 0.2)",
+    } <= set(lines)
+    assert any(re.fullmatch(r" +spread over seeds +10\.7 +10\.7", line) for line in lines), lines
+    main(["compare", "run-0", "run-3,run-4,run-5", "--md"])
+    out = capsys.readouterr().out
+    assert "the side with one seed is assumed to have the spread of the other" in out and "| spread a | b |" in out
+    main(["compare", "run-0", "run-3"])
+    assert "one seed each: intervals and p cover queries, not the spread over seeds" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["compare", "run-0", "run-0,run-1"])
+    assert "run-0: an evaluation is named twice" in capsys.readouterr().err
+    write(tmp_path / "other", {key: ranks_[1:] for key, ranks_ in PLACES.items()})
+    with pytest.raises(UserError, match="run-0,other: its runs were evaluated on other queries"):
+        load_eval_group("run-0,other")
+
+
 @pytest.fixture
 def repository(request, tmp_path, monkeypatch):
     """Three commits, an evaluation at the last two, kept by DVC; in git's folder, or one below it."""
@@ -319,6 +374,19 @@ def test_a_revision_that_is_not_there_or_not_in_the_cache_is_told(repository):
         load_eval_run("workspace")
     with pytest.raises(UserError, match="none: has no results/mteb_evaluation"):
         load_eval_run("none")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    for name in ("slower-2", "slower-10", "slower-1"):
+        repository(f"git update-ref refs/exps/{commit[:2]}/{commit[2:]}/{name} HEAD")
+    with pytest.raises(UserError, match=r"slower-\*: slower-1 and slower-2 are the same model; name it once"):
+        load_eval_group("slower-*")
+    assert load_eval_group("slower-?0").name == "slower-10"
+    with pytest.raises(
+        UserError, match=r"'slowre-\*' matches no DVC experiment of this commit; the nearest are slower"
+    ):
+        load_eval_group("slowre-*")
+    repository("git checkout -qf run-0")
+    with pytest.raises(UserError, match="of this commit; it has none; name those of other commits"):
+        load_eval_group("slower-*")
     repository("rm -rf .dvc/cache results")
     with pytest.raises(UserError, match=r"run-0: results/mteb_evaluation.* is not in DVC's cache here"):
         load_eval_run("run-0")

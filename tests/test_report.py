@@ -41,8 +41,10 @@ from colintern.reporting.evaluation import (
     select_worst_queries,
 )
 from colintern.reporting.examples import RankedPage, explain_failures, explain_query, split_query
+from colintern.reporting.failures import JudgedQuery, group_failures
 from colintern.reporting.html import render_html
 from colintern.scoring.maxsim import maxsim_scores
+from colintern.scoring.metrics import MAIN_METRIC
 from colintern.storage.files import format_json
 from colintern.storage.manifest import BEIR_SUFFIXES, hash_local_files, hash_source_files
 from demo.corpus import generate_corpus
@@ -122,6 +124,54 @@ def report(evaluated) -> Path:
     assert re.search(r"report: drawing the worst 30 of \d+ queries below NDCG@5 1", log), log
     assert re.search(r"report.html: 30 queries with 90 pages, \d\.\d MB", log), log
     return evaluated / "report.html"
+
+
+def test_failures_are_grouped(report):
+    """On the report of 60 pages, of which one is a page of a PDF; and on queries whose groups are known."""
+    text = report.read_text()
+    section = text[text.index('<section id="failures">') : text.index('<section id="queries">')]
+    count = int(re.search(r"wrong page comes first for (\d+) queries", section)[1])
+    tables = [
+        re.findall(r'<tr><th>([^<]*)</th><td class="n">(\d+)</td><td class="n">(\d+)</td>', part)
+        for part in section.split("<table>")[1:]
+    ]
+    assert [sum(int(queries) for _, queries, _ in table) for table in tables] == [count, 60, 60, 60]
+    assert all(sum(int(failed) for *_, failed in table) == count for table in tables)
+    assert {name for name, *_ in tables[2]} == {"sub dir/50% Größe #2.pdf", "not a page of a PDF"}
+
+    def judge(rank: int, first: str | None, *right: str | None, words: int = 3) -> JudgedQuery:
+        scores = {MAIN_METRIC.key: 1.0 if rank == 1 else 0.5}
+        return JudgedQuery(
+            QueryResult("b", "t", "fr", "q", scores, rank, ["1"], query="w " * words), first, right, "fr"
+        )
+
+    groups = group_failures(
+        [
+            judge(1, "a.pdf", "a.pdf"),
+            judge(2, "a.pdf", "b.pdf", "a.pdf", words=4),
+            judge(2, "a.pdf", "b.pdf", words=5),
+            judge(2, "b.pdf", "c.pdf", words=17),
+            judge(2, None, "c.pdf"),
+            judge(2, "c.pdf", None),
+        ]
+    )
+    names = {key: [(group.name, group.queries, group.failed) for group in rows] for key, rows in groups.items()}
+    assert names == {
+        "first page": [
+            ("another document", 2, 2),
+            ("not a page of a PDF", 2, 2),
+            ("another page of the same document", 1, 1),
+        ],
+        "language": [("fr", 6, 5)],
+        "document of the right page": [
+            ("b.pdf", 2, 2),
+            ("c.pdf", 2, 2),
+            ("not a page of a PDF", 1, 1),
+            ("a.pdf", 1, 0),
+        ],
+        "query length": [("1 to 4 words", 4, 3), ("5 to 8 words", 1, 1), ("more than 16 words", 1, 1)],
+    }
+    assert groups["language"][0].ndcg == pytest.approx(3.5 / 6)
 
 
 @pytest.fixture(scope="session")

@@ -75,6 +75,22 @@ def test_the_page_is_run_from_its_first_command_to_its_last(repo):
     assert (repo.path / "found.html").is_file() and (repo.path / "exported" / "README.md").is_file()
 
 
+@pytest.mark.slow  # five trainings
+def test_groups_of_seeds_are_queued_and_compared(repo):
+    if not (repo.path / "experiments" / "colintern").is_dir():
+        repo.output("dvc repro -q")
+    repo.commit()
+    for command in (
+        documented("dvc exp run --queue -n slower -S 'seed=0,1,2' -S lr=3e-3"),
+        documented("dvc exp run --queue -n same -S 'seed=0,1,2'"),
+        documented("dvc exp run --run-all"),
+    ):
+        repo.output(command, **IDENTITY)
+    out = repo.output(documented("colintern compare 'same-*' 'slower-*'"))
+    assert "a: same-* (3 seeds: same-1, same-2, same-3)" in out and "\nlr: 0.006 -> 0.003" in out, out
+    assert "seeds: 3 of a, 3 of b; intervals and p cover queries and seeds" in out and "spread over seeds" in out
+
+
 def test_other_commands_that_need_a_run(repo):
     for command in README:
         repo.output(command)

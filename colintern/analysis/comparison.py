@@ -1,11 +1,9 @@
 """Compare evaluations of a folder, a git revision or a DVC experiment: scores, changed queries, other settings."""
 
-import json
 import re
-from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
+from colintern.analysis.eval_runs import RANK_NOT_FOUND, EvalRun, describe_seeds, get_query_key, list_seed_scores
 from colintern.analysis.significance import (
     NUM_RESAMPLES,
     SIGNIFICANCE_LEVEL,
@@ -20,27 +18,14 @@ from colintern.evaluation.results import (
     QUERY_KEY,
     UNRECORDED,
     QueryResult,
-    RunInfo,
-    read_query_results,
     shorten_task_name,
 )
 
-EVALUATION = "results/mteb_evaluation"
-RUN_FILE, QUERIES_FILE = "run.json", "queries/trained.parquet"
 MAX_CHANGED = 10  # queries shown
 QUERY_COLUMNS, LINK_INDENT = 52, 6
 MARKDOWN_WIDTH = 100  # of a query or name in a cell
 MARKUP = re.compile(r"[\\`*_{}\[\]<>&|~!$]")  # has a meaning in GitHub's Markdown
-RANK_NOT_FOUND = 1001  # in place of the rank of a page that is not among mteb's 1,000 best
 TaskResults = dict[tuple[str, str], dict[tuple[str, str], QueryResult]]  # (benchmark, task) -> (subset, query id)
-
-
-class EvalRun(NamedTuple):
-    """An evaluation. `run`: its run.json (revision, params, data). `queries`: what each query scored."""
-
-    name: str
-    run: RunInfo
-    queries: list[QueryResult]
 
 
 class FirstPage(NamedTuple):
@@ -75,77 +60,8 @@ class EvalComparison(NamedTuple):
     changed: list[ChangedQuery]  # the most changed first
     params: dict[str, tuple[object, object]]  # key -> values in a and in b, None where there is none
     left_out: dict[str, str]  # task -> why it is not compared
-
-
-def load_eval_run(name: str) -> EvalRun:
-    """Load the evaluation at a folder (an eval stage's out, or a checkout with one), or else at a revision.
-
-    Raises:
-        UserError: there is none, it is older than these files, or DVC's cache lacks it.
-    """
-    read_file = _open_folder(Path(name)) if Path(name).is_dir() else _open_revision(name)
-    try:
-        return EvalRun(name, json.loads(read_file(RUN_FILE)), read_query_results(read_file(QUERIES_FILE)))
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{name}: its results cannot be read: {error}; evaluate it again: dvc repro -f eval") from error
-
-
-def _open_folder(folder: Path) -> Callable[[str], bytes]:
-    top = next((top for top in (folder, folder / EVALUATION) if (top / RUN_FILE).is_file()), None)
-    if top is None:
-        raise UserError(
-            f"{folder}: holds no {RUN_FILE}, nor does {folder / EVALUATION}; give the folder of an evaluation made by "
-            f"the eval stage or by `colintern evaluate`; results of an older version: dvc repro -f eval"
-        )
-
-    def read_file(name: str) -> bytes:
-        if not (top / name).is_file():
-            raise UserError(f"{top / name}: missing; evaluate it again: dvc repro -f eval")
-        return (top / name).read_bytes()
-
-    return read_file
-
-
-def _open_revision(revision: str) -> Callable[[str], bytes]:
-    from dvc.api import DVCFileSystem
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-    from dvc.scm import RevError, SCMError
-    from dvc_data.index import DataIndexDirError
-
-    def explain_missing(name: str) -> UserError:
-        return UserError(
-            f"{revision}: {name} is not in DVC's cache here, nor in a remote, or that revision is older than this "
-            "file; get it with `dvc pull` at that revision or `dvc exp pull`, or make it in a checkout of it with "
-            "`dvc repro eval`"
-        )
-
-    try:
-        files = DVCFileSystem(rev=revision, subrepos=True)
-        # Its paths begin at git's root, which may hold this pipeline as a sub folder. `repo` opens the revision:
-        # `exists` would take an error for "no".
-        below = Path(Repo.find_root()).resolve().relative_to(Path(files.repo.scm.root_dir).resolve())
-        top = f"{Path('/', below, EVALUATION)}"
-        exists = files.exists(top)
-    except DataIndexDirError as error:
-        raise explain_missing(EVALUATION) from error
-    except (RevError, SCMError, DvcException) as error:
-        raise UserError(
-            f"{revision!r} is no folder here, and no git revision or DVC experiment: {error}; "
-            f"`git log --oneline` and `dvc exp list --all-commits` name some, and the workspace is `.`"
-        ) from error
-    if not exists:
-        raise UserError(f"{revision}: has no {EVALUATION}; it was not evaluated there, or dvc.lock was not committed")
-
-    def read_file(name: str) -> bytes:
-        try:
-            return files.read_bytes(f"{top}/{name}")
-        except (OSError, DvcException, DataIndexDirError) as error:
-            raise explain_missing(f"{EVALUATION}/{name}") from error
-
-    return read_file
+    runs: list[list[str]]  # names of the runs of a and of b; empty for a single one
+    notes: list[str]  # what intervals and p cover; how the runs of a side differ
 
 
 def compare_eval_runs(a: EvalRun, b: EvalRun, metric: str) -> EvalComparison:
@@ -174,8 +90,9 @@ def compare_eval_runs(a: EvalRun, b: EvalRun, metric: str) -> EvalComparison:
     if not pairs:
         reasons = "; ".join(f"{task}: {reason}" for task, reason in left_out.items())
         raise UserError(f"{a.name} and {b.name} cannot be compared: {reasons or 'neither has results'}")
+    scores_a, scores_b = list_seed_scores(a, metric), list_seed_scores(b, metric)
     rows = compare_scores(
-        ScorePair(before.benchmark, before.task, before.subset, before.scores[metric], after.scores[metric])
+        ScorePair(*before[:3], scores_a[get_query_key(before)], scores_b[get_query_key(after)])
         for before, after in pairs
     )
     settings = UNRECORDED | a.run["params"], UNRECORDED | b.run["params"]
@@ -184,9 +101,9 @@ def compare_eval_runs(a: EvalRun, b: EvalRun, metric: str) -> EvalComparison:
     differing = {key: values for key, values in params.items() if values[0] != values[1]}
     # The data are the same, so an evaluation by an older version, which recorded no folder, has the other's.
     folders = b.run.get("folders", {}) | a.run.get("folders", {})
-    return EvalComparison(
-        a.name, b.name, metric, rows, _select_changed_queries(pairs, metric, folders), differing, left_out
-    )
+    changed = _select_changed_queries(pairs, metric, folders)
+    runs = [[run.name for run in side.members] for side in (a, b)]
+    return EvalComparison(a.name, b.name, metric, rows, changed, differing, left_out, runs, describe_seeds(a, b))
 
 
 def _group_by_task(queries: list[QueryResult]) -> TaskResults:
@@ -248,10 +165,10 @@ def comparison_to_dict(comparison: EvalComparison) -> dict[str, object]:
 def format_comparison(comparison: EvalComparison) -> str:
     """Format with at most 80 columns, but for the names of evaluations and the values of settings."""
     lines = [
-        f"a: {comparison.a}",
-        f"b: {comparison.b}",
+        *_list_sides(comparison),
         f"{comparison.metric + ' x100':<22}{'a':>6}{'b':>6}{'b - a':>7}  {'95 % interval':<14}{'p':>7}{'w/l/ties':>14}",
     ]
+    has_seeds = any(comparison.runs)
     for row in comparison.rows:
         name = row.name if row.benchmark else f"  {shorten_task_name(row.name)}"
         mark = {"better": " +", "worse": " -", "": ""}[row.verdict]
@@ -259,7 +176,10 @@ def format_comparison(comparison: EvalComparison) -> str:
             f"{name[:21]:<22}{100 * row.before:>6.1f}{100 * row.after:>6.1f}{100 * row.difference:>+7.1f}"
             f"  {_format_interval(row):<14}{row.p:>7.4f}{_format_counts(row):>14}{mark}"
         )
-    lines += [summarize_comparison(comparison), ""]
+        if has_seeds:
+            before, after = _format_spread(row.spread_before), _format_spread(row.spread_after)
+            lines.append(f"{'    spread over seeds':<22}{before:>6}{after:>6}".rstrip())
+    lines += [summarize_comparison(comparison), *comparison.notes, ""]
     if comparison.changed:
         lines.append(f"{f'{len(comparison.changed)} most changed queries':<54}{'a':>6}{'b':>6}  rank")
     for query in comparison.changed:
@@ -277,18 +197,23 @@ def format_comparison(comparison: EvalComparison) -> str:
 
 def comparison_to_markdown(comparison: EvalComparison) -> str:
     """Format for a pull request."""
+    has_seeds = any(comparison.runs)
     lines = [
         f"`{comparison.a}` (a) against `{comparison.b}` (b), {comparison.metric} x100",
         "",
-        "| | a | b | b - a | 95 % interval | p | wins / losses / ties | |",
-        "|---|---:|---:|---:|---|---:|---|---|",
+        f"| | a | b | b - a | 95 % interval | p | wins / losses / ties | |{' spread a | b |' * has_seeds}",
+        f"|---|---:|---:|---:|---|---:|---|---|{'---:|---:|' * has_seeds}",
     ]
     for row in comparison.rows:
         name = f"**{row.name}**" if row.benchmark else shorten_task_name(row.name)
         change = f"{100 * row.before:.1f} | {100 * row.after:.1f} | {100 * row.difference:+.1f}"
         interval, counts = _format_interval(row), _format_counts(row)
         lines.append(f"| {name} | {change} | {interval} | {row.p:.4f} | {counts} | {row.verdict} |")
-    lines += ["", summarize_comparison(comparison)]
+        if has_seeds:
+            lines[-1] += f" {_format_spread(row.spread_before)} | {_format_spread(row.spread_after)} |"
+    lines += ["", "; ".join([summarize_comparison(comparison), *comparison.notes])]
+    if has_seeds:
+        lines += ["", "; ".join(_list_sides(comparison))]
     if comparison.changed:
         head = f"| {len(comparison.changed)} most changed queries | task | a | b | rank | first page in a | in b |"
         lines += ["", head, "|---|---|---:|---:|---|---|---|"]
@@ -311,6 +236,18 @@ def summarize_comparison(comparison: EvalComparison) -> str:
         f"b is better in {counts['better']}, worse in {counts['worse']} of {len(comparison.rows)} rows, "
         f"no difference shown in {counts['']} (5 %, Holm)"
     )
+
+
+def _list_sides(comparison: EvalComparison) -> list[str]:
+    """Return the name of each side, with the runs that a pattern matched."""
+    lines = []
+    for side, name, runs in zip("ab", (comparison.a, comparison.b), comparison.runs, strict=True):
+        lines.append(f"{side}: {name}" + (f" ({len(runs)} seeds: {', '.join(runs)})" if runs else ""))
+    return lines
+
+
+def _format_spread(spread: float | None) -> str:
+    return "" if spread is None else f"{100 * spread:.1f}"
 
 
 def _format_interval(row: ScoreComparison) -> str:

@@ -2,9 +2,11 @@
 
 Both models answered the same queries, so the pairs are compared. A score is, as in mteb, the mean over a benchmark's
 tasks of the mean over a task's language subsets of the mean over its queries; queries are resampled within a subset.
+
+A side may be runs with several seeds. Then interval and p cover both queries and seeds, see `_test_over_seeds`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 from zlib import crc32
 
@@ -14,10 +16,12 @@ from numpy.typing import NDArray
 NUM_RESAMPLES = 10_000
 CHUNK_SIZE = 500  # resamples drawn at once: bounds the memory, some 20 MB for 5,000 queries
 SIGNIFICANCE_LEVEL = 0.05
+MAX_FREEDOM = 1e6  # of a t distribution, which is the normal one there
 TIE_EPS = 1e-9  # scores closer than this are a tie
 
 Array = NDArray[np.float64]
 Stratum = tuple[str, str]  # task, subset
+SeedScores = float | Sequence[float]  # of each seed, in one order for all queries; a number where there is one
 
 
 class ScorePair(NamedTuple):
@@ -26,8 +30,8 @@ class ScorePair(NamedTuple):
     benchmark: str
     task: str
     subset: str
-    before: float
-    after: float
+    before: SeedScores
+    after: SeedScores
 
 
 class ScoreComparison(NamedTuple):
@@ -37,13 +41,15 @@ class ScoreComparison(NamedTuple):
     benchmark: bool
     before: float  # 0 to 1, as is the next
     after: float
-    low: float  # 95 % interval of the difference (paired bootstrap, percentiles)
+    low: float  # 95 % interval of the difference (paired bootstrap, percentiles; see `_test_over_seeds` for seeds)
     high: float
-    p: float  # of a sign-flip test of no difference, two-sided
+    p: float  # of a sign-flip test of no difference, two-sided; of a t-test where there are several seeds
     adjusted: float  # p after Holm, over all rows of the comparison
     wins: int  # queries that score higher in the second evaluation
     losses: int
     ties: int
+    spread_before: float | None = None  # standard deviation over seeds, None for one seed
+    spread_after: float | None = None
 
     @property
     def difference(self) -> float:
@@ -59,9 +65,9 @@ class ScoreComparison(NamedTuple):
 
 
 class Resamples(NamedTuple):
-    """One subset's scores (queries,) in both evaluations, and resampled means (NUM_RESAMPLES,) of their difference."""
+    """One subset's scores in both evaluations, and resampled means (NUM_RESAMPLES,) of the difference over queries."""
 
-    before: Array
+    before: Array  # (seeds, queries), as is the next
     after: Array
     bootstrap: Array  # queries drawn with replacement
     flipped: Array  # the two models' scores swapped in half of the queries
@@ -70,7 +76,7 @@ class Resamples(NamedTuple):
 def bootstrap(before: Array, after: Array, name: str) -> Resamples:
     """Resample a subset; `name` alone seeds the random numbers, so the same input gives the same result."""
     rng = np.random.default_rng(crc32(name.encode()))
-    difference = after - before
+    difference = after.mean(axis=0) - before.mean(axis=0)
     size = len(difference)
     means, flipped = np.empty(NUM_RESAMPLES), np.empty(NUM_RESAMPLES)
     changed = difference[np.abs(difference) > TIE_EPS]  # a sign changes nothing at the others
@@ -85,16 +91,62 @@ def bootstrap(before: Array, after: Array, name: str) -> Resamples:
 def _compare_tasks(name: str, tasks: Mapping[str, list[Resamples]], benchmark: bool) -> ScoreComparison:
     """Compare one task, or several as a benchmark; `tasks`: the subsets of each."""
     weighted = [(subset, 1 / len(tasks) / len(subsets)) for subsets in tasks.values() for subset in subsets]
-    before = float(sum(weight * subset.before.mean() for subset, weight in weighted))
-    after = float(sum(weight * subset.after.mean() for subset, weight in weighted))
-    low, high = np.percentile(sum(weight * subset.bootstrap for subset, weight in weighted), (2.5, 97.5))
-    difference = abs(sum(weight * float((subset.after - subset.before).mean()) for subset, weight in weighted))
-    flipped = np.abs(sum(weight * subset.flipped for subset, weight in weighted))
-    p = (1 + int((flipped >= difference - TIE_EPS).sum())) / (NUM_RESAMPLES + 1)
-    changes = np.concatenate([subset.after - subset.before for subset, _ in weighted])
+    before = np.sum([weight * subset.before.mean(axis=1) for subset, weight in weighted], axis=0)  # (seeds,)
+    after = np.sum([weight * subset.after.mean(axis=1) for subset, weight in weighted], axis=0)
+    difference = float(after.mean() - before.mean())
+    if len(before) == len(after) == 1:
+        low, high = np.percentile(sum(weight * subset.bootstrap for subset, weight in weighted), (2.5, 97.5))
+        null = np.abs(sum(weight * subset.flipped for subset, weight in weighted))
+    else:
+        null = _draw_null_over_seeds(weighted, (before, after), name)
+        margin = np.percentile(null, 95)
+        low, high = difference - margin, difference + margin
+    p = (1 + int((null >= abs(difference) - TIE_EPS).sum())) / (NUM_RESAMPLES + 1)
+    changes = np.concatenate([subset.after.mean(axis=0) - subset.before.mean(axis=0) for subset, _ in weighted])
     wins, losses = int((changes > TIE_EPS).sum()), int((changes < -TIE_EPS).sum())
-    ties = len(changes) - wins - losses
-    return ScoreComparison(name, benchmark, before, after, float(low), float(high), p, p, wins, losses, ties)
+    counts = wins, losses, len(changes) - wins - losses
+    spreads = (float(seeds.std(ddof=1)) if len(seeds) > 1 else None for seeds in (before, after))
+    means = float(before.mean()), float(after.mean())
+    return ScoreComparison(name, benchmark, *means, float(low), float(high), p, p, *counts, *spreads)
+
+
+def _draw_null_over_seeds(weighted: list[tuple[Resamples, float]], seeds: tuple[Array, Array], name: str) -> Array:
+    """Draw sizes (NUM_RESAMPLES,) of the difference of two means over queries and seeds where there is none.
+
+    The variance is that of a two-way random-effects model: seeds (nested in an evaluation) and queries (crossed with
+    it), less their interaction, which both contain. The t distribution has Hillis's degrees of freedom (2007,
+    Statistics in Medicine 26:596; for readers nested in tests 2014, 33:330), as for few readers of many cases in
+    radiology. A percentile bootstrap of both, of which Owen (2007, Annals of Applied Statistics 1:386) computes the
+    bias, was tried: of few seeds it fires too often, of seeds that hardly differ too rarely (`python -m bench.seeds`).
+
+    Args:
+        weighted: subsets with their weights in the score.
+        seeds: the score of each seed (seeds,) in either evaluation. Their spread is pooled, so one may have one seed.
+        name: seeds the random numbers.
+    """
+    freedom = sum(map(len, seeds)) - 2
+    factor = sum(1 / len(scores) for scores in seeds)
+    seed_variance = factor * sum(((scores - scores.mean()) ** 2).sum() for scores in seeds) / freedom
+    query_variance = np.var(sum(weight * subset.bootstrap for subset, weight in weighted))
+    interaction = factor * sum(weight**2 * _compute_interaction(subset) for subset, weight in weighted) / freedom
+    variance = seed_variance + max(query_variance - interaction, 0.0)
+    if seed_variance > 0:
+        freedom = min(freedom * (variance / seed_variance) ** 2, MAX_FREEDOM)
+    rng = np.random.default_rng(crc32(name.encode()))
+    return np.sqrt(variance) * np.abs(rng.standard_t(freedom, NUM_RESAMPLES))
+
+
+def _compute_interaction(subset: Resamples) -> float:
+    """Sum over both evaluations the squares of what neither its seed nor its query explains of a score.
+
+    Divided by the degrees of freedom of queries, and by their number for the variance of a mean over them.
+    """
+    size = subset.before.shape[1]
+    residuals = (
+        scores - scores.mean(axis=0) - scores.mean(axis=1, keepdims=True) + scores.mean()
+        for scores in (subset.before, subset.after)
+    )
+    return float(sum((residual**2).sum() for residual in residuals)) / max(size - 1, 1) / size
 
 
 def adjust_holm(rows: list[ScoreComparison]) -> list[ScoreComparison]:
@@ -108,7 +160,7 @@ def adjust_holm(rows: list[ScoreComparison]) -> list[ScoreComparison]:
 
 def compare_scores(pairs: Iterable[ScorePair]) -> list[ScoreComparison]:
     """Compare each task and, where a benchmark has several, before its tasks, the benchmark; a pair for each query."""
-    scores: dict[str, dict[Stratum, list[tuple[float, float]]]] = {}
+    scores: dict[str, dict[Stratum, list[tuple[SeedScores, SeedScores]]]] = {}
     for pair in pairs:
         strata = scores.setdefault(pair.benchmark, {})
         strata.setdefault((pair.task, pair.subset), []).append((pair.before, pair.after))
@@ -118,7 +170,7 @@ def compare_scores(pairs: Iterable[ScorePair]) -> list[ScoreComparison]:
         tasks: dict[str, list[Resamples]] = {}
         for stratum, values in strata.items():
             if stratum not in known:
-                before, after = np.array(values).T
+                before, after = (np.array(side).reshape(len(values), -1).T for side in zip(*values, strict=True))
                 known[stratum] = bootstrap(before, after, "/".join(stratum))
             tasks.setdefault(stratum[0], []).append(known[stratum])
         if len(tasks) > 1:

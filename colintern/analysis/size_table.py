@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from colintern.analysis.comparison import compare_eval_runs, load_eval_run
+from colintern.analysis.comparison import compare_eval_runs
+from colintern.analysis.eval_runs import load_eval_run
 from colintern.evaluation.results import Scores
 from colintern.params import Params
 from colintern.scoring.metrics import MAIN_METRIC

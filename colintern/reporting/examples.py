@@ -156,10 +156,15 @@ class EvaluationCorpus:
         if (subset, kind) not in self.rows:
             tables = [split[kind] for split in self.subsets[subset].values()]
             self.rows[subset, kind] = {id: (table, i) for table in tables for i, id in enumerate(table["id"])}
-            if kind == "corpus":
-                self.names[subset] = {id: name for table in tables for id, name in read_page_names(table).items()}
         table, position = self.rows[subset, kind][key]
-        return table[position] | {"name": self.names.get(subset, {}).get(key)}
+        return table[position] | {"name": self.read_page_name(subset, key) if kind == "corpus" else None}
+
+    def read_page_name(self, subset: str, page: str) -> str | None:
+        """Return a page's file name, None if it has none; no image is read."""
+        if subset not in self.names:
+            tables = [split["corpus"] for split in self.subsets[subset].values()]
+            self.names[subset] = {id: name for table in tables for id, name in read_page_names(table).items()}
+        return self.names[subset].get(page)
 
     def list_right_pages(self, subset: str, query: str) -> list[str]:
         """Return the ids of the pages that answer a query."""

@@ -28,6 +28,7 @@ from colintern.reporting.evaluation import (
     select_worst_queries,
 )
 from colintern.reporting.examples import QueryExample
+from colintern.reporting.failures import JudgedQuery, group_failures
 from colintern.reporting.html import render_html
 from colintern.scoring.metrics import EVAL_KEY, MAIN_METRIC, METRIC_KEYS, RANKING_METRICS
 from colintern.statistics.dataset_stats import load_dataset_stats, summarize_stats
@@ -38,9 +39,14 @@ GOOD_VERDICT = "learned"
 
 
 def render_report(
-    folder: Path, model: EvalModel, evaluation: Evaluation, examples: list[QueryExample], num_passed: int
+    folder: Path,
+    model: EvalModel,
+    evaluation: Evaluation,
+    queries: list[JudgedQuery],
+    examples: list[QueryExample],
+    num_passed: int,
 ) -> str:
-    """Render the HTML, with what `explain_failures` returned; the same inputs give the same bytes."""
+    """Render the HTML, with what `judge_queries` and `explain_failures` returned; equal inputs give equal bytes."""
     size = get_embedding_size(evaluation.run)
     return render_html(
         "report.html",
@@ -57,6 +63,8 @@ def render_report(
         scores=_plot_scores(evaluation),
         ranks=count_ranks(evaluation.queries),
         queries=len(evaluation.queries),
+        groups=group_failures(queries),
+        wrong_first=sum(query.is_failed for query in queries),
         failed=len(select_worst_queries(evaluation.queries)),
         passed=num_passed,
         data=_summarize_data(folder, UNRECORDED | evaluation.run["params"]),
