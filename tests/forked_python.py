@@ -29,9 +29,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-LIBRARIES = """torch torchvision accelerate peft datasets mteb optuna sqlalchemy colpali_engine transformers.trainer
-transformers.models.internvl.modeling_internvl transformers.models.qwen3.modeling_qwen3 dvc.cli.parser dvc.utils.hydra
-dvc.repo.reproduce dvc.repo.experiments.queue.celery dvc.repo.plots hydra networkx dvc_s3 s3fs"""
+DVC = """dvc.cli.parser dvc.utils.hydra dvc.repo.reproduce dvc.repo.experiments.queue.celery dvc.repo.plots hydra networkx
+dvc_s3 s3fs"""
+LIBRARIES = f"""torch torchvision accelerate peft datasets mteb optuna sqlalchemy colpali_engine transformers.trainer
+transformers.models.internvl.modeling_internvl transformers.models.qwen3.modeling_qwen3 {DVC}"""
 # Without `datasets`, which reads whether it may use the hub when it is imported.
 UNHUBBED = "torch torchvision transformers.modeling_utils peft"
 # Signals that a stopped command gets are sent on, since the child is another process than the command's.
@@ -102,7 +103,7 @@ def start_server(folder: Path, libraries: str, env: dict[str, str], users: int) 
     (folder / "bin").mkdir()
     commands = {
         "python": COMMAND.format(address=str(folder / "server")),
-        "dvc": f"#!/bin/sh\nexec {folder}/bin/python -m dvc \"$@\"\n",
+        "dvc": f'#!/bin/sh\nexec {folder}/bin/python -m dvc "$@"\n',
     }
     for name, text in commands.items():
         (folder / "bin" / name).write_text(text)
