@@ -29,8 +29,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-DVC = """dvc.cli.parser dvc.utils.hydra dvc.repo.reproduce dvc.repo.experiments.queue.celery dvc.repo.plots hydra networkx
-dvc_s3 s3fs"""
+DVC = """dvc.cli.parser dvc.utils.hydra dvc.repo.reproduce dvc.repo.experiments.queue.celery dvc.repo.plots hydra
+networkx dvc_s3 s3fs"""
 LIBRARIES = f"""torch torchvision accelerate peft datasets mteb optuna sqlalchemy colpali_engine transformers.trainer
 transformers.models.internvl.modeling_internvl transformers.models.qwen3.modeling_qwen3 {DVC}"""
 # Without `datasets`, which reads whether it may use the hub when it is imported.

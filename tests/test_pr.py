@@ -67,11 +67,12 @@ Path("metrics.json").write_text(json.dumps({"docs": {"ndcg_at_5": sum(scores) / 
 
 
 @pytest.fixture(scope="module")
-def two_commits(tmp_path_factory) -> Repo:
+def two_commits(tmp_path_factory, forked) -> Repo:
     """`main` with lr 0.01, and a branch with 0.03, both evaluated; results are DVC's outs, as ours are."""
     top = tmp_path_factory.mktemp("two") / "repo"
     (top / "folder").mkdir(parents=True)
-    env = bare_environment(top.parent) | {"PYTHONPATH": str(ROOT), "GIT_CONFIG_GLOBAL": str(top.parent / "gitconfig")}
+    own = {"PYTHONPATH": str(ROOT), "GIT_CONFIG_GLOBAL": str(top.parent / "gitconfig")}
+    env = bare_environment(top.parent, forked) | own
     (top.parent / "gitconfig").write_text("[safe]\ndirectory = *\n")
     repo = Repo(top, env)
     repo.output("git init -q -b main && dvc init -q")
