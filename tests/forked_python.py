@@ -39,7 +39,7 @@ UNHUBBED = "torch torchvision transformers.modeling_utils peft"
 COMMAND = f"""#!{sys.executable} -ISE
 import json, os, signal, socket, sys
 argv = sys.argv[1:]
-if argv[:1] != ["-m"] or not argv[1].startswith(("stages.", "colintern", "dvc")):
+if argv[:1] != ["-m"] or not argv[1].startswith(("stages.", "colintern", "dvc", "held")):
     os.execv({sys.executable!r}, [{sys.executable!r}, *argv])
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({{address!r}})
