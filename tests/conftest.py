@@ -35,9 +35,16 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def forked():
-    """A folder with a `python` that need not import torch."""
-    with forked_python.run_server() as folder:
+def shared_folder(tmp_path_factory) -> Path:
+    """A folder of all processes of pytest-xdist that run these tests."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def forked(shared_folder):
+    """A folder with a `python` that need not import torch, and a `dvc`."""
+    with forked_python.join_server(shared_folder / "forked") as folder:
         yield folder
 
 

@@ -9,15 +9,15 @@ import json
 import re
 import socket
 import struct
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from loopback import LoopbackHandler, LoopbackServer, run_in_thread
 
 LFS = (".parquet", ".safetensors")
 PAGE = 4  # entries in one answer of the tree endpoint, so that every listing goes on in a second one
@@ -50,13 +50,11 @@ class Fault:
     pause: float = 0.0  # seconds between two chunks of the body
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(LoopbackServer):
     """Repositories by (kind, name, revision); `requests` is what was asked, `faults` what is to go wrong."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.repos: dict[tuple[str, str, str], dict[str, bytes]] = {}
         self.gated: dict[str, str] = {}  # repository -> the only token that may read it
         self.requests: list[Request] = []
@@ -64,10 +62,6 @@ class Hub(ThreadingHTTPServer):
         self.sizes: dict[str, int] = {}  # path -> size to claim in listings
         self.moved: dict[str, str] = {}  # old name -> new name of a repository
         self.xet = ""  # address of the Xet storage of the files in LFS
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
 
     def add(self, kind: str, name: str, revision: str, files: dict[str, bytes]) -> None:
         self.repos[kind, name, revision] = files
@@ -91,17 +85,8 @@ class Hub(ThreadingHTTPServer):
         pass  # clients that are killed go without a word
 
 
-@contextmanager
-def running() -> Iterator[Hub]:
-    hub = Hub()
-    thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        hub.shutdown()
-        hub.server_close()
-        thread.join()
+def running() -> AbstractContextManager[Hub]:
+    return run_in_thread(Hub())
 
 
 def sha256(data: bytes) -> str:
@@ -112,18 +97,8 @@ def git_sha1(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Handler(LoopbackHandler):
     server: Hub
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.answer()
-
-    def do_GET(self) -> None:
-        self.answer()
 
     def answer(self) -> None:
         url = urlsplit(self.path)
@@ -147,6 +122,8 @@ class Handler(BaseHTTPRequestHandler):
             if match := re.fullmatch(pattern, path):
                 return handle(*match.groups())
         return self.error(404, "", NOT_FOUND)
+
+    do_HEAD = do_GET = answer
 
     def files(self, kind: str | None, name: str, revision: str) -> dict[str, bytes] | None:
         """The files of a repository; None once an error has been answered instead."""

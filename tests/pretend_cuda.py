@@ -3,7 +3,7 @@
 Its tensors lie in main memory and are computed there, but say `cuda:0`, and refuse what CUDA's refuse: an operation
 with a tensor of the CPU, numpy. So a tensor that somebody forgot to move is found, and results can be held against the
 CPU's. Nothing is said about kernels, their speed and their bits. torch calls its support for devices written in Python
-experimental; this runs in a separate process.
+experimental: it begins when this module is imported, in a separate process, before what takes names from torch.
 """
 
 import runpy
@@ -191,8 +191,8 @@ def install() -> None:
     Pretend().__enter__()
 
 
+install()
 if __name__ == "__main__":
     sys.path.insert(0, "")
     sys.argv = sys.argv[1:]
-    install()
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -7,57 +7,38 @@ and limits requests.
 import json
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import AbstractContextManager
 
+from loopback import LoopbackHandler, LoopbackServer, run_in_thread
 from qdrant_client import QdrantClient, models
 
 
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
+class Server(LoopbackServer):
     def __init__(self, api_key: str = "") -> None:
-        super().__init__(("127.0.0.1", 0), Answers)
+        super().__init__(Answers)
         self.client, self.api_key, self.lock = QdrantClient(":memory:"), api_key, threading.Lock()
         self.largest_request = 0
 
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.server_port}"
+
+def running(api_key: str = "") -> AbstractContextManager[Server]:
+    return run_in_thread(Server(api_key))
 
 
-@contextmanager
-def running(api_key: str = "") -> Iterator[Server]:
-    server = Server(api_key)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-class Answers(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Answers(LoopbackHandler):
     server: Server
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
     def answer(self) -> None:
-        size = int(self.headers.get("Content-Length", 0))
-        self.server.largest_request = max(self.server.largest_request, size)
-        body = json.loads(self.rfile.read(size) or b"{}")
+        content = self.read_body()
+        self.server.largest_request = max(self.server.largest_request, len(content))
+        body = json.loads(content or b"{}")
         _, _, name, *action = self.path.partition("?")[0].split("/")
         if self.server.api_key and self.headers.get("api-key") != self.server.api_key:
-            return self.send(401, b"Must provide an API key")
+            return self.send_body(401, b"Must provide an API key")
         with self.server.lock, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = self.call(self.server.client, name, " ".join([self.command, *action]), body)
-        return self.send(200, json.dumps({"result": result, "status": "ok", "time": 0.0}).encode())
+        data = json.dumps({"result": result, "status": "ok", "time": 0.0}).encode()
+        return self.send_body(200, data, {"Content-Type": "application/json"})
 
     do_GET = do_PUT = do_POST = answer
 
@@ -82,10 +63,3 @@ class Answers(BaseHTTPRequestHandler):
         assert action == "POST points query", action
         query = body["query"].get("nearest", body["query"]) if isinstance(body["query"], dict) else body["query"]
         return client.query_points(name, query, limit=body["limit"]).model_dump(mode="json")
-
-    def send(self, status: int, data: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)

@@ -14,8 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -23,6 +22,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import asyncssh
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from loopback import LoopbackHandler, LoopbackServer, run_in_thread
 
 MARK = "".join(("mArK", "eD"))  # in what is secret; in two parts, so that this file has none
 KEY, SECRET = "AKIAMARKEDNOT", f"{MARK}5ecret/key+of/aws"  # pragma: allowlist secret
@@ -93,19 +93,13 @@ def ssh(folder: Path, home: Path) -> Iterator[None]:
         loop.close()
 
 
-class Google(ThreadingHTTPServer):
+class Google(LoopbackServer):
     """Objects of the one bucket `my-bucket`, by name; `key` opens it."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answers)
+        super().__init__(Answers)
         self.objects: dict[str, bytes] = {}
         self.key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
 
     def account(self) -> dict[str, str]:
         """A service account's file."""
@@ -118,25 +112,12 @@ class Google(ThreadingHTTPServer):
         }
 
 
-@contextmanager
-def google() -> Iterator[Google]:
-    server = Google()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def google() -> AbstractContextManager[Google]:
+    return run_in_thread(Google())
 
 
-class Answers(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Answers(LoopbackHandler):
     server: Google
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
     def described(self, name: str) -> dict[str, str]:
         data = self.server.objects[name]
@@ -155,17 +136,8 @@ class Answers(BaseHTTPRequestHandler):
             "mediaLink": f"{self.server.url}/download/storage/v1/b/my-bucket/o/{name}?alt=media",
         }
 
-    def do_GET(self) -> None:
-        self.answer(b"")
-
-    def do_DELETE(self) -> None:
-        self.answer(b"")
-
-    def do_POST(self) -> None:
-        self.answer(self.rfile.read(int(self.headers.get("Content-Length", 0))))
-
-    def answer(self, body: bytes) -> None:
-        url = urlsplit(self.path)
+    def answer(self) -> None:
+        body, url = self.read_body(), urlsplit(self.path)
         query = {key: values[0] for key, values in parse_qs(url.query).items()}
         if url.path == "/token":
             assert b"urn%3Aietf%3Aparams%3Aoauth%3Agrant-type%3Ajwt-bearer" in body
@@ -187,6 +159,8 @@ class Answers(BaseHTTPRequestHandler):
             return self.send(204, b"")
         return self.send(200, objects[name] if query.get("alt") == "media" else self.described(name))
 
+    do_GET = do_POST = do_DELETE = answer
+
     def upload(self, body: bytes) -> None:
         """Two parts, as multipart/related has them: what it is called, what it is."""
         boundary = self.headers["Content-Type"].partition("boundary=")[2].strip("\"'").encode()
@@ -207,8 +181,4 @@ class Answers(BaseHTTPRequestHandler):
 
     def send(self, status: int, answer: dict | bytes) -> None:
         data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("X-Goog-Hash", f"md5={base64.b64encode(hashlib.md5(data).digest()).decode()}")
-        self.end_headers()
-        self.wfile.write(data)
+        self.send_body(status, data, {"X-Goog-Hash": f"md5={base64.b64encode(hashlib.md5(data).digest()).decode()}"})

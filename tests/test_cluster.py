@@ -41,7 +41,7 @@ STAGES = """stages:
   fetch-data: {cmd: test -d data}
   verify: {cmd: test -f data/manifest.json}
   train:
-    cmd: python held.py
+    cmd: python -m held
     deps: [data/manifest.json, data/rows.parquet, held.py]
     params: [lr, batch_size, epochs, seed]
     outs: [experiments/colintern]
@@ -86,13 +86,16 @@ class Machine(NamedTuple):
 
 
 @pytest.fixture
-def boot(fetched, tmp_path):
+def boot(fetched, tmp_path, forked):
     """step to stop in -> a fresh machine, on which cluster/repro.sh is started."""
     first = tmp_path / "first"
     shutil.copytree(fetched, first, symlinks=True, ignore=shutil.ignore_patterns(".scratch", "experiments", "dvc.yaml"))
     (first / "dvc.yaml").write_text(STAGES)
     (first / "held.py").write_text(TRAIN)
-    env = bare_environment(tmp_path / "home") | {
+    python = tmp_path / "commands" / "python"  # and no `dvc`: a signal must reach its process group
+    python.parent.mkdir()
+    python.symlink_to(forked / "python")
+    env = bare_environment(tmp_path / "home", python.parent) | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "COLINTERN_KEPT": str(tmp_path / "bucket"),
         "COLINTERN_KEPT_SECONDS": "0.2",

@@ -137,16 +137,15 @@ def skipped(output: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def repo(tmp_path_factory, forked) -> Iterator[Repo]:
-    """The copy after one `dvc repro`, whose stages import what they need; those of later commands are forked."""
+    """The copy after one `dvc repro`."""
     path, home = tmp_path_factory.mktemp("repo"), tmp_path_factory.mktemp("home")
     copy_working_tree(path)
     cut_down(path)
-    repo = Repo(path, bare_environment(home))
+    repo = set_up(Repo(path, bare_environment(home, forked)))
     repo.output("git init -q -b main")
     repo.commit()
     assert ran(repo.output(documented("dvc repro"))) == list(STAGES)
     repo.commit()
-    repo = set_up(repo._replace(env=bare_environment(home, forked)))
     yield repo
     repo.run(documented("dvc queue stop --kill"))
     wait_until(repo, "the queue's worker stops", lambda status: "0 active, 0 idle" in status)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import threading
 from itertools import cycle
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from conftest import page_image
 from huggingface_hub import ModelCard
+from loopback import run_in_thread
 from pages import documented, words
 from processes import FORKS
 from safetensors.torch import load_file, save_file
@@ -257,7 +257,7 @@ class Writable(hub.Handler):
     """What a client that uploads asks, besides what the hub of tests/hub.py answers."""
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self.read_body()
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         self.fault = hub.Fault("")
         self.server.requests.append(hub.Request("POST", self.path, "", token))
@@ -286,7 +286,7 @@ class Writable(hub.Handler):
         return self.send(200, json.dumps(answer).encode())
 
     def do_PUT(self) -> None:
-        data = self.rfile.read(int(self.headers["Content-Length"]))
+        data = self.read_body()
         self.fault = hub.Fault("")
         self.server.store[hashlib.sha256(data).hexdigest()] = data
         self.send(200, b"")
@@ -297,12 +297,8 @@ def writable():
     server = hub.Hub()
     server.RequestHandlerClass = Writable
     server.store = {}
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with run_in_thread(server):
+        yield server
 
 
 def push(top: Path, url: str, *arguments: str, token: str = "hf_right") -> tuple[int, str]:

@@ -13,7 +13,7 @@ import mteb
 import pytest
 from conftest import BASE, ROOT
 from datasets import Dataset, Features, Image, Value
-from forked_python import UNHUBBED, run_server
+from forked_python import DVC, UNHUBBED, run_server
 from hub import running, sha256
 from pages import documented
 from test_dvc_commands import IDENTITY, STAGES, Repo, bare_environment, copy_working_tree, ran, set_up, skipped
@@ -109,7 +109,7 @@ def repo(hub, tmp_path_factory):
     path, home = tmp_path_factory.mktemp("repo"), tmp_path_factory.mktemp("home")
     copy_working_tree(path)
     hf = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf")}
-    with run_server(UNHUBBED, HF_HUB_OFFLINE="", **hf) as forked:
+    with run_server(f"{UNHUBBED} {DVC}", HF_HUB_OFFLINE="", **hf) as forked:
         env = {key: value for key, value in bare_environment(home, forked).items() if not key.startswith("HF_")}
         yield first_stage(set_up(Repo(path, env | hf)), path)
 

@@ -28,9 +28,9 @@ with exit_on_user_error():
 
 
 @pytest.fixture(scope="module")
-def repo(tmp_path_factory) -> Repo:
+def repo(tmp_path_factory, forked) -> Repo:
     path = tmp_path_factory.mktemp("outs")
-    repo = Repo(path, bare_environment(tmp_path_factory.mktemp("home")) | {"PYTHONPATH": str(ROOT)})
+    repo = Repo(path, bare_environment(tmp_path_factory.mktemp("home"), forked) | {"PYTHONPATH": str(ROOT)})
     repo.output("git init -q && dvc init -q")
     (path / "dvc.yaml").write_text(STAGES)
     (path / "check.py").write_text(PROGRAM)
@@ -89,12 +89,12 @@ TRAINING = """stages:
 """
 
 
-def test_t3_what_dvc_could_not_store_is_not_trained_again(fetched, whole, tmp_path):
+def test_t3_what_dvc_could_not_store_is_not_trained_again(fetched, whole, tmp_path, forked):
     """DVC deletes the outs of a stage that it has not recorded, and starts it anew."""
     path = tmp_path / "repo"
     shutil.copytree(fetched, path, symlinks=True, ignore=shutil.ignore_patterns(".scratch", "experiments", "dvc.yaml"))
     (path / "dvc.yaml").write_text(TRAINING)
-    repo = Repo(path, bare_environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT)})
+    repo = Repo(path, bare_environment(tmp_path / "home", forked) | {"PYTHONPATH": str(ROOT)})
     repo.output("git init -q && dvc init -q")
     (path / ".dvc" / "cache").touch()  # where a folder should be
     failed = repo.run("dvc repro")

@@ -6,15 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from conftest import ROOT
+from loopback import LoopbackHandler, LoopbackServer, run_in_thread
 from pages import documented
 from ruamel.yaml import YAML
 from test_dvc_commands import IDENTITY, Repo, bare_environment, copy_working_tree
@@ -68,11 +67,12 @@ Path("metrics.json").write_text(json.dumps({"docs": {"ndcg_at_5": sum(scores) / 
 
 
 @pytest.fixture(scope="module")
-def two_commits(tmp_path_factory) -> Repo:
+def two_commits(tmp_path_factory, forked) -> Repo:
     """`main` with lr 0.01, and a branch with 0.03, both evaluated; results are DVC's outs, as ours are."""
     top = tmp_path_factory.mktemp("two") / "repo"
     (top / "folder").mkdir(parents=True)
-    env = bare_environment(top.parent) | {"PYTHONPATH": str(ROOT), "GIT_CONFIG_GLOBAL": str(top.parent / "gitconfig")}
+    own = {"PYTHONPATH": str(ROOT), "GIT_CONFIG_GLOBAL": str(top.parent / "gitconfig")}
+    env = bare_environment(top.parent, forked) | own
     (top.parent / "gitconfig").write_text("[safe]\ndirectory = *\n")
     repo = Repo(top, env)
     repo.output("git init -q -b main && dvc init -q")
@@ -216,21 +216,18 @@ def test_conflicts_of_a_merge_are_told_and_the_page_says_how_they_are_mended(two
 TOKEN = "t" * 20
 
 
-class GitHub(ThreadingHTTPServer):
+class GitHub(LoopbackServer):
     """Pulls and comments of one repository, as GitHub's API gives and takes them; `asked` is what was asked."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.pulls: list[dict[str, Any]] = []
         self.comments: list[dict[str, Any]] = []
         self.asked: list[str] = []
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(LoopbackHandler):
     server: GitHub
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     def do_GET(self) -> None:
         address = urlsplit(self.path)
@@ -251,22 +248,18 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({})
 
     def content(self) -> dict[str, Any]:
-        return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        return json.loads(self.read_body())
 
     def answer(self, content: Any) -> None:
         assert self.headers["Authorization"] == f"Bearer {TOKEN}"
         self.server.asked.append(f"{self.command} {urlsplit(self.path).path}")
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps(content).encode())
+        self.send_body(200, json.dumps(content).encode())
 
 
 @pytest.fixture
 def github() -> Iterator[GitHub]:
-    server = GitHub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    with run_in_thread(GitHub()) as server:
+        yield server
 
 
 def pull(number: int, sha: str, repo: int = 7) -> dict[str, Any]:

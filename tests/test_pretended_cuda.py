@@ -12,6 +12,7 @@ import sys
 
 import pytest
 from conftest import ROOT, page_image
+from forked_python import LIBRARIES, run_server
 from processes import program
 from small_run import STEPS, params
 
@@ -35,11 +36,13 @@ for refused in (
 """
 
 
+# One thread: on a CPU, unlike on CUDA, index_put_ would add up in another order with each run.
+ENV = os.environ | {"PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
+
+
 def pretended(*command: str, folder=ROOT) -> subprocess.CompletedProcess:
-    # One thread: on a CPU, unlike on CUDA, index_put_ would add up in another order with each run.
-    env = os.environ | {"PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"}
     program = [sys.executable, str(ROOT / "tests" / "pretend_cuda.py"), *command]
-    return subprocess.run(program, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(program, cwd=folder, env=ENV, capture_output=True, text=True, check=False)
 
 
 def test_the_pretended_device_refuses_what_cuda_refuses(tmp_path):
@@ -59,9 +62,15 @@ def test_training_evaluation_and_search(fetched, whole, place):
     two GPUs `launch: 1` uses one."""
     with contextlib.chdir(place.folder):
         params(lr="2e-3", micro_batch_size=3, gradient_checkpointing=1, workers=1, launch="1")
-    for stage in ("train", "evaluate"):
-        done = pretended(f"stages.{stage}", folder=place.folder)
-        assert done.returncode == 0, done.stderr
+    (place.folder / "pages").mkdir()
+    for word in ("Oslo", "Rome"):
+        page_image(word).save(place.folder / "pages" / f"{word}.png")
+    with run_server(f"pretend_cuda {LIBRARIES}", OMP_NUM_THREADS="1") as commands:
+        for command in ("stages.train", "stages.evaluate", "colintern search pages Oslo"):
+            argv = [commands / "python", "-m", *command.split()]
+            done = subprocess.run(argv, cwd=place.folder, env=ENV, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+    assert "Rome.png" in done.stdout
     trained = json.loads((place.folder / "experiments" / "colintern" / "trainer_state.json").read_text())
     assert trained["global_step"] == STEPS
     assert curve(place.folder) == pytest.approx(curve(fetched), rel=1e-4)
@@ -70,11 +79,6 @@ def test_training_evaluation_and_search(fetched, whole, place):
     with contextlib.chdir(place.folder):
         assert program("stages.evaluate").returncode == 0
     assert json.loads((place.folder / "metrics" / "eval.json").read_text()) == json.loads(found)
-    (place.folder / "pages").mkdir()
-    for word in ("Oslo", "Rome"):
-        page_image(word).save(place.folder / "pages" / f"{word}.png")
-    done = pretended("colintern.__main__", "search", "pages", "from Oslo", folder=place.folder)
-    assert done.returncode == 0 and "Rome.png" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

@@ -26,9 +26,9 @@ OUT = "experiments/colintern/dvc.yaml"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def made(tmp_path_factory, forked) -> Path:
     """A small pipeline that has run; no remote yet."""
-    repo = Repo(tmp_path_factory.mktemp("made"), bare_environment(tmp_path_factory.mktemp("home")))
+    repo = Repo(tmp_path_factory.mktemp("made"), bare_environment(tmp_path_factory.mktemp("home"), forked))
     repo.output("git init -q -b main && dvc init -q")
     (repo.path / "dvc.yaml").write_text(STAGES)
     (repo.path / "params.yaml").write_text("lr: 1\n")
@@ -37,10 +37,11 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def repo(made, tmp_path) -> Repo:
+def repo(made, tmp_path, forked) -> Repo:
     (tmp_path / "home").mkdir()
     shutil.copytree(made, tmp_path / "repo", symlinks=True)
-    return Repo(tmp_path / "repo", bare_environment(tmp_path / "home") | SECRETS | {"AWS_ACCESS_KEY_ID": stores.KEY})
+    secrets = SECRETS | {"AWS_ACCESS_KEY_ID": stores.KEY}
+    return Repo(tmp_path / "repo", bare_environment(tmp_path / "home", forked) | secrets)
 
 
 def carried(repo: Repo) -> None:
