@@ -56,6 +56,8 @@ class Params:
     negatives: Annotated[int, between(0, 1000)]
     negatives_file: str
     max_bad_fraction: Annotated[float, Rule("0 <= max_bad_fraction < 1", lambda value: 0 <= value < 1)]
+    split_by: Annotated[str, one_of("page", "document")]
+    train_on_test_pages: bool
     benchmarks: Annotated[tuple[str, ...], NON_EMPTY]
     eval_untrained: bool
     max_visual_tokens: Annotated[int, between(1, 65536)]

@@ -34,7 +34,7 @@ from colintern.ingest.pdfs import read_pdf_folder
 from colintern.ingest.pseudo_queries import DocumentText, count_pages_with, make_pseudo_queries
 from colintern.ingest.query_csv import read_query_csv
 from colintern.ingest.sources import detect_format
-from colintern.ingest.user_documents import MADE, UserDocuments, convert_documents
+from colintern.ingest.user_documents import MADE, DivisionParams, UserDocuments, convert_documents
 from colintern.ingest.validation import check_bad_fraction, collect_quarantine
 from colintern.params import load_recipe
 from colintern.storage.isolation import Failure, IsolatedPool
@@ -88,6 +88,12 @@ def test_queries(made: str) -> list[str]:
 
 
 test_queries.__test__ = False  # type: ignore[attr-defined]
+
+
+def answering_pages(made: str) -> set[str]:
+    """The names of the pages that answer test queries."""
+    names = {row["corpus-id"]: row["image"]["path"] for row in table(made, "beir/corpus/*.parquet")}
+    return {names[row["corpus-id"]] for row in table(made, "beir/qrels/*.parquet")}
 
 
 def bad_rows(own: UserDocuments) -> dict[str, str]:
@@ -199,7 +205,7 @@ def test_pages_and_questions_of_linked_files_are_read_alike_and_what_is_not_read
         path.rename(store / str(number))
         path.symlink_to(store / str(number))
     linked = convert_pdfs()
-    assert linked.summary == whole.summary and not linked.summary["bad"] and linked.summary["kinds"] == {"given": 30}
+    assert linked.summary == whole.summary and not linked.summary["bad"] and linked.summary["kinds"]["given"] == 30
     for name in ("Queries.csv", "scans/1.tif", "._a.pdf"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
@@ -303,11 +309,11 @@ def test_the_content_of_a_page_decides_its_split_and_splits_share_nothing(folder
     many(folder)
     own = convert_jsonl()
     rows = [training(own.made), training(own.made, "test")]
-    pages = [{row["image"]["bytes"] for row in part} for part in [*rows, table(own.made, "beir/corpus/*.parquet")]]
+    pages = [*({row["image_filename"] for row in part} for part in rows), answering_pages(own.made)]
     queries = [*({row["query"] for row in part} for part in rows), set(test_queries(own.made))]
     for groups in (pages, queries):
         assert len(set.union(*groups)) == sum(map(len, groups)) and all(groups)
-    assert sum(map(len, pages)) == 60
+    assert sum(map(len, pages)) == len(table(own.made, "beir/corpus/*.parquet")) == 60
     shutil.move(DOCS, "elsewhere")
     moved = convert_jsonl("elsewhere").summary["files"]
     same = {name: known for name, known in own.summary["files"].items() if "beir" in name}
@@ -492,7 +498,7 @@ def test_given_questions_are_taken_and_bad_ones_named(folder):
     assert list(bad) == [f"queries.CSV:{13 + n}" for n in range(len(BAD_QUESTIONS))]
     for reason, (_, pattern) in zip(bad.values(), BAD_QUESTIONS, strict=True):
         assert re.search(pattern, reason), (reason, pattern)
-    assert own.summary["kinds"] == {"given": 8} and own.summary["not read"] == []
+    assert own.summary["kinds"] == {"given": 8} and own.summary["not read"] == [], "rows name train and dev: no others"
     assert sorted(test_queries(own.made)) == sorted({query for query, *_, split in QUESTIONS if split == "test"})
     assert len(table(own.made, "beir/qrels/*.parquet")) == 6, "a query of two pages is one query with two answers"
     assert own.summary["same queries"] == 1
@@ -502,6 +508,42 @@ def test_given_questions_are_taken_and_bad_ones_named(folder):
     assert quarantine.totals == {(DOCS, "pages"): 62, (DOCS, "questions"): 20}
     with pytest.raises(UserError, match=r"docs: 11 of 20 questions cannot be used, .*\n  queries\.CSV:13: page '31'"):
         check_bad_fraction(quarantine, 0.5)  # of which the 13 bad rows are no large share of pages and questions
+
+
+FEW_QUESTIONS = "query,file,page\nthe first,a.pdf,1\nboth,a.pdf,2\nboth,a.pdf,3\nof the other,sub/b.pdf,1\n"
+
+
+@pytest.mark.parametrize("split_by", ["page", "document"])
+@pytest.mark.parametrize("train_on_test_pages", [False, True])
+def test_few_given_questions_are_the_test_set_and_pseudo_queries_the_rest(
+    folder, split_by, train_on_test_pages, capsys
+):
+    from colintern.data.formats import get_benchmark_label
+
+    handbook(folder)
+    for name in ("c.pdf", "d.pdf"):
+        write_pdf(folder / name, [[PROSE.format(f"{name[0]}{n}")] for n in range(5)])
+    (folder / "queries.csv").write_text(FEW_QUESTIONS)
+    own = convert_documents(DOCS, read_pdf_folder, DivisionParams(split_by, train_on_test_pages))
+    judged = {"a.pdf#page=1", "a.pdf#page=2", "a.pdf#page=3", "sub/b.pdf#page=1"}
+    assert set(test_queries(own.made)) == {"the first", "both", "of the other"}
+    assert answering_pages(own.made) == judged and len(table(own.made, "beir/corpus/*.parquet")) == 70
+    train, dev = ({row["image_filename"] for row in training(own.made, split)} for split in ("train", "test"))
+    assert train and dev and not train & dev
+    assert bool(judged & (train | dev)) == train_on_test_pages
+    if split_by == "document":
+        documents = [{page.partition("#")[0] for page in pages} - {"a.pdf", "sub/b.pdf"} for pages in (train, dev)]
+        assert set.union(*documents) == {"c.pdf", "d.pdf"} and not set.intersection(*documents)
+        assert train_on_test_pages or train | dev == {f"{name}.pdf#page={n + 1}" for name in "cd" for n in range(5)}
+    else:
+        assert len(train | dev) == (70 if train_on_test_pages else 66)
+    label = "docs (pages trained on)" if train_on_test_pages else "docs"
+    assert get_benchmark_label(DOCS, Path(own.made, "beir")) == label
+    assert (
+        own.list_dataset_files("train").made_from["pseudo"] and not own.list_dataset_files("beir").made_from["pseudo"]
+    )
+    out = capsys.readouterr().out
+    assert "to evaluate on: 3 queries, 70 pages ranked for each\n    few: the standard error" in out
 
 
 @pytest.mark.parametrize(("asked", "there"), [("NFC", "NFD"), ("NFD", "NFC")])

@@ -100,6 +100,8 @@ BAD_VALUES = [
     ("max_bad_fraction", "1", "0 <= max_bad_fraction < 1"),
     ("max_bad_fraction", "-0.1", "0 <= max_bad_fraction < 1"),
     ("max_bad_fraction", ".nan", "a number"),
+    ("split_by", "file", "page, document"),
+    ("train_on_test_pages", "yes", "true or false"),
     ("benchmarks", "demo", "a list of one or more texts"),
     ("benchmarks", "[]", "a list of one or more texts"),
     ("eval_untrained", "yes", "true or false"),

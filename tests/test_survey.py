@@ -58,7 +58,7 @@ def write_params(**values: object) -> None:
     benchmarks = values.pop("benchmarks", (BEIR,))
     text = text.replace("- demo\n", "".join(f"- {name}\n" for name in benchmarks))
     for key, value in values.items():
-        text = text.replace(f"\n{key}: 0.01\n", f"\n{key}: {value}\n")
+        text = re.sub(rf"(?m)^{key}: .*$", f"{key}: {value}", text)
     Path("params.yaml").write_text(text)
 
 
@@ -490,6 +490,11 @@ def test_the_survey_of_other_data_than_params_name_is_refused():
         data_command.run(Namespace())
 
 
+def test_a_division_without_a_folder_to_divide_is_refused():
+    write_params(split_by="document")
+    refused("split_by: document has no effect: neither train_data nor benchmarks is a folder of PDFs")
+
+
 def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():
     from colintern.data.training_set import trains_on_pseudo_queries
 
@@ -502,8 +507,9 @@ def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():
     assert "1 of 81 rows in data/quarantine.json" in fetched()
     [entry] = quarantine()
     assert (entry["source"], entry["row"]) == (str(folder), "cut.pdf")
-    corpus = pq.read_table(next(ensure_benchmark(str(folder)).glob("corpus/*.parquet"))).num_rows
-    assert sum(map(len, dev_and_train().values())) + corpus == 80
+    tables = {table: next(ensure_benchmark(str(folder)).glob(f"{table}/*.parquet")) for table in ("corpus", "queries")}
+    num_rows = {table: pq.read_table(file).num_rows for table, file in tables.items()}
+    assert num_rows["corpus"] == 80 == sum(map(len, dev_and_train().values())) + num_rows["queries"]
     assert trains_on_pseudo_queries()
     write_pdf(folder / "c.pdf", [["new"]])
     with pytest.raises(UserError, match=r"data/own/manuals/c\.pdf: new since the pages were made"):

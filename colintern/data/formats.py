@@ -36,6 +36,8 @@ TEXT_COLUMNS = (  # of vidore/colpali_train_set, after "image", in its order
     "image_filename", "query", "answer", "source", "options", "page", "model", "prompt", "answer_type",
 )  # fmt: skip
 PSEUDO_QUERIES_TAG = "annotations_creators:\n- machine-generated"  # of the hub's cards
+TRAINED_PAGES_TAG = "tags:\n- pages-in-training"
+LABEL_NOTES = {PSEUDO_QUERIES_TAG: "pseudo-queries", TRAINED_PAGES_TAG: "pages trained on"}
 PSEUDO_QUERIES_NOTE = """
 Pseudo-queries: a program made the queries from the text of the pages, and nobody judged them.
 Scores on this set compare runs; they do not say how well people's questions are answered."""
@@ -102,11 +104,17 @@ def write_training_split(folder: Path, split: str, rows: Sequence[TrainingRow]) 
 
 
 def write_beir(
-    folder: Path, corpus: Sequence[CorpusPage], queries: Sequence[Query], qrels: Sequence[Qrel], pseudo: bool = False
+    folder: Path,
+    corpus: Sequence[CorpusPage],
+    queries: Sequence[Query],
+    qrels: Sequence[Qrel],
+    pseudo: bool = False,
+    num_trained_pages: int = 0,
 ) -> Path:
     """Write an evaluation set in mteb's BEIR image layout and return `folder`.
 
-    Where a program made the queries from the pages (`pseudo`), the card says so, see `has_pseudo_queries`.
+    Where a program made the queries from the pages (`pseudo`), or pages that answer queries are trained on
+    (`num_trained_pages`), the card says so, see `get_benchmark_label`.
 
     Raises:
         ValueError: no pages or no queries, or a row, named, with an id or a qrels pair given before, an empty query,
@@ -125,7 +133,7 @@ def write_beir(
         _write_parquet(folder / "queries", "test", {"query-id": ids, "query": pa.string()}, query_records),
         _write_parquet(folder / "qrels", "test", qrel_columns, qrel_records),
     ]
-    (folder / "README.md").write_text(_format_card(files, pseudo), encoding="utf-8")
+    (folder / "README.md").write_text(_format_card(files, pseudo, num_trained_pages), encoding="utf-8")
     return folder
 
 
@@ -144,16 +152,17 @@ def normalize_id(value: object) -> str:
     raise ValueError(f"{value!r:.80} is of the type {type(value).__name__}; ids are text or whole numbers")
 
 
-def has_pseudo_queries(folder: Path) -> bool:
-    """Check whether the card of an evaluation set says that a program made its queries."""
-    card = folder / "README.md"
-    return card.is_file() and PSEUDO_QUERIES_TAG in card.read_text(encoding="utf-8")
-
-
 def get_benchmark_label(entry: str, folder: Path) -> str:
-    """Return the label of the scores of a local entry of `benchmarks`; it says if a program made the queries."""
-    pseudo = " (pseudo-queries)" if has_pseudo_queries(folder) else ""
-    return entry if entry == "demo" else (root() / entry).resolve().name + pseudo
+    """Return the label of the scores of a local entry of `benchmarks`.
+
+    It says if a program made the queries, and if pages that answer them are trained on, as the card has it.
+    """
+    if entry == "demo":
+        return entry
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    notes = [note for tag, note in LABEL_NOTES.items() if tag in text]
+    return (root() / entry).resolve().name + (f" ({', '.join(notes)})" if notes else "")
 
 
 def get_task_name(entry: str, folder: Path) -> str:
@@ -204,7 +213,7 @@ def _read_test_configs(card: Path) -> set[str]:
     return names
 
 
-def _format_card(files: Sequence[Path], pseudo: bool) -> str:
+def _format_card(files: Sequence[Path], pseudo: bool, num_trained_pages: int) -> str:
     """Return the card that names one configuration per folder.
 
     `datasets` (5.2) keys its cache of a local folder with a card on the folder's last name and the card alone. Without
@@ -220,8 +229,13 @@ def _format_card(files: Sequence[Path], pseudo: bool) -> str:
             "  - split: test",
             f"    path: {file.parent.name}/test-*",
         ]
-    tag, note = (PSEUDO_QUERIES_TAG, PSEUDO_QUERIES_NOTE) if pseudo else ("", "")
-    return "\n".join([*lines, *tag.splitlines(), "---", *note.splitlines(), ""])
+    tags, notes = [], []
+    if pseudo:
+        tags, notes = PSEUDO_QUERIES_TAG.splitlines(), PSEUDO_QUERIES_NOTE.splitlines()
+    if num_trained_pages:
+        tags += TRAINED_PAGES_TAG.splitlines()
+        notes += ["", f"Pages that answer queries are trained on with other queries: {num_trained_pages}."]
+    return "\n".join([*lines, *tags, "---", *notes, ""])
 
 
 def _iter_training_records(split: str, rows: Sequence[TrainingRow]) -> Iterator[dict[str, object]]:

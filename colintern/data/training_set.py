@@ -77,7 +77,7 @@ def read_row_index() -> list[IndexRow]:
         raise UserError(f"{ROW_INDEX}: damaged: {str(error)[:200]}; make it again: dvc repro -f fetch-data") from error
 
 
-def get_training_data_params(params: Params) -> dict[str, str]:
+def get_training_data_params(params: Params) -> dict[str, str | bool]:
     """Return the params that say which data training reads."""
     return {
         "train_data": params.train_data,
@@ -85,6 +85,8 @@ def get_training_data_params(params: Params) -> dict[str, str]:
         "train_corpus": params.train_corpus,
         "train_corpus_revision": params.train_corpus_revision,
         "negatives_file": params.negatives_file,
+        "split_by": params.split_by,
+        "train_on_test_pages": params.train_on_test_pages,
     }
 
 
@@ -96,7 +98,7 @@ def read_training_manifest(params: Params) -> dict[str, Any]:
     """
     manifest = read_data_file(MANIFEST)
     for key, value in get_training_data_params(params).items():
-        if value != (known := manifest["made_for"][key]):
+        if value != (known := manifest["made_for"].get(key)):
             raise UserError(f"{key}: {value!r} is not the one in {MANIFEST}, {known!r}; run: dvc repro fetch-data")
     return manifest
 

@@ -19,6 +19,7 @@ from unicodedata import normalize
 from colintern.core.errors import UserError
 
 SPLITS = ("train", "dev", "test")
+GIVEN = "given"  # kind of a query that no program made
 # Characters of a query that are kept, 16 for each of the 4,096 tokens that max_query_tokens may be at most. A text of
 # 16 MB would be tokenized for minutes in every epoch.
 MAX_QUERY_CHARACTERS = 2**16
@@ -32,7 +33,7 @@ class StoredImage(NamedTuple):
 
 
 class QueryPagePair(NamedTuple):
-    """A query and the name of the page that answers it; `kind`: given, or how a pseudo-query was made."""
+    """A query and the name of the page that answers it; `kind`: `GIVEN`, or how a pseudo-query was made."""
 
     query: str
     page: str
@@ -59,6 +60,8 @@ class RawDocuments:
     read_files: set[str] = field(default_factory=set)  # paths below the folder
     row_counts: Counter[str] = field(default_factory=Counter)  # by kind: rows; of PDFs pages and, apart, questions
     num_cut_queries: int = 0  # longer than MAX_QUERY_CHARACTERS
+    document_of: dict[str, str] = field(default_factory=dict)  # page -> its PDF; other pages are documents themselves
+    has_pseudo_queries: bool = False  # beside given queries, which are then those of the test set
 
     def reject_row(self, where: str, reason: str, kind: str = "rows") -> None:
         """Add an invalid row."""

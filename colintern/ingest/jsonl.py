@@ -9,6 +9,7 @@ from pathlib import Path
 
 from colintern.data.images import InvalidImageError, normalize_image_bytes
 from colintern.ingest.documents import (
+    GIVEN,
     ImageStore,
     RawDocuments,
     StoredImage,
@@ -76,4 +77,4 @@ def _add_row(where: str, row: dict[str, object], images: dict[str, StoredImage |
         if error := find_query_error(query):
             documents.reject_row(where, error)
         else:
-            documents.add_query(query, str(name), "given")
+            documents.add_query(query, str(name), GIVEN)

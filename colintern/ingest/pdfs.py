@@ -1,8 +1,8 @@
 """Read a folder of PDFs, each page one image.
 
 The questions are in `queries.csv` or `queries.jsonl` in the folder: query, file (path below the folder), page (from 1)
-and, if wanted, split (train, dev or test). A query with several lines is answered by several pages. Without such a file
-pseudo-queries are made from the PDFs' own text layer, and named so wherever their numbers appear.
+and, if wanted, split (train, dev or test). A query with several lines is answered by several pages. Pseudo-queries are
+made from the PDFs' own text layer, and named so wherever their numbers appear.
 """
 
 import logging
@@ -60,16 +60,16 @@ def read_pdf_folder(folder: Path, store: ImageStore) -> RawDocuments:
     if query_file:
         documents.read_files.add(query_file.name)
         _read_queries(folder, query_file, counts, documents)
-    else:
-        texts = [
-            DocumentText([pdf.get_text(index) for index in range(counts[name])], outlines[name])
-            for name, pdf in pdfs.items()
-        ]
-        names = list(counts)
-        for query in make_pseudo_queries(texts):
-            page_name = _name_page(names[query.document], query.page)
-            if page_name in documents.pages:
-                documents.add_query(query.query, page_name, query.kind)
+    texts = [
+        DocumentText([pdf.get_text(index) for index in range(counts[name])], outlines[name])
+        for name, pdf in pdfs.items()
+    ]
+    names = list(counts)
+    for query in make_pseudo_queries(texts):
+        page_name = _name_page(names[query.document], query.page)
+        if page_name in documents.pages:
+            documents.add_query(query.query, page_name, query.kind)
+            documents.has_pseudo_queries = True
     render_cache.prune(set(hashes.values()), pdfs.values())
     return documents
 
@@ -158,6 +158,7 @@ def _store_pages(
                 documents.reject_row(where, page.reason, "pages")
                 continue
             pdfs[name].pages[index], documents.pages[where] = page, page.image
+            documents.document_of[where] = name
             if page.characters > MAX_TEXT_CHARACTERS:
                 reason = f"its text has {page.characters:,} characters, of which {MAX_TEXT_CHARACTERS:,} are read"
                 documents.row_counts[TEXT] = len(known)
@@ -195,7 +196,7 @@ def _read_queries(folder: Path, file: Path, counts: dict[str, int], documents: R
         if error:
             documents.reject_row(where, error, "questions")
             continue
-        documents.add_query(row["query"], page, "given")
+        documents.add_query(row["query"], page, docs.GIVEN)
         if split:
             documents.named_splits.setdefault(page, []).append((split, where))
 

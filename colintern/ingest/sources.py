@@ -13,7 +13,13 @@ from colintern.data.training_set import POSITIVES, get_training_data_params, has
 from colintern.ingest.jsonl import list_jsonl_files, read_jsonl_folder
 from colintern.ingest.pdfs import is_query_file, list_pdfs, read_pdf_folder
 from colintern.ingest.scan import DatasetSplit
-from colintern.ingest.user_documents import DocumentReader, UserDocuments, convert_documents
+from colintern.ingest.user_documents import (
+    DEFAULT_DIVISION,
+    DivisionParams,
+    DocumentReader,
+    UserDocuments,
+    convert_documents,
+)
 from colintern.modeling.kernels import select_build_files
 from colintern.params import Params, is_on_hub
 from colintern.storage.files import describe_refused, list_files
@@ -78,7 +84,14 @@ def fetch_inputs(params: Params, tasks: Mapping[str, Mapping[str, str]], demo: D
     # All at once, and before anything is made here: one check of free space, one progress bar.
     fetched = dict(zip(wanted, download_hub_files(list(wanted.values())), strict=True))
     readers = {name: detect_format(name) for name in (*dict(sets), *benchmarks)}
-    documents = {name: convert_documents(name, reader) for name, reader in readers.items() if reader}
+    division = DivisionParams(params.split_by, params.train_on_test_pages)
+    documents = {name: convert_documents(name, reader, division) for name, reader in readers.items() if reader}
+    if division != DEFAULT_DIVISION and not documents:
+        key, value = ("split_by", "document") if params.split_by == "document" else ("train_on_test_pages", "true")
+        raise UserError(
+            f"{key}: {value} has no effect: neither train_data nor benchmarks is a folder of PDFs or JSON lines; it "
+            f"must be {'page' if key == 'split_by' else 'false'}"
+        )
 
     def list_local(name: str, part: str) -> Files:
         suffixes = TRAIN_SUFFIXES if part == "train" else BEIR_SUFFIXES

@@ -1,7 +1,8 @@
 """Convert a folder of the user's own documents into the two layouts that training and evaluation read.
 
-A folder of PDFs, or of JSON lines and images, becomes `data/own/.made/<folder>/<key>/train` and `beir`, split by page.
-The key is a hash of every file of the folder and of the code that reads it: an unchanged folder is converted once. The
+A folder of PDFs, or of JSON lines and images, becomes `data/own/.made/<folder>/<key>/train` and `beir`. The evaluation
+set ranks every page of the folder, and its queries are those of the test split, see `document_splits.py`. The key is a
+hash of every file of the folder and of the code that reads it: an unchanged folder is converted once. The
 pages that a stage has read last are kept beside the new ones, and any others as long as a process reads them. Rendered
 pages are kept apart, by the content of their PDF. Deleting `data/own/.made` costs only the time to convert again.
 """
@@ -13,7 +14,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,14 +22,15 @@ from typing import Any, NamedTuple
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.data.formats import CorpusPage, Qrel, Query, TrainingRow, write_beir, write_training_split
+from colintern.ingest.document_splits import divide_pairs
 from colintern.ingest.documents import (
+    GIVEN,
     MAX_QUERY_CHARACTERS,
     SPLITS,
     ImageStore,
     QueryPagePair,
     RawDocuments,
     StoredImage,
-    normalize_query,
 )
 from colintern.storage.files import LINKED_FOLDER, format_json, list_files
 from colintern.storage.identity import code_hashes, content_hash
@@ -40,9 +42,21 @@ MADE = "data/own/.made"
 RENDERED = "rendered"  # beside the keys of a folder, see `render_cache.py`
 CODE = ("colintern.ingest.user_documents", "colintern.ingest.pdfs", "colintern.ingest.jsonl")
 LIBRARIES = ("pypdfium2", "pillow", "pyarrow")
-SPLIT_SHARES = {"test": 0.3, "dev": 0.1, "train": 0.6}  # of the pages whose split no row names
+
+FEW_TRAINING_QUERIES = 64  # the batch of the real recipe
+FEW_TEST_QUERIES = 100  # fewer have a standard error of 5 points and more
 
 DocumentReader = Callable[[Path, ImageStore], RawDocuments]
+
+
+class DivisionParams(NamedTuple):
+    """The keys of params.yaml that divide a folder of documents."""
+
+    split_by: str = "page"
+    train_on_test_pages: bool = False
+
+
+DEFAULT_DIVISION = DivisionParams()
 
 
 class UserDocuments(NamedTuple):
@@ -60,14 +74,17 @@ class UserDocuments(NamedTuple):
             raise UserError(
                 f"{self.made_from['folder']}: cannot be used as {'train_data' if part == 'train' else 'benchmarks'}; "
                 f"queries by split: {self.summary['queries']}; training needs train and dev, evaluation test; pages "
-                f"that share a query are in one split" + (f"; {len(bad)} bad rows, the first:{first}" if bad else "")
+                "that share a query, and with split_by: document those of a document, are in one split"
+                + (f"; {len(bad)} bad rows, the first:{first}" if bad else "")
             )
         suffixes = TRAIN_SUFFIXES if part == "train" else BEIR_SUFFIXES
-        made_from: Source = {**self.made_from, "pseudo": set(self.summary["kinds"]) != {"given"}}
+        made_from: Source = {**self.made_from, "pseudo": part == "train" and self.summary["trains on pseudo-queries"]}
         return hash_local_files(f"{self.made}/{part}", suffixes)._replace(made_from=made_from)
 
 
-def convert_documents(folder: str, reader: DocumentReader) -> UserDocuments:
+def convert_documents(
+    folder: str, reader: DocumentReader, division: DivisionParams = DEFAULT_DIVISION
+) -> UserDocuments:
     """Convert a folder unless it was converted before from the same files, and print what is in it.
 
     Raises:
@@ -81,6 +98,7 @@ def convert_documents(folder: str, reader: DocumentReader) -> UserDocuments:
         "linked": linked,
         "code": code_hashes(*CODE),
         "versions": {name: version(name) for name in LIBRARIES},
+        "division": division,
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     # The hash: names that differ in other letters alone would delete each other's pages.
@@ -91,7 +109,7 @@ def convert_documents(folder: str, reader: DocumentReader) -> UserDocuments:
         summary = _read_summary(target)
         if summary is None:
             _remove_folders([target, *target.parent.glob("*.partial")])  # damaged, or left by a process that was killed
-            summary = _convert_folder(target, folder, reader, {*made_from["files"], *linked})
+            summary = _convert_folder(target, folder, reader, {*made_from["files"], *linked}, division)
             others = [path for path in target.parent.iterdir() if path.is_dir() and path.name not in (key, RENDERED)]
             _remove_folders(path for path in sorted(others, key=get_last_use)[:-1] if not is_in_use(path))
             if not any(name.lower().endswith(".pdf") for name in made_from["files"]):
@@ -115,15 +133,18 @@ def _read_summary(target: Path) -> dict[str, Any] | None:
     return summary if is_intact else None
 
 
-def _convert_folder(target: Path, folder: str, reader: DocumentReader, file_names: Collection[str]) -> dict[str, Any]:
+def _convert_folder(
+    target: Path, folder: str, reader: DocumentReader, file_names: Collection[str], division: DivisionParams
+) -> dict[str, Any]:
     """Read the folder, which holds `file_names`, and write its parts; `target` appears complete or not at all."""
     partial = target.with_suffix(".partial")
     store = ImageStore(partial / "images", target.parent / RENDERED)
     store.folder.mkdir(parents=True)
     raw = reader(root() / folder, store)
     pages, pairs, first_names = _deduplicate_pages(raw)
-    split_of = assign_splits(folder, pages, pairs, raw.named_splits, first_names)
-    by_split = {split: [pair for pair in pairs if split_of[pair.page] == split] for split in SPLITS}
+    split_of, by_split, num_unused = divide_pairs(folder, raw, pages, pairs, first_names, *division)
+    training_pairs = by_split["train"] + by_split["dev"]
+    num_shared = len({pair.page for pair in by_split["test"]} & {pair.page for pair in training_pairs})
     parts = []
     if by_split["train"] and by_split["dev"]:
         for hub_split, split in (("train", "train"), ("test", "dev")):  # training sets of the hub call the dev set test
@@ -135,21 +156,25 @@ def _convert_folder(target: Path, folder: str, reader: DocumentReader, file_name
             write_training_split(partial / "train", hub_split, rows)
         parts.append("train")
     if by_split["test"]:
-        corpus = {name: page for name, page in pages.items() if split_of[name] == "test"}
-        _write_evaluation_set(partial / "beir", corpus, by_split["test"])
+        _write_evaluation_set(partial / "beir", pages, by_split["test"], num_shared)
         parts.append("beir")
     shutil.rmtree(store.folder)
     summary = {
         "parts": parts,
         "pages": dict(Counter(split_of.values())),
-        "queries": {split: len(rows) for split, rows in by_split.items()},
+        # A training row is a pair; a query of several pages is judged once.
+        "queries": {split: len(rows) for split, rows in by_split.items()}
+        | {"test": len({pair.query for pair in by_split["test"]})},
         "rows": dict(raw.row_counts),
         "bad": [row._asdict() for row in raw.invalid_rows],
         "same pages": len(raw.pages) - len(pages),
         "same queries": len(raw.pairs) - len(pairs),
         "cut queries": raw.num_cut_queries,
         "pages without a query": len(pages.keys() - {pair.page for pair in pairs}),
-        "kinds": dict(sorted(Counter(pair.kind for pair in pairs).items())),
+        "pseudo-queries left out": num_unused,
+        "test pages that are trained on": num_shared,
+        "trains on pseudo-queries": any(pair.kind != GIVEN for pair in training_pairs),
+        "kinds": dict(sorted(Counter(pair.kind for rows in by_split.values() for pair in rows).items())),
         "unknown keys": sorted(raw.unknown_keys),
         "not read": sorted(set(file_names) - raw.read_files),
         "files": {
@@ -174,58 +199,9 @@ def _deduplicate_pages(raw: RawDocuments) -> tuple[dict[str, StoredImage], list[
     return pages, sorted(pairs, key=lambda pair: order[pair.page]), first_names
 
 
-def assign_splits(
-    folder: str,
-    pages: dict[str, StoredImage],
-    pairs: Sequence[QueryPagePair],
-    named_splits: dict[str, list[tuple[str, str]]],
-    first_names: dict[str, str],
-) -> dict[str, str]:
-    """Return the split of each page; no page and no query is in two.
-
-    Pages that share a query stay together; where no row names a split, a hash of the page decides.
-
-    Raises:
-        UserError: rows put pages that are equal, or share a query, into two splits.
-    """
-    parents = {name: name for name in pages}  # a forest: the pages of one tree share queries
-
-    def find_root(name: str) -> str:
-        while parents[name] != name:
-            parents[name] = name = parents[parents[name]]
-        return name
-
-    page_of_query: dict[str, str] = {}
-    for pair in pairs:
-        page = page_of_query.setdefault(normalize_query(pair.query), pair.page)
-        parents[find_root(pair.page)] = find_root(page)
-    named: dict[str, tuple[str, str]] = {}
-    for name, splits in named_splits.items():
-        for split, where in splits:
-            first_split, first_where = named.setdefault(find_root(first_names[name]), (split, where))
-            if first_split != split:
-                raise UserError(
-                    f"{folder}: {first_where} is in {first_split}, {where} in {split}, but they show the same page or "
-                    f"ask the same query; a page and all its queries belong to one split"
-                )
-    keys: dict[str, str] = {}
-    for name, image in pages.items():
-        keys[find_root(name)] = min(image.key, keys.get(find_root(name), image.key))
-    split_of_root = {top: named[top][0] if top in named else hash_split(key) for top, key in keys.items()}
-    return {name: split_of_root[find_root(name)] for name in pages}
-
-
-def hash_split(key: str) -> str:
-    """Return the split that the sha256 of a page decides, with the probabilities `SPLIT_SHARES`."""
-    rest = int(key[:8], 16) / 16**8
-    for split, share in SPLIT_SHARES.items():
-        if rest < share:
-            return split
-        rest -= share
-    return "train"
-
-
-def _write_evaluation_set(folder: Path, corpus: dict[str, StoredImage], pairs: Sequence[QueryPagePair]) -> None:
+def _write_evaluation_set(
+    folder: Path, corpus: dict[str, StoredImage], pairs: Sequence[QueryPagePair], num_shared: int
+) -> None:
     page_ids = {name: number for number, name in enumerate(corpus)}
     query_ids = {query: number for number, query in enumerate(dict.fromkeys(pair.query for pair in pairs))}
     write_beir(
@@ -233,7 +209,8 @@ def _write_evaluation_set(folder: Path, corpus: dict[str, StoredImage], pairs: S
         [CorpusPage(number, corpus[name].path, name) for name, number in page_ids.items()],
         [Query(number, query) for query, number in query_ids.items()],
         [Qrel(query_ids[pair.query], page_ids[pair.page]) for pair in pairs],
-        pseudo=any(pair.kind != "given" for pair in pairs),
+        pseudo=any(pair.kind != GIVEN for pair in pairs),
+        num_trained_pages=num_shared,
     )
 
 
@@ -242,11 +219,12 @@ def _format_summary(folder: str, summary: dict[str, Any]) -> str:
     bad = Counter(kind for _, kind in {(row["where"], row["kind"]) for row in summary["bad"]})
     shares = ", ".join(f"{bad[kind]} bad of {count} {kind}" for kind, count in summary["rows"].items())
     lines = [f"{folder}: pages/queries: {', '.join(parts)}; {shares}"]
-    counted = ("same pages", "same queries", "pages without a query")
-    lines += [f"  {name}: {summary[name]}" for name in counted if summary[name]]
+    lines += _format_amounts(summary["queries"], sum(summary["pages"].values()))
+    counted = ("same pages", "same queries", "pages without a query", "test pages that are trained on")
+    lines += [f"  {name}: {summary[name]}" for name in (*counted, "pseudo-queries left out") if summary[name]]
     if summary["cut queries"]:
         lines.append(f"  queries cut to {MAX_QUERY_CHARACTERS} characters: {summary['cut queries']}")
-    pseudo = {kind: count for kind, count in summary["kinds"].items() if kind != "given"}
+    pseudo = {kind: count for kind, count in summary["kinds"].items() if kind != GIVEN}
     if pseudo:
         lines.append("  pseudo-queries, made by a program: " + ", ".join(f"{n} {kind}s" for kind, n in pseudo.items()))
     if keys := summary["unknown keys"]:
@@ -254,3 +232,16 @@ def _format_summary(folder: str, summary: dict[str, Any]) -> str:
     if unread := summary["not read"]:
         lines.append(f"  not read: {len(unread)}, {', '.join(unread[:5])}{', ...' if unread[5:] else ''}")
     return "\n".join(lines).encode(errors="backslashreplace").decode()  # a key may hold half a character
+
+
+def _format_amounts(queries: Mapping[str, int], num_pages: int) -> list[str]:
+    """Say what there is to train on and to evaluate on, and what is too little."""
+    lines = [f"  to train on: {queries['train']} queries and {queries['dev']} dev queries"]
+    if queries["train"] < FEW_TRAINING_QUERIES:
+        lines.append(f"    few: batch_size can be at most {queries['train']}; give more questions or more PDFs")
+    lines.append(f"  to evaluate on: {queries['test']} queries, {num_pages} pages ranked for each")
+    if 0 < queries["test"] < FEW_TEST_QUERIES:
+        # Scores are between 0 and 1, so that their standard deviation is at most 0.5.
+        points = 50 / queries["test"] ** 0.5
+        lines.append(f"    few: the standard error of an NDCG x 100 over them is up to {points:.0f}")
+    return lines

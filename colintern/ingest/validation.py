@@ -174,13 +174,15 @@ def check_bad_fraction(quarantine: Quarantine, max_bad_fraction: float) -> None:
 def check_split_overlap(scanned: ScannedRows) -> None:
     """Check that no page, by its bytes, is in two of train, dev and an evaluation set, or in a corpus and the latter.
 
-    A hub data set's own train and dev split are left as they are published.
+    A hub data set's own train and dev split are left as they are published. An evaluation set made from the folder
+    that is trained on ranks all of its pages, and `divide_pairs` keeps those that answer its queries apart.
     """
     for first, second in permutations(scanned, 2):
         is_published = first.is_published and first.name == second.name
+        is_divided = second.split == "test" and first.name == second.name
         # Pages of a corpus are those of the rows that name them, in whichever of train and dev these are.
         is_corpus_of_dev = first.split == "corpus" and second.split == "dev"
-        if SPLIT_ORDER[first.split] >= SPLIT_ORDER[second.split] or is_published or is_corpus_of_dev:
+        if SPLIT_ORDER[first.split] >= SPLIT_ORDER[second.split] or is_published or is_divided or is_corpus_of_dev:
             continue
         rows: dict[str, RowInfo] = {row.key: row for row in scanned[first] if not row.error}
         shared = [(rows[row.key], row) for row in scanned[second] if not row.error and row.key in rows]

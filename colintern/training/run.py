@@ -138,7 +138,10 @@ def build_trainer(
     train, dev = splits["train"], splits["test"][: params.dev_queries]
     num_steps = len(train) // params.batch_size * params.epochs
     if not num_steps:
-        raise UserError(f"batch_size: {params.batch_size} is more than the {len(train)} training pairs")
+        raise UserError(
+            f"batch_size: {params.batch_size} is more than the {len(train)} training pairs; write at most "
+            f"{len(train)}, or add training data"
+        )
     if params.logging_steps > num_steps:
         raise UserError(f"logging_steps: {params.logging_steps} is more than the {num_steps} steps of this run")
     # By steps, not by epoch: "epoch" comes after the checkpoint of the step, which would lack the score.

@@ -15,7 +15,10 @@ from colintern.params import LIST, TYPES, Params, list_problems, read_yaml_mappi
 
 SCORED_STAGES = ("fetch-data", "verify", "train")  # the stages that decide the dev score
 # They decide what the score is measured on, so that scores under two values of one of them cannot be compared.
-SCORE_DEFINING_KEYS = {"benchmarks", "dev_queries", "max_bad_fraction", "train_corpus", "train_corpus_revision"}
+SCORE_DEFINING_KEYS = {
+    "benchmarks", "dev_queries", "max_bad_fraction", "split_by", "train_corpus", "train_corpus_revision",
+    "train_on_test_pages",
+}  # fmt: skip
 SCORE_DEFINING_KEYS |= {"train_data", "train_revision"}
 # They cost time or memory, and change the score by rounding at most.
 SCORE_NEUTRAL_KEYS = {"attention", "compile", "deterministic", "eval_batch_size", "feature_cache_gb"}
