@@ -6,9 +6,9 @@ In: the demo's 200 test pages as the adapter embeds them, 108 vectors each. A pa
 joined to `--tokens` vectors, with noise, and normalized: random vectors would be equally far from all queries. Each
 store is filled in a separate process, whose anonymous memory is that of the writer, and is then queried in another one
 for the ten best pages of each query. Recall is the share of the ten best pages of exact float32 scores. "files" are
-parquet files of `colintern embed`, read by our own brute force. Build time and time of a query are CPU-seconds of all threads;
-the last column is the wall clock. The last line: `RESULT lancedb_10000_cpu_ms=... lancedb_10000_recall=... ...`,
-CPU-milliseconds of a query and recall of each store and size.
+parquet files of `colintern embed`, read by our own brute force. Build time and time of a query are CPU-seconds of all
+threads; the last column is the wall clock. The last line: `RESULT lancedb_10000_cpu_ms=... lancedb_10000_recall=...
+...`, CPU-milliseconds of a query and recall of each store and size.
 """
 
 import argparse
