@@ -8,7 +8,7 @@ import difflib
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -336,6 +336,23 @@ def _check_revisions(valid: dict[str, Any]) -> list[str]:
         if len(hub_ids) > 1:
             problems.append(f"{key}: {valid[key]!r} names {len(hub_ids)} hub ids, but {revision_key} can pin only one")
     return problems
+
+
+def list_unreadable_sources(base: str, sources: Iterable[str]) -> list[str]:
+    """List the sources of pages that the demo's base cannot read: all but its own pages; none for another base."""
+    is_demo = Path(base).parts[-2:] == ("demo", "base")
+    return sorted({name for name in sources if name != "demo"}) if is_demo else []
+
+
+def describe_demo_base(base: str, sources: Iterable[str]) -> str:
+    """Say in a sentence that the demo's base cannot read some of the sources; "" if it can."""
+    names = ", ".join(list_unreadable_sources(base, sources))
+    if not names:
+        return ""
+    return (
+        f"note: {base} knows about 300 words in six fonts and cannot read {names}; expect scores near chance, or take "
+        "the recipe internvl3_5-1b, whose base reads"
+    )
 
 
 def is_on_hub(name: str) -> bool:

@@ -9,9 +9,10 @@ finished are taken from .scratch.
 """
 
 from pathlib import Path
+from textwrap import fill
 
 from colintern.core.errors import exit_on_user_error
-from colintern.params import load_params
+from colintern.params import describe_demo_base, load_params
 from colintern.storage.files import format_json, write_csv
 from colintern.storage.manifest import ensure_inputs, set_arrow_cache
 from colintern.storage.outs import purge_finished_checkpoints, verify_dvc_outputs
@@ -52,6 +53,8 @@ def main() -> None:
     write_csv(Path("plots/eval.csv"), list_task_rows(scores["trained"]), TASK_COLUMNS)
     write_csv(Path("plots/benchmarks.csv"), list_benchmark_rows(scores), BENCHMARK_COLUMNS)
     print(format_score_table(scores))
+    if note := describe_demo_base(params.base, params.benchmarks):
+        print(fill(note, 80))
 
 
 if __name__ == "__main__":

@@ -10,14 +10,16 @@ cache lacks something.
 """
 
 from pathlib import Path
+from textwrap import fill
 
 from colintern.core.errors import exit_on_user_error
+from colintern.core.rules import parse_mixture
 from colintern.data.training_set import write_row_index
 from colintern.ingest.documents import MAX_QUERY_CHARACTERS
 from colintern.ingest.scan import scan_rows, valid_rows
 from colintern.ingest.sources import DemoWriters, fetch_inputs, get_tokenizer_path, list_dataset_splits
 from colintern.ingest.validation import check_benchmarks, collect_quarantine, validate_data
-from colintern.params import load_params
+from colintern.params import describe_demo_base, load_params
 from colintern.statistics.survey import survey_rows
 from colintern.storage.files import format_json
 from colintern.storage.manifest import MANIFEST, QUARANTINE, SURVEY, is_local_benchmark, set_arrow_cache
@@ -36,6 +38,10 @@ def main() -> None:
         tasks = list_hub_datasets(params.benchmarks)
     manifest, documents = fetch_inputs(params, tasks, DemoWriters(write_training_set, write_evaluation_set))
     check_benchmarks(params.benchmarks, manifest["evaluation"])
+    if note := describe_demo_base(
+        params.base, [name for name, _ in parse_mixture(params.train_data)] + list(params.benchmarks)
+    ):
+        print(fill(note, 80))
     Path("data").mkdir(exist_ok=True)
     scanned = scan_rows(list_dataset_splits(manifest, params.train_data, params.train_corpus))
     quarantine = collect_quarantine(scanned, documents)

@@ -76,7 +76,16 @@ def test_both_recipes_pass_every_check_on_a_machine_that_fits(counted):
 
 def test_the_checklist_of_the_guide_is_all_there():
     assert list(RUN_CHECKS) + list(ENVIRONMENT_CHECKS) == [
-        *("epochs", "effective batch", "learning rate", "LoRA on", "target modules", "head included", "vision frozen"),
+        *(
+            "base",
+            "epochs",
+            "effective batch",
+            "learning rate",
+            "LoRA on",
+            "target modules",
+            "head included",
+            "vision frozen",
+        ),
         *("bf16", "attention kernel", "disk", "memory", "driver and CUDA", "git", "path", "DVC remote"),
         *("hub access", "W&B"),
     ]
@@ -248,7 +257,7 @@ def test_the_demo_is_well_and_fits_the_terminal(doctor):
     done = doctor()
     assert done.returncode == 0, done.stdout + done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80 and "\033" not in done.stdout
-    assert [line[:4] for line in done.stdout.splitlines() if line[:1] in "pwf" and line[4:6] == "  "] == ["pass"] * 17
+    assert [line[:4] for line in done.stdout.splitlines() if line[:1] in "pwf" and line[4:6] == "  "] == ["pass"] * 18
 
 
 def test_what_fails_is_the_exit_code_and_no_secret_is_told(repo, doctor):
@@ -268,7 +277,7 @@ def test_what_fails_is_the_exit_code_and_no_secret_is_told(repo, doctor):
     status = {check["name"]: check["status"] for check in report["checks"]}
     assert {name for name, word in status.items() if word == FAIL} == {"target modules", "head included"}
     assert {name for name, word in status.items() if word == WARN} == {"learning rate", "git", "DVC remote", "W&B"}
-    assert (report["pass"], report["warn"], report["fail"]) == (11, 4, 2)
+    assert (report["pass"], report["warn"], report["fail"]) == (12, 4, 2)
     assert "s3cret" not in done.stdout + done.stderr
 
 

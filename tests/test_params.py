@@ -20,7 +20,7 @@ from colintern.core import rules
 from colintern.core.errors import UserError, exit_on_user_error
 from colintern.core.recipes import render_recipe
 from colintern.core.rules import parse_mixture
-from colintern.params import MAX_DIGITS, TYPES, Params, load_params
+from colintern.params import MAX_DIGITS, TYPES, Params, describe_demo_base, load_params
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = render_recipe(ROOT / "recipes" / "demo.yaml")
@@ -408,3 +408,12 @@ def test_no_whole_number_is_without_an_upper_bound(digits: int) -> None:
 )
 def test_what_could_take_for_ever_is_refused_at_once(text: str, words: str) -> None:
     assert words in refusal(text)
+
+
+def test_the_demo_base_reads_the_demo_alone():
+    assert (
+        describe_demo_base("demo/base", ["demo"]) == "" == describe_demo_base("OpenGVLab/InternVL3_5-1B-HF", ["docs"])
+    )
+    assert "cannot read data/own/docs, data/own/more; expect scores near chance" in describe_demo_base(
+        "demo/base", ["demo", "data/own/more", "data/own/docs"]
+    )

@@ -504,7 +504,9 @@ def test_a_folder_of_pdfs_is_training_and_evaluation_set_by_its_name():
         write_pdf(folder / f"{name}.pdf", pages, [(lines[0], n) for n, lines in enumerate(pages)])
     (folder / "cut.pdf").write_bytes((folder / "a.pdf").read_bytes()[200:900])
     write_params(train_data=folder, benchmarks=(folder,), max_bad_fraction=0.05)
-    assert "1 of 81 rows in data/quarantine.json" in fetched()
+    printed = fetched()
+    assert "1 of 81 rows in data/quarantine.json" in printed
+    assert "note: demo/base knows about 300 words in six fonts and cannot read\ndata/own/manuals;" in printed
     [entry] = quarantine()
     assert (entry["source"], entry["row"]) == (str(folder), "cut.pdf")
     tables = {table: next(ensure_benchmark(str(folder)).glob(f"{table}/*.parquet")) for table in ("corpus", "queries")}

@@ -2,10 +2,11 @@
 
 import argparse
 from pathlib import Path
+from textwrap import fill
 
 from colintern.commands import print_phase
 from colintern.core.errors import UserError
-from colintern.params import load_params
+from colintern.params import describe_demo_base, load_params
 from colintern.storage.paths import require_model, require_new_file
 
 SUMMARY = "write an HTML file on an evaluated model: verdict, curves, scores, worst queries with heatmaps"
@@ -70,5 +71,7 @@ def run(args: argparse.Namespace) -> None:
     out.write_text(render_report(args.model, model, evaluation, queries, examples, num_passed), encoding="utf-8")
     num_pages = sum(len(example.pages) for example in examples)
     print(f"{out}: {len(examples)} queries with {num_pages} pages, {out.stat().st_size / 1e6:.1f} MB")
+    if note := describe_demo_base(params.base, params.benchmarks):
+        print(fill(note, 80))
     if num_passed:
         print(f"left out of the worst queries: {num_passed} to which no page is the right one")

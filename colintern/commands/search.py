@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.core.terminal import escape_controls
-from colintern.params import PRECISIONS, load_params
+from colintern.params import PRECISIONS, describe_demo_base, load_params
 from colintern.storage.paths import ADAPTER, TRAIN_OUT, require_model, require_new_file, require_writable
 
 if TYPE_CHECKING:
@@ -195,6 +195,8 @@ def open_searcher(args: argparse.Namespace, log: TextIO) -> "PageSearcher":
     start = time.monotonic()
     new = searcher.index.add_pages(sources, searcher.model, searcher.processor, params.eval_batch_size, bad)
     seconds = time.monotonic() - start
+    if (args.model / "adapter_config.json").is_file() and (note := describe_demo_base(params.base, [str(args.source)])):
+        print(fill(note, 80, subsequent_indent="  "), file=log)
     _print_left_out(bad, log)
     if others := summarize_unsearched(args.source):
         print(fill(escape_controls(f"not searched: {others}"), 80, subsequent_indent="  "), file=log)

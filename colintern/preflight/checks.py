@@ -15,12 +15,12 @@ from huggingface_hub import constants
 from transformers import InternVLConfig
 
 from colintern.core.errors import UserError
-from colintern.core.rules import split_kernel
+from colintern.core.rules import parse_mixture, split_kernel
 from colintern.modeling.attention import unavailable_reason
 from colintern.modeling.lora import FLOAT32, LoraReport, find_lora_errors, find_lora_warnings, report_lora_on_meta
 from colintern.modeling.retriever import build_meta_model
 from colintern.monitoring.guide import DEMO, RecommendedBounds, get_recommended_bounds
-from colintern.params import Params
+from colintern.params import Params, describe_demo_base
 from colintern.preflight.environment import Environment, Machine, probe_machine
 from colintern.training.checkpoints import required_disk_bytes
 
@@ -264,7 +264,15 @@ def _check_wandb(environment: Environment) -> Status:
     return PASS, "not used: curves are in plots/, figures in metrics/, both in git"
 
 
+def _check_base(facts: RunFacts) -> Status:
+    sources = [name for name, _ in parse_mixture(facts.params.train_data)] + list(facts.params.benchmarks)
+    if note := describe_demo_base(facts.params.base, sources):
+        return WARN, note.removeprefix("note: "), "colintern recipe internvl3_5-1b"
+    return PASS, facts.params.base
+
+
 RUN_CHECKS: dict[str, Callable[[RunFacts], Status]] = {
+    "base": _check_base,
     "epochs": _check_epochs,
     "effective batch": _check_batch_size,
     "learning rate": _check_learning_rate,
