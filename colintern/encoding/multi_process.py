@@ -58,7 +58,7 @@ class OomBackoffEmbedder(Generic[Item]):
 
 
 class EmbeddingPool(Generic[Item]):
-    """Processes that embed batches, one per GPU; they start with the first batch. Of one process, this is the one.
+    """Processes that embed batches, one per GPU; they start with the first batch. A single one is this process.
 
     Args:
         load: loads the model, and returns the function that embeds a batch. Called in each process, in which the GPU
