@@ -130,7 +130,7 @@ def report(evaluated) -> Path:
 
 
 def test_failures_are_grouped(report):
-    """On the report of 60 pages, of which one is a page of a PDF; and on queries whose groups are known."""
+    """60 pages, of which one is a page of a PDF."""
     text = report.read_text()
     section = text[text.index('<section id="failures">') : text.index('<section id="queries">')]
     count = int(re.search(r"wrong page comes first for (\d+) queries", section)[1])
@@ -142,6 +142,8 @@ def test_failures_are_grouped(report):
     assert all(sum(int(failed) for *_, failed in table) == count for table in tables)
     assert {name for name, *_ in tables[2]} == {"sub dir/50% Größe #2.pdf", "not a page of a PDF"}
 
+
+def test_groups_of_failures_are_those_of_their_pages():
     def judge(rank: int, first: str | None, *right: str | None, words: int = 3, same: bool = False) -> JudgedQuery:
         scores = {MAIN_METRIC.key: 1.0 if rank == 1 else 0.5}
         return JudgedQuery(

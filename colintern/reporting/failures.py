@@ -7,6 +7,7 @@ from typing import NamedTuple
 from mteb.abstasks.abstask import AbsTask
 
 from colintern.core.page_labels import PDF_PAGE
+from colintern.core.progress import ProgressBar
 from colintern.core.terminal import escape_controls
 from colintern.evaluation.results import QueryResult
 from colintern.reporting.examples import EvaluationCorpus
@@ -49,7 +50,8 @@ def judge_queries(tasks: Sequence[AbsTask], results: Iterable[QueryResult]) -> l
     """Look up the documents and the language of each query; one of several benchmarks once, one without page never."""
     corpora = {task.metadata.name: EvaluationCorpus(task) for task in tasks}
     judged = []
-    for result in {result.identity: result for result in results}.values():
+    distinct = list({result.identity: result for result in results}.values())
+    for result in ProgressBar(distinct, desc="first pages", unit="query"):
         corpus = corpora[result.task]
         if right := corpus.list_right_pages(result.subset, result.query_id):
             first, *documents = (_get_document(corpus, result.subset, page) for page in (result.top_pages[0], *right))
