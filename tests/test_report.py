@@ -2,6 +2,8 @@
 
 import base64
 import contextlib
+import io
+import itertools
 import json
 import os
 import re
@@ -14,7 +16,7 @@ import browser
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageOps
 from processes import FORKS
 from test_adapters import trained
 
@@ -43,6 +45,7 @@ from colintern.reporting.evaluation import (
 from colintern.reporting.examples import RankedPage, explain_failures, explain_query, split_query
 from colintern.reporting.failures import JudgedQuery, group_failures
 from colintern.reporting.html import render_html
+from colintern.reporting.near_duplicates import are_near_duplicates, shrink_page
 from colintern.scoring.maxsim import maxsim_scores
 from colintern.scoring.metrics import MAIN_METRIC
 from colintern.storage.files import format_json
@@ -127,7 +130,7 @@ def report(evaluated) -> Path:
 
 
 def test_failures_are_grouped(report):
-    """On the report of 60 pages, of which one is a page of a PDF; and on queries whose groups are known."""
+    """60 pages, of which one is a page of a PDF."""
     text = report.read_text()
     section = text[text.index('<section id="failures">') : text.index('<section id="queries">')]
     count = int(re.search(r"wrong page comes first for (\d+) queries", section)[1])
@@ -139,10 +142,12 @@ def test_failures_are_grouped(report):
     assert all(sum(int(failed) for *_, failed in table) == count for table in tables)
     assert {name for name, *_ in tables[2]} == {"sub dir/50% Größe #2.pdf", "not a page of a PDF"}
 
-    def judge(rank: int, first: str | None, *right: str | None, words: int = 3) -> JudgedQuery:
+
+def test_groups_of_failures_are_those_of_their_pages():
+    def judge(rank: int, first: str | None, *right: str | None, words: int = 3, same: bool = False) -> JudgedQuery:
         scores = {MAIN_METRIC.key: 1.0 if rank == 1 else 0.5}
         return JudgedQuery(
-            QueryResult("b", "t", "fr", "q", scores, rank, ["1"], query="w " * words), first, right, "fr"
+            QueryResult("b", "t", "fr", "q", scores, rank, ["1"], query="w " * words), first, right, "fr", same
         )
 
     groups = group_failures(
@@ -152,26 +157,43 @@ def test_failures_are_grouped(report):
             judge(2, "a.pdf", "b.pdf", words=5),
             judge(2, "b.pdf", "c.pdf", words=17),
             judge(2, None, "c.pdf"),
+            judge(2, "a.pdf", "a.pdf", same=True),
             judge(2, "c.pdf", None),
         ]
     )
     names = {key: [(group.name, group.queries, group.failed) for group in rows] for key, rows in groups.items()}
+    first_pages = {name: failed for name, _, failed in names.pop("first page")}
+    assert first_pages == {
+        "another document": 2,
+        "not a page of a PDF": 2,
+        "another page of the same document": 1,
+        "a page that looks like the right one": 1,
+    }
     assert names == {
-        "first page": [
-            ("another document", 2, 2),
-            ("not a page of a PDF", 2, 2),
-            ("another page of the same document", 1, 1),
-        ],
-        "language": [("fr", 6, 5)],
+        "language": [("fr", 7, 6)],
         "document of the right page": [
             ("b.pdf", 2, 2),
             ("c.pdf", 2, 2),
+            ("a.pdf", 2, 1),
             ("not a page of a PDF", 1, 1),
-            ("a.pdf", 1, 0),
         ],
-        "query length": [("1 to 4 words", 4, 3), ("5 to 8 words", 1, 1), ("more than 16 words", 1, 1)],
+        "query length": [("1 to 4 words", 5, 4), ("5 to 8 words", 1, 1), ("more than 16 words", 1, 1)],
     }
-    assert groups["language"][0].ndcg == pytest.approx(3.5 / 6)
+    assert groups["language"][0].ndcg == pytest.approx(4 / 7)
+
+
+def test_pages_that_look_the_same_are_found_and_others_are_not():
+    pages = [page.image.convert("RGB").resize((600, 900)) for page in generate_corpus("test", 12, 1, seed=3)]
+    thumbnails = [shrink_page(page) for page in pages]
+    assert not any(are_near_duplicates(a, b) for a, b in itertools.combinations(thumbnails, 2))
+    jpeg = io.BytesIO()
+    for page, thumbnail in zip(pages, thumbnails, strict=True):
+        page.save(jpeg, "JPEG", quality=30)
+        for changed in (page.resize((300, 450)), Image.open(jpeg), ImageOps.expand(page, 30, page.getpixel((0, 0)))):
+            assert are_near_duplicates(thumbnail, shrink_page(changed)), changed
+        jpeg.seek(0)
+    blank = shrink_page(Image.new("L", (10, 10), 255))
+    assert not are_near_duplicates(blank, blank)
 
 
 @pytest.fixture(scope="session")

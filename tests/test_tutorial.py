@@ -75,8 +75,10 @@ def test_the_page_is_run_from_its_first_command_to_its_last(repo):
     assert (repo.path / "found.html").is_file() and (repo.path / "exported" / "README.md").is_file()
 
 
-@pytest.mark.slow  # five trainings
-def test_groups_of_seeds_are_queued_and_compared(repo):
+@pytest.mark.slow  # six trainings in one command
+@pytest.mark.timeout(2400)
+def test_groups_of_seeds_are_queued_and_compared(repo, monkeypatch):
+    monkeypatch.setattr("test_dvc_commands.TIMEOUT", 2000)
     if not (repo.path / "experiments" / "colintern").is_dir():
         repo.output("dvc repro -q")
     repo.commit()

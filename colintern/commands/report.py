@@ -52,7 +52,6 @@ def run(args: argparse.Namespace) -> None:
         select_worst_queries,
     )
     from colintern.reporting.examples import explain_failures
-    from colintern.reporting.failures import judge_queries
     from colintern.reporting.report import render_report
     from colintern.storage.hub import enable_offline_mode
 
@@ -65,10 +64,9 @@ def run(args: argparse.Namespace) -> None:
     print_phase(f"report: drawing the worst {min(args.worst, len(worst))} of {len(worst)} queries below NDCG@5 1")
     is_shown = worst and args.worst
     examples, num_passed = explain_failures(model.load_encoder(), tasks, worst, args.worst) if is_shown else ([], 0)
-    queries = judge_queries(tasks, evaluation.queries)
     out = args.out or Path("results/report") / f"{args.model.resolve().name}-{model.revision[:8]}.html"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(render_report(args.model, model, evaluation, queries, examples, num_passed), encoding="utf-8")
+    out.write_text(render_report(args.model, model, evaluation, examples, num_passed), encoding="utf-8")
     num_pages = sum(len(example.pages) for example in examples)
     print(f"{out}: {len(examples)} queries with {num_pages} pages, {out.stat().st_size / 1e6:.1f} MB")
     if note := describe_demo_base(params.base, params.benchmarks):

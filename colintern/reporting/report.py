@@ -28,7 +28,7 @@ from colintern.reporting.evaluation import (
     select_worst_queries,
 )
 from colintern.reporting.examples import QueryExample
-from colintern.reporting.failures import JudgedQuery, group_failures
+from colintern.reporting.failures import group_failures, judge_queries
 from colintern.reporting.html import render_html
 from colintern.scoring.metrics import EVAL_KEY, MAIN_METRIC, METRIC_KEYS, RANKING_METRICS
 from colintern.statistics.dataset_stats import load_dataset_stats, summarize_stats
@@ -39,14 +39,10 @@ GOOD_VERDICT = "learned"
 
 
 def render_report(
-    folder: Path,
-    model: EvalModel,
-    evaluation: Evaluation,
-    queries: list[JudgedQuery],
-    examples: list[QueryExample],
-    num_passed: int,
+    folder: Path, model: EvalModel, evaluation: Evaluation, examples: list[QueryExample], num_passed: int
 ) -> str:
-    """Render the HTML, with what `judge_queries` and `explain_failures` returned; equal inputs give equal bytes."""
+    """Render the HTML, with what `explain_failures` returned; the same inputs give the same bytes."""
+    queries = judge_queries([task for _, task in evaluation.pairs], evaluation.queries)
     size = get_embedding_size(evaluation.run)
     return render_html(
         "report.html",
