@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial, partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import qdrant_server
@@ -26,7 +27,7 @@ from test_search import WORDS, adapted  # noqa: F401
 from torch.nn.functional import normalize
 
 from colintern.__main__ import main
-from colintern.commands.embed import count_workers
+from colintern.commands.embed import choose_embedder, count_workers
 from colintern.core.errors import OutOfMemoryError, UserError
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import encode_png
@@ -386,6 +387,28 @@ def test_a_process_that_is_killed_is_named(documents):
     corpus = open_corpus(str(documents))
     with pytest.raises(OutOfMemoryError, match="a process that embeds pages was killed or could not load"):
         list(embed_in_workers(corpus.read(set(corpus.pages), []), kill, 1, 1))
+
+
+def test_a_cluster_that_cannot_embed_is_refused(top):
+    """Without Ray, which has no place in the locks; tests/test_ray.py has it."""
+    commands = ("--on 10.0.0.1:6379", "--on ray --shard 1/2", "--on ray")
+    logs = run(top, *(f"embed documents --out vectors {options}" for options in commands))
+    words = (
+        "--on: '10.0.0.1:6379' is not valid; it must be ray or ray://HOST:PORT",
+        "argument --shard: not allowed with argument --on",
+        "ray is not installed; install the extra `ray` of pyproject.toml",
+    )
+    for log, word in zip(logs, words, strict=True):
+        assert word in log and log.endswith("exit 2\n")
+    assert not (top / "vectors").exists()
+    cluster = SimpleNamespace(num_cpus=4, num_gpus=2, num_machines=3, device="H200")
+    machines = SimpleNamespace(num_cpus=4, num_gpus=0, num_machines=3, device="cpu")
+    assert [count_workers("auto", cluster), count_workers("auto", machines), count_workers(1, cluster)] == [2, 3, 1]
+    with pytest.raises(UserError, match="launch: 3 is more than the 2 GPUs that can be seen"):
+        count_workers(3, cluster)
+    args, params = SimpleNamespace(batch_size=1, model=top), SimpleNamespace(launch=2, threads=2)
+    with pytest.raises(UserError, match="launch: 2 workers with threads: 2, and one that renders, need 5 CPUs, but"):
+        choose_embedder(args, params, machines)
 
 
 def test_hostile_names_are_stored_and_never_reach_the_terminal(top):

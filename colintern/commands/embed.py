@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from colintern.storage.paths import TRAIN_OUT, require_model, require_writable
 if TYPE_CHECKING:
     from colintern.evaluation.models import EvalModel
     from colintern.search.embedding import EmbedImages
+    from colintern.search.ray_embedding import RayCluster
     from colintern.stores.base import PageStore
 
 SUMMARY = "write the vectors of pages to parquet files, Qdrant or LanceDB; resumes, and updates what changed"
@@ -40,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dim", type=int, metavar="N", help="numbers kept of a vector (default: params.yaml's)")
     batch = "pages per forward pass; above 1, the last bits of a vector depend on the pages beside it"
     add("--batch-size", type=int, default=1, metavar="N", help=f"{batch} {DEFAULT}")
-    add("--shard", default="1/1", metavar="I/N", help=f"embed the I-th of N parts {DEFAULT}")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--shard", default="1/1", metavar="I/N", help=f"embed the I-th of N parts {DEFAULT}")
+    where.add_argument("--on", metavar="ADDRESS", help="embed on a Ray cluster: ray://HOST:PORT; ray: this machine's")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,6 +54,8 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, option.replace("-", "_"))
         if value is not None and not 1 <= value <= largest:
             raise UserError(f"--{option}: {value} is not valid; it must be 1 to {largest}")
+    if args.on and not re.fullmatch(r"ray|ray://[\w.:[\]-]+:\d+", args.on):
+        raise UserError(f"--on: {args.on!r} is not valid; it must be ray or ray://HOST:PORT")
     require_model("--model", args.model)
     if args.out:
         if "://" in str(args.out) or re.match(r"\w+(\+\w+)?:/", str(args.out)):
@@ -88,22 +94,20 @@ def _embed(args: argparse.Namespace, params: Params, shard: tuple[int, int]) -> 
 
     from colintern.evaluation.models import make_eval_models
     from colintern.search.corpora import open_corpus, shard_corpus
-    from colintern.search.embedding import embed_in_process, embed_in_workers, embed_into_store
+    from colintern.search.embedding import embed_into_store
     from colintern.storage.hub import enable_offline_mode
 
+    connection = _connect(args.on)
     print_phase(f"embed: listing the pages of {args.source}")
     corpus = open_corpus(args.source)
     enable_offline_mode()
     eval_model = make_eval_models(params, args.model)["trained"]
     identity = make_identity(args.model, eval_model, params, args.precision)
-    store = _open_store(args, identity, corpus.source, shard)
-    load = partial(load_embedder, params, args.model)
-    num_workers = count_workers(params.launch)
-    embed: Any = partial(embed_in_process, load=load, batch_size=args.batch_size)
-    if num_workers > 1:
-        embed = partial(embed_in_workers, load=load, batch_size=args.batch_size, num_workers=num_workers)
-    start = time.monotonic()
-    counts = embed_into_store(store, shard_corpus(corpus, shard), shard, embed)
+    with connection as cluster:
+        identity |= {"device": cluster.device} if cluster else {}
+        store = _open_store(args, identity, corpus.source, shard)
+        start = time.monotonic()
+        counts = embed_into_store(store, shard_corpus(corpus, shard), shard, choose_embedder(args, params, cluster))
     for page in corpus.bad:
         line = escape_controls(f"left out: {page.where}: {page.reason}")
         print(fill(line, 80, subsequent_indent="  ", break_long_words=False))
@@ -118,6 +122,38 @@ def _embed(args: argparse.Namespace, params: Params, shard: tuple[int, int]) -> 
         f"{store.label}: {counts.pages} pages, {counts.added} added, {counts.replaced} replaced, "
         f"{counts.removed} removed"
     )
+
+
+def _connect(address: str | None) -> "AbstractContextManager[RayCluster | None]":
+    if not address:
+        return nullcontext()
+    try:
+        from colintern.search.ray_embedding import connect_to_ray
+    except ImportError as error:
+        raise UserError("ray is not installed; install the extra `ray` of pyproject.toml") from error
+    return connect_to_ray(address)
+
+
+def choose_embedder(args: argparse.Namespace, params: Params, cluster: "RayCluster | None") -> Any:
+    """Return the function that embeds: in this process, in a process per GPU, or on a Ray cluster."""
+    from colintern.search.embedding import embed_in_process, embed_in_workers
+
+    model: Any = {"load": partial(load_embedder, params, args.model), "batch_size": args.batch_size}
+    num_workers = count_workers(params.launch, cluster)
+    if cluster:
+        needed = num_workers * params.threads + 1
+        if needed > cluster.num_cpus:
+            raise UserError(
+                f"launch: {num_workers} workers with threads: {params.threads}, and one that renders, need {needed} "
+                f"CPUs, but the Ray cluster has {cluster.num_cpus}; lower launch or threads"
+            )
+        from colintern.search.ray_embedding import embed_on_ray
+
+        resources = {"num_cpus": params.threads, "num_gpus": min(cluster.num_gpus, 1)}
+        return partial(embed_on_ray, **model, num_workers=num_workers, resources=resources)
+    if num_workers > 1:
+        return partial(embed_in_workers, **model, num_workers=num_workers)
+    return partial(embed_in_process, **model)
 
 
 def _open_store(args: argparse.Namespace, identity: dict[str, Any], source: str, shard: tuple[int, int]) -> "PageStore":
@@ -170,12 +206,16 @@ def load_embedder(params: Params, folder: Path) -> "EmbedImages":
     return embed
 
 
-def count_workers(launch: str | int) -> int:
-    """Return the number of processes that `launch` of params.yaml means: by default one per GPU."""
+def count_workers(launch: str | int, cluster: "RayCluster | None" = None) -> int:
+    """Return the number of processes that `launch` of params.yaml means.
+
+    By default that is one per GPU, of this machine or of a Ray cluster; without GPUs, one per machine.
+    """
     import torch
 
-    num_gpus = torch.cuda.device_count()
-    num_workers = max(num_gpus, 1) if launch == "auto" else int(launch)
+    num_gpus = cluster.num_gpus if cluster else torch.cuda.device_count()
+    num_machines = cluster.num_machines if cluster else 1
+    num_workers = num_gpus or num_machines if launch == "auto" else int(launch)
     if num_gpus and num_workers > num_gpus:
         raise UserError(f"launch: {num_workers} is more than the {num_gpus} GPUs that can be seen")
     return num_workers

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -25,7 +25,7 @@ from colintern.core.memory import is_out_of_memory
 from colintern.core.progress import ProgressBar
 from colintern.encoding.page_features import Page
 from colintern.search.corpora import PageCorpus, PageImages, is_in_shard
-from colintern.stores.base import EmbeddedPage, PageStore
+from colintern.stores.base import EmbeddedPage, PageStore, StoredPage
 
 logger = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
@@ -65,8 +65,40 @@ class OomBackoffEmbedder:
         return embeddings
 
 
+class ChangedPages:
+    """The pages of a corpus that are not stored, or whose file has changed; iterating reads them.
+
+    Args:
+        corpus: its `bad` is extended with pages that cannot be read.
+        stored: pages by id.
+    """
+
+    def __init__(self, corpus: PageCorpus, stored: dict[str, StoredPage]):
+        self.corpus = corpus
+        pages = corpus.pages.items()
+        self.ids = {id_ for id_, page in pages if id_ not in stored or stored[id_].key != page.key}
+        self.pixels = {id_: stored[id_].pixels for id_ in self.ids & stored.keys()}  # hashes
+        self.unchanged: set[str] = set()  # of those that were read, ids of pages that have the stored pixels
+
+    def __iter__(self) -> PageImages:
+        for page, image in self.corpus.read(self.ids, self.corpus.bad):
+            keyed = add_pixel_hash(page, image)
+            if self.pixels.get(page.id) == keyed.pixels:
+                self.unchanged.add(page.id)
+            else:
+                yield keyed, image
+
+
+def add_pixel_hash(page: StoredPage, image: Image.Image) -> StoredPage:
+    """Return the page with the hash of its pixels."""
+    return page._replace(pixels=Page.from_image(image).key)
+
+
 def embed_into_store(
-    store: PageStore, corpus: PageCorpus, shard: tuple[int, int], embed: Callable[[PageImages], Iterator[EmbeddedPage]]
+    store: PageStore,
+    corpus: PageCorpus,
+    shard: tuple[int, int],
+    embed: Callable[[ChangedPages], Iterator[EmbeddedPage]],
 ) -> EmbedCounts:
     """Store the pages of a corpus that are new or changed, and remove those of its source that are gone.
 
@@ -81,24 +113,16 @@ def embed_into_store(
         for id_, page in store.list_pages().items()
         if page.source == corpus.source and is_in_shard(page, shard)
     }
-    pending = {id_ for id_, page in corpus.pages.items() if id_ not in stored or stored[id_].key != page.key}
-    current = (corpus.pages.keys() - pending) & stored.keys()
+    changed = ChangedPages(corpus, stored)
+    current = (corpus.pages.keys() - changed.ids) & stored.keys()
     added = replaced = 0
-
-    def iter_changed() -> PageImages:
-        for page, image in corpus.read(pending, corpus.bad):
-            keyed = page._replace(pixels=Page.from_image(image).key)
-            if page.id in stored and stored[page.id].pixels == keyed.pixels:
-                current.add(page.id)  # the file changed, this page did not
-            else:
-                yield keyed, image
-
-    bar = ProgressBar(embed(iter_changed()), desc="embedding", total=len(pending), unit="page")
+    bar = ProgressBar(embed(changed), desc="embedding", total=len(changed.ids), unit="page")
     for rows in _group_by_bytes(iter(bar), store.batch_bytes):
         store.upsert(rows)
         ids = {row.page.id for row in rows}
         current |= ids
         added, replaced = added + len(ids - stored.keys()), replaced + len(ids & stored.keys())
+    current |= changed.unchanged
     if gone := sorted(stored.keys() - current):
         store.delete(gone)
     store.finish(len(current))
@@ -118,23 +142,27 @@ def _group_by_bytes(rows: Iterator[EmbeddedPage], limit: int) -> Iterator[list[E
         yield group
 
 
-def embed_in_process(pages: PageImages, load: Callable[[], EmbedImages], batch_size: int) -> Iterator[EmbeddedPage]:
+def embed_in_process(
+    pages: Iterable[tuple[StoredPage, Image.Image]], load: Callable[[], EmbedImages], batch_size: int
+) -> Iterator[EmbeddedPage]:
     """Embed pages in this process; the model is loaded for the first of them."""
+    images = iter(pages)
     embedder: OomBackoffEmbedder | None = None
-    while batch := list(islice(pages, batch_size)):
+    while batch := list(islice(images, batch_size)):
         embedder = embedder or OomBackoffEmbedder(load(), batch_size)
         embeddings = embedder([image for _, image in batch])
         yield from (EmbeddedPage(page, vectors) for (page, _), vectors in zip(batch, embeddings, strict=True))
 
 
 def embed_in_workers(
-    pages: PageImages, load: Callable[[], EmbedImages], batch_size: int, num_workers: int
+    pages: Iterable[tuple[StoredPage, Image.Image]], load: Callable[[], EmbedImages], batch_size: int, num_workers: int
 ) -> Iterator[EmbeddedPage]:
     """Embed pages in processes, one per GPU, in the order of the pages; `load` is called in each and must be picklable.
 
     Raises:
         OutOfMemoryError: a process was killed.
     """
+    changed = iter(pages)
     context = multiprocessing.get_context("spawn")  # CUDA cannot be used after a fork
     numbers = context.Queue()
     for number in range(num_workers):
@@ -143,7 +171,7 @@ def embed_in_workers(
     with ProcessPoolExecutor(num_workers, context, _init_worker, (numbers, load, batch_size)) as pool:
         try:
             while True:
-                while len(waiting) < BATCHES_PER_WORKER * num_workers and (batch := list(islice(pages, batch_size))):
+                while len(waiting) < BATCHES_PER_WORKER * num_workers and (batch := list(islice(changed, batch_size))):
                     images = [image for _, image in batch]
                     waiting.append(([page for page, _ in batch], pool.submit(_embed_in_worker, images)))
                 if not waiting:
