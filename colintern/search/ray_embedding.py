@@ -110,9 +110,8 @@ class _Pipeline:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
         options = {"batch_format": "pyarrow", "compute": ray.data.ActorPoolStrategy(size=num_workers), **resources}
-        rendered = ray.data.from_arrow(tasks).map_batches(
-            render, batch_size=1, batch_format="pyarrow", num_cpus=1, memory=TASK_BYTES
-        )
+        task = {"batch_size": 1, "batch_format": "pyarrow", "num_cpus": 1, "memory": TASK_BYTES}
+        rendered = ray.data.from_arrow(tasks).map_batches(render, **task)
         embedded = rendered.map_batches(_Embedder, fn_constructor_args=embedder, batch_size=embedder[-1], **options)
         self.batches = iter(embedded.iter_batches(batch_size=PAGES_PER_TRANSFER, batch_format="pyarrow"))
 
