@@ -41,6 +41,7 @@ CANNOT = {  # how a command begins, and why no test runs it
     "make check": "is the first step of `make test`",
     "dvc queue kill NAME": "it is SIGINT to one of the queue's runs, which test_survival.py sends",
     "python -m pytest": "files of the suite",
+    "pip install ray[client,data]": "test_ray.py installs Ray beside the packages of the locks, which it needs",
     "git clone URL-OF-THIS-REPOSITORY": "the address is that of the clone's origin",
     "cd colintern": "the folder of that clone",
 }

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from functools import partial, partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import qdrant_server
@@ -27,6 +28,7 @@ from test_search import WORDS, adapted  # noqa: F401
 from torch.nn.functional import normalize
 
 from colintern.__main__ import main
+from colintern.commands.embed import prepare_ray_embedding
 from colintern.core.errors import OutOfMemoryError, UserError
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
 from colintern.data.images import encode_png
@@ -391,6 +393,27 @@ def test_two_processes_embed_what_one_embeds(documents):
 def test_what_ended_a_process_is_named(load, error, message):
     with closing(EmbeddingPool(load, 2)) as pool, pytest.raises(error, match=message):
         list(pool.embed_batches([["a page"]]))
+
+
+def test_a_cluster_that_cannot_embed_is_refused(top):
+    """Without Ray, which has no place in the locks; tests/test_ray.py has it."""
+    commands = ("--on 10.0.0.1:6379", "--on ray --shard 1/2", "--on ray")
+    logs = run(top, *(f"embed documents --out vectors {options}" for options in commands))
+    words = (
+        "--on: '10.0.0.1:6379' is not valid; it must be ray or ray://HOST:PORT",
+        "argument --shard: not allowed with argument --on",
+        "ray is not installed; install the extra `ray` of pyproject.toml",
+    )
+    for log, word in zip(logs, words, strict=True):
+        assert word in log and log.endswith("exit 2\n")
+    assert not (top / "vectors").exists()
+    cluster = SimpleNamespace(num_cpus=4, num_gpus=2, num_machines=3, device="H200")
+    machines = SimpleNamespace(num_cpus=4, num_gpus=0, num_machines=3, device="cpu")
+    assert [count_workers("auto", 2, 3), count_workers("auto", 0, 3), count_workers(1, 2)] == [2, 3, 1]
+    with pytest.raises(UserError, match="launch: 3 is more than the 2 GPUs that can be seen"):
+        prepare_ray_embedding(cluster, SimpleNamespace(launch=3, threads=1), kill, 1)
+    with pytest.raises(UserError, match="launch: 2 workers with threads: 2, and one that renders, need 5 CPUs, but"):
+        prepare_ray_embedding(machines, SimpleNamespace(launch=2, threads=2), kill, 1)
 
 
 def test_hostile_names_are_stored_and_never_reach_the_terminal(top):

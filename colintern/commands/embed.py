@@ -2,7 +2,8 @@
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from colintern.encoding.multi_process import EmbedBatch
     from colintern.evaluation.models import EvalModel
     from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
-    from colintern.stores.base import PageStore
+    from colintern.search.embedding import ChangedPages
+    from colintern.search.ray_embedding import RayCluster
+    from colintern.stores.base import EmbeddedPage, PageStore
 
 SUMMARY = "write the vectors of pages to parquet files, Qdrant or LanceDB; resumes, and updates what changed"
 EXAMPLE = "colintern embed ~/manuals --out vectors --precision float16"
@@ -42,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dim", type=int, metavar="N", help="numbers kept of a vector (default: params.yaml's)")
     batch = "pages per forward pass; above 1, the last bits of a vector depend on the pages beside it"
     add("--batch-size", type=int, default=1, metavar="N", help=f"{batch} {DEFAULT}")
-    add("--shard", default="1/1", metavar="I/N", help=f"embed the I-th of N parts {DEFAULT}")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--shard", default="1/1", metavar="I/N", help=f"embed the I-th of N parts {DEFAULT}")
+    where.add_argument("--on", metavar="ADDRESS", help="embed on a Ray cluster: ray://HOST:PORT; ray: this machine's")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -52,6 +57,8 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, option.replace("-", "_"))
         if value is not None and not 1 <= value <= largest:
             raise UserError(f"--{option}: {value} is not valid; it must be 1 to {largest}")
+    if args.on and not re.fullmatch(r"ray|ray://[\w.:[\]-]+:\d+", args.on):
+        raise UserError(f"--on: {args.on!r} is not valid; it must be ray or ray://HOST:PORT")
     require_model("--model", args.model)
     if args.out:
         if "://" in str(args.out) or re.match(r"\w+(\+\w+)?:/", str(args.out)):
@@ -86,7 +93,6 @@ def _parse_shard(text: str) -> tuple[int, int]:
 
 def _embed(args: argparse.Namespace, params: Params, shard: tuple[int, int]) -> None:
     import time
-    from contextlib import closing
 
     from colintern.encoding.loading import get_encoder_settings
     from colintern.encoding.multi_process import EmbeddingPool, count_workers
@@ -95,18 +101,25 @@ def _embed(args: argparse.Namespace, params: Params, shard: tuple[int, int]) -> 
     from colintern.search.embedding import embed_into_store, embed_pages_in_pool
     from colintern.storage.hub import enable_offline_mode
 
+    connection = _connect(args.on)
     print_phase(f"embed: listing the pages of {args.source}")
     corpus = open_corpus(args.source)
     enable_offline_mode()
     settings = get_encoder_settings(params)
     eval_model = make_eval_models(settings, args.model)["trained"]
     identity = make_identity(args.model, eval_model, params, args.precision)
-    store = _open_store(args, identity, corpus.source, shard)
     load = partial(load_embedder, eval_model.load_encoder)
-    start = time.monotonic()
-    with closing(EmbeddingPool(load, count_workers(params.launch))) as pool:
-        embed = partial(embed_pages_in_pool, pool=pool, batch_size=args.batch_size)
-        counts = embed_into_store(store, shard_corpus(corpus, shard), shard, embed)
+    with connection as cluster:
+        identity |= {"device": cluster.device} if cluster else {}
+        store = _open_store(args, identity, corpus.source, shard)
+        start = time.monotonic()
+        if cluster:
+            embed = prepare_ray_embedding(cluster, params, load, args.batch_size)
+            counts = embed_into_store(store, shard_corpus(corpus, shard), shard, embed)
+        else:
+            with closing(EmbeddingPool(load, count_workers(params.launch))) as pool:
+                embed = partial(embed_pages_in_pool, pool=pool, batch_size=args.batch_size)
+                counts = embed_into_store(store, shard_corpus(corpus, shard), shard, embed)
     for page in corpus.bad:
         line = escape_controls(f"left out: {page.where}: {page.reason}")
         print(fill(line, 80, subsequent_indent="  ", break_long_words=False))
@@ -121,6 +134,39 @@ def _embed(args: argparse.Namespace, params: Params, shard: tuple[int, int]) -> 
         f"{store.label}: {counts.pages} pages, {counts.added} added, {counts.replaced} replaced, "
         f"{counts.removed} removed"
     )
+
+
+def _connect(address: str | None) -> "AbstractContextManager[RayCluster | None]":
+    if not address:
+        return nullcontext()
+    try:
+        from colintern.search.ray_embedding import connect_to_ray
+    except ImportError as error:
+        raise UserError("ray is not installed; install the extra `ray` of pyproject.toml") from error
+    return connect_to_ray(address)
+
+
+def prepare_ray_embedding(
+    cluster: "RayCluster", params: Params, load: Callable[[], "EmbedBatch"], batch_size: int
+) -> "Callable[[ChangedPages], Iterator[EmbeddedPage]]":
+    """Return the function that embeds on a Ray cluster.
+
+    Raises:
+        UserError: the cluster has fewer GPUs or CPUs than `launch` and `threads` need.
+    """
+    from colintern.encoding.multi_process import count_workers
+
+    num_workers = count_workers(params.launch, cluster.num_gpus, cluster.num_machines)
+    needed = num_workers * params.threads + 1
+    if needed > cluster.num_cpus:
+        raise UserError(
+            f"launch: {num_workers} workers with threads: {params.threads}, and one that renders, need {needed} "
+            f"CPUs, but the Ray cluster has {cluster.num_cpus}; lower launch or threads"
+        )
+    from colintern.search.ray_embedding import embed_on_ray
+
+    resources = {"num_cpus": params.threads, "num_gpus": min(cluster.num_gpus, 1)}
+    return partial(embed_on_ray, load=load, batch_size=batch_size, num_workers=num_workers, resources=resources)
 
 
 def _open_store(args: argparse.Namespace, identity: dict[str, Any], source: str, shard: tuple[int, int]) -> "PageStore":

@@ -129,14 +129,21 @@ class EmbeddingPool(Generic[Item]):
             self.executor = None
 
 
-def count_workers(launch: str | int) -> int:
-    """Return the number of processes that `launch` of params.yaml means: by default one per GPU.
+def count_workers(launch: str | int, num_gpus: int | None = None, num_machines: int = 1) -> int:
+    """Return the number of processes that `launch` of params.yaml means.
+
+    By default that is one per GPU; without GPUs, one per machine.
+
+    Args:
+        launch: auto, or a number.
+        num_gpus: of a cluster; None means those of this machine.
+        num_machines: of a cluster.
 
     Raises:
         UserError: there are fewer GPUs.
     """
-    num_gpus = torch.cuda.device_count()
-    num_workers = max(num_gpus, 1) if launch == "auto" else int(launch)
+    num_gpus = torch.cuda.device_count() if num_gpus is None else num_gpus
+    num_workers = num_gpus or num_machines if launch == "auto" else int(launch)
     if num_gpus and num_workers > num_gpus:
         raise UserError(f"launch: {num_workers} is more than the {num_gpus} GPUs that can be seen")
     return num_workers

@@ -2,9 +2,11 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,12 +28,21 @@ PageImages = Iterator[tuple[StoredPage, Image.Image]]
 
 
 class PageCorpus(NamedTuple):
-    """The pages of a source by id, those that cannot be read, and a function that reads the pages with given ids."""
+    """The pages of a source."""
 
     source: str
-    pages: dict[str, StoredPage]
-    bad: list[InvalidRow]
-    read: Callable[[Collection[str], list[InvalidRow]], PageImages]
+    pages: dict[str, StoredPage]  # by id
+    bad: list[InvalidRow]  # pages that cannot be read
+    places: dict[str, Any]  # by id; the argument of `read_places`
+    read_places: Callable[[Mapping[StoredPage, Any], list[InvalidRow]], PageImages]  # picklable
+
+    def select_places(self, ids: Collection[str]) -> dict[StoredPage, Any]:
+        """Map the pages with these ids to the places where they are read."""
+        return {page: self.places[id_] for id_, page in self.pages.items() if id_ in ids}
+
+    def read(self, ids: Collection[str], bad: list[InvalidRow]) -> PageImages:
+        """Yield the pages with these ids; `bad` gets those that cannot be read."""
+        return self.read_places(self.select_places(ids), bad)
 
 
 def open_corpus(source: str) -> PageCorpus:
@@ -79,58 +90,82 @@ def list_documents(place: Path) -> tuple[dict[StoredPage, PageSource], list[Inva
 def _open_documents(place: Path) -> PageCorpus:
     listed, bad = list_documents(place)
     pages = {page.id: page for page in listed}
+    places = {page.id: source for page, source in listed.items()}
+    return PageCorpus(decode_name(place.resolve()), pages, bad, places, _read_documents)
 
-    def read(ids: Collection[str], bad: list[InvalidRow]) -> PageImages:
-        wanted = {source: page for page, source in listed.items() if page.id in ids}
-        return ((wanted[source], image) for source, image in render_sources(list(wanted), bad))
 
-    return PageCorpus(decode_name(place.resolve()), pages, bad, read)
+def _read_documents(places: Mapping[StoredPage, PageSource], bad: list[InvalidRow]) -> PageImages:
+    pages = {source: page for page, source in places.items()}
+    return ((pages[source], image) for source, image in render_sources(list(pages), bad))
+
+
+class _RowGroup(NamedTuple):
+    """A row group of a parquet file."""
+
+    file: Path
+    number: int
 
 
 def _open_beir(folder: Path, label: str) -> PageCorpus:
     pages: dict[str, StoredPage] = {}
+    places: dict[str, _RowGroup] = {}
     bad: list[InvalidRow] = []
-    for name, data in _iter_rows(folder, bad):
-        page_id = make_page_id(label, name.encode(), 0)
-        if page_id in pages:
-            bad.append(InvalidRow(f"corpus-id {name}", "has a row before; the first is embedded"))
-        elif not data:
-            bad.append(InvalidRow(f"corpus-id {name}", "has no image"))
-        else:
-            pages[page_id] = StoredPage(page_id, label, name, 0, hashlib.sha256(data).hexdigest())
+    for group in _list_row_groups(folder):
+        for name, data in _iter_rows(group, bad):
+            page_id = make_page_id(label, name.encode(), 0)
+            if page_id in pages:
+                bad.append(InvalidRow(f"corpus-id {name}", "has a row before; the first is embedded"))
+            elif not data:
+                bad.append(InvalidRow(f"corpus-id {name}", "has no image"))
+            else:
+                pages[page_id] = StoredPage(page_id, label, name, 0, hashlib.sha256(data).hexdigest())
+                places[page_id] = group
     if not pages:
         raise UserError(f"SOURCE: {folder}: its corpus holds no page")
+    return PageCorpus(label, pages, bad, places, _read_rows)
 
-    def read(ids: Collection[str], bad: list[InvalidRow]) -> PageImages:
-        remaining = set(ids)
-        for name, data in _iter_rows(folder, []):
-            page_id = make_page_id(label, name.encode(), 0)
-            if page_id in remaining and data:
-                remaining.remove(page_id)
+
+def _read_rows(places: Mapping[StoredPage, _RowGroup], bad: list[InvalidRow]) -> PageImages:
+    groups: dict[_RowGroup, dict[str, StoredPage]] = defaultdict(dict)
+    for page, group in places.items():
+        groups[group][page.name] = page
+    for group, remaining in groups.items():
+        for name, data in _iter_rows(group, []):
+            if data and name in remaining:
                 try:
-                    yield pages[page_id], decode_image(data)
+                    yield remaining.pop(name), decode_image(data)
                 except InvalidImageError as error:
                     bad.append(InvalidRow(f"corpus-id {name}", str(error)))
 
-    return PageCorpus(label, pages, bad, read)
 
-
-def _iter_rows(folder: Path, bad: list[InvalidRow]) -> Iterator[tuple[str, bytes]]:
-    """Yield the id and the image's bytes of each row of a corpus, b"" for a row without an image."""
+def _list_row_groups(folder: Path) -> Iterator[_RowGroup]:
     files = list_files(folder / "corpus", (".parquet",), recursive=False).files
     if not files:
         raise UserError(f"SOURCE: {folder}: holds no parquet file in corpus/, as a data set in mteb's BEIR layout does")
     for file in files:
-        try:
-            with pq.ParquetFile(file) as content:
-                for batch in content.iter_batches(ROWS_PER_BATCH, columns=["corpus-id", "image"]):
-                    for row in batch.to_pylist():
-                        try:
-                            yield normalize_id(row["corpus-id"]), (row["image"] or {}).get("bytes") or b""
-                        except ValueError as error:
-                            bad.append(InvalidRow(file.name, f"corpus-id {error}"))
-        except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
-            raise UserError(f"{file}: cannot be read as a table of corpus-id and image: {error}; replace it") from error
+        with _name_unreadable_table(file), pq.ParquetFile(file) as content:
+            count = content.num_row_groups
+        yield from (_RowGroup(file, number) for number in range(count))
+
+
+def _iter_rows(group: _RowGroup, bad: list[InvalidRow]) -> Iterator[tuple[str, bytes]]:
+    """Yield the id and the image's bytes of each row, b"" for a row without an image."""
+    with _name_unreadable_table(group.file), pq.ParquetFile(group.file) as content:
+        columns = ["corpus-id", "image"]
+        for batch in content.iter_batches(ROWS_PER_BATCH, row_groups=[group.number], columns=columns):
+            for row in batch.to_pylist():
+                try:
+                    yield normalize_id(row["corpus-id"]), (row["image"] or {}).get("bytes") or b""
+                except ValueError as error:
+                    bad.append(InvalidRow(group.file.name, f"corpus-id {error}"))
+
+
+@contextmanager
+def _name_unreadable_table(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
+        raise UserError(f"{file}: cannot be read as a table of corpus-id and image: {error}; replace it") from error
 
 
 def shard_corpus(corpus: PageCorpus, shard: tuple[int, int]) -> PageCorpus:

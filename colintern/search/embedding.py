@@ -4,7 +4,7 @@ Only ids and names of pages stay in memory.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -26,8 +26,40 @@ class EmbedCounts(NamedTuple):
     removed: int
 
 
+class ChangedPages:
+    """The pages of a corpus that are not stored, or whose file has changed; iterating reads them.
+
+    Args:
+        corpus: its `bad` is extended with pages that cannot be read.
+        stored: pages by id.
+    """
+
+    def __init__(self, corpus: PageCorpus, stored: dict[str, StoredPage]):
+        self.corpus = corpus
+        pages = corpus.pages.items()
+        self.ids = {id_ for id_, page in pages if id_ not in stored or stored[id_].key != page.key}
+        self.pixels = {id_: stored[id_].pixels for id_ in self.ids & stored.keys()}  # hashes
+        self.unchanged: set[str] = set()  # of those that were read, ids of pages that have the stored pixels
+
+    def __iter__(self) -> PageImages:
+        for page, image in self.corpus.read(self.ids, self.corpus.bad):
+            keyed = add_pixel_hash(page, image)
+            if self.pixels.get(page.id) == keyed.pixels:
+                self.unchanged.add(page.id)
+            else:
+                yield keyed, image
+
+
+def add_pixel_hash(page: StoredPage, image: Image.Image) -> StoredPage:
+    """Return the page with the hash of its pixels."""
+    return page._replace(pixels=Page.from_image(image).key)
+
+
 def embed_into_store(
-    store: PageStore, corpus: PageCorpus, shard: tuple[int, int], embed: Callable[[PageImages], Iterator[EmbeddedPage]]
+    store: PageStore,
+    corpus: PageCorpus,
+    shard: tuple[int, int],
+    embed: Callable[[ChangedPages], Iterator[EmbeddedPage]],
 ) -> EmbedCounts:
     """Store the pages of a corpus that are new or changed, and remove those of its source that are gone.
 
@@ -42,24 +74,16 @@ def embed_into_store(
         for id_, page in store.list_pages().items()
         if page.source == corpus.source and is_in_shard(page, shard)
     }
-    pending = {id_ for id_, page in corpus.pages.items() if id_ not in stored or stored[id_].key != page.key}
-    current = (corpus.pages.keys() - pending) & stored.keys()
+    changed = ChangedPages(corpus, stored)
+    current = (corpus.pages.keys() - changed.ids) & stored.keys()
     added = replaced = 0
-
-    def iter_changed() -> PageImages:
-        for page, image in corpus.read(pending, corpus.bad):
-            keyed = page._replace(pixels=Page.from_image(image).key)
-            if page.id in stored and stored[page.id].pixels == keyed.pixels:
-                current.add(page.id)  # the file changed, this page did not
-            else:
-                yield keyed, image
-
-    bar = ProgressBar(embed(iter_changed()), desc="embedding", total=len(pending), unit="page")
+    bar = ProgressBar(embed(changed), desc="embedding", total=len(changed.ids), unit="page")
     for rows in _group_by_bytes(iter(bar), store.batch_bytes):
         store.upsert(rows)
         ids = {row.page.id for row in rows}
         current |= ids
         added, replaced = added + len(ids - stored.keys()), replaced + len(ids & stored.keys())
+    current |= changed.unchanged
     if gone := sorted(stored.keys() - current):
         store.delete(gone)
     store.finish(len(current))
@@ -79,12 +103,15 @@ def _group_by_bytes(rows: Iterator[EmbeddedPage], limit: int) -> Iterator[list[E
         yield group
 
 
-def embed_pages_in_pool(pages: PageImages, pool: EmbeddingPool[Image.Image], batch_size: int) -> Iterator[EmbeddedPage]:
+def embed_pages_in_pool(
+    pages: Iterable[tuple[StoredPage, Image.Image]], pool: EmbeddingPool[Image.Image], batch_size: int
+) -> Iterator[EmbeddedPage]:
     """Embed pages, in their order."""
     waiting: deque[StoredPage] = deque()
+    images = iter(pages)
 
     def iter_batches() -> Iterator[list[Image.Image]]:
-        while batch := list(islice(pages, batch_size)):
+        while batch := list(islice(images, batch_size)):
             waiting.extend(page for page, _ in batch)
             yield [image for _, image in batch]
 
