@@ -24,7 +24,7 @@ from colintern.modeling.loading import (
 from colintern.modeling.retriever import ColIntern3_5
 from colintern.params import Params
 from colintern.storage.identity import content_hash, fingerprint, get_stage_versions, read_identity, stage_code
-from colintern.storage.manifest import MANIFEST, ensure_base, get_kernel_entry, read_data_file
+from colintern.storage.manifest import MANIFEST, ensure_base, read_data_file
 
 MODEL_NAME = "colintern/colintern3_5"
 EMBEDDINGS = Path("data/.embeddings")  # deleting it costs only time
@@ -97,7 +97,7 @@ def _make_model(
         "embedding_precision": params.embedding_precision,
         "rescore_top_k": params.rescore_top_k,
     }
-    identity = weights | {"kernel": get_kernel_entry(params.attention), "params": settings | sizes}
+    identity = weights | {"params": settings | sizes}
     identity |= get_runtime_identity()
 
     def load_encoder() -> ColIntern3_5Encoder:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.core.rules import split_kernel
 from colintern.params import Params
 from colintern.storage.digests import Digests, FileHash, load_digests
 from colintern.storage.files import MISSING, describe_refused, irregular_type, list_files
@@ -181,7 +180,7 @@ def get_arrow_name(entry: FilesEntry) -> str:
 
 
 def ensure_inputs(params: Params, *, evaluation: bool = False, force: bool = False) -> str:
-    """Download what is missing of base, kernel and, with `evaluation`, benchmarks, and verify all of it.
+    """Download what is missing of base and, with `evaluation`, benchmarks, and verify all of it.
 
     After that this process stays off the hub.
 
@@ -198,8 +197,6 @@ def ensure_inputs(params: Params, *, evaluation: bool = False, force: bool = Fal
     """
     base = ensure_base(params, force)
     manifest = read_data_file(MANIFEST)
-    if entry := manifest.get("kernel"):
-        ensure_files(entry, "attention", "kernel", force)
     for name in manifest["evaluation"] if evaluation else ():
         ensure_benchmark(name, force)
     enable_offline_mode()
@@ -219,22 +216,6 @@ def ensure_base(params: Params, force: bool = False) -> str:
         )
     folder = ensure_files(entry, "base", "model", force)
     return params.base if params.base_revision else str(folder)
-
-
-def get_kernel_entry(attention: str) -> FilesEntry | None:
-    """Return the manifest's entry of the kernel repository that `attention` names; None if it names none.
-
-    Raises:
-        UserError: fetch-data has not fetched it.
-    """
-    wanted = split_kernel(attention)
-    if wanted is None:
-        return None
-    entry = read_data_file(MANIFEST).get("kernel")
-    if entry is None or (entry["folder"], entry["revision"]) != wanted:
-        there = f"{entry['folder']}@{entry['revision']}" if entry else "none"
-        raise UserError(f"attention: {attention!r} is not the kernel in {MANIFEST}, {there}; run: dvc repro fetch-data")
-    return entry
 
 
 def ensure_benchmark(name: str, force: bool = False) -> Path:
@@ -277,9 +258,9 @@ def _require_fields(name: str, content: Any) -> None:
     elif name == SURVEY:
         [facts["page sizes"] for facts in content.values()]
     else:
-        if not content.keys() & {"base", "train", "kernel", "evaluation"}:
+        if not content.keys() & {"base", "train", "evaluation"}:
             raise KeyError("base")
-        others = [content[key] for key in ("base", "train_corpus", "negatives", "kernel") if content.get(key)]
+        others = [content[key] for key in ("base", "train_corpus", "negatives") if content.get(key)]
         entries = [*content.get("train", []), *others, *content.get("evaluation", {}).values()]
         [(file["size"], file["sha256"]) for entry in entries for file in Files(**entry).files.values()]
 
