@@ -6,14 +6,14 @@ beside it in params.yaml.
 
 import difflib
 import re
+import reprlib
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
@@ -34,9 +34,6 @@ from colintern.core.rules import (
     one_of,
     parse_mixture,
 )
-
-if TYPE_CHECKING:
-    from ruamel.yaml.nodes import Node
 
 PRECISIONS = ("float32", "float16", "int8", "binary")  # in which the numbers of a page's vectors are kept
 # The embeddings as they are; see encoding/pooling.py and encoding/precision.py.
@@ -100,8 +97,9 @@ class Params:
     workers: Annotated[int, between(0, 1024)]
 
 
-MAX_BYTES, MAX_DIGITS = 100_000, 4000  # of a file of settings, and of a number in it
-MAX_SHOWN_CHARACTERS = 80
+MAX_BYTES = 100_000  # of a file of settings
+REPR = reprlib.Repr()  # bounds what aliases multiply
+REPR.maxstring = REPR.maxother = REPR.maxlong = 80
 TYPES = get_type_hints(Params, include_extras=True)
 LIST = tuple[str, ...]
 TYPE_NAMES: dict[object, str] = {
@@ -129,9 +127,8 @@ def load_params(path: str | Path = "params.yaml") -> Params:
             range; one message lists every problem.
     """
     hint = "go to the repository root; if none is there, `colintern recipe demo` writes one"
-    raw, repeated = read_yaml_mapping(Path(path), "`key: value` on each line", hint)
-    values, invalid = _validate_values(raw)
-    if problems := repeated + invalid:
+    values, problems = _validate_values(read_yaml_mapping(Path(path), "`key: value` on each line", hint))
+    if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(f"{path}: {count}" + "".join(f"\n  {problem}" for problem in problems))
     return Params(**values)
@@ -170,8 +167,8 @@ def format_override(key: str, value: object) -> str:
     return f"{key}={value}"
 
 
-def read_yaml_mapping(path: Path, form: str, hint: str) -> tuple[dict[str, Any], list[str]]:
-    """Read a YAML 1.2 file: its mapping, and one problem for each repeated key.
+def read_yaml_mapping(path: Path, form: str, hint: str) -> dict[str, Any]:
+    """Read the mapping of a YAML 1.2 file.
 
     Args:
         path: the file, at most `MAX_BYTES` long.
@@ -179,70 +176,30 @@ def read_yaml_mapping(path: Path, form: str, hint: str) -> tuple[dict[str, Any],
         hint: what to do if there is no such file.
 
     Raises:
-        UserError: the file cannot be read, is too large, is no YAML mapping, or has what a settings file does not need:
-            aliases, which can multiply without bound, merge keys, and numbers of thousands of digits.
+        UserError: the file cannot be read, is too large, repeats a key, or is no YAML mapping.
     """
     from ruamel.yaml import YAML  # here, because it takes longer to import than `colintern --help` may take
+    from ruamel.yaml.constructor import DuplicateKeyError
     from ruamel.yaml.error import YAMLError
 
     # YAML 1.2, because DVC writes `lr: 3e-05`, which a YAML 1.1 reader such as PyYAML takes for text.
     reader = YAML(typ="safe", pure=True)
-    reader.allow_duplicate_keys = True  # reported together with the file's other problems
     try:
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise UserError(f"{path}: is larger than {MAX_BYTES:,} bytes, so it is no file of settings")
-        node = reader.compose(text)
-        if unsupported := _find_unsupported_yaml(node):
-            raise UserError(f"{path}: {unsupported}")
-        raw = reader.load(text)
+        raw = reader.load(text) if len(text) <= MAX_BYTES else None
     except OSError as error:
         more = f"; {hint}" if isinstance(error, FileNotFoundError) else ""
         raise UserError(f"{path}: cannot be read: {error.strerror}{more}") from error
-    except UserError:
-        raise
+    except DuplicateKeyError as error:
+        raise UserError(f"{path}: {error.problem}, line {error.problem_mark.line + 1}; keep one") from error
     except (YAMLError, ValueError, RecursionError) as error:  # the date 2026-13-45; [[[[[[...
         raise UserError(f"{path}: is not valid YAML: {error}") from error
+    if len(text) > MAX_BYTES:
+        raise UserError(f"{path}: is larger than {MAX_BYTES:,} bytes, so it is no file of settings")
     if not isinstance(raw, dict):
         raise UserError(f"{path}: must be a mapping, {form}; it holds {_show_value(raw)}")
-    return raw, list(_list_repeated_keys(node))
-
-
-def _list_repeated_keys(mapping: "Node") -> Iterator[str]:
-    """Yield a problem for each key that a mapping, or one inside it, repeats."""
-    values_of_keys = defaultdict(list)
-    for key, value in mapping.value:
-        shown = str(value.value)[:MAX_SHOWN_CHARACTERS]
-        values_of_keys[str(key.value)].append(f"{shown} (line {key.start_mark.line + 1})")
-        if value.id == "mapping":
-            yield from _list_repeated_keys(value)
-    for name, values in values_of_keys.items():
-        if len(values) > 1:
-            yield f"{name}: given {len(values)} times: {', '.join(values)}; keep one"
-
-
-def _find_unsupported_yaml(top: "Node | None") -> str:
-    """Describe the first alias, merge key or endless number of a YAML document, with its line; "" if there is none."""
-    pending, seen = [top], set()
-    while pending:
-        node = pending.pop()
-        if node is None:
-            continue
-        line = node.start_mark.line + 1
-        if id(node) in seen:
-            return f"an alias of what is on line {line}; write the value itself in each place"
-        seen.add(id(node))
-        if not isinstance(node.value, list):
-            digits = sum(map(str.isdigit, node.value))
-            if digits > MAX_DIGITS and digits > len(node.value) - 5:
-                return f"a number of {digits} digits on line {line}; at most {MAX_DIGITS} are read"
-            continue
-        for child in node.value:
-            pending += child if isinstance(child, tuple) else [child]
-            if isinstance(child, tuple) and child[0].value == "<<":
-                return f"<<, a merge key, on line {child[0].start_mark.line + 1}; write the keys themselves"
-    return ""
+    return raw
 
 
 def _validate_values(raw: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
@@ -389,6 +346,4 @@ def _format_rules(kind: object, rules: list[Rule]) -> str:
 
 
 def _show_value(value: object) -> str:
-    text = repr(value)
-    shown = text if len(text) <= MAX_SHOWN_CHARACTERS else text[: MAX_SHOWN_CHARACTERS - 3] + "..."
-    return f"{shown} ({type(value).__name__})"
+    return f"{REPR.repr(value)} ({type(value).__name__})"

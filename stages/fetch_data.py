@@ -56,8 +56,8 @@ def main() -> None:
     write_row_index(valid_rows(scanned))
     Path(MANIFEST).write_text(format_json(manifest))
     print(f"{len(quarantine.rows)} of {quarantine.totals.total()} rows in {QUARANTINE}")
-    entries = [(name, manifest[name]) for name in ("base", "kernel") if manifest[name]]
-    entries += [*(("train", entry) for entry in manifest["train"]), *manifest["evaluation"].items()]
+    entries = [("base", manifest["base"]), *(("train", entry) for entry in manifest["train"])]
+    entries += manifest["evaluation"].items()
     for name, entry in entries:
         size = sum(file["size"] for file in entry["files"].values())
         print(f"{name:<31.31} {entry['folder']:<27.27} {len(entry['files']):>3} files {size / 1e6:>7.1f} MB")

@@ -112,7 +112,7 @@ class Handler(LoopbackHandler):
             if f"/{old}/" in path:
                 return self.send(307, b"", {"Location": self.path.replace(old, new)})
         routes: list[tuple[str, Callable[..., None]]] = [
-            (r"/api/(model|dataset|kernel)s/([^/]+/[^/]+)/tree/([^/]+)", self.tree),
+            (r"/api/(model|dataset|kernel)s/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", self.tree),
             (r"/api/(model|dataset|kernel)s/([^/]+/[^/]+)/revision/([^/]+)", self.info),
             (r"/api/(model|dataset|kernel)s/([^/]+/[^/]+)/xet-read-token/([^/]+)", self.xet_token),
             (r"/(?:(dataset|kernel)s/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve),
@@ -140,7 +140,7 @@ class Handler(LoopbackHandler):
             return None
         return self.server.repos[kind, name, revision]
 
-    def tree(self, kind: str, name: str, revision: str) -> None:
+    def tree(self, kind: str, name: str, revision: str, top: str | None) -> None:
         files = self.files(kind, name, revision)
         if files is None:
             return
@@ -155,6 +155,8 @@ class Handler(LoopbackHandler):
                     row["xetHash"] = sha256(data)  # of the right shape; Xet's hash is another one
             rows.append(row)
         url = urlsplit(self.path)
+        if top:  # what kernels lists: the folders of the builds
+            rows = [row for row in rows if str(Path(row["path"]).parent) == top]
         start = int(parse_qs(url.query).get("cursor", ["0"])[0])
         more = start + PAGE < len(rows)
         link = {"Link": f'<{self.server.url}{url.path}?recursive=true&cursor={start + PAGE}>; rel="next"'}

@@ -55,7 +55,7 @@ def trained(top: Path, processor, pages, **changes) -> Path:
         dev, pairs = RetrievalEvaluator(rows, features, params.eval_batch_size), TrainingDataset(rows, features)
         args = build_training_arguments(params, top / "run", quiet=True)
         trainer = assemble_trainer(params, wrapped, processor, args, dev, pairs)
-        identity |= get_provenance(trainer.model, params.attention)
+        identity |= get_provenance(trainer.model)
         trainer.train()
         save_artifacts(trainer, identity, top / "adapter")
     return top

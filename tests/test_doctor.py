@@ -371,7 +371,7 @@ def test_a_kernel_of_the_hub_is_among_what_is_asked_for(tmp_path, monkeypatch):
     (tmp_path / "base").mkdir()
     params = dataclasses.replace(DEMO, base="base", attention=f"someone/kernel@{'c' * 40}")
     [(repo, files)] = list_hub_repos(params).items()
-    assert (repo, files) == (("attention", "someone/kernel", "c" * 40, "kernel"), None)
+    assert (repo, files) == (("attention", "someone/kernel", "c" * 40, "kernel"), ["build"])
     with running() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", hub.url)

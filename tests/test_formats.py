@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -168,56 +166,3 @@ def test_same_input_gives_the_same_bytes_and_no_other_files(tmp_path: Path) -> N
         "beir/queries/test-00000-of-00001.parquet",
         "data/train-00000-of-00001.parquet",
     ]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda rows: [*rows, replace(rows[2], query=" \n")], r"row 3 \('two.png'\): query is empty"),
-        (lambda rows: [replace(rows[0], image_filename=""), *rows], r"row 0 \(''\): image_filename is empty"),
-        (lambda rows: [*rows, replace(rows[0], answer="b")], r"row 3 \('one.png'\): .* as row 0"),
-        (lambda rows: [*rows, TrainingRow(page(3), "one.png", "new")], r"row 3 \('one.png'\): another page"),
-        (lambda rows: [rows[0], replace(rows[2], image=b"<html>")], r"row 1 \('two.png'\): .* neither PNG nor JPEG"),
-        (lambda rows: [], "no rows"),
-    ],
-)
-def test_bad_training_rows_are_refused_by_row(
-    tmp_path: Path, change: Callable[[list[TrainingRow]], list[TrainingRow]], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        write_training_split(tmp_path, "train", change(training_rows()))
-    assert files_of(tmp_path) == {}
-
-
-def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'dev' is not one of train, test"):
-        write_training_split(tmp_path, "dev", training_rows())
-
-
-@pytest.mark.parametrize(
-    ("table", "row", "message"),
-    [
-        (0, CorpusPage(12, page(9), "again.png"), "corpus row 3: corpus-id 12 is already that of row 2"),
-        (0, CorpusPage(13, b"", "empty.png"), r"corpus row 3 \(corpus-id 13\): the image is neither PNG nor JPEG"),
-        (1, Query(1, "again"), "queries row 2: query-id 1 is already that of row 1"),
-        (1, Query(2, "  "), r"queries row 2 \(query-id 2\): query is empty"),
-        (1, Query(2, "unjudged"), r"queries row 2 \(query-id 2\): no qrel names a page"),
-        (2, Qrel(0, 99), "qrels row 3: corpus-id 99 is not in the corpus"),
-        (2, Qrel(7, 10), "qrels row 3: query-id 7 is not among the queries"),
-        (2, Qrel(0, 10, 5), r"qrels row 3: \(query-id, corpus-id\) \(0, 10\) is already that of row 0"),
-        (2, Qrel(1, 10, 0), "qrels row 3: score 0 is below 1"),
-    ],
-)
-def test_a_bad_evaluation_row_is_refused_by_name_and_nothing_is_written(
-    tmp_path: Path, table: int, row: CorpusPage | Query | Qrel, message: str
-) -> None:
-    tables: list[list[object]] = [list(rows) for rows in beir()]
-    tables[table].append(row)
-    with pytest.raises(ValueError, match=message):
-        write_beir(tmp_path, *tables)  # type: ignore[arg-type]
-    assert files_of(tmp_path) == {}
-
-
-def test_an_empty_evaluation_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="0 pages, 0 queries"):
-        write_beir(tmp_path, [], [], [])

@@ -12,7 +12,7 @@ from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.core.terminal import escape_controls
 from colintern.params import PRECISIONS, describe_demo_base, load_params
-from colintern.storage.paths import ADAPTER, TRAIN_OUT, require_model, require_new_file, require_writable
+from colintern.storage.paths import TRAIN_OUT, require_model, require_new_file, require_writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,16 +129,20 @@ def _read_queries(args: argparse.Namespace) -> list[str]:
     """Return the queries of the command line or of --queries.
 
     Raises:
-        UserError: they are empty, not UTF-8, several words without quotes, or in the former argument order.
+        UserError: they are empty, not UTF-8, or several words without quotes.
     """
     if args.queries is None:
-        words = [args.query, *args.more]
-        _require_order(args.source, words)
+        if args.more:
+            query = " ".join([args.query, *args.more])
+            raise UserError(
+                f"QUERY: {query!r} was given as {len(args.more) + 1} words, and one folder or PDF is searched for one "
+                f'query; put it in quotes: colintern search {args.source} "{query}"'
+            )
         if not args.query.strip():
             raise UserError("QUERY: is empty; it needs at least one word")
         if any("\ud800" <= char <= "\udfff" for char in args.query):  # how Python keeps bytes that are not UTF-8
             raise UserError(f"QUERY: {args.query!r} is not UTF-8; type it in a terminal whose encoding is UTF-8")
-        return words
+        return [args.query]
     if args.query is not None:
         raise UserError(f"QUERY: {args.query!r} and --queries {args.queries} exclude each other; leave one out")
     if args.html:
@@ -159,23 +163,6 @@ def _read_queries(args: argparse.Namespace) -> list[str]:
     if len(queries) < len(lines):
         print(f"--queries: {len(lines) - len(queries)} empty lines left out", file=sys.stderr)
     return queries
-
-
-def _require_order(source: Path, words: list[str]) -> None:
-    """Refuse MODEL FOLDER QUERY, which was the order once, and a query of several words without quotes."""
-    if len(words) == 1:
-        return
-    query = " ".join(words)
-    is_model = any((source / name).exists() for name in (*ADAPTER, "config.json"))
-    if is_model or (Path(words[0]).exists() and not source.exists()):
-        raise UserError(
-            f"SOURCE: {source} is followed by {words[0]}: the order is SOURCE QUERY, and the model is an option: "
-            f'colintern search {words[0]} "{" ".join(words[1:])}" --model {source}'
-        )
-    raise UserError(
-        f"QUERY: {query!r} was given as {len(words)} words, and one folder or PDF is searched for one "
-        f'query; put it in quotes: colintern search {source} "{query}"'
-    )
 
 
 def open_searcher(args: argparse.Namespace, log: TextIO) -> "PageSearcher":

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,10 @@ import pyarrow.parquet as pq
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.data.images import STORED_FORMATS
 from colintern.storage.files import describe_refused, list_files
 
 ROWS_PER_GROUP = 100  # what `datasets` itself uses for image columns, so that one row can be read without the rest
 MAX_GROUP_BYTES = 2**28  # of images, after which a row group ends too: past 2 GB pyarrow cannot read it as a whole
-TRAINING_SPLITS = ("train", "test")
 BEIR_TABLES = ("corpus", "queries", "qrels")
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 # While a table is written: the image is in memory once, however many rows have it.
@@ -88,19 +86,11 @@ class Qrel:
 def write_training_split(folder: Path, split: str, rows: Sequence[TrainingRow]) -> Path:
     """Write one split of a training set and return its file, `folder/data/<split>-00000-of-00001.parquet`.
 
-    Put rows of one page next to each other: its bytes are then read, hashed and stored once.
-
-    Raises:
-        ValueError: an unknown split, no rows, or a row, named, with an empty query or file name, an image that is
-            neither PNG nor JPEG, a (page, query) pair given before, or a file name that another page has. No file is
-            written then.
+    Put rows of one page next to each other: its bytes are then read and stored once. Rows are not checked here;
+    `scan_rows` checks them when they are read.
     """
-    if split not in TRAINING_SPLITS:
-        raise ValueError(f"split: {split!r} is not one of {', '.join(TRAINING_SPLITS)}")
-    if not rows:
-        raise ValueError(f"split {split!r}: no rows")
     columns = {"image": IMAGE_TYPE} | {name: pa.string() for name in TEXT_COLUMNS}
-    return _write_parquet(Path(folder) / "data", split, columns, _iter_training_records(split, rows))
+    return _write_parquet(Path(folder) / "data", split, columns, _iter_training_records(rows))
 
 
 def write_beir(
@@ -114,14 +104,9 @@ def write_beir(
     """Write an evaluation set in mteb's BEIR image layout and return `folder`.
 
     Where a program made the queries from the pages (`pseudo`), or pages that answer queries are trained on
-    (`num_trained_pages`), the card says so, see `get_benchmark_label`.
-
-    Raises:
-        ValueError: no pages or no queries, or a row, named, with an id or a qrels pair given before, an empty query,
-            an image that is neither PNG nor JPEG, a qrel of an unknown id or with a score below 1, or a query that no
-            qrel names (mteb would leave it out of the average silently). No file is written then.
+    (`num_trained_pages`), the card says so, see `get_benchmark_label`. Rows are not checked here; `validate_judgments`
+    checks them when they are read.
     """
-    _validate_beir_rows(corpus, queries, qrels)
     folder, ids = Path(folder), pa.int64()
     (folder / "README.md").unlink(missing_ok=True)  # a run killed half-way leaves a folder that does not load
     query_records = ({"query-id": query.query_id, "query": query.query} for query in queries)
@@ -238,71 +223,24 @@ def _format_card(files: Sequence[Path], pseudo: bool, num_trained_pages: int) ->
     return "\n".join([*lines, *tags, "---", *notes, ""])
 
 
-def _iter_training_records(split: str, rows: Sequence[TrainingRow]) -> Iterator[dict[str, object]]:
-    first_rows: dict[tuple[str, str], int] = {}
-    hashes: dict[str, bytes] = {}
+def _iter_training_records(rows: Sequence[TrainingRow]) -> Iterator[dict[str, object]]:
     image: bytes | Path = b""
-    data = digest = b""
-    for number, row in enumerate(rows):
-        where = f"split {split!r}, row {number} ({row.image_filename!r})"
-        _require_text(where, "query", row.query)
-        _require_text(where, "image_filename", row.image_filename)
+    data = b""
+    for row in rows:
         if row.image is not image:  # the same object in the rows of one page
-            image, data = row.image, _read_image(where, row.image)
-            digest = hashlib.sha256(data).digest()
-        if (first := first_rows.setdefault((row.image_filename, row.query), number)) != number:
-            raise ValueError(f"{where}: the same page and query {row.query!r} as row {first}")
-        if hashes.setdefault(row.image_filename, digest) != digest:
-            raise ValueError(f"{where}: another page under the same image_filename came before")
+            image, data = row.image, _read_image(row.image)
         yield {"image": {"bytes": data, "path": row.image_filename}} | {
             name: getattr(row, name) for name in TEXT_COLUMNS
         }
 
 
 def _iter_corpus_records(corpus: Sequence[CorpusPage]) -> Iterator[dict[str, object]]:
-    for number, page in enumerate(corpus):
-        data = _read_image(f"corpus row {number} (corpus-id {page.corpus_id})", page.image)
-        yield {"corpus-id": page.corpus_id, "image": {"bytes": data, "path": page.image_filename}}
+    for page in corpus:
+        yield {"corpus-id": page.corpus_id, "image": {"bytes": _read_image(page.image), "path": page.image_filename}}
 
 
-def _validate_beir_rows(corpus: Sequence[CorpusPage], queries: Sequence[Query], qrels: Sequence[Qrel]) -> None:
-    if not corpus or not queries:
-        raise ValueError(f"an evaluation set needs pages and queries: got {len(corpus)} pages, {len(queries)} queries")
-    _require_unique("corpus", "corpus-id", corpus_ids := [page.corpus_id for page in corpus])
-    _require_unique("queries", "query-id", query_ids := [query.query_id for query in queries])
-    _require_unique("qrels", "(query-id, corpus-id)", [(qrel.query_id, qrel.corpus_id) for qrel in qrels])
-    known_pages, known_queries, judged = set(corpus_ids), set(query_ids), {qrel.query_id for qrel in qrels}
-    for number, qrel in enumerate(qrels):
-        if qrel.query_id not in known_queries:
-            raise ValueError(f"qrels row {number}: query-id {qrel.query_id} is not among the queries")
-        if qrel.corpus_id not in known_pages:
-            raise ValueError(f"qrels row {number}: corpus-id {qrel.corpus_id} is not in the corpus")
-        if qrel.score < 1:
-            raise ValueError(f"qrels row {number}: score {qrel.score} is below 1")
-    for number, query in enumerate(queries):
-        where = f"queries row {number} (query-id {query.query_id})"
-        _require_text(where, "query", query.query)
-        if query.query_id not in judged:
-            raise ValueError(f"{where}: no qrel names a page for it")
-
-
-def _require_text(where: str, column: str, text: str) -> None:
-    if not text.strip():
-        raise ValueError(f"{where}: {column} is empty: {text!r}")
-
-
-def _require_unique(table: str, column: str, keys: Sequence[Hashable]) -> None:
-    first_rows: dict[Hashable, int] = {}
-    for number, key in enumerate(keys):
-        if (first := first_rows.setdefault(key, number)) != number:
-            raise ValueError(f"{table} row {number}: {column} {key} is already that of row {first}")
-
-
-def _read_image(where: str, image: bytes | Path) -> bytes:
-    data = image if isinstance(image, bytes) else image.read_bytes()
-    if not data.startswith(tuple(STORED_FORMATS)):
-        raise ValueError(f"{where}: the image is neither PNG nor JPEG, it starts with {data[:8]!r}")
-    return data
+def _read_image(image: bytes | Path) -> bytes:
+    return image if isinstance(image, bytes) else image.read_bytes()
 
 
 def _build_schema(columns: dict[str, pa.DataType]) -> pa.Schema:

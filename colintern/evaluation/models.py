@@ -17,7 +17,7 @@ from colintern.modeling.adapter_files import is_adapter
 from colintern.modeling.loading import require_adapter, require_merged, require_same_base, require_same_tiling
 from colintern.params import FULL_SIZE
 from colintern.storage.identity import content_hash, fingerprint, get_stage_versions, read_identity, stage_code
-from colintern.storage.manifest import MANIFEST, ensure_base, get_kernel_entry, read_data_file
+from colintern.storage.manifest import MANIFEST, ensure_base, read_data_file
 
 MODEL_NAME = "colintern/colintern3_5"
 EMBEDDINGS = Path("data/.embeddings")  # deleting it costs only time
@@ -77,7 +77,7 @@ def _make_model(
 ) -> EvalModel:
     # The sizes of the caches and the number of processes are not in it, because they change no result.
     values = {key: value for key, value in settings._asdict().items() if key not in NON_IDENTITY_SETTINGS}
-    identity = weights | {"kernel": get_kernel_entry(settings.attention), "params": values} | get_runtime_identity()
+    identity = weights | {"params": values} | get_runtime_identity()
     full = identity | {"params": {key: value for key, value in values.items() if key not in FULL_SIZE}}
     shard = fingerprint(full)  # cached embeddings are neither pooled nor truncated
     load_encoder = partial(_load_encoder, settings, name, revision, shard, load)

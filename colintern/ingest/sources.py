@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.core.rules import parse_mixture, split_kernel
+from colintern.core.rules import parse_mixture
 from colintern.data.training_set import POSITIVES, get_training_data_params, has_page_numbers
 from colintern.ingest.jsonl import list_jsonl_files, read_jsonl_folder
 from colintern.ingest.pdfs import is_query_file, list_pdfs, read_pdf_folder
@@ -20,7 +20,7 @@ from colintern.ingest.user_documents import (
     UserDocuments,
     convert_documents,
 )
-from colintern.modeling.kernels import select_build_files
+from colintern.modeling.kernels import download_kernel, get_kernel_repo
 from colintern.params import Params, is_on_hub
 from colintern.storage.files import describe_refused, list_files
 from colintern.storage.hub import FileSelector, Repo
@@ -54,7 +54,7 @@ class DemoWriters(NamedTuple):
 
 
 class FetchedInputs(NamedTuple):
-    """The manifest (base, kernel, train, evaluation by benchmark or task), and the converted folders of documents."""
+    """The manifest (base, train, evaluation by benchmark or task), and the converted folders of documents."""
 
     manifest: dict[str, Any]
     documents: dict[str, UserDocuments]
@@ -71,8 +71,8 @@ def fetch_inputs(params: Params, tasks: Mapping[str, Mapping[str, str]], demo: D
     wanted: dict[tuple[str, str], tuple[Repo, FileSelector]] = {}
     if params.base_revision:
         wanted["base", ""] = (Repo("base", params.base, params.base_revision, "model"), BASE_SUFFIXES)
-    if kernel := split_kernel(params.attention):
-        wanted["kernel", ""] = (Repo("attention", *kernel, "kernel"), select_build_files)
+    if kernel := get_kernel_repo(params.attention):
+        download_kernel(kernel)
     for name in filter(is_on_hub, dict(sets)):
         wanted["train", name] = (Repo("train_data", name, params.train_revision, "dataset"), TRAIN_SUFFIXES)
     if params.train_corpus_revision:
@@ -109,7 +109,6 @@ def fetch_inputs(params: Params, tasks: Mapping[str, Mapping[str, str]], demo: D
     evaluation |= {name: fetched["evaluation", name] for name in tasks}
     manifest = {
         "base": (fetched.get(("base", "")) or hash_local_files(params.base, BASE_SUFFIXES))._asdict(),
-        "kernel": fetched["kernel", ""]._asdict() if kernel else None,
         "made_for": get_training_data_params(params),
         "train": [files._replace(weight=weight)._asdict() for files, (_, weight) in zip(train, sets, strict=True)],
         "train_corpus": corpus._asdict() if corpus else None,

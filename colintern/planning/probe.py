@@ -48,7 +48,7 @@ def probe_steps(params: Params, base: str) -> Iterator[ProbedStep]:
     revision = params.base_revision or "main"
     processor = ColIntern3_5Processor.from_pretrained(base, revision=revision, tiling=params.tiling, **sizes)
     attention, dtype = (
-        resolve_attn_implementation(params.attention, params.dtype, training=True),
+        resolve_attn_implementation(params.attention, params.dtype),
         getattr(torch, params.dtype),
     )
     model = ColIntern3_5.from_pretrained(

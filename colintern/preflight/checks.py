@@ -15,13 +15,14 @@ from huggingface_hub import constants
 from transformers import InternVLConfig
 
 from colintern.core.errors import UserError
-from colintern.core.rules import parse_mixture, split_kernel
-from colintern.modeling.attention import unavailable_reason
+from colintern.core.rules import parse_mixture
+from colintern.modeling.kernels import get_kernel_repo, require_downloaded
 from colintern.modeling.lora import FLOAT32, LoraReport, find_lora_errors, find_lora_warnings, report_lora_on_meta
 from colintern.modeling.retriever import build_meta_model
 from colintern.monitoring.guide import DEMO, RecommendedBounds, get_recommended_bounds
 from colintern.params import Params, describe_demo_base
 from colintern.preflight.environment import Environment, Machine, probe_machine
+from colintern.storage.hub import OfflineError, Repo
 from colintern.training.checkpoints import required_disk_bytes
 
 logger = logging.getLogger(__name__)
@@ -135,8 +136,8 @@ def _check_bf16(facts: RunFacts) -> Status:
 
 def _check_attention(facts: RunFacts) -> Status:
     attention, machine = facts.params.attention, facts.machine
-    if split_kernel(attention):
-        return _check_hub_kernel(facts)
+    if repo := get_kernel_repo(attention):
+        return _check_hub_kernel(repo, facts)
     is_usable = bool(machine.gpu and machine.has_flash_attn and facts.params.dtype == "bfloat16")
     if attention == "flash_attention_2" and not is_usable:
         lacks = "a GPU" if not machine.gpu else "flash-attn" if not machine.has_flash_attn else "dtype: bfloat16"
@@ -150,15 +151,14 @@ def _check_attention(facts: RunFacts) -> Status:
     return PASS, f"{kernel}; flash attention is for GPUs and bfloat16"
 
 
-def _check_hub_kernel(facts: RunFacts) -> Status:
-    attention = facts.params.attention
+def _check_hub_kernel(repo: Repo, facts: RunFacts) -> Status:
     try:
-        lacks = unavailable_reason(attention, facts.params.dtype)
-    except UserError as error:
-        return WARN, str(error).removeprefix("attention: "), "dvc repro fetch-data"
-    if lacks:
-        return FAIL, f"{attention} {lacks}", "dtype: bfloat16" if "dtype" in lacks else "attention: auto"
-    return PASS, f"{attention}, every file by its hash"
+        require_downloaded(repo)
+    except OfflineError as error:
+        return WARN, error.reason, "dvc repro fetch-data"
+    if facts.machine.gpu and facts.params.dtype == "float32":
+        return FAIL, f"{repo.name} needs dtype: bfloat16", "dtype: bfloat16"
+    return PASS, f"{repo.name}, at {repo.revision}"
 
 
 def _check_disk(facts: RunFacts) -> Status:

@@ -18,8 +18,9 @@ from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import HFValidationError, HTTPError
 
 from colintern.core.project import root
-from colintern.core.rules import parse_mixture, split_kernel, unsupported_path_characters
+from colintern.core.rules import parse_mixture, unsupported_path_characters
 from colintern.encoding.page_features import FEATURES_DIR
+from colintern.modeling.kernels import get_kernel_repo
 from colintern.params import Params, is_on_hub
 from colintern.storage.hub import Repo, create_offline_error, to_user_error
 from colintern.storage.manifest import MANIFEST
@@ -187,19 +188,19 @@ def list_hub_repos(params: Params) -> dict[Repo, list[str] | None]:
         Repo("train_data", name, params.train_revision, "dataset") for name, _ in parse_mixture(params.train_data)
     ]
     repos += [Repo("train_corpus", params.train_corpus, params.train_corpus_revision, "dataset")]
-    if kernel := split_kernel(params.attention):
-        repos += [Repo("attention", *kernel, "kernel")]
+    kernel = get_kernel_repo(params.attention)
+    kernels: dict[Repo, list[str] | None] = {kernel: ["build"]} if kernel else {}
     try:
         files, tasks = _read_manifest()
     except (OSError, ValueError, KeyError, TypeError):  # missing, or an older version's, which is written again
         files, tasks = {}, {}
-    return {repo: files.get((repo.name, repo.revision)) for repo in repos if is_on_hub(repo.name)} | tasks
+    return {repo: files.get((repo.name, repo.revision)) for repo in repos if is_on_hub(repo.name)} | tasks | kernels
 
 
 def _read_manifest() -> tuple[dict[tuple[str, str], list[str]], dict[Repo, list[str] | None]]:
-    """Return the files of base, kernel and training data by (folder, revision), and those of the hub's tasks."""
+    """Return the files of base and training data by (folder, revision), and those of the hub's tasks."""
     manifest = json.loads(Path(MANIFEST).read_text())
-    entries = [manifest["base"], *manifest["train"], *filter(None, (manifest["train_corpus"], manifest.get("kernel")))]
+    entries = [manifest["base"], *manifest["train"], *filter(None, [manifest["train_corpus"]])]
     tasks: dict[Repo, list[str] | None] = {
         Repo(f"benchmarks: {task}", part["folder"], part["revision"], "dataset"): list(part["files"])
         for task, part in manifest["evaluation"].items()
@@ -209,7 +210,7 @@ def _read_manifest() -> tuple[dict[tuple[str, str], list[str]], dict[Repo, list[
 
 
 def _is_cached(repo: Repo, files: list[str] | None) -> bool:
-    return files is not None and all((repo.snapshot_folder / name).is_file() for name in files)
+    return files is not None and all((repo.snapshot_folder / name).exists() for name in files)
 
 
 def probe_hub(repo: Repo) -> str:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from colintern.core.errors import UserError
 from colintern.core.project import root
-from colintern.core.rules import split_kernel
 from colintern.params import Params
 from colintern.storage.digests import Digests, FileHash, load_digests
 from colintern.storage.files import MISSING, describe_refused, irregular_type, list_files
@@ -181,7 +180,7 @@ def get_arrow_name(entry: FilesEntry) -> str:
 
 
 def ensure_inputs(params: Params, *, evaluation: bool = False, force: bool = False) -> str:
-    """Download what is missing of base, kernel and, with `evaluation`, benchmarks, and verify all of it.
+    """Download what is missing of base and, with `evaluation`, benchmarks, and verify all of it.
 
     After that this process stays off the hub.
 
@@ -198,8 +197,6 @@ def ensure_inputs(params: Params, *, evaluation: bool = False, force: bool = Fal
     """
     base = ensure_base(params.base, params.base_revision, force)
     manifest = read_data_file(MANIFEST)
-    if entry := manifest.get("kernel"):
-        ensure_files(entry, "attention", "kernel", force)
     for name in manifest["evaluation"] if evaluation else ():
         ensure_benchmark(name, force)
     enable_offline_mode()
@@ -217,22 +214,6 @@ def ensure_base(base: str, base_revision: str, force: bool = False) -> str:
         raise UserError(f"base: {base!r} is not the one in {MANIFEST}, {entry['folder']!r}; run: dvc repro fetch-data")
     folder = ensure_files(entry, "base", "model", force)
     return base if base_revision else str(folder)
-
-
-def get_kernel_entry(attention: str) -> FilesEntry | None:
-    """Return the manifest's entry of the kernel repository that `attention` names; None if it names none.
-
-    Raises:
-        UserError: fetch-data has not fetched it.
-    """
-    wanted = split_kernel(attention)
-    if wanted is None:
-        return None
-    entry = read_data_file(MANIFEST).get("kernel")
-    if entry is None or (entry["folder"], entry["revision"]) != wanted:
-        there = f"{entry['folder']}@{entry['revision']}" if entry else "none"
-        raise UserError(f"attention: {attention!r} is not the kernel in {MANIFEST}, {there}; run: dvc repro fetch-data")
-    return entry
 
 
 def ensure_benchmark(name: str, force: bool = False) -> Path:
@@ -258,45 +239,28 @@ def read_data_file(name: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(Path(name).read_text(encoding="utf-8"))
+        _require_fields(name, content)
     except FileNotFoundError as error:
         raise UserError(f"{name}: missing; run the stage that makes it: dvc repro fetch-data") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{name}: damaged: {str(error)[:200]}; make it again: {REDO}") from error
-    if not _is_intact(name, content):
-        raise UserError(f"{name}: damaged: is not what fetch-data wrote; make it again: {REDO}")
-    return content
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{name}: damaged: is not what fetch-data wrote; make it again: {REDO}") from error
+    return content  # type: ignore[no-any-return]
 
 
-def _is_intact(name: str, content: object) -> bool:
-    """Return whether the content of one of fetch-data's files has the form in which it was written."""
-    if not isinstance(content, dict):
-        return False
+def _require_fields(name: str, content: Any) -> None:
+    """Read the fields of one of fetch-data's files; a damaged one raises AttributeError, KeyError or TypeError."""
     if name == QUARANTINE:
-        rows = content.get("rows")
-        return isinstance(rows, list) and all(_has_keys(row, "source", "kind", "row", "reason") for row in rows)
-    if name == SURVEY:
-        return all(_has_keys(facts, "page sizes") for facts in content.values())
-    train, evaluation = content.get("train", []), content.get("evaluation", {})
-    if not (content.keys() & {"base", "train", "kernel", "evaluation"} and isinstance(train, list)):
-        return False
-    others = [content[key] for key in ("base", "train_corpus", "negatives", "kernel") if content.get(key)]
-    return isinstance(evaluation, dict) and all(map(_is_files_entry, [*train, *others, *evaluation.values()]))
-
-
-def _is_files_entry(entry: Any) -> bool:
-    """Return whether an entry of the manifest has the fields of `Files`, and a size and a hash for each file."""
-    return (
-        _has_keys(entry, "folder", "revision", "files")
-        and entry.keys() <= set(Files._fields)
-        and isinstance(entry["folder"], str)
-        and isinstance(entry["revision"], str)
-        and isinstance(entry["files"], dict)
-        and all(_has_keys(file, "size", "sha256") for file in entry["files"].values())
-    )
-
-
-def _has_keys(value: object, *keys: str) -> bool:
-    return isinstance(value, dict) and set(keys) <= value.keys()
+        [(row["source"], row["kind"], row["row"], row["reason"]) for row in content["rows"]]
+    elif name == SURVEY:
+        [facts["page sizes"] for facts in content.values()]
+    else:
+        if not content.keys() & {"base", "train", "evaluation"}:
+            raise KeyError("base")
+        others = [content[key] for key in ("base", "train_corpus", "negatives") if content.get(key)]
+        entries = [*content.get("train", []), *others, *content.get("evaluation", {}).values()]
+        [(file["size"], file["sha256"]) for entry in entries for file in Files(**entry).files.values()]
 
 
 def ensure_files(entry: FilesEntry, key: str, kind: str, force: bool = False) -> Path:

@@ -35,7 +35,7 @@ from colintern.scoring.metrics import DEV_KEY, EVAL_KEY
 from colintern.storage.files import format_json, write_csv
 from colintern.storage.identity import fingerprint, stage_identity
 from colintern.storage.lock import try_lock
-from colintern.storage.manifest import MANIFEST, ensure_base, get_kernel_entry, read_data_file
+from colintern.storage.manifest import MANIFEST, ensure_base, read_data_file
 from colintern.storage.outs import finalize_checkpoints, purge_finished_checkpoints
 from colintern.training import checkpoints
 from colintern.training.distributed import SINGLE_PROCESS, DistributedContext, per_rank_batch_size
@@ -80,7 +80,7 @@ def train(
             if isinstance(callback, RunCallback):
                 callback.on_run_begin()
         trainer = build_trainer(params, base_path, folder, context, [*callbacks, shutdown])
-        identity |= get_provenance(trainer.model, params.attention) | {"processes": context.world_size}
+        identity |= get_provenance(trainer.model) | {"processes": context.world_size}
         checkpoint = context.run_on_rank0_and_broadcast(lambda: str(checkpoints.latest_valid_checkpoint(folder) or ""))
         run_trainer(trainer, folder, checkpoint)
         step, max_steps = trainer.state.global_step, trainer.state.max_steps
@@ -149,7 +149,7 @@ def build_trainer(
     if params.compile and not any(map(shutil.which, COMPILERS)):
         raise UserError(f"compile: true needs a C++ compiler, {' or '.join(COMPILERS)}: install one, or write false")
     set_seed(params.seed)
-    attention = resolve_attn_implementation(params.attention, params.dtype, training=True)
+    attention = resolve_attn_implementation(params.attention, params.dtype)
     model, processor = _load_model(params, base_path, attention)
     model.to(args.device)
     features = PageFeatures(
@@ -161,9 +161,8 @@ def build_trainer(
         features.cache.refresh()
     dataset = TrainingDataset(train, features)
     evaluator = RetrievalEvaluator(dev, features, params.eval_batch_size)
-    used = params.attention if get_kernel_entry(params.attention) else attention
     num_pages = len(evaluator.pages)
-    logger.info(f"{len(train)} training pairs; dev: {len(dev)} queries on {num_pages} pages; attention: {used}")
+    logger.info(f"{len(train)} training pairs; dev: {len(dev)} queries on {num_pages} pages; attention: {attention}")
     if num_truncated := processor.count_truncated([pair.query for pair in (*train, *dev)]):
         logger.info(f"{num_truncated} of {len(train) + len(dev)} queries are longer than max_query_tokens and are cut")
     return assemble_trainer(params, model, processor, args, evaluator, dataset, callbacks, context)
@@ -245,11 +244,11 @@ def assemble_trainer(
     )
 
 
-def get_provenance(model: PeftModel, attention: str) -> dict[str, object]:
-    """Return what an adapter is checked against later: base and kernel by hash, and the weights before training."""
+def get_provenance(model: PeftModel) -> dict[str, object]:
+    """Return what an adapter is checked against later: the base by hash, and the weights before training."""
     adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
     start = adapter_weight_stats(adapter, model.base_model.model.get_head_state())
-    return {"base": read_data_file(MANIFEST)["base"], "kernel": get_kernel_entry(attention), "start": start}
+    return {"base": read_data_file(MANIFEST)["base"], "start": start}
 
 
 def run_trainer(trainer: ContrastiveTrainer, folder: Path, checkpoint: str) -> None:

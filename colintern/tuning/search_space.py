@@ -1,6 +1,7 @@
 """tune.yaml: what is searched, and how; checked whole against params.yaml before anything runs."""
 
 import difflib
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import combinations, product
@@ -76,12 +77,13 @@ def read_search_space(params: Params, path: Path) -> SearchSpace:
     Raises:
         UserError: It cannot be read, or some of its keys or values cannot be searched; all problems are in the message.
     """
-    raw, problems = read_yaml_mapping(path, "of the settings and the space", "the repository has one to begin with")
+    raw = read_yaml_mapping(path, "of the settings and the space", "the repository has one to begin with")
+    problems: list[str] = []
     for key, (words, is_valid) in SETTING_RULES.items():
         if key not in raw:
             problems.append(f"{key}: missing; it must be {words}")
         elif not is_valid(raw[key]):
-            problems.append(f"{key}: {raw[key]!r} is not valid; it must be {words}")
+            problems.append(f"{key}: {reprlib.repr(raw[key])} is not valid; it must be {words}")
     for key in raw.keys() - SETTING_RULES.keys() - {"space"}:
         problems.append(f"{key}: unknown key; nearest key: {_find_nearest(key, [*SETTING_RULES, 'space'])}")
     space = raw.get("space")
@@ -149,20 +151,19 @@ def _find_key_problem(key: str, stage_params: dict[str, set[str]]) -> str:
 def _find_range_problem(key: str, value: object) -> str:
     """Return what is wrong with the values of a key, or ""."""
     if not isinstance(value, dict) or set(value) not in ({"choices"}, {"low", "high"}, {"low", "high", "log"}):
-        return (
-            f"{value!r} is not valid; it must be {{low: A, high: B}}, with log: true if wanted, or {{choices: [A, B]}}"
-        )
+        shown = reprlib.repr(value)
+        return f"{shown} is not valid; it must be {{low: A, high: B}}, with log: true if wanted, or {{choices: [A, B]}}"
     if "choices" in value:
         choices = value["choices"]
         distinct = isinstance(choices, list) and len({(type(c), str(c)) for c in choices}) == len(choices) > 1
-        return "" if distinct else f"choices: {choices!r} is not valid; two or more different values"
+        return "" if distinct else f"choices: {reprlib.repr(choices)} is not valid; two or more different values"
     low, high, log = value["low"], value["high"], value.get("log", False)
     number_types = {int: (int,), float: (int, float)}.get(KEY_TYPES[key], ())
     if type(low) not in number_types or type(high) not in number_types:
         valid = {int: "whole numbers", float: "numbers"}.get(KEY_TYPES[key], "no range: this key takes choices")
-        return f"low and high, {low!r} and {high!r}, are not valid; they must be {valid}"
+        return f"low and high, {reprlib.repr(low)} and {reprlib.repr(high)}, are not valid; they must be {valid}"
     if not low < high or type(log) is not bool or (log and low <= 0):
-        return f"{value!r} is not valid; low < high, log true or false, and above 0 with log: true"
+        return f"{reprlib.repr(value)} is not valid; low < high, log true or false, and above 0 with log: true"
     return ""
 
 
