@@ -8,7 +8,7 @@ import difflib
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,6 +57,7 @@ class Params:
     negatives_file: str
     max_bad_fraction: Annotated[float, Rule("0 <= max_bad_fraction < 1", lambda value: 0 <= value < 1)]
     benchmarks: Annotated[tuple[str, ...], NON_EMPTY]
+    baselines: Annotated[Sequence[str], NON_EMPTY]
     eval_untrained: bool
     max_visual_tokens: Annotated[int, between(1, 65536)]
     tiling: Annotated[str, one_of("exact", "stock")]
@@ -101,7 +102,7 @@ class Params:
 MAX_BYTES, MAX_DIGITS = 100_000, 4000  # of a file of settings, and of a number in it
 MAX_SHOWN_CHARACTERS = 80
 TYPES = get_type_hints(Params, include_extras=True)
-LIST = tuple[str, ...]
+LIST, MAYBE_EMPTY_LIST = tuple[str, ...], Sequence[str]
 TYPE_NAMES: dict[object, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -110,6 +111,7 @@ TYPE_NAMES: dict[object, str] = {
     int | str: "a whole number or auto",
     bool | int: "true, false or a whole number",
     LIST: "a list of one or more texts",
+    MAYBE_EMPTY_LIST: "a list of texts or []",
 }
 # Keys whose value may be a hub id, the key of its commit, and the method of HfApi that returns the commit.
 HUB_KEYS = (
@@ -275,7 +277,7 @@ def check_value(key: str, value: object) -> list[str]:
     """Return what is wrong with a value by itself; with a list, what is wrong with each of its entries."""
     kind, rules = _get_type_and_rules(key)
     named = {key: value}
-    if kind == LIST and type(value) is list and value:
+    if type(value) is list and (kind == MAYBE_EMPTY_LIST or (kind == LIST and value)):
         kind, named = str, {f"{key}[{i}]": entry for i, entry in enumerate(value)}
     return [
         f"{name}: {_show_value(entry)} is not valid; it must be {_format_rules(kind, rules)}"
@@ -366,7 +368,9 @@ def _describe_key(key: str) -> str:
 
 
 def _format_rules(kind: object, rules: list[Rule]) -> str:
-    return (", each " if kind == LIST else ", ").join([TYPE_NAMES[kind], *(rule.description for rule in rules)])
+    return (", each " if kind in (LIST, MAYBE_EMPTY_LIST) else ", ").join(
+        [TYPE_NAMES[kind], *(rule.description for rule in rules)]
+    )
 
 
 def _show_value(value: object) -> str:

@@ -2,7 +2,8 @@
 
 Training: `data/<split>-00000-of-00001.parquet` with the columns of `vidore/colpali_train_set` (one row per query; that
 data set calls its development set "test"). Evaluation: mteb's BEIR image layout as the ViDoRe (v1) tasks load it:
-configurations corpus / queries / qrels, split "test", integer ids. Both are what `datasets.load_dataset(folder)` reads.
+configurations corpus / queries / qrels, split "test", integer ids, and the text of pages in a column of the corpus, as
+in ViDoRe v3.1. Both are what `datasets.load_dataset(folder)` reads.
 
 The bytes depend only on the input and on the version of pyarrow: no timestamps, one fixed row group size and codec.
 """
@@ -36,6 +37,7 @@ TEXT_COLUMNS = (  # of vidore/colpali_train_set, after "image", in its order
     "image_filename", "query", "answer", "source", "options", "page", "model", "prompt", "answer_type",
 )  # fmt: skip
 PSEUDO_QUERIES_TAG = "annotations_creators:\n- machine-generated"  # of the hub's cards
+PSEUDO_QUERIES_LABEL = " (pseudo-queries)"  # at the end of the label of such a benchmark
 PSEUDO_QUERIES_NOTE = """
 Pseudo-queries: a program made the queries from the text of the pages, and nobody judged them.
 Scores on this set compare runs; they do not say how well people's questions are answered."""
@@ -59,11 +61,12 @@ class TrainingRow:
 
 @dataclass(frozen=True)
 class CorpusPage:
-    """One page that can be retrieved; `image` as in `TrainingRow`."""
+    """One page that can be retrieved; `image` as in `TrainingRow`, `text` "" where the page's text is not known."""
 
     corpus_id: int
     image: bytes | Path
     image_filename: str
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,8 @@ def write_beir(
     qrel_records = ({"query-id": qrel.query_id, "corpus-id": qrel.corpus_id, "score": qrel.score} for qrel in qrels)
     qrel_columns = {"query-id": ids, "corpus-id": ids, "score": pa.int64()}
     corpus_columns, corpus_records = {"corpus-id": ids, "image": IMAGE_TYPE}, _iter_corpus_records(corpus)
+    if any(page.text for page in corpus):
+        corpus_columns["text"] = pa.string()
     files = [
         _write_parquet(folder / "corpus", "test", corpus_columns, corpus_records),
         _write_parquet(folder / "queries", "test", {"query-id": ids, "query": pa.string()}, query_records),
@@ -152,7 +157,7 @@ def has_pseudo_queries(folder: Path) -> bool:
 
 def get_benchmark_label(entry: str, folder: Path) -> str:
     """Return the label of the scores of a local entry of `benchmarks`; it says if a program made the queries."""
-    pseudo = " (pseudo-queries)" if has_pseudo_queries(folder) else ""
+    pseudo = PSEUDO_QUERIES_LABEL if has_pseudo_queries(folder) else ""
     return entry if entry == "demo" else (root() / entry).resolve().name + pseudo
 
 
@@ -248,7 +253,7 @@ def _iter_training_records(split: str, rows: Sequence[TrainingRow]) -> Iterator[
 def _iter_corpus_records(corpus: Sequence[CorpusPage]) -> Iterator[dict[str, object]]:
     for number, page in enumerate(corpus):
         data = _read_image(f"corpus row {number} (corpus-id {page.corpus_id})", page.image)
-        yield {"corpus-id": page.corpus_id, "image": {"bytes": data, "path": page.image_filename}}
+        yield {"corpus-id": page.corpus_id, "image": {"bytes": data, "path": page.image_filename}, "text": page.text}
 
 
 def _validate_beir_rows(corpus: Sequence[CorpusPage], queries: Sequence[Query], qrels: Sequence[Qrel]) -> None:

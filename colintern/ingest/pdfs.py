@@ -158,6 +158,8 @@ def _store_pages(
                 documents.reject_row(where, page.reason, "pages")
                 continue
             pdfs[name].pages[index], documents.pages[where] = page, page.image
+            if page.text.strip():
+                documents.texts[where] = page.text
             if page.characters > MAX_TEXT_CHARACTERS:
                 reason = f"its text has {page.characters:,} characters, of which {MAX_TEXT_CHARACTERS:,} are read"
                 documents.row_counts[TEXT] = len(known)

@@ -136,7 +136,7 @@ def _convert_folder(target: Path, folder: str, reader: DocumentReader, file_name
         parts.append("train")
     if by_split["test"]:
         corpus = {name: page for name, page in pages.items() if split_of[name] == "test"}
-        _write_evaluation_set(partial / "beir", corpus, by_split["test"])
+        _write_evaluation_set(partial / "beir", corpus, by_split["test"], raw.texts)
         parts.append("beir")
     shutil.rmtree(store.folder)
     summary = {
@@ -225,12 +225,14 @@ def hash_split(key: str) -> str:
     return "train"
 
 
-def _write_evaluation_set(folder: Path, corpus: dict[str, StoredImage], pairs: Sequence[QueryPagePair]) -> None:
+def _write_evaluation_set(
+    folder: Path, corpus: dict[str, StoredImage], pairs: Sequence[QueryPagePair], texts: dict[str, str]
+) -> None:
     page_ids = {name: number for number, name in enumerate(corpus)}
     query_ids = {query: number for number, query in enumerate(dict.fromkeys(pair.query for pair in pairs))}
     write_beir(
         folder,
-        [CorpusPage(number, corpus[name].path, name) for name, number in page_ids.items()],
+        [CorpusPage(number, corpus[name].path, name, texts.get(name, "")) for name, number in page_ids.items()],
         [Query(number, query) for query, number in query_ids.items()],
         [Qrel(query_ids[pair.query], page_ids[pair.page]) for pair in pairs],
         pseudo=any(pair.kind != "given" for pair in pairs),
