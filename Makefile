@@ -30,7 +30,7 @@ repro: $(ENV)  ## run the pipeline of dvc.yaml on params.yaml
 
 # What only-changed leaves of a wide table: the params that differ and the scores, within 80 columns.
 EXPERIMENTS := dvc exp show --no-pager --only-changed --keep '(dev_)?ndcg_at_5' \
-  --drop 'Created|Executor|loss|verdict|recall_at_100|ndcg_at_10|trainable|[^:]*/|demo'
+  --drop 'Created|Executor|bm25_ndcg_at_5|hybrid_ndcg_at_5|loss|verdict|recall_at_100|ndcg_at_10|trainable|[^:]*/|demo'
 
 experiments: $(ENV)  ## table of experiments; ARGS=-A for those of all commits
 	@$(RUN) $(EXPERIMENTS) $(ARGS)

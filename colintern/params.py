@@ -8,7 +8,7 @@ import difflib
 import re
 import reprlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,6 +56,7 @@ class Params:
     split_by: Annotated[str, one_of("page", "document")]
     train_on_test_pages: bool
     benchmarks: Annotated[tuple[str, ...], NON_EMPTY]
+    baselines: Annotated[Sequence[str], NON_EMPTY]
     eval_untrained: bool
     max_visual_tokens: Annotated[int, between(1, 65536)]
     tiling: Annotated[str, one_of("exact", "stock")]
@@ -101,7 +102,7 @@ MAX_BYTES = 100_000  # of a file of settings
 REPR = reprlib.Repr()  # bounds what aliases multiply
 REPR.maxstring = REPR.maxother = REPR.maxlong = 80
 TYPES = get_type_hints(Params, include_extras=True)
-LIST = tuple[str, ...]
+LIST, MAYBE_EMPTY_LIST = tuple[str, ...], Sequence[str]
 TYPE_NAMES: dict[object, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -110,6 +111,7 @@ TYPE_NAMES: dict[object, str] = {
     int | str: "a whole number or auto",
     bool | int: "true, false or a whole number",
     LIST: "a list of one or more texts",
+    MAYBE_EMPTY_LIST: "a list of texts or []",
 }
 # Keys whose value may be a hub id, the key of its commit, and the method of HfApi that returns the commit.
 HUB_KEYS = (
@@ -234,7 +236,7 @@ def check_value(key: str, value: object) -> list[str]:
     """Return what is wrong with a value by itself; with a list, what is wrong with each of its entries."""
     kind, rules = _get_type_and_rules(key)
     named = {key: value}
-    if kind == LIST and type(value) is list and value:
+    if type(value) is list and (kind == MAYBE_EMPTY_LIST or (kind == LIST and value)):
         kind, named = str, {f"{key}[{i}]": entry for i, entry in enumerate(value)}
     return [
         f"{name}: {_show_value(entry)} is not valid; it must be {_format_rules(kind, rules)}"
@@ -342,7 +344,9 @@ def _describe_key(key: str) -> str:
 
 
 def _format_rules(kind: object, rules: list[Rule]) -> str:
-    return (", each " if kind == LIST else ", ").join([TYPE_NAMES[kind], *(rule.description for rule in rules)])
+    return (", each " if kind in (LIST, MAYBE_EMPTY_LIST) else ", ").join(
+        [TYPE_NAMES[kind], *(rule.description for rule in rules)]
+    )
 
 
 def _show_value(value: object) -> str:

@@ -112,6 +112,11 @@ class DemoPage:
     queries: tuple[str, ...]
     words: tuple[PlacedWord, ...]
 
+    @property
+    def text(self) -> str:
+        """Return its words in the order in which they were set."""
+        return " ".join(word.text for word in self.words)
+
 
 def get_split(pair: Pair) -> str:
     """Return the only split whose queries name this pair of facts: train (60 %), dev (10 %) or test (30 %)."""

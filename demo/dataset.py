@@ -28,7 +28,7 @@ def write_evaluation_set(folder: Path) -> None:
     pages = generate_corpus("test", TEST_PAGES, 1, SEED)
     write_beir(
         folder,
-        [CorpusPage(i, encode_png(page.image), page.name) for i, page in enumerate(pages)],
+        [CorpusPage(i, encode_png(page.image), page.name, page.text) for i, page in enumerate(pages)],
         [Query(i, page.queries[0]) for i, page in enumerate(pages)],
         [Qrel(i, i) for i in range(len(pages))],
     )

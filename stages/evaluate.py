@@ -1,4 +1,4 @@
-"""eval: the trained adapter, and the base before training, on mteb's retrieval tasks.
+"""eval: the trained adapter, the base before training and the baselines on mteb's retrieval tasks.
 
     python -m stages.evaluate
 
@@ -31,13 +31,14 @@ def main() -> None:
         resolve_benchmarks,  # only now: `datasets` reads the environment when it is imported
     )
     from colintern.encoding.loading import get_encoder_settings
+    from colintern.evaluation.baselines import add_baselines
     from colintern.evaluation.models import make_eval_models
     from colintern.evaluation.results import (
         BENCHMARK_COLUMNS,
         TASK_COLUMNS,
-        add_untrained_means,
         list_benchmark_rows,
         list_task_rows,
+        merge_means,
         summarize_scores,
     )
     from colintern.evaluation.run import evaluate_models
@@ -46,10 +47,11 @@ def main() -> None:
     out = Path("results/mteb_evaluation")
     settings = get_encoder_settings(params)
     models = make_eval_models(settings, Path("experiments/colintern"), params.eval_untrained)
+    models = add_baselines(params, models)
     scores = evaluate_models(models, params, out)
     Path("metrics").mkdir(exist_ok=True)
-    (out / "eval.json").write_text(format_json(add_untrained_means(scores["trained"], scores.get("untrained"))))
-    Path("metrics/eval.json").write_text(format_json(summarize_scores(scores["trained"])))
+    (out / "eval.json").write_text(format_json(merge_means(scores)))
+    Path("metrics/eval.json").write_text(format_json(summarize_scores(scores)))
     write_csv(Path("plots/eval.csv"), list_task_rows(scores["trained"]), TASK_COLUMNS)
     write_csv(Path("plots/benchmarks.csv"), list_benchmark_rows(scores), BENCHMARK_COLUMNS)
     print(format_score_table(scores))

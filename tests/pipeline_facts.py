@@ -23,6 +23,7 @@ KEYS = {field.name for field in dataclasses.fields(Params)}
 # Import name -> distribution, of the libraries that compute a result.
 LIBRARIES = {
     "accelerate": "accelerate",
+    "bm25s": "bm25s",
     "colpali_engine": "colpali-engine",
     "datasets": "datasets",
     "kernels": "kernels",
@@ -33,6 +34,7 @@ LIBRARIES = {
     "py3langid": "py3langid",
     "pyarrow": "pyarrow",
     "pypdfium2": "pypdfium2",
+    "Stemmer": "pystemmer",
     "tokenizers": "tokenizers",
     "torch": "torch",
     "torchvision": "torchvision",
@@ -40,6 +42,7 @@ LIBRARIES = {
 }
 # What a library computes with although our modules do not import it.
 IMPLIED = {
+    "bm25s": {"pystemmer"},
     "mteb": {"datasets"},
     "peft": {"torch", "transformers"},
     "transformers": {"tokenizers", "torch", "torchvision"},

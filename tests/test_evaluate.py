@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from hub import running
+from pages import documented
 from processes import Place, kill, leave, program
 from safetensors.torch import load_file, save_file
 from test_survey import PAGES, SET, row, write_rows
@@ -216,6 +217,14 @@ def test_a_second_run_loads_nothing_and_another_setting_runs_all(place, whole):
             Path("params.yaml").read_text().replace("max_query_tokens: 64", "max_query_tokens: 32")
         )
     assert place.run(never_load) == 99
+
+
+def test_baselines_of_the_command_line_say_where_pages_have_no_text(place):
+    command = documented("colintern evaluate experiments/colintern --baselines bm25").partition(" ")[2]
+    assert place.run(command=command) == 0, place.log
+    rows = [line.split() for line in place.out.splitlines() if line.startswith("  ")]
+    assert [row[1] for row in rows] == ["trained", "untrained", "bm25", "chance"] * 2
+    assert [" ".join(row[2:]) for row in rows if row[1] == "bm25"] == ["no text on its pages"] * 2
 
 
 def test_one_task_more_one_task_less(place, whole):
@@ -421,7 +430,7 @@ def test_a_peer_that_mteb_knows_stands_in_the_same_table(place, whole):
     assert f"loaded {PEER[0]} {PEER[1]}" in place.out and "two, mean of 1" in place.out
     out, ours = place.folder / "results/peer", json.loads(whole[MEANS])["two"]
     found = metrics(out / "eval.json")["two"]
-    assert found.keys() == ours.keys() - {"untrained", "vectors_per_page", "bytes_per_page"}
+    assert found.keys() == ours.keys() - {"untrained", "vectors_per_page", "bytes_per_page"} and "chance" in found
     place_of = out / "results" / PEER[0].replace("/", "__") / PEER[1]
     meta = metrics(place_of / "model_meta.json")
     assert (meta["name"], meta["revision"], meta["loader"]) == (*PEER, "Peer")
@@ -438,8 +447,8 @@ def test_a_peer_that_mteb_knows_stands_in_the_same_table(place, whole):
     ("model", "said"),
     [
         ("vidore/colpali-v1.4", "nor does mteb know it, the nearest of those: vidore/colpali-v1.3"),
-        ("intfloat/e5-small", "is no late-interaction model of page images in mteb"),
-        ("colbert-ir/colbertv2.0", "(late-interaction; text); the nearest of those: "),
+        ("cross-encoder/ms-marco-MiniLM-L6-v2", "does not retrieve pages by text in mteb"),
+        ("colbert-ir/colbertv2.0", "MODEL: colbert-ir/colbertv2.0 reads text, and the pages of OneRetrieval, "),
         (f"{PEER[0]}@{'f' * 40}", f"loads {PEER[0]} at {PEER[1]}, and at no other"),
         (
             f"{PEER[0]} --dim 64",

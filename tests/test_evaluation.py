@@ -45,11 +45,11 @@ from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
 from colintern.evaluation.results import (
     SIZE_KEYS,
     Scores,
-    add_untrained_means,
     aggregate_scores,
     compute_page_size,
     list_benchmark_rows,
     list_task_rows,
+    merge_means,
     read_page_names,
     summarize_scores,
 )
@@ -555,8 +555,8 @@ def test_report_rows_and_table():
         return {"ViDoRe(v1)": metrics | {"tasks": {"VidoreSyntheticDocQAGovernmentReportsRetrieval": metrics}}}
 
     after, before = scores(0.8), scores(0.1)
-    assert add_untrained_means(after, None) == after
-    metrics = add_untrained_means(after, before)["ViDoRe(v1)"]
+    assert merge_means({"trained": after}) == after
+    metrics = merge_means({"trained": after, "untrained": before})["ViDoRe(v1)"]
     assert metrics["untrained"] == dict.fromkeys(METRIC_KEYS, 0.1) and metrics["ndcg_at_5"] == 0.8
     [row] = list_task_rows(after)
     assert row == {"task": "SyntheticDocQAGovernmentReports"} | dict.fromkeys(METRIC_KEYS, 0.8) | compute_page_size(
@@ -577,7 +577,7 @@ def test_summary_counts_each_task_once_and_adds_no_key_for_a_task():
         rows = {name: dict.fromkeys(METRIC_KEYS, value) for name, value in tasks.items()}
         return dict.fromkeys(METRIC_KEYS, sum(tasks.values()) / len(tasks)) | {"tasks": rows}
 
-    summary = summarize_scores({"one": scores(A=0.2, B=0.4), "two": scores(B=0.4, C=0.9)})
+    summary = summarize_scores({"trained": {"one": scores(A=0.2, B=0.4), "two": scores(B=0.4, C=0.9)}})
     assert {key: summary[key] for key in METRIC_KEYS} == dict.fromkeys(METRIC_KEYS, 0.5)
     assert summary.keys() == {*METRIC_KEYS, "tasks"} and isinstance(summary["tasks"], list)
     assert [(row["task"], row["benchmark"]) for row in summary["tasks"]] == [("A", "one"), ("B", "two"), ("C", "two")]

@@ -428,6 +428,9 @@ def test_pdfs_without_questions_get_pseudo_queries_named_wherever_they_appear(fo
         assert row["query"] == (f"Chapter about {topic}topic" if heading else PROSE.format(topic))
         assert row["source"] == f"docs (pseudo-query: {'heading' if heading else 'sentence'})"
     assert "machine-generated" in Path(own.made, "beir", "README.md").read_text()
+    for row in table(own.made, "beir/corpus/*.parquet"):
+        file, page = row["image"]["path"].split("#page=")
+        assert f"w{int(page) - 1 + (100 if file == 'sub/b.pdf' else 0)}topic" in row["text"]
     manifest = {"evaluation": {DOCS: own.list_dataset_files("beir")._asdict()}}
     Path("data/manifest.json").write_text(json.dumps(manifest))
     [(label, task)] = resolve_benchmarks([DOCS])

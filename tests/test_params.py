@@ -61,7 +61,8 @@ def test_the_examples_of_the_rules() -> None:
 
 def test_demo_loads_frozen_and_typed() -> None:
     params = load_text(DEMO)
-    assert params.benchmarks == ("demo",)
+    assert params.benchmarks == ("demo",) and params.baselines == ("bm25", "hybrid")
+    assert load_text(re.sub(r"(?m)^baselines:.*\n- bm25\n- hybrid$", "baselines: []", DEMO)).baselines == ()
     assert len(params.lora_targets) == 8
     assert type(params.weight_decay) is float
     with pytest.raises(FrozenInstanceError):
@@ -104,6 +105,7 @@ BAD_VALUES = [
     ("train_on_test_pages", "yes", "true or false"),
     ("benchmarks", "demo", "a list of one or more texts"),
     ("benchmarks", "[]", "a list of one or more texts"),
+    ("baselines", "bm25", "a list of texts or []"),
     ("eval_untrained", "yes", "true or false"),
     ("eval_untrained", "1", "true or false"),
     ("max_visual_tokens", "0", "1 to 65536"),

@@ -1,16 +1,17 @@
 """Show scores as tables for people, beside what the guide asks for and what others have published."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from colintern.evaluation.results import Means, Scores, shorten_task_name
+from colintern.data.formats import PSEUDO_QUERIES_LABEL
+from colintern.evaluation.results import BM25, HYBRID, Means, Scores, shorten_task_name
 from colintern.scoring.metrics import MAIN_METRIC, RANKING_METRICS
 
 # The guide's bands of NDCG@5, lower bound first. It says nothing of 0.30 to 0.50 and of more than 0.85: the first is
 # called fair here, the second excellent.
 BANDS = ((0.70, "excellent"), (0.50, "good"), (0.30, "fair"), (0.10, "poor"), (0.0, "broken"))
 BANDED_NAME = re.compile(r"ViDoRe\(v(1|2|1&v2)\)|Vidore2?[A-Z]\w*")  # benchmarks and tasks that the guide knew
-NO_BAND = "no band"
+NO_BAND, FAVOURED = "no band", "favoured"
 TARGETS = {  # the guide's, NDCG@5
     "VidoreArxivQARetrieval": (0.60, 0.75),
     "VidoreDocVQARetrieval": (0.65, 0.80),
@@ -81,29 +82,55 @@ def select_published_columns(scores: Scores) -> list[float | None]:
 def format_score_table(by_model: dict[str, Scores]) -> str:
     """Format the scores x100 as text of at most 80 columns: each benchmark's tasks, then its means, for each model.
 
-    The last column is the guide's band for a mean, and its target for a task, both of NDCG@5.
+    The last column is the guide's band for a mean, and its target for a task, both of NDCG@5, and says where the
+    pages have no text for a baseline, or where the queries are made from it.
     """
     header = "".join(f"{metric.column:>{len(metric.column) + 1}}" for metric in RANKING_METRICS)
     lines = [f"{'x100':<34}{'model':<10}{header} verdict"]
-    for benchmark in next(iter(by_model.values())):
+    for benchmark, trained in by_model["trained"].items():
         for model, scores in by_model.items():
-            means = scores[benchmark]
-            is_judged = model == "trained"
-            for task, values in means["tasks"].items():
-                verdict = compare_with_target(task, values[MAIN_METRIC.key]) if is_judged else ""
-                lines.append(_format_row(f"  {shorten_task_name(task)}", model, values, verdict))
-            label = "all languages" if "languages" in means else f"mean of {len(means['tasks'])}"
-            languages = means.get("languages", {}).items()
-            rows = {label: means} | {LANGUAGE_NAMES.get(code, code): values for code, values in languages}
-            for name, values in rows.items():
-                verdict = classify_ndcg(benchmark, values[MAIN_METRIC.key]) if is_judged else ""
-                lines.append(_format_row(f"{benchmark}, {name}", model, values, verdict))
-    return "\n".join([*lines, *_format_published(by_model["trained"])])
+            lines += _format_model_rows(benchmark, model, scores.get(benchmark, {}), trained)
+    return "\n".join([*lines, *_format_notes(by_model), *_format_published(by_model["trained"])])
+
+
+def _format_model_rows(benchmark: str, model: str, means: dict[str, Any], trained: dict[str, Any]) -> list[str]:
+    is_judged = model == "trained"
+    favoured = FAVOURED if model in (BM25, HYBRID) and PSEUDO_QUERIES_LABEL in benchmark else ""
+    lines = []
+    for task in trained["tasks"]:
+        values = means.get("tasks", {}).get(task)
+        if values is None:
+            lines.append(f"{f'  {shorten_task_name(task)}'[:33]:<34}{model[:9]:<10} no text on its pages")
+            continue
+        verdict = compare_with_target(task, values[MAIN_METRIC.key]) if is_judged else favoured
+        lines.append(_format_row(f"  {shorten_task_name(task)}", model, values, verdict))
+    label = "all languages" if "languages" in means else f"mean of {len(means.get('tasks', ()))}"
+    languages = means.get("languages", {}).items()
+    rows = {label: means} | {LANGUAGE_NAMES.get(code, code): values for code, values in languages} if means else {}
+    for name, values in rows.items():
+        verdict = classify_ndcg(benchmark, values[MAIN_METRIC.key]) if is_judged else favoured
+        lines.append(_format_row(f"{benchmark}, {name}", model, values, verdict))
+    return lines
 
 
 def _format_row(name: str, model: str, values: Means, verdict: str) -> str:
     numbers = "".join(f"{100 * values[metric.key]:>{len(metric.column) + 1}.1f}" for metric in RANKING_METRICS)
     return f"{name[:33]:<34}{model[:9]:<10}{numbers} {verdict}".rstrip()
+
+
+def _format_notes(by_model: dict[str, Scores]) -> list[str]:
+    """Explain the rows of baselines, where there are any."""
+    notes = [f"{model[:9]}: {model}" for model in by_model if len(model) > 9]
+    if any(PSEUDO_QUERIES_LABEL in benchmark for benchmark in by_model.get(BM25, {})):
+        notes.append(f"{FAVOURED}: a program made the queries from the text that {BM25} searches")
+    for task, values in {
+        task: v for means in by_model.get(BM25, {}).values() for task, v in means["tasks"].items()
+    }.items():
+        if values["pages_with_text"] < values["pages"]:
+            notes.append(
+                f"{shorten_task_name(task)}: {values['pages_with_text']:,} of {values['pages']:,} pages have text"
+            )
+    return ["", *notes] if notes else []
 
 
 def _format_published(scores: Scores) -> list[str]:

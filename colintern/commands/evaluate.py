@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from colintern.evaluation.models import EvalModel
 
 SUMMARY = "evaluate an adapter, a merged model or one on the hub; the rest is as in params.yaml"
-MODEL = "folder of an adapter or a merged model, a hub id as ID@COMMIT, or a late-interaction model that mteb knows"
+MODEL = "folder of an adapter or a merged model, a hub id as ID@COMMIT, or a retrieval model that mteb knows"
+BASELINES = "models to compare with: bm25, hybrid, or one that mteb loads; none: --baselines without a name"
 SIZES_FILE, SIZES_PLOT = "sizes.csv", "sizes.svg"
 SIZE_OPTIONS = {  # option -> key of params.yaml, description
     "pool-factor": ("pool_factor", "vectors of a tile that are made into one"),
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--benchmarks", nargs="+", metavar="NAME", help="as in params.yaml (default: those in it)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="default: eval_batch_size of params.yaml")
+    parser.add_argument("--baselines", nargs="*", metavar="NAME", help=f"{BASELINES} (default: those of params.yaml)")
     for name, (key, text) in SIZE_OPTIONS.items():
         kind, metavar = (str, "NAME") if key == "embedding_precision" else (int, "N")
         parser.add_argument(f"--{name}", type=kind, nargs="+", metavar=metavar, help=f"{text} (default: params.yaml's)")
@@ -77,7 +79,8 @@ def _evaluate_settings(
 ) -> None:
     from colintern.analysis.score_tables import format_score_table
     from colintern.analysis.size_table import SizeRow, format_size_table, list_size_rows
-    from colintern.evaluation.results import add_untrained_means
+    from colintern.evaluation.baselines import add_baselines
+    from colintern.evaluation.results import merge_means
     from colintern.evaluation.run import evaluate_models, read_seconds_per_query
     from colintern.reporting.plots import plot_sizes
     from colintern.storage.files import format_json, write_csv
@@ -90,9 +93,8 @@ def _evaluate_settings(
     rows: list[SizeRow] = []
     for params, which in zip(settings, models, strict=True):
         folder = out / _get_size_folder(params) if has_several else out
-        scores = evaluate_models(which, params, folder)
-        means = add_untrained_means(scores["trained"], scores.get("untrained"))
-        (folder / "eval.json").write_text(format_json(means))
+        scores = evaluate_models(add_baselines(params, which), params, folder)
+        (folder / "eval.json").write_text(format_json(merge_means(scores)))
         if has_several:
             seconds = read_seconds_per_query(which["trained"], params.benchmarks)
             rows += list_size_rows(scores["trained"], params, seconds, folder, out / _get_size_folder(settings[0]))
@@ -131,6 +133,7 @@ def _list_settings(args: argparse.Namespace) -> list[Params]:
     params = replace(
         params,
         benchmarks=tuple(args.benchmarks or params.benchmarks),
+        baselines=tuple(params.baselines if args.baselines is None else args.baselines),
         eval_batch_size=args.batch_size or params.eval_batch_size,
     )
     choices: list[list[object]] = []
@@ -151,8 +154,8 @@ def _list_settings(args: argparse.Namespace) -> list[Params]:
 
 def _find_models(settings: list[Params], name: str) -> list[dict[str, "EvalModel"]]:
     """Find the model in a folder here, in mteb's registry or on the hub, once for each setting."""
-    from colintern.analysis.mteb_baselines import find_mteb_baseline, suggest_baselines
     from colintern.encoding.loading import get_encoder_settings
+    from colintern.evaluation.baselines import find_mteb_baseline, require_full_size, suggest_baselines
     from colintern.evaluation.models import make_eval_models
     from colintern.storage.hub import Repo, enable_offline_mode
     from colintern.storage.manifest import BASE_SUFFIXES, download_hub_files
@@ -161,6 +164,8 @@ def _find_models(settings: list[Params], name: str) -> list[dict[str, "EvalModel
     if not folder.is_dir():
         baselines = [find_mteb_baseline(params, name) for params in settings]
         if None not in baselines:
+            for params in settings:
+                require_full_size(params, name)
             return [{"trained": model} for model in baselines if model]
         commit = split_hub_id("MODEL", name, f"; nor does mteb know it, {suggest_baselines(name)}")
         repo = Repo("MODEL", *commit, "model")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mteb
+import pyarrow.parquet as pq
 from datasets import Dataset, Image, config
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.retrieval import AbsTaskRetrieval
@@ -32,6 +33,7 @@ BEIR_COLUMNS = {
     "queries": ["query-id", "query"],
     "qrels": ["query-id", "corpus-id", "score"],
 }
+TEXT_COLUMNS = ("text", "markdown")  # of a corpus, optional, the first that it has: the text of its pages
 
 
 def resolve_benchmarks(benchmarks: Sequence[str]) -> list[tuple[str, AbsTask]]:
@@ -136,6 +138,9 @@ class _FolderMixin(_DecodedPagesMixin):
     def _read_table(self: Any, table: str, columns: list[str]) -> Dataset:
         """Return these columns of a table; the copy that `datasets` makes is kept by the content of the folder."""
         files = sorted(map(str, Path(self.metadata.dataset["path"]).glob(f"{table}/*.parquet")))
+        if table == "corpus":
+            names = pq.read_schema(files[0]).names
+            columns = [*columns, *(name for name in TEXT_COLUMNS if name in names)]
         copies = Path(config.HF_DATASETS_CACHE) / self.arrow_name / table
         return Dataset.from_parquet(files, columns=columns, cache_dir=str(copies))
 

@@ -2,7 +2,8 @@
 
 Training: `data/<split>-00000-of-00001.parquet` with the columns of `vidore/colpali_train_set` (one row per query; that
 data set calls its development set "test"). Evaluation: mteb's BEIR image layout as the ViDoRe (v1) tasks load it:
-configurations corpus / queries / qrels, split "test", integer ids. Both are what `datasets.load_dataset(folder)` reads.
+configurations corpus / queries / qrels, split "test", integer ids, and the text of pages in a column of the corpus, as
+in ViDoRe v3.1. Both are what `datasets.load_dataset(folder)` reads.
 
 The bytes depend only on the input and on the version of pyarrow: no timestamps, one fixed row group size and codec.
 """
@@ -34,6 +35,7 @@ TEXT_COLUMNS = (  # of vidore/colpali_train_set, after "image", in its order
     "image_filename", "query", "answer", "source", "options", "page", "model", "prompt", "answer_type",
 )  # fmt: skip
 PSEUDO_QUERIES_TAG = "annotations_creators:\n- machine-generated"  # of the hub's cards
+PSEUDO_QUERIES_LABEL = " (pseudo-queries"  # in the label of such a benchmark
 TRAINED_PAGES_TAG = "tags:\n- pages-in-training"
 LABEL_NOTES = {PSEUDO_QUERIES_TAG: "pseudo-queries", TRAINED_PAGES_TAG: "pages trained on"}
 PSEUDO_QUERIES_NOTE = """
@@ -59,11 +61,12 @@ class TrainingRow:
 
 @dataclass(frozen=True)
 class CorpusPage:
-    """One page that can be retrieved; `image` as in `TrainingRow`."""
+    """One page that can be retrieved; `image` as in `TrainingRow`, `text` "" where the page's text is not known."""
 
     corpus_id: int
     image: bytes | Path
     image_filename: str
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ def write_beir(
     qrel_records = ({"query-id": qrel.query_id, "corpus-id": qrel.corpus_id, "score": qrel.score} for qrel in qrels)
     qrel_columns = {"query-id": ids, "corpus-id": ids, "score": pa.int64()}
     corpus_columns, corpus_records = {"corpus-id": ids, "image": IMAGE_TYPE}, _iter_corpus_records(corpus)
+    if any(page.text for page in corpus):
+        corpus_columns["text"] = pa.string()
     files = [
         _write_parquet(folder / "corpus", "test", corpus_columns, corpus_records),
         _write_parquet(folder / "queries", "test", {"query-id": ids, "query": pa.string()}, query_records),
@@ -236,7 +241,8 @@ def _iter_training_records(rows: Sequence[TrainingRow]) -> Iterator[dict[str, ob
 
 def _iter_corpus_records(corpus: Sequence[CorpusPage]) -> Iterator[dict[str, object]]:
     for page in corpus:
-        yield {"corpus-id": page.corpus_id, "image": {"bytes": _read_image(page.image), "path": page.image_filename}}
+        image = {"bytes": _read_image(page.image), "path": page.image_filename}
+        yield {"corpus-id": page.corpus_id, "image": image, "text": page.text}
 
 
 def _read_image(image: bytes | Path) -> bytes:

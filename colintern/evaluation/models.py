@@ -32,6 +32,8 @@ class EvalModel(NamedTuple):
     identity: dict[str, Any]  # all that decides its scores but the data
     params: dict[str, object]  # what it was trained with, as far as is known
     load_encoder: Callable[[], Any]  # ColIntern3_5Encoder, or what mteb loads
+    reads_text: bool = False  # of pages, not their images
+    fused: tuple["EvalModel", ...] = ()  # models whose rankings it fuses, evaluated before; nothing is loaded then
 
 
 def make_eval_models(settings: EncoderSettings, folder: Path, with_untrained: bool = False) -> dict[str, EvalModel]:

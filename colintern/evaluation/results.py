@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from colintern.scoring.metrics import METRIC_KEYS, RANKING_METRICS
+from colintern.scoring.metrics import MAIN_METRIC, METRIC_KEYS, RANKING_METRICS, compute_chance
 
 if TYPE_CHECKING:  # ten seconds that `colintern compare` has no use for
     import mteb
@@ -25,8 +25,12 @@ if TYPE_CHECKING:  # ten seconds that `colintern compare` has no use for
     from mteb.abstasks.abstask import AbsTask
 
 NUM_TOP_PAGES = 5  # pages of a ranking that are kept
+NUM_FUSED_PAGES = 100  # pages of a ranking that are fused with another's, see `write_rankings`
+NAME_COLUMN = "image_filename"  # of a corpus without images, see `read_page_names`
 NAMES_BATCH_SIZE = 64  # pages whose names are read at once; where a corpus is filtered, their images are copied
 SIZE_KEYS = ("vectors_per_page", "bytes_per_page")
+# Models beside "trained" and "untrained": BM25 over the text of pages, its fusion with the model, a random ranking.
+BM25, HYBRID, CHANCE = "bm25", "hybrid", "chance"
 TASK_COLUMNS = ("task", *METRIC_KEYS, *SIZE_KEYS)
 BENCHMARK_COLUMNS = ("mean", *METRIC_KEYS)
 QUERY_KEY = ("benchmark", "task", "subset", "query_id")
@@ -49,8 +53,13 @@ UNRECORDED: dict[str, Any] = {
     "tiling": "exact",
 }  # of evaluations from before these keys
 
+RANKING_SCHEMA = pa.schema(
+    [("subset", pa.string()), ("query_id", pa.string()), ("pages", pa.list_(pa.dictionary(pa.int32(), pa.string())))]
+)
+
 Means = dict[str, float]
 Scores = dict[str, dict[str, Any]]  # see `aggregate_scores`
+Rankings = dict[tuple[str, str], list[str]]  # (subset, query id) -> ids of pages, best first
 
 
 class RunInfo(TypedDict):
@@ -61,6 +70,7 @@ class RunInfo(TypedDict):
     data: dict[str, str]  # revision of each task
     size: dict[str, Means]  # of each task, see `compute_page_size`
     folders: NotRequired[dict[str, str]]  # of the pages' files, for tasks made from documents
+    text: NotRequired[dict[str, dict[str, int]]]  # of each task, where a model reads text: see `TextCoverage`
 
 
 class QueryResult(NamedTuple):
@@ -111,8 +121,28 @@ def read_query_results(source: Path | bytes) -> list[QueryResult]:
     ]
 
 
-def record_per_query(task: AbsTask, results: list[QueryResult]) -> AbsTask:
-    """Copy a retrieval task so that it appends a result, without its benchmark, for each query that mteb scores."""
+def write_rankings(path: Path, rankings: Rankings) -> None:
+    """Write the best pages of each query."""
+    rows = [{"subset": key[0], "query_id": key[1], "pages": pages} for key, pages in sorted(rankings.items())]
+    pq.write_table(pa.Table.from_pylist(rows, schema=RANKING_SCHEMA), path, compression="zstd")
+
+
+def read_rankings(path: Path) -> Rankings:
+    """Read a file that `write_rankings` wrote."""
+    rows = pq.ParquetFile(path).read(use_threads=False).to_pylist()
+    return {(row["subset"], row["query_id"]): row["pages"] for row in rows}
+
+
+class QueryRecords(NamedTuple):
+    """What `record_per_query` records of a task."""
+
+    results: list[QueryResult]  # without their benchmark
+    rankings: Rankings  # the `NUM_FUSED_PAGES` best pages
+    chance: dict[str, Means]  # mean of `compute_chance` over the queries of each subset
+
+
+def record_per_query(task: AbsTask, records: QueryRecords) -> AbsTask:
+    """Copy a retrieval task so that it records each query that mteb scores."""
     copied: Any = copy.copy(task)  # mteb keeps one object for each task
     task_specific_scores = copied.task_specific_scores
 
@@ -127,6 +157,7 @@ def record_per_query(task: AbsTask, results: list[QueryResult]) -> AbsTask:
         data = copied.dataset[hf_subset][hf_split]
         names = read_page_names(data["corpus"])
         words = dict(zip(data["queries"]["id"], data["queries"]["text"], strict=True))
+        chances: list[Means] = []
         for query_id, values in scores.items():
             page_scores = rankings[query_id]
             # Of equal scores the higher id goes first, as in trec_eval.
@@ -135,7 +166,10 @@ def record_per_query(task: AbsTask, results: list[QueryResult]) -> AbsTask:
             for position, page in enumerate(order):
                 best.setdefault(qrels[query_id].get(page, 0) > 0, position)
             best_scores = {is_right: round(float(page_scores[order[i]]), 6) for is_right, i in best.items()}
-            results.append(
+            records.rankings[hf_subset, query_id] = order[:NUM_FUSED_PAGES]
+            gains = [gain for gain in qrels[query_id].values() if gain > 0]
+            chances.append(compute_chance(gains, len(data["corpus"])))
+            records.results.append(
                 QueryResult(
                     benchmark="",
                     task=task.metadata.name,
@@ -150,6 +184,7 @@ def record_per_query(task: AbsTask, results: list[QueryResult]) -> AbsTask:
                     top_names=[names.get(page) for page in order[:NUM_TOP_PAGES]],
                 )
             )
+        records.chance[hf_subset] = average_metrics(chances)
         return task_specific_scores(scores, qrels, rankings, hf_split=hf_split, hf_subset=hf_subset)
 
     copied.task_specific_scores = record_scores
@@ -158,6 +193,8 @@ def record_per_query(task: AbsTask, results: list[QueryResult]) -> AbsTask:
 
 def read_page_names(corpus: Dataset) -> dict[str, str]:
     """Read the file names that a corpus holds beside its images, by page id; names of several pages are left out."""
+    if NAME_COLUMN in corpus.column_names:
+        return dict(zip(corpus["id"], corpus[NAME_COLUMN], strict=True))
     if "image" not in corpus.column_names:
         return {}
     names: dict[str, str] = {}
@@ -251,29 +288,51 @@ def shorten_task_name(task: str) -> str:
     return re.sub(r"^Vidore(?=\D)|Retrieval$", "", task)
 
 
-def add_untrained_means(trained: Scores, untrained: Scores | None) -> Scores:
-    """Return what eval.json holds: the trained model's scores and, under "untrained", the means before training."""
-    if untrained is None:
-        return trained
+def replace_by_chance(result: mteb.TaskResult, chance: Mapping[str, Means]) -> mteb.TaskResult:
+    """Return a task's result with the scores of a random ranking, given for each subset."""
+    scores = {
+        split: [{**entry, **chance[entry["hf_subset"]]} for entry in entries]
+        for split, entries in result.scores.items()
+    }
+    return result.model_copy(update={"scores": scores})
+
+
+def merge_means(by_model: Mapping[str, Scores]) -> Scores:
+    """Return what eval.json holds: the trained model's scores and, under each other model's name, its means."""
+    others = {model: scores for model, scores in by_model.items() if model != "trained"}
     return {
-        name: scores | {"untrained": {metric: untrained[name][metric] for metric in METRIC_KEYS}}
-        for name, scores in trained.items()
+        benchmark: scores
+        | {model: _select_metrics(other[benchmark]) for model, other in others.items() if benchmark in other}
+        for benchmark, scores in by_model["trained"].items()
     }
 
 
-def summarize_scores(trained: Scores) -> dict[str, object]:
+def summarize_scores(by_model: Mapping[str, Scores]) -> dict[str, object]:
     """Return the content of metrics/eval.json: the mean of each metric over all tasks, and each task's scores.
+
+    Of BM25 and the hybrid only the mean NDCG@5 is among them, if the pages of all tasks have text.
 
     The tasks are a list, which DVC leaves out of its tables: as keys, they would add columns to `dvc metrics show` and
     `dvc exp show`. A task that is in several benchmarks counts once.
     """
-    tasks = {task: (name, values) for name, scores in trained.items() for task, values in scores["tasks"].items()}
-    return round_metrics(average_metrics([values for _, values in tasks.values()])) | {
-        "tasks": [
-            {"task": task, "benchmark": name} | {metric: values[metric] for metric in METRIC_KEYS}
-            for task, (name, values) in tasks.items()
-        ]
+    tasks = _list_tasks(by_model["trained"])
+    means = round_metrics(average_metrics([values for _, values in tasks.values()]))
+    for model in (BM25, HYBRID):
+        others = _list_tasks(by_model.get(model, {}))
+        if others.keys() == tasks.keys():
+            mean = average_metrics([values for _, values in others.values()])
+            means[f"{model}_{MAIN_METRIC.key}"] = round_metrics(mean)[MAIN_METRIC.key]
+    return means | {
+        "tasks": [{"task": task, "benchmark": name} | _select_metrics(values) for task, (name, values) in tasks.items()]
     }
+
+
+def _list_tasks(scores: Scores) -> dict[str, tuple[str, Means]]:
+    return {task: (name, values) for name, means in scores.items() for task, values in means["tasks"].items()}
+
+
+def _select_metrics(means: Means) -> Means:
+    return {metric: means[metric] for metric in METRIC_KEYS}
 
 
 def list_task_rows(trained: Scores) -> list[dict[str, object]]:
@@ -291,4 +350,5 @@ def list_benchmark_rows(by_model: dict[str, Scores]) -> list[dict[str, object]]:
         {"mean": f"{benchmark}, {model}"} | {key: scores[benchmark][key] for key in METRIC_KEYS}
         for benchmark in next(iter(by_model.values()))
         for model, scores in by_model.items()
+        if benchmark in scores
     ]

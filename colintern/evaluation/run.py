@@ -16,21 +16,28 @@ from typing import Any
 import mteb
 from mteb.abstasks.abstask import AbsTask
 
+from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.data.benchmarks import resolve_benchmarks, use_fetched_data
 from colintern.encoding.precision import get_bytes_per_vector
+from colintern.evaluation.baselines import RankFusion
 from colintern.evaluation.models import EvalModel
 from colintern.evaluation.mteb_encoder import ColIntern3_5Encoder
+from colintern.evaluation.page_text import load_text_task
 from colintern.evaluation.results import (
-    QueryResult,
+    CHANCE,
+    QueryRecords,
     RunInfo,
     Scores,
     aggregate_scores,
     compute_page_size,
     read_query_results,
+    read_rankings,
     record_per_query,
+    replace_by_chance,
     require_valid_scores,
     write_query_results,
+    write_rankings,
 )
 from colintern.modeling.runtime import configure_cpu_runtime
 from colintern.params import Params
@@ -42,21 +49,24 @@ logger = logging.getLogger(__name__)
 TIME_KEYS = ("evaluation_time", "date", "evaluation_phases", "kg_co2_emissions")  # of mteb's files; all may be null
 TIMING_FILE = "logs/eval-timing.json"  # not an out of any stage
 MAX_STORED_MODELS = 20  # whose finished tasks are kept; the least recently evaluated are deleted first
-QUERIES_FILE, SIZE_FILE = "queries.parquet", "size.json"
+QUERIES_FILE, SIZE_FILE, RANKINGS_FILE = "queries.parquet", "size.json", "rankings.parquet"
+CHANCE_FILE = "chance.json"
 SPEED_FILE = "speed.json"  # apart from the size, because two runs of the same thing leave the same results
 
 
 def evaluate_models(models: Mapping[str, EvalModel], params: Params, out: Path) -> dict[str, Scores]:
-    """Evaluate models, "trained" and, if it is to be evaluated, "untrained", on every task of `params.benchmarks`.
+    """Evaluate models, "trained" among them, on every task of `params.benchmarks`.
 
     `out` is replaced by a folder with mteb's files, results/<organisation>__<model>/<revision>/<task>.json, the results
-    of each query, queries/<trained or untrained>.parquet, and run.json, the settings; complete or not at all.
+    of each query, queries/<name in `models`>.parquet, and run.json, the settings; complete or not at all.
 
     Returns:
-        {"trained": scores, "untrained": scores}, see `results.aggregate_scores`.
+        The scores of each model by its name in `models`, and those of a random ranking as "chance", see
+        `results.aggregate_scores`. Tasks whose pages have no text are left out of those of models that need it.
 
     Raises:
-        UserError: see `resolve_benchmarks` and `EvalModel.load_encoder`.
+        UserError: the trained model needs text, and a task has none; see also `resolve_benchmarks` and
+            `EvalModel.load_encoder`.
         RuntimeError: a task has a score that is not a number.
     """
     pairs = resolve_benchmarks(params.benchmarks)
@@ -64,31 +74,46 @@ def evaluate_models(models: Mapping[str, EvalModel], params: Params, out: Path) 
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     tasks = {task.metadata.name: task for _, task in pairs}
-    scores, sizes = {}, {}
+    scores: dict[str, Scores] = {}
+    sizes: dict[str, dict[str, Any]] = {}
     for which, model in models.items():
         folders = run_or_load(model, list(tasks.values()), params.eval_batch_size)
+        if which == "trained" and (missing := tasks.keys() - folders.keys()):
+            raise UserError(f"MODEL: {model.name} reads text, and the pages of {', '.join(sorted(missing))} have none")
+        evaluated = [(label, task) for label, task in pairs if task.metadata.name in folders]
+        sizes[which] = _read_json_files(folders, SIZE_FILE)
         results = {name: _read_task_result(folder, model, name) for name, folder in folders.items()}
-        sizes = {name: json.loads((folder / SIZE_FILE).read_text()) for name, folder in folders.items()}
-        scores[which] = aggregate_scores(pairs, results, sizes)
-        _copy_results(partial, which, pairs, folders)
-    trained = models["trained"]
-    run: RunInfo = {
+        scores[which] = aggregate_scores(evaluated, results, sizes[which])
+        _copy_results(partial, which, evaluated, folders)
+        if which == "trained":
+            chances = _read_json_files(folders, CHANCE_FILE)
+            results = {name: replace_by_chance(result, chances[name]) for name, result in results.items()}
+            chance = aggregate_scores(pairs, results, {name: {} for name in tasks})
+    run = _describe_run(models["trained"], params.benchmarks, tasks, sizes["trained"])
+    run["text"] = next((sizes[which] for which, model in models.items() if model.reads_text), {})
+    (partial / "run.json").write_text(format_json(run))
+    shutil.rmtree(out, ignore_errors=True)
+    partial.replace(out)
+    return scores | {CHANCE: chance}
+
+
+def _describe_run(
+    trained: EvalModel, benchmarks: Sequence[str], tasks: Mapping[str, AbsTask], sizes: dict[str, dict[str, float]]
+) -> RunInfo:
+    return {
         "revision": trained.revision,
-        "params": trained.params | trained.identity["params"] | {"benchmarks": list(params.benchmarks)},
+        "params": trained.params | trained.identity["params"] | {"benchmarks": list(benchmarks)},
         "data": {name: task.metadata.dataset["revision"] for name, task in tasks.items()},
         "size": sizes,
         "folders": {name: folder for name, task in tasks.items() if (folder := getattr(task, "documents", ""))},
     }
-    (partial / "run.json").write_text(format_json(run))
-    shutil.rmtree(out, ignore_errors=True)
-    partial.replace(out)
-    return scores
 
 
 def run_or_load(model: EvalModel, tasks: Sequence[AbsTask], batch_size: int) -> dict[str, Path]:
     """Return the folder of each task, with mteb's files and the queries' results; run those that are not finished.
 
-    A folder gets its name when all is in it, so what a killed run left half-done is never taken.
+    A folder gets its name when all is in it, so what a killed run left half-done is never taken. A task is left out
+    if the model needs the text of pages, and none has any.
     """
     store = _get_store(model)
     encoder = None
@@ -99,15 +124,30 @@ def run_or_load(model: EvalModel, tasks: Sequence[AbsTask], batch_size: int) -> 
     ):
         for task in tasks:
             name = task.metadata.name
-            folders[name] = store / _get_folder_name(task)
-            if folders[name].is_dir() and _is_readable(folders[name], model, name):
+            folder = store / _get_folder_name(task)
+            if folder.is_dir() and _is_readable(folder, model, name):
                 logger.info(f"{model.name}: {name}: finished before, its results are taken")
+                folders[name] = folder
                 continue
+            data = use_fetched_data(task)
+            coverage: Mapping[str, int] = {}
+            if model.reads_text:
+                data, counts = load_text_task(data)
+                coverage = counts._asdict()
+                if not counts.pages_with_text:
+                    logger.warning(f"{model.name}: {name}: its pages have no text; left out")
+                    continue
+            if model.fused:
+                parts = [_get_store(part) / _get_folder_name(task) / RANKINGS_FILE for part in model.fused]
+                if not all(part.is_file() for part in parts):
+                    continue  # one of them was left out
+                encoder = RankFusion(model, list(map(read_rankings, parts)))
             if encoder is None:  # loaded only where there is something to do
                 encoder = model.load_encoder()
                 if isinstance(encoder, ColIntern3_5Encoder):  # a model of mteb has no processes
                     stack.callback(encoder.close)
-            _run_task(encoder, task, batch_size, folders[name])
+            _run_task(encoder, data, batch_size, folder, coverage)
+            folders[name] = folder
         store.touch()
         _remove_old_stores(store)
     return folders
@@ -131,18 +171,18 @@ def _get_folder_name(task: AbsTask) -> str:
     return f"{task.metadata.name}-{fingerprint(data)[:16]}"
 
 
-def _run_task(encoder: Any, task: AbsTask, batch_size: int, folder: Path) -> None:
+def _run_task(encoder: Any, task: AbsTask, batch_size: int, folder: Path, coverage: Mapping[str, int]) -> None:
     partial = folder.with_name(folder.name + ".partial")
     for old in (partial, folder):
         shutil.rmtree(old, ignore_errors=True)
     cache = mteb.ResultCache(partial)
-    queries: list[QueryResult] = []
+    records = QueryRecords([], {}, {})
     is_own = isinstance(encoder, ColIntern3_5Encoder)
     if is_own:
         encoder.reset_counts()
     results = mteb.evaluate(
         encoder,
-        record_per_query(use_fetched_data(task), queries),
+        record_per_query(task, records),
         co2_tracker=False,
         encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
         cache=cache,
@@ -152,9 +192,12 @@ def _run_task(encoder: Any, task: AbsTask, batch_size: int, folder: Path) -> Non
     for result in results.task_results:
         require_valid_scores(result)
     _move_times(cache.get_task_result_path("any", encoder.mteb_model_meta).parent)
-    write_query_results(partial / QUERIES_FILE, queries)
+    write_query_results(partial / QUERIES_FILE, records.results)
+    write_rankings(partial / RANKINGS_FILE, records.rankings)
+    (partial / CHANCE_FILE).write_text(format_json(records.chance))
     # mteb does not report the size of a baseline's embeddings.
-    size, speed = {}, {}
+    size: Mapping[str, float] = coverage
+    speed = {}
     if is_own:
         bytes_per_vector = get_bytes_per_vector(encoder.precision, encoder.dim)
         size = compute_page_size(encoder.vector_count, encoder.page_count, bytes_per_vector)
@@ -164,11 +207,18 @@ def _run_task(encoder: Any, task: AbsTask, batch_size: int, folder: Path) -> Non
     partial.replace(folder)
 
 
+def _read_json_files(folders: Mapping[str, Path], file: str) -> dict[str, Any]:
+    """Read a file of each task's folder."""
+    return {name: json.loads((folder / file).read_text()) for name, folder in folders.items()}
+
+
 def _is_readable(folder: Path, model: EvalModel, task: str) -> bool:
     try:
         _read_task_result(folder, model, task)
-        json.loads((folder / SIZE_FILE).read_text())
+        _read_json_files({SIZE_FILE: folder}, SIZE_FILE)
+        _read_json_files({CHANCE_FILE: folder}, CHANCE_FILE)
         read_query_results(folder / QUERIES_FILE)
+        read_rankings(folder / RANKINGS_FILE)
     except (OSError, ValueError, KeyError) as error:
         logger.warning(f"{folder}: {str(error).partition(chr(10))[0]}; the task is run again")
         return False
@@ -199,7 +249,8 @@ def _copy_results(out: Path, which: str, pairs: list[tuple[str, AbsTask]], folde
         [settings_file] = (folder / "results").rglob("run_settings.jsonl")
         run_settings += settings_file.read_text().splitlines(keepends=True)
         (out / settings_file.relative_to(folder)).write_text("".join(sorted(run_settings)))
-    write_query_results(out / "queries" / f"{which}.parquet", queries)
+    if folders:  # none where no page has the text that the model reads
+        write_query_results(out / "queries" / f"{which.replace('/', '__')}.parquet", queries)
 
 
 def _move_times(folder: Path) -> None:

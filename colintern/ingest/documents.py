@@ -53,6 +53,7 @@ class RawDocuments:
     """Pages, queries and invalid rows of a folder."""
 
     pages: dict[str, StoredImage] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)  # of pages that have a text layer
     pairs: list[QueryPagePair] = field(default_factory=list)
     named_splits: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # page -> (split, place of the row)
     invalid_rows: list[InvalidRow] = field(default_factory=list)

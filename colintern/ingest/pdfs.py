@@ -159,6 +159,8 @@ def _store_pages(
                 continue
             pdfs[name].pages[index], documents.pages[where] = page, page.image
             documents.document_of[where] = name
+            if page.text.strip():
+                documents.texts[where] = page.text
             if page.characters > MAX_TEXT_CHARACTERS:
                 reason = f"its text has {page.characters:,} characters, of which {MAX_TEXT_CHARACTERS:,} are read"
                 documents.row_counts[TEXT] = len(known)

@@ -156,7 +156,7 @@ def _convert_folder(
             write_training_split(partial / "train", hub_split, rows)
         parts.append("train")
     if by_split["test"]:
-        _write_evaluation_set(partial / "beir", pages, by_split["test"], num_shared)
+        _write_evaluation_set(partial / "beir", pages, by_split["test"], raw.texts, num_shared)
         parts.append("beir")
     shutil.rmtree(store.folder)
     summary = {
@@ -200,13 +200,17 @@ def _deduplicate_pages(raw: RawDocuments) -> tuple[dict[str, StoredImage], list[
 
 
 def _write_evaluation_set(
-    folder: Path, corpus: dict[str, StoredImage], pairs: Sequence[QueryPagePair], num_shared: int
+    folder: Path,
+    corpus: dict[str, StoredImage],
+    pairs: Sequence[QueryPagePair],
+    texts: dict[str, str],
+    num_shared: int,
 ) -> None:
     page_ids = {name: number for number, name in enumerate(corpus)}
     query_ids = {query: number for number, query in enumerate(dict.fromkeys(pair.query for pair in pairs))}
     write_beir(
         folder,
-        [CorpusPage(number, corpus[name].path, name) for name, number in page_ids.items()],
+        [CorpusPage(number, corpus[name].path, name, texts.get(name, "")) for name, number in page_ids.items()],
         [Query(number, query) for query, number in query_ids.items()],
         [Qrel(query_ids[pair.query], page_ids[pair.page]) for pair in pairs],
         pseudo=any(pair.kind != GIVEN for pair in pairs),

@@ -112,7 +112,7 @@ def read_evaluation(params: Params, folder: Path) -> Evaluation:
 
 def _read_task_result(folder: Path, revision: str, task: str) -> mteb.TaskResult:
     for path in (folder / "results").glob(f"*/{revision}/{task}.json"):
-        if not path.parts[-3].endswith("-untrained"):
+        if not path.parts[-3].endswith(("-untrained", "-hybrid")):
             return mteb.TaskResult.from_disk(path)
     raise UserError(f"{folder}: has no result of {task} for revision {revision}; dvc repro -f eval")
 

@@ -34,6 +34,25 @@ MAIN_METRIC = RANKING_METRICS[0]  # the one that models are judged and compared 
 EVAL_KEY, DEV_KEY, DEV_TITLE = f"eval_{MAIN_METRIC.key}", f"dev_{MAIN_METRIC.key}", f"dev {MAIN_METRIC.title}"
 
 
+def compute_chance(gains: Sequence[int], num_pages: int) -> dict[str, float]:
+    """Compute the expected value of each metric for a query whose pages are ranked at random.
+
+    Args:
+        gains: relevance of each relevant page, above 0.
+        num_pages: number of pages that are ranked.
+    """
+    chance = {}
+    for metric in RANKING_METRICS:
+        depth = min(metric.cutoff, num_pages)
+        if metric.key.startswith("recall"):
+            chance[metric.key] = depth / num_pages
+        else:
+            discounts = [1 / log2(rank + 1) for rank in range(1, depth + 1)]
+            ideal = sum(gain * discount for gain, discount in zip(sorted(gains, reverse=True), discounts, strict=False))
+            chance[metric.key] = sum(gains) * sum(discounts) / num_pages / ideal
+    return chance
+
+
 def ndcg_at_k(scores: Tensor, relevant: Sequence[Collection[int]], k: int) -> float:
     """Compute the mean NDCG at k of the rankings that `scores` gives, with binary relevance.
 

@@ -7,7 +7,6 @@ respect to each embedding, (3) embed each mini-batch again with a graph and back
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -30,7 +29,7 @@ from colintern.encoding.workers import seed_and_init_worker
 from colintern.modeling.dropout import DropoutMaskBank
 from colintern.modeling.processor import ColIntern3_5Processor
 from colintern.scoring.maxsim import maxsim_scores
-from colintern.scoring.metrics import MAIN_METRIC, ndcg_at_k
+from colintern.scoring.metrics import MAIN_METRIC, compute_chance, ndcg_at_k
 from colintern.training.checkpoints import CheckpointWriter
 from colintern.training.distributed import SIDES, SINGLE_PROCESS, Batch, BatchShards, DistributedContext, Side
 from colintern.training.loss import Loss, find_false_negatives
@@ -123,8 +122,7 @@ class RetrievalEvaluator(Dataset[str]):
     @property
     def random_ndcg(self) -> float:
         """Return the expected NDCG@5 of a random ranking with one relevant page."""
-        num_pages = len(self.pages)
-        return sum(1 / math.log2(rank + 1) for rank in range(1, min(MAIN_METRIC.cutoff, num_pages) + 1)) / num_pages
+        return compute_chance([1], len(self.pages))[MAIN_METRIC.key]
 
 
 class ContrastiveTrainer(Trainer):
