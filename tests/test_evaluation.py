@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from colintern.analysis.score_tables import classify_ndcg, compare_with_target, format_score_table
+from colintern.commands.recommend import BENCHMARK_PAGES
 from colintern.core.errors import OutOfMemoryError, UserError
 from colintern.data.benchmarks import resolve_benchmarks
 from colintern.data.formats import CorpusPage, Qrel, Query, write_beir
@@ -327,6 +328,16 @@ def test_benchmark_and_task_names(workspace, capsys):
     assert "ViDoRe(v3): left out, because their data is not public: Vidore3TelecomRetrieval" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", BENCHMARK_PAGES)
+def test_predictions_count_the_pages_of_mtebs_statistics(name):
+    total = 0  # of the first language: each has all pages
+    for task in (task for task in mteb.get_benchmark(name).tasks if task.metadata.is_public):
+        stats = task.metadata.descriptive_stats["test"]
+        [first, *_] = stats.get("hf_subset_descriptive_stats", {"default": stats}).values()
+        total += first["documents_image_statistics"]["unique_images"]
+    assert total == BENCHMARK_PAGES[name]
+
+
 def test_what_cannot_be_evaluated_is_refused(params):
     with pytest.raises(UserError, match="NFCorpus is Retrieval, category t2t"):
         resolve_benchmarks(write_manifest("NFCorpus").benchmarks)
@@ -515,6 +526,31 @@ def test_english_and_all_languages_of_vidore_v2_are_averaged_apart():
     assert next(line for line in lines if line.startswith("ViDoRe(v2), English")).endswith("good")
     assert lines[-1].split() == ["this", "run", "37.5", "60.0"]
     assert "Argus-Colqwen3.5-9b (best)" in lines[-2]
+
+
+@pytest.mark.parametrize(
+    ("all_languages", "english", "said"),
+    [
+        (0.7, 0.7, "place 1 of 17 over all languages, 1 in English"),
+        (0.565, 0.5, "place 8 of 17 over all languages, 13 in English"),  # a tie counts for the run
+        (0.1, 0.39, "place 17 of 17 over all languages, 16 in English"),
+    ],
+)
+def test_a_run_on_vidore_v3_has_a_place_among_the_published(all_languages, english, said):
+    def means(value: float) -> dict:
+        return dict.fromkeys(METRIC_KEYS, 0.9) | {"ndcg_at_10": value}
+
+    names = [task.metadata.name for task in mteb.get_benchmark("ViDoRe(v3)").tasks if task.metadata.is_public]
+    tasks = {name: means(all_languages) for name in names}
+    scores = means(all_languages) | {"languages": {"eng": means(english)}, "tasks": tasks}
+    lines = format_score_table({"trained": {"ViDoRe(v3)": scores}}).splitlines()
+    assert max(map(len, lines)) <= 80 and lines[-1] == f"this run has {said}"
+    table = lines[lines.index("") + 2 : -1]
+    run = f"this run {100 * all_languages:.1f} {100 * english:.1f}"
+    assert [" ".join(line.split()) for line in table].index(run) == int(said.split()[1]) - 1
+    assert [float(line.split()[-2]) for line in table] == sorted(float(line.split()[-2]) for line in table)[::-1]
+    del tasks[names[0]]
+    assert "this run" not in format_score_table({"trained": {"ViDoRe(v3)": scores}})
 
 
 def test_the_guides_words_have_no_gaps():

@@ -19,6 +19,8 @@ from pages import documented
 from test_dvc_commands import IDENTITY, STAGES, Repo, bare_environment, copy_working_tree, ran, set_up, skipped
 
 from colintern.core.recipes import render_recipe
+from colintern.data import benchmarks
+from colintern.data.benchmarks import use_fetched_data
 from colintern.data.formats import TrainingRow, write_training_split
 from colintern.data.images import encode_png
 from colintern.params import load_recipe
@@ -42,25 +44,26 @@ SIZES = {
 }
 ROWS = 16  # two steps
 LANGUAGES = ("english", "french", "german", "spanish")
-V3 = "Vidore3HrRetrieval"  # one of ViDoRe v3, beside what the recipe names
+V3, V3_1 = "Vidore3HrRetrieval", "Vidore3HrRetrieval.v2"  # in place of ViDoRe v3; the second has the pages' text too
 TASKS = [task.metadata for name in ("ViDoRe(v1)", "ViDoRe(v2)") for task in mteb.get_benchmark(name).tasks]
-TASKS.append(mteb.get_task(V3).metadata)
+TASKS += [mteb.get_task(name).metadata for name in (V3, V3_1)]
 
 
 def write_task(folder: Path, number: int) -> None:
     """A data set as ViDoRe has it on the hub, all in one split. v1 and v2: three configurations; v2's queries say their
-    language. v3: three configurations a language, ids that are text, judgements of two grades."""
+    language. v3: three configurations a language, ids that are text, judgements of two grades; v3.1 has pages' text."""
     pages = generate_corpus("test", 4, 1, seed=number)
     ids = list(range(len(pages)))
     images = [{"bytes": encode_png(page.image), "path": page.name} for page in pages]
     queries = [page.queries[0] for page in pages]
-    if folder.name == V3:
+    if folder.name in (V3, V3_1):
         names = list(map(str, ids))
+        text = {"text": [f"text of {page.name}" for page in pages]} if folder.name == V3_1 else {}
         tables = {
             f"{language}-{table}": columns
             for language in mteb.get_task(V3).hf_subsets
             for table, columns in {
-                "corpus": {"id": names, "image": images},
+                "corpus": {"id": names, "image": images} | text,
                 "queries": {"id": names, "text": [f"{query} {language}" for query in queries]},
                 "qrels": {"query-id": [*names, "0"], "corpus-id": [*names, "1"], "score": [2, 2, 2, 2, 1]},
             }.items()
@@ -80,6 +83,17 @@ def write_task(folder: Path, number: int) -> None:
         Dataset.from_dict({k: list(v) for k, v in columns.items()}, features=Features(kinds)).to_parquet(folder / path)
         card += [f"- config_name: {name}", "  data_files:", "  - split: test", f"    path: {name}/test-*"]
     (folder / "README.md").write_text("\n".join([*card, "---", "# pages", ""]))
+
+
+def test_the_text_of_pages_stays_beside_their_images(tmp_path, monkeypatch):
+    write_task(tmp_path / V3_1, 0)
+    monkeypatch.setattr(benchmarks, "ensure_benchmark", lambda name: tmp_path / name)
+    task = use_fetched_data(mteb.get_task(V3_1, hf_subsets=["english"]))
+    task.load_data()
+    task.convert_v1_dataset_format_to_v2(None)
+    pages = task.dataset["english"]["test"]["corpus"][:]
+    assert pages["text"] == [f"text of {page.name}" for page in generate_corpus("test", 4, 1, seed=0)]
+    assert len(pages["image"]) == 4 and all(image.size == (224, 336) for image in pages["image"])
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +137,7 @@ def first_stage(repo: Repo, path: Path) -> Repo:
     for key, value in SIZES.items():
         params, found = re.subn(rf"(?m)^{key}: \S+", f"{key}: {value}", params)
         assert found == 1, key
-    params, found = re.subn(r"(?m)^benchmarks:$", rf"benchmarks:\n- {V3}", params)
+    params, found = re.subn(r"(?m)^- ViDoRe\(v3\)$", f"- {V3}\n- {V3_1}", params)
     assert found == 1
     (path / "params.yaml").write_text(params)
     repo.output(documented('git commit -am "The 1B recipe"'), **IDENTITY)
@@ -156,9 +170,9 @@ def test_the_recipe_trains_and_evaluates_without_another_word_to_the_hub(repo, h
     mean = sum(row["ndcg_at_5"] for row in summary["tasks"]) / len(TASKS)
     assert summary["ndcg_at_5"] == pytest.approx(mean, abs=1e-5)
     scores = json.loads((repo.path / "results/mteb_evaluation/eval.json").read_text())
-    assert list(scores) == ["ViDoRe(v1)", "ViDoRe(v2)", V3]
+    assert list(scores) == ["ViDoRe(v1)", "ViDoRe(v2)", V3, V3_1]
     assert sorted(name for found in scores.values() for name in found["tasks"]) == sorted(t.name for t in TASKS)
-    assert len(scores[V3]["languages"]) == 6
+    assert len(scores[V3]["languages"]) == len(scores[V3_1]["languages"]) == 6
     for task in TASKS:
         [result] = (repo.path / "results/mteb_evaluation").rglob(f"{task.name}.json")
         assert json.loads(result.read_text())["dataset_revision"] == task.dataset["revision"]

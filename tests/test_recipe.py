@@ -107,7 +107,7 @@ def test_the_guides_optimal_settings_with_our_micro_batch() -> None:
     params = load_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml")
     assert (params.epochs, params.lr, params.warmup_steps, params.lora_dropout) == (5, 5e-5, 100, 0.1)
     assert (params.lora_rank, params.lora_alpha, params.batch_size, params.micro_batch_size) == (32, 32, 64, 64)
-    assert params.benchmarks == ("ViDoRe(v1)", "ViDoRe(v2)")
+    assert params.benchmarks == ("ViDoRe(v1)", "ViDoRe(v2)", "ViDoRe(v3)")
     # The guide writes the same modules with `*`, for 28 layers.
     names = [
         f"language_model.layers.{layer}.{part}_proj"

@@ -14,7 +14,7 @@ from conftest import BASE, ROOT
 from pages import documented, words
 
 from colintern.__main__ import main
-from colintern.commands.recommend import Head, _format_head, _format_table
+from colintern.commands.recommend import RECIPE_BENCHMARKS, Head, _format_head, _format_table
 from colintern.core.errors import UserError
 from colintern.core.recipes import render_recipe
 from colintern.modeling.base_config import load_base_config
@@ -62,6 +62,7 @@ def demo(tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_text(render_recipe(ROOT / "recipes" / "demo.yaml"))
     (tmp_path / "data").mkdir()
     own = {"demo (train)": {"rows": 3600, "pages": 1800}, "demo (dev)": {"rows": 100, "pages": 100}}
+    own |= {"demo (test)": {"rows": 200, "pages": 200}}
     (tmp_path / "data" / "survey.json").write_text(json.dumps(own))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -95,7 +96,7 @@ def test_what_is_recommended_passes_the_doctor(billions):
 
 @pytest.mark.parametrize("base", ["internvl3_5-1b", "OpenGVLab/InternVL3_5-1B-HF", "OpenGVLab/x@" + "0" * 40])
 def test_every_title_fits_a_terminal(base):
-    head = Head(base, 8 * 10**9, 8 * 10**7, "RTX-4090", 24.0, "vidore/colpali_train_set", 118_195, 50_453, 3)
+    head = Head(base, 8 * 10**9, 8 * 10**7, "RTX-4090", 24.0, "vidore/colpali_train_set", 118_195, 69_447, 3)
     lines = [*_format_table(base, []), *_format_head(head)]
     assert base in "".join(line.strip() for line in lines)
     assert max(map(len, lines)) <= 80
@@ -168,7 +169,7 @@ def test_what_is_written_changes_values_only_and_is_what_was_printed(checkout, c
     after = (checkout / "params.yaml").read_text()
     changed = [line for line in difflib.ndiff(before.splitlines(), after.splitlines()) if line[0] in "+-"]
     room = f"+ feature_cache_gb: {values['feature_cache_gb']}"
-    assert changed == ["- feature_cache_gb: 170.0", room], "the recipe is what is recommended for its card"
+    assert changed == ["- feature_cache_gb: 230.0", room], "the recipe is what is recommended for its card"
     assert told["predicted"]["peak_bytes"] == sum(told["predicted"]["memory"].values()) < 0.85 * 32 * 2**30
     assert told["predicted"]["steps"] == 9230
 
@@ -209,6 +210,18 @@ def test_stock_tiling_takes_the_memory_of_the_budget_and_the_time_of_an_a4_page(
     assert sorted(set(tried)) == [2, 3, 4, 6]
 
 
+def test_pages_follow_the_benchmarks_and_what_is_not_counted_is_named(checkout, capsys):
+    assert load_recipe(ROOT / "recipes" / "internvl3_5-1b.yaml").benchmarks == RECIPE_BENCHMARKS
+    text = re.sub(r"(?m)^- ViDoRe\(v3\)$", "- Vidore3HrRetrieval", (checkout / "params.yaml").read_text())
+    (checkout / "params.yaml").write_text(text)
+    for base, said in (
+        ([], "50,453 pages (vidore/colpali_train_set, without Vidore3HrRetrieval)"),
+        (["--base", "internvl3_5-1b"], "69,447 pages (vidore/colpali_train_set)"),
+    ):
+        main(["recommend", "--gpu", "h200", *base])
+        assert f"118,195 pairs, {said}" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_guides_table_beside_the_computed_one(checkout, capsys):
     main(words(documented("colintern recommend --base internvl3_5-1b --table"))[1:])
     out = capsys.readouterr().out
@@ -232,7 +245,7 @@ def test_the_demo_gets_no_rule_of_the_guides(demo, capsys):
     out = capsys.readouterr().out
     assert "do not reach" in out and "How the demo answers to its settings" in " ".join(out.split())
     assert re.search(r"(?m)^micro_batch_size +32 ", out) and not re.search(r"(?m)^lr ", out)
-    assert "3,600 pairs, 1,900 pages (data/survey.json)" in out
+    assert "3,600 pairs, 2,100 pages (data/survey.json)" in out
     assert load_params("params.yaml").lr == 0.006
 
 

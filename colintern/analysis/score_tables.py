@@ -48,6 +48,35 @@ PUBLISHED = (
 PUBLISHED_COLUMNS = ("v1", "v2 all", "v2 en", "Arxiv", "DocVQA", "Info", "TatDQA")
 
 
+class PublishedV3Scores(NamedTuple):
+    """NDCG@10 x100 on ViDoRe v3, the mean of its public tasks; source and date as of `PublishedScores`."""
+
+    model: str
+    all_languages: float
+    english: float
+
+
+V3_NAME, NUM_V3_TASKS, V3_METRIC = "ViDoRe(v3)", 8, RANKING_METRICS[1]  # mteb's name, public tasks and main metric
+PUBLISHED_V3 = (  # best first; models of text read the same pages as Markdown, in ViDoRe v3.1
+    PublishedV3Scores("webAI-ColVec1.1-8b", 65.3, 65.9),
+    PublishedV3Scores("VultronRetrieverPrime-8B", 64.7, 65.5),
+    PublishedV3Scores("VultronRetrieverCore-4.5B", 63.7, 64.8),
+    PublishedV3Scores("nemotron-colembed-8b-v2", 63.5, 64.4),
+    PublishedV3Scores("colqwen3.5-4.5B-v3", 61.6, 63.1),
+    PublishedV3Scores("colnomic-7b", 57.6, 59.4),
+    PublishedV3Scores("jina-v4", 57.0, 58.8),
+    PublishedV3Scores("VultronRetrieverFlash-0.8B", 56.5, 58.3),
+    PublishedV3Scores("llama-nemoretriever-colembed-1b", 55.5, 58.8),
+    PublishedV3Scores("Qwen3-VL-Embedding-2B (one vector)", 52.9, 56.0),
+    PublishedV3Scores("colqwen2.5-v0.2", 52.4, 55.6),
+    PublishedV3Scores("embeddinggemma-300m (text)", 47.8, 50.1),
+    PublishedV3Scores("colpali-v1.3", 43.0, 47.5),
+    PublishedV3Scores("colmodernvbert", 26.1, 44.3),
+    PublishedV3Scores("BM25s (text)", 25.9, 39.0),
+    PublishedV3Scores("colSmol-256M", 20.7, 39.3),
+)
+
+
 def classify_ndcg(benchmark: str, ndcg: float) -> str:
     """Return the guide's band of an NDCG@5 from 0 to 1 on ViDoRe v1 or v2, `NO_BAND` on a later one, "" on others."""
     if BANDED_NAME.fullmatch(benchmark):
@@ -90,7 +119,8 @@ def format_score_table(by_model: dict[str, Scores]) -> str:
     for benchmark, trained in by_model["trained"].items():
         for model, scores in by_model.items():
             lines += _format_model_rows(benchmark, model, scores.get(benchmark, {}), trained)
-    return "\n".join([*lines, *_format_notes(by_model), *_format_published(by_model["trained"])])
+    scores = by_model["trained"]
+    return "\n".join([*lines, *_format_notes(by_model), *_format_published(scores), *_format_published_v3(scores)])
 
 
 def _format_model_rows(benchmark: str, model: str, means: dict[str, Any], trained: dict[str, Any]) -> list[str]:
@@ -144,3 +174,23 @@ def _format_published(scores: Scores) -> list[str]:
         lines.append(f"{row.model:<{width}}" + "".join(f"{value:>7.1f}" for value in row[1:]))
     cells = ("" if value is None else f"{100 * value:.1f}" for value in own)
     return [*lines, (f"{'this run':<{width}}" + "".join(f"{cell:>7}" for cell in cells)).rstrip()]
+
+
+def _format_published_v3(scores: Scores) -> list[str]:
+    """Format the published models on ViDoRe v3 with this run at its place; nothing where it lacks one of the tasks."""
+    means = scores.get(V3_NAME, {"tasks": {}})
+    if len(means["tasks"]) != NUM_V3_TASKS:
+        return []
+    values = (round(100 * group[V3_METRIC.key], 1) for group in (means, means["languages"]["eng"]))
+    run = PublishedV3Scores("this run", *values)
+    width = max(len(row.model) for row in PUBLISHED_V3)
+    lines = [
+        "",
+        f"{f'ViDoRe v3, {V3_METRIC.title} x100, published':<{width}}" + "".join(f"{name:>7}" for name in ("all", "en")),
+    ]
+    for row in sorted((run, *PUBLISHED_V3), key=lambda row: -row.all_languages):
+        lines.append(f"{row.model:<{width}}" + "".join(f"{value:>7.1f}" for value in row[1:]))
+    columns = ([row.all_languages for row in PUBLISHED_V3], [row.english for row in PUBLISHED_V3])
+    places = [1 + sum(value > own for value in column) for column, own in zip(columns, run[1:], strict=True)]
+    number = len(PUBLISHED_V3) + 1
+    return [*lines, f"this run has place {places[0]} of {number} over all languages, {places[1]} in English"]

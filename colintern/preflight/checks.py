@@ -265,8 +265,8 @@ def _check_wandb(environment: Environment) -> Status:
 
 
 def _check_base(facts: RunFacts) -> Status:
-    sources = [name for name, _ in parse_mixture(facts.params.train_data)] + list(facts.params.benchmarks)
-    if note := describe_demo_base(facts.params.base, sources):
+    # Not of benchmarks, which are no params of training.
+    if note := describe_demo_base(facts.params.base, [name for name, _ in parse_mixture(facts.params.train_data)]):
         return WARN, note.removeprefix("note: "), "colintern recipe internvl3_5-1b"
     return PASS, facts.params.base
 
