@@ -149,6 +149,8 @@ def answer(connection: socket.socket) -> list[str]:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
+        # colorama wrapped them for a library, and removes colours, since the server's output is no terminal.
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(env)
