@@ -50,7 +50,7 @@ AFTER_A_RUN = (
     (documented("python -m bench.study --trials 20 --workers 2"), "--trials 3 --study one", "RESULT best="),
     (documented("python -m bench.second --trials 10"), "--trials 1", "RESULT trials=1 ratio="),
     (
-        documented("OMP_NUM_THREADS=1 python -m bench.stores --pages 300 10000 30000 --queries 3"),
+        documented("python -m bench.stores --pages 300 10000 30000 --queries 3"),
         "--pages 30 --queries 2 --tokens 216",
         r"RESULT lancedb_30_cpu_ms=.* lancedb_30_recall=1\.000 .* files_30_recall=",
     ),

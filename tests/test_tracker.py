@@ -77,7 +77,7 @@ def secrets_in(folder: Path) -> list[Path]:
 
 def warnings(log: str) -> list[str]:
     """Lines with a warning, those of the doctor left out, to whom this run is small."""
-    return re.findall(r"(?im)^(?!warning: (?:effective batch|learning rate):).*warning.*", log)
+    return re.findall(r"(?im)^(?!warning: (?:base|effective batch|learning rate):).*warning.*", log)
 
 
 def test_an_interrupted_run_offline_goes_on_under_its_id_and_logs_each_step_once(place, whole, tracked):

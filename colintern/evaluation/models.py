@@ -49,13 +49,13 @@ def make_eval_models(settings: EncoderSettings, folder: Path, with_untrained: bo
         UserError: a folder without weights or without a head, or one that was trained on another base, with another
             tiling or another bound than those of `settings`.
     """
+    is_merged = not is_adapter(folder) and (folder / "config.json").is_file()
+    (require_merged if is_merged else require_adapter)(folder)
     require_same_tiling(folder, settings.max_visual_tokens, settings.tiling)
-    if not is_adapter(folder) and (folder / "config.json").is_file():
-        require_merged(folder)
+    if is_merged:
         digest = content_hash(folder)
         load = partial(load_page_encoder, settings, folder, None)
         return {"trained": _make_model(settings, MODEL_NAME, digest[:40], {"merged": digest}, {}, load)}
-    require_adapter(folder)
     base = ensure_base(settings.base, settings.base_revision)
     require_same_base(folder, settings.base, settings.base_revision)
     revision = content_hash(folder / "adapter_model.safetensors")[:40]
