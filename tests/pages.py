@@ -20,7 +20,7 @@ DOCS = sorted(
 )
 OURS = ("colintern", "dvc", "make", "python", "cluster/torchrun.sh", "wandb sync")  # looked for in sentences too
 # What a reader puts something else for; in a test's command anything may stand there.
-PLACEHOLDER = re.compile(r"MODEL|FOLDER|STORE|NAME|[AB]|KEY=VALUE|STUDY-NNN|study-007|my-experiment|.*\.\.\.")
+PLACEHOLDER = re.compile(r"MODEL|FOLDER|STORE|NAME|COMMIT|[AB]|KEY=VALUE|STUDY-NNN|study-007|my-experiment|.*\.\.\.")
 
 
 class Command(NamedTuple):

@@ -15,6 +15,8 @@ import torch
 from conftest import page_image
 from huggingface_hub import ModelCard
 from loopback import run_in_thread
+from mteb.models import ModelMeta
+from mteb.types import OutputDType
 from pages import documented, words
 from processes import FORKS
 from safetensors.torch import load_file, save_file
@@ -24,9 +26,11 @@ from test_report import evaluated, fork, run  # noqa: F401
 from transformers import AutoProcessor, InternVLModel, InternVLProcessor
 
 from colintern.__main__ import main
+from colintern.core.errors import UserError
 from colintern.encoding.embed import embed_pages, embed_queries
 from colintern.modeling.processor import ColIntern3_5Processor
 from colintern.modeling.retriever import ColIntern3_5
+from colintern.reporting.submission import SubmissionFacts, _make_model_meta
 
 pytestmark = pytest.mark.integration
 FILES = {"README.md", "config.json", "identity.json", "model.safetensors"}
@@ -167,6 +171,34 @@ def test_for_vllm_it_is_the_model_of_transformers_with_a_dense_module(top, pages
     card = ModelCard.load(out / "README.md")
     assert card.data.library_name == "vllm" and f"--dtype {dtype} " in card.text
     assert json.dumps(own.visual_prompt_prefix) in card.text and "at most 6 tiles and a thumbnail" in card.text
+
+
+FACTS = "--name someone/demo --license mit --release-date 2026-12-01 --languages eng-Latn --training-datasets pages"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--submission", "give --name, --revision, --license, --release-date, --languages, --training-datasets"),
+        ("--submission --name demo", "--name: 'demo' is no repository"),
+        ("--submission --revision main", "--revision: 'main' is no commit"),
+        ("--submission --for vllm", "--push and --for write another folder"),
+        ("--license mit --languages eng-Latn", "--license, --languages: for --submission only"),
+        (f"--submission --revision {'a' * 40} {FACTS}", "has a task of mteb"),
+    ],
+)
+def test_a_submission_names_what_is_missing_and_writes_nothing(top, options, said):
+    code, log = fork(top, "export", "adapter", "--out", "submission", *options.split())
+    assert code == 2 and said in log and "Traceback" not in log, log
+    assert not list(top.glob("submission*"))
+
+
+def test_a_fact_that_mteb_refuses_is_named_by_its_option():
+    written = ModelMeta.create_empty({"name": "colintern/demo", "revision": "a", "n_parameters": 10}).to_dict()
+    facts = SubmissionFacts("someone/demo", "a" * 40, "my own", "1 May", ["english"], ["pages"])
+    with pytest.raises(UserError) as error:
+        _make_model_meta(written, facts, OutputDType.BF16, {})
+    assert all(f"--{name}: " in str(error.value) for name in ("license", "release-date", "languages"))
 
 
 @pytest.mark.parametrize("fault", ["untrained", "headless"])

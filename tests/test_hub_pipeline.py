@@ -15,6 +15,8 @@ from conftest import BASE, ROOT
 from datasets import Dataset, Features, Image, Value
 from forked_python import DVC, UNHUBBED, run_server
 from hub import running, sha256
+from mteb.models import ModelMeta, MultiVectorWrapper
+from mteb.models.model_implementations.colpali_models import COLPALI_TRAINING_DATA
 from pages import documented
 from test_dvc_commands import IDENTITY, STAGES, Repo, bare_environment, copy_working_tree, ran, set_up, skipped
 
@@ -197,6 +199,44 @@ def test_another_model_that_mteb_knows_is_fetched_and_evaluated(repo, hub):
     said = repo.output(documented('colintern evaluate vidore/colpali-v1.3 --benchmarks "ViDoRe(v2)"'))
     assert said.count("Vidore2") >= 4 and hub.asked("GET", colpali.NAME)
     assert list((repo.path / "results" / "evaluate").glob("colpali-v1.3-*/eval.json"))
+
+
+def test_its_results_are_a_submission_that_mteb_reads(repo):
+    command = documented(
+        "colintern export experiments/colintern --submission --out submission --name NAME --revision COMMIT "
+        "--license apache-2.0 --release-date 2026-12-01",
+        NAME="someone/pages-1B",
+        COMMIT="c0ffee0000c0ffee0000c0ffee0000c0ffee0000",
+    )
+    said = repo.output(command)
+    assert "not evaluated" in said and "Vidore3EnergyRetrieval" in said and V3 not in said
+    folder, commit = repo.path / "submission", command.split("--revision ")[1].split()[0]
+    cache = mteb.ResultCache(folder)
+    [result] = cache.load_results(require_model_meta=True, include_remote=False, validate_and_filter=True).model_results
+    assert (result.model_name, result.model_revision) == ("someone/pages-1B", commit)
+    assert {task.task_name for task in result.task_results} == {task.name for task in TASKS}
+    scores = json.loads((repo.path / "results/mteb_evaluation/eval.json").read_text())
+    [v3] = [task for task in result.task_results if task.task_name == V3]
+    assert len(v3.scores["test"]) == 6 and v3.get_score() == pytest.approx(scores[V3]["ndcg_at_10"], abs=1e-5)
+    place = folder / "results" / "someone__pages-1B" / commit
+    assert {json.loads(line)["task"] for line in (place / "run_settings.jsonl").open()} == {task.name for task in TASKS}
+    request = (folder / "evaluation_request.md").read_text()
+    assert "Vidore3TelecomRetrieval, Vidore3NuclearRetrieval." in request and f"| {V3} | " in request
+    saved = ModelMeta.model_validate_json_resolved((place / "model_meta.json").read_text())
+    names: dict[str, ModelMeta] = {}
+    exec((folder / "model_meta.py").read_text(), names)
+    check_meta(names["pages_1b"], saved)
+
+
+def check_meta(meta: ModelMeta, saved: ModelMeta) -> None:
+    """The ModelMeta of model_meta.py, which is that of model_meta.json, has the facts of the run."""
+    assert meta.loader is MultiVectorWrapper and meta.to_dict() | {"loader": None} == saved.to_dict() | {"loader": None}
+    assert (meta.license, meta.languages) == ("apache-2.0", ["eng-Latn"])
+    assert (meta.embed_dim, meta.n_parameters) == (128, 1028224)
+    assert (meta.reference, meta.adapted_from) == ("https://huggingface.co/someone/pages-1B", load_recipe(RECIPE).base)
+    assert meta.training_datasets == COLPALI_TRAINING_DATA and meta.is_zero_shot_on(["VidoreDocVQARetrieval"]) is False
+    required = "name revision release_date memory_usage_mb max_tokens framework similarity_fn_name open_weights".split()
+    assert all(getattr(meta, key) for key in required)
 
 
 def test_a_second_repro_runs_nothing(repo):

@@ -49,13 +49,7 @@ def find_evaluation(revision: str, given: Path | None, settings: dict[str, objec
         UserError: `given` holds none or that of another model, or none is found.
     """
     settings = settings or {}
-    folders = [given] if given else [path for pattern in EVALUATION_FOLDERS for path in sorted(Path().glob(pattern))]
-    revisions = {}
-    for folder in folders:
-        if (folder / "run.json").is_file():
-            run = _read_run(folder)
-            if settings.items() <= (FULL_SIZE | UNRECORDED | run["params"]).items():
-                revisions[folder] = run["revision"]
+    revisions = read_revisions(settings, given)
     if given and given not in revisions:
         raise UserError(
             f"--results: {given} holds no run.json; give an evaluation's folder, such as {EVALUATION_FOLDERS[0]}"
@@ -69,6 +63,18 @@ def find_evaluation(revision: str, given: Path | None, settings: dict[str, objec
         f"MODEL: its revision is {revision}, and {f'{given} is of revision {revisions[given]}' if given else others}; "
         f"evaluate it: dvc repro eval, or colintern evaluate MODEL"
     )
+
+
+def read_revisions(settings: dict[str, object], given: Path | None = None) -> dict[Path, str]:
+    """Return the model's revision of each evaluation with these settings, by its folder; of `given` alone, if given."""
+    folders = [given] if given else [path for pattern in EVALUATION_FOLDERS for path in sorted(Path().glob(pattern))]
+    revisions = {}
+    for folder in folders:
+        if (folder / "run.json").is_file():
+            run = _read_run(folder)
+            if settings.items() <= (FULL_SIZE | UNRECORDED | run["params"]).items():
+                revisions[folder] = run["revision"]
+    return revisions
 
 
 def _read_run(folder: Path) -> RunInfo:

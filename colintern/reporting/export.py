@@ -131,11 +131,16 @@ def write_code(folder: Path) -> None:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def get_exported_settings(params: Params) -> dict[str, object]:
+    """Return the settings of an evaluation that an exported model has too: full embeddings, its bounds and dtype."""
+    keys = ("max_query_tokens", "max_visual_tokens", "tiling", "dtype")
+    return FULL_SIZE | {key: getattr(params, key) for key in keys}
+
+
 def _find_evaluation_of_export(params: Params, revision: str) -> tuple[Evaluation | None, str]:
     """Find an evaluation with full embeddings and the exported model's bounds and dtype; else return the reason."""
-    bounds = {key: getattr(params, key) for key in ("max_query_tokens", "max_visual_tokens", "tiling")}
     try:
-        folder = find_evaluation(revision, None, FULL_SIZE | bounds | {"dtype": params.dtype})
+        folder = find_evaluation(revision, None, get_exported_settings(params))
         return read_evaluation(apply_evaluated_settings(params, folder), folder), ""
     except UserError as error:  # also where the data has changed since, or is not fetched any more
         return None, str(error)
