@@ -537,12 +537,12 @@ def test_english_and_all_languages_of_vidore_v2_are_averaged_apart():
     ],
 )
 def test_a_run_on_vidore_v3_has_a_place_among_the_published(all_languages, english, said):
-    def means(value: float) -> dict:
+    def make_means(value: float) -> dict:
         return dict.fromkeys(METRIC_KEYS, 0.9) | {"ndcg_at_10": value}
 
     names = [task.metadata.name for task in mteb.get_benchmark("ViDoRe(v3)").tasks if task.metadata.is_public]
-    tasks = {name: means(all_languages) for name in names}
-    scores = means(all_languages) | {"languages": {"eng": means(english)}, "tasks": tasks}
+    tasks = {name: make_means(all_languages) for name in names}
+    scores = make_means(all_languages) | {"languages": {"eng": make_means(english)}, "tasks": tasks}
     lines = format_score_table({"trained": {"ViDoRe(v3)": scores}}).splitlines()
     assert max(map(len, lines)) <= 80 and lines[-1] == f"this run has {said}"
     table = lines[lines.index("") + 2 : -1]

@@ -257,9 +257,9 @@ def test_without_flash_attn_nothing_else_takes_its_place():
 
 
 def test_the_doctor_says_whether_a_kernel_can_be_used(place):
-    def check(revision: str) -> tuple[str, str, str]:
+    def check_revision(revision: str) -> tuple[str, str, str]:
         facts = RunFacts(dataclasses.replace(DEMO, attention=f"{NAME}@{revision}"), {}, probe_machine())
         return (*RUN_CHECKS["attention kernel"](facts), "")[:3]
 
-    assert check("c" * 40) == (WARN, f"{NAME} is not downloaded", "dvc repro fetch-data")
-    assert check(place().revision)[0] == PASS
+    assert check_revision("c" * 40) == (WARN, f"{NAME} is not downloaded", "dvc repro fetch-data")
+    assert check_revision(place().revision)[0] == PASS

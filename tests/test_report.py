@@ -144,7 +144,9 @@ def test_failures_are_grouped(report):
 
 
 def test_groups_of_failures_are_those_of_their_pages():
-    def judge(rank: int, first: str | None, *right: str | None, words: int = 3, same: bool = False) -> JudgedQuery:
+    def make_judged(
+        rank: int, first: str | None, *right: str | None, words: int = 3, same: bool = False
+    ) -> JudgedQuery:
         scores = {MAIN_METRIC.key: 1.0 if rank == 1 else 0.5}
         return JudgedQuery(
             QueryResult("b", "t", "fr", "q", scores, rank, ["1"], query="w " * words), first, right, "fr", same
@@ -152,13 +154,13 @@ def test_groups_of_failures_are_those_of_their_pages():
 
     groups = group_failures(
         [
-            judge(1, "a.pdf", "a.pdf"),
-            judge(2, "a.pdf", "b.pdf", "a.pdf", words=4),
-            judge(2, "a.pdf", "b.pdf", words=5),
-            judge(2, "b.pdf", "c.pdf", words=17),
-            judge(2, None, "c.pdf"),
-            judge(2, "a.pdf", "a.pdf", same=True),
-            judge(2, "c.pdf", None),
+            make_judged(1, "a.pdf", "a.pdf"),
+            make_judged(2, "a.pdf", "b.pdf", "a.pdf", words=4),
+            make_judged(2, "a.pdf", "b.pdf", words=5),
+            make_judged(2, "b.pdf", "c.pdf", words=17),
+            make_judged(2, None, "c.pdf"),
+            make_judged(2, "a.pdf", "a.pdf", same=True),
+            make_judged(2, "c.pdf", None),
         ]
     )
     names = {key: [(group.name, group.queries, group.failed) for group in rows] for key, rows in groups.items()}

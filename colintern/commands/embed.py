@@ -7,12 +7,10 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from colintern.commands import print_phase
+from colintern.commands import print_left_out, print_phase
 from colintern.core.errors import UserError
-from colintern.core.terminal import escape_controls
 from colintern.params import PRECISIONS, Params, load_params
 from colintern.storage.paths import TRAIN_OUT, require_model, require_writable
 
@@ -101,7 +99,7 @@ def _embed(args: argparse.Namespace, params: Params, shard: tuple[int, int]) -> 
     from colintern.search.embedding import embed_into_store, embed_pages_in_pool
     from colintern.storage.hub import enable_offline_mode
 
-    connection = _connect(args.on)
+    connection = _connect_to_ray(args.on)
     print_phase(f"embed: listing the pages of {args.source}")
     corpus = open_corpus(args.source)
     enable_offline_mode()
@@ -120,9 +118,7 @@ def _embed(args: argparse.Namespace, params: Params, shard: tuple[int, int]) -> 
             with closing(EmbeddingPool(load, count_workers(params.launch))) as pool:
                 embed = partial(embed_pages_in_pool, pool=pool, batch_size=args.batch_size)
                 counts = embed_into_store(store, shard_corpus(corpus, shard), shard, embed)
-    for page in corpus.bad:
-        line = escape_controls(f"left out: {page.where}: {page.reason}")
-        print(fill(line, 80, subsequent_indent="  ", break_long_words=False))
+    print_left_out(corpus.bad)
     if corpus.bad:
         print(f"left out: {len(corpus.bad)} in all")
     if new := counts.added + counts.replaced:
@@ -136,7 +132,7 @@ def _embed(args: argparse.Namespace, params: Params, shard: tuple[int, int]) -> 
     )
 
 
-def _connect(address: str | None) -> "AbstractContextManager[RayCluster | None]":
+def _connect_to_ray(address: str | None) -> "AbstractContextManager[RayCluster | None]":
     if not address:
         return nullcontext()
     try:

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     print_phase("mine: checking the base and the training pages")
     base = ensure_inputs(params)
     print_phase(f"mine: loading {args.adapter}")
-    mined = _mine(params, base, args)
+    mined = _mine_and_write(params, base, args)
     counts = [len(row.negatives) for row in mined.rows]
     mean = sum(counts) / len(counts)
     print(
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def _mine(params: Params, base: str, args: argparse.Namespace) -> "MiningResult":
+def _mine_and_write(params: Params, base: str, args: argparse.Namespace) -> "MiningResult":
     """Mine and write; imports wait until the hub is off, because `datasets` reads that when it is imported."""
     from contextlib import closing
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, TextIO
 
+from colintern.commands import print_left_out
 from colintern.core.errors import UserError
 from colintern.core.project import root
 from colintern.core.terminal import escape_controls
@@ -184,7 +185,7 @@ def open_searcher(args: argparse.Namespace, log: TextIO) -> "PageSearcher":
     seconds = time.monotonic() - start
     if (args.model / "adapter_config.json").is_file() and (note := describe_demo_base(params.base, [str(args.source)])):
         print(fill(note, 80, subsequent_indent="  "), file=log)
-    _print_left_out(bad, log)
+    print_left_out(bad, log)
     if others := summarize_unsearched(args.source):
         print(fill(escape_controls(f"not searched: {others}"), 80, subsequent_indent="  "), file=log)
     rate = f", {new / seconds:.1f} pages/s" if new else ""
@@ -208,18 +209,12 @@ def _open_store_searcher(args: argparse.Namespace, log: TextIO) -> "StoreSearche
     from colintern.search.store_search import open_store_searcher
 
     searcher, bad = open_store_searcher(get_encoder_settings(params), args.model, args.store, args.source)
-    _print_left_out(bad, log)
+    print_left_out(bad, log)
     if searcher.num_missing:
         print(f"{searcher.num_missing} pages are not in the store; embed SOURCE again", file=log)
     if searcher.num_outdated:
         print(f"{searcher.num_outdated} pages are of files that changed after they were embedded", file=log)
     return searcher
-
-
-def _print_left_out(bad: "list[InvalidRow]", log: TextIO) -> None:
-    for page in bad:
-        line = escape_controls(f"left out: {page.where}: {page.reason}")  # before it is measured
-        print(fill(line, 80, subsequent_indent="  ", break_long_words=False), file=log)
 
 
 def _print_heatmaps(
@@ -235,7 +230,7 @@ def _print_heatmaps(
     num_shown = len(ranking) if args.html else 0 if args.json else MAX_MAPS
     bad: list[InvalidRow] = []
     pages = searcher.render_ranking(ranking[:num_shown], bad)
-    _print_left_out(bad, log)
+    print_left_out(bad, log)
     if num_shown and not pages:
         raise UserError(f"SOURCE: none of the {len(bad)} pages to show can be rendered{format_reasons(bad)}")
     if not args.json:

@@ -27,17 +27,17 @@ class PageGroups:
     def __init__(self, pages: Iterable[str]):
         self.parents = {name: name for name in pages}
 
-    def find(self, name: str) -> str:
+    def find_group(self, name: str) -> str:
         """Return the page that stands for the group of a page."""
         while self.parents[name] != name:
             self.parents[name] = name = self.parents[self.parents[name]]
         return name
 
-    def join(self, labels: Iterable[tuple[str, str]]) -> None:
+    def join_pages(self, labels: Iterable[tuple[str, str]]) -> None:
         """Join the pages that have one label, of (label, page)."""
         first: dict[str, str] = {}
         for label, page in labels:
-            self.parents[self.find(page)] = self.find(first.setdefault(label, page))
+            self.parents[self.find_group(page)] = self.find_group(first.setdefault(label, page))
 
 
 def divide_pairs(
@@ -64,38 +64,49 @@ def divide_pairs(
         UserError: rows put pages that are equal, share a query, or are of one document into two splits.
     """
     groups = PageGroups(pages)
-    groups.join((normalize_query(pair.query), pair.page) for pair in pairs)
+    groups.join_pages((normalize_query(pair.query), pair.page) for pair in pairs)
     if split_by == "document":
-        groups.join((document, first_names[page]) for page, document in raw.document_of.items())
+        groups.join_pages((document, first_names[page]) for page, document in raw.document_of.items())
     named = _read_named_splits(folder, raw, groups, first_names)
+    used = list(pairs)
     if {"train", "dev"} <= {split for splits in raw.named_splits.values() for split, _ in splits}:
-        used = [pair for pair in pairs if pair.kind == GIVEN]  # what is given suffices
-    else:
-        used = list(pairs)
-    asked = {groups.find(pair.page) for pair in used if pair.kind == GIVEN} if raw.has_pseudo_queries else set()
+        used = [pair for pair in pairs if pair.kind == GIVEN]  # they suffice
+    asked = {groups.find_group(pair.page) for pair in used if pair.kind == GIVEN} if raw.has_pseudo_queries else set()
     tested = {group for group in asked if named.get(group, "test") == "test"}
-    keys: dict[str, str] = {}
-    for name, image in pages.items():
-        group = groups.find(name)
-        keys[group] = min(image.key, keys.get(group, image.key))
-    splits = {
-        group: named.get(group) or ("test" if group in tested else hash_split(key, has_test=bool(tested)))
-        for group, key in keys.items()
-    }
-    trained = {groups.find(pair.page) for pair in used if splits[groups.find(pair.page)] != "test"}
-    free = sorted((keys[group], group) for group in trained if group not in named)
-    if len(trained) > 1 and free and not any(splits[group] == "dev" for group in trained):
-        splits[free[0][1]] = "dev"  # training needs at least one
+    splits = _choose_splits(groups, pages, used, named, tested)
     by_split: dict[str, list[QueryPagePair]] = {"train": [], "dev": [], "test": []}
     for pair in used:
-        split = splits[groups.find(pair.page)]
+        split = splits[groups.find_group(pair.page)]
         if split == "test" and pair.kind != GIVEN and tested:
             if not train_on_test_pages:
                 continue
             split = hash_split(pages[pair.page].key, has_test=True)
         by_split[split].append(pair)
     num_unused = len(pairs) - sum(map(len, by_split.values()))
-    return DividedPairs({name: splits[groups.find(name)] for name in pages}, by_split, num_unused)
+    return DividedPairs({name: splits[groups.find_group(name)] for name in pages}, by_split, num_unused)
+
+
+def _choose_splits(
+    groups: PageGroups,
+    pages: dict[str, StoredImage],
+    pairs: Sequence[QueryPagePair],
+    named: dict[str, str],
+    tested: set[str],
+) -> dict[str, str]:
+    """Return the split of each group: as a row names it, test for those of given questions, else by a hash."""
+    keys: dict[str, str] = {}
+    for name, image in pages.items():
+        group = groups.find_group(name)
+        keys[group] = min(image.key, keys.get(group, image.key))
+    splits = {
+        group: named.get(group) or ("test" if group in tested else hash_split(key, has_test=bool(tested)))
+        for group, key in keys.items()
+    }
+    trained = {group for pair in pairs if splits[group := groups.find_group(pair.page)] != "test"}
+    free = sorted((keys[group], group) for group in trained if group not in named)
+    if len(trained) > 1 and free and not any(splits[group] == "dev" for group in trained):
+        splits[free[0][1]] = "dev"  # training needs at least one
+    return splits
 
 
 def _read_named_splits(
@@ -104,7 +115,7 @@ def _read_named_splits(
     named: dict[str, tuple[str, str]] = {}
     for name, splits in raw.named_splits.items():
         for split, where in splits:
-            first_split, first_where = named.setdefault(groups.find(first_names[name]), (split, where))
+            first_split, first_where = named.setdefault(groups.find_group(first_names[name]), (split, where))
             if first_split != split:
                 raise UserError(
                     f"{folder}: {first_where} is in {first_split}, {where} in {split}, but they show the same page, "

@@ -62,7 +62,7 @@ class RawDocuments:
     row_counts: Counter[str] = field(default_factory=Counter)  # by kind: rows; of PDFs pages and, apart, questions
     num_cut_queries: int = 0  # longer than MAX_QUERY_CHARACTERS
     document_of: dict[str, str] = field(default_factory=dict)  # page -> its PDF; other pages are documents themselves
-    has_pseudo_queries: bool = False  # beside given queries, which are then those of the test set
+    has_pseudo_queries: bool = False  # if so, given queries are those of the test set
 
     def reject_row(self, where: str, reason: str, kind: str = "rows") -> None:
         """Add an invalid row."""

@@ -241,7 +241,7 @@ def _format_summary(folder: str, summary: dict[str, Any]) -> str:
 def _format_amounts(queries: Mapping[str, int], num_pages: int) -> list[str]:
     """Say what there is to train on and to evaluate on, and what is too little."""
     lines = [f"  to train on: {queries['train']} queries and {queries['dev']} dev queries"]
-    if queries["train"] < FEW_TRAINING_QUERIES:
+    if 0 < queries["train"] < FEW_TRAINING_QUERIES:
         lines.append(f"    few: batch_size can be at most {queries['train']}; give more questions or more PDFs")
     lines.append(f"  to evaluate on: {queries['test']} queries, {num_pages} pages ranked for each")
     if 0 < queries["test"] < FEW_TEST_QUERIES:

@@ -81,9 +81,9 @@ def embed_on_ray(
     pipeline = ray.remote(num_cpus=0)(_Pipeline).remote(
         tasks, render, (folder, load), batch_size, num_workers, resources
     )
-    transfer = pipeline.take.remote()
+    transfer = pipeline.take_batch.remote()
     while (table := ray.get(transfer)) is not None:
-        transfer = pipeline.take.remote()  # while the store writes
+        transfer = pipeline.take_batch.remote()  # while the store writes
         for page, content in _read_table(table):
             if isinstance(content, InvalidRow):
                 pages.corpus.bad.append(content)
@@ -118,7 +118,7 @@ class _Pipeline:
         embedded = rendered.map_batches(_Embedder, fn_constructor_args=embedder, batch_size=batch_size, **options)
         self.batches = iter(embedded.iter_batches(batch_size=PAGES_PER_TRANSFER, batch_format="pyarrow"))
 
-    def take(self) -> pa.Table | None:
+    def take_batch(self) -> pa.Table | None:
         return next(self.batches, None)
 
 
