@@ -16,13 +16,12 @@ from mteb.languages.iso_mappings import _hf_langs_to_iso_lang_scripts
 from mteb.models import ModelMeta, MultiVectorWrapper
 from mteb.models.model_implementations.colpali_models import COLPALI_TRAINING_DATA
 from mteb.types import OutputDType
-from transformers import AutoConfig
 
 from colintern.core.errors import UserError
 from colintern.core.rules import parse_mixture
 from colintern.encoding.loading import get_encoder_settings
 from colintern.evaluation.models import MODEL_NAME, make_eval_models
-from colintern.modeling.configuration_colintern import EMBEDDING_DIM
+from colintern.modeling.configuration_colintern import EMBEDDING_DIM, load_config
 from colintern.params import Params, is_on_hub
 from colintern.preflight.adapter_check import find_base, read_adapter
 from colintern.reporting.evaluation import read_revisions
@@ -69,7 +68,7 @@ def write_submission(params: Params, folder: Path, out: Path, given: SubmissionF
     revision = make_eval_models(get_encoder_settings(params), folder)["trained"].revision
     files = _find_task_files(revision, params)
     evaluated = next(iter(files.values())).with_name(META_FILE).read_text(encoding="utf-8")
-    text_config = AutoConfig.from_pretrained(find_base(adapter, None)).get_text_config()
+    text_config = load_config(str(find_base(adapter, None))).get_text_config()
     base = adapter.identity["base"]["folder"]
     fields = {
         "adapted_from": base if is_on_hub(base) else None,
